@@ -1,0 +1,43 @@
+# `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
+# PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench fuzz proto clean distclean
+
+SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
+BOTH = .venv-both/bin
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Create or update .venv-jax, .venv-torch, .venv-both and .venv-jax-next
+	$(SETUP)
+
+demo: ## Train a PyTorch model through a JAX layer, in two environments
+	$(SETUP) jax torch
+	.venv-torch/bin/python examples/digits.py
+
+test: setup ## Run the tests; PYTEST_ARGS="-k lease -x"
+	$(BOTH)/python -m pytest tests $(PYTEST_ARGS)
+
+check: setup ## Check format, lint, types, the import rule and the generated code
+	$(BOTH)/ruff format --check .
+	$(BOTH)/ruff check .
+	$(BOTH)/mypy
+	$(BOTH)/lint-imports
+	$(BOTH)/python tools/generate_proto.py --check
+
+bench: setup ## Measure against the performance budget
+	$(BOTH)/python -m bench
+
+fuzz: setup ## Feed the decoders and the worker random input
+	$(BOTH)/python -m tests.fuzz
+
+proto: setup ## Generate bridge_wire/pb from proto/bridge/v1/bridge.proto
+	$(BOTH)/python tools/generate_proto.py
+
+clean: ## Remove caches, build outputs and artefacts
+	rm -rf build dist out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## Remove the environments too
+	rm -rf .venv-jax .venv-torch .venv-both .venv-jax-next

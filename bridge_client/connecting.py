@@ -1,0 +1,46 @@
+"""`connect`: a session with a worker that somebody else runs."""
+
+from bridge_client.link import Terms, Tls
+from bridge_client.session import Fixed, Session
+from bridge_wire.errors import CallerError
+
+_LANES = (None, "local", "grpc")
+_REQUIREMENTS = (None, "memfd", "cuda_ipc")
+
+
+def connect(
+    address: str,
+    *,
+    token: str | None = None,
+    tls: Tls | bool | None = None,
+    timeout_s: float | None = None,
+    lane: str | None = None,
+    require: str | None = None,
+) -> Session:
+    """Connect to the worker at "unix:PATH" or "HOST:PORT".
+
+    Args:
+      token: what a worker with --token-file asks for.
+      tls: certificates; True trusts the system's authorities.
+      timeout_s: seconds for each call; None waits.
+      lane: forces "local" (Unix socket, shared memory) or "grpc" (bytes inline); by default the best there is.
+      require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged fall-back.
+    Raises:
+      WorkerUnavailable: no worker answers there.
+      Unauthenticated: the token is wrong.
+      LaneUnavailable: the lane or memory kind that was asked for cannot be had.
+      VersionMismatch: the worker speaks another protocol.
+    """
+    if not isinstance(address, str) or not (address.startswith("unix:") or ":" in address):
+        raise CallerError(f"the address {address!r} is neither 'unix:PATH' nor 'HOST:PORT'")
+    check_terms(lane, require)
+    terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
+    return Session(Fixed(address), terms, timeout_s)
+
+
+def check_terms(lane: str | None, require: str | None) -> None:
+    """Raise CallerError for an unknown lane or memory kind."""
+    if lane not in _LANES:
+        raise CallerError(f"lane={lane!r}; expected 'local' or 'grpc'")
+    if require not in _REQUIREMENTS:
+        raise CallerError(f"require={require!r}; expected 'memfd' or 'cuda_ipc'")

@@ -1,0 +1,266 @@
+"""The two ways to signal a call: frames over a Unix socket beside shared memory, or a gRPC stream with the bytes inline.
+
+A lane serves one call at a time and belongs to whoever took it from its link.
+"""
+
+import queue
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from bridge_wire.errors import (
+    TRAILER,
+    BridgeError,
+    CallTimeout,
+    InternalError,
+    PeerError,
+    ProtocolError,
+    Unauthenticated,
+    WorkerDied,
+    WorkerUnavailable,
+    decode,
+)
+from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.frames import CHUNK
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
+from bridge_wire.slabs import Slab
+
+
+class Stale(Exception):
+    """The connection was dead before the request went out, so it is safe to send it again over a new one."""
+
+
+# After these the worker has ended the lane.
+ENDS_LANE = (PeerError, InternalError, WorkerDied, CallTimeout)
+
+
+class Lane(ABC):
+    """One attached connection. After an exception other than a plain BridgeError it must not be used again."""
+
+    name: str
+    memory: str
+
+    @abstractmethod
+    def run(
+        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+    ) -> int:
+        """Run a program whose inputs and outputs lie at the addresses that `run` names; return its residual's bytes.
+
+        `inputs` views the inputs' memory, for a lane that sends bytes.
+
+        Raises:
+          Stale: nothing was sent.
+          WorkerDied, CallTimeout: something was sent, and no reply came.
+        """
+
+    @abstractmethod
+    def release(self, residuals: Sequence[int]) -> pb.Usage:
+        """Release residuals, and return what the worker holds for the session."""
+
+    @abstractmethod
+    def abandon(self) -> bool:
+        """Give up on the call under way. Returns whether the worker may still touch the call's blocks."""
+
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether the worker has let go of an abandoned call. Never blocks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the connection. Idempotent; never blocks."""
+
+
+class LocalLane(Lane):
+    """Frames over a Unix socket; the tensors stay where they are, in slabs that both sides map."""
+
+    name = "local"
+    memory = "memfd"
+
+    def __init__(self, path: str, token: bytes) -> None:
+        """Connect and attach.
+
+        Raises:
+          OSError: nobody listens there.
+          BridgeError: the worker refused.
+        """
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connected.connect(path)
+        except OSError:
+            connected.close()
+            raise
+        self._socket = FramedSocket(connected)
+        try:
+            self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)))
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def share(self, slab: Slab) -> None:
+        """Hand a slab over to the worker."""
+        self._exchange(pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes)), descriptors=(slab.fd,))
+
+    def run(
+        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+    ) -> int:
+        return self._exchange(pb.LaneRequest(run=run), timeout_s).ran.residual_nbytes
+
+    def release(self, residuals: Sequence[int]) -> pb.Usage:
+        return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals))).usage
+
+    def abandon(self) -> bool:
+        # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
+        self._socket.half_close()
+        return True
+
+    def has_ended(self) -> bool:
+        return self._socket.has_ended()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exchange(
+        self, request: pb.LaneRequest, timeout_s: float | None = None, descriptors: tuple[int, ...] = ()
+    ) -> pb.LaneReply:
+        try:
+            self._socket.send(request.SerializeToString(), descriptors)
+        except OSError as error:
+            raise Stale from error
+        try:
+            message = self._socket.receive(timeout_s)
+        except TimeoutError:
+            raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+        except OSError as error:
+            raise WorkerDied("the connection to the worker broke during a call; the next call reconnects") from error
+        if message is None:
+            raise WorkerDied("the worker ended the connection during a call; the next call reconnects")
+        return _checked(message)
+
+
+class GrpcLane(Lane):
+    """A gRPC stream; the bytes of the tensors follow each message in chunks. Works between hosts."""
+
+    name = "grpc"
+    memory = "inline"
+
+    def __init__(self, stub: Any, token: bytes) -> None:
+        """Open the stream and attach.
+
+        Raises:
+          BridgeError: the worker refused, or cannot be reached.
+        """
+        self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._call = stub.Lane(_flattened(self._outgoing))
+        self._exchange(iter([pb.LaneRequest(attach=pb.Attach(session=token))]))
+
+    def run(
+        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+    ) -> int:
+        assert inputs is not None, "a lane that sends bytes is given them"
+        run.inline = True
+        del run.inputs[:], run.outputs[:]
+        if timeout_s is None:
+            return self._run(run, inputs, outputs)
+        timer = threading.Timer(timeout_s, self._call.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._run(run, inputs, outputs)
+        except WorkerDied:
+            if timer.finished.is_set():
+                raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+            raise
+        finally:
+            timer.cancel()
+
+    def _run(self, run: pb.Run, inputs: Sequence[memoryview], outputs: Sequence[Block]) -> int:
+        residual_nbytes = self._exchange(_inline(run, inputs)).ran.residual_nbytes
+        for block in outputs:
+            filled = 0
+            while filled < block.nbytes:
+                chunk = self._receive().chunk
+                if not 0 < len(chunk) <= block.nbytes - filled:
+                    raise ProtocolError("the worker sent more or fewer bytes than its outputs have")
+                block.buffer[filled : filled + len(chunk)] = chunk
+                filled += len(chunk)
+        return residual_nbytes
+
+    def release(self, residuals: Sequence[int]) -> pb.Usage:
+        return self._exchange(iter([pb.LaneRequest(release=pb.Release(residuals=residuals))])).usage
+
+    def abandon(self) -> bool:
+        self.close()
+        return False
+
+    def has_ended(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._outgoing.put(None)
+            self._call.cancel()
+
+    def _exchange(self, requests: Iterator[pb.LaneRequest]) -> pb.LaneReply:
+        if not self._call.is_active():
+            raise Stale
+        self._outgoing.put(requests)
+        return self._receive()
+
+    def _receive(self) -> pb.LaneReply:
+        try:
+            reply = next(self._call)
+        except StopIteration:
+            raise WorkerDied("the worker ended the stream during a call; the next call reconnects") from None
+        except grpc.RpcError as error:
+            raise from_rpc(error, during_call=True) from error
+        return _raise_if_failed(reply)
+
+
+def from_rpc(error: grpc.RpcError, *, during_call: bool = False) -> BridgeError:
+    """Return the bridge's error for gRPC's: the worker's own where it sent one, else one for the connection."""
+    assert isinstance(error, grpc.Call)
+    for key, value in error.trailing_metadata() or ():
+        if key == TRAILER:
+            return decode(pb.Error.FromString(value))
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return CallTimeout("the worker gave no answer in time")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(details)
+    if during_call:
+        return WorkerDied(f"the connection to the worker broke during a call ({code.name}); the next call reconnects")
+    return WorkerUnavailable(f"no worker answers ({code.name}: {details})")
+
+
+def _flattened(outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]") -> Iterator[pb.LaneRequest]:
+    while (requests := outgoing.get()) is not None:
+        yield from requests
+
+
+def _inline(run: pb.Run, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
+    yield pb.LaneRequest(run=run)
+    for buffer in inputs:
+        for start in range(0, len(buffer), CHUNK):
+            yield pb.LaneRequest(chunk=bytes(buffer[start : start + CHUNK]))
+
+
+def _checked(message: bytes) -> pb.LaneReply:
+    try:
+        reply = pb.LaneReply.FromString(message)
+    except DecodeError as error:
+        raise ProtocolError("the worker sent a frame that holds no LaneReply") from error
+    return _raise_if_failed(reply)
+
+
+def _raise_if_failed(reply: pb.LaneReply) -> pb.LaneReply:
+    if reply.WhichOneof("kind") == "error":
+        raise decode(reply.error)
+    return reply

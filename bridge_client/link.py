@@ -1,0 +1,217 @@
+"""A link: one life of the connection to a worker. A session outlives its links; a restarted worker gets a new one."""
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
+from bridge_wire import PROTOCOLS, __version__
+from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, WorkerDied, WorkerUnavailable
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
+from bridge_wire.pool import Pool
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_S = 10.0
+_SLOW_S = 2.0
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    # A shared pool would make a new link wait out the back-off of the dead one.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM-encoded certificates: the authority that signed the worker's, and optionally one's own with its key."""
+
+    root_certificates: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How to connect: see `connect`."""
+
+    token: str | None = None
+    tls: Tls | None = None
+    lane: str | None = None
+    require: str | None = None
+
+
+class Link:
+    """A gRPC channel, the session it opened on the worker, and idle lanes. Thread-safe."""
+
+    def __init__(self, address: str, terms: Terms, on_fallback: Callable[[str], None]) -> None:
+        """Connect, open a session and attach a first lane.
+
+        `on_fallback` is told why the tensors will travel by value, if they will.
+
+        Raises:
+          WorkerUnavailable: no worker answers at the address.
+          LaneUnavailable: the terms demand a lane or memory kind that cannot be had.
+        """
+        self.address = address
+        self._shared: set[int] = set()
+        self._share_lock = threading.Lock()
+        self._channel = _channel(address, terms)
+        self._metadata = (("authorization", f"Bearer {terms.token}"),) if terms.token else ()
+        self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
+        try:
+            self.description: pb.DescribeReply = self._unary(self._stub.Describe, pb.DescribeRequest())
+            oldest, newest = PROTOCOLS
+            opened: pb.OpenReply = self._unary(
+                self._stub.Open,
+                pb.OpenRequest(
+                    oldest_protocol=oldest, newest_protocol=newest, client=f"torch-jax-bridge {__version__}"
+                ),
+            )
+            self.token = opened.session
+            self._make_lane, first = self._choose_lane(opened.local_lane, terms, on_fallback)
+        except BaseException:
+            self._channel.close()
+            raise
+        self.lane_name, self.memory = first.name, first.memory
+        # Idle lanes, the warmest last. As long as one is attached, the worker keeps the session.
+        self._idle: list[Lane] = [first]
+
+    def prepare(self, request: pb.PrepareRequest, what: str, timeout_s: float | None) -> pb.Prepared:
+        """Have a program prepared; logs when that takes long.
+
+        Raises:
+          Stale: the worker no longer knows the session.
+        """
+        request.session = self.token
+        phase = "starting"
+        timer = threading.Timer(_SLOW_S, lambda: _log.info("the worker is still %s %s", phase, what))
+        timer.daemon = True
+        timer.start()
+        try:
+            for event in self._stub.Prepare(request, timeout=timeout_s):
+                if event.WhichOneof("kind") == "prepared":
+                    return event.prepared
+                phase = event.progress.phase
+        except grpc.RpcError as error:
+            raised = from_rpc(error, during_call=phase != "starting")
+            if isinstance(raised, Unauthenticated | WorkerUnavailable) and not isinstance(raised, WorkerDied):
+                raise Stale from raised
+            raise raised from error
+        finally:
+            timer.cancel()
+        raise WorkerDied("the worker ended a preparation without a result")
+
+    def take(self, pool: Pool) -> Lane:
+        """Take a lane for one call, with every slab of the pool shared over it. It must be given back, or abandoned.
+
+        Raises:
+          Stale: no lane can be had; the link is dead.
+        """
+        try:
+            lane = self._idle.pop()
+        except IndexError:
+            lane = self._new_lane()
+        if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
+            self._share(lane, pool)
+        return lane
+
+    def give_back(self, lane: Lane) -> None:
+        """Return a lane that is ready for the next call."""
+        self._idle.append(lane)
+
+    def close(self) -> None:
+        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter."""
+        with contextlib.suppress(grpc.RpcError, ValueError):
+            self._stub.Close(pb.CloseRequest(session=self.token), timeout=1.0)
+        self.abort()
+
+    def abort(self) -> None:
+        """End every connection without a word."""
+        while self._idle:
+            self._idle.pop().close()
+        self._channel.close()
+
+    def _new_lane(self) -> Lane:
+        try:
+            return self._make_lane()
+        except (OSError, Unauthenticated, WorkerUnavailable) as error:
+            raise Stale from error
+
+    def _share(self, lane: Lane, pool: Pool) -> None:
+        assert isinstance(lane, LocalLane), "only such a lane carries descriptors"
+        with self._share_lock:
+            for slab in pool.slabs:
+                if slab.base not in self._shared:
+                    lane.share(slab)
+                    self._shared.add(slab.base)
+
+    def _choose_lane(
+        self, advertised: str, terms: Terms, on_fallback: Callable[[str], None]
+    ) -> tuple[Callable[[], Lane], Lane]:
+        def by_grpc() -> Lane:
+            return GrpcLane(self._stub, self.token)
+
+        def by_socket() -> Lane:
+            return LocalLane(path, self.token)
+
+        if terms.require == "cuda_ipc":
+            raise LaneUnavailable("require='cuda_ipc': this worker has no CUDA memory to share")
+        if terms.lane == "grpc":
+            if terms.require:
+                raise LaneUnavailable(f"require={terms.require!r} cannot be had with lane='grpc'")
+            return by_grpc, by_grpc()
+        path = self._lane_path(advertised)
+        reason = ""
+        if not hasattr(os, "memfd_create"):
+            reason = "this system has no memfd"
+        elif not path:
+            reason = "the worker offers no local lane"
+        else:
+            try:
+                return by_socket, by_socket()
+            except (OSError, BridgeError, Stale) as error:
+                reason = f"its local lane cannot be reached ({error or type(error).__name__})"
+        if terms.lane == "local" or terms.require:
+            raise LaneUnavailable(f"the worker shares no memory with this process: {reason}")
+        on_fallback(reason)
+        return by_grpc, by_grpc()
+
+    def _lane_path(self, advertised: str) -> str:
+        if self.address.startswith("unix:") and advertised:
+            # The worker may see the directory under another path, as from inside a container.
+            directory = os.path.dirname(self.address.removeprefix("unix:"))
+            return os.path.join(directory, os.path.basename(advertised))
+        return advertised
+
+    def _unary(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=_CONNECT_S)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+
+
+class _Authorized:
+    """A stub whose every call carries the same metadata."""
+
+    def __init__(self, stub: BridgeStub, metadata: Sequence[tuple[str, str]]) -> None:
+        self._stub = stub
+        self._metadata = metadata
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._stub, name)
+        return lambda request, timeout=None: method(request, timeout=timeout, metadata=self._metadata)
+
+
+def _channel(address: str, terms: Terms) -> grpc.Channel:
+    if terms.tls is None:
+        return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(terms.tls.root_certificates, terms.tls.key, terms.tls.certificate)
+    return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)

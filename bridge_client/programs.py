@@ -1,0 +1,84 @@
+"""Programs as the client sees them: what was asked for, what it returns, and the programs derived from it."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bridge_wire import specs
+from bridge_wire.errors import CallerError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+if TYPE_CHECKING:
+    from bridge_client.link import Link
+    from bridge_client.session import Session
+
+
+@dataclass(slots=True, eq=False)
+class Program:
+    """A prepared program. It survives its link: on a new one it is prepared again when it is next run.
+
+    Derived programs are prepared once and remembered.
+    """
+
+    session: "Session"
+    request: pb.PrepareRequest
+    inputs: tuple[Spec, ...]
+    origin: "Program | None" = None  # the keeping program that a pullback belongs to
+    outputs: tuple[Spec, ...] = ()
+    output_nbytes: tuple[int, ...] = ()
+    outputs_nbytes: int = 0  # of all together
+    result: pb.Tree = field(default_factory=pb.Tree)
+    name: tuple["Link | None", int] = (None, 0)  # the worker's name for it, good for that link
+    _derived: dict[Hashable, "Program"] = field(default_factory=dict)
+
+    def adopt(self, link: "Link", prepared: pb.Prepared) -> None:
+        """Take over what the worker has answered."""
+        self.outputs = specs.decode_all(prepared.outputs)
+        self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
+        self.outputs_nbytes = sum(self.output_nbytes)
+        self.result = prepared.result
+        self.name = (link, prepared.program)
+
+    def keeping(self, wrt: tuple[int, ...]) -> "Program":
+        """Return the program whose runs also keep a residual for the pullback to the inputs `wrt`."""
+        return self._derived.get(("keep", wrt)) or self._derive(("keep", wrt), self._keeping_request(wrt), self.inputs)
+
+    def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
+        """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
+        key = ("pullback", wrt, outputs)
+        if known := self._derived.get(key):
+            return known
+        request = pb.PrepareRequest(pullback=pb.Pullback(wrt=wrt, outputs=outputs))
+        return self._derive(key, request, tuple(self.outputs[i] for i in outputs), origin=self)
+
+    def vjp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
+        """Return the program from the inputs and cotangents of `outputs` to the cotangents of `wrt`."""
+        key = ("vjp", wrt, outputs)
+        if known := self._derived.get(key):
+            return known
+        transform = pb.Transform(vjp=pb.Transform.Vjp(wrt=wrt, outputs=outputs))
+        inputs = self.inputs + tuple(self.outputs[i] for i in outputs)
+        return self._derive(key, self._transformed_request(transform), inputs)
+
+    def _keeping_request(self, wrt: tuple[int, ...]) -> pb.PrepareRequest:
+        request = self._copied_request()
+        request.call.keep.inputs.extend(wrt)
+        return request
+
+    def _transformed_request(self, transform: pb.Transform) -> pb.PrepareRequest:
+        request = self._copied_request()
+        request.call.transforms.append(transform)
+        return request
+
+    def _copied_request(self) -> pb.PrepareRequest:
+        if self.request.WhichOneof("what") != "call" or self.request.call.HasField("keep"):
+            raise CallerError("only a plain call can be derived from")
+        request = pb.PrepareRequest()
+        request.CopyFrom(self.request)
+        return request
+
+    def _derive(
+        self, key: Hashable, request: pb.PrepareRequest, inputs: tuple[Spec, ...], origin: "Program | None" = None
+    ) -> "Program":
+        return self._derived.setdefault(key, self.session.prepare(Program(self.session, request, inputs, origin)))

@@ -1,0 +1,208 @@
+"""`spawn`: a worker in another environment, as a child that ends with this process."""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from bridge_client.connecting import check_terms
+from bridge_client.link import Terms
+from bridge_client.session import Session
+from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
+
+_log = logging.getLogger(__name__)
+_worker_log = logging.getLogger("bridge_client.worker")
+
+_LAST_LINES = 30
+_STOP_S = 10.0
+
+Target = str | Mapping[str, str]
+
+
+def spawn(
+    jax_model: Target | None = None,
+    *,
+    torch_model: Target | None = None,
+    python: str | os.PathLike[str] = sys.executable,
+    env: Mapping[str, str] | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    args: Sequence[str] = (),
+    startup_timeout_s: float = 120.0,
+    timeout_s: float | None = None,
+    lane: str | None = None,
+    require: str | None = None,
+) -> Session:
+    """Start a worker with the interpreter of another environment, and return a session with it.
+
+    The worker ends with the session or with this process, however that ends; its log goes to the logger
+    `bridge_client.worker`. If it dies, the next call starts it again.
+
+    Args:
+      jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
+      python: the interpreter; its environment must have torch-jax-bridge installed.
+      env: variables on top of this process's.
+      cwd: the worker's directory, from which modules are imported.
+      args: more arguments of `bridge_server`, such as ["--x64"].
+      startup_timeout_s: seconds until the worker must be ready.
+      timeout_s, lane, require: as in `connect`.
+    Raises:
+      StartupTimeout: it was not ready in time; it has been killed.
+      WorkerCrashed: it ended before it was ready; the message has its last lines.
+    """
+    check_terms(lane, require)
+    if (jax_model is None) == (torch_model is None):
+        raise CallerError("spawn needs either jax_model= or torch_model=")
+    flag, model = ("--jax-model", jax_model) if jax_model is not None else ("--torch-model", torch_model)
+    targets = [model] if isinstance(model, str) else [f"{name}={target}" for name, target in (model or {}).items()]
+    command = [os.fspath(python), "-m", "bridge_server"]
+    for target in targets:
+        command += [flag, target]
+    child = _Child([*command, *args], dict(env or {}), cwd, startup_timeout_s)
+    try:
+        session = Session(child, Terms(lane=lane, require=require), timeout_s)
+    except BaseException:
+        child.close()
+        raise
+    # A session that is forgotten without close() must not keep its worker until the process ends.
+    weakref.finalize(session, child.terminate)
+    return session
+
+
+class _Child:
+    """The worker's process, started when its address is first asked for, and again when it has died."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        cwd: str | os.PathLike[str] | None,
+        startup_timeout_s: float,
+    ) -> None:
+        self._command = command
+        # The worker's own choice of allocator must not be inherited from a worker that spawns another one.
+        inherited = {key: value for key, value in os.environ.items() if key != "BRIDGE_ALLOCATOR"}
+        self._env = inherited | dict(env)
+        self._cwd = cwd
+        self._startup_timeout_s = startup_timeout_s
+        self._directory = tempfile.mkdtemp(prefix="bridge-")  # mode 0700
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
+        self._threads: list[threading.Thread] = []
+        self._is_closed = False
+        self._address = ""
+
+    def address(self) -> str:
+        if os.getpid() == self._owner and (self._process is None or self._process.poll() is not None):
+            self._start()
+        return self._address
+
+    def terminate(self) -> None:
+        """Ask the worker to end, without waiting."""
+        if os.getpid() == self._owner and self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+
+    def close(self) -> None:
+        if self._is_closed or os.getpid() != self._owner:
+            return
+        self._is_closed = True
+        self._stop(_STOP_S)
+        for name in ("worker.sock", "worker.sock.lane"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._directory, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(self._directory)
+
+    def _start(self) -> None:
+        address = f"unix:{self._directory}/worker.sock"
+        last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        try:
+            process = subprocess.Popen(
+                [*self._command, "--listen", address, "--parent-pid", str(os.getpid())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                env=self._env,
+                cwd=self._cwd,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the worker in order
+            )
+        except OSError as error:
+            raise WorkerCrashed(f"the worker cannot be started: {self._command[0]}: {error.strerror}") from error
+        self._process = process
+        ready = threading.Event()
+        is_ready = []
+
+        def read_stdout() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("bridge_server ready "):
+                    is_ready.append(True)
+                    ready.set()
+                else:
+                    last_lines.append(line.rstrip())
+                    _worker_log.info("%s", line.rstrip())
+            ready.set()
+
+        def read_stderr() -> None:
+            assert process.stderr is not None
+            for line in process.stderr:
+                level, text = _parse_log_line(line.rstrip())
+                last_lines.append(text)
+                _worker_log.log(level, "%s", text)
+
+        self._threads = [threading.Thread(target=t, name="worker-log", daemon=True) for t in (read_stdout, read_stderr)]
+        started = time.monotonic()
+        for thread in self._threads:
+            thread.start()
+        ready.wait(self._startup_timeout_s)
+        if is_ready:
+            self._address = address
+            _log.debug("the worker was ready after %.1f s", time.monotonic() - started)
+            return
+        has_ended = ready.is_set()
+        if has_ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_S)
+        self._stop(0)
+        shown = "\n  ".join(last_lines) or "(no output)"
+        if has_ended:
+            raise WorkerCrashed(f"the worker ended with status {process.returncode} before it was ready:\n  {shown}")
+        raise StartupTimeout(
+            f"the worker was not ready within {self._startup_timeout_s:g} s and was killed; its last lines:\n  {shown}"
+        )
+
+    def _stop(self, grace_s: float) -> None:
+        process = self._process
+        if process is None:
+            return
+        if process.poll() is None and grace_s:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(grace_s)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+
+
+def _parse_log_line(line: str) -> tuple[int, str]:
+    """Return the level and text of a line of the worker's log; what is not in its format is taken as it is."""
+    try:
+        record = json.loads(line)
+        return logging.getLevelNamesMapping()[record["level"]], f"{record['logger']}: {record['message']}"
+    except (ValueError, KeyError, TypeError):
+        return logging.INFO, line

@@ -1,0 +1,506 @@
+"""torch's side of the bridge: a remote JAX function as an nn.Module. The only client file that imports torch; never jax.
+
+A call's tensors are placed in the session's memory (those that lie there already are passed as they are), the worker
+writes the outputs into blocks, and each output tensor's storage is its block. A forward under grad keeps a residual
+on the worker; the autograd node holds it through a saved tensor, so that it goes exactly when torch lets go of what
+the node saved.
+"""
+
+import ctypes
+import dataclasses
+import struct
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from bridge_client.connecting import connect
+from bridge_client.programs import Program
+from bridge_client.session import Placed, Session
+from bridge_wire import specs, trees
+from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
+from bridge_wire.errors import CallerError, DTypeError, ResidualGone, SpecError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+_TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
+_DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in _TORCH_DTYPES.items()}
+# How a Python number is written; on the worker it is one again, and takes its type from the other operands.
+_NUMBERS: Mapping[type, tuple[Spec, Callable[[Any], bytes]]] = {
+    int: (Spec(BY_NAME["int64"], (), weak=True), struct.Struct("<q").pack),
+    float: (Spec(BY_NAME["float64"], (), weak=True), struct.Struct("<d").pack),
+    complex: (Spec(BY_NAME["complex128"], (), weak=True), lambda z: struct.pack("<dd", z.real, z.imag)),
+}
+_NAMESPACE = "torch-jax-bridge"
+
+
+class RemoteJaxFunction(nn.Module):
+    """A JAX function, or a model with parameters, that runs in a worker process, as a differentiable torch module.
+
+    Call it with pytrees (dict, list, tuple, namedtuple, dataclass, None) of tensors and Python numbers; strings,
+    bools and None are static, and so is what `static_argnames` names. Outputs have the model's dtypes and live in the
+    session's memory; gradients have their input's dtype.
+
+    Args:
+      target: a worker's address, or a Session.
+      name: which of the worker's models; needed only where it hosts several.
+      parameters: "client" makes the model's parameters nn.Parameters of this module, named by their tree path (such as
+        `params.Dense_0.kernel`) and trained by any torch optimizer; "worker" leaves them there, frozen.
+      static_argnames: arguments whose numbers are part of the program instead of its data.
+      timeout_s: seconds for each call; None takes the session's.
+    Raises:
+      WorkerUnavailable: no worker answers.
+      UnknownModel: the worker hosts no such model, or several and no name was given.
+    """
+
+    def __init__(
+        self,
+        target: str | Session,
+        *,
+        name: str | None = None,
+        parameters: str = "client",
+        static_argnames: str | Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__()
+        if parameters not in ("client", "worker"):
+            raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
+        if isinstance(target, str):
+            target = connect(target)
+        if not isinstance(target, Session):
+            raise CallerError(f"the target is a {type(target).__qualname__}; expected a worker's address or a Session")
+        self.session = target
+        self.timeout_s = timeout_s
+        self._model = target.model(name)
+        self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
+        self._calls: dict[Hashable, _Call] = {}
+        self._classes = trees.Classes(adopt=_register_dataclass)
+        self._owners: list[tuple[nn.Module, str]] = []
+        if parameters == "client" and self._model.parameters:
+            self._fetch_parameters()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was.
+          RemoteModelError: the model raised; with the remote traceback.
+          WorkerDied: the worker died during the call; the next one reconnects.
+          CallTimeout: no answer within the time allowed.
+        """
+        leaves, structure = _flatten((args, kwargs))
+        statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
+        own = self._own_tensors()
+        signature: list[Hashable] = [structure]
+        inputs: list[Any] = list(own)
+        for i, leaf in enumerate(leaves):
+            kind = type(leaf)
+            if i in statics or kind is bool or kind is str:
+                signature.append((kind, leaf if kind is not float else leaf.hex()))
+                continue
+            if kind in _NUMBERS:
+                signature.append(kind)
+            else:
+                if not isinstance(leaf, Tensor):
+                    if _register_if_dataclass(type(leaf)):
+                        return self.forward(*args, **kwargs)  # that leaf has become a node
+                    leaf = leaves[i] = _as_tensor(leaf)
+                signature.append((leaf.dtype, leaf.shape))
+            inputs.append(leaf)
+        for tensor in own:
+            signature.append((tensor.dtype, tensor.shape))
+        key = tuple(signature)
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._prepare(args, kwargs, leaves, statics, own)
+        return call.rebuild(_apply(call.program, inputs, call.paths, self.timeout_s))
+
+    def extra_repr(self) -> str:
+        return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_calls": {}}  # programs belong to this process's session
+
+    def _fetch_parameters(self) -> None:
+        """Make the model's parameters this module's own: computed by the worker into blocks that they live in."""
+        program = self.session.prepare_parameters(self._model.name)
+        tensors = [_from_block(*made) for made in zip(self.session.run(program, ()), program.outputs, strict=True)]
+        for info, tensor in zip(self._model.parameters, tensors, strict=True):
+            owner: nn.Module = self
+            *branches, leaf = info.path.split(".")
+            for branch in branches:
+                owner = owner._modules.setdefault(branch, _Branch())  # type: ignore[assignment]
+            # Not by setattr: a model's own names, such as "forward", must not hide this class's.
+            if info.trainable:
+                owner._parameters[leaf] = nn.Parameter(tensor)
+            else:
+                owner._buffers[leaf] = tensor
+            self._owners.append((owner, leaf))
+
+    def _own_tensors(self) -> list[Tensor]:
+        tensors = []
+        for owner, name in self._owners:
+            tensor = owner._parameters.get(name)
+            if tensor is None:
+                tensor = owner._buffers.get(name)
+            if tensor is None:  # swapped by torch.nn.utils.parametrize, for one
+                tensor = getattr(owner, name)
+            self._keep_in_slab(tensor)
+            tensors.append(tensor)
+        return tensors
+
+    def _keep_in_slab(self, tensor: Tensor) -> None:
+        """Move a parameter's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
+        nbytes = tensor.nbytes
+        if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
+            return
+        is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
+        if not isinstance(tensor, nn.Parameter) or not is_ours_alone or tensor.device.type != "cpu":
+            return
+        if torch.is_inference_mode_enabled() or tensor.is_inference():
+            return
+        spec = Spec(_DTYPES[tensor.dtype], tuple(tensor.shape))
+        moved = _from_block(self.session.pool.lease(nbytes), spec)
+        tensor.data = moved.copy_(tensor.detach())
+
+    def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+        """Return which leaves belong to static arguments."""
+        names = self._model.arguments[: len(args)]
+        static_args = [i < len(names) and names[i] in self._static_argnames for i in range(len(args))]
+        marks = (
+            tuple(_marked(arg, mark) for arg, mark in zip(args, static_args, strict=True)),
+            {key: _marked(value, key in self._static_argnames) for key, value in kwargs.items()},
+        )
+        return frozenset(i for i, mark in enumerate(_flatten(marks)[0]) if mark)
+
+    def _prepare(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+        statics: frozenset[int],
+        own: Sequence[Tensor],
+    ) -> "_Call":
+        """Describe a call of a signature that is new here, and have it prepared."""
+        structure = _flatten((args, kwargs))[1]
+        slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
+        args, kwargs = optree.tree_unflatten(structure, slots)
+        encoded_args, first = trees.encode(args, _is_slot, self._classes, root="args")
+        encoded_kwargs, second = trees.encode(kwargs, _is_slot, self._classes, root="kwargs")
+        order = [slot.leaf for slot in (*first, *second)]
+        if order != sorted(order):
+            raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
+        arguments = trees.arguments(encoded_args, encoded_kwargs)
+        paths = [info.path for info in self._model.parameters[: len(own)]] + trees.argument_paths(arguments)
+        inputs = [*own, *(leaves[i] for i in order)]
+        x64 = self.session.x64
+        described = [_spec_of(value, path, x64) for value, path in zip(inputs, paths, strict=True)]
+        program = self.session.prepare_call(
+            pb.Call(
+                model=self._model.name,
+                arguments=arguments,
+                inputs=[specs.encode(spec) for spec in described],
+                parameters=bool(own),
+            )
+        )
+        return _Call(program, tuple(paths), _rebuilder(program.result, self._classes))
+
+
+class _Branch(nn.Module):
+    """A node of the parameters' tree."""
+
+
+class _Slot(NamedTuple):
+    """Stands for the array leaf of this index."""
+
+    leaf: int
+
+
+class _Call(NamedTuple):
+    """What a signature needs: the program, the inputs' names for errors, and the way from outputs to the result."""
+
+    program: Program
+    paths: tuple[str, ...]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+# Calls ---------------------------------------------------------------------------------------------------------
+
+
+def _apply(program: Program, inputs: Sequence[Any], paths: Sequence[str], timeout_s: float | None) -> Sequence[Tensor]:
+    """Run a program, recorded by autograd where a gradient can be asked for."""
+    if torch.is_grad_enabled():
+        wrt = tuple(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
+        if wrt:
+            return _Recorded.apply(program, wrt, paths, timeout_s, *inputs)
+    placed, copied = _place(program, inputs, paths)
+    blocks = program.session.run(program, placed, copied=copied, timeout_s=timeout_s)
+    return _from_blocks(blocks, program.outputs)
+
+
+class _Recorded(torch.autograd.Function):
+    """A run that keeps a residual, and its VJP."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, program: Program, wrt: tuple[int, ...], paths: Sequence[str], timeout_s: float | None, *inputs: Any
+    ) -> tuple[Tensor, ...]:
+        session = program.session
+        keeping = program.keeping(wrt)
+        placed, copied = _place(program, inputs, paths)
+        blocks, residual = session.run_keeping(keeping, placed, copied=copied, timeout_s=timeout_s)
+        numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.call = (program, wrt, paths, timeout_s, numbers)
+        # The residual goes when torch drops this saved tensor: after a backward without retain_graph, with the node,
+        # or with whatever a saved-tensor hook made of it. Its content survives such hooks; its storage may not.
+        handle = torch.frombuffer(_Handle(session, residual), dtype=torch.int64)
+        ctx.save_for_backward(handle, *(x for x in inputs if isinstance(x, Tensor)))
+        outputs = _from_blocks(blocks, program.outputs)
+        if integers := [y for y, spec in zip(outputs, program.outputs, strict=True) if not spec.dtype.is_inexact]:
+            ctx.mark_non_differentiable(*integers)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        handle, *saved = ctx.saved_tensors
+        program, kept, paths, timeout_s, numbers = ctx.call
+        # One edge per tensor among the inputs; only what this backward pass is going to use is worth computing.
+        edges = iter(ctx.next_functions)
+        wanted = [number is None and _is_wanted(next(edges)[0]) for number in numbers]
+        wrt = tuple(i for i in kept if wanted[i])
+        given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
+        gradients: list[Tensor | None] = [None] * (4 + len(numbers))
+        if not wrt or not given:
+            return tuple(gradients)
+        restored = iter(saved)
+        inputs = [next(restored) if number is None else number for number in numbers]
+        # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
+        selected = [_conjugated(cotangents[i]) for i in given]
+        names = [f"the cotangent of output {i}" for i in given]
+        if torch.is_grad_enabled():  # create_graph: the derivative must be a program that can be derived again
+            made = _apply(program.vjp(wrt, given), [*inputs, *selected], [*paths, *names], timeout_s)
+        else:
+            made = _pull_back(program, kept, wrt, given, int(handle), inputs, selected, (paths, names), timeout_s)
+        for i, gradient in zip(wrt, made, strict=True):
+            gradient = _conjugated(gradient)
+            gradients[4 + i] = gradient if gradient.dtype is inputs[i].dtype else gradient.to(inputs[i].dtype)
+        return tuple(gradients)
+
+
+def _pull_back(
+    program: Program,
+    kept: tuple[int, ...],
+    wrt: tuple[int, ...],
+    given: tuple[int, ...],
+    residual: int,
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
+    names: tuple[Sequence[str], Sequence[str]],
+    timeout_s: float | None,
+) -> Sequence[Tensor]:
+    """Return the cotangents of the inputs `wrt`: from the residual, or from the inputs once more if it is gone."""
+    session = program.session
+    pullback = program.keeping(kept).pullback(wrt, given)
+    try:
+        placed, copied = _place(pullback, cotangents, names[1])
+        blocks = session.run_pullback(pullback, residual, placed, copied=copied, timeout_s=timeout_s)
+        return _from_blocks(blocks, pullback.outputs)
+    except ResidualGone:
+        vjp = program.vjp(wrt, given)
+        placed, copied = _place(vjp, [*inputs, *cotangents], [*names[0], *names[1]])
+        blocks = session.run(vjp, placed, copied=copied, timeout_s=timeout_s)
+        return _from_blocks(blocks, vjp.outputs)
+
+
+class _Handle(bytearray):
+    """The id of a residual as the memory of a tensor; the residual goes with it."""
+
+    def __init__(self, session: Session, residual: int) -> None:
+        super().__init__(residual.to_bytes(8, "little"))
+        self._session = session
+        self._residual = residual
+
+    def __del__(self) -> None:
+        self._session.drop_residual(self._residual)
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward pass under way will use the gradient that goes to this node."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that torch.autograd.grad was asked for by name
+        return True
+
+
+def _conjugated(tensor: Tensor) -> Tensor:
+    return tensor.conj() if tensor.is_complex() else tensor
+
+
+# Memory --------------------------------------------------------------------------------------------------------
+
+
+class _InSlab(NamedTuple):
+    """A tensor that lies in the session's memory already, by its storage: that keeps no autograd graph alive."""
+
+    address: int
+    storage: torch.UntypedStorage
+
+
+def _place(program: Program, inputs: Sequence[Any], paths: Sequence[str]) -> tuple[list[Placed], int]:
+    """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied."""
+    pool = program.session.pool
+    placed: list[Placed] = []
+    copied = 0
+    for i, (value, spec) in enumerate(zip(inputs, program.inputs, strict=True)):
+        if spec.weak:
+            block = pool.lease(spec.dtype.itemsize)
+            block.buffer[:] = _packed(value, paths[i])
+            placed.append(block)
+            continue
+        nbytes = value.nbytes
+        if _DTYPES.get(value.dtype) is not spec.dtype:
+            _check_range(value, spec, paths[i])
+        elif value.is_contiguous() and not value.is_conj() and not value.is_neg():
+            pointer = value.data_ptr()
+            address = pool.address_of(pointer, nbytes)
+            if address is not None:
+                placed.append(_InSlab(address, value.untyped_storage()))
+                continue
+            block = pool.lease(nbytes)
+            # Not copy_: the threads that it wakes for a large copy go on spinning, on the cores that the worker needs.
+            ctypes.memmove(block.pointer, pointer, nbytes)
+            placed.append(block)
+            copied += nbytes
+            continue
+        block = pool.lease(spec.nbytes)
+        if block.nbytes:
+            _from_block(block, spec).copy_(value)
+            copied += block.nbytes
+        placed.append(block)
+    return placed, copied
+
+
+def _from_blocks(blocks: Sequence[Block], described: Sequence[Spec]) -> list[Tensor]:
+    return [_from_block(block, spec) for block, spec in zip(blocks, described, strict=True)]
+
+
+def _from_block(block: Block, spec: Spec) -> Tensor:
+    """Return the tensor whose storage is the block: the lease ends with the storage."""
+    dtype = _TORCH_DTYPES[spec.dtype.name]
+    if block.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    flat = torch.frombuffer(block.buffer, dtype=dtype)
+    return flat if len(spec.shape) == 1 else flat.view(spec.shape)
+
+
+def _spec_of(value: Any, path: str, x64: bool) -> Spec:
+    """Return the type that a value has on the worker.
+
+    Raises:
+      DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
+    """
+    if not isinstance(value, Tensor):
+        return _NUMBERS[type(value)][0]
+    if value.layout is not torch.strided:
+        raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
+    if value.device.type != "cpu":
+        raise SpecError(
+            f"input `{path}` is on {value.device}, but this session's memory is the host's; move it with .cpu()"
+        )
+    dtype = _DTYPES.get(value.dtype)
+    if dtype is None:
+        raise DTypeError(f"input `{path}` has dtype {value.dtype}, which has no counterpart in JAX; cast it")
+    if dtype.name in NEEDS_X64 and not x64:
+        narrowed = NARROWED.get(dtype.name)
+        if narrowed is None:
+            raise DTypeError(
+                f"input `{path}` has dtype {dtype.name}, but the worker runs without x64; cast it to a 32-bit type "
+                "or start the worker with --x64"
+            )
+        dtype = narrowed
+    return Spec(dtype, tuple(value.shape))
+
+
+def _check_range(value: Tensor, spec: Spec, path: str) -> None:
+    """Raise DTypeError unless each integer fits the narrower type that it is going to have on the worker."""
+    if value.numel() == 0:
+        return
+    bounds = torch.iinfo(_TORCH_DTYPES[spec.dtype.name])
+    wide = value if value.dtype is torch.int64 else value.view(torch.int64)  # torch cannot order uint64
+    low, high = (int(extreme) for extreme in torch.aminmax(wide))
+    floor = bounds.min if value.dtype is torch.int64 else 0
+    if low < floor or high > bounds.max:
+        raise DTypeError(
+            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; the worker runs without x64 and "
+            f"holds {spec.dtype.name} only: start it with --x64"
+        )
+
+
+def _packed(value: Any, path: str) -> bytes:
+    try:
+        return _NUMBERS[type(value)][1](value)
+    except struct.error:
+        raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits") from None
+
+
+def _as_tensor(leaf: Any) -> Tensor:
+    """Return a leaf that is no tensor, but an array of another library, as one."""
+    if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
+        try:
+            return torch.as_tensor(leaf)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StructureError(
+                f"an argument is a {type(leaf).__qualname__} that torch cannot read: {error}"
+            ) from error
+    raise StructureError(
+        f"an argument is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str or "
+        "None, or a dict, list, tuple, namedtuple or dataclass of these"
+    )
+
+
+# Structures ----------------------------------------------------------------------------------------------------
+
+
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    return optree.tree_flatten(tree, namespace=_NAMESPACE)
+
+
+def _register_if_dataclass(cls: type) -> bool:
+    """Make a dataclass that is met for the first time a pytree node; return whether it is one."""
+    if not dataclasses.is_dataclass(cls):
+        return False
+    _register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
+    return True
+
+
+def _register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
+    """Make a dataclass a pytree node here; static fields travel as values."""
+
+    def unflatten(_: Any, children: Sequence[Any]) -> Any:
+        return trees.instantiate(cls, fields, children)
+
+    optree.register_pytree_node(
+        cls, lambda value: ([getattr(value, f) for f in fields], None, fields), unflatten, namespace=_NAMESPACE
+    )
+
+
+def _marked(value: Any, mark: bool) -> Any:
+    return optree.tree_map(lambda _: mark, value, namespace=_NAMESPACE)
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) is _Slot
+
+
+def _rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Tensor]], Any]:
+    """Return the function from a result's leaves to the result."""
+    kind = tree.WhichOneof("kind")
+    if kind == "leaf":
+        return lambda leaves: leaves[0]
+    return lambda leaves: trees.build(tree, leaves, classes)

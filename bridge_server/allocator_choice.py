@@ -1,0 +1,39 @@
+"""Makes the worker's own allocations cheap: XLA allocates every output and residual anew, and fresh pages are slow.
+
+Measured on 2 cores (2026-11, forward + VJP of sin on 64 MiB): glibc's defaults 200 ms, huge pages alone 158 ms, huge
+pages and no return of memory to the kernel between calls 144 ms.
+"""
+
+import logging
+import os
+import platform
+import sys
+
+_log = logging.getLogger(__name__)
+
+_MARK = "BRIDGE_ALLOCATOR"
+_TUNABLES = {
+    "glibc.malloc.hugetlb": 1,  # madvise(MADV_HUGEPAGE)
+    "glibc.malloc.mmap_threshold": 4 << 30,  # large arrays come from the heap, which keeps its pages
+    "glibc.malloc.trim_threshold": 16 << 30,
+    "glibc.malloc.arena_max": 1,  # only the main arena can hold large arrays
+}
+
+
+def restart_with_a_good_allocator() -> None:
+    """Execute this process anew under the best allocator there is; return at once in the new one.
+
+    BRIDGE_ALLOCATOR=system keeps things as they are. A preloaded allocator (jemalloc, tcmalloc) is respected.
+    """
+    chosen = os.environ.get(_MARK)
+    if chosen is None:
+        chosen = "system"
+        if platform.libc_ver()[0] == "glibc" and "malloc" not in os.environ.get("LD_PRELOAD", ""):
+            theirs = os.environ.get("GLIBC_TUNABLES", "")
+            ours = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs]
+            tunables = ":".join(filter(None, [theirs, *ours]))
+            sys.stdout.flush()
+            sys.stderr.flush()
+            environment = os.environ | {"GLIBC_TUNABLES": tunables, _MARK: "glibc with huge pages"}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    _log.debug("allocator: %s", chosen)

@@ -1,0 +1,244 @@
+"""The command `bridge_server`. Flags come before BRIDGE_* variables, and those before the defaults."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from bridge_server import endpoints, targets
+from bridge_server.allocator_choice import restart_with_a_good_allocator
+from bridge_server.parent import watch_parent
+from bridge_server.programs import Programs
+from bridge_server.runtime import Model, Options, Runtime
+from bridge_server.sessions import Sessions
+from bridge_server.warmup import warm_up
+from bridge_server.worker import Security, Worker
+from bridge_wire import __version__
+from bridge_wire.errors import BridgeError, CallerError
+from bridge_wire.pool import half_of_memory
+
+_log = logging.getLogger("bridge_server")
+
+OK, FAILED, USAGE = 0, 1, 2
+_DRAIN_S = 30.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker until it is told to stop. Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse."""
+    options = _parser().parse_args(argv)
+    _set_up_logging(options.log_level)
+    try:
+        return _serve(options)
+    except CallerError as error:
+        print(f"bridge_server: {error}", file=sys.stderr)
+        return USAGE
+    except BridgeError as error:
+        print(f"bridge_server: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _serve(options: argparse.Namespace) -> int:
+    stop = _StopSignals()
+    if not options.jax_model:
+        raise CallerError("nothing to serve: name a model with --jax-model module:attribute")
+    endpoint = endpoints.parse(options.listen)
+    security = _security(options, endpoint)
+    restart_with_a_good_allocator()
+    if options.parent_pid:
+        watch_parent(options.parent_pid, stop.request)
+
+    runtime = _runtime(options)
+    models = _load(options.jax_model, options.factory, runtime)
+    programs = Programs(runtime, models)
+    sessions = Sessions(runtime, programs, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
+    worker = Worker(runtime, programs, sessions, endpoint, security)
+    try:
+        for warmup in options.warmup:
+            warm_up(programs, warmup)
+        worker.announce_ready()
+        devices = ",".join(runtime.describe().devices)
+        print(
+            f"bridge_server ready endpoint={worker.address} models={','.join(models)} lanes=local,grpc "
+            f"devices={devices}",
+            flush=True,
+        )
+        stop.wait()
+        _log.info("draining: no new work; waiting for the calls under way")
+        if not worker.drain(_DRAIN_S):
+            _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
+    finally:
+        worker.close()
+    return OK
+
+
+def _runtime(options: argparse.Namespace) -> Runtime:
+    try:
+        from bridge_server.jax_runtime import JaxRuntime
+    except ImportError as error:
+        raise CallerError(f"--jax-model needs jax in the worker's environment: {error}") from error
+    return JaxRuntime(Options(x64=options.x64, jit=options.jit))
+
+
+def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
+    models: dict[str, Model] = {}
+    for text in texts:
+        target = targets.parse(text)
+        if target.name in models:
+            raise CallerError(f"two models are named {target.name!r}; write NAME={text}")
+        value = targets.load(target)
+        models[target.name] = runtime.adapt(target.name, value() if is_factory else value)
+    return models
+
+
+def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Security:
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise CallerError("--tls-cert and --tls-key go together")
+    try:
+        token = Path(options.token_file).read_text().strip() if options.token_file else os.environ.get("BRIDGE_TOKEN")
+        certificate = Path(options.tls_cert).read_bytes() if options.tls_cert else None
+        key = Path(options.tls_key).read_bytes() if options.tls_key else None
+    except OSError as error:
+        raise CallerError(f"cannot read {error.filename}: {error.strerror}") from error
+    if endpoint.is_exposed and not (token or certificate):
+        if not options.insecure:
+            raise CallerError(
+                f"{endpoint.address} can be reached from other hosts: set --token-file (or BRIDGE_TOKEN) or --tls-cert "
+                "and --tls-key, listen on a loopback address or a unix: socket, or accept the risk with --insecure"
+            )
+        _log.warning("INSECURE: anyone who can reach %s can run this worker's models", endpoint.address)
+    return Security(token, certificate, key)
+
+
+class _StopSignals:
+    """SIGTERM and SIGINT ask for a drain; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._requested = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.request())
+
+    def request(self) -> None:
+        if self._requested.is_set():
+            os._exit(FAILED)
+        self._requested.set()
+
+    def wait(self) -> None:
+        self._requested.wait()
+
+
+def _parser() -> argparse.ArgumentParser:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(
+        "bridge_server",
+        description="Serve JAX models to programs in other processes.",
+        epilog="Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES, and so on.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--jax-model",
+        action="append",
+        metavar="[NAME=]MOD:ATTR",
+        default=_listed(env("BRIDGE_JAX_MODEL")),
+        help="a function, a pair (apply, params), a flax or equinox module; repeatable",
+    )
+    add(
+        "--factory",
+        action="store_true",
+        default=_flag("BRIDGE_FACTORY"),
+        help="MOD:ATTR is a function that returns the model",
+    )
+    add(
+        "--listen",
+        metavar="unix:PATH|HOST:PORT",
+        default=env("BRIDGE_LISTEN"),
+        help="default: a socket in a directory that only you can enter",
+    )
+    add("--x64", action="store_true", default=_flag("BRIDGE_X64"), help="allow 64-bit floats and integers")
+    add(
+        "--no-jit",
+        dest="jit",
+        action="store_false",
+        default=not _flag("BRIDGE_NO_JIT"),
+        help="run models operation by operation, for debugging",
+    )
+    add(
+        "--residual-bytes",
+        type=_bytes,
+        default=env("BRIDGE_RESIDUAL_BYTES", str(half_of_memory())),
+        help="budget for what is kept between forwards and their VJPs; past it backwards recompute",
+    )
+    add(
+        "--session-slab-bytes",
+        type=_bytes,
+        default=env("BRIDGE_SESSION_SLAB_BYTES", str(1 << 40)),
+        help="most memory that one client may share",
+    )
+    add(
+        "--warmup",
+        action="append",
+        metavar="[NAME=]DTYPE[SHAPE],...",
+        default=_listed(env("BRIDGE_WARMUP")),
+        help="compile for these positional arguments before reporting healthy, e.g. float32[8,64]; repeatable",
+    )
+    add(
+        "--token-file",
+        metavar="FILE",
+        default=env("BRIDGE_TOKEN_FILE"),
+        help="clients must present the token in this file (or in BRIDGE_TOKEN)",
+    )
+    add("--tls-cert", metavar="PEM", default=env("BRIDGE_TLS_CERT"))
+    add("--tls-key", metavar="PEM", default=env("BRIDGE_TLS_KEY"))
+    add(
+        "--insecure",
+        action="store_true",
+        default=_flag("BRIDGE_INSECURE"),
+        help="allow TCP beyond loopback without TLS or token",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default=env("BRIDGE_LOG_LEVEL", "info"))
+    add("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
+    add("--version", action="version", version=f"bridge_server {__version__}")
+    return parser
+
+
+def _listed(value: str | None) -> list[str]:
+    return value.split() if value else []
+
+
+def _flag(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def _bytes(text: str) -> int:
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    number = text.rstrip("KMGTiB")
+    unit = text[len(number) :].rstrip("iB")
+    if not number.isdigit() or unit not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
+    return int(number) * units[unit]
+
+
+def _set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(text if sys.stderr.isatty() else _JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in ("bridge_server", "bridge_wire"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for log collectors and for the parent of a spawned worker."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return json.dumps({"time": when, "level": record.levelname, "logger": record.name, "message": message})

@@ -1,0 +1,72 @@
+"""Where a worker listens: parsing, defaults, and what may be exposed to whom."""
+
+import ipaddress
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge_wire.errors import CallerError
+
+_LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
+LANE_SUFFIX = ".lane"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A gRPC endpoint and the Unix socket of the local lane beside it."""
+
+    address: str  # as gRPC wants it: "unix:PATH" or "HOST:PORT"
+    lane_path: str
+    is_exposed: bool  # whether other hosts may reach it
+
+
+def parse(listen: str | None) -> Endpoint:
+    """Return the endpoint of a --listen value; None means a socket in the runtime directory.
+
+    Raises:
+      CallerError: the value is malformed, or the socket's path is too long or taken by something else.
+    """
+    if listen is None:
+        return _unix(_runtime_directory() / "bridge.sock")
+    if listen.startswith("unix:"):
+        return _unix(Path(listen.removeprefix("unix:")))
+    host, colon, port = listen.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
+    # A name per process: several workers may listen on TCP side by side.
+    lane = _runtime_directory() / f"{os.getpid()}{LANE_SUFFIX}"
+    return Endpoint(listen, str(lane), is_exposed=not _is_loopback(host.strip("[]")))
+
+
+def _unix(path: Path) -> Endpoint:
+    path = path.absolute()
+    if len(os.fsencode(path)) + len(LANE_SUFFIX) > _LONGEST_SOCKET_PATH:
+        raise CallerError(f"the socket's path has over {_LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}")
+    if not path.parent.is_dir():
+        raise CallerError(f"the socket's directory does not exist: {path.parent}")
+    for taken in (path, Path(f"{path}{LANE_SUFFIX}")):
+        if taken.exists() and not stat.S_ISSOCK(taken.stat().st_mode):
+            raise CallerError(f"{taken} exists and is no socket; choose another path for --listen")
+    return Endpoint(f"unix:{path}", f"{path}{LANE_SUFFIX}", is_exposed=False)
+
+
+def _runtime_directory() -> Path:
+    """Return a directory that only this user can enter."""
+    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    directory = Path(parent) / f"torch-jax-bridge-{os.geteuid()}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise CallerError(f"{directory} is not a directory of mode 0700 of this user; remove it or name a --listen")
+    return directory
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

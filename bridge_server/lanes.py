@@ -1,0 +1,216 @@
+"""Serves the lanes: one thread per connection, which answers one request after the other.
+
+`serve` is the whole conversation, as a generator from requests to replies; a gRPC stream and a framed Unix socket
+are two ways to feed it.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+from google.protobuf.message import DecodeError
+
+from bridge_server.runtime import Program
+from bridge_server.sessions import Session, Sessions
+from bridge_wire.errors import BridgeError, PeerError, ProtocolError, Unauthenticated, encode, unexpected
+from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.frames import CHUNK
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
+
+_log = logging.getLogger(__name__)
+
+_BACKLOG = 128
+
+
+def serve(
+    requests: Iterator[pb.LaneRequest], sessions: Sessions, take_descriptors: Callable[[], list[int]] = list
+) -> Iterator[pb.LaneReply]:
+    """Answer one connection's requests until the peer ends it, or breaks the contract."""
+    session: Session | None = None
+    try:
+        for request in requests:
+            descriptors = take_descriptors()
+            try:
+                if session is None:
+                    session = _attach(request, sessions)
+                    yield _DONE
+                else:
+                    yield from _answer(request, requests, session, sessions, descriptors)
+            except PeerError as error:
+                yield _failed(error)
+                return
+            except BridgeError as error:
+                yield _failed(error)
+            except MemoryError as error:
+                yield _failed(unexpected(error))
+                return
+            except Exception as error:
+                _log.exception("a request failed unexpectedly")
+                yield _failed(unexpected(error))
+                return
+            finally:
+                for fd in descriptors:
+                    os.close(fd)
+    finally:
+        if session is not None:
+            sessions.detach(session)
+
+
+def _attach(request: pb.LaneRequest, sessions: Sessions) -> Session:
+    if request.WhichOneof("kind") != "attach":
+        raise ProtocolError("the first request on a lane must be `attach`")
+    return sessions.attach(request.attach.session)
+
+
+def _answer(
+    request: pb.LaneRequest,
+    requests: Iterator[pb.LaneRequest],
+    session: Session,
+    sessions: Sessions,
+    descriptors: list[int],
+) -> Iterator[pb.LaneReply]:
+    kind = request.WhichOneof("kind")
+    if kind == "run":
+        run = request.run
+        if run.released:
+            session.residuals.drop(session, run.released)
+        if run.inline:
+            yield from _run_inline(run, requests, session, sessions)
+        else:
+            call = object()
+            sessions.begin(session, call)  # not `with`: this is the hot path
+            try:
+                nbytes = session.run(run)
+            finally:
+                sessions.end(call)
+            yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes)) if nbytes else _RAN
+    elif kind == "release":
+        session.residuals.drop(session, request.release.residuals)
+        yield pb.LaneReply(usage=session.usage())
+    elif kind == "share":
+        if len(descriptors) != 1:
+            raise ProtocolError(f"a slab comes with exactly one descriptor, not with {len(descriptors)}")
+        session.add_slab(descriptors.pop(), request.share, sessions.slab_bytes)
+        yield _DONE
+    else:
+        raise ProtocolError(f"a lane takes no {kind or 'empty'!r} request here")
+
+
+def _run_inline(
+    run: pb.Run, requests: Iterator[pb.LaneRequest], session: Session, sessions: Sessions
+) -> Iterator[pb.LaneReply]:
+    program = session.program(run.program)
+    inputs = _receive_inputs(program, requests, session)
+    with sessions.running(session):
+        nbytes, outputs = session.run_inline(run, program, inputs)
+    yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes))
+    for block in outputs:
+        for start in range(0, block.nbytes, CHUNK):
+            yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
+
+
+def _receive_inputs(program: Program, requests: Iterator[pb.LaneRequest], session: Session) -> list[Block]:
+    try:
+        blocks = [session.scratch.lease(spec.nbytes) for spec in program.inputs]
+    except MemoryError as error:
+        # The chunks are on their way and have nowhere to go: this lane cannot go on.
+        raise ProtocolError(f"no room for the inputs of an inline call: {error}") from error
+    for block in blocks:
+        filled = 0
+        while filled < block.nbytes:
+            request = next(requests, None)
+            if request is None or request.WhichOneof("kind") != "chunk":
+                raise ProtocolError("an inline run was not followed by all of its inputs' bytes")
+            chunk = request.chunk
+            if not 0 < len(chunk) <= min(CHUNK, block.nbytes - filled):
+                raise ProtocolError(f"a chunk of {len(chunk)} bytes where {block.nbytes - filled} were missing")
+            block.buffer[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+    return blocks
+
+
+def _failed(error: BridgeError) -> pb.LaneReply:
+    return pb.LaneReply(error=encode(error))
+
+
+_DONE = pb.LaneReply(done=pb.Done())
+_RAN = pb.LaneReply(ran=pb.Ran())
+
+
+class LocalLanes:
+    """Accepts local lanes on a Unix socket: from the worker's own user only, each with a session token."""
+
+    def __init__(self, path: str, sessions: Sessions) -> None:
+        self.path = path
+        self._sessions = sessions
+        self._open: set[FramedSocket] = set()
+        self._lock = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(path)
+        os.chmod(path, 0o600)
+        self._listener.listen(_BACKLOG)
+        self._thread = threading.Thread(target=self._accept, name="local-lanes", daemon=True)
+
+    def start(self) -> None:
+        """Begin to accept."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End every lane, and remove the socket."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept
+        self._listener.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        with self._lock:
+            lanes = list(self._open)
+        for lane in lanes:
+            lane.shut_down()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError as error:
+                if self._listener.fileno() < 0 or error.errno in (22, 9):  # EINVAL, EBADF: closed by `close`
+                    return
+                _log.warning("a local lane could not be accepted: %s", error.strerror)
+                threading.Event().wait(0.1)  # out of descriptors, most likely: let some be closed
+                continue
+            lane = FramedSocket(connection)
+            with self._lock:
+                self._open.add(lane)
+            threading.Thread(target=self._serve, args=(lane,), name="local-lane", daemon=True).start()
+
+    def _serve(self, lane: FramedSocket) -> None:
+        try:
+            if lane.peer_uid() != os.geteuid():
+                raise Unauthenticated("a local lane serves the worker's own user only")
+            with contextlib.closing(serve(_requests(lane), self._sessions, lane.take_descriptors)) as replies:
+                for reply in replies:
+                    lane.send(reply.SerializeToString())
+        except PeerError as error:
+            self._refuse(lane, error)
+        except OSError:
+            pass  # the peer is gone; `serve` has let go of what it owned
+        finally:
+            with self._lock:
+                self._open.discard(lane)
+            lane.close()
+
+    def _refuse(self, lane: FramedSocket, error: PeerError) -> None:
+        _log.warning("ending a local lane: %s", error)
+        with contextlib.suppress(OSError):
+            lane.send(_failed(error).SerializeToString())
+
+
+def _requests(lane: FramedSocket) -> Iterator[pb.LaneRequest]:
+    while (message := lane.receive()) is not None:
+        try:
+            yield pb.LaneRequest.FromString(message)
+        except DecodeError as error:
+            raise ProtocolError("a frame holds no LaneRequest") from error

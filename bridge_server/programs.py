@@ -1,0 +1,69 @@
+"""The worker's programs: each is traced and compiled once, whoever asks for it and however often."""
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from bridge_server.runtime import Model, Preparation, Program, Runtime
+from bridge_wire.errors import ProtocolError, UnknownModel
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """Where the first to ask prepares, while the others wait for the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    program: Program | None = None
+
+
+class Programs:
+    """Prepares programs of the hosted models and remembers them by signature. Thread-safe."""
+
+    def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
+        self.models = models
+        self._runtime = runtime
+        self._slots: dict[object, _Slot] = {}
+        self._lock = threading.Lock()
+
+    def call(self, request: pb.Call) -> Preparation:
+        """Prepare a transformed call of a model."""
+        model = self._model(request.model)
+        key = request.SerializeToString(deterministic=True)
+        return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
+
+    def parameters(self, request: pb.Parameters) -> Preparation:
+        """Prepare the program whose outputs are a model's parameters."""
+        model = self._model(request.model)
+
+        def prepare() -> Preparation:
+            yield "tracing"
+            return self._runtime.prepare_parameters(model)
+
+        return (yield from self._once((model, "parameters"), prepare))
+
+    def pullback(self, program: Program, request: pb.Pullback) -> Preparation:
+        """Prepare the pullback of a program that keeps residuals."""
+        wrt, outputs = tuple(request.wrt), tuple(request.outputs)
+        if program.residual_nbytes is None:
+            raise ProtocolError("a pullback was asked of a program that keeps no residual")
+        return (
+            yield from self._once(
+                (program, wrt, outputs), lambda: self._runtime.prepare_pullback(program, wrt, outputs)
+            )
+        )
+
+    def _model(self, name: str) -> Model:
+        model = self.models.get(name)
+        if model is None:
+            raise UnknownModel(f"no model is named {name[:100]!r} here; this worker hosts {sorted(self.models)}")
+        return model
+
+    def _once(self, key: object, prepare: Callable[[], Preparation]) -> Preparation:
+        with self._lock:
+            slot = self._slots.setdefault(key, _Slot())
+        if slot.program is None:
+            with slot.lock:
+                if slot.program is None:
+                    slot.program = yield from prepare()
+        return slot.program

@@ -1,0 +1,118 @@
+"""What a framework must offer to be served. One implementation per framework; this file imports none of them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+# Yields the phases "tracing" and "compiling" as they begin, and returns the program.
+Preparation = Generator[str, None, "Program"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One array of a model's state. Buffers (statistics, counters) are not trainable."""
+
+    path: str
+    spec: Spec
+    trainable: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """What a target names, seen as a function of its parameters and its arguments.
+
+    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own.
+    """
+
+    name: str
+    doc: str
+    arguments: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    values: Sequence[Any]
+    apply: Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], Any]
+
+
+class Program(ABC):
+    """A function of a flat list of arrays, ready to run. Immutable; shared by every session that prepared it."""
+
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    output_nbytes: tuple[int, ...]
+    result: pb.Tree
+    # Bytes of the residual that each run keeps; None for a program that keeps none.
+    residual_nbytes: int | None = None
+    # Whether a run reads a residual, which a run of this program kept.
+    pullback_of: "Program | None" = None
+
+    @abstractmethod
+    def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
+        """Return the outputs, computed and not just enqueued, and the new residual if one is kept.
+
+        `residual` is what an earlier run of `pullback_of` kept, and otherwise None. Neither the inputs nor anything
+        that aliases them is kept beyond the call, except in the residual.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a runtime should behave, from the command line."""
+
+    x64: bool = False
+    jit: bool = True
+
+
+@dataclass(slots=True)
+class Description:
+    """What Describe tells about the framework."""
+
+    framework: str
+    version: str
+    x64: bool
+    devices: tuple[str, ...] = field(default=())
+
+
+class Runtime(ABC):
+    """Adapts one framework. Methods are called from many threads at once."""
+
+    @abstractmethod
+    def describe(self) -> Description: ...
+
+    @abstractmethod
+    def adapt(self, name: str, target: Any) -> Model:
+        """Return the model that a loaded target stands for.
+
+        Raises:
+          TargetError: it is nothing that this framework can serve.
+        """
+
+    @abstractmethod
+    def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
+        """Prepare a transformed call.
+
+        Raises:
+          CallerError: the signature cannot be served.
+          RemoteModelError: the model raised while it was traced.
+        """
+
+    @abstractmethod
+    def prepare_parameters(self, model: Model) -> Program:
+        """Return the program whose outputs are the model's parameters."""
+
+    @abstractmethod
+    def prepare_pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
+        """Prepare the pullback of a program that keeps residuals."""
+
+    @abstractmethod
+    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+        """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the Python number there.
+
+        Never a copy: the array shows what the memory holds at the time of each run.
+        """
+
+    @abstractmethod
+    def write(self, array: Any, pointer: int, nbytes: int) -> None:
+        """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory."""

@@ -1,0 +1,135 @@
+"""The gRPC service: everything but the hot path of local clients."""
+
+import hmac
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+
+from bridge_server.lanes import serve
+from bridge_server.programs import Programs
+from bridge_server.runtime import Model, Preparation, Program, Runtime
+from bridge_server.sessions import Sessions
+from bridge_wire import PROTOCOLS, __version__, specs
+from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, unexpected
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
+
+_log = logging.getLogger(__name__)
+
+
+class Service(BridgeServicer):
+    """Translates RPCs into calls on sessions and programs. Every RPC may run in several threads at once."""
+
+    def __init__(self, runtime: Runtime, programs: Programs, sessions: Sessions, local_lane: str) -> None:
+        self._runtime = runtime
+        self._programs = programs
+        self._sessions = sessions
+        self._local_lane = local_lane
+
+    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+        about = self._runtime.describe()
+        return pb.DescribeReply(
+            version=__version__,
+            framework=about.framework,
+            framework_version=about.version,
+            python_version=platform.python_version(),
+            x64=about.x64,
+            devices=about.devices,
+            models=[_described(model) for model in self._programs.models.values()],
+        )
+
+    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+        try:
+            protocol = _negotiated(request)
+            session = self._sessions.open()
+        except BridgeError as error:
+            abort(context, error)
+        _log.debug("opened a session for %s", request.client[:200])
+        return pb.OpenReply(protocol=protocol, session=session.token, local_lane=self._local_lane)
+
+    def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> Iterator[pb.PrepareEvent]:
+        try:
+            session = self._sessions.find(request.session)
+            with self._sessions.running(session):
+                program: Program = yield from _as_events(self._preparation(request, session.program))
+            yield pb.PrepareEvent(
+                prepared=pb.Prepared(
+                    program=session.add_program(program),
+                    result=program.result,
+                    outputs=[specs.encode(spec) for spec in program.outputs],
+                )
+            )
+        except BridgeError as error:
+            abort(context, error)
+        except Exception as error:
+            _log.exception("a preparation failed unexpectedly")
+            abort(context, unexpected(error))
+
+    def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
+        yield from serve(request_iterator, self._sessions)
+
+    def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
+        self._sessions.close(request.session)
+        return pb.CloseReply()
+
+    def _preparation(self, request: pb.PrepareRequest, program_of: Callable[[int], Program]) -> Preparation:
+        kind = request.WhichOneof("what")
+        if kind == "call":
+            return self._programs.call(request.call)
+        if kind == "parameters":
+            return self._programs.parameters(request.parameters)
+        if kind == "pullback":
+            return self._programs.pullback(program_of(request.pullback.program), request.pullback)
+        raise ProtocolError("a Prepare request names nothing to prepare")
+
+
+class TokenInterceptor(grpc.ServerInterceptor):
+    """Lets in only calls that carry the worker's token; health probes pass without it."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+        given = dict(details.invocation_metadata).get("authorization", "")
+        if details.method.startswith("/grpc.health.v1.Health/") or hmac.compare_digest(given.encode(), self._expected):
+            return continuation(details)
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: abort(
+                context, Unauthenticated("the worker's token is missing or wrong; pass token=")
+            )
+        )
+
+
+def _as_events(preparation: Preparation) -> Iterator[pb.PrepareEvent]:
+    """Yield a preparation's phases as events; return its program."""
+    while True:
+        try:
+            phase = next(preparation)
+        except StopIteration as finished:
+            return finished.value
+        yield pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase=phase))
+
+
+def _negotiated(request: pb.OpenRequest) -> int:
+    oldest, newest = PROTOCOLS
+    chosen = min(newest, request.newest_protocol)
+    if chosen < max(oldest, request.oldest_protocol):
+        raise VersionMismatch(
+            f"the client speaks protocols {request.oldest_protocol} to {request.newest_protocol}, this worker "
+            f"{oldest} to {newest}; install matching releases of torch-jax-bridge on both sides"
+        )
+    return chosen
+
+
+def _described(model: Model) -> pb.Model:
+    return pb.Model(
+        name=model.name,
+        doc=model.doc,
+        arguments=model.arguments,
+        parameters=[
+            pb.Parameter(path=p.path, spec=specs.encode(p.spec), trainable=p.trainable) for p in model.parameters
+        ],
+    )

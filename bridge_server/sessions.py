@@ -1,0 +1,336 @@
+"""Worker sessions: everything one client owns here, and its end.
+
+A session is opened over gRPC, lives while at least one lane is attached to it, and ends with the last lane, however
+that ends. So a killed client leaves nothing behind.
+"""
+
+import contextlib
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bridge_server.programs import Programs
+from bridge_server.runtime import Program, Runtime
+from bridge_wire.allocator import ALIGNMENT
+from bridge_wire.errors import (
+    OutOfMemory,
+    ProtocolError,
+    ResidualGone,
+    SessionClosed,
+    Unauthenticated,
+    WorkerDraining,
+)
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block, Pool
+from bridge_wire.slabs import Slab, map_received
+from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
+
+_MAX_SESSIONS = 4096
+_MAX_SLABS = 1024
+_MAX_PROGRAMS = 16384
+_MAX_CACHED_VIEWS = 16384
+_UNATTACHED_S = 60.0
+_TOKEN_BYTES = 32
+_DRAIN_POLL_S = 0.02
+
+
+@dataclass(slots=True, eq=False)
+class _Kept:
+    program: Program
+    value: Any
+    nbytes: int
+
+
+class Residuals:
+    """What the worker keeps between forwards and their VJPs, for all sessions within one byte budget.
+
+    Past the budget the oldest is dropped: its session is then told ResidualGone, and recomputes.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._kept: OrderedDict[tuple[Session, int], _Kept] = OrderedDict()
+        self._total = 0
+        self._lock = threading.Lock()
+
+    def keep(self, session: "Session", id: int, kept: _Kept) -> None:
+        """Keep a residual under the session's name for it, and evict the oldest ones as needed."""
+        with self._lock:
+            if (session, id) in self._kept:
+                raise ProtocolError(f"the residual {id} exists already; a residual's id is never reused")
+            self._kept[session, id] = kept
+            self._total += kept.nbytes
+            while self._total > self._budget:
+                _, oldest = self._kept.popitem(last=False)
+                self._total -= oldest.nbytes
+
+    def find(self, session: "Session", id: int) -> _Kept:
+        """Return a residual, which stays kept."""
+        kept = self._kept.get((session, id))
+        if kept is None:
+            raise ResidualGone("the residual is not here any more; run the vjp program on the inputs instead")
+        return kept
+
+    def drop(self, session: "Session", ids: Sequence[int]) -> None:
+        """Forget residuals; unknown ones were evicted before."""
+        with self._lock:
+            for id in ids:
+                kept = self._kept.pop((session, id), None)
+                if kept is not None:
+                    self._total -= kept.nbytes
+
+    def drop_all(self, session: "Session") -> None:
+        """Forget all residuals of a session."""
+        self.drop(session, [id for owner, id in list(self._kept) if owner is session])
+
+    def usage(self, session: "Session") -> tuple[int, int]:
+        """Return the number of the session's residuals and their bytes."""
+        with self._lock:
+            sizes = [kept.nbytes for (owner, _), kept in self._kept.items() if owner is session]
+        return len(sizes), sum(sizes)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's slabs, programs and views. Its lanes are served side by side, each by a thread of its own."""
+
+    token: bytes
+    runtime: Runtime
+    residuals: Residuals
+    created: float = field(default_factory=time.monotonic)
+    lanes: int = 0
+    is_closed: bool = False
+    slabs: tuple[Slab, ...] = ()
+    programs: dict[int, Program] = field(default_factory=dict)
+    # Where the bytes of inline calls go; a client whose tensors come by address never uses it.
+    scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
+    _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_slab(self, fd: int, share: pb.Share, max_bytes: int) -> None:
+        """Map a slab that the client hands over. Takes ownership of the descriptor."""
+        slab = map_received(fd, share.nbytes, share.base)
+        with self._lock:
+            if len(self.slabs) >= _MAX_SLABS or slab.nbytes > max_bytes - sum(s.nbytes for s in self.slabs):
+                raise OutOfMemory(f"a session may share at most {max_bytes} bytes in {_MAX_SLABS} slabs here")
+            if slab.base > 2**63 - slab.nbytes:
+                raise ProtocolError("a slab lies beyond the end of the address space")
+            for other in self.slabs:
+                if slab.base < other.base + other.nbytes and other.base < slab.base + slab.nbytes:
+                    raise ProtocolError("a slab overlaps another one of this session")
+            self.slabs = (*self.slabs, slab)
+
+    def add_program(self, program: Program) -> int:
+        """Return this session's name for a program."""
+        with self._lock:
+            if len(self.programs) >= _MAX_PROGRAMS:
+                raise OutOfMemory(f"a session may prepare at most {_MAX_PROGRAMS} programs; pad to fewer shapes")
+            id = len(self.programs) + 1
+            self.programs[id] = program
+        return id
+
+    def program(self, id: int) -> Program:
+        program = self.programs.get(id)
+        if program is None:
+            raise ProtocolError(f"this session has prepared no program {id}")
+        return program
+
+    def run(self, request: pb.Run) -> int:
+        """Run a program on the client's blocks; return the bytes of the residual that was kept."""
+        program = self.program(request.program)
+        if len(request.inputs) != len(program.inputs) or len(request.outputs) != len(program.outputs):
+            raise ProtocolError(
+                f"a run names {len(request.inputs)} inputs and {len(request.outputs)} outputs; "
+                f"its program has {len(program.inputs)} and {len(program.outputs)}"
+            )
+        inputs = [self._view(*named) for named in zip(request.inputs, program.inputs, strict=True)]
+        # Before the model runs, so that a bad address costs nothing.
+        targets = [
+            self._locate(address, nbytes)[0]
+            for address, nbytes in zip(request.outputs, program.output_nbytes, strict=True)
+        ]
+        return self._run(program, request.residual, inputs, targets)
+
+    def run_inline(self, request: pb.Run, program: Program, inputs: Sequence[Block]) -> tuple[int, list[Block]]:
+        """Run a program on blocks of `scratch`; return the residual's bytes, and the outputs in such blocks.
+
+        A residual that aliases an input keeps that input's block.
+        """
+        views = [
+            self.runtime.view(block.pointer, spec, block.buffer)
+            for block, spec in zip(inputs, program.inputs, strict=True)
+        ]
+        outputs = [self.scratch.lease(nbytes) for nbytes in program.output_nbytes]
+        nbytes = self._run(program, request.residual, views, [block.pointer for block in outputs])
+        return nbytes, outputs
+
+    def _run(self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[int]) -> int:
+        read = None
+        if program.pullback_of is not None:
+            kept = self.residuals.find(self, residual)
+            if kept.program is not program.pullback_of:
+                raise ProtocolError(f"the residual {residual} was kept by another program")
+            read = kept.value
+        outputs, value = program.run(inputs, read)
+        write = self.runtime.write
+        for output, pointer, nbytes in zip(outputs, targets, program.output_nbytes, strict=True):
+            if nbytes:
+                write(output, pointer, nbytes)
+        if program.residual_nbytes is None:
+            return 0
+        if residual == 0:
+            raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
+        self.residuals.keep(self, residual, _Kept(program, value, program.residual_nbytes))
+        return program.residual_nbytes
+
+    def _view(self, address: int, spec: Spec) -> Any:
+        view = self._views.get((address, spec))
+        if view is None:
+            pointer, slab = self._locate(address, spec.nbytes)
+            view = self.runtime.view(pointer, spec, slab)
+            if not spec.weak:  # a number must be read anew at each run
+                if len(self._views) >= _MAX_CACHED_VIEWS:
+                    self._views.clear()
+                self._views[address, spec] = view
+        return view
+
+    def _locate(self, address: int, nbytes: int) -> tuple[int, Slab | None]:
+        """Return where a block of the client lies in this process, and its slab; empty arrays lie nowhere."""
+        if nbytes == 0:
+            return 0, None
+        if address % ALIGNMENT:
+            raise ProtocolError(f"a block is not aligned to {ALIGNMENT} bytes")
+        for slab in self.slabs:
+            # In this order nothing can overflow or wrap, whatever the numbers.
+            if slab.base <= address and nbytes <= slab.nbytes and address - slab.base <= slab.nbytes - nbytes:
+                return slab.pointer + (address - slab.base), slab
+        raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
+
+    def usage(self) -> pb.Usage:
+        """Return what the worker holds for this session."""
+        count, nbytes = self.residuals.usage(self)
+        shared = sum(slab.nbytes for slab in self.slabs) + self.scratch.slab_bytes
+        return pb.Usage(residuals=count, residual_bytes=nbytes, slab_bytes=shared)
+
+    def discard(self) -> None:
+        """Let go of everything. Only when no lane is attached any more."""
+        self.is_closed = True
+        self.residuals.drop_all(self)
+        self._views.clear()
+        self.programs.clear()
+        self.slabs = ()
+        self.scratch.close()
+
+
+class Sessions:
+    """All sessions of a worker."""
+
+    def __init__(self, runtime: Runtime, programs: Programs, *, residual_bytes: int, slab_bytes: int) -> None:
+        self.programs = programs
+        self.slab_bytes = slab_bytes
+        self.residuals = Residuals(residual_bytes)
+        self.is_draining = False
+        self._runtime = runtime
+        self._by_token: dict[bytes, Session] = {}
+        self._running: set[object] = set()
+        self._lock = threading.Lock()
+
+    def open(self) -> Session:
+        """Return a new session with a fresh token."""
+        self.refuse_if_draining()
+        with self._lock:
+            self._forget_unattached()
+            if len(self._by_token) >= _MAX_SESSIONS:
+                raise OutOfMemory(f"the worker has {_MAX_SESSIONS} sessions already")
+            session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
+            self._by_token[session.token] = session
+        return session
+
+    def find(self, token: bytes) -> Session:
+        """Return the session of a token.
+
+        Raises:
+          Unauthenticated: no session has it, or that session has ended.
+        """
+        session = self._by_token.get(token)
+        if session is None or session.is_closed or not hmac.compare_digest(session.token, token):
+            raise Unauthenticated("the session token is not valid here; open a session first")
+        return session
+
+    def attach(self, token: bytes) -> Session:
+        """Tie a lane to the session of a token; `detach` must follow."""
+        with self._lock:
+            session = self.find(token)
+            session.lanes += 1
+        return session
+
+    def detach(self, session: Session) -> None:
+        """Untie a lane; the last one ends the session."""
+        with self._lock:
+            session.lanes -= 1
+            ended = session.lanes == 0
+            if ended:
+                self._by_token.pop(session.token, None)
+        if ended:
+            session.discard()
+            _log.debug("a session ended; %d remain", len(self._by_token))
+
+    def close(self, token: bytes) -> None:
+        """End a session as soon as its lanes have gone; it takes no more calls from now on."""
+        with self._lock:
+            session = self._by_token.pop(token, None)
+            if session is None:
+                return
+            session.is_closed = True
+            idle = session.lanes == 0
+        if idle:
+            session.discard()
+
+    def refuse_if_draining(self) -> None:
+        if self.is_draining:
+            raise WorkerDraining("the worker is shutting down and takes no new work; connect to another one")
+
+    @contextlib.contextmanager
+    def running(self, session: Session) -> Iterator[None]:
+        """Mark one call or preparation as under way: a drain waits for it."""
+        call = object()
+        self.begin(session, call)
+        try:
+            yield
+        finally:
+            self.end(call)
+
+    def begin(self, session: Session, call: object) -> None:
+        """Note that `call` is under way; `end` must follow. Takes no lock: sets are atomic."""
+        if session.is_closed:
+            raise SessionClosed("the session was closed")
+        self._running.add(call)
+        if self.is_draining:  # checked last, so that a drain that has begun since sees the call or stops it
+            self._running.discard(call)
+            self.refuse_if_draining()
+
+    def end(self, call: object) -> None:
+        """Note that a call has finished."""
+        self._running.discard(call)
+
+    def drain(self, grace_s: float) -> bool:
+        """Take no more work, and wait for the calls under way; return whether all have finished."""
+        self.is_draining = True
+        deadline = time.monotonic() + grace_s
+        while self._running and time.monotonic() < deadline:
+            time.sleep(_DRAIN_POLL_S)
+        return not self._running
+
+    def _forget_unattached(self) -> None:
+        now = time.monotonic()
+        for token, session in list(self._by_token.items()):
+            if session.lanes == 0 and now - session.created > _UNATTACHED_S:
+                del self._by_token[token]

@@ -1,0 +1,66 @@
+"""Compiles for announced signatures before the worker reports healthy."""
+
+import logging
+import re
+
+from bridge_server.programs import Programs
+from bridge_wire import specs, trees
+from bridge_wire.dtypes import BY_NAME
+from bridge_wire.errors import CallerError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
+
+_ARRAY = re.compile(r"\s*(\w+)\[([\d,\s]*)\]\s*(?:,|$)")
+
+
+def warm_up(programs: Programs, text: str) -> None:
+    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a client that trains would ask for them."""
+    name, _, signature = text.rpartition("=")
+    if not name:
+        if len(programs.models) != 1:
+            raise CallerError(f"--warmup {text!r} must say NAME=: several models are hosted")
+        name = next(iter(programs.models))
+    arrays = _parse(signature)
+    leaf = pb.Tree(leaf=pb.Tree.Leaf())
+    args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(arrays)))
+    call = pb.Call(model=name, arguments=trees.arguments(args, pb.Tree(dict=pb.Tree.Mapping())))
+    model = programs.models.get(name)
+    parameters = model.parameters if model else ()
+    call.parameters = bool(parameters)
+    call.inputs.extend(specs.encode(spec) for spec in (*(p.spec for p in parameters), *arrays))
+    trainable = [i for i, parameter in enumerate(parameters) if parameter.trainable]
+    floats = [i for i, spec in enumerate(arrays, len(parameters)) if spec.dtype.is_inexact]
+    _log.info("warming up %s", text)
+    _finish(programs, call)
+    for wrt in (trainable, trainable + floats) if trainable else (floats,):
+        kept = pb.Call()
+        kept.CopyFrom(call)
+        kept.keep.inputs.extend(wrt)
+        program = _finish(programs, kept)
+        outputs = [i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact]
+        for _ in programs.pullback(program, pb.Pullback(wrt=wrt, outputs=outputs)):
+            pass
+
+
+def _finish(programs, call: pb.Call):
+    preparation = programs.call(call)
+    while True:
+        try:
+            next(preparation)
+        except StopIteration as finished:
+            return finished.value
+
+
+def _parse(signature: str) -> list[Spec]:
+    arrays: list[Spec] = []
+    position = 0
+    while position < len(signature):
+        match = _ARRAY.match(signature, position)
+        if match is None or match[1] not in BY_NAME:
+            raise CallerError(f"--warmup {signature!r} is not of the form float32[8,64],int32[8]")
+        sizes = [size for size in match[2].replace(" ", "").split(",") if size]
+        arrays.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
+        position = match.end()
+    return arrays

@@ -1,0 +1,126 @@
+"""A worker: the parts put together, started, drained and closed."""
+
+import contextlib
+import logging
+import os
+import socket
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from bridge_server.endpoints import Endpoint
+from bridge_server.lanes import LocalLanes
+from bridge_server.programs import Programs
+from bridge_server.runtime import Runtime
+from bridge_server.service import Service, TokenInterceptor
+from bridge_server.sessions import Sessions
+from bridge_wire.errors import CallerError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
+
+_log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
+# Each gRPC lane holds a thread while it is open. Threads start on demand, so this is only a bound.
+_MAX_THREADS = 1024
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),  # of signatures with very many leaves; tensors come in chunks
+    ("grpc.keepalive_time_ms", 60_000),  # finds out about clients whose host has vanished
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.so_reuseport", 0),  # a second worker on the port must fail, not share it
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """Who may connect over TCP, and how: a token to present, and a TLS certificate and key in PEM form."""
+
+    token: str | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+
+
+class Worker:
+    """Serves one runtime's models at one endpoint."""
+
+    def __init__(
+        self, runtime: Runtime, programs: Programs, sessions: Sessions, endpoint: Endpoint, security: Security
+    ) -> None:
+        self._sessions = sessions
+        self._endpoint = endpoint
+        self._health = health.HealthServicer()
+        interceptors = [TokenInterceptor(security.token)] if security.token else []
+        pool = futures.ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc")
+        self._server = grpc.server(pool, interceptors=interceptors, options=_OPTIONS)
+        add_BridgeServicer_to_server(Service(runtime, programs, sessions, endpoint.lane_path), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._announce(health_pb2.HealthCheckResponse.NOT_SERVING)
+        with _private_files():
+            self.address = self._listen(security)
+            _remove_stale_socket(endpoint.lane_path)
+            self._lanes = LocalLanes(endpoint.lane_path, sessions)
+        self._server.start()
+        self._lanes.start()
+
+    def announce_ready(self) -> None:
+        """Tell health probes that calls are welcome."""
+        self._announce(health_pb2.HealthCheckResponse.SERVING)
+
+    def drain(self, grace_s: float) -> bool:
+        """Take no more work, and wait for the calls under way; return whether all have finished."""
+        self._health.enter_graceful_shutdown()
+        return self._sessions.drain(grace_s)
+
+    def close(self) -> None:
+        """End every connection and remove the sockets."""
+        self._sessions.is_draining = True
+        self._lanes.close()
+        self._server.stop(grace=0.2).wait()
+        if self.address.startswith("unix:"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.address.removeprefix("unix:"))
+
+    def _announce(self, status: int) -> None:
+        for name in ("", SERVICE):
+            self._health.set(name, status)
+
+    def _listen(self, security: Security) -> str:
+        address = self._endpoint.address
+        if address.startswith("unix:"):
+            _remove_stale_socket(address.removeprefix("unix:"))
+        try:
+            if security.certificate and security.key:
+                credentials = grpc.ssl_server_credentials([(security.key, security.certificate)])
+                port = self._server.add_secure_port(address, credentials)
+            else:
+                port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise CallerError(f"cannot listen on {address}: is another worker there? ({error})") from error
+        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+@contextlib.contextmanager
+def _private_files():
+    previous = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(previous)
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove a socket that a killed worker has left behind, but never one that a worker listens on."""
+    if not Path(path).exists():
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            os.unlink(path)
+            return
+    raise CallerError(f"another worker listens at {path}")

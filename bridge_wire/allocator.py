@@ -1,0 +1,67 @@
+"""Which bytes of an address space are free. Pure bookkeeping: no memory is touched here."""
+
+# XLA reads an array in place only where it is aligned to 64 bytes; above a page, pages are kept whole.
+ALIGNMENT = 64
+_PAGE = 4096
+
+
+def rounded(nbytes: int) -> int:
+    """Return the size of the extent that serves a request of `nbytes` bytes."""
+    unit = ALIGNMENT if nbytes < _PAGE else _PAGE
+    return max(unit, -(-nbytes // unit) * unit)
+
+
+class Allocator:
+    """A best-fit allocator with deferred coalescing.
+
+    A freed extent goes on a list of its exact size and serves the next request of that size at once, warm; only a
+    request that nothing fits merges neighbours. Sizes are as `rounded` returns them. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._bins: dict[int, list[int]] = {}
+        self._spans: list[tuple[int, int]] = []  # (start, size), sorted, no two adjacent
+
+    def add(self, start: int, size: int) -> None:
+        """Add a range of free addresses, which touches no other range."""
+        self._spans.append((start, size))
+        self._spans.sort()
+
+    def allocate(self, size: int) -> int | None:
+        """Return the start of a free extent of this size, or None."""
+        if bin := self._bins.get(size):
+            return bin.pop()
+        start = self._carve(size)
+        if start is None and self._bins:
+            self._coalesce()
+            start = self._carve(size)
+        return start
+
+    def free(self, start: int, size: int) -> None:
+        """Return an extent that `allocate` gave."""
+        self._bins.setdefault(size, []).append(start)
+
+    @property
+    def free_bytes(self) -> int:
+        return sum(size for _, size in self._spans) + sum(len(bin) * size for size, bin in self._bins.items())
+
+    def _carve(self, size: int) -> int | None:
+        fitting = [(room, i) for i, (_, room) in enumerate(self._spans) if room >= size]
+        if not fitting:
+            return None
+        room, i = min(fitting)
+        start, _ = self._spans[i]
+        if room == size:
+            del self._spans[i]
+        else:
+            self._spans[i] = (start + size, room - size)
+        return start
+
+    def _coalesce(self) -> None:
+        extents = self._spans + [(start, size) for size, bin in self._bins.items() for start in bin]
+        self._bins.clear()
+        self._spans = []
+        for start, size in sorted(extents):
+            if self._spans and sum(self._spans[-1]) == start:
+                start, size = self._spans[-1][0], self._spans.pop()[1] + size
+            self._spans.append((start, size))

@@ -1,0 +1,182 @@
+"""DLPack, the one adapter between raw memory and the frameworks' arrays, in both directions.
+
+Structures and codes are those of dlpack.h 1.1; the unversioned capsule is exported, since every consumer takes it.
+"""
+
+import atexit
+import ctypes
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from bridge_wire.dtypes import BY_NAME, DType
+from bridge_wire.errors import StructureError
+from bridge_wire.specs import Spec
+
+CPU = (1, 0)  # kDLCPU, device 0
+
+
+class _DLTensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _DLManagedTensor(ctypes.Structure):
+    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+
+
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype = ctypes.c_void_p
+_libc.malloc.argtypes = [ctypes.c_size_t]
+_libc.free.argtypes = [ctypes.c_void_p]
+_FREE = ctypes.cast(_libc.free, ctypes.c_void_p).value
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.restype = ctypes.c_int
+_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_CODES: Mapping[tuple[int, int], DType] = MappingProxyType(
+    {(dtype.dlpack_code, dtype.dlpack_bits): dtype for dtype in BY_NAME.values()}
+)
+
+# What keeps the memory of each exported tensor alive, by the tensor's address, until its consumer deletes it.
+_owners: dict[int, Any] = {}
+# The capsules that have not been seen consumed yet, by the same address.
+_unconsumed: dict[int, Any] = {}
+_REFERENCES_OF_OURS = 4  # the dict, the list of its items' tuple, the loop variable, the argument of getrefcount
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+def _release(managed: int) -> None:
+    _owners.pop(managed, None)
+    _libc.free(managed)
+
+
+_RELEASE = ctypes.cast(_release, ctypes.c_void_p).value
+
+
+def _collect_unused() -> None:
+    """Let go of what was exported in a capsule that nobody consumed: a consumer renames the capsule it takes.
+
+    Not in the capsule's destructor, which may run while an exception is being raised, where no Python code can.
+    """
+    for managed, capsule in list(_unconsumed.items()):
+        if not _capsule_is(capsule, b"dltensor"):
+            _unconsumed.pop(managed, None)
+        elif sys.getrefcount(capsule) == _REFERENCES_OF_OURS:
+            _unconsumed.pop(managed, None)
+            _release(managed)
+
+
+@atexit.register
+def _let_go_at_exit() -> None:
+    # Consumers may delete their tensors after the interpreter is gone, when no callback into Python can run.
+    for managed in list(_owners):
+        _DLManagedTensor.from_address(managed).deleter = _FREE
+
+
+class Exporter:
+    """An array over raw memory that any DLPack consumer can import without a copy.
+
+    With an `owner`, that object lives until the consumer's array dies. Without one, the memory's lifetime is the
+    caller's business, and no Python code runs when the consumer lets go.
+    """
+
+    __slots__ = ("_owner", "pointer", "spec")
+
+    def __init__(self, pointer: int, spec: Spec, owner: Any = None) -> None:
+        self.pointer = pointer
+        self.spec = spec
+        self._owner = owner
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CPU
+
+    def __dlpack__(self, *, stream: None = None, **_: Any) -> Any:
+        dtype, shape, _weak = self.spec
+        header = ctypes.sizeof(_DLManagedTensor)
+        managed = _libc.malloc(header + 8 * len(shape))
+        if not managed:
+            raise MemoryError("no memory for a DLPack header")
+        (ctypes.c_int64 * len(shape)).from_address(managed + header)[:] = shape
+        made = _DLManagedTensor.from_address(managed)
+        made.tensor = _DLTensor(
+            # Consumers take a null pointer only for an empty array, and some do not take it even then.
+            self.pointer or managed,
+            *CPU,
+            len(shape),
+            dtype.dlpack_code,
+            dtype.dlpack_bits,
+            1,
+            managed + header,
+            None,
+            0,
+        )
+        made.context = None
+        made.deleter = _FREE if self._owner is None else _RELEASE
+        capsule = _new_capsule(managed, b"dltensor", None)
+        if self._owner is not None:
+            _collect_unused()
+            _owners[managed] = self._owner
+            _unconsumed[managed] = capsule
+        return capsule
+
+
+class Borrowed(NamedTuple):
+    """A view of a producer's memory: valid while `capsule` lives. Strides are in elements; None means row-major."""
+
+    pointer: int
+    spec: Spec
+    strides: tuple[int, ...] | None
+    capsule: Any
+
+    @property
+    def is_row_major(self) -> bool:
+        if self.strides is None or 0 in self.spec.shape:
+            return True
+        expected = 1
+        for size, stride in zip(reversed(self.spec.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+def borrow(producer: Any) -> Borrowed:
+    """Return where a DLPack producer's host memory lies and what it holds, without a copy.
+
+    Raises:
+      StructureError: it is no producer, its memory is not the host's, or its dtype is none of ours.
+    """
+    if not hasattr(producer, "__dlpack__"):
+        raise StructureError(f"a {type(producer).__qualname__} has no __dlpack__; pass an array")
+    device, _ = producer.__dlpack_device__()
+    if device != CPU[0]:
+        raise StructureError(f"the array is on DLPack device type {device}; expected host memory, type {CPU[0]}")
+    capsule = producer.__dlpack__()
+    if not _capsule_is(capsule, b"dltensor"):
+        raise StructureError("the producer returned no unversioned DLPack capsule")
+    tensor = _DLManagedTensor.from_address(_capsule_pointer(capsule, b"dltensor")).tensor
+    dtype = _CODES.get((tensor.code, tensor.bits))
+    if dtype is None or tensor.lanes != 1:
+        raise StructureError(f"DLPack type ({tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes) is not supported")
+    sizes = ctypes.c_int64 * tensor.ndim
+    shape = tuple(sizes.from_address(tensor.shape)) if tensor.ndim else ()
+    strides = tuple(sizes.from_address(tensor.strides)) if tensor.ndim and tensor.strides else None
+    return Borrowed((tensor.data or 0) + tensor.byte_offset, Spec(dtype, shape), strides, capsule)

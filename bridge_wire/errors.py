@@ -1,0 +1,224 @@
+"""Every error of the bridge, and how each travels.
+
+BridgeError
+├── CallerError            the call is wrong; nothing was sent
+│   ├── SpecError          a leaf's shape or dtype does not fit
+│   ├── DTypeError         a dtype the worker cannot hold without loss
+│   ├── StructureError     a pytree that cannot be sent
+│   ├── UnknownModel       the worker hosts no model of that name
+│   ├── TargetError        `mod:fn` names nothing that can be served
+│   └── SessionClosed      you closed it
+├── RemoteModelError       the model raised; carries the remote type and traceback as text
+├── PeerError              the other side broke the contract
+│   ├── ProtocolError      a malformed or illegal message
+│   ├── VersionMismatch    no protocol version in common
+│   └── Unauthenticated    a wrong or missing token, or another user
+├── WorldError             nobody's fault in this process
+│   ├── WorkerUnavailable  no worker answers at the address
+│   │   ├── WorkerDied     it died, or the connection broke, during a call
+│   │   └── WorkerDraining it is shutting down
+│   ├── WorkerCrashed      a spawned worker ended before it was ready
+│   ├── StartupTimeout     a spawned worker was not ready in time
+│   ├── CallTimeout        no answer within timeout_s
+│   ├── OutOfMemory        no room for a block: the slabs' cap, or the kernel said no
+│   └── LaneUnavailable    the lane or memory kind that was required cannot be had
+├── LeaseExpired           a block was used after its release
+├── ResidualGone           the worker no longer has the residual; the caller recomputes
+└── InternalError          a bug of the bridge
+"""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NoReturn
+
+import grpc
+
+from bridge_wire.pb import bridge_pb2 as pb
+
+_Status = grpc.StatusCode
+
+# The gRPC trailer that carries the pb.Error.
+TRAILER = "bridge-error-bin"
+
+
+class BridgeError(Exception):
+    """The root of every error that this project raises."""
+
+    status = _Status.UNKNOWN
+
+
+class CallerError(BridgeError):
+    """The call is wrong; nothing was sent."""
+
+    status = _Status.INVALID_ARGUMENT
+
+
+class SpecError(CallerError):
+    """A leaf's shape or dtype does not fit."""
+
+
+class DTypeError(CallerError, TypeError):
+    """A dtype that the worker cannot hold without loss."""
+
+
+class StructureError(CallerError, TypeError):
+    """A pytree, or a leaf of one, that cannot be sent."""
+
+
+class UnknownModel(CallerError, LookupError):
+    """The worker hosts no model of that name."""
+
+    status = _Status.NOT_FOUND
+
+
+class TargetError(CallerError):
+    """A `mod:fn` that names nothing that can be served."""
+
+
+class SessionClosed(CallerError):
+    """The session was closed by its owner."""
+
+    status = _Status.FAILED_PRECONDITION
+
+
+class RemoteModelError(BridgeError):
+    """The model raised.
+
+    `remote_type` is the exception's qualified class name and `remote_traceback` its traceback, both as text.
+    """
+
+    status = _Status.ABORTED
+
+    def __init__(self, message: str, *, remote_type: str = "", remote_traceback: str = "") -> None:
+        super().__init__(message)
+        self.remote_type = remote_type
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text
+
+
+class PeerError(BridgeError):
+    """The other side broke the contract."""
+
+    status = _Status.FAILED_PRECONDITION
+
+
+class ProtocolError(PeerError):
+    """A malformed or illegal message."""
+
+    status = _Status.INVALID_ARGUMENT
+
+
+class VersionMismatch(PeerError):
+    """The two sides have no protocol version in common."""
+
+
+class Unauthenticated(PeerError):
+    """A wrong or missing token, or a peer of another user."""
+
+    status = _Status.UNAUTHENTICATED
+
+
+class WorldError(BridgeError):
+    """Something outside this process failed."""
+
+    status = _Status.UNAVAILABLE
+
+
+class WorkerUnavailable(WorldError, ConnectionError):
+    """No worker answers at the address."""
+
+
+class WorkerDied(WorkerUnavailable):
+    """The worker died, or the connection to it broke, during a call. The next call reconnects."""
+
+
+class WorkerDraining(WorkerUnavailable):
+    """The worker is shutting down and takes no new work."""
+
+
+class WorkerCrashed(WorldError):
+    """A spawned worker ended before it was ready."""
+
+
+class StartupTimeout(WorldError, TimeoutError):
+    """A spawned worker was not ready in time; it was killed."""
+
+    status = _Status.DEADLINE_EXCEEDED
+
+
+class CallTimeout(WorldError, TimeoutError):
+    """No answer within timeout_s. The call's blocks stay leased until the worker lets go of them."""
+
+    status = _Status.DEADLINE_EXCEEDED
+
+
+class OutOfMemory(WorldError, MemoryError):
+    """No room for a block: the slabs have reached their cap, or the kernel has no memory."""
+
+    status = _Status.RESOURCE_EXHAUSTED
+
+
+class LaneUnavailable(WorldError):
+    """The lane or the memory kind that was required cannot be had."""
+
+
+class LeaseExpired(BridgeError):
+    """A block was used after its release."""
+
+    status = _Status.FAILED_PRECONDITION
+
+
+class ResidualGone(BridgeError):
+    """The worker no longer has the residual: it was evicted, or the worker was restarted."""
+
+    status = _Status.DATA_LOSS
+
+
+class InternalError(BridgeError):
+    """A bug of the bridge; please report it."""
+
+    status = _Status.INTERNAL
+
+
+def _subclasses(root: type[BridgeError]) -> Iterator[type[BridgeError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _subclasses(child)
+
+
+_BY_KIND: Mapping[str, type[BridgeError]] = MappingProxyType({c.__name__: c for c in _subclasses(BridgeError)})
+
+
+def encode(error: BridgeError) -> pb.Error:
+    """Return the error as a message."""
+    if isinstance(error, RemoteModelError):
+        return pb.Error(
+            kind="RemoteModelError",
+            message=str(error.args[0]),
+            remote_type=error.remote_type,
+            traceback=error.remote_traceback,
+        )
+    return pb.Error(kind=type(error).__name__, message=str(error))
+
+
+def decode(message: pb.Error) -> BridgeError:
+    """Return the error that a message carries; a kind unknown here becomes a plain BridgeError."""
+    kind = _BY_KIND.get(message.kind, BridgeError)
+    if kind is RemoteModelError:
+        return RemoteModelError(message.message, remote_type=message.remote_type, remote_traceback=message.traceback)
+    return kind(message.message)
+
+
+def unexpected(error: BaseException) -> InternalError:
+    """Return the InternalError that stands for an exception that should not have happened."""
+    return InternalError(f"unexpected {type(error).__name__}: {error}")
+
+
+def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
+    """End a gRPC call with the error's status, its text, and the whole error in the trailer."""
+    context.set_trailing_metadata([(TRAILER, encode(error).SerializeToString())])
+    context.abort(error.status, str(error)[:1000])
+    raise AssertionError("abort raises")

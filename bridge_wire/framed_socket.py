@@ -1,0 +1,138 @@
+"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both sides."""
+
+import array
+import contextlib
+import os
+import select
+import socket
+import struct
+import time
+
+from bridge_wire.frames import FrameDecoder, encode
+
+_BUFFER_BYTES = 64 << 10
+# A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for this long. Much
+# shorter, and two sides that block keep each other waiting longer than either polls (measured, 2 virtual cores).
+_SPIN_S = 200e-6
+# Where messages are expected later than this, polling would only take a core from whoever computes them. What is
+# expected is a moving average of the last waits, none counted as longer than the limit.
+_SOON_S = 2 * _SPIN_S
+_LONGEST_COUNTED_S = 4 * _SOON_S
+_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
+_POLL_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_MAX_DESCRIPTORS = 4
+_ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class FramedSocket:
+    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one thread."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._decoder = FrameDecoder()
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        # On one core, whoever spins keeps the peer from running.
+        self._may_spin = len(os.sched_getaffinity(0)) > 1
+        self._expected_s = 0.0
+        self._descriptors: list[int] = []
+
+    def send(self, payload: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        """Send one message, and file descriptors with it.
+
+        Raises:
+          OSError: the peer is gone; it has not received the whole message.
+        """
+        frame = encode(payload)
+        if descriptors:
+            sent = socket.send_fds(self._socket, [frame], descriptors)
+            frame = frame[sent:]
+        self._socket.sendall(frame)
+
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
+        """Return the next message, or None when the peer has ended the connection.
+
+        Raises:
+          TimeoutError: nothing came within `timeout_s` seconds.
+          ProtocolError: the bytes are no frames.
+          OSError: the connection broke.
+        """
+        while (message := self._decoder.next()) is None:
+            count = self._wait(timeout_s)
+            if count == 0:
+                return None
+            self._decoder.feed(self._view[:count])
+        return message
+
+    def take_descriptors(self) -> list[int]:
+        """Return the descriptors that have come since the last call; the caller owns them."""
+        taken, self._descriptors = self._descriptors, []
+        return taken
+
+    def peer_uid(self) -> int:
+        """Return the user id of the peer, as the kernel knows it."""
+        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return _CREDENTIALS.unpack(credentials)[1]
+
+    def has_ended(self) -> bool:
+        """Whether the peer has closed its end. Never blocks."""
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def shut_down(self) -> None:
+        """Tell the peer that nothing more will come, and wake whoever waits here. Idempotent, never blocks."""
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def half_close(self) -> None:
+        """Tell the peer that nothing more will come, but go on listening for its end."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Close the connection and every descriptor that came with it unclaimed. Idempotent."""
+        self._socket.close()
+        for fd in self.take_descriptors():
+            os.close(fd)
+
+    def _wait(self, timeout_s: float | None) -> int:
+        """Read what comes next, polling for it first where that is likely to save a wake-up."""
+        started = time.perf_counter()
+        count = -1
+        if self._may_spin and self._expected_s < _SOON_S:
+            deadline = started + _SPIN_S
+            while count < 0 and time.perf_counter() < deadline:
+                try:
+                    count = self._read(_POLL_FLAGS)
+                except BlockingIOError:
+                    pass
+        if count < 0:
+            if timeout_s is not None:
+                self._block(timeout_s)
+            count = self._read(_FLAGS)
+        waited_s = min(time.perf_counter() - started, _LONGEST_COUNTED_S)
+        self._expected_s += (waited_s - self._expected_s) / 2
+        return count
+
+    def _block(self, timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(timeout_s * 1000):
+            raise TimeoutError
+
+    def _read(self, flags: int) -> int:
+        try:
+            count, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, flags)
+        except ConnectionResetError:
+            return 0
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+                self._descriptors.extend(fds)
+        return count

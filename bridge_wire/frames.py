@@ -1,0 +1,51 @@
+"""The framing of the local lane, without I/O: a little-endian uint32 length, then that many bytes."""
+
+import struct
+
+from bridge_wire.errors import ProtocolError
+
+CHUNK = 1 << 20  # the most bytes of inline tensors in one message
+MAX_FRAME = 2 * CHUNK
+_LENGTH = struct.Struct("<I")
+
+
+def encode(payload: bytes) -> bytes:
+    """Return the frame of one message."""
+    if len(payload) > MAX_FRAME:
+        raise ProtocolError(f"a message of {len(payload)} bytes exceeds the frame limit of {MAX_FRAME} bytes")
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class FrameDecoder:
+    """Cuts a stream of bytes into messages, however the bytes arrive."""
+
+    def __init__(self) -> None:
+        self._pending = bytearray()
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Take the next bytes of the stream."""
+        self._pending += data
+
+    def next(self) -> bytes | None:
+        """Return the next whole message, or None until more bytes have come.
+
+        Raises:
+          ProtocolError: the stream announces a message over the limit. It cannot be read any further.
+        """
+        pending = self._pending
+        if len(pending) < 4:
+            return None
+        (length,) = _LENGTH.unpack_from(pending)
+        if length > MAX_FRAME:
+            raise ProtocolError(f"a frame announces {length} bytes; the limit is {MAX_FRAME}")
+        end = 4 + length
+        if len(pending) < end:
+            return None
+        message = bytes(memoryview(pending)[4:end])
+        del pending[:end]
+        return message
+
+    @property
+    def is_between_messages(self) -> bool:
+        """Whether the stream may end here without cutting a message in two."""
+        return not self._pending

@@ -1,0 +1,1 @@
+"""Generated from proto/bridge/v1/bridge.proto by tools/generate_proto.py."""

@@ -1,0 +1,402 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    DTYPE_BOOL: _ClassVar[DType]
+    DTYPE_INT8: _ClassVar[DType]
+    DTYPE_INT16: _ClassVar[DType]
+    DTYPE_INT32: _ClassVar[DType]
+    DTYPE_INT64: _ClassVar[DType]
+    DTYPE_UINT8: _ClassVar[DType]
+    DTYPE_UINT16: _ClassVar[DType]
+    DTYPE_UINT32: _ClassVar[DType]
+    DTYPE_UINT64: _ClassVar[DType]
+    DTYPE_FLOAT16: _ClassVar[DType]
+    DTYPE_BFLOAT16: _ClassVar[DType]
+    DTYPE_FLOAT32: _ClassVar[DType]
+    DTYPE_FLOAT64: _ClassVar[DType]
+    DTYPE_COMPLEX64: _ClassVar[DType]
+    DTYPE_COMPLEX128: _ClassVar[DType]
+    DTYPE_FLOAT8_E4M3FN: _ClassVar[DType]
+    DTYPE_FLOAT8_E4M3FNUZ: _ClassVar[DType]
+    DTYPE_FLOAT8_E5M2: _ClassVar[DType]
+    DTYPE_FLOAT8_E5M2FNUZ: _ClassVar[DType]
+    DTYPE_FLOAT8_E8M0FNU: _ClassVar[DType]
+DTYPE_UNSPECIFIED: DType
+DTYPE_BOOL: DType
+DTYPE_INT8: DType
+DTYPE_INT16: DType
+DTYPE_INT32: DType
+DTYPE_INT64: DType
+DTYPE_UINT8: DType
+DTYPE_UINT16: DType
+DTYPE_UINT32: DType
+DTYPE_UINT64: DType
+DTYPE_FLOAT16: DType
+DTYPE_BFLOAT16: DType
+DTYPE_FLOAT32: DType
+DTYPE_FLOAT64: DType
+DTYPE_COMPLEX64: DType
+DTYPE_COMPLEX128: DType
+DTYPE_FLOAT8_E4M3FN: DType
+DTYPE_FLOAT8_E4M3FNUZ: DType
+DTYPE_FLOAT8_E5M2: DType
+DTYPE_FLOAT8_E5M2FNUZ: DType
+DTYPE_FLOAT8_E8M0FNU: DType
+
+class Spec(_message.Message):
+    __slots__ = ("dtype", "shape", "weak")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    WEAK_FIELD_NUMBER: _ClassVar[int]
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    weak: bool
+    def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., weak: bool = ...) -> None: ...
+
+class Value(_message.Message):
+    __slots__ = ("none", "boolean", "integer", "real", "text", "complex")
+    class Complex(_message.Message):
+        __slots__ = ("real", "imag")
+        REAL_FIELD_NUMBER: _ClassVar[int]
+        IMAG_FIELD_NUMBER: _ClassVar[int]
+        real: float
+        imag: float
+        def __init__(self, real: _Optional[float] = ..., imag: _Optional[float] = ...) -> None: ...
+    NONE_FIELD_NUMBER: _ClassVar[int]
+    BOOLEAN_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    REAL_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    COMPLEX_FIELD_NUMBER: _ClassVar[int]
+    none: bool
+    boolean: bool
+    integer: int
+    real: float
+    text: str
+    complex: Value.Complex
+    def __init__(self, none: bool = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., complex: _Optional[_Union[Value.Complex, _Mapping]] = ...) -> None: ...
+
+class Tree(_message.Message):
+    __slots__ = ("leaf", "value", "tuple", "list", "dict", "namedtuple", "dataclass")
+    class Leaf(_message.Message):
+        __slots__ = ()
+        def __init__(self) -> None: ...
+    class Sequence(_message.Message):
+        __slots__ = ("items",)
+        ITEMS_FIELD_NUMBER: _ClassVar[int]
+        items: _containers.RepeatedCompositeFieldContainer[Tree]
+        def __init__(self, items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
+    class Mapping(_message.Message):
+        __slots__ = ("keys", "items")
+        KEYS_FIELD_NUMBER: _ClassVar[int]
+        ITEMS_FIELD_NUMBER: _ClassVar[int]
+        keys: _containers.RepeatedCompositeFieldContainer[Value]
+        items: _containers.RepeatedCompositeFieldContainer[Tree]
+        def __init__(self, keys: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
+    class Record(_message.Message):
+        __slots__ = ("name", "fields", "items")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        FIELDS_FIELD_NUMBER: _ClassVar[int]
+        ITEMS_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        fields: _containers.RepeatedScalarFieldContainer[str]
+        items: _containers.RepeatedCompositeFieldContainer[Tree]
+        def __init__(self, name: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
+    LEAF_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    TUPLE_FIELD_NUMBER: _ClassVar[int]
+    LIST_FIELD_NUMBER: _ClassVar[int]
+    DICT_FIELD_NUMBER: _ClassVar[int]
+    NAMEDTUPLE_FIELD_NUMBER: _ClassVar[int]
+    DATACLASS_FIELD_NUMBER: _ClassVar[int]
+    leaf: Tree.Leaf
+    value: Value
+    tuple: Tree.Sequence
+    list: Tree.Sequence
+    dict: Tree.Mapping
+    namedtuple: Tree.Record
+    dataclass: Tree.Record
+    def __init__(self, leaf: _Optional[_Union[Tree.Leaf, _Mapping]] = ..., value: _Optional[_Union[Value, _Mapping]] = ..., tuple: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., list: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., dict: _Optional[_Union[Tree.Mapping, _Mapping]] = ..., namedtuple: _Optional[_Union[Tree.Record, _Mapping]] = ..., dataclass: _Optional[_Union[Tree.Record, _Mapping]] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("kind", "message", "remote_type", "traceback")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_TYPE_FIELD_NUMBER: _ClassVar[int]
+    TRACEBACK_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    remote_type: str
+    traceback: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ...) -> None: ...
+
+class DescribeRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeReply(_message.Message):
+    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FRAMEWORK_FIELD_NUMBER: _ClassVar[int]
+    FRAMEWORK_VERSION_FIELD_NUMBER: _ClassVar[int]
+    PYTHON_VERSION_FIELD_NUMBER: _ClassVar[int]
+    X64_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    framework: str
+    framework_version: str
+    python_version: str
+    x64: bool
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class Model(_message.Message):
+    __slots__ = ("name", "doc", "arguments", "parameters")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DOC_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    doc: str
+    arguments: _containers.RepeatedScalarFieldContainer[str]
+    parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
+    def __init__(self, name: _Optional[str] = ..., doc: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ...) -> None: ...
+
+class Parameter(_message.Message):
+    __slots__ = ("path", "spec", "trainable")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    TRAINABLE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    spec: Spec
+    trainable: bool
+    def __init__(self, path: _Optional[str] = ..., spec: _Optional[_Union[Spec, _Mapping]] = ..., trainable: bool = ...) -> None: ...
+
+class OpenRequest(_message.Message):
+    __slots__ = ("oldest_protocol", "newest_protocol", "client")
+    OLDEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    oldest_protocol: int
+    newest_protocol: int
+    client: str
+    def __init__(self, oldest_protocol: _Optional[int] = ..., newest_protocol: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class OpenReply(_message.Message):
+    __slots__ = ("protocol", "session", "local_lane")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_LANE_FIELD_NUMBER: _ClassVar[int]
+    protocol: int
+    session: bytes
+    local_lane: str
+    def __init__(self, protocol: _Optional[int] = ..., session: _Optional[bytes] = ..., local_lane: _Optional[str] = ...) -> None: ...
+
+class CloseRequest(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+
+class CloseReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("session", "call", "parameters", "pullback")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    PULLBACK_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    call: Call
+    parameters: Parameters
+    pullback: Pullback
+    def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ...) -> None: ...
+
+class Call(_message.Message):
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    arguments: Tree
+    inputs: _containers.RepeatedCompositeFieldContainer[Spec]
+    parameters: bool
+    transforms: _containers.RepeatedCompositeFieldContainer[Transform]
+    keep: Wrt
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ...) -> None: ...
+
+class Wrt(_message.Message):
+    __slots__ = ("inputs",)
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, inputs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Transform(_message.Message):
+    __slots__ = ("vjp", "jvp", "vmap")
+    class Vjp(_message.Message):
+        __slots__ = ("wrt", "outputs")
+        WRT_FIELD_NUMBER: _ClassVar[int]
+        OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+        wrt: _containers.RepeatedScalarFieldContainer[int]
+        outputs: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, wrt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Jvp(_message.Message):
+        __slots__ = ("wrt", "outputs")
+        WRT_FIELD_NUMBER: _ClassVar[int]
+        OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+        wrt: _containers.RepeatedScalarFieldContainer[int]
+        outputs: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, wrt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ...) -> None: ...
+    class Vmap(_message.Message):
+        __slots__ = ("axes", "size")
+        AXES_FIELD_NUMBER: _ClassVar[int]
+        SIZE_FIELD_NUMBER: _ClassVar[int]
+        axes: _containers.RepeatedScalarFieldContainer[int]
+        size: int
+        def __init__(self, axes: _Optional[_Iterable[int]] = ..., size: _Optional[int] = ...) -> None: ...
+    VJP_FIELD_NUMBER: _ClassVar[int]
+    JVP_FIELD_NUMBER: _ClassVar[int]
+    VMAP_FIELD_NUMBER: _ClassVar[int]
+    vjp: Transform.Vjp
+    jvp: Transform.Jvp
+    vmap: Transform.Vmap
+    def __init__(self, vjp: _Optional[_Union[Transform.Vjp, _Mapping]] = ..., jvp: _Optional[_Union[Transform.Jvp, _Mapping]] = ..., vmap: _Optional[_Union[Transform.Vmap, _Mapping]] = ...) -> None: ...
+
+class Parameters(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class Pullback(_message.Message):
+    __slots__ = ("program", "wrt", "outputs")
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    WRT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    program: int
+    wrt: _containers.RepeatedScalarFieldContainer[int]
+    outputs: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, program: _Optional[int] = ..., wrt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PrepareEvent(_message.Message):
+    __slots__ = ("progress", "prepared")
+    class Progress(_message.Message):
+        __slots__ = ("phase",)
+        PHASE_FIELD_NUMBER: _ClassVar[int]
+        phase: str
+        def __init__(self, phase: _Optional[str] = ...) -> None: ...
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    PREPARED_FIELD_NUMBER: _ClassVar[int]
+    progress: PrepareEvent.Progress
+    prepared: Prepared
+    def __init__(self, progress: _Optional[_Union[PrepareEvent.Progress, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
+
+class Prepared(_message.Message):
+    __slots__ = ("program", "result", "outputs")
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    program: int
+    result: Tree
+    outputs: _containers.RepeatedCompositeFieldContainer[Spec]
+    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ...) -> None: ...
+
+class LaneRequest(_message.Message):
+    __slots__ = ("attach", "share", "run", "release", "chunk")
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    RELEASE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    attach: Attach
+    share: Share
+    run: Run
+    release: Release
+    chunk: bytes
+    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class LaneReply(_message.Message):
+    __slots__ = ("done", "ran", "usage", "error", "chunk")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    RAN_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    done: Done
+    ran: Ran
+    usage: Usage
+    error: Error
+    chunk: bytes
+    def __init__(self, done: _Optional[_Union[Done, _Mapping]] = ..., ran: _Optional[_Union[Ran, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Attach(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: bytes
+    def __init__(self, session: _Optional[bytes] = ...) -> None: ...
+
+class Share(_message.Message):
+    __slots__ = ("base", "nbytes")
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    base: int
+    nbytes: int
+    def __init__(self, base: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+
+class Run(_message.Message):
+    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released")
+    PROGRAM_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    INLINE_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    program: int
+    inputs: _containers.RepeatedScalarFieldContainer[int]
+    outputs: _containers.RepeatedScalarFieldContainer[int]
+    inline: bool
+    residual: int
+    released: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Ran(_message.Message):
+    __slots__ = ("residual_nbytes",)
+    RESIDUAL_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    residual_nbytes: int
+    def __init__(self, residual_nbytes: _Optional[int] = ...) -> None: ...
+
+class Release(_message.Message):
+    __slots__ = ("residuals",)
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    residuals: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, residuals: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("residuals", "residual_bytes", "slab_bytes")
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    residuals: int
+    residual_bytes: int
+    slab_bytes: int
+    def __init__(self, residuals: _Optional[int] = ..., residual_bytes: _Optional[int] = ..., slab_bytes: _Optional[int] = ...) -> None: ...

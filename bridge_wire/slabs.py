@@ -1,0 +1,111 @@
+"""Slabs: shared mappings without a name.
+
+A slab is a sealed memfd. The client creates it, and hands its descriptor over once; the worker checks what it got
+before it maps it. The kernel frees the pages when the last mapping of either side is gone, however it went.
+"""
+
+import ctypes
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+
+from bridge_wire.errors import OutOfMemory, ProtocolError
+
+_log = logging.getLogger(__name__)
+
+PAGE = mmap.PAGESIZE
+_MADV_POPULATE_WRITE = 23  # linux/mman.h; Python 3.11's mmap module does not name it
+# Without these, a peer could truncate the file and let this process die of SIGBUS.
+_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slab:
+    """One mapping: `nbytes` of memory at `pointer` in this process and at `base` in the session's address space.
+
+    `fd` is the memfd, or -1 where the memory cannot be shared. The mapping lives as long as any slice of `view`.
+    """
+
+    view: memoryview
+    pointer: int
+    base: int
+    nbytes: int
+    fd: int
+
+    def close(self) -> None:
+        """Close the descriptor. The pages stay until the last view of them dies."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
+    """Return a new slab of at least `nbytes` bytes, with every page present: a fault costs more than the write.
+
+    Raises:
+      OutOfMemory: the kernel has no memory, or no file descriptor, for it.
+    """
+    nbytes = -(-nbytes // PAGE) * PAGE
+    fd = -1
+    try:
+        if shareable:
+            fd = os.memfd_create("bridge-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.ftruncate(fd, nbytes)
+            os.posix_fallocate(fd, 0, nbytes)  # an early ENOSPC instead of a late SIGBUS
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        memory = mmap.mmap(fd, nbytes)
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        raise OutOfMemory(f"the system refused a slab of {nbytes} bytes: {error.strerror}") from error
+    try:
+        memory.madvise(_MADV_POPULATE_WRITE)
+    except OSError as error:  # before Linux 5.14; the pages then come one by one
+        if error.errno != errno.EINVAL:
+            _log.debug("could not prefault a slab: %s", error)
+    return Slab(memoryview(memory), _address_of(memory), base, nbytes, fd)
+
+
+def map_received(fd: int, nbytes: int, base: int) -> Slab:
+    """Return the slab behind a descriptor that a peer sent. Takes ownership of the descriptor.
+
+    Raises:
+      ProtocolError: it is not a memfd sealed against shrinking, growing and unsealing, of exactly this size.
+    """
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ProtocolError("the descriptor of a slab is not a memfd")
+        try:
+            seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise ProtocolError("the descriptor of a slab is not a memfd") from error
+        if seals & _SEALS != _SEALS:
+            raise ProtocolError("the memfd of a slab lacks the seals SHRINK, GROW and SEAL")
+        size = os.fstat(fd).st_size
+        if size != nbytes or nbytes == 0 or nbytes % PAGE:
+            raise ProtocolError(f"the memfd of a slab has {size} bytes, but {nbytes} were announced")
+        try:
+            memory = mmap.mmap(fd, nbytes)
+        except (OSError, ValueError) as error:
+            raise ProtocolError(f"a slab of {nbytes} bytes cannot be mapped") from error
+    finally:
+        os.close(fd)
+    return Slab(memoryview(memory), _address_of(memory), base, nbytes, -1)
+
+
+def memfd_works() -> bool:
+    """Whether this system has sealed memfds."""
+    if not hasattr(os, "memfd_create"):
+        return False
+    try:
+        create_slab(PAGE, 0).close()
+    except OutOfMemory:
+        return False
+    return True
+
+
+def _address_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,62 @@
+"""The type of one array: dtype and shape, checked once where it enters the process."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from bridge_wire.dtypes import BY_WIRE, DType
+from bridge_wire.errors import ProtocolError
+from bridge_wire.pb import bridge_pb2 as pb
+
+_MAX_NBYTES = 2**63 - 1
+_MAX_RANK = 64
+
+
+class Spec(NamedTuple):
+    """A dense row-major array's dtype and shape. A NamedTuple because it is hashed on the hot path.
+
+    `weak` marks a Python number: a 0-d value whose dtype yields to the other operands'.
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    weak: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+def encode(spec: Spec) -> pb.Spec:
+    """Return the spec as a message."""
+    return pb.Spec(dtype=spec.dtype.wire, shape=spec.shape, weak=spec.weak)  # type: ignore[arg-type]
+
+
+def decode(message: pb.Spec) -> Spec:
+    """Return the spec that a message carries.
+
+    Raises:
+      ProtocolError: the dtype is unknown, a size is negative, or the array would not fit in 63 bits of bytes.
+    """
+    dtype = BY_WIRE.get(message.dtype)
+    if dtype is None:
+        raise ProtocolError(f"a spec has dtype number {message.dtype}, which this side does not know")
+    shape = tuple(message.shape)
+    if len(shape) > _MAX_RANK:
+        raise ProtocolError(f"a spec has {len(shape)} dimensions; at most {_MAX_RANK} are allowed")
+    if any(size < 0 for size in shape):
+        raise ProtocolError(f"a spec has the negative shape {shape}")
+    # Sizes of zero hide an overflow of the others, which frameworks reject all the same.
+    if math.prod(size or 1 for size in shape) * dtype.itemsize > _MAX_NBYTES:
+        raise ProtocolError(f"a spec of shape {shape} and dtype {dtype.name} does not fit in memory")
+    if message.weak and shape:
+        raise ProtocolError(f"a Python number has the shape {shape} instead of ()")
+    return Spec(dtype, shape, message.weak)
+
+
+def decode_all(messages: Sequence[pb.Spec]) -> tuple[Spec, ...]:
+    """Return the specs that the messages carry."""
+    return tuple(decode(message) for message in messages)

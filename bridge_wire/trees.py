@@ -1,0 +1,262 @@
+"""Pytrees as messages. Leaves are handed over beside the tree, in depth-first order; dict keys are in sorted order."""
+
+import collections
+import dataclasses
+import keyword
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from bridge_wire.errors import ProtocolError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+
+# Protobuf parsers stop at 100 nested messages, and one level of a tree takes two.
+MAX_DEPTH = 40
+_MAX_CLASSES = 1000
+
+# Says what a class instance consists of: the class's name, field names and children. None: not a container.
+Expand = Callable[[Any], tuple[str, tuple[str, ...], list[Any]] | None]
+
+
+def expand_dataclass(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
+    """Return what a dataclass instance consists of, or None for anything else."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return None
+    names = tuple(field.name for field in dataclasses.fields(value))
+    return type(value).__name__, names, [getattr(value, name) for name in names]
+
+
+class Classes:
+    """The namedtuple and dataclass types that this process uses for the names it meets.
+
+    A class that was sent is used again when its name and fields come back; for a name never seen here, a class is
+    made. Nothing is ever imported on a peer's word. `adopt` is called once with each dataclass made here, so that
+    a framework can register it as a pytree node.
+    """
+
+    def __init__(self, adopt: Callable[[type, tuple[str, ...]], None] = lambda cls, fields: None) -> None:
+        self._adopt = adopt
+        self._known: dict[tuple[str, str, tuple[str, ...]], Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def learn(self, kind: str, cls: type, fields: tuple[str, ...]) -> None:
+        """Use `cls` whenever its name and fields come from the peer."""
+        with self._lock:
+            if len(self._known) < _MAX_CLASSES:
+                self._known[kind, cls.__name__, fields] = cls
+
+    def find(self, kind: str, name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
+        """Return the class of that name and fields, making it when it is new here."""
+        with self._lock:
+            found = self._known.get((kind, name, fields))
+            if found is None:
+                if len(self._known) >= _MAX_CLASSES:
+                    raise ProtocolError(f"more than {_MAX_CLASSES} different classes in one session's trees")
+                found = self._known[kind, name, fields] = self._make(kind, name, fields)
+        return found
+
+    def _make(self, kind: str, name: str, fields: tuple[str, ...]) -> type:
+        for word in (name, *fields):
+            if not word.isidentifier() or keyword.iskeyword(word):
+                raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is not an identifier")
+        try:
+            if kind == "namedtuple":
+                return collections.namedtuple(name, fields)  # type: ignore[misc]
+            cls = dataclasses.make_dataclass(name, fields, frozen=True, eq=False)
+        except (ValueError, TypeError) as error:
+            raise ProtocolError(f"a tree names the class {name!r} with unusable fields: {error}") from error
+        self._adopt(cls, fields)
+        return cls
+
+
+def encode(
+    value: Any,
+    is_leaf: Callable[[Any], bool],
+    classes: Classes,
+    *,
+    expand: Expand = expand_dataclass,
+    root: str = "",
+) -> tuple[pb.Tree, list[Any]]:
+    """Return the value's tree and its array leaves. `root` names the value in errors.
+
+    Raises:
+      StructureError: something in it is neither a leaf, a container nor a static value (None, bool, number, str).
+    """
+    leaves: list[Any] = []
+
+    def sequence(items: Iterable[Any], path: str, depth: int) -> pb.Tree.Sequence:
+        return pb.Tree.Sequence(items=[walk(item, f"{path}[{i}]", depth) for i, item in enumerate(items)])
+
+    def record(name: str, fields: tuple[str, ...], items: Iterable[Any], path: str, depth: int) -> pb.Tree.Record:
+        children = [walk(item, f"{path}.{field}", depth) for field, item in zip(fields, items, strict=True)]
+        return pb.Tree.Record(name=name, fields=fields, items=children)
+
+    def walk(value: Any, path: str, depth: int) -> pb.Tree:
+        if is_leaf(value):
+            leaves.append(value)
+            return pb.Tree(leaf=pb.Tree.Leaf())
+        if (static := _encode_value(value)) is not None:
+            return pb.Tree(value=static)
+        if depth == MAX_DEPTH:
+            raise StructureError(f"{path} is nested more than {MAX_DEPTH} levels deep; flatten the structure")
+        depth += 1
+        if isinstance(value, tuple):
+            if (fields := getattr(value, "_fields", None)) is None:
+                return pb.Tree(tuple=sequence(value, path, depth))
+            classes.learn("namedtuple", type(value), fields)
+            return pb.Tree(namedtuple=record(type(value).__name__, fields, value, path, depth))
+        if isinstance(value, list):
+            return pb.Tree(list=sequence(value, path, depth))
+        if isinstance(value, Mapping):
+            keys = _ordered_keys(value)
+            items = [walk(value[key], f"{path}[{key!r}]", depth) for key in keys]
+            return pb.Tree(dict=pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items))
+        if (expanded := expand(value)) is not None:
+            name, fields, children = expanded
+            if dataclasses.is_dataclass(value) and len(fields) == len(dataclasses.fields(value)):
+                classes.learn("dataclass", type(value), fields)
+            return pb.Tree(dataclass=record(name, fields, children, path, depth))
+        raise StructureError(
+            f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__}; expected a tensor, "
+            "a number, bool, str or None, or a dict, list, tuple, namedtuple or dataclass of these"
+        )
+
+    tree = walk(value, root, 0)
+    return tree, leaves
+
+
+def build(tree: pb.Tree, leaves: Iterable[Any], classes: Classes) -> Any:
+    """Return the value that a tree describes, with these array leaves.
+
+    Raises:
+      ProtocolError: the tree is malformed, or has more or fewer leaves than were given.
+    """
+    remaining = iter(leaves)
+    try:
+        value = _build(tree, remaining, classes)
+    except StopIteration:
+        raise ProtocolError("a tree has more leaves than arrays came with it") from None
+    if next(remaining, remaining) is not remaining:
+        raise ProtocolError("a tree has fewer leaves than arrays came with it")
+    return value
+
+
+def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
+    """Return the path of each array leaf, such as `args[0]['w']`, in the order of the leaves."""
+    kind = tree.WhichOneof("kind")
+    if kind == "leaf":
+        return [root]
+    if kind is None or kind == "value":
+        return []
+    node = getattr(tree, kind)
+    if kind == "dict":
+        steps = [f"[{_decode_value(key)!r}]" for key in node.keys]
+    elif kind in ("namedtuple", "dataclass"):
+        steps = [f".{field}" for field in node.fields]
+    else:
+        steps = [f"[{i}]" for i in range(len(node.items))]
+    return [path for step, item in zip(steps, node.items, strict=False) for path in leaf_paths(item, root + step)]
+
+
+def arguments(args: pb.Tree, kwargs: pb.Tree) -> pb.Tree:
+    """Return the tree of a call's arguments."""
+    return pb.Tree(tuple=pb.Tree.Sequence(items=[args, kwargs]))
+
+
+def argument_paths(tree: pb.Tree) -> list[str]:
+    """Return the paths of the leaves of a call's arguments, such as `args[0]` and `kwargs['scale']`.
+
+    Raises:
+      ProtocolError: the tree is not a pair of a tuple and a dict.
+    """
+    items = tree.tuple.items
+    if len(items) != 2 or items[0].WhichOneof("kind") != "tuple" or items[1].WhichOneof("kind") != "dict":
+        raise ProtocolError("a call's arguments must be a tuple of a tuple and a dict")
+    return leaf_paths(items[0], "args") + leaf_paths(items[1], "kwargs")
+
+
+def flat(count: int) -> pb.Tree:
+    """Return the tree of a tuple of `count` arrays."""
+    return pb.Tree(tuple=pb.Tree.Sequence(items=[pb.Tree(leaf=pb.Tree.Leaf())] * count))
+
+
+def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
+    kind = tree.WhichOneof("kind")
+    if kind == "leaf":
+        return next(leaves)
+    if kind == "value":
+        return _decode_value(tree.value)
+    if kind is None:
+        raise ProtocolError("a tree has a node of no kind")
+    node = getattr(tree, kind)
+    items = [_build(item, leaves, classes) for item in node.items]
+    if kind == "list":
+        return items
+    if kind == "tuple":
+        return tuple(items)
+    if kind == "dict":
+        keys = [_decode_value(key) for key in node.keys]
+        if len(keys) != len(items) or len(set(keys)) != len(keys):
+            raise ProtocolError(f"a dict of a tree has {len(items)} items for {len(set(keys))} distinct keys")
+        return dict(zip(keys, items, strict=True))
+    fields = tuple(node.fields)
+    if len(fields) != len(items):
+        raise ProtocolError(f"the class {node.name!r} of a tree has {len(items)} items for {len(fields)} fields")
+    return instantiate(classes.find(kind, node.name, fields), fields, items)
+
+
+def instantiate(cls: Callable[..., Any], fields: tuple[str, ...], items: list[Any]) -> Any:
+    if not dataclasses.is_dataclass(cls):
+        return cls(*items)
+    # Not through __init__: a user's class may compute there, and a field may have init=False.
+    instance = object.__new__(cls)  # type: ignore[arg-type]
+    for field, item in zip(fields, items, strict=True):
+        object.__setattr__(instance, field, item)
+    return instance
+
+
+def _ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
+    if isinstance(value, collections.OrderedDict):
+        return list(value)
+    try:
+        return sorted(value)
+    except TypeError:
+        return list(value)
+
+
+def _key(key: Any, path: str) -> pb.Value:
+    encoded = _encode_value(key)
+    if encoded is None:
+        raise StructureError(f"{path} has the key {key!r}; expected a str, number, bool or None")
+    return encoded
+
+
+def _encode_value(value: Any) -> pb.Value | None:
+    if value is None:
+        return pb.Value(none=True)
+    # Exact types: a subclass (an enum, a NumPy scalar) would come back as something else.
+    kind = type(value)
+    if kind is bool:
+        return pb.Value(boolean=value)
+    if kind is str:
+        return pb.Value(text=value)
+    if kind is float:
+        return pb.Value(real=value)
+    if kind is complex:
+        return pb.Value(complex=pb.Value.Complex(real=value.real, imag=value.imag))
+    if kind is int:
+        if not -(2**63) <= value < 2**63:
+            raise StructureError(f"the static integer {value} does not fit in 64 bits; pass it as a string")
+        return pb.Value(integer=value)
+    return None
+
+
+def _decode_value(value: pb.Value) -> Any:
+    kind = value.WhichOneof("kind")
+    if kind is None:
+        raise ProtocolError("a static value has no kind")
+    if kind == "none":
+        return None
+    if kind == "complex":
+        return complex(value.complex.real, value.complex.imag)
+    return getattr(value, kind)

@@ -1,0 +1,89 @@
+"""What the tests share: real workers in their own environment, and the rule that nothing is left behind."""
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bridge_client import Session, spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+
+
+def python_of(venv: str) -> str:
+    """Return the interpreter of one of the environments that `make setup` creates."""
+    python = ROOT / venv / "bin" / "python"
+    if not python.exists():
+        raise RuntimeError(f"{venv} is missing; run `make setup`")
+    return str(python)
+
+
+def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
+    """Return whether the condition comes true before the deadline."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.fixture(scope="session")
+def jax_worker() -> Iterator[Session]:
+    """A worker without x64 that hosts every model of tests/models.py."""
+    with _hosting_all() as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def x64_worker() -> Iterator[Session]:
+    """The same with x64."""
+    with _hosting_all("--x64") as session:
+        yield session
+
+
+def _hosting_all(*args: str) -> Session:
+    names = (TESTS / "models.txt").read_text().split()
+    return spawn(
+        jax_model={name: f"tests.models:{name}" for name in names},
+        python=python_of(".venv-jax"),
+        cwd=ROOT,
+        args=args,
+    )
+
+
+@pytest.fixture(params=["local", "grpc"])
+def lane(request: pytest.FixtureRequest) -> str:
+    """Each of the lanes between two processes."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test there are no more descriptors, threads and children than before."""
+    # Session-wide workers may start in the middle of a test: have them first.
+    for name in ("jax_worker", "x64_worker"):
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+    before = _held()
+    yield
+
+    def is_clean() -> bool:
+        gc.collect()
+        return all(_held()[kind] <= before[kind] for kind in before)
+
+    assert eventually(is_clean, 10.0), f"left behind: {before} before the test, {_held()} after it"
+
+
+def _held() -> dict[str, int]:
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": sum(not thread.name.startswith(("asyncio", "ThreadPool")) for thread in threading.enumerate()),
+        "children": len(children.read_text().split()) if children.exists() else 0,
+    }

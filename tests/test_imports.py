@@ -1,0 +1,133 @@
+"""What importing each part of the project loads. A fresh interpreter answers, never this one.
+
+The rule: torch is imported in three modules, jax in three modules, and neither comes with any other;
+`bridge_wire` and `bridge_client` do without numpy too. The contracts in `pyproject.toml` prove it from the
+sources; here it is seen at run time. Each guard is also shown to fail.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINTER = Path(sys.executable).parent / "lint-imports"
+PACKAGES = ("bridge_wire", "bridge_server", "bridge_client")
+FRAMEWORKS_OF = {
+    "bridge_server.jax_runtime": {"jax"},
+    "bridge_server.torch_runtime": {"torch"},
+    "bridge_client.jax": {"jax"},
+    "bridge_client.torch": {"torch"},
+    "bridge_client.inproc": {"jax", "torch"},
+}
+
+
+def modules_of(package: str) -> list[str]:
+    """Return the names of a package's modules, found in the file system: nothing is imported for it.
+
+    Without `__main__`, which is there to be run: what it does is in other modules.
+    """
+    paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / package).rglob("*.py"))
+    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__")
+
+
+def framework_free_modules_of(package: str) -> list[str]:
+    """Return the modules of a package that may import no framework."""
+    return [name for name in modules_of(package) if name not in FRAMEWORKS_OF]
+
+
+def frameworks_loaded_by(*modules: str) -> set[str]:
+    """Return which of jax, torch and numpy a fresh interpreter has loaded after importing the modules."""
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(*{'jax', 'torch', 'numpy'} & sys.modules.keys())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *modules], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return set(run.stdout.split())
+
+
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the import linter on the packages in a folder that also holds pyproject.toml."""
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run([LINTER, "--no-cache"], cwd=folder, env=wide, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def copied_sources(tmp_path: Path) -> Path:
+    """A folder with copies of the three packages and of pyproject.toml."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def test_wire_loads_neither_framework_nor_numpy() -> None:
+    """Importing bridge_wire with all its modules loads neither jax nor torch nor numpy."""
+    assert frameworks_loaded_by(*framework_free_modules_of("bridge_wire")) == set()
+
+
+def test_client_without_an_adapter_loads_neither_framework_nor_numpy() -> None:
+    """Importing bridge_client without its framework modules loads neither jax nor torch nor numpy."""
+    assert frameworks_loaded_by(*framework_free_modules_of("bridge_client")) == set()
+
+
+def test_server_without_a_runtime_loads_no_framework() -> None:
+    """Importing bridge_server without its runtimes loads neither jax nor torch."""
+    assert not frameworks_loaded_by(*framework_free_modules_of("bridge_server")) & {"jax", "torch"}
+
+
+@pytest.mark.parametrize(
+    "module", [name for package in PACKAGES for name in modules_of(package) if name in FRAMEWORKS_OF]
+)
+def test_framework_module_loads_its_own_framework_only(module: str) -> None:
+    """A module that belongs to one framework loads that one and not the other."""
+    assert frameworks_loaded_by(module) & {"jax", "torch"} == FRAMEWORKS_OF[module]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch", "numpy"])
+def test_fresh_interpreter_guard_reports_a_framework(framework: str) -> None:
+    """The guard above names a framework that comes with an import of bridge_wire: it can fail."""
+    assert framework in frameworks_loaded_by("bridge_wire", framework)
+
+
+def test_linter_accepts_the_sources_as_they_are(copied_sources: Path) -> None:
+    """The import contracts hold for an unchanged copy of the packages."""
+    run = lint(copied_sources)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "imported", "contract"),
+    [
+        ("bridge_wire/extra.py", "bridge_server.cli", "bridge_wire imports neither of its users"),
+        ("bridge_wire/extra.py", "numpy", "bridge_wire imports neither of its users"),
+        ("bridge_server/extra.py", "bridge_client", "bridge_server does not import bridge_client"),
+        ("bridge_client/extra.py", "bridge_server.cli", "bridge_client imports bridge_server in"),
+        ("bridge_server/extra.py", "jax.numpy", "jax is imported in"),
+        ("bridge_client/extra.py", "flax.linen", "jax is imported in"),
+        ("bridge_client/extra.py", "torch.nn", "torch is imported in"),
+    ],
+)
+def test_linter_rejects_a_forbidden_import(copied_sources: Path, module: str, imported: str, contract: str) -> None:
+    """One import against the rule, in an otherwise unchanged copy, breaks the contract that forbids it."""
+    (copied_sources / module).write_text(f"import {imported}\n")
+    run = lint(copied_sources)
+    broken = [line for line in run.stdout.splitlines() if " BROKEN" in line]
+    assert run.returncode != 0
+    assert any(line.startswith(contract) for line in broken), run.stdout
+
+
+@pytest.mark.parametrize(("environment", "present", "absent"), [("jax", "jax", "torch"), ("torch", "torch", "jax")])
+def test_environment_of_one_framework_lacks_the_other(environment: str, present: str, absent: str) -> None:
+    """The worker's .venv-jax cannot import torch, and the trainer's .venv-torch cannot import jax."""
+    program = "import importlib.util, sys; print([bool(importlib.util.find_spec(name)) for name in sys.argv[1:]])"
+    python = ROOT / f".venv-{environment}" / "bin" / "python"
+    run = subprocess.run([python, "-c", program, present, absent], capture_output=True, text=True, timeout=60)
+    assert run.stdout.strip() == "[True, False]", run.stderr
