@@ -1,4 +1,4 @@
-"""The two ways to signal a call: frames over a Unix socket beside shared memory, or a gRPC stream with the bytes inline.
+"""The two ways to signal a call: frames over a Unix socket beside shared memory, or a gRPC stream with inline bytes.
 
 A lane serves one call at a time and belongs to whoever took it from its link.
 """
@@ -224,9 +224,8 @@ class GrpcLane(Lane):
         return _raise_if_failed(reply)
 
 
-def from_rpc(error: grpc.RpcError, *, during_call: bool = False) -> BridgeError:
-    """Return the bridge's error for gRPC's: the worker's own where it sent one, else one for the connection."""
-    assert isinstance(error, grpc.Call)
+def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
+    """Return the bridge's error for a grpc.RpcError: the worker's own where it sent one, else the connection's."""
     for key, value in error.trailing_metadata() or ():
         if key == TRAILER:
             return decode(pb.Error.FromString(value))

@@ -1,4 +1,4 @@
-"""torch's side of the bridge: a remote JAX function as an nn.Module. The only client file that imports torch; never jax.
+"""Remote JAX functions as torch modules. The only client file that imports torch; it never imports jax.
 
 A call's tensors are placed in the session's memory (those that lie there already are passed as they are), the worker
 writes the outputs into blocks, and each output tensor's storage is its block. A forward under grad keeps a residual
@@ -94,7 +94,7 @@ class RemoteJaxFunction(nn.Module):
         leaves, structure = _flatten((args, kwargs))
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
         own = self._own_tensors()
-        signature: list[Hashable] = [structure]
+        signature: list[Any] = [structure]
         inputs: list[Any] = list(own)
         for i, leaf in enumerate(leaves):
             kind = type(leaf)
@@ -122,7 +122,13 @@ class RemoteJaxFunction(nn.Module):
         return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_calls": {}}  # programs belong to this process's session
+        # Programs and classes belong to this process: a copy makes its own.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = {}
+        self._classes = trees.Classes(adopt=_register_dataclass)
 
     def _fetch_parameters(self) -> None:
         """Make the model's parameters this module's own: computed by the worker into blocks that they live in."""
@@ -141,24 +147,25 @@ class RemoteJaxFunction(nn.Module):
             self._owners.append((owner, leaf))
 
     def _own_tensors(self) -> list[Tensor]:
-        tensors = []
+        tensors: list[Tensor] = []
         for owner, name in self._owners:
             tensor = owner._parameters.get(name)
-            if tensor is None:
-                tensor = owner._buffers.get(name)
-            if tensor is None:  # swapped by torch.nn.utils.parametrize, for one
-                tensor = getattr(owner, name)
-            self._keep_in_slab(tensor)
-            tensors.append(tensor)
+            if tensor is not None:
+                self._keep_in_slab(tensor)
+                tensors.append(tensor)
+            elif (buffer := owner._buffers.get(name)) is not None:
+                tensors.append(buffer)
+            else:  # torch.nn.utils.parametrize has made it a property
+                tensors.append(getattr(owner, name))
         return tensors
 
-    def _keep_in_slab(self, tensor: Tensor) -> None:
+    def _keep_in_slab(self, tensor: nn.Parameter) -> None:
         """Move a parameter's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
         nbytes = tensor.nbytes
         if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
             return
         is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        if not isinstance(tensor, nn.Parameter) or not is_ours_alone or tensor.device.type != "cpu":
+        if not is_ours_alone or tensor.device.type != "cpu" or tensor.dtype not in _DTYPES:
             return
         if torch.is_inference_mode_enabled() or tensor.is_inference():
             return
@@ -187,9 +194,9 @@ class RemoteJaxFunction(nn.Module):
         """Describe a call of a signature that is new here, and have it prepared."""
         structure = _flatten((args, kwargs))[1]
         slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
-        args, kwargs = optree.tree_unflatten(structure, slots)
-        encoded_args, first = trees.encode(args, _is_slot, self._classes, root="args")
-        encoded_kwargs, second = trees.encode(kwargs, _is_slot, self._classes, root="kwargs")
+        slotted: Any = optree.tree_unflatten(structure, slots)
+        encoded_args, first = trees.encode(slotted[0], _is_slot, self._classes, root="args")
+        encoded_kwargs, second = trees.encode(slotted[1], _is_slot, self._classes, root="kwargs")
         order = [slot.leaf for slot in (*first, *second)]
         if order != sorted(order):
             raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
@@ -245,7 +252,7 @@ class _Recorded(torch.autograd.Function):
     """A run that keeps a residual, and its VJP."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, program: Program, wrt: tuple[int, ...], paths: Sequence[str], timeout_s: float | None, *inputs: Any
     ) -> tuple[Tensor, ...]:
         session = program.session
@@ -279,41 +286,39 @@ class _Recorded(torch.autograd.Function):
         restored = iter(saved)
         inputs = [next(restored) if number is None else number for number in numbers]
         # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
-        selected = [_conjugated(cotangents[i]) for i in given]
-        names = [f"the cotangent of output {i}" for i in given]
+        selected = [_conjugated(ct) for ct in cotangents if ct is not None]
         if torch.is_grad_enabled():  # create_graph: the derivative must be a program that can be derived again
-            made = _apply(program.vjp(wrt, given), [*inputs, *selected], [*paths, *names], timeout_s)
+            made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
         else:
-            made = _pull_back(program, kept, wrt, given, int(handle), inputs, selected, (paths, names), timeout_s)
+            pullback = program.keeping(kept).pullback(wrt, given)
+            try:
+                made = _pull_back(pullback, int(handle), selected, timeout_s)
+            except ResidualGone:
+                made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
         for i, gradient in zip(wrt, made, strict=True):
             gradient = _conjugated(gradient)
             gradients[4 + i] = gradient if gradient.dtype is inputs[i].dtype else gradient.to(inputs[i].dtype)
         return tuple(gradients)
 
 
-def _pull_back(
+def _pull_back(program: Program, residual: int, cotangents: Sequence[Tensor], timeout_s: float | None) -> list[Tensor]:
+    """Return the gradients of a run that kept a residual."""
+    placed, copied = _place(program, cotangents, ())
+    blocks = program.session.run_pullback(program, residual, placed, copied=copied, timeout_s=timeout_s)
+    return _from_blocks(blocks, program.outputs)
+
+
+def _rerun(
     program: Program,
-    kept: tuple[int, ...],
     wrt: tuple[int, ...],
     given: tuple[int, ...],
-    residual: int,
-    inputs: Sequence[Any],
-    cotangents: Sequence[Tensor],
-    names: tuple[Sequence[str], Sequence[str]],
+    inputs_and_cotangents: Sequence[Any],
+    paths: Sequence[str],
     timeout_s: float | None,
 ) -> Sequence[Tensor]:
-    """Return the cotangents of the inputs `wrt`: from the residual, or from the inputs once more if it is gone."""
-    session = program.session
-    pullback = program.keeping(kept).pullback(wrt, given)
-    try:
-        placed, copied = _place(pullback, cotangents, names[1])
-        blocks = session.run_pullback(pullback, residual, placed, copied=copied, timeout_s=timeout_s)
-        return _from_blocks(blocks, pullback.outputs)
-    except ResidualGone:
-        vjp = program.vjp(wrt, given)
-        placed, copied = _place(vjp, [*inputs, *cotangents], [*names[0], *names[1]])
-        blocks = session.run(vjp, placed, copied=copied, timeout_s=timeout_s)
-        return _from_blocks(blocks, vjp.outputs)
+    """Return the gradients without a residual, from the inputs once more."""
+    names = [*paths, *(f"the cotangent of output {i}" for i in given)]
+    return _apply(program.vjp(wrt, given), inputs_and_cotangents, names, timeout_s)
 
 
 class _Handle(bytearray):
@@ -459,8 +464,8 @@ def _as_tensor(leaf: Any) -> Tensor:
                 f"an argument is a {type(leaf).__qualname__} that torch cannot read: {error}"
             ) from error
     raise StructureError(
-        f"an argument is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str or "
-        "None, or a dict, list, tuple, namedtuple or dataclass of these"
+        f"an argument is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str "
+        "or None, or a dict, list, tuple, namedtuple or dataclass of these"
     )
 
 
@@ -482,12 +487,13 @@ def _register_if_dataclass(cls: type) -> bool:
 def _register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node here; static fields travel as values."""
 
-    def unflatten(_: Any, children: Sequence[Any]) -> Any:
+    def flatten(value: Any) -> Any:
+        return [getattr(value, field) for field in fields], None, fields
+
+    def unflatten(_: Any, children: Any) -> Any:
         return trees.instantiate(cls, fields, children)
 
-    optree.register_pytree_node(
-        cls, lambda value: ([getattr(value, f) for f in fields], None, fields), unflatten, namespace=_NAMESPACE
-    )
+    optree.register_pytree_node(cls, flatten, unflatten, namespace=_NAMESPACE)
 
 
 def _marked(value: Any, mark: bool) -> Any:

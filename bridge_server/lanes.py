@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 from google.protobuf.message import DecodeError
 
@@ -28,7 +28,7 @@ _BACKLOG = 128
 
 def serve(
     requests: Iterator[pb.LaneRequest], sessions: Sessions, take_descriptors: Callable[[], list[int]] = list
-) -> Iterator[pb.LaneReply]:
+) -> Generator[pb.LaneReply, None, None]:
     """Answer one connection's requests until the peer ends it, or breaks the contract."""
     session: Session | None = None
     try:

@@ -3,7 +3,7 @@
 import hmac
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import grpc
@@ -54,7 +54,7 @@ class Service(BridgeServicer):
         try:
             session = self._sessions.find(request.session)
             with self._sessions.running(session):
-                program: Program = yield from _as_events(self._preparation(request, session.program))
+                program = yield from _as_events(self._preparation(request, session.program))
             yield pb.PrepareEvent(
                 prepared=pb.Prepared(
                     program=session.add_program(program),
@@ -93,7 +93,7 @@ class TokenInterceptor(grpc.ServerInterceptor):
         self._expected = f"Bearer {token}".encode()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        given = dict(details.invocation_metadata).get("authorization", "")
+        given = str(dict(details.invocation_metadata).get("authorization", ""))
         if details.method.startswith("/grpc.health.v1.Health/") or hmac.compare_digest(given.encode(), self._expected):
             return continuation(details)
         return grpc.unary_unary_rpc_method_handler(
@@ -103,13 +103,14 @@ class TokenInterceptor(grpc.ServerInterceptor):
         )
 
 
-def _as_events(preparation: Preparation) -> Iterator[pb.PrepareEvent]:
+def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:
     """Yield a preparation's phases as events; return its program."""
     while True:
         try:
             phase = next(preparation)
         except StopIteration as finished:
-            return finished.value
+            program: Program = finished.value
+            return program
         yield pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase=phase))
 
 

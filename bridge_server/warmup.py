@@ -4,6 +4,7 @@ import logging
 import re
 
 from bridge_server.programs import Programs
+from bridge_server.runtime import Program
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError
@@ -44,13 +45,14 @@ def warm_up(programs: Programs, text: str) -> None:
             pass
 
 
-def _finish(programs, call: pb.Call):
+def _finish(programs: Programs, call: pb.Call) -> Program:
     preparation = programs.call(call)
     while True:
         try:
             next(preparation)
         except StopIteration as finished:
-            return finished.value
+            program: Program = finished.value
+            return program
 
 
 def _parse(signature: str) -> list[Spec]:

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Worker:
         self._sessions = sessions
         self._endpoint = endpoint
         self._health = health.HealthServicer()
-        interceptors = [TokenInterceptor(security.token)] if security.token else []
+        interceptors: list[grpc.ServerInterceptor] = [TokenInterceptor(security.token)] if security.token else []
         pool = futures.ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc")
         self._server = grpc.server(pool, interceptors=interceptors, options=_OPTIONS)
         add_BridgeServicer_to_server(Service(runtime, programs, sessions, endpoint.lane_path), self._server)
@@ -105,7 +106,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def _private_files():
+def _private_files() -> Iterator[None]:
     previous = os.umask(0o177)
     try:
         yield

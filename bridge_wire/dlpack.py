@@ -114,7 +114,7 @@ class Exporter:
         managed = _libc.malloc(header + 8 * len(shape))
         if not managed:
             raise MemoryError("no memory for a DLPack header")
-        (ctypes.c_int64 * len(shape)).from_address(managed + header)[:] = shape
+        (ctypes.c_int64 * len(shape)).from_address(managed + header)[:] = list(shape)
         made = _DLManagedTensor.from_address(managed)
         made.tensor = _DLTensor(
             # Consumers take a null pointer only for an empty array, and some do not take it even then.

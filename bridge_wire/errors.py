@@ -219,6 +219,6 @@ def unexpected(error: BaseException) -> InternalError:
 
 def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
     """End a gRPC call with the error's status, its text, and the whole error in the trailer."""
-    context.set_trailing_metadata([(TRAILER, encode(error).SerializeToString())])
+    context.set_trailing_metadata(((TRAILER, encode(error).SerializeToString()),))
     context.abort(error.status, str(error)[:1000])
     raise AssertionError("abort raises")

@@ -110,7 +110,7 @@ class FramedSocket:
                 try:
                     count = self._read(_POLL_FLAGS)
                 except BlockingIOError:
-                    pass
+                    continue
         if count < 0:
             if timeout_s is not None:
                 self._block(timeout_s)

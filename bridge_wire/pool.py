@@ -37,7 +37,8 @@ def _configured_max_bytes() -> int:
 class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
 
-    The lease ends when `buffer` and every view of it are gone. A block of zero bytes has address 0.
+    The lease ends when `buffer` is gone; what torch.frombuffer and np.frombuffer make of it keeps it, but a slice or
+    a cast of it does not. A block of zero bytes has address 0.
     """
 
     address: int

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import keyword
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge_wire.errors import ProtocolError, StructureError
@@ -61,7 +61,7 @@ class Classes:
                 raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is not an identifier")
         try:
             if kind == "namedtuple":
-                return collections.namedtuple(name, fields)  # type: ignore[misc]
+                return collections.namedtuple(name, fields)
             cls = dataclasses.make_dataclass(name, fields, frozen=True, eq=False)
         except (ValueError, TypeError) as error:
             raise ProtocolError(f"a tree names the class {name!r} with unusable fields: {error}") from error
@@ -205,11 +205,12 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
     return instantiate(classes.find(kind, node.name, fields), fields, items)
 
 
-def instantiate(cls: Callable[..., Any], fields: tuple[str, ...], items: list[Any]) -> Any:
+def instantiate(cls: Callable[..., Any], fields: Sequence[str], items: Iterable[Any]) -> Any:
+    """Return an instance of a namedtuple's or dataclass's class with these values of its fields."""
     if not dataclasses.is_dataclass(cls):
         return cls(*items)
     # Not through __init__: a user's class may compute there, and a field may have init=False.
-    instance = object.__new__(cls)  # type: ignore[arg-type]
+    instance = object.__new__(cls)
     for field, item in zip(fields, items, strict=True):
         object.__setattr__(instance, field, item)
     return instance
