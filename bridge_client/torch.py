@@ -400,8 +400,8 @@ def _from_block(block: Block, spec: Spec) -> Tensor:
     dtype = _TORCH_DTYPES[spec.dtype.name]
     if block.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
-    flat = torch.frombuffer(block.buffer, dtype=dtype)
-    return flat if len(spec.shape) == 1 else flat.view(spec.shape)
+    # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
+    return torch.frombuffer(block.buffer, dtype=dtype).resize_(spec.shape)
 
 
 def _spec_of(value: Any, path: str, x64: bool) -> Spec:

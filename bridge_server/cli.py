@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bridge_server import endpoints, targets
 from bridge_server.allocator_choice import restart_with_a_good_allocator
@@ -31,7 +32,7 @@ _DRAIN_S = 30.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker until it is told to stop. Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse."""
-    options = _parser().parse_args(argv)
+    options = _arguments(sys.argv[1:] if argv is None else argv)
     _set_up_logging(options.log_level)
     try:
         return _serve(options)
@@ -82,7 +83,7 @@ def _runtime(options: argparse.Namespace) -> Runtime:
         from bridge_server.jax_runtime import JaxRuntime
     except ImportError as error:
         raise CallerError(f"--jax-model needs jax in the worker's environment: {error}") from error
-    return JaxRuntime(Options(x64=options.x64, jit=options.jit))
+    return JaxRuntime(Options(x64=options.x64, jit=not options.no_jit))
 
 
 def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
@@ -133,86 +134,58 @@ class _StopSignals:
 
 
 def _parser() -> argparse.ArgumentParser:
-    env = os.environ.get
     parser = argparse.ArgumentParser(
         "bridge_server",
         description="Serve JAX models to programs in other processes.",
         epilog="Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES, and so on.",
         allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
+
+    def add(flag: str, help: str, **how: Any) -> None:
+        parser.add_argument(flag, help=help, **how)
+
+    listed = {"action": "append", "default": []}
     add(
         "--jax-model",
-        action="append",
+        "function, (apply, params), flax or equinox module; repeatable",
         metavar="[NAME=]MOD:ATTR",
-        default=_listed(env("BRIDGE_JAX_MODEL")),
-        help="a function, a pair (apply, params), a flax or equinox module; repeatable",
+        **listed,
     )
-    add(
-        "--factory",
-        action="store_true",
-        default=_flag("BRIDGE_FACTORY"),
-        help="MOD:ATTR is a function that returns the model",
-    )
-    add(
-        "--listen",
-        metavar="unix:PATH|HOST:PORT",
-        default=env("BRIDGE_LISTEN"),
-        help="default: a socket in a directory that only you can enter",
-    )
-    add("--x64", action="store_true", default=_flag("BRIDGE_X64"), help="allow 64-bit floats and integers")
-    add(
-        "--no-jit",
-        dest="jit",
-        action="store_false",
-        default=not _flag("BRIDGE_NO_JIT"),
-        help="run models operation by operation, for debugging",
-    )
-    add(
-        "--residual-bytes",
-        type=_bytes,
-        default=env("BRIDGE_RESIDUAL_BYTES", str(half_of_memory())),
-        help="budget for what is kept between forwards and their VJPs; past it backwards recompute",
-    )
-    add(
-        "--session-slab-bytes",
-        type=_bytes,
-        default=env("BRIDGE_SESSION_SLAB_BYTES", str(1 << 40)),
-        help="most memory that one client may share",
-    )
-    add(
-        "--warmup",
-        action="append",
-        metavar="[NAME=]DTYPE[SHAPE],...",
-        default=_listed(env("BRIDGE_WARMUP")),
-        help="compile for these positional arguments before reporting healthy, e.g. float32[8,64]; repeatable",
-    )
-    add(
-        "--token-file",
-        metavar="FILE",
-        default=env("BRIDGE_TOKEN_FILE"),
-        help="clients must present the token in this file (or in BRIDGE_TOKEN)",
-    )
-    add("--tls-cert", metavar="PEM", default=env("BRIDGE_TLS_CERT"))
-    add("--tls-key", metavar="PEM", default=env("BRIDGE_TLS_KEY"))
-    add(
-        "--insecure",
-        action="store_true",
-        default=_flag("BRIDGE_INSECURE"),
-        help="allow TCP beyond loopback without TLS or token",
-    )
-    add("--log-level", choices=("debug", "info", "warning", "error"), default=env("BRIDGE_LOG_LEVEL", "info"))
-    add("--parent-pid", type=int, default=0, help=argparse.SUPPRESS)
-    add("--version", action="version", version=f"bridge_server {__version__}")
+    add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
+    add("--listen", "default: a socket in a directory that only you can enter", metavar="unix:PATH|HOST:PORT")
+    add("--x64", "allow 64-bit floats and integers", action="store_true")
+    add("--no-jit", "run models operation by operation, for debugging", action="store_true")
+    add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute",
+        type=_bytes, default=half_of_memory(), metavar="BYTES")  # fmt: skip
+    add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")
+    add("--warmup", "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
+        metavar="[NAME=]DTYPE[SHAPE],...", **listed)  # fmt: skip
+    add("--token-file", "clients must present the token in this file, or in BRIDGE_TOKEN", metavar="FILE")
+    add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
+    add("--tls-key", "private key of --tls-cert", metavar="PEM")
+    add("--insecure", "allow TCP beyond loopback without TLS or token", action="store_true")
+    add("--log-level", "least level that is logged", choices=("debug", "info", "warning", "error"), default="info")
+    add("--parent-pid", argparse.SUPPRESS, type=int)
+    parser.add_argument("--version", action="version", version=f"bridge_server {__version__}")
     return parser
 
 
-def _listed(value: str | None) -> list[str]:
-    return value.split() if value else []
-
-
-def _flag(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options, those from variables parsed as if they stood before the command line's."""
+    parser = _parser()
+    from_variables: list[str] = []
+    for action in parser._actions:
+        flag = action.option_strings[-1]
+        value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
+        if value is None or flag == "--version" or any(word.partition("=")[0] == flag for word in argv):
+            continue
+        if action.nargs == 0:
+            from_variables += [flag] if value.lower() in ("1", "true", "yes", "on") else []
+        else:
+            values = value.split() if isinstance(action.default, list) else [value]
+            from_variables += [f"{flag}={each}" for each in values]
+    return parser.parse_args([*from_variables, *argv])
 
 
 def _bytes(text: str) -> int:
