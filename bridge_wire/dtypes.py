@@ -10,7 +10,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 _INT, _UINT, _FLOAT, _BFLOAT, _COMPLEX, _BOOL = 0, 1, 2, 4, 5, 6
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one object per type: compared, and hashed, by identity
 class DType:
     """An element type: its NumPy-style name, its wire number, its DLPack code and its size in bytes."""
 

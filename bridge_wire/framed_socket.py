@@ -11,6 +11,7 @@ import time
 from bridge_wire.frames import FrameDecoder, encode
 
 _BUFFER_BYTES = 64 << 10
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)  # an IntFlag costs a microsecond on each use
 # A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for this long. Much
 # shorter, and two sides that block keep each other waiting longer than either polls (measured, 2 virtual cores).
 _SPIN_S = 200e-6
@@ -18,8 +19,6 @@ _SPIN_S = 200e-6
 # expected is a moving average of the last waits, none counted as longer than the limit.
 _SOON_S = 2 * _SPIN_S
 _LONGEST_COUNTED_S = 4 * _SOON_S
-_FLAGS = int(socket.MSG_CMSG_CLOEXEC)
-_POLL_FLAGS = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 _MAX_DESCRIPTORS = 4
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -36,6 +35,9 @@ class FramedSocket:
         # On one core, whoever spins keeps the peer from running.
         self._may_spin = len(os.sched_getaffinity(0)) > 1
         self._expected_s = 0.0
+        poll = select.poll()
+        poll.register(connected, select.POLLIN)
+        self._poll = poll.poll
         self._descriptors: list[int] = []
 
     def send(self, payload: bytes, descriptors: tuple[int, ...] = ()) -> None:
@@ -58,11 +60,12 @@ class FramedSocket:
           ProtocolError: the bytes are no frames.
           OSError: the connection broke.
         """
-        while (message := self._decoder.next()) is None:
+        message = self._decoder.next()
+        while message is None:
             count = self._wait(timeout_s)
             if count == 0:
                 return None
-            self._decoder.feed(self._view[:count])
+            message = self._decoder.feed(self._view[:count])
         return message
 
     def take_descriptors(self) -> list[int]:
@@ -102,32 +105,24 @@ class FramedSocket:
 
     def _wait(self, timeout_s: float | None) -> int:
         """Read what comes next, polling for it first where that is likely to save a wake-up."""
-        started = time.perf_counter()
-        count = -1
+        poll, clock = self._poll, time.perf_counter
+        started = clock()
+        is_ready: object = False
         if self._may_spin and self._expected_s < _SOON_S:
             deadline = started + _SPIN_S
-            while count < 0 and time.perf_counter() < deadline:
-                try:
-                    count = self._read(_POLL_FLAGS)
-                except BlockingIOError:
-                    continue
-        if count < 0:
-            if timeout_s is not None:
-                self._block(timeout_s)
-            count = self._read(_FLAGS)
-        waited_s = min(time.perf_counter() - started, _LONGEST_COUNTED_S)
+            while not (is_ready := poll(0)) and clock() < deadline:
+                os.sched_yield()  # where both sides share a core, the peer must run first
+        if not is_ready and timeout_s is not None and not poll(timeout_s * 1000):
+            raise TimeoutError
+        count = self._read()
+        waited_s = min(clock() - started, _LONGEST_COUNTED_S)
         self._expected_s += (waited_s - self._expected_s) / 2
         return count
 
-    def _block(self, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            raise TimeoutError
-
-    def _read(self, flags: int) -> int:
+    def _read(self) -> int:
+        """Read what is there, or else wait for it; return the number of bytes."""
         try:
-            count, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, flags)
+            count, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
         except ConnectionResetError:
             return 0
         for level, kind, data in ancillary:

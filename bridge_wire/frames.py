@@ -22,12 +22,15 @@ class FrameDecoder:
     def __init__(self) -> None:
         self._pending = bytearray()
 
-    def feed(self, data: bytes | memoryview) -> None:
-        """Take the next bytes of the stream."""
+    def feed(self, data: bytes | memoryview) -> bytes | None:
+        """Take the next bytes of the stream, and return the next whole message as `next` does."""
+        if not self._pending and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4 <= MAX_FRAME:
+            return bytes(data[4:])  # exactly one message, as nearly always: not by way of the buffer
         self._pending += data
+        return self.next()
 
     def next(self) -> bytes | None:
-        """Return the next whole message, or None until more bytes have come.
+        """Return the next whole message of what was fed, or None until more bytes have come.
 
         Raises:
           ProtocolError: the stream announces a message over the limit. It cannot be read any further.
