@@ -6,7 +6,8 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
 
 from bridge_client.connecting import connect
+from bridge_client.link import Tls
 from bridge_client.session import Session
 from bridge_client.spawning import spawn
 
-__all__ = ["Session", "connect", "spawn"]
+__all__ = ["Session", "Tls", "connect", "spawn"]

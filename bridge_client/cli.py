@@ -3,8 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from os import environ
+from pathlib import Path
 
 from bridge_client.connecting import connect
+from bridge_client.link import Tls
 from bridge_client.session import Session
 from bridge_wire import __version__
 from bridge_wire.errors import BridgeError
@@ -17,12 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     describe = commands.add_parser("describe", help="show a worker's models, and how its tensors would travel")
     describe.add_argument("address", help="unix:PATH or HOST:PORT")
-    describe.add_argument("--token", help="what a worker with --token-file asks for")
+    describe.add_argument(
+        "--token", help="for a worker with --token-file (BRIDGE_TOKEN)", default=environ.get("BRIDGE_TOKEN")
+    )
+    describe.add_argument("--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path)
     options = parser.parse_args(argv)
     try:
-        with connect(options.address, token=options.token) as session:
+        tls = Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
+        with connect(options.address, token=options.token, tls=tls) as session:
             print(_description(session))
-    except BridgeError as error:
+    except (BridgeError, OSError) as error:
         print(f"bridge_client: {error}", file=sys.stderr)
         return 1
     return 0

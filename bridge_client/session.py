@@ -244,8 +244,8 @@ class Session:
             link, self._link = self._link, None
         if link is not None:
             link.close()
-        for lane, _ in self._abandoned:
-            lane.close()
+        while self._abandoned:
+            self._abandoned.pop()[0].close()
         self._residuals.clear()
         self.pool.close()
         self._host.close()

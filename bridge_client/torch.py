@@ -457,6 +457,9 @@ def _packed(value: Any, path: str) -> bytes:
 def _as_tensor(leaf: Any) -> Tensor:
     """Return a leaf that is no tensor, but an array of another library, as one."""
     if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
+        flags = getattr(leaf, "flags", None)
+        if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
+            leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns
         try:
             return torch.as_tensor(leaf)
         except (TypeError, ValueError, RuntimeError) as error:

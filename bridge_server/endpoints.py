@@ -35,8 +35,10 @@ def parse(listen: str | None) -> Endpoint:
     host, colon, port = listen.rpartition(":")
     if not (colon and host and port.isdigit()):
         raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
+    directory = _runtime_directory()
+    _remove_lanes_of_the_dead(directory)
     # A name per process: several workers may listen on TCP side by side.
-    lane = _runtime_directory() / f"{os.getpid()}{LANE_SUFFIX}"
+    lane = directory / f"{os.getpid()}{LANE_SUFFIX}"
     return Endpoint(listen, str(lane), is_exposed=not _is_loopback(host.strip("[]")))
 
 
@@ -61,6 +63,14 @@ def _runtime_directory() -> Path:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise CallerError(f"{directory} is not a directory of mode 0700 of this user; remove it or name a --listen")
     return directory
+
+
+def _remove_lanes_of_the_dead(directory: Path) -> None:
+    """Remove the sockets of killed TCP workers, whose names nobody would meet again."""
+    for lane in directory.glob(f"*{LANE_SUFFIX}"):
+        pid = lane.name.removesuffix(LANE_SUFFIX)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            lane.unlink(missing_ok=True)
 
 
 def _is_loopback(host: str) -> bool:

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
-from bridge_wire.errors import CallerError, OutOfMemory
+from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
 from bridge_wire.slabs import PAGE, Slab, create_slab
 
 _FIRST_STEP = 16 << 20
@@ -68,6 +68,7 @@ class Pool:
         self._leases: dict[int, _Lease] = {}
         self._ended: deque[_Lease] = deque()
         self._lock = threading.Lock()
+        self._is_closed = False
 
     def lease(self, nbytes: int) -> Block:
         """Return a block of `nbytes` bytes with undefined contents.
@@ -124,7 +125,7 @@ class Pool:
         with self._lock:
             slabs, self.slabs = self.slabs, ()
             self._allocator = Allocator()
-            self.max_bytes = 0
+            self._is_closed = True
         for slab in slabs:
             slab.close()
 
@@ -136,6 +137,8 @@ class Pool:
                 self._allocator.free(lease.address, lease.size)
 
     def _grow(self, size: int) -> None:
+        if self._is_closed:
+            raise SessionClosed("the session is closed; make a new one")
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))
         room = self.max_bytes - self.slab_bytes
         if size > room:

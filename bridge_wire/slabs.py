@@ -11,7 +11,9 @@ import logging
 import mmap
 import os
 import stat
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from bridge_wire.errors import OutOfMemory, ProtocolError
 
@@ -49,12 +51,15 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
       OutOfMemory: the kernel has no memory, or no file descriptor, for it.
     """
     nbytes = -(-nbytes // PAGE) * PAGE
+    # A memfd has no quota, so the kernel would rather kill a process than refuse.
+    if nbytes > (available := _available_bytes()):
+        raise OutOfMemory(f"the system has no room for a slab of {nbytes} bytes: {available} are available")
     fd = -1
     try:
         if shareable:
             fd = os.memfd_create("bridge-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, nbytes)
-            os.posix_fallocate(fd, 0, nbytes)  # an early ENOSPC instead of a late SIGBUS
+            os.posix_fallocate(fd, 0, nbytes)  # an early error instead of a late SIGBUS
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         memory = mmap.mmap(fd, nbytes)
     except OSError as error:
@@ -105,6 +110,21 @@ def memfd_works() -> bool:
     except OutOfMemory:
         return False
     return True
+
+
+def _available_bytes() -> int:
+    """Return what the machine, and this process's control group, can still give; without /proc, no limit."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return sys.maxsize
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no limit reads "max"
+        return available
+    return min(available, limit - used)
 
 
 def _address_of(memory: mmap.mmap) -> int:
