@@ -296,8 +296,7 @@ class _Recorded(torch.autograd.Function):
             except ResidualGone:
                 made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
         for i, gradient in zip(wrt, made, strict=True):
-            gradient = _conjugated(gradient)
-            gradients[4 + i] = gradient if gradient.dtype is inputs[i].dtype else gradient.to(inputs[i].dtype)
+            gradients[4 + i] = _conjugated(gradient)
         return tuple(gradients)
 
 

@@ -10,6 +10,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 
 _MAX_NBYTES = 2**63 - 1
 _MAX_RANK = 64
+_NUMBERS = ("int64", "float64", "complex128")
 
 
 class Spec(NamedTuple):
@@ -52,8 +53,8 @@ def decode(message: pb.Spec) -> Spec:
     # Sizes of zero hide an overflow of the others, which frameworks reject all the same.
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _MAX_NBYTES:
         raise ProtocolError(f"a spec of shape {shape} and dtype {dtype.name} does not fit in memory")
-    if message.weak and shape:
-        raise ProtocolError(f"a Python number has the shape {shape} instead of ()")
+    if message.weak and (shape or dtype.name not in _NUMBERS):
+        raise ProtocolError(f"a Python number came as {dtype.name}{list(shape)}; expected a 0-d one of {_NUMBERS}")
     return Spec(dtype, shape, message.weak)
 
 

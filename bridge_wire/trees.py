@@ -57,13 +57,14 @@ class Classes:
 
     def _make(self, kind: str, name: str, fields: tuple[str, ...]) -> type:
         for word in (name, *fields):
-            if not word.isidentifier() or keyword.iskeyword(word):
-                raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is not an identifier")
+            is_special = word.startswith("__") and word.endswith("__")  # would replace the class's own machinery
+            if not word.isidentifier() or keyword.iskeyword(word) or is_special:
+                raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is no plain identifier")
         try:
             if kind == "namedtuple":
                 return collections.namedtuple(name, fields)
             cls = dataclasses.make_dataclass(name, fields, frozen=True, eq=False)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, SyntaxError) as error:
             raise ProtocolError(f"a tree names the class {name!r} with unusable fields: {error}") from error
         self._adopt(cls, fields)
         return cls
@@ -240,7 +241,10 @@ def _encode_value(value: Any) -> pb.Value | None:
     if kind is bool:
         return pb.Value(boolean=value)
     if kind is str:
-        return pb.Value(text=value)
+        try:
+            return pb.Value(text=value)
+        except UnicodeEncodeError:
+            raise StructureError(f"the text {value[:80]!r} has lone surrogates, which UTF-8 cannot carry") from None
     if kind is float:
         return pb.Value(real=value)
     if kind is complex:
