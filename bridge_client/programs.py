@@ -61,6 +61,27 @@ class Program:
         inputs = self.inputs + tuple(self.outputs[i] for i in outputs)
         return self._derive(key, self._transformed_request(transform), inputs)
 
+    def jvp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
+        """Return the program from the inputs and tangents of `wrt` to the tangents of `outputs`."""
+        key = ("jvp", wrt, outputs)
+        if known := self._derived.get(key):
+            return known
+        transform = pb.Transform(jvp=pb.Transform.Jvp(wrt=wrt, outputs=outputs))
+        inputs = self.inputs + tuple(self.inputs[i] for i in wrt)
+        return self._derive(key, self._transformed_request(transform), inputs)
+
+    def vmap(self, axes: tuple[int, ...], size: int) -> "Program":
+        """Return the program over batches of `size`, found at the given axis of each input (-1: not batched)."""
+        key = ("vmap", axes, size)
+        if known := self._derived.get(key):
+            return known
+        transform = pb.Transform(vmap=pb.Transform.Vmap(axes=axes, size=size))
+        inputs = tuple(
+            spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+            for spec, axis in zip(self.inputs, axes, strict=True)
+        )
+        return self._derive(key, self._transformed_request(transform), inputs)
+
     def _keeping_request(self, wrt: tuple[int, ...]) -> pb.PrepareRequest:
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from bridge_client.connecting import connect
 from bridge_client.programs import Program
@@ -238,7 +239,9 @@ class _Call(NamedTuple):
 
 
 def _apply(program: Program, inputs: Sequence[Any], paths: Sequence[str], timeout_s: float | None) -> Sequence[Tensor]:
-    """Run a program, recorded by autograd where a gradient can be asked for."""
+    """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _Transformable.apply(program, paths, timeout_s, *inputs)
     if torch.is_grad_enabled():
         wrt = tuple(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
         if wrt:
@@ -283,8 +286,7 @@ class _Recorded(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * (4 + len(numbers))
         if not wrt or not given:
             return tuple(gradients)
-        restored = iter(saved)
-        inputs = [next(restored) if number is None else number for number in numbers]
+        inputs = _merged(numbers, saved)
         # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
         selected = [_conjugated(ct) for ct in cotangents if ct is not None]
         if torch.is_grad_enabled():  # create_graph: the derivative must be a program that can be derived again
@@ -298,6 +300,77 @@ class _Recorded(torch.autograd.Function):
         for i, gradient in zip(wrt, made, strict=True):
             gradients[4 + i] = _conjugated(gradient)
         return tuple(gradients)
+
+
+class _Transformable(torch.autograd.Function):
+    """A run whose every derivative, and batched version, is the run of another program: for torch.func, forward-mode
+    derivatives and their compositions, to any depth. It keeps no residual, since each derivative must be a function
+    that can be transformed again."""
+
+    @staticmethod
+    def forward(program: Program, paths: Sequence[str], timeout_s: float | None, *inputs: Any) -> tuple[Tensor, ...]:
+        placed, copied = _place(program, inputs, paths)
+        blocks = program.session.run(program, placed, copied=copied, timeout_s=timeout_s)
+        return tuple(_from_blocks(blocks, program.outputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        program, paths, timeout_s, *values = inputs
+        numbers = [None if isinstance(x, Tensor) else x for x in values]
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        ctx.call = (program, paths, timeout_s, numbers)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        if integers := [y for y, spec in zip(output, program.outputs, strict=True) if not spec.dtype.is_inexact]:
+            ctx.mark_non_differentiable(*integers)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        program, paths, timeout_s, numbers = ctx.call
+        inputs = _merged(numbers, ctx.saved_tensors)
+        wrt = tuple(i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed and _is_inexact(inputs[i]))
+        given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
+        gradients: list[Tensor | None] = [None] * (3 + len(inputs))
+        if wrt and given:
+            selected = [_conjugated(ct) for ct in cotangents if ct is not None]
+            made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
+            for i, gradient in zip(wrt, made, strict=True):
+                gradients[3 + i] = _conjugated(gradient)
+        return tuple(gradients)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        program, paths, timeout_s, numbers = ctx.call
+        inputs = _merged(numbers, ctx.saved_tensors)
+        wrt = tuple(i for i, t in enumerate(tangents[3:]) if isinstance(t, Tensor) and _is_inexact(inputs[i]))
+        outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
+        made: list[Tensor | None] = [None] * len(program.outputs)
+        if wrt and outputs:
+            names = [*paths, *(f"the tangent of {paths[i]}" for i in wrt)]
+            derived = program.jvp(wrt, outputs)
+            for i, tangent in zip(
+                outputs, _apply(derived, [*inputs, *(tangents[3 + i] for i in wrt)], names, timeout_s), strict=True
+            ):
+                made[i] = tangent
+        return tuple(made)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], program: Program, *rest: Any) -> tuple[Any, Any]:
+        paths, timeout_s, *inputs = rest
+        axes = tuple(-1 if dim is None else dim for dim in in_dims[3:])
+        outputs = _apply(program.vmap(axes, info.batch_size), inputs, paths, timeout_s)
+        return tuple(outputs), (0,) * len(outputs)
+
+
+def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the inputs of a call: its tensors, with the Python numbers in their places."""
+    restored = iter(tensors)
+    return [next(restored) if number is None else number for number in numbers]
+
+
+def _is_inexact(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _pull_back(program: Program, residual: int, cotangents: Sequence[Tensor], timeout_s: float | None) -> list[Tensor]:
