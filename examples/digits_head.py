@@ -1,0 +1,29 @@
+"""The JAX side of the digits demo: runs in the worker, in an environment that has no PyTorch."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+FEATURES, HIDDEN, CLASSES = 1024, 128, 10
+
+
+class Head(nn.Module):
+    """Features of an image -> scores of the ten digits."""
+
+    @nn.compact
+    def __call__(self, features):
+        x = nn.relu(nn.Dense(HIDDEN)(features))
+        return nn.Dense(CLASSES)(x)
+
+
+_head = Head()
+# What the worker serves: a flax.linen module with its variables.
+model = (_head, _head.init(jax.random.key(0), jnp.zeros((1, FEATURES))))
+
+
+def environment():
+    """Return this process's id, and which frameworks it could import."""
+    return {"pid": os.getpid(), **{name: importlib.util.find_spec(name) is not None for name in ("jax", "torch")}}

@@ -1,0 +1,74 @@
+"""What the documentation shows is what happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from bridge_client import Session
+from bridge_wire.frames import encode
+from bridge_wire.pb import bridge_pb2 as pb
+from tests.conftest import ROOT, python_of
+
+PROTOCOL = ROOT / "docs" / "protocol.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
+
+
+def save_programs(page: Path, folder: Path) -> None:
+    """Write the Python programs that a page shows, each of which begins with its file's name, into a folder."""
+    for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        (folder / name).write_text(text)
+
+
+def shown_after(page: Path, name: str) -> str:
+    """Return the output that a page shows after the program of this name."""
+    after = page.read_text().split(f"```python\n# {name}\n")[1].split("```\n", 1)[1]
+    return re.search(r"^```\n(.*?)^```$", after, re.MULTILINE | re.DOTALL)[1]
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def test_program_in_the_readme_works(tmp_path: Path) -> None:
+    """The two files that README.md shows find the parameters that it prints."""
+    page = ROOT / "README.md"
+    save_programs(page, tmp_path)
+    (tmp_path / ".venv-jax").symlink_to(ROOT / ".venv-jax")
+    shown = run(python_of(".venv-torch"), "train.py", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    found, printed = (text.split(", loss ") for text in (shown.stdout, shown_after(page, "train.py")))
+    assert found[0] == printed[0]
+    assert float(found[1]) < 1e-8
+
+
+def test_client_in_the_protocol_page_works(tmp_path: Path, jax_worker: Session) -> None:
+    """The client that docs/protocol.md shows gets the value and the gradient that it prints."""
+    save_programs(PROTOCOL, tmp_path)
+    shown = run(sys.executable, "client.py", jax_worker.address, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout == shown_after(PROTOCOL, "client.py")
+
+
+def test_bytes_in_the_protocol_page_are_those_of_the_messages() -> None:
+    """The frames that docs/protocol.md spells out are what its messages encode to."""
+    page = PROTOCOL.read_text().split("## A call, byte by byte")[1].split("```")[1]
+    page = page.replace("02 ... 1e", " ".join(f"{byte:02x}" for byte in range(2, 0x1F)))
+    hexadecimal = re.findall(r"^(?:-> | *)((?:[0-9a-f]{2} +)*[0-9a-f]{2})(?: {2,}|$)", page, re.MULTILINE)
+    frames = [
+        pb.LaneRequest(attach=pb.Attach(session=bytes(range(32)))),
+        pb.LaneReply(done=pb.Done()),
+        pb.LaneRequest(share=pb.Share(base=4096, nbytes=16 << 20)),
+        pb.LaneReply(done=pb.Done()),
+        pb.LaneRequest(run=pb.Run(program=1, inputs=[4096], outputs=[4160])),
+        pb.LaneReply(ran=pb.Ran()),
+    ]
+    expected = b"".join(encode(frame.SerializeToString()) for frame in frames)
+    assert bytes.fromhex(" ".join(hexadecimal)) == expected
+
+
+def test_operations_page_names_every_option() -> None:
+    """The table of options in docs/operations.md has those of `bridge_server --help`, and no others."""
+    help_text = run(python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT).stdout
+    options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
+    assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {"--help"}
