@@ -8,6 +8,7 @@ the node saved.
 
 import ctypes
 import dataclasses
+import functools
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,7 @@ class RemoteJaxFunction(nn.Module):
                 if not isinstance(leaf, Tensor):
                     if _register_if_dataclass(type(leaf)):
                         return self.forward(*args, **kwargs)  # that leaf has become a node
-                    leaf = leaves[i] = _as_tensor(leaf)
+                    leaf = leaves[i] = _as_tensor(leaf, functools.partial(_path_of, (args, kwargs), i))
                 signature.append((leaf.dtype, leaf.shape))
             inputs.append(leaf)
         for tensor in own:
@@ -437,7 +438,7 @@ def _place(program: Program, inputs: Sequence[Any], paths: Sequence[str]) -> tup
     for i, (value, spec) in enumerate(zip(inputs, program.inputs, strict=True)):
         if spec.weak:
             block = pool.lease(spec.dtype.itemsize)
-            block.buffer[:] = _packed(value, paths[i])
+            block.buffer[:] = _packed(value, paths[i], program.session)
             placed.append(block)
             continue
         nbytes = value.nbytes
@@ -519,15 +520,25 @@ def _check_range(value: Tensor, spec: Spec, path: str) -> None:
         )
 
 
-def _packed(value: Any, path: str) -> bytes:
-    try:
-        return _NUMBERS[type(value)][1](value)
-    except struct.error:
-        raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits") from None
+def _packed(value: Any, path: str, session: Session) -> bytes:
+    """Return a Python number as bytes.
+
+    Raises:
+      DTypeError: an integer that the worker's widest type cannot hold.
+    """
+    if type(value) is int and not -(2**31) <= value < 2**31:
+        if not session.x64:
+            raise DTypeError(
+                f"input `{path}` is the integer {value}; the worker runs without x64 and holds int32 only: start it "
+                "with --x64 or pass a float"
+            )
+        if not -(2**63) <= value < 2**63:
+            raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
+    return _NUMBERS[type(value)][1](value)
 
 
-def _as_tensor(leaf: Any) -> Tensor:
-    """Return a leaf that is no tensor, but an array of another library, as one."""
+def _as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
+    """Return a leaf that is no tensor, but an array of another library, as one; `path` names it in errors."""
     if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
         flags = getattr(leaf, "flags", None)
         if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
@@ -536,10 +547,10 @@ def _as_tensor(leaf: Any) -> Tensor:
             return torch.as_tensor(leaf)
         except (TypeError, ValueError, RuntimeError) as error:
             raise StructureError(
-                f"an argument is a {type(leaf).__qualname__} that torch cannot read: {error}"
+                f"`{path()}` is a {type(leaf).__qualname__} that torch cannot read: {error}"
             ) from error
     raise StructureError(
-        f"an argument is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str "
+        f"`{path()}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str "
         "or None, or a dict, list, tuple, namedtuple or dataclass of these"
     )
 
@@ -549,6 +560,13 @@ def _as_tensor(leaf: Any) -> Tensor:
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
     return optree.tree_flatten(tree, namespace=_NAMESPACE)
+
+
+def _path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
+    """Return the path of a leaf of a call's arguments, such as `args[0]['w']`."""
+    tree: Any = arguments
+    accessor = optree.tree_accessors(tree, namespace=_NAMESPACE)[position]
+    return accessor[1:].codify("args" if accessor[0].entry == 0 else "kwargs")
 
 
 def _register_if_dataclass(cls: type) -> bool:

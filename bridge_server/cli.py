@@ -192,7 +192,7 @@ def _bytes(text: str) -> int:
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
     number = text.rstrip("KMGTiB")
     unit = text[len(number) :].rstrip("iB")
-    if not number.isdigit() or unit not in units:
+    if not number.isdecimal() or unit not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
     return int(number) * units[unit]
 

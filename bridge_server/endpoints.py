@@ -33,7 +33,7 @@ def parse(listen: str | None) -> Endpoint:
     if listen.startswith("unix:"):
         return _unix(Path(listen.removeprefix("unix:")))
     host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdigit()):
+    if not (colon and host and port.isdecimal()):
         raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
     directory = _runtime_directory()
     _remove_lanes_of_the_dead(directory)

@@ -7,6 +7,7 @@ program, and transforms compose to any depth. What has been composed is compiled
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import sys
 import traceback
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Literal
 from jax.interpreters import ad
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Program, Runtime
 from bridge_wire import trees
@@ -131,10 +134,10 @@ class JaxRuntime(Runtime):
         arguments = (program.residual_avals, *_avals(inputs))
         where = f"the VJP of {program.where}"
         try:
-            # Symbolic zeros leave out the work for outputs that did not matter. Not every release of jax takes them.
-            run, made = yield from self._compile(program.pullback(wrt, outputs, _symbolic_zero), arguments, where)
+            # Leaves out the work for outputs that did not matter, in ways that not every release of jax has.
+            run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=True), arguments, where)
         except RemoteModelError:
-            run, made = yield from self._compile(program.pullback(wrt, outputs, _zeros), arguments, where)
+            run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=False), arguments, where)
         pullback = _Program(inputs, made, lambda arrays, residual: (run(residual, *arrays), None), where)
         pullback.pullback_of = program
         return pullback
@@ -290,14 +293,17 @@ class _KeepingProgram(_Program):
         self.residual_nbytes = sum(aval.size * aval.dtype.itemsize for aval in residual_avals)
         self._structure = structure
 
-    def pullback(self, wrt: Sequence[int], outputs: Sequence[int], zero: Callable[[Spec], Any]) -> _Flat:
+    def pullback(self, wrt: Sequence[int], outputs: Sequence[int], *, is_pruned: bool) -> _Flat:
         """Return the function of the residual, and of the cotangents of `outputs`, to the cotangents of `wrt`."""
         positions = [self.wrt.index(i) for i in wrt]
+        used = [i in outputs for i in self.differentiable]
+        zero = _symbolic_zero if is_pruned else _zeros
 
         def pull(residual: Sequence[Any], *cotangents: Any) -> list[Any]:
             given = dict(zip(outputs, cotangents, strict=True))
             full = [given[i] if i in given else zero(self.outputs[i]) for i in self.differentiable]
-            gradients = jax.tree_util.tree_unflatten(self._structure, residual)(full)
+            linear = jax.tree_util.tree_unflatten(self._structure, residual)
+            gradients = (_pruned(linear, used) if is_pruned and not all(used) else linear)(full)
             return [gradients[i] for i in positions]
 
         return pull
@@ -370,6 +376,21 @@ def _check_differentiable(transform: str, positions: Sequence[int], specs: Seque
             raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
     if len(set(positions)) != len(positions):
         raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
+
+
+def _pruned(linear: Any, used: Sequence[bool]) -> Any:
+    """Return a VJP without what it does for outputs that are not used: scans and custom_vjps there would run on zeros.
+
+    Reaches into jax 0.10's VJP; where it fails, the caller does without.
+    """
+    spec, known, jaxpr, avals = linear.fun.args
+    unknown = [u for u, k in zip(used, known, strict=True) if not k]
+    pruned, _ = dce_jaxpr(jaxpr, unknown, True)
+    kept = iter(pruned.outvars)
+    outvars = [next(kept) if u else Literal(0.0, v.aval) for u, v in zip(unknown, jaxpr.outvars, strict=True)]
+    jaxpr = pruned.replace(outvars=outvars, debug_info=jaxpr.debug_info)
+    function = functools.partial(linear.fun.func, spec, known, jaxpr, avals)
+    return type(linear)(function, linear.in_tree, linear.out_tree, linear.args_res, linear.opaque_residuals)
 
 
 def _symbolic_zero(spec: Spec) -> Any:

@@ -169,7 +169,10 @@ def borrow(producer: Any) -> Borrowed:
     device, _ = producer.__dlpack_device__()
     if device != CPU[0]:
         raise StructureError(f"the array is on DLPack device type {device}; expected host memory, type {CPU[0]}")
-    capsule = producer.__dlpack__()
+    try:
+        capsule = producer.__dlpack__()
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise StructureError(f"the array cannot be viewed: {error}") from error
     if not _capsule_is(capsule, b"dltensor"):
         raise StructureError("the producer returned no unversioned DLPack capsule")
     tensor = _DLManagedTensor.from_address(_capsule_pointer(capsule, b"dltensor")).tensor

@@ -1,10 +1,11 @@
 """The owner of a session's tensors: slabs, and blocks leased from them.
 
-A block's lease is its buffer: whoever keeps the buffer, or a tensor built on it, keeps the block. When the last of
-them dies the block is free again, in whichever thread that happens. The finalizer only appends to a list, since it
-may run in the middle of anything, and the next allocation reads that list.
+A block's lease is its buffer: whoever keeps the buffer, or a view or a tensor made of it, keeps the block. When the
+last of them dies the block is free again, in whichever thread that happens. The finalizer only appends to a list,
+since it may run in the middle of anything, and the next allocation reads that list.
 """
 
+import ctypes
 import os
 import threading
 import weakref
@@ -28,7 +29,7 @@ def _configured_max_bytes() -> int:
     configured = os.environ.get("BRIDGE_SLAB_MAX_BYTES")
     if configured is None:
         return half_of_memory()
-    if not configured.isdigit():
+    if not configured.isdecimal():
         raise CallerError(f"BRIDGE_SLAB_MAX_BYTES={configured!r} is not a number of bytes")
     return int(configured)
 
@@ -37,8 +38,7 @@ def _configured_max_bytes() -> int:
 class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
 
-    The lease ends when `buffer` is gone; what torch.frombuffer and np.frombuffer make of it keeps it, but a slice or
-    a cast of it does not. A block of zero bytes has address 0.
+    The lease ends when `buffer` and every view of it are gone. A block of zero bytes has address 0.
     """
 
     address: int
@@ -47,7 +47,7 @@ class Block:
     buffer: memoryview
 
 
-class _Lease(weakref.ref[memoryview]):
+class _Lease(weakref.ref[ctypes.Array[ctypes.c_ubyte]]):
     __slots__ = ("address", "size")
     address: int
     size: int
@@ -89,11 +89,12 @@ class Pool:
                 assert address is not None, "a new slab has room for the request it was made for"
             slab = self._slab_of(address)
             offset = address - slab.base
-            buffer = slab.view[offset : offset + nbytes]
-            lease = _Lease(buffer, self._ended.append)
+            # An exporter of its own, which every view of the buffer keeps alive; views of a slice would not keep it.
+            owner = (ctypes.c_ubyte * nbytes).from_buffer(slab.view, offset)
+            lease = _Lease(owner, self._ended.append)
             lease.address, lease.size = address, size
             self._leases[address] = lease
-        return Block(address, slab.pointer + offset, nbytes, buffer)
+        return Block(address, slab.pointer + offset, nbytes, memoryview(owner).cast("B"))
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
         """Return the address of memory of this process that lies in a slab, aligned as a block is; else None."""
@@ -140,7 +141,7 @@ class Pool:
         if self._is_closed:
             raise SessionClosed("the session is closed; make a new one")
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))
-        room = self.max_bytes - self.slab_bytes
+        room = self.max_bytes // PAGE * PAGE - self.slab_bytes
         if size > room:
             raise OutOfMemory(
                 f"a block of {size} bytes does not fit: the slabs hold {self.slab_bytes} of at most {self.max_bytes} "
