@@ -3,6 +3,7 @@
 A lane serves one call at a time and belongs to whoever took it from its link.
 """
 
+import contextlib
 import queue
 import socket
 import threading
@@ -30,6 +31,10 @@ from bridge_wire.frames import CHUNK
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.slabs import Slab
+
+
+# For what no model's work can delay: attaching, sharing, releasing.
+_HANDSHAKE_S = 10.0
 
 
 class Stale(Exception):
@@ -97,14 +102,15 @@ class LocalLane(Lane):
             raise
         self._socket = FramedSocket(connected)
         try:
-            self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)))
+            self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)), _HANDSHAKE_S)
         except BaseException:
             self._socket.close()
             raise
 
     def share(self, slab: Slab) -> None:
         """Hand a slab over to the worker."""
-        self._exchange(pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes)), descriptors=(slab.fd,))
+        request = pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes))
+        self._exchange(request, _HANDSHAKE_S, descriptors=(slab.fd,))
 
     def run(
         self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
@@ -112,7 +118,7 @@ class LocalLane(Lane):
         return self._exchange(pb.LaneRequest(run=run), timeout_s).ran.residual_nbytes
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
-        return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals))).usage
+        return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
 
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
@@ -158,7 +164,12 @@ class GrpcLane(Lane):
         self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = queue.SimpleQueue()
         self._is_closed = False
         self._call = stub.Lane(_flattened(self._outgoing))
-        self._exchange(iter([pb.LaneRequest(attach=pb.Attach(session=token))]))
+        try:
+            with self._deadline(_HANDSHAKE_S):
+                self._exchange(iter([pb.LaneRequest(attach=pb.Attach(session=token))]))
+        except BaseException:
+            self.close()
+            raise
 
     def run(
         self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
@@ -168,13 +179,25 @@ class GrpcLane(Lane):
         del run.inputs[:], run.outputs[:]
         if timeout_s is None:
             return self._run(run, inputs, outputs)
-        timer = threading.Timer(timeout_s, self._call.cancel)
+        with self._deadline(timeout_s):
+            return self._run(run, inputs, outputs)
+
+    @contextlib.contextmanager
+    def _deadline(self, timeout_s: float) -> Iterator[None]:
+        """End the stream when the time is up: a stream that is open already takes no deadline of its own."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._call.cancel()
+
+        timer = threading.Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
         try:
-            return self._run(run, inputs, outputs)
+            yield
         except WorkerDied:
-            if timer.finished.is_set():
+            if expired.is_set():
                 raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
             raise
         finally:
@@ -193,7 +216,8 @@ class GrpcLane(Lane):
         return residual_nbytes
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
-        return self._exchange(iter([pb.LaneRequest(release=pb.Release(residuals=residuals))])).usage
+        with self._deadline(_HANDSHAKE_S):
+            return self._exchange(iter([pb.LaneRequest(release=pb.Release(residuals=residuals))])).usage
 
     def abandon(self) -> bool:
         self.close()

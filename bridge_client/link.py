@@ -120,7 +120,11 @@ class Link:
         except IndexError:
             lane = self._new_lane()
         if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
-            self._share(lane, pool)
+            try:
+                self._share(lane, pool)
+            except BaseException:
+                lane.close()
+                raise
         return lane
 
     def give_back(self, lane: Lane) -> None:

@@ -47,6 +47,9 @@ class Host(Protocol):
     def address(self) -> str:
         """Return the worker's address, starting it first if that is this process's task."""
 
+    def has_ended(self) -> bool:
+        """Whether a worker that this process has started is gone, so that `address` would start another one."""
+
     def close(self) -> None:
         """End a worker that this process has started. Idempotent."""
 
@@ -290,8 +293,16 @@ class Session:
             if self._is_closed:
                 raise SessionClosed("the session is closed; make a new one")
             if self._link is None:
-                self._link = Link(self._host.address(), self._terms, self._note_fallback)
+                self._link = self._new_link()
             return self._link
+
+    def _new_link(self) -> Link:
+        try:
+            return Link(self._host.address(), self._terms, self._note_fallback)
+        except WorkerUnavailable:
+            if not self._host.has_ended():
+                raise
+        return Link(self._host.address(), self._terms, self._note_fallback)
 
     def _forget(self, link: Link) -> None:
         with self._link_lock:
@@ -429,6 +440,9 @@ class Fixed:
 
     def address(self) -> str:
         return self.at
+
+    def has_ended(self) -> bool:
+        return False
 
     def close(self) -> None:
         pass

@@ -105,6 +105,13 @@ class _Child:
             self._start()
         return self._address
 
+    def has_ended(self) -> bool:
+        if os.getpid() != self._owner or self._process is None:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close a moment before it can be reaped
+            self._process.wait(1.0)
+        return self._process.poll() is not None
+
     def terminate(self) -> None:
         """Ask the worker to end, without waiting."""
         if os.getpid() == self._owner and self._process is not None and self._process.poll() is None:
