@@ -32,7 +32,6 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.slabs import Slab
 
-
 # For what no model's work can delay: attaching, sharing, releasing.
 _HANDSHAKE_S = 10.0
 

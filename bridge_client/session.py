@@ -420,8 +420,12 @@ class Session:
             return pb.Usage()
         try:
             lane = link.take(self.pool)
-            usage = lane.release(self._take_dropped())
         except (Stale, BridgeError):  # a worker that is gone holds nothing
+            return pb.Usage()
+        try:
+            usage = lane.release(self._take_dropped())
+        except (Stale, BridgeError):
+            lane.close()
             return pb.Usage()
         link.give_back(lane)
         return usage
