@@ -1,5 +1,7 @@
 """Programs as the client sees them: what was asked for, what it returns, and the programs derived from it."""
 
+import itertools
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -14,7 +16,10 @@ if TYPE_CHECKING:
     from bridge_client.session import Session
 
 
-@dataclass(slots=True, eq=False)
+_keys = itertools.count(1)
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Program:
     """A prepared program. It survives its link: on a new one it is prepared again when it is next run.
 
@@ -24,13 +29,28 @@ class Program:
     session: "Session"
     request: pb.PrepareRequest
     inputs: tuple[Spec, ...]
+    labels: tuple[str, ...]  # the inputs' names, for errors
+    timeout_s: float | None = None
     origin: "Program | None" = None  # the keeping program that a pullback belongs to
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
     outputs_nbytes: int = 0  # of all together
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple["Link | None", int] = (None, 0)  # the worker's name for it, good for that link
+    key: int = field(default_factory=_keys.__next__)  # names it in this process
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _by_key[self.key] = self
+
+    @staticmethod
+    def of(key: int) -> "Program":
+        """Return the program of a key, by which code that torch has compiled names it."""
+        return _by_key[key]
+
+    @property
+    def keeps_residual(self) -> bool:
+        return self.request.call.HasField("keep")
 
     def adopt(self, link: "Link", prepared: pb.Prepared) -> None:
         """Take over what the worker has answered."""
@@ -42,7 +62,12 @@ class Program:
 
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
         """Return the program whose runs also keep a residual for the pullback to the inputs `wrt`."""
-        return self._derived.get(("keep", wrt)) or self._derive(("keep", wrt), self._keeping_request(wrt), self.inputs)
+        key = ("keep", wrt)
+        if known := self._derived.get(key):
+            return known
+        request = self._copied_request()
+        request.call.keep.inputs.extend(wrt)
+        return self._derive(key, request, self.inputs, self.labels)
 
     def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
@@ -50,7 +75,8 @@ class Program:
         if known := self._derived.get(key):
             return known
         request = pb.PrepareRequest(pullback=pb.Pullback(wrt=wrt, outputs=outputs))
-        return self._derive(key, request, tuple(self.outputs[i] for i in outputs), origin=self)
+        inputs = tuple(self.outputs[i] for i in outputs)
+        return self._derive(key, request, inputs, _cotangents_of(outputs), origin=self)
 
     def vjp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from the inputs and cotangents of `outputs` to the cotangents of `wrt`."""
@@ -59,7 +85,7 @@ class Program:
             return known
         transform = pb.Transform(vjp=pb.Transform.Vjp(wrt=wrt, outputs=outputs))
         inputs = self.inputs + tuple(self.outputs[i] for i in outputs)
-        return self._derive(key, self._transformed_request(transform), inputs)
+        return self._derive(key, self._transformed_request(transform), inputs, self.labels + _cotangents_of(outputs))
 
     def jvp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from the inputs and tangents of `wrt` to the tangents of `outputs`."""
@@ -68,7 +94,8 @@ class Program:
             return known
         transform = pb.Transform(jvp=pb.Transform.Jvp(wrt=wrt, outputs=outputs))
         inputs = self.inputs + tuple(self.inputs[i] for i in wrt)
-        return self._derive(key, self._transformed_request(transform), inputs)
+        labels = self.labels + tuple(f"the tangent of {self.labels[i]}" for i in wrt)
+        return self._derive(key, self._transformed_request(transform), inputs, labels)
 
     def vmap(self, axes: tuple[int, ...], size: int) -> "Program":
         """Return the program over batches of `size`, found at the given axis of each input (-1: not batched)."""
@@ -80,12 +107,7 @@ class Program:
             spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
             for spec, axis in zip(self.inputs, axes, strict=True)
         )
-        return self._derive(key, self._transformed_request(transform), inputs)
-
-    def _keeping_request(self, wrt: tuple[int, ...]) -> pb.PrepareRequest:
-        request = self._copied_request()
-        request.call.keep.inputs.extend(wrt)
-        return request
+        return self._derive(key, self._transformed_request(transform), inputs, self.labels)
 
     def _transformed_request(self, transform: pb.Transform) -> pb.PrepareRequest:
         request = self._copied_request()
@@ -100,6 +122,19 @@ class Program:
         return request
 
     def _derive(
-        self, key: Hashable, request: pb.PrepareRequest, inputs: tuple[Spec, ...], origin: "Program | None" = None
+        self,
+        key: Hashable,
+        request: pb.PrepareRequest,
+        inputs: tuple[Spec, ...],
+        labels: tuple[str, ...],
+        origin: "Program | None" = None,
     ) -> "Program":
-        return self._derived.setdefault(key, self.session.prepare(Program(self.session, request, inputs, origin)))
+        derived = Program(self.session, request, inputs, labels, self.timeout_s, origin)
+        return self._derived.setdefault(key, self.session.prepare(derived))
+
+
+_by_key: "weakref.WeakValueDictionary[int, Program]" = weakref.WeakValueDictionary()
+
+
+def _cotangents_of(outputs: tuple[int, ...]) -> tuple[str, ...]:
+    return tuple(f"the cotangent of output {i}" for i in outputs)

@@ -158,16 +158,21 @@ class Session:
           RemoteModelError: the model raised while it was traced.
           WorkerUnavailable: no worker answers.
         """
-        self._over_link(self._name_of, program, timeout_s or self.timeout_s)
+        self._over_link(self._name_of, program, timeout_s)
         return program
 
-    def prepare_call(self, call: pb.Call) -> Program:
-        """Prepare an untransformed call of a model."""
-        return self.prepare(Program(self, pb.PrepareRequest(call=call), specs.decode_all(call.inputs)))
+    def prepare_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
+        """Prepare an untransformed call of a model.
+
+        `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is derived from it.
+        """
+        inputs = specs.decode_all(call.inputs)
+        named = tuple(labels) or tuple(f"input {i}" for i in range(len(inputs)))
+        return self.prepare(Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s))
 
     def prepare_parameters(self, model: str) -> Program:
         """Prepare the program without inputs whose outputs are a model's parameters."""
-        return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), ()))
+        return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()))
 
     def run(
         self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
@@ -343,7 +348,7 @@ class Session:
         lane: Lane | None = None
         try:
             lane = link.take(self.pool)
-            lane.run(run, payload, outputs, timeout_s or self.timeout_s)
+            lane.run(run, payload, outputs, timeout_s or program.timeout_s or self.timeout_s)
         except BaseException as error:
             self._dropped.extend(released)
             if lane is not None:
@@ -384,7 +389,7 @@ class Session:
         request.CopyFrom(program.request)
         model = request.call.model or request.parameters.model
         what = f"model {model!r}" if model else "a pullback"
-        program.adopt(link, link.prepare(request, what, timeout_s))
+        program.adopt(link, link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s))
         return program.name[1]
 
     def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:

@@ -9,7 +9,9 @@ the node saved.
 import ctypes
 import dataclasses
 import functools
+import itertools
 import struct
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,11 +32,22 @@ from bridge_wire.specs import Spec
 
 _TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
 _DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in _TORCH_DTYPES.items()}
-# How a Python number is written; on the worker it is one again, and takes its type from the other operands.
-_NUMBERS: Mapping[type, tuple[Spec, Callable[[Any], bytes]]] = {
-    int: (Spec(BY_NAME["int64"], (), weak=True), struct.Struct("<q").pack),
-    float: (Spec(BY_NAME["float64"], (), weak=True), struct.Struct("<d").pack),
-    complex: (Spec(BY_NAME["complex128"], (), weak=True), lambda z: struct.pack("<dd", z.real, z.imag)),
+
+
+class _Number(NamedTuple):
+    """How a Python number travels; on the worker it is one again, and takes its type from the other operands."""
+
+    spec: Spec
+    pack: Callable[[Any], bytes]
+    dtype: torch.dtype
+
+
+_NUMBERS: Mapping[type, _Number] = {
+    int: _Number(Spec(BY_NAME["int64"], (), weak=True), struct.Struct("<q").pack, torch.int64),
+    float: _Number(Spec(BY_NAME["float64"], (), weak=True), struct.Struct("<d").pack, torch.float64),
+    complex: _Number(
+        Spec(BY_NAME["complex128"], (), weak=True), lambda z: struct.pack("<dd", z.real, z.imag), torch.complex128
+    ),
 }
 _NAMESPACE = "torch-jax-bridge"
 
@@ -80,6 +93,7 @@ class RemoteJaxFunction(nn.Module):
         self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
         self._calls: dict[Hashable, _Call] = {}
         self._classes = trees.Classes(adopt=_register_dataclass)
+        self._key = self._be_known()
         self._owners: list[tuple[nn.Module, str]] = []
         if parameters == "client" and self._model.parameters:
             self._fetch_parameters()
@@ -93,9 +107,17 @@ class RemoteJaxFunction(nn.Module):
           WorkerDied: the worker died during the call; the next one reconnects.
           CallTimeout: no answer within the time allowed.
         """
+        own = self._own_tensors()
+        if torch.compiler.is_compiling():
+            return _traced_call(self._key, own, args, kwargs)
+        for tensor in own:
+            if type(tensor) is nn.Parameter:
+                self._keep_in_slab(tensor)
+        return self._call(own, args, kwargs)
+
+    def _call(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, structure = _flatten((args, kwargs))
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
-        own = self._own_tensors()
         signature: list[Any] = [structure]
         inputs: list[Any] = list(own)
         for i, leaf in enumerate(leaves):
@@ -108,29 +130,36 @@ class RemoteJaxFunction(nn.Module):
             else:
                 if not isinstance(leaf, Tensor):
                     if _register_if_dataclass(type(leaf)):
-                        return self.forward(*args, **kwargs)  # that leaf has become a node
+                        return self._call(own, args, kwargs)  # that leaf has become a node
                     leaf = leaves[i] = _as_tensor(leaf, functools.partial(_path_of, (args, kwargs), i))
-                signature.append((leaf.dtype, leaf.shape))
+                signature.append((leaf.dtype, _shape_of(leaf)))
             inputs.append(leaf)
         for tensor in own:
-            signature.append((tensor.dtype, tensor.shape))
+            signature.append((tensor.dtype, _shape_of(tensor)))
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
             call = self._calls[key] = self._prepare(args, kwargs, leaves, statics, own)
-        return call.rebuild(_apply(call.program, inputs, call.paths, self.timeout_s))
+        return call.rebuild(_apply(call.program, inputs))
 
     def extra_repr(self) -> str:
         return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and classes belong to this process: a copy makes its own.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes", "_key")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._calls = {}
         self._classes = trees.Classes(adopt=_register_dataclass)
+        self._key = self._be_known()
+
+    def _be_known(self) -> int:
+        """Return a number by which compiled code can name this function."""
+        key = next(_function_keys)
+        _functions[key] = self
+        return key
 
     def _fetch_parameters(self) -> None:
         """Make the model's parameters this module's own: computed by the worker into blocks that they live in."""
@@ -151,9 +180,7 @@ class RemoteJaxFunction(nn.Module):
     def _own_tensors(self) -> list[Tensor]:
         tensors: list[Tensor] = []
         for owner, name in self._owners:
-            tensor = owner._parameters.get(name)
-            if tensor is not None:
-                self._keep_in_slab(tensor)
+            if (tensor := owner._parameters.get(name)) is not None:
                 tensors.append(tensor)
             elif (buffer := owner._buffers.get(name)) is not None:
                 tensors.append(buffer)
@@ -213,9 +240,11 @@ class RemoteJaxFunction(nn.Module):
                 arguments=arguments,
                 inputs=[specs.encode(spec) for spec in described],
                 parameters=bool(own),
-            )
+            ),
+            labels=paths,
+            timeout_s=self.timeout_s,
         )
-        return _Call(program, tuple(paths), _rebuilder(program.result, self._classes))
+        return _Call(program, _rebuilder(program.result, self._classes))
 
 
 class _Branch(nn.Module):
@@ -229,77 +258,76 @@ class _Slot(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a signature needs: the program, the inputs' names for errors, and the way from outputs to the result."""
+    """What a signature needs: the program, and the way from its outputs to the result."""
 
     program: Program
-    paths: tuple[str, ...]
     rebuild: Callable[[Sequence[Tensor]], Any]
 
 
 # Calls ---------------------------------------------------------------------------------------------------------
 
 
-def _apply(program: Program, inputs: Sequence[Any], paths: Sequence[str], timeout_s: float | None) -> Sequence[Tensor]:
+def _apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
+    if any(isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs):
+        return _apply_to_legacy_batches(program, inputs)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _Transformable.apply(program, paths, timeout_s, *inputs)
+        return _Transformable.apply(program, *inputs)
     if torch.is_grad_enabled():
         wrt = tuple(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
         if wrt:
-            return _Recorded.apply(program, wrt, paths, timeout_s, *inputs)
-    placed, copied = _place(program, inputs, paths)
-    blocks = program.session.run(program, placed, copied=copied, timeout_s=timeout_s)
-    return _from_blocks(blocks, program.outputs)
+            return _Recorded.apply(program, wrt, *inputs)
+    return _run(program, inputs)
+
+
+def _apply_to_legacy_batches(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program on the batched tensors of `is_grads_batched` and `vectorize=True`, as one call of its batched kind.
+
+    These come from the vmap that torch had before torch.func, of which autograd.Function knows nothing.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    is_batched = [isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs]
+    physical = [torch._remove_batch_dim(x, level, 1, 0) if b else x for x, b in zip(inputs, is_batched, strict=True)]
+    size = next(x.shape[0] for x, b in zip(physical, is_batched, strict=True) if b)
+    outputs = _apply(program.vmap(tuple(0 if b else -1 for b in is_batched), size), physical)
+    return [torch._add_batch_dim(y, 0, level) for y in outputs]
 
 
 class _Recorded(torch.autograd.Function):
     """A run that keeps a residual, and its VJP."""
 
     @staticmethod
-    def forward(
-        ctx: Any, program: Program, wrt: tuple[int, ...], paths: Sequence[str], timeout_s: float | None, *inputs: Any
-    ) -> tuple[Tensor, ...]:
-        session = program.session
-        keeping = program.keeping(wrt)
-        placed, copied = _place(program, inputs, paths)
-        blocks, residual = session.run_keeping(keeping, placed, copied=copied, timeout_s=timeout_s)
+    def forward(ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any) -> tuple[Tensor, ...]:
+        outputs, handle = _run_keeping(program.keeping(wrt), inputs)
         numbers = [None if isinstance(x, Tensor) else x for x in inputs]
-        ctx.call = (program, wrt, paths, timeout_s, numbers)
-        # The residual goes when torch drops this saved tensor: after a backward without retain_graph, with the node,
-        # or with whatever a saved-tensor hook made of it. Its content survives such hooks; its storage may not.
-        handle = torch.frombuffer(_Handle(session, residual), dtype=torch.int64)
+        ctx.call = (program, wrt, numbers)
+        # So the residual goes when torch drops the saved tensors: after a backward without retain_graph, with the
+        # node, or with whatever a saved-tensor hook makes of them.
         ctx.save_for_backward(handle, *(x for x in inputs if isinstance(x, Tensor)))
-        outputs = _from_blocks(blocks, program.outputs)
-        if integers := [y for y, spec in zip(outputs, program.outputs, strict=True) if not spec.dtype.is_inexact]:
-            ctx.mark_non_differentiable(*integers)
-        ctx.set_materialize_grads(False)
+        _mark_integers(ctx, program, outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         handle, *saved = ctx.saved_tensors
-        program, kept, paths, timeout_s, numbers = ctx.call
+        program, kept, numbers = ctx.call
         # One edge per tensor among the inputs; only what this backward pass is going to use is worth computing.
         edges = iter(ctx.next_functions)
         wanted = [number is None and _is_wanted(next(edges)[0]) for number in numbers]
         wrt = tuple(i for i in kept if wanted[i])
         given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
-        gradients: list[Tensor | None] = [None] * (4 + len(numbers))
-        if not wrt or not given:
-            return tuple(gradients)
-        inputs = _merged(numbers, saved)
-        # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
-        selected = [_conjugated(ct) for ct in cotangents if ct is not None]
-        if torch.is_grad_enabled():  # create_graph: the derivative must be a program that can be derived again
-            made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
-        else:
-            pullback = program.keeping(kept).pullback(wrt, given)
-            try:
-                made = _pull_back(pullback, int(handle), selected, timeout_s)
-            except ResidualGone:
-                made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
-        for i, gradient in zip(wrt, made, strict=True):
-            gradients[4 + i] = _conjugated(gradient)
+        gradients: list[Tensor | None] = [None] * (2 + len(numbers))
+        if wrt and given:
+            # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
+            arrays = [*_merged(numbers, saved), *(_conjugated(ct) for ct in cotangents if ct is not None)]
+            # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
+            if torch.is_grad_enabled() or any(map(_is_legacy_batch, arrays[len(numbers) :])):
+                made = _apply(program.vjp(wrt, given), arrays)
+            else:
+                made = _pull_back(program, (kept, wrt, given), handle, arrays)
+            for i, gradient in zip(wrt, made, strict=True):
+                gradients[2 + i] = _conjugated(gradient)
         return tuple(gradients)
 
 
@@ -309,101 +337,70 @@ class _Transformable(torch.autograd.Function):
     that can be transformed again."""
 
     @staticmethod
-    def forward(program: Program, paths: Sequence[str], timeout_s: float | None, *inputs: Any) -> tuple[Tensor, ...]:
-        placed, copied = _place(program, inputs, paths)
-        blocks = program.session.run(program, placed, copied=copied, timeout_s=timeout_s)
-        return tuple(_from_blocks(blocks, program.outputs))
+    def forward(program: Program, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_run(program, inputs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        program, paths, timeout_s, *values = inputs
+        program, *values = inputs
         numbers = [None if isinstance(x, Tensor) else x for x in values]
         tensors = [x for x in values if isinstance(x, Tensor)]
-        ctx.call = (program, paths, timeout_s, numbers)
+        ctx.call = (program, numbers)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        if integers := [y for y, spec in zip(output, program.outputs, strict=True) if not spec.dtype.is_inexact]:
-            ctx.mark_non_differentiable(*integers)
-        ctx.set_materialize_grads(False)
+        _mark_integers(ctx, program, output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        program, paths, timeout_s, numbers = ctx.call
-        inputs = _merged(numbers, ctx.saved_tensors)
-        wrt = tuple(i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed and _is_inexact(inputs[i]))
-        given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
-        gradients: list[Tensor | None] = [None] * (3 + len(inputs))
-        if wrt and given:
-            selected = [_conjugated(ct) for ct in cotangents if ct is not None]
-            made = _rerun(program, wrt, given, [*inputs, *selected], paths, timeout_s)
-            for i, gradient in zip(wrt, made, strict=True):
-                gradients[3 + i] = _conjugated(gradient)
-        return tuple(gradients)
+        program, numbers = ctx.call
+        needed = ctx.needs_input_grad[1:]
+        return (None, *_gradients(program, _merged(numbers, ctx.saved_tensors), needed, cotangents))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        program, paths, timeout_s, numbers = ctx.call
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:
+        program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
-        wrt = tuple(i for i, t in enumerate(tangents[3:]) if isinstance(t, Tensor) and _is_inexact(inputs[i]))
+        wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and program.inputs[i].dtype.is_inexact)
         outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
         made: list[Tensor | None] = [None] * len(program.outputs)
         if wrt and outputs:
-            names = [*paths, *(f"the tangent of {paths[i]}" for i in wrt)]
-            derived = program.jvp(wrt, outputs)
-            for i, tangent in zip(
-                outputs, _apply(derived, [*inputs, *(tangents[3 + i] for i in wrt)], names, timeout_s), strict=True
-            ):
+            derived = _apply(program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)])
+            for i, tangent in zip(outputs, derived, strict=True):
                 made[i] = tangent
         return tuple(made)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], program: Program, *rest: Any) -> tuple[Any, Any]:
-        paths, timeout_s, *inputs = rest
-        axes = tuple(-1 if dim is None else dim for dim in in_dims[3:])
-        outputs = _apply(program.vmap(axes, info.batch_size), inputs, paths, timeout_s)
+    def vmap(info: Any, in_dims: tuple[int | None, ...], program: Program, *inputs: Any) -> tuple[Any, Any]:
+        axes = tuple(-1 if dim is None else dim for dim in in_dims[1:])
+        outputs = _apply(program.vmap(axes, info.batch_size), inputs)
         return tuple(outputs), (0,) * len(outputs)
+
+
+def _gradients(
+    program: Program, inputs: Sequence[Any], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradient of each input that needs one, by the program that is this one's VJP."""
+    wrt = tuple(i for i, spec in enumerate(program.inputs) if needed[i] and spec.dtype.is_inexact and not spec.weak)
+    given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    if wrt and given:
+        selected = [_conjugated(ct) for ct in cotangents if ct is not None]
+        for i, gradient in zip(wrt, _apply(program.vjp(wrt, given), [*inputs, *selected]), strict=True):
+            gradients[i] = _conjugated(gradient)
+    return gradients
+
+
+def _mark_integers(ctx: Any, program: Program, outputs: Sequence[Tensor]) -> None:
+    """Tell autograd which outputs have no derivative, and that absent cotangents should stay absent."""
+    if integers := [y for y, spec in zip(outputs, program.outputs, strict=True) if not spec.dtype.is_inexact]:
+        ctx.mark_non_differentiable(*integers)
+    ctx.set_materialize_grads(False)
 
 
 def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
     """Return the inputs of a call: its tensors, with the Python numbers in their places."""
     restored = iter(tensors)
     return [next(restored) if number is None else number for number in numbers]
-
-
-def _is_inexact(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _pull_back(program: Program, residual: int, cotangents: Sequence[Tensor], timeout_s: float | None) -> list[Tensor]:
-    """Return the gradients of a run that kept a residual."""
-    placed, copied = _place(program, cotangents, ())
-    blocks = program.session.run_pullback(program, residual, placed, copied=copied, timeout_s=timeout_s)
-    return _from_blocks(blocks, program.outputs)
-
-
-def _rerun(
-    program: Program,
-    wrt: tuple[int, ...],
-    given: tuple[int, ...],
-    inputs_and_cotangents: Sequence[Any],
-    paths: Sequence[str],
-    timeout_s: float | None,
-) -> Sequence[Tensor]:
-    """Return the gradients without a residual, from the inputs once more."""
-    names = [*paths, *(f"the cotangent of output {i}" for i in given)]
-    return _apply(program.vjp(wrt, given), inputs_and_cotangents, names, timeout_s)
-
-
-class _Handle(bytearray):
-    """The id of a residual as the memory of a tensor; the residual goes with it."""
-
-    def __init__(self, session: Session, residual: int) -> None:
-        super().__init__(residual.to_bytes(8, "little"))
-        self._session = session
-        self._residual = residual
-
-    def __del__(self) -> None:
-        self._session.drop_residual(self._residual)
 
 
 def _is_wanted(node: Any) -> bool:
@@ -420,6 +417,171 @@ def _conjugated(tensor: Tensor) -> Tensor:
     return tensor.conj() if tensor.is_complex() else tensor
 
 
+# Runs ----------------------------------------------------------------------------------------------------------
+
+
+def _run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
+    if _is_traced(inputs):
+        return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+    placed, copied = _place(program, inputs)
+    return _from_blocks(program.session.run(program, placed, copied=copied), program.outputs)
+
+
+def _run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
+    """Run a program that keeps a residual; return its outputs and the residual's handle.
+
+    The residual goes with the handle's storage. The handle's content is its id, so that a copy, which a saved-tensor
+    hook may make, still names it, or nothing at all.
+    """
+    if _is_traced(inputs):
+        *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+        return outputs, handle
+    placed, copied = _place(program, inputs)
+    blocks, residual = program.session.run_keeping(program, placed, copied=copied)
+    handle = torch.frombuffer(_Handle(program.session, residual), dtype=torch.int64)
+    return _from_blocks(blocks, program.outputs), handle
+
+
+def _pull_back(
+    program: Program,
+    which: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    handle: Tensor,
+    arrays: Sequence[Any],
+) -> Sequence[Tensor]:
+    """Return the cotangents of the inputs, from the residual; if that is gone, by running the inputs once more.
+
+    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs whose cotangents
+    follow the inputs in `arrays`.
+    """
+    kept, wrt, given = which
+    if _is_traced([handle, *arrays]):
+        return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.key, kept, wrt, given)
+    pullback = program.keeping(kept).pullback(wrt, given)
+    try:
+        placed, copied = _place(pullback, arrays[len(program.inputs) :])
+        blocks = program.session.run_pullback(pullback, int(handle), placed, copied=copied)
+        return _from_blocks(blocks, pullback.outputs)
+    except ResidualGone:
+        return _run(program.vjp(wrt, given), arrays)
+
+
+class _Handle(bytearray):
+    """The id of a residual as the memory of a tensor; the residual goes with it."""
+
+    def __init__(self, session: Session, residual: int) -> None:
+        super().__init__(residual.to_bytes(8, "little"))
+        self._session = session
+        self._residual = residual
+
+    def __del__(self) -> None:
+        self._session.drop_residual(self._residual)
+
+
+# Tracing -------------------------------------------------------------------------------------------------------
+
+# By which number compiled code names a function.
+_functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.WeakValueDictionary()
+_function_keys = itertools.count()
+_PLAIN = (Tensor, nn.Parameter)
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+@torch._dynamo.nonstrict_trace
+def _traced_call(key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
+    return _functions[key]._call(own, args, kwargs)
+
+
+def _is_traced(inputs: Sequence[Any]) -> bool:
+    """Whether an input has no memory here to be read, or somebody watches the operators."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    return any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
+
+
+def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    # A program has fixed sizes: of a symbolic one, this makes torch.compile guard the size that it has now.
+    return tensor.shape if type(tensor) in _PLAIN else tuple(map(int, tensor.shape))
+
+
+def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=_NUMBERS[type(x)].dtype) for x in inputs]
+
+
+def _as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
+    return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
+
+
+def _empty(described: Sequence[Spec]) -> list[Tensor]:
+    return [torch.empty(spec.shape, dtype=_TORCH_DTYPES[spec.dtype.name]) for spec in described]
+
+
+@torch.library.custom_op("torch_jax_bridge::run", mutates_args=())
+def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+    """Run a program; one that keeps a residual has the residual's handle as its last output."""
+    known = Program.of(program)
+    inputs = _as_values(known, arrays)
+    if not known.keeps_residual:
+        return list(_run(known, inputs))
+    outputs, handle = _run_keeping(known, inputs)
+    return [*outputs, handle]
+
+
+@_run_operator.register_fake
+def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+    known = Program.of(program)
+    handle = [torch.empty(1, dtype=torch.int64)] if known.keeps_residual else []
+    return _empty(known.outputs) + handle
+
+
+def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[Tensor]) -> None:
+    arrays, ctx.program = inputs
+    ctx.save_for_backward(*arrays)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    program = Program.of(ctx.program)
+    arrays = ctx.saved_tensors
+    inputs = _as_values(program, arrays)
+    needed = [x.requires_grad for x in arrays]
+    return _gradients(program, inputs, needed, cotangents[: len(program.outputs)]), None
+
+
+_run_operator.register_autograd(_differentiate_run, setup_context=_save_run)
+
+
+@torch.library.custom_op("torch_jax_bridge::pull_back", mutates_args=())
+def _pull_back_operator(
+    handle: Tensor,
+    arrays: Sequence[Tensor],
+    program: int,
+    kept: Sequence[int],
+    wrt: Sequence[int],
+    given: Sequence[int],
+) -> list[Tensor]:
+    """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of; see _pull_back."""
+    known = Program.of(program)
+    numbers = _as_values(known, arrays[: len(known.inputs)])
+    return list(
+        _pull_back(known, (tuple(kept), tuple(wrt), tuple(given)), handle, [*numbers, *arrays[len(known.inputs) :]])
+    )
+
+
+@_pull_back_operator.register_fake
+def _(
+    handle: Tensor,
+    arrays: Sequence[Tensor],
+    program: int,
+    kept: Sequence[int],
+    wrt: Sequence[int],
+    given: Sequence[int],
+) -> list[Tensor]:
+    known = Program.of(program)
+    return _empty([known.inputs[i] for i in wrt])
+
+
 # Memory --------------------------------------------------------------------------------------------------------
 
 
@@ -430,7 +592,7 @@ class _InSlab(NamedTuple):
     storage: torch.UntypedStorage
 
 
-def _place(program: Program, inputs: Sequence[Any], paths: Sequence[str]) -> tuple[list[Placed], int]:
+def _place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
     """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied."""
     pool = program.session.pool
     placed: list[Placed] = []
@@ -438,12 +600,12 @@ def _place(program: Program, inputs: Sequence[Any], paths: Sequence[str]) -> tup
     for i, (value, spec) in enumerate(zip(inputs, program.inputs, strict=True)):
         if spec.weak:
             block = pool.lease(spec.dtype.itemsize)
-            block.buffer[:] = _packed(value, paths[i], program.session)
+            block.buffer[:] = _packed(value, program.labels[i], program.session)
             placed.append(block)
             continue
         nbytes = value.nbytes
         if _DTYPES.get(value.dtype) is not spec.dtype:
-            _check_range(value, spec, paths[i])
+            _check_range(value, spec, program.labels[i])
         elif value.is_contiguous() and not value.is_conj() and not value.is_neg():
             pointer = value.data_ptr()
             address = pool.address_of(pointer, nbytes)
@@ -484,7 +646,7 @@ def _spec_of(value: Any, path: str, x64: bool) -> Spec:
       DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
     """
     if not isinstance(value, Tensor):
-        return _NUMBERS[type(value)][0]
+        return _NUMBERS[type(value)].spec
     if value.layout is not torch.strided:
         raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
     if value.device.type != "cpu":
@@ -502,7 +664,7 @@ def _spec_of(value: Any, path: str, x64: bool) -> Spec:
                 "or start the worker with --x64"
             )
         dtype = narrowed
-    return Spec(dtype, tuple(value.shape))
+    return Spec(dtype, tuple(map(int, value.shape)))
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:
@@ -534,7 +696,7 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
             )
         if not -(2**63) <= value < 2**63:
             raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
-    return _NUMBERS[type(value)][1](value)
+    return _NUMBERS[type(value)].pack(value)
 
 
 def _as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
