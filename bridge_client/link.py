@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, Wo
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
 from bridge_wire.pool import Pool
+from bridge_wire.slabs import memfd_works
 
 _log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class Link:
                 ),
             )
             self.token = opened.session
+            self.slab_bytes = opened.slab_bytes
             self._make_lane, first = self._choose_lane(opened.local_lane, terms, on_fallback)
         except BaseException:
             self._channel.close()
@@ -83,6 +86,9 @@ class Link:
         self.lane_name, self.memory = first.name, first.memory
         # Idle lanes, the warmest last. As long as one is attached, the worker keeps the session.
         self._idle: list[Lane] = [first]
+        # A link that is forgotten ends as well: the worker must not keep the session of a module nobody has.
+        self._end = weakref.finalize(self, _end, self._idle, self._channel)
+        self._end.atexit = False
 
     def prepare(self, request: pb.PrepareRequest, what: str, timeout_s: float | None) -> pb.Prepared:
         """Have a program prepared; logs when that takes long.
@@ -139,9 +145,7 @@ class Link:
 
     def abort(self) -> None:
         """End every connection without a word."""
-        while self._idle:
-            self._idle.pop().close()
-        self._channel.close()
+        self._end()
 
     def _new_lane(self) -> Lane:
         try:
@@ -174,8 +178,8 @@ class Link:
             return by_grpc, by_grpc()
         path = self._lane_path(advertised)
         reason = ""
-        if not hasattr(os, "memfd_create"):
-            reason = "this system has no memfd"
+        if not memfd_works():
+            reason = "this system has no memfd, or forbids it"
         elif not path:
             reason = "the worker offers no local lane"
         else:
@@ -212,6 +216,12 @@ class _Authorized:
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._stub, name)
         return lambda request, timeout=None: method(request, timeout=timeout, metadata=self._metadata)
+
+
+def _end(lanes: list[Lane], channel: grpc.Channel) -> None:
+    while lanes:
+        lanes.pop().close()
+    channel.close()
 
 
 def _channel(address: str, terms: Terms) -> grpc.Channel:

@@ -28,6 +28,7 @@ from bridge_wire.errors import (
 )
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
+from bridge_wire.slabs import memfd_works
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Session:
         self._require_link()
 
     def _start_afresh(self) -> None:
-        self.pool = Pool()
+        self.pool = Pool(shareable=memfd_works())
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._link_lock = threading.Lock()
@@ -299,6 +300,7 @@ class Session:
                 raise SessionClosed("the session is closed; make a new one")
             if self._link is None:
                 self._link = self._new_link()
+                self.pool.limit(self._link.slab_bytes)
             return self._link
 
     def _new_link(self) -> Link:

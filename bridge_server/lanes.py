@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from bridge_server.runtime import Program
 from bridge_server.sessions import Session, Sessions
-from bridge_wire.errors import BridgeError, PeerError, ProtocolError, Unauthenticated, encode, unexpected
+from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK
 from bridge_wire.pb import bridge_pb2 as pb
@@ -85,9 +85,9 @@ def _answer(
             sessions.begin(session, call)  # not `with`: this is the hot path
             try:
                 nbytes = session.run(run)
-            finally:
+                yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes)) if nbytes else _RAN
+            finally:  # after the reply has gone, so that a drain does not cut it off
                 sessions.end(call)
-            yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes)) if nbytes else _RAN
     elif kind == "release":
         session.residuals.drop(session, request.release.residuals)
         yield pb.LaneReply(usage=session.usage())
@@ -107,30 +107,41 @@ def _run_inline(
     inputs = _receive_inputs(program, requests, session)
     with sessions.running(session):
         nbytes, outputs = session.run_inline(run, program, inputs)
-    yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes))
-    for block in outputs:
-        for start in range(0, block.nbytes, CHUNK):
-            yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
+        yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes))
+        for block in outputs:
+            for start in range(0, block.nbytes, CHUNK):
+                yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
 
 
 def _receive_inputs(program: Program, requests: Iterator[pb.LaneRequest], session: Session) -> list[Block]:
+    sizes = [spec.nbytes for spec in program.inputs]
     try:
-        blocks = [session.scratch.lease(spec.nbytes) for spec in program.inputs]
-    except MemoryError as error:
-        # The chunks are on their way and have nowhere to go: this lane cannot go on.
-        raise ProtocolError(f"no room for the inputs of an inline call: {error}") from error
+        blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
+    except OutOfMemory:
+        for nbytes in sizes:  # the chunks are on their way: take them, so that the lane can go on
+            for _ in _chunks(nbytes, requests):
+                pass
+        raise
     for block in blocks:
         filled = 0
-        while filled < block.nbytes:
-            request = next(requests, None)
-            if request is None or request.WhichOneof("kind") != "chunk":
-                raise ProtocolError("an inline run was not followed by all of its inputs' bytes")
-            chunk = request.chunk
-            if not 0 < len(chunk) <= min(CHUNK, block.nbytes - filled):
-                raise ProtocolError(f"a chunk of {len(chunk)} bytes where {block.nbytes - filled} were missing")
+        for chunk in _chunks(block.nbytes, requests):
             block.buffer[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
     return blocks
+
+
+def _chunks(nbytes: int, requests: Iterator[pb.LaneRequest]) -> Iterator[bytes]:
+    """Yield the chunks of one input."""
+    missing = nbytes
+    while missing:
+        request = next(requests, None)
+        if request is None or request.WhichOneof("kind") != "chunk":
+            raise ProtocolError("an inline run was not followed by all of its inputs' bytes")
+        chunk = request.chunk
+        if not 0 < len(chunk) <= min(CHUNK, missing):
+            raise ProtocolError(f"a chunk of {len(chunk)} bytes where {missing} were missing")
+        missing -= len(chunk)
+        yield chunk
 
 
 def _failed(error: BridgeError) -> pb.LaneReply:

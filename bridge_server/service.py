@@ -48,7 +48,9 @@ class Service(BridgeServicer):
         except BridgeError as error:
             abort(context, error)
         _log.debug("opened a session for %s", request.client[:200])
-        return pb.OpenReply(protocol=protocol, session=session.token, local_lane=self._local_lane)
+        return pb.OpenReply(
+            protocol=protocol, session=session.token, local_lane=self._local_lane, slab_bytes=self._sessions.slab_bytes
+        )
 
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> Iterator[pb.PrepareEvent]:
         try:

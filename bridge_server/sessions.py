@@ -251,6 +251,7 @@ class Sessions:
             if len(self._by_token) >= _MAX_SESSIONS:
                 raise OutOfMemory(f"the worker has {_MAX_SESSIONS} sessions already")
             session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
+            session.scratch.limit(self.slab_bytes)
             self._by_token[session.token] = session
         return session
 

@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
 # Each gRPC lane holds a thread while it is open. Threads start on demand, so this is only a bound.
 _MAX_THREADS = 1024
+_LAST_BYTES_S = 0.5  # for what has been handed to gRPC but not sent yet
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # of signatures with very many leaves; tensors come in chunks
     ("grpc.keepalive_time_ms", 60_000),  # finds out about clients whose host has vanished
@@ -81,7 +82,7 @@ class Worker:
         """End every connection and remove the sockets."""
         self._sessions.is_draining = True
         self._lanes.close()
-        self._server.stop(grace=0.2).wait()
+        self._server.stop(_LAST_BYTES_S).wait()
         if self.address.startswith("unix:"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.address.removeprefix("unix:"))

@@ -79,9 +79,11 @@ class FramedSocket:
         return _CREDENTIALS.unpack(credentials)[1]
 
     def has_ended(self) -> bool:
-        """Whether the peer has closed its end. Never blocks."""
+        """Whether the peer has closed its end; what it still says is dropped. Never blocks."""
         try:
-            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            while self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT):
+                pass
+            return True
         except BlockingIOError:
             return False
         except OSError:

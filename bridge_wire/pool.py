@@ -69,6 +69,13 @@ class Pool:
         self._ended: deque[_Lease] = deque()
         self._lock = threading.Lock()
         self._is_closed = False
+        # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long as its views.
+        self._descriptors: list[int] = []
+        self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
+
+    def limit(self, max_bytes: int) -> None:
+        """Lower the cap to `max_bytes`, if it is higher."""
+        self.max_bytes = min(self.max_bytes, max_bytes)
 
     def lease(self, nbytes: int) -> Block:
         """Return a block of `nbytes` bytes with undefined contents.
@@ -124,11 +131,10 @@ class Pool:
     def close(self) -> None:
         """Close the slabs' descriptors. Leased blocks stay valid; their pages go with their last view."""
         with self._lock:
-            slabs, self.slabs = self.slabs, ()
+            self.slabs = ()
             self._allocator = Allocator()
             self._is_closed = True
-        for slab in slabs:
-            slab.close()
+        self._close_descriptors()
 
     def _collect(self) -> None:
         while self._ended:
@@ -151,6 +157,8 @@ class Pool:
         # The gap keeps two slabs' extents from ever merging into one.
         self._next_base = slab.base + slab.nbytes + PAGE
         self.slabs = (*self.slabs, slab)
+        if slab.fd >= 0:
+            self._descriptors.append(slab.fd)
         self._allocator.add(slab.base, slab.nbytes)
 
     def _slab_of(self, address: int) -> Slab:
@@ -158,3 +166,8 @@ class Pool:
             if 0 <= address - slab.base < slab.nbytes:
                 return slab
         raise AssertionError(f"no slab holds the address {address}")
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())

@@ -194,14 +194,16 @@ class OpenRequest(_message.Message):
     def __init__(self, oldest_protocol: _Optional[int] = ..., newest_protocol: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class OpenReply(_message.Message):
-    __slots__ = ("protocol", "session", "local_lane")
+    __slots__ = ("protocol", "session", "local_lane", "slab_bytes")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     LOCAL_LANE_FIELD_NUMBER: _ClassVar[int]
+    SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     session: bytes
     local_lane: str
-    def __init__(self, protocol: _Optional[int] = ..., session: _Optional[bytes] = ..., local_lane: _Optional[str] = ...) -> None: ...
+    slab_bytes: int
+    def __init__(self, protocol: _Optional[int] = ..., session: _Optional[bytes] = ..., local_lane: _Optional[str] = ..., slab_bytes: _Optional[int] = ...) -> None: ...
 
 class CloseRequest(_message.Message):
     __slots__ = ("session",)
