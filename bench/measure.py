@@ -1,0 +1,130 @@
+"""How calls are timed, and what a run has found. Imports no framework."""
+
+import contextlib
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is measured. A way's turn lasts about `turn_s`, but has at least `min_calls` timed calls."""
+
+    functions: tuple[str, ...] = ("affine", "sine", "mlp")
+    sizes: tuple[int, ...] = (KIB, MIB, 16 * MIB, 64 * MIB)
+    rounds: int = 15
+    turn_s: float = 0.05
+    min_calls: int = 2
+    warm_calls: int = 2
+    soak_calls: int = 100_000
+
+
+# Every line of the budget, as fast as it can be had.
+QUICK = Plan(functions=("sine",), sizes=(KIB, MIB, 64 * MIB), rounds=5, turn_s=0.02, min_calls=1, soak_calls=10_000)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One way of calling one function at one size: seconds of each call, by round, and bytes for each call."""
+
+    rounds: Sequence[Sequence[float]]
+    bytes_made: int  # of the output and the gradients
+    bytes_copied: float | None = None  # None: nobody counts them
+
+    @property
+    def p50_s(self) -> float:
+        return percentile(self._seconds(), 50)
+
+    @property
+    def p99_s(self) -> float:
+        return percentile(self._seconds(), 99)
+
+    @property
+    def calls(self) -> int:
+        return len(self._seconds())
+
+    def _seconds(self) -> list[float]:
+        return [seconds for turn in self.rounds for seconds in turn]
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Resident bytes of one process before and after many calls."""
+
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        return self.after / self.before - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a run has found: cells by (function, size in bytes, way), and growth by process if that was measured."""
+
+    plan: Plan
+    cells: Mapping[tuple[str, int, str], Cell]
+    growth: Mapping[str, Growth] | None
+    machine: Mapping[str, str]
+
+    def ratio(self, function: str, nbytes: int, way: str, other: str) -> float:
+        """Return by what factor `way` takes longer than `other`.
+
+        The median, over the rounds, of the quotient of both p50s: within a round both met the same machine.
+        """
+        rounds = zip(self.cells[function, nbytes, way].rounds, self.cells[function, nbytes, other].rounds, strict=True)
+        return statistics.median(statistics.median(turn) / statistics.median(others) for turn, others in rounds)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Return the smallest value that is at least as large as `percent` % of them."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def interleave(steps: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str, list[list[float]]]:
+    """Return the seconds of each call of each step, by round.
+
+    In each round every step has one turn, in a random order, so that what else the machine does hits all alike.
+    """
+    calls = {way: _calls_per_turn(step, plan) for way, step in steps.items()}
+    rounds: dict[str, list[list[float]]] = {way: [] for way in steps}
+    with _without_gc():
+        for _ in range(plan.rounds):
+            for way in random.sample(list(steps), len(steps)):
+                rounds[way].append(_turn(steps[way], plan.warm_calls, calls[way]))
+    return rounds
+
+
+def _turn(step: Callable[[], object], warm_calls: int, calls: int) -> list[float]:
+    for _ in range(warm_calls):
+        step()
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _calls_per_turn(step: Callable[[], object], plan: Plan) -> int:
+    # The first calls compile, and touch memory for the first time.
+    fastest = min(_turn(step, plan.warm_calls, 3))
+    return max(plan.min_calls, round(plan.turn_s / fastest))
+
+
+@contextlib.contextmanager
+def _without_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,52 @@
+"""The JAX side: the models that the worker hosts, which the baseline also runs in one process. Never imports torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WIDTH = 64
+_LAYERS = 3
+
+
+def affine(x):
+    """Hardly any work, and nothing to keep for the VJP: what is measured is the transport."""
+    return 2 * x + 1
+
+
+def sine(x):
+    """A residual as large as the input."""
+    return jnp.sin(x) * 2
+
+
+def _apply_mlp(params, x):
+    """Three layers of one width, with ReLU between them."""
+    for i in range(_LAYERS):
+        layer = params[f"layer_{i}"]
+        x = x @ layer["kernel"] + layer["bias"]
+        x = jax.nn.relu(x) if i < _LAYERS - 1 else x
+    return x
+
+
+def _make_params() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(0, WIDTH**-0.5, shape), jnp.float32)
+
+    return {f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(_LAYERS)}
+
+
+mlp = (_apply_mlp, _make_params())
+
+
+def flat(name: str) -> tuple[Callable[..., Any], list[jax.Array]]:
+    """Return a model as a jitted function of (x, *parameters), and its parameters in the order of their paths."""
+    model = globals()[name]
+    if callable(model):
+        return jax.jit(model), []
+    apply, params = model
+    leaves, structure = jax.tree.flatten(params)
+    return jax.jit(lambda x, *leaves: apply(jax.tree.unflatten(structure, leaves), x)), leaves
