@@ -35,6 +35,7 @@ class Program:
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
     outputs_nbytes: int = 0  # of all together
+    discrete_outputs: tuple[int, ...] = ()  # those of integers and bools, which have no derivative
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple["Link | None", int] = (None, 0)  # the worker's name for it, good for that link
     key: int = field(default_factory=_keys.__next__)  # names it in this process
@@ -57,6 +58,7 @@ class Program:
         self.outputs = specs.decode_all(prepared.outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.outputs_nbytes = sum(self.output_nbytes)
+        self.discrete_outputs = tuple(i for i, spec in enumerate(self.outputs) if not spec.dtype.is_inexact)
         self.result = prepared.result
         self.name = (link, prepared.program)
 

@@ -128,14 +128,16 @@ class RemoteJaxFunction(nn.Module):
             if kind in _NUMBERS:
                 signature.append(kind)
             else:
-                if not isinstance(leaf, Tensor):
-                    if _register_if_dataclass(type(leaf)):
+                if kind is not Tensor and not isinstance(leaf, Tensor):
+                    if _register_if_dataclass(kind):
                         return self._call(own, args, kwargs)  # that leaf has become a node
                     leaf = leaves[i] = _as_tensor(leaf, functools.partial(_path_of, (args, kwargs), i))
-                signature.append((leaf.dtype, _shape_of(leaf)))
+                signature.append(leaf.dtype)
+                signature.append(leaf.shape if kind is Tensor else _shape_of(leaf))
             inputs.append(leaf)
         for tensor in own:
-            signature.append((tensor.dtype, _shape_of(tensor)))
+            signature.append(tensor.dtype)
+            signature.append(_shape_of(tensor))
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
@@ -269,8 +271,6 @@ class _Call(NamedTuple):
 
 def _apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
-    if any(isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs):
-        return _apply_to_legacy_batches(program, inputs)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Transformable.apply(program, *inputs)
     if torch.is_grad_enabled():
@@ -280,14 +280,17 @@ def _apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     return _run(program, inputs)
 
 
-def _apply_to_legacy_batches(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
-    """Run a program on the batched tensors of `is_grads_batched` and `vectorize=True`, as one call of its batched kind.
+def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a derivative as `_apply` does, also on the batched tensors of `is_grads_batched` and `vectorize=True`.
 
-    These come from the vmap that torch had before torch.func, of which autograd.Function knows nothing.
+    These come from the vmap that torch had before torch.func, of which autograd.Function knows nothing. They too are
+    one call, of the program's batched kind.
     """
+    is_batched = [isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs]
+    if not any(is_batched):
+        return _apply(program, inputs)
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
-    is_batched = [isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs]
     physical = [torch._remove_batch_dim(x, level, 1, 0) if b else x for x, b in zip(inputs, is_batched, strict=True)]
     size = next(x.shape[0] for x, b in zip(physical, is_batched, strict=True) if b)
     outputs = _apply(program.vmap(tuple(0 if b else -1 for b in is_batched), size), physical)
@@ -323,7 +326,7 @@ class _Recorded(torch.autograd.Function):
             arrays = [*_merged(numbers, saved), *(_conjugated(ct) for ct in cotangents if ct is not None)]
             # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
             if torch.is_grad_enabled() or any(map(_is_legacy_batch, arrays[len(numbers) :])):
-                made = _apply(program.vjp(wrt, given), arrays)
+                made = _apply_derivative(program.vjp(wrt, given), arrays)
             else:
                 made = _pull_back(program, (kept, wrt, given), handle, arrays)
             for i, gradient in zip(wrt, made, strict=True):
@@ -364,7 +367,7 @@ class _Transformable(torch.autograd.Function):
         outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
         made: list[Tensor | None] = [None] * len(program.outputs)
         if wrt and outputs:
-            derived = _apply(program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)])
+            derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)])
             for i, tangent in zip(outputs, derived, strict=True):
                 made[i] = tangent
         return tuple(made)
@@ -385,15 +388,16 @@ def _gradients(
     gradients: list[Tensor | None] = [None] * len(inputs)
     if wrt and given:
         selected = [_conjugated(ct) for ct in cotangents if ct is not None]
-        for i, gradient in zip(wrt, _apply(program.vjp(wrt, given), [*inputs, *selected]), strict=True):
+        made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
+        for i, gradient in zip(wrt, made, strict=True):
             gradients[i] = _conjugated(gradient)
     return gradients
 
 
 def _mark_integers(ctx: Any, program: Program, outputs: Sequence[Tensor]) -> None:
     """Tell autograd which outputs have no derivative, and that absent cotangents should stay absent."""
-    if integers := [y for y, spec in zip(outputs, program.outputs, strict=True) if not spec.dtype.is_inexact]:
-        ctx.mark_non_differentiable(*integers)
+    if program.discrete_outputs:
+        ctx.mark_non_differentiable(*(outputs[i] for i in program.discrete_outputs))
     ctx.set_materialize_grads(False)
 
 
@@ -483,7 +487,7 @@ class _Handle(bytearray):
 # By which number compiled code names a function.
 _functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.WeakValueDictionary()
 _function_keys = itertools.count()
-_PLAIN = (Tensor, nn.Parameter)
+_PLAIN = {Tensor, nn.Parameter, *_NUMBERS}
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -495,9 +499,7 @@ def _traced_call(key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs:
 
 def _is_traced(inputs: Sequence[Any]) -> bool:
     """Whether an input has no memory here to be read, or somebody watches the operators."""
-    if torch._C._len_torch_dispatch_stack():
-        return True
-    return any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
+    return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, inputs))
 
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -636,7 +638,8 @@ def _from_block(block: Block, spec: Spec) -> Tensor:
     if block.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
-    return torch.frombuffer(block.buffer, dtype=dtype).resize_(spec.shape)
+    flat = torch.frombuffer(block.buffer, dtype=dtype)
+    return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
 
 
 def _spec_of(value: Any, path: str, x64: bool) -> Spec:
