@@ -106,10 +106,10 @@ class LocalLane(Lane):
             self._socket.close()
             raise
 
-    def share(self, slab: Slab) -> None:
-        """Hand a slab over to the worker."""
+    def share(self, slab: Slab, timeout_s: float | None) -> None:
+        """Hand a slab over to the worker, within `timeout_s` and at most a few seconds."""
         request = pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes))
-        self._exchange(request, _HANDSHAKE_S, descriptors=(slab.fd,))
+        self._exchange(request, min(timeout_s or _HANDSHAKE_S, _HANDSHAKE_S), descriptors=(slab.fd,))
 
     def run(
         self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None

@@ -13,7 +13,7 @@ import grpc
 
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
 from bridge_wire import PROTOCOLS, __version__
-from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, WorkerDied, WorkerUnavailable
+from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, WorkerDied, WorkerUnavailable, decode
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
 from bridge_wire.pool import Pool
@@ -103,19 +103,24 @@ class Link:
         timer.start()
         try:
             for event in self._stub.Prepare(request, timeout=timeout_s):
-                if event.WhichOneof("kind") == "prepared":
+                kind = event.WhichOneof("kind")
+                if kind == "prepared":
                     return event.prepared
+                if kind == "error":
+                    raise decode(event.error)
                 phase = event.progress.phase
         except grpc.RpcError as error:
             raised = from_rpc(error, during_call=phase != "starting")
-            if isinstance(raised, Unauthenticated | WorkerUnavailable) and not isinstance(raised, WorkerDied):
+            if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
                 raise Stale from raised
             raise raised from error
+        except Unauthenticated as error:  # another worker, or another life of it, answers at the address
+            raise Stale from error
         finally:
             timer.cancel()
         raise WorkerDied("the worker ended a preparation without a result")
 
-    def take(self, pool: Pool) -> Lane:
+    def take(self, pool: Pool, timeout_s: float | None = None) -> Lane:
         """Take a lane for one call, with every slab of the pool shared over it. It must be given back, or abandoned.
 
         Raises:
@@ -127,7 +132,7 @@ class Link:
             lane = self._new_lane()
         if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
             try:
-                self._share(lane, pool)
+                self._share(lane, pool, timeout_s)
             except BaseException:
                 lane.close()
                 raise
@@ -153,12 +158,12 @@ class Link:
         except (OSError, Unauthenticated, WorkerUnavailable) as error:
             raise Stale from error
 
-    def _share(self, lane: Lane, pool: Pool) -> None:
+    def _share(self, lane: Lane, pool: Pool, timeout_s: float | None) -> None:
         assert isinstance(lane, LocalLane), "only such a lane carries descriptors"
         with self._share_lock:
             for slab in pool.slabs:
                 if slab.base not in self._shared:
-                    lane.share(slab)
+                    lane.share(slab, timeout_s)
                     self._shared.add(slab.base)
 
     def _choose_lane(

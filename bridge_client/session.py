@@ -349,8 +349,9 @@ class Session:
         payload = None if link.memory == "memfd" else self._payload(program, inputs)
         lane: Lane | None = None
         try:
-            lane = link.take(self.pool)
-            lane.run(run, payload, outputs, timeout_s or program.timeout_s or self.timeout_s)
+            limit_s = timeout_s or program.timeout_s or self.timeout_s
+            lane = link.take(self.pool, limit_s)
+            lane.run(run, payload, outputs, limit_s)
         except BaseException as error:
             self._dropped.extend(released)
             if lane is not None:

@@ -692,13 +692,13 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
       DTypeError: an integer that the worker's widest type cannot hold.
     """
     if type(value) is int and not -(2**31) <= value < 2**31:
+        if not -(2**63) <= value < 2**63:
+            raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
         if not session.x64:
             raise DTypeError(
                 f"input `{path}` is the integer {value}; the worker runs without x64 and holds int32 only: start it "
                 "with --x64 or pass a float"
             )
-        if not -(2**63) <= value < 2**63:
-            raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
     return _NUMBERS[type(value)].pack(value)
 
 

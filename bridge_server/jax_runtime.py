@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.interpreters import ad
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -39,6 +40,7 @@ from bridge_wire.specs import Spec, decode_all
 
 _Flat = Callable[..., list[Any]]
 _MAX_NAMED_LEAVES = 20
+_MOST_ELEMENTS = 2**47
 
 
 class JaxRuntime(Runtime):
@@ -225,24 +227,30 @@ class JaxRuntime(Runtime):
             return _vmap(f, inputs, transform.vmap)
         if kind == "jvp":
             _check_differentiable("jvp", transform.jvp.wrt, inputs)
+            _check_differentiable("jvp", transform.jvp.outputs, self._outputs(f, bound, inputs, where))
             tangents = tuple(inputs[i] for i in transform.jvp.wrt)
             return _jvp(f, len(inputs), transform.jvp), inputs + tangents
         if kind == "vjp":
             _check_differentiable("vjp", transform.vjp.wrt, inputs)
-            with _model_errors(where):
-                made = _specs(jax.eval_shape(f, bound, *_avals(inputs)))
+            made = self._outputs(f, bound, inputs, where)
             _check_differentiable("vjp", transform.vjp.outputs, made)
             cotangents = tuple(made[i] for i in transform.vjp.outputs)
             return _vjp(f, len(inputs), transform.vjp), inputs + cotangents
         raise ProtocolError("a transform has no kind")
 
+    def _outputs(self, f: _Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) -> tuple[Spec, ...]:
+        with _model_errors(where):
+            return _specs(jax.eval_shape(f, bound, *_avals(inputs)))
+
     def _compile(self, f: Callable[..., Any], arguments: Sequence[Any], where: str) -> Generator[str, None, Any]:
         """Return the function compiled for these arguments' types, and the types of what it returns."""
         yield "tracing"
         with _model_errors(where):
+            traced = jax.jit(f).trace(*arguments)
+            _check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
-                return f, jax.eval_shape(f, *arguments)
-            lowered = jax.jit(f).lower(*arguments)
+                return f, traced.out_info
+            lowered = traced.lower()
         yield "compiling"
         with _model_errors(where):
             compiled = lowered.compile()
@@ -346,6 +354,9 @@ def _vmap(f: _Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap) -> t
         spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
         for axis, spec in zip(axes, inputs, strict=True)
     )
+    for spec in mapped:
+        if math.prod(spec.shape) > _MOST_ELEMENTS:
+            raise SpecError(f"vmap over {size} elements makes an input of type {spec}, which no memory can hold")
     return transformed, mapped
 
 
@@ -366,6 +377,18 @@ def _replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]
     for i, value in zip(positions, values, strict=True):
         replaced[i] = value
     return replaced
+
+
+def _check_sizes(jaxpr: Any) -> None:
+    """Refuse a program with an array too large for any machine: XLA would end the process over it."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if all(isinstance(size, int) for size in shape) and math.prod(shape) > _MOST_ELEMENTS:
+                raise SpecError(f"the model makes an array of shape {list(shape)}, which no memory can hold")
+        for inner in jax.tree_util.tree_leaves(list(equation.params.values())):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                _check_sizes(getattr(inner, "jaxpr", inner))
 
 
 def _check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:

@@ -65,5 +65,9 @@ class Programs:
         if slot.program is None:
             with slot.lock:
                 if slot.program is None:
-                    slot.program = yield from prepare()
+                    try:
+                        slot.program = yield from prepare()
+                    finally:
+                        if slot.program is None:  # those who wait try for themselves, later ones with a new slot
+                            self._slots.pop(key, None)
         return slot.program

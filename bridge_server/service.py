@@ -13,7 +13,7 @@ from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
-from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, unexpected
+from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
 
@@ -65,10 +65,10 @@ class Service(BridgeServicer):
                 )
             )
         except BridgeError as error:
-            abort(context, error)
+            yield pb.PrepareEvent(error=encode(error))
         except Exception as error:
             _log.exception("a preparation failed unexpectedly")
-            abort(context, unexpected(error))
+            yield pb.PrepareEvent(error=encode(unexpected(error)))
 
     def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
         yield from serve(request_iterator, self._sessions)

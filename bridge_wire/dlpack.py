@@ -6,6 +6,7 @@ Structures and codes are those of dlpack.h 1.1; the unversioned capsule is expor
 import atexit
 import ctypes
 import sys
+import threading
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -59,6 +60,8 @@ _CODES: Mapping[tuple[int, int], DType] = MappingProxyType(
 _owners: dict[int, Any] = {}
 # The capsules that have not been seen consumed yet, by the same address.
 _unconsumed: dict[int, Any] = {}
+# Between looking at an entry and dropping it, no other thread may put a new one in its place: addresses come again.
+_collecting = threading.RLock()
 _REFERENCES_OF_OURS = 4  # the dict, the list of its items' tuple, the loop variable, the argument of getrefcount
 
 
@@ -132,9 +135,10 @@ class Exporter:
         made.deleter = _FREE if self._owner is None else _RELEASE
         capsule = _new_capsule(managed, b"dltensor", None)
         if self._owner is not None:
-            _collect_unused()
-            _owners[managed] = self._owner
-            _unconsumed[managed] = capsule
+            with _collecting:
+                _collect_unused()
+                _owners[managed] = self._owner
+                _unconsumed[managed] = capsule
         return capsule
 
 

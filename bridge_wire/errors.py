@@ -197,11 +197,16 @@ def encode(error: BridgeError) -> pb.Error:
     if isinstance(error, RemoteModelError):
         return pb.Error(
             kind="RemoteModelError",
-            message=str(error.args[0]),
-            remote_type=error.remote_type,
-            traceback=error.remote_traceback,
+            message=_utf8(str(error.args[0])),
+            remote_type=_utf8(error.remote_type),
+            traceback=_utf8(error.remote_traceback),
         )
-    return pb.Error(kind=type(error).__name__, message=str(error))
+    return pb.Error(kind=type(error).__name__, message=_utf8(str(error)))
+
+
+def _utf8(text: str) -> str:
+    """Return text that can be sent: what a model says may hold lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode(message: pb.Error) -> BridgeError:
@@ -220,5 +225,5 @@ def unexpected(error: BaseException) -> InternalError:
 def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
     """End a gRPC call with the error's status, its text, and the whole error in the trailer."""
     context.set_trailing_metadata(((TRAILER, encode(error).SerializeToString()),))
-    context.abort(error.status, str(error)[:1000])
+    context.abort(error.status, _utf8(str(error))[:1000])
     raise AssertionError("abort raises")

@@ -50,7 +50,8 @@ class FramedSocket:
         if descriptors:
             sent = socket.send_fds(self._socket, [frame], descriptors)
             frame = frame[sent:]
-        self._socket.sendall(frame)
+        if frame:
+            self._socket.sendall(frame)
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
         """Return the next message, or None when the peer has ended the connection.

@@ -7,7 +7,6 @@ before it maps it. The kernel frees the pages when the last mapping of either si
 import ctypes
 import errno
 import fcntl
-import functools
 import logging
 import mmap
 import os
@@ -102,9 +101,8 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
     return Slab(memoryview(memory), _address_of(memory), base, nbytes, -1)
 
 
-@functools.cache
 def memfd_works() -> bool:
-    """Whether this system has sealed memfds, and lets this process make them."""
+    """Whether this system has sealed memfds, and lets this process make one now."""
     if not hasattr(os, "memfd_create"):
         return False
     try:

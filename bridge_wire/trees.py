@@ -42,18 +42,21 @@ class Classes:
     def learn(self, kind: str, cls: type, fields: tuple[str, ...]) -> None:
         """Use `cls` whenever its name and fields come from the peer."""
         with self._lock:
-            if len(self._known) < _MAX_CLASSES:
-                self._known[kind, cls.__name__, fields] = cls
+            self._keep((kind, cls.__name__, fields), cls)
 
     def find(self, kind: str, name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
         """Return the class of that name and fields, making it when it is new here."""
         with self._lock:
             found = self._known.get((kind, name, fields))
             if found is None:
-                if len(self._known) >= _MAX_CLASSES:
-                    raise ProtocolError(f"more than {_MAX_CLASSES} different classes in one session's trees")
-                found = self._known[kind, name, fields] = self._make(kind, name, fields)
+                found = self._make(kind, name, fields)
+                self._keep((kind, name, fields), found)
         return found
+
+    def _keep(self, key: tuple[str, str, tuple[str, ...]], cls: Callable[..., Any]) -> None:
+        self._known[key] = cls
+        if len(self._known) > _MAX_CLASSES:  # forget the oldest: no client may take the room of all others
+            del self._known[next(iter(self._known))]
 
     def _make(self, kind: str, name: str, fields: tuple[str, ...]) -> type:
         for word in (name, *fields):

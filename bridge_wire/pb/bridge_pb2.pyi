@@ -297,7 +297,7 @@ class Pullback(_message.Message):
     def __init__(self, program: _Optional[int] = ..., wrt: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PrepareEvent(_message.Message):
-    __slots__ = ("progress", "prepared")
+    __slots__ = ("progress", "prepared", "error")
     class Progress(_message.Message):
         __slots__ = ("phase",)
         PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -305,9 +305,11 @@ class PrepareEvent(_message.Message):
         def __init__(self, phase: _Optional[str] = ...) -> None: ...
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     PREPARED_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     progress: PrepareEvent.Progress
     prepared: Prepared
-    def __init__(self, progress: _Optional[_Union[PrepareEvent.Progress, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ...) -> None: ...
+    error: Error
+    def __init__(self, progress: _Optional[_Union[PrepareEvent.Progress, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
 class Prepared(_message.Message):
     __slots__ = ("program", "result", "outputs")

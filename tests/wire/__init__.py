@@ -1,0 +1,1 @@
+"""Tests of bridge_wire: what both sides decode, frame, lease and hand over."""

@@ -1,0 +1,226 @@
+"""Golden bytes: each message kind of the contract, exactly as it goes over the wire.
+
+A number, a type or a name that changes by accident fails here. A change on purpose is a new protocol version, or adds a
+field, which goes into a message below together with its bytes.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from google.protobuf.message import Message
+
+from bridge_wire import frames
+from bridge_wire.pb import bridge_pb2 as pb
+
+T = pb.Tree
+V = pb.Value
+LEAF = T(leaf=T.Leaf())
+POINT = T.Record(name="P", fields=["x"], items=[LEAF])
+SPEC = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2, 300])
+ERROR = pb.Error(kind="SpecError", message="m", remote_type="t", traceback="b")
+
+MESSAGES: dict[str, Message] = {
+    "spec": SPEC,
+    "spec of a number": pb.Spec(dtype=pb.DTYPE_COMPLEX128, weak=True),
+    "none": V(none=True),
+    "boolean": V(boolean=False),
+    "integer": V(integer=-3),
+    "real": V(real=1.5),
+    "text": V(text="é"),
+    "complex": V(complex=V.Complex(real=1.0, imag=-2.0)),
+    "leaf": LEAF,
+    "value": T(value=V(text="v")),
+    "tuple": T(tuple=T.Sequence(items=[LEAF, LEAF])),
+    "list": T(list=T.Sequence(items=[LEAF])),
+    "dict": T(dict=T.Mapping(keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())])),
+    "namedtuple": T(namedtuple=POINT),
+    "dataclass": T(dataclass=POINT),
+    "error": ERROR,
+    "describe": pb.DescribeRequest(),
+    "described": pb.DescribeReply(
+        version="0.1.0",
+        framework="jax",
+        framework_version="0.10",
+        python_version="3.11",
+        x64=True,
+        devices=["cpu:0"],
+        models=[
+            pb.Model(
+                name="f",
+                doc="d",
+                arguments=["x", "y"],
+                parameters=[pb.Parameter(path="params.w", spec=SPEC, trainable=True)],
+            )
+        ],
+    ),
+    "open": pb.OpenRequest(oldest_protocol=1, newest_protocol=2, client="c"),
+    "opened": pb.OpenReply(protocol=1, session=b"\x00\xff", local_lane="/l", slab_bytes=1 << 30),
+    "close": pb.CloseRequest(session=b"s"),
+    "closed": pb.CloseReply(),
+    "prepare call": pb.PrepareRequest(
+        session=b"s",
+        call=pb.Call(
+            model="f",
+            arguments=LEAF,
+            inputs=[SPEC],
+            parameters=True,
+            transforms=[
+                pb.Transform(vjp=pb.Transform.Vjp(wrt=[0, 1], outputs=[2])),
+                pb.Transform(jvp=pb.Transform.Jvp(wrt=[3], outputs=[4])),
+                pb.Transform(vmap=pb.Transform.Vmap(axes=[-1, 0, 2], size=5)),
+            ],
+            keep=pb.Wrt(inputs=[0, 7]),
+        ),
+    ),
+    "prepare parameters": pb.PrepareRequest(session=b"s", parameters=pb.Parameters(model="f")),
+    "prepare pullback": pb.PrepareRequest(session=b"s", pullback=pb.Pullback(program=9, wrt=[1], outputs=[0, 2])),
+    "progress": pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="compiling")),
+    "prepared": pb.PrepareEvent(prepared=pb.Prepared(program=3, result=LEAF, outputs=[SPEC])),
+    "attach": pb.LaneRequest(attach=pb.Attach(session=b"s")),
+    "share": pb.LaneRequest(share=pb.Share(base=4096, nbytes=1 << 24)),
+    "run": pb.LaneRequest(run=pb.Run(program=1, inputs=[4096, 1 << 40], outputs=[8192], residual=7, released=[5, 6])),
+    "inline run": pb.LaneRequest(run=pb.Run(program=1, inline=True)),
+    "release": pb.LaneRequest(release=pb.Release(residuals=[1, 300])),
+    "chunk up": pb.LaneRequest(chunk=b"\x01\x02"),
+    "done": pb.LaneReply(done=pb.Done()),
+    "ran": pb.LaneReply(ran=pb.Ran(residual_nbytes=4096)),
+    "usage": pb.LaneReply(usage=pb.Usage(residuals=1, residual_bytes=2, slab_bytes=3)),
+    "failed": pb.LaneReply(error=ERROR),
+    "chunk down": pb.LaneReply(chunk=b"\x03"),
+}
+
+GOLDEN = {
+    "spec": "080c120302ac02",
+    "spec of a number": "080f1801",
+    "none": "0801",
+    "boolean": "1000",
+    "integer": "1805",
+    "real": "21000000000000f83f",
+    "text": "2a02c3a9",
+    "complex": "321209000000000000f03f1100000000000000c0",
+    "leaf": "0a00",
+    "value": "12032a0176",
+    "tuple": "1a080a020a000a020a00",
+    "list": "22040a020a00",
+    "dict": "2a110a032a016b0a02180212020a0012021a00",
+    "namedtuple": "320a0a01501201781a020a00",
+    "dataclass": "3a0a0a01501201781a020a00",
+    "error": "0a09537065634572726f7212016d1a0174220162",
+    "describe": "",
+    "described": (
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a230a01661201641a01781a017922150a"
+        "08706172616d732e771207080c120302ac021801"
+    ),
+    "open": "080110021a0163",
+    "opened": "0801120200ff1a022f6c208080808004",
+    "close": "0a0173",
+    "closed": "",
+    "prepare call": (
+        "0a017312380a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
+        "010004100532040a020007"
+    ),
+    "prepare parameters": "0a01731a030a0166",
+    "prepare pullback": "0a0173220908091201011a020002",
+    "progress": "0a0b0a09636f6d70696c696e67",
+    "prepared": "120f080312020a001a07080c120302ac02",
+    "attach": "0a030a0173",
+    "share": "12080880201080808008",
+    "run": "1a160801120880208080808080201a028040280732020506",
+    "inline run": "1a0408012001",
+    "release": "22050a0301ac02",
+    "chunk up": "2a020102",
+    "done": "0a00",
+    "ran": "1203088020",
+    "usage": "1a06080110021803",
+    "failed": "22140a09537065634572726f7212016d1a0174220162",
+    "chunk down": "2a0103",
+}
+
+DTYPES = {
+    "UNSPECIFIED": 0,
+    "BOOL": 1,
+    "INT8": 2,
+    "INT16": 3,
+    "INT32": 4,
+    "INT64": 5,
+    "UINT8": 6,
+    "UINT16": 7,
+    "UINT32": 8,
+    "UINT64": 9,
+    "FLOAT16": 10,
+    "BFLOAT16": 11,
+    "FLOAT32": 12,
+    "FLOAT64": 13,
+    "COMPLEX64": 14,
+    "COMPLEX128": 15,
+    "FLOAT8_E4M3FN": 16,
+    "FLOAT8_E4M3FNUZ": 17,
+    "FLOAT8_E5M2": 18,
+    "FLOAT8_E5M2FNUZ": 19,
+    "FLOAT8_E8M0FNU": 20,
+}
+
+# Method: (request, reply, whether the requests and the replies are a stream).
+METHODS = {
+    "Describe": ("DescribeRequest", "DescribeReply", False, False),
+    "Open": ("OpenRequest", "OpenReply", False, False),
+    "Prepare": ("PrepareRequest", "PrepareEvent", False, True),
+    "Lane": ("LaneRequest", "LaneReply", True, True),
+    "Close": ("CloseRequest", "CloseReply", False, False),
+}
+
+
+def fields_of(descriptor: Any) -> Iterator[str]:
+    """Yield the full names of a message type, its fields, and those of the types nested in it."""
+    yield descriptor.full_name
+    for field in descriptor.fields:
+        yield field.full_name
+    for nested in descriptor.nested_types:
+        yield from fields_of(nested)
+
+
+def fields_used(message: Message) -> Iterator[str]:
+    """Yield the full names of a message's type, of its fields that are set, and of those of the messages in it."""
+    yield message.DESCRIPTOR.full_name
+    for field, value in message.ListFields():
+        yield field.full_name
+        if field.message_type is not None:
+            for item in [value] if isinstance(value, Message) else value:
+                yield from fields_used(item)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_message_has_its_golden_bytes(name: str) -> None:
+    """A message is serialized to the golden bytes, and those bytes are parsed to that message."""
+    message, golden = MESSAGES[name], bytes.fromhex(GOLDEN[name])
+    assert message.SerializeToString(deterministic=True).hex() == golden.hex()
+    assert type(message).FromString(golden) == message
+
+
+def test_every_field_of_the_contract_has_golden_bytes() -> None:
+    """Each message type and each field of the contract is set in one of the golden messages."""
+    declared = {name for kind in pb.DESCRIPTOR.message_types_by_name.values() for name in fields_of(kind)}
+    used = {name for message in MESSAGES.values() for name in fields_used(message)}
+    assert declared == used
+    assert set(MESSAGES) == set(GOLDEN)
+
+
+def test_dtypes_have_their_golden_numbers() -> None:
+    """The numbers of the dtypes are those that every released client and worker knows."""
+    assert dict(pb.DType.items()) == {f"DTYPE_{name}": number for name, number in DTYPES.items()}
+
+
+def test_service_has_its_golden_methods() -> None:
+    """The service's full name, its methods, their messages and which of them stream are those of version 1."""
+    service = pb.DESCRIPTOR.services_by_name["Bridge"]
+    assert service.full_name == "bridge.v1.Bridge"
+    assert {
+        method.name: (method.input_type.name, method.output_type.name, method.client_streaming, method.server_streaming)
+        for method in service.methods
+    } == METHODS
+
+
+def test_frame_of_a_request_has_its_golden_bytes() -> None:
+    """On a framed lane a message goes as its length in four bytes, least significant first, and its bytes."""
+    assert frames.encode(bytes.fromhex(GOLDEN["attach"])).hex() == "05000000" + GOLDEN["attach"]
