@@ -39,6 +39,9 @@ _Status = grpc.StatusCode
 
 # The gRPC trailer that carries the pb.Error.
 TRAILER = "bridge-error-bin"
+# gRPC drops a call's whole trailers past 8 KiB, and writes each byte of the details that is no ASCII as three.
+_MAX_TRAILER = 4096
+_MAX_DETAILS = 512
 
 
 class BridgeError(Exception):
@@ -204,6 +207,10 @@ def encode(error: BridgeError) -> pb.Error:
     return pb.Error(kind=type(error).__name__, message=_utf8(str(error)))
 
 
+def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:
+    return text.encode()[:nbytes].decode(errors="ignore")
+
+
 def _utf8(text: str) -> str:
     """Return text that can be sent: what a model says may hold lone surrogates."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -224,6 +231,8 @@ def unexpected(error: BaseException) -> InternalError:
 
 def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
     """End a gRPC call with the error's status, its text, and the whole error in the trailer."""
-    context.set_trailing_metadata(((TRAILER, encode(error).SerializeToString()),))
-    context.abort(error.status, _utf8(str(error))[:1000])
+    message = encode(error)
+    message.message, message.traceback = _shortened(message.message), _shortened(message.traceback)
+    context.set_trailing_metadata(((TRAILER, message.SerializeToString()),))
+    context.abort(error.status, _shortened(message.message, _MAX_DETAILS))
     raise AssertionError("abort raises")

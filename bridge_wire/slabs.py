@@ -5,24 +5,29 @@ before it maps it. The kernel frees the pages when the last mapping of either si
 """
 
 import ctypes
-import errno
 import fcntl
-import logging
 import mmap
 import os
 import stat
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 from bridge_wire.errors import OutOfMemory, ProtocolError
 
-_log = logging.getLogger(__name__)
-
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; Python 3.11's mmap module does not name it
 # Without these, a peer could truncate the file and let this process die of SIGBUS.
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,17 +66,14 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
             os.ftruncate(fd, nbytes)
             os.posix_fallocate(fd, 0, nbytes)  # an early error instead of a late SIGBUS
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        memory = mmap.mmap(fd, nbytes)
+        view, pointer = _map(fd, nbytes)
     except OSError as error:
         if fd >= 0:
             os.close(fd)
         raise OutOfMemory(f"the system refused a slab of {nbytes} bytes: {error.strerror}") from error
-    try:
-        memory.madvise(_MADV_POPULATE_WRITE)
-    except OSError as error:  # before Linux 5.14; the pages then come one by one
-        if error.errno != errno.EINVAL:
-            _log.debug("could not prefault a slab: %s", error)
-    return Slab(memoryview(memory), _address_of(memory), base, nbytes, fd)
+    # Fails before Linux 5.14; the pages then come one by one.
+    _libc.madvise(pointer, nbytes, _MADV_POPULATE_WRITE)
+    return Slab(view, pointer, base, nbytes, fd)
 
 
 def map_received(fd: int, nbytes: int, base: int) -> Slab:
@@ -93,12 +95,12 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
         if size != nbytes or nbytes == 0 or nbytes % PAGE:
             raise ProtocolError(f"the memfd of a slab has {size} bytes, but {nbytes} were announced")
         try:
-            memory = mmap.mmap(fd, nbytes)
-        except (OSError, ValueError) as error:
+            view, pointer = _map(fd, nbytes)
+        except OSError as error:
             raise ProtocolError(f"a slab of {nbytes} bytes cannot be mapped") from error
     finally:
         os.close(fd)
-    return Slab(memoryview(memory), _address_of(memory), base, nbytes, -1)
+    return Slab(view, pointer, base, nbytes, -1)
 
 
 def memfd_works() -> bool:
@@ -127,5 +129,17 @@ def _available_bytes() -> int:
     return min(available, limit - used)
 
 
-def _address_of(memory: mmap.mmap) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+def _map(fd: int, nbytes: int) -> tuple[memoryview, int]:
+    """Map a file, or fresh memory for -1; the mapping ends with the last slice of the view.
+
+    Not by mmap.mmap, which keeps a descriptor for each mapping.
+    """
+    flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pointer = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    if pointer == _MAP_FAILED:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    mapping = (ctypes.c_ubyte * nbytes).from_address(pointer)
+    # Not at exit: tensors may outlive the interpreter.
+    weakref.finalize(mapping, _libc.munmap, pointer, nbytes).atexit = False
+    return memoryview(mapping).cast("B"), pointer

@@ -457,6 +457,8 @@ class Target:
         try:
             for event in self._service.Prepare(request, context):  # type: ignore[arg-type]
                 program = event.prepared.program
+                if event.WhichOneof("kind") == "error":
+                    check_error(event.error)
         except Aborted:
             check_error(context.error)
         return program

@@ -140,6 +140,8 @@ class Client:
             events = list(self.stub.Prepare(request, timeout=60))
         except grpc.RpcError as error:
             raise from_rpc(error) from None
+        if events[-1].WhichOneof("kind") == "error":
+            raise decode(events[-1].error)
         return events[-1].prepared.program
 
     def share(self, base: int = BASE, nbytes: int = SLAB, descriptors: Sequence[int] | None = None) -> pb.LaneReply:

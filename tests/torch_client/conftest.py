@@ -1,0 +1,43 @@
+"""What these tests share: a session of their own with a session-wide worker, so that its counts are theirs alone."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from bridge_client import Session, connect
+from bridge_client.torch import RemoteJaxFunction
+
+Remote = Callable[..., RemoteJaxFunction]
+
+
+@pytest.fixture
+def session(jax_worker: Session) -> Iterator[Session]:
+    """A new session on the local lane."""
+    with connect(jax_worker.address, lane="local") as session:
+        yield session
+
+
+@pytest.fixture
+def remote(session: Session) -> Remote:
+    """Makes functions of that session: `remote("sine")`."""
+    return lambda name, **options: RemoteJaxFunction(session, name=name, **options)
+
+
+@pytest.fixture
+def x64_session(x64_worker: Session) -> Iterator[Session]:
+    """A new session on the local lane with the worker that has x64."""
+    with connect(x64_worker.address, lane="local") as session:
+        yield session
+
+
+@pytest.fixture
+def x64_remote(x64_session: Session) -> Remote:
+    """Makes functions of that session."""
+    return lambda name, **options: RemoteJaxFunction(x64_session, name=name, **options)
+
+
+@pytest.fixture
+def any_lane(jax_worker: Session, lane: str) -> Iterator[Remote]:
+    """Makes functions of a session on each of the lanes in turn."""
+    with connect(jax_worker.address, lane=lane) as session:
+        yield lambda name, **options: RemoteJaxFunction(session, name=name, **options)
