@@ -6,6 +6,7 @@ since it may run in the middle of anything, and the next allocation reads that l
 """
 
 import ctypes
+import functools
 import os
 import threading
 import weakref
@@ -45,6 +46,12 @@ class Block:
     pointer: int
     nbytes: int
     buffer: memoryview
+
+
+@functools.lru_cache(maxsize=1024)
+def _array_of(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    """Return the type of an array of bytes. ctypes forgets one with its last instance, and making one is slow."""
+    return ctypes.c_ubyte * nbytes
 
 
 class _Lease(weakref.ref[ctypes.Array[ctypes.c_ubyte]]):
@@ -97,7 +104,7 @@ class Pool:
             slab = self._slab_of(address)
             offset = address - slab.base
             # An exporter of its own, which every view of the buffer keeps alive; views of a slice would not keep it.
-            owner = (ctypes.c_ubyte * nbytes).from_buffer(slab.view, offset)
+            owner = _array_of(nbytes).from_buffer(slab.view, offset)
             lease = _Lease(owner, self._ended.append)
             lease.address, lease.size = address, size
             self._leases[address] = lease

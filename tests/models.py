@@ -67,7 +67,7 @@ def gated_while_traced(x):
     return x * 2
 
 
-def identity_factory():
+def square_factory():
     """Makes a model, for --factory."""
     return square
 
