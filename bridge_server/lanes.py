@@ -84,8 +84,7 @@ def _answer(
             call = object()
             sessions.begin(session, call)  # not `with`: this is the hot path
             try:
-                nbytes = session.run(run)
-                yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes)) if nbytes else _RAN
+                yield session.run(run)
             finally:  # after the reply has gone, so that a drain does not cut it off
                 sessions.end(call)
     elif kind == "release":
@@ -106,8 +105,8 @@ def _run_inline(
     program = session.program(run.program)
     inputs = _receive_inputs(program, requests, session)
     with sessions.running(session):
-        nbytes, outputs = session.run_inline(run, program, inputs)
-        yield pb.LaneReply(ran=pb.Ran(residual_nbytes=nbytes))
+        reply, outputs = session.run_inline(run, program, inputs)
+        yield reply
         for block in outputs:
             for start in range(0, block.nbytes, CHUNK):
                 yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
@@ -149,7 +148,6 @@ def _failed(error: BridgeError) -> pb.LaneReply:
 
 
 _DONE = pb.LaneReply(done=pb.Done())
-_RAN = pb.LaneReply(ran=pb.Ran())
 
 
 class LocalLanes:

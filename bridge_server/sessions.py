@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from bridge_server.programs import Programs
 from bridge_server.runtime import Program, Runtime
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _MAX_SESSIONS = 4096
 _MAX_SLABS = 1024
 _MAX_PROGRAMS = 16384
-_MAX_CACHED_VIEWS = 16384
+_MAX_CACHED = 16384
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
@@ -47,6 +47,14 @@ class _Kept:
     program: Program
     value: Any
     nbytes: int
+
+
+class _Plan(NamedTuple):
+    """A checked run: views of its inputs, and a pointer and a size for each output."""
+
+    program: Program
+    inputs: Sequence[Any]
+    outputs: Sequence[tuple[int, int]]
 
 
 class Residuals:
@@ -113,6 +121,7 @@ class Session:
     # Where the bytes of inline calls go; a client whose tensors come by address never uses it.
     scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
     _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
+    _plans: dict[tuple[int, tuple[int, ...], tuple[int, ...]], "_Plan"] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_slab(self, fd: int, share: pb.Share, max_bytes: int) -> None:
@@ -143,24 +152,17 @@ class Session:
             raise ProtocolError(f"this session has prepared no program {id}")
         return program
 
-    def run(self, request: pb.Run) -> int:
-        """Run a program on the client's blocks; return the bytes of the residual that was kept."""
-        program = self.program(request.program)
-        if len(request.inputs) != len(program.inputs) or len(request.outputs) != len(program.outputs):
-            raise ProtocolError(
-                f"a run names {len(request.inputs)} inputs and {len(request.outputs)} outputs; "
-                f"its program has {len(program.inputs)} and {len(program.outputs)}"
-            )
-        inputs = [self._view(*named) for named in zip(request.inputs, program.inputs, strict=True)]
-        # Before the model runs, so that a bad address costs nothing.
-        targets = [
-            self._locate(address, nbytes)[0]
-            for address, nbytes in zip(request.outputs, program.output_nbytes, strict=True)
-        ]
-        return self._run(program, request.residual, inputs, targets)
+    def run(self, request: pb.Run) -> pb.LaneReply:
+        """Run a program on the client's blocks."""
+        # A training loop names the same few combinations of blocks again and again.
+        key = (request.program, tuple(request.inputs), tuple(request.outputs))
+        plan = self._plans.get(key) or self._plan(*key)
+        return self._run(plan.program, request.residual, plan.inputs, plan.outputs)
 
-    def run_inline(self, request: pb.Run, program: Program, inputs: Sequence[Block]) -> tuple[int, list[Block]]:
-        """Run a program on blocks of `scratch`; return the residual's bytes, and the outputs in such blocks.
+    def run_inline(
+        self, request: pb.Run, program: Program, inputs: Sequence[Block]
+    ) -> tuple[pb.LaneReply, list[Block]]:
+        """Run a program on blocks of `scratch`; return the reply, and the outputs in such blocks.
 
         A residual that aliases an input keeps that input's block.
         """
@@ -169,10 +171,12 @@ class Session:
             for block, spec in zip(inputs, program.inputs, strict=True)
         ]
         outputs = [self.scratch.lease(nbytes) for nbytes in program.output_nbytes]
-        nbytes = self._run(program, request.residual, views, [block.pointer for block in outputs])
-        return nbytes, outputs
+        return self._run(program, request.residual, views, [(b.pointer, b.nbytes) for b in outputs]), outputs
 
-    def _run(self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[int]) -> int:
+    def _run(
+        self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[tuple[int, int]]
+    ) -> pb.LaneReply:
+        """Run a program on views, and write its outputs to pointers of so many bytes."""
         read = None
         if program.pullback_of is not None:
             kept = self.residuals.find(self, residual)
@@ -181,23 +185,40 @@ class Session:
             read = kept.value
         outputs, value = program.run(inputs, read)
         write = self.runtime.write
-        for output, pointer, nbytes in zip(outputs, targets, program.output_nbytes, strict=True):
+        for output, (pointer, nbytes) in zip(outputs, targets, strict=True):
             if nbytes:
                 write(output, pointer, nbytes)
-        if program.residual_nbytes is None:
-            return 0
-        if residual == 0:
-            raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
-        self.residuals.keep(self, residual, _Kept(program, value, program.residual_nbytes))
-        return program.residual_nbytes
+        if program.residual_nbytes is not None:
+            if residual == 0:
+                raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
+            self.residuals.keep(self, residual, _Kept(program, value, program.residual_nbytes))
+        return program.reply
+
+    def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> "_Plan":
+        """Check a run's addresses, and return what it comes to."""
+        program = self.program(name)
+        if len(inputs) != len(program.inputs) or len(outputs) != len(program.outputs):
+            raise ProtocolError(
+                f"a run names {len(inputs)} inputs and {len(outputs)} outputs; "
+                f"its program has {len(program.inputs)} and {len(program.outputs)}"
+            )
+        views = [self._view(*named) for named in zip(inputs, program.inputs, strict=True)]
+        sizes = program.output_nbytes
+        targets = [(self._locate(address, size)[0], size) for address, size in zip(outputs, sizes, strict=True)]
+        plan = _Plan(program, views, targets)
+        if not any(spec.weak for spec in program.inputs):  # a number must be read anew at each run
+            if len(self._plans) >= _MAX_CACHED:
+                self._plans.clear()
+            self._plans[name, inputs, outputs] = plan
+        return plan
 
     def _view(self, address: int, spec: Spec) -> Any:
         view = self._views.get((address, spec))
         if view is None:
             pointer, slab = self._locate(address, spec.nbytes)
             view = self.runtime.view(pointer, spec, slab)
-            if not spec.weak:  # a number must be read anew at each run
-                if len(self._views) >= _MAX_CACHED_VIEWS:
+            if not spec.weak:
+                if len(self._views) >= _MAX_CACHED:
                     self._views.clear()
                 self._views[address, spec] = view
         return view
@@ -224,6 +245,7 @@ class Session:
         """Let go of everything. Only when no lane is attached any more."""
         self.is_closed = True
         self.residuals.drop_all(self)
+        self._plans.clear()
         self._views.clear()
         self.programs.clear()
         self.slabs = ()
