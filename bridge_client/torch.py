@@ -638,7 +638,7 @@ def _from_block(block: Block, spec: Spec) -> Tensor:
     if block.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
-    flat = torch.frombuffer(block.buffer, dtype=dtype)
+    flat = torch.frombuffer(block.memory, dtype=dtype)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
 
 

@@ -11,7 +11,6 @@ import os
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass
 
 from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
 from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
@@ -35,17 +34,25 @@ def _configured_max_bytes() -> int:
     return int(configured)
 
 
-@dataclass(slots=True, eq=False)  # not frozen: that would triple the cost of making one, on the hot path
 class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
 
-    The lease ends when `buffer` and every view of it are gone. A block of zero bytes has address 0.
+    `memory` exports them as a buffer. The lease ends when it and everything that was made of it are gone. A block of
+    zero bytes has address 0.
     """
 
-    address: int
-    pointer: int
-    nbytes: int
-    buffer: memoryview
+    __slots__ = ("address", "memory", "nbytes", "pointer")
+
+    def __init__(self, address: int, pointer: int, nbytes: int, memory: ctypes.Array[ctypes.c_ubyte]) -> None:
+        self.address = address
+        self.pointer = pointer
+        self.nbytes = nbytes
+        self.memory = memory
+
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes as a memoryview, which keeps the lease."""
+        return memoryview(self.memory).cast("B")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -91,7 +98,7 @@ class Pool:
           OutOfMemory: it would take the slabs past their cap, or the kernel has no memory.
         """
         if nbytes == 0:
-            return Block(0, 0, 0, memoryview(b""))
+            return Block(0, 0, 0, _array_of(0)())
         size = rounded(nbytes)
         with self._lock:
             if self._ended:
@@ -104,11 +111,11 @@ class Pool:
             slab = self._slab_of(address)
             offset = address - slab.base
             # An exporter of its own, which every view of the buffer keeps alive; views of a slice would not keep it.
-            owner = _array_of(nbytes).from_buffer(slab.view, offset)
-            lease = _Lease(owner, self._ended.append)
+            memory = _array_of(nbytes).from_buffer(slab.view, offset)
+            lease = _Lease(memory, self._ended.append)
             lease.address, lease.size = address, size
             self._leases[address] = lease
-        return Block(address, slab.pointer + offset, nbytes, memoryview(owner).cast("B"))
+        return Block(address, slab.pointer + offset, nbytes, memory)
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
         """Return the address of memory of this process that lies in a slab, aligned as a block is; else None."""
