@@ -36,7 +36,7 @@ def modules_of(package: str) -> list[str]:
 
 def framework_free_modules_of(package: str) -> list[str]:
     """Return the modules of a package that may import no framework."""
-    return [name for name in modules_of(package) if name not in FRAMEWORKS_OF]
+    return [name for name in modules_of(package) if not any(f"{name}.".startswith(f"{own}.") for own in FRAMEWORKS_OF)]
 
 
 def frameworks_loaded_by(*modules: str) -> set[str]:

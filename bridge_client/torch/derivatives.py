@@ -1,0 +1,182 @@
+"""Runs of programs with their derivatives: autograd, forward mode, and torch.func's transforms."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from bridge_client.programs import Program
+from bridge_client.torch.runs import as_values, pull_back, run, run_keeping, run_operator
+
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _Transformable.apply(program, *inputs)
+    if torch.is_grad_enabled():
+        wrt = tuple(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
+        if wrt:
+            return _Recorded.apply(program, wrt, *inputs)
+    return run(program, inputs)
+
+
+def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a derivative as `apply` does, also on the batched tensors of `is_grads_batched` and `vectorize=True`.
+
+    These come from the vmap that torch had before torch.func, of which autograd.Function knows nothing. They too are
+    one call, of the program's batched kind.
+    """
+    is_batched = [isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs]
+    if not any(is_batched):
+        return apply(program, inputs)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    physical = [torch._remove_batch_dim(x, level, 1, 0) if b else x for x, b in zip(inputs, is_batched, strict=True)]
+    size = next(x.shape[0] for x, b in zip(physical, is_batched, strict=True) if b)
+    outputs = apply(program.vmap(tuple(0 if b else -1 for b in is_batched), size), physical)
+    return [torch._add_batch_dim(y, 0, level) for y in outputs]
+
+
+class _Recorded(torch.autograd.Function):
+    """A run that keeps a residual, and its VJP."""
+
+    @staticmethod
+    def forward(ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any) -> tuple[Tensor, ...]:
+        outputs, handle = run_keeping(program.keeping(wrt), inputs)
+        numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+        ctx.call = (program, wrt, numbers)
+        # So the residual goes when torch drops the saved tensors: after a backward without retain_graph, with the
+        # node, or with whatever a saved-tensor hook makes of them.
+        ctx.save_for_backward(handle, *(x for x in inputs if isinstance(x, Tensor)))
+        _mark_integers(ctx, program, outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        handle, *saved = ctx.saved_tensors
+        program, kept, numbers = ctx.call
+        # One edge per tensor among the inputs; only what this backward pass is going to use is worth computing.
+        edges = iter(ctx.next_functions)
+        wanted = [number is None and _is_wanted(next(edges)[0]) for number in numbers]
+        wrt = tuple(i for i in kept if wanted[i])
+        given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
+        gradients: list[Tensor | None] = [None] * (2 + len(numbers))
+        if wrt and given:
+            # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
+            arrays = [*_merged(numbers, saved), *(_conjugated(ct) for ct in cotangents if ct is not None)]
+            # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
+            if torch.is_grad_enabled() or any(map(_is_legacy_batch, arrays[len(numbers) :])):
+                made = _apply_derivative(program.vjp(wrt, given), arrays)
+            else:
+                made = pull_back(program, (kept, wrt, given), handle, arrays)
+            for i, gradient in zip(wrt, made, strict=True):
+                gradients[2 + i] = _conjugated(gradient)
+        return tuple(gradients)
+
+
+class _Transformable(torch.autograd.Function):
+    """A run whose every derivative, and batched version, is the run of another program: for torch.func, forward-mode
+    derivatives and their compositions, to any depth. It keeps no residual, since each derivative must be a function
+    that can be transformed again."""
+
+    @staticmethod
+    def forward(program: Program, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(run(program, inputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        program, *values = inputs
+        numbers = [None if isinstance(x, Tensor) else x for x in values]
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        ctx.call = (program, numbers)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        _mark_integers(ctx, program, output)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        program, numbers = ctx.call
+        needed = ctx.needs_input_grad[1:]
+        return (None, *_gradients(program, _merged(numbers, ctx.saved_tensors), needed, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:
+        program, numbers = ctx.call
+        inputs = _merged(numbers, ctx.saved_tensors)
+        wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and program.inputs[i].dtype.is_inexact)
+        outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
+        made: list[Tensor | None] = [None] * len(program.outputs)
+        if wrt and outputs:
+            derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)])
+            for i, tangent in zip(outputs, derived, strict=True):
+                made[i] = tangent
+        return tuple(made)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], program: Program, *inputs: Any) -> tuple[Any, Any]:
+        axes = tuple(-1 if dim is None else dim for dim in in_dims[1:])
+        outputs = apply(program.vmap(axes, info.batch_size), inputs)
+        return tuple(outputs), (0,) * len(outputs)
+
+
+def _gradients(
+    program: Program, inputs: Sequence[Any], needed: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return the gradient of each input that needs one, by the program that is this one's VJP."""
+    wrt = tuple(i for i, spec in enumerate(program.inputs) if needed[i] and spec.dtype.is_inexact and not spec.weak)
+    given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    if wrt and given:
+        selected = [_conjugated(ct) for ct in cotangents if ct is not None]
+        made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
+        for i, gradient in zip(wrt, made, strict=True):
+            gradients[i] = _conjugated(gradient)
+    return gradients
+
+
+def _mark_integers(ctx: Any, program: Program, outputs: Sequence[Tensor]) -> None:
+    """Tell autograd which outputs have no derivative, and that absent cotangents should stay absent."""
+    if program.discrete_outputs:
+        ctx.mark_non_differentiable(*(outputs[i] for i in program.discrete_outputs))
+    ctx.set_materialize_grads(False)
+
+
+def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the inputs of a call: its tensors, with the Python numbers in their places."""
+    restored = iter(tensors)
+    return [next(restored) if number is None else number for number in numbers]
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward pass under way will use the gradient that goes to this node."""
+    if node is None:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # of a leaf that torch.autograd.grad was asked for by name
+        return True
+
+
+def _conjugated(tensor: Tensor) -> Tensor:
+    return tensor.conj() if tensor.is_complex() else tensor
+
+
+def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[Tensor]) -> None:
+    arrays, ctx.program = inputs
+    ctx.save_for_backward(*arrays)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    program = Program.of(ctx.program)
+    arrays = ctx.saved_tensors
+    inputs = as_values(program, arrays)
+    needed = [x.requires_grad for x in arrays]
+    return _gradients(program, inputs, needed, cotangents[: len(program.outputs)]), None
+
+
+run_operator.register_autograd(_differentiate_run, setup_context=_save_run)

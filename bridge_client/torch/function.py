@@ -1,0 +1,266 @@
+"""RemoteJaxFunction: signatures, parameters, and the way in from torch.compile."""
+
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor, nn
+
+from bridge_client.connecting import connect
+from bridge_client.programs import Program
+from bridge_client.session import Session
+from bridge_client.torch.derivatives import apply
+from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, from_block, spec_of
+from bridge_client.torch.runs import PLAIN
+from bridge_client.torch.structures import (
+    flatten,
+    marked,
+    path_of,
+    rebuilder,
+    register_dataclass,
+    register_if_dataclass,
+)
+from bridge_wire import specs, trees
+from bridge_wire.errors import CallerError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+
+class RemoteJaxFunction(nn.Module):
+    """A JAX function, or a model with parameters, that runs in a worker process, as a differentiable torch module.
+
+    Call it with pytrees (dict, list, tuple, namedtuple, dataclass, None) of tensors and Python numbers; strings,
+    bools and None are static, and so is what `static_argnames` names. Outputs have the model's dtypes and live in the
+    session's memory; gradients have their input's dtype.
+
+    Args:
+      target: a worker's address, or a Session.
+      name: which of the worker's models; needed only where it hosts several.
+      parameters: "client" makes the model's parameters nn.Parameters of this module, named by their tree path (such as
+        `params.Dense_0.kernel`) and trained by any torch optimizer; "worker" leaves them there, frozen.
+      static_argnames: arguments whose numbers are part of the program instead of its data.
+      timeout_s: seconds for each call; None takes the session's.
+    Raises:
+      WorkerUnavailable: no worker answers.
+      UnknownModel: the worker hosts no such model, or several and no name was given.
+    """
+
+    def __init__(
+        self,
+        target: str | Session,
+        *,
+        name: str | None = None,
+        parameters: str = "client",
+        static_argnames: str | Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> None:
+        super().__init__()
+        if parameters not in ("client", "worker"):
+            raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
+        if isinstance(target, str):
+            target = connect(target)
+        if not isinstance(target, Session):
+            raise CallerError(f"the target is a {type(target).__qualname__}; expected a worker's address or a Session")
+        self.session = target
+        self.timeout_s = timeout_s
+        self._model = target.model(name)
+        self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
+        self._calls: dict[Hashable, _Call] = {}
+        self._classes = trees.Classes(adopt=register_dataclass)
+        self._key = self._be_known()
+        self._owners: list[tuple[nn.Module, str]] = []
+        if parameters == "client" and self._model.parameters:
+            self._fetch_parameters()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Raises:
+          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was.
+          RemoteModelError: the model raised; with the remote traceback.
+          WorkerDied: the worker died during the call; the next one reconnects.
+          CallTimeout: no answer within the time allowed.
+        """
+        own = self._own_tensors()
+        if torch.compiler.is_compiling():
+            return _traced_call(self._key, own, args, kwargs)
+        for tensor in own:
+            if type(tensor) is nn.Parameter:
+                self._keep_in_slab(tensor)
+        return self._call(own, args, kwargs)
+
+    def _call(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves, structure = flatten((args, kwargs))
+        statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
+        signature: list[Any] = [structure]
+        inputs: list[Any] = list(own)
+        for i, leaf in enumerate(leaves):
+            kind = type(leaf)
+            if i in statics or kind is bool or kind is str:
+                signature.append((kind, leaf if kind is not float else leaf.hex()))
+                continue
+            if kind in NUMBERS:
+                signature.append(kind)
+            else:
+                if kind is not Tensor and not isinstance(leaf, Tensor):
+                    if register_if_dataclass(kind):
+                        return self._call(own, args, kwargs)  # that leaf has become a node
+                    leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
+                signature.append(leaf.dtype)
+                signature.append(leaf.shape if kind is Tensor else _shape_of(leaf))
+            inputs.append(leaf)
+        for tensor in own:
+            signature.append(tensor.dtype)
+            signature.append(_shape_of(tensor))
+        key = tuple(signature)
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._prepare(args, kwargs, leaves, statics, own)
+        return call.rebuild(apply(call.program, inputs))
+
+    def extra_repr(self) -> str:
+        return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs and classes belong to this process: a copy makes its own.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes", "_key")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._calls = {}
+        self._classes = trees.Classes(adopt=register_dataclass)
+        self._key = self._be_known()
+
+    def _be_known(self) -> int:
+        """Return a number by which compiled code can name this function."""
+        key = next(_function_keys)
+        _functions[key] = self
+        return key
+
+    def _fetch_parameters(self) -> None:
+        """Make the model's parameters this module's own: computed by the worker into blocks that they live in."""
+        program = self.session.prepare_parameters(self._model.name)
+        tensors = [from_block(*made) for made in zip(self.session.run(program, ()), program.outputs, strict=True)]
+        for info, tensor in zip(self._model.parameters, tensors, strict=True):
+            owner: nn.Module = self
+            *branches, leaf = info.path.split(".")
+            for branch in branches:
+                owner = owner._modules.setdefault(branch, _Branch())  # type: ignore[assignment]
+            # Not by setattr: a model's own names, such as "forward", must not hide this class's.
+            if info.trainable:
+                owner._parameters[leaf] = nn.Parameter(tensor)
+            else:
+                owner._buffers[leaf] = tensor
+            self._owners.append((owner, leaf))
+
+    def _own_tensors(self) -> list[Tensor]:
+        tensors: list[Tensor] = []
+        for owner, name in self._owners:
+            if (tensor := owner._parameters.get(name)) is not None:
+                tensors.append(tensor)
+            elif (buffer := owner._buffers.get(name)) is not None:
+                tensors.append(buffer)
+            else:  # torch.nn.utils.parametrize has made it a property
+                tensors.append(getattr(owner, name))
+        return tensors
+
+    def _keep_in_slab(self, tensor: nn.Parameter) -> None:
+        """Move a parameter's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
+        nbytes = tensor.nbytes
+        if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
+            return
+        is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
+        if not is_ours_alone or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+            return
+        if torch.is_inference_mode_enabled() or tensor.is_inference():
+            return
+        spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
+        moved = from_block(self.session.pool.lease(nbytes), spec)
+        tensor.data = moved.copy_(tensor.detach())
+
+    def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+        """Return which leaves belong to static arguments."""
+        names = self._model.arguments[: len(args)]
+        static_args = [i < len(names) and names[i] in self._static_argnames for i in range(len(args))]
+        marks = (
+            tuple(marked(arg, mark) for arg, mark in zip(args, static_args, strict=True)),
+            {key: marked(value, key in self._static_argnames) for key, value in kwargs.items()},
+        )
+        return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
+
+    def _prepare(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Sequence[Any],
+        statics: frozenset[int],
+        own: Sequence[Tensor],
+    ) -> "_Call":
+        """Describe a call of a signature that is new here, and have it prepared."""
+        structure = flatten((args, kwargs))[1]
+        slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
+        slotted: Any = optree.tree_unflatten(structure, slots)
+        encoded_args, first = trees.encode(slotted[0], _is_slot, self._classes, root="args")
+        encoded_kwargs, second = trees.encode(slotted[1], _is_slot, self._classes, root="kwargs")
+        order = [slot.leaf for slot in (*first, *second)]
+        if order != sorted(order):
+            raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
+        arguments = trees.arguments(encoded_args, encoded_kwargs)
+        paths = [info.path for info in self._model.parameters[: len(own)]] + trees.argument_paths(arguments)
+        inputs = [*own, *(leaves[i] for i in order)]
+        x64 = self.session.x64
+        described = [spec_of(value, path, x64) for value, path in zip(inputs, paths, strict=True)]
+        program = self.session.prepare_call(
+            pb.Call(
+                model=self._model.name,
+                arguments=arguments,
+                inputs=[specs.encode(spec) for spec in described],
+                parameters=bool(own),
+            ),
+            labels=paths,
+            timeout_s=self.timeout_s,
+        )
+        return _Call(program, rebuilder(program.result, self._classes))
+
+
+class _Branch(nn.Module):
+    """A node of the parameters' tree."""
+
+
+class _Slot(NamedTuple):
+    """Stands for the array leaf of this index."""
+
+    leaf: int
+
+
+class _Call(NamedTuple):
+    """What a signature needs: the program, and the way from its outputs to the result."""
+
+    program: Program
+    rebuild: Callable[[Sequence[Tensor]], Any]
+
+
+# By which number compiled code names a function.
+_functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.WeakValueDictionary()
+
+
+_function_keys = itertools.count()
+
+
+@torch._dynamo.nonstrict_trace
+def _traced_call(key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
+    return _functions[key]._call(own, args, kwargs)
+
+
+def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    # A program has fixed sizes: of a symbolic one, this makes torch.compile guard the size that it has now.
+    return tensor.shape if type(tensor) in PLAIN else tuple(map(int, tensor.shape))
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) is _Slot

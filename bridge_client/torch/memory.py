@@ -1,0 +1,171 @@
+"""Tensors and the session's memory: placed in it as inputs, made of it as outputs."""
+
+import ctypes
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge_client.programs import Program
+from bridge_client.session import Placed, Session
+from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
+from bridge_wire.errors import DTypeError, SpecError, StructureError
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
+
+
+DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
+
+
+class _Number(NamedTuple):
+    """How a Python number travels; on the worker it is one again, and takes its type from the other operands."""
+
+    spec: Spec
+    pack: Callable[[Any], bytes]
+    dtype: torch.dtype
+
+
+NUMBERS: Mapping[type, _Number] = {
+    int: _Number(Spec(BY_NAME["int64"], (), weak=True), struct.Struct("<q").pack, torch.int64),
+    float: _Number(Spec(BY_NAME["float64"], (), weak=True), struct.Struct("<d").pack, torch.float64),
+    complex: _Number(
+        Spec(BY_NAME["complex128"], (), weak=True), lambda z: struct.pack("<dd", z.real, z.imag), torch.complex128
+    ),
+}
+
+
+class _InSlab(NamedTuple):
+    """A tensor that lies in the session's memory already, by its storage: that keeps no autograd graph alive."""
+
+    address: int
+    storage: torch.UntypedStorage
+
+
+def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
+    """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied."""
+    pool = program.session.pool
+    placed: list[Placed] = []
+    copied = 0
+    for i, (value, spec) in enumerate(zip(inputs, program.inputs, strict=True)):
+        if spec.weak:
+            block = pool.lease(spec.dtype.itemsize)
+            block.buffer[:] = _packed(value, program.labels[i], program.session)
+            placed.append(block)
+            continue
+        nbytes = value.nbytes
+        if DTYPES.get(value.dtype) is not spec.dtype:
+            _check_range(value, spec, program.labels[i])
+        elif value.is_contiguous() and not value.is_conj() and not value.is_neg():
+            pointer = value.data_ptr()
+            address = pool.address_of(pointer, nbytes)
+            if address is not None:
+                placed.append(_InSlab(address, value.untyped_storage()))
+                continue
+            block = pool.lease(nbytes)
+            # Not copy_: the threads that it wakes for a large copy go on spinning, on the cores that the worker needs.
+            ctypes.memmove(block.pointer, pointer, nbytes)
+            placed.append(block)
+            copied += nbytes
+            continue
+        block = pool.lease(spec.nbytes)
+        if block.nbytes:
+            from_block(block, spec).copy_(value)
+            copied += block.nbytes
+        placed.append(block)
+    return placed, copied
+
+
+def from_blocks(blocks: Sequence[Block], described: Sequence[Spec]) -> list[Tensor]:
+    return [from_block(block, spec) for block, spec in zip(blocks, described, strict=True)]
+
+
+def from_block(block: Block, spec: Spec) -> Tensor:
+    """Return the tensor whose storage is the block: the lease ends with the storage."""
+    dtype = TORCH_DTYPES[spec.dtype.name]
+    if block.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype)
+    # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
+    flat = torch.frombuffer(block.memory, dtype=dtype)
+    return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
+
+
+def spec_of(value: Any, path: str, x64: bool) -> Spec:
+    """Return the type that a value has on the worker.
+
+    Raises:
+      DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
+    """
+    if not isinstance(value, Tensor):
+        return NUMBERS[type(value)].spec
+    if value.layout is not torch.strided:
+        raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
+    if value.device.type != "cpu":
+        raise SpecError(
+            f"input `{path}` is on {value.device}, but this session's memory is the host's; move it with .cpu()"
+        )
+    dtype = DTYPES.get(value.dtype)
+    if dtype is None:
+        raise DTypeError(f"input `{path}` has dtype {value.dtype}, which has no counterpart in JAX; cast it")
+    if dtype.name in NEEDS_X64 and not x64:
+        narrowed = NARROWED.get(dtype.name)
+        if narrowed is None:
+            raise DTypeError(
+                f"input `{path}` has dtype {dtype.name}, but the worker runs without x64; cast it to a 32-bit type "
+                "or start the worker with --x64"
+            )
+        dtype = narrowed
+    return Spec(dtype, tuple(map(int, value.shape)))
+
+
+def _check_range(value: Tensor, spec: Spec, path: str) -> None:
+    """Raise DTypeError unless each integer fits the narrower type that it is going to have on the worker."""
+    if value.numel() == 0:
+        return
+    bounds = torch.iinfo(TORCH_DTYPES[spec.dtype.name])
+    wide = value if value.dtype is torch.int64 else value.view(torch.int64)  # torch cannot order uint64
+    low, high = (int(extreme) for extreme in torch.aminmax(wide))
+    floor = bounds.min if value.dtype is torch.int64 else 0
+    if low < floor or high > bounds.max:
+        raise DTypeError(
+            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; the worker runs without x64 and "
+            f"holds {spec.dtype.name} only: start it with --x64"
+        )
+
+
+def _packed(value: Any, path: str, session: Session) -> bytes:
+    """Return a Python number as bytes.
+
+    Raises:
+      DTypeError: an integer that the worker's widest type cannot hold.
+    """
+    if type(value) is int and not -(2**31) <= value < 2**31:
+        if not -(2**63) <= value < 2**63:
+            raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
+        if not session.x64:
+            raise DTypeError(
+                f"input `{path}` is the integer {value}; the worker runs without x64 and holds int32 only: start it "
+                "with --x64 or pass a float"
+            )
+    return NUMBERS[type(value)].pack(value)
+
+
+def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
+    """Return a leaf that is no tensor, but an array of another library, as one; `path` names it in errors."""
+    if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
+        flags = getattr(leaf, "flags", None)
+        if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
+            leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns
+        try:
+            return torch.as_tensor(leaf)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise StructureError(
+                f"`{path()}` is a {type(leaf).__qualname__} that torch cannot read: {error}"
+            ) from error
+    raise StructureError(
+        f"`{path()}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str "
+        "or None, or a dict, list, tuple, namedtuple or dataclass of these"
+    )

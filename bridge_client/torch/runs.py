@@ -1,0 +1,138 @@
+"""Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only traces."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bridge_client.programs import Program
+from bridge_client.session import Session
+from bridge_client.torch.memory import NUMBERS, TORCH_DTYPES, from_blocks, place
+from bridge_wire.errors import ResidualGone
+from bridge_wire.specs import Spec
+
+PLAIN = {Tensor, nn.Parameter, *NUMBERS}
+
+
+def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
+    if _is_traced(inputs):
+        return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+    placed, copied = place(program, inputs)
+    return from_blocks(program.session.run(program, placed, copied=copied), program.outputs)
+
+
+def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
+    """Run a program that keeps a residual; return its outputs and the residual's handle.
+
+    The residual goes with the handle's storage. The handle's content is its id, so that a copy, which a saved-tensor
+    hook may make, still names it, or nothing at all.
+    """
+    if _is_traced(inputs):
+        *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+        return outputs, handle
+    placed, copied = place(program, inputs)
+    blocks, residual = program.session.run_keeping(program, placed, copied=copied)
+    handle = torch.frombuffer(_Handle(program.session, residual), dtype=torch.int64)
+    return from_blocks(blocks, program.outputs), handle
+
+
+def pull_back(
+    program: Program,
+    which: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    handle: Tensor,
+    arrays: Sequence[Any],
+) -> Sequence[Tensor]:
+    """Return the cotangents of the inputs, from the residual; if that is gone, by running the inputs once more.
+
+    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs whose cotangents
+    follow the inputs in `arrays`.
+    """
+    kept, wrt, given = which
+    if _is_traced([handle, *arrays]):
+        return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.key, kept, wrt, given)
+    pullback = program.keeping(kept).pullback(wrt, given)
+    try:
+        placed, copied = place(pullback, arrays[len(program.inputs) :])
+        blocks = program.session.run_pullback(pullback, int(handle), placed, copied=copied)
+        return from_blocks(blocks, pullback.outputs)
+    except ResidualGone:
+        return run(program.vjp(wrt, given), arrays)
+
+
+class _Handle(bytearray):
+    """The id of a residual as the memory of a tensor; the residual goes with it."""
+
+    def __init__(self, session: Session, residual: int) -> None:
+        super().__init__(residual.to_bytes(8, "little"))
+        self._session = session
+        self._residual = residual
+
+    def __del__(self) -> None:
+        self._session.drop_residual(self._residual)
+
+
+def _is_traced(inputs: Sequence[Any]) -> bool:
+    """Whether an input has no memory here to be read, or somebody watches the operators."""
+    return torch._C._len_torch_dispatch_stack() > 0 or not PLAIN.issuperset(map(type, inputs))
+
+
+def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=NUMBERS[type(x)].dtype) for x in inputs]
+
+
+def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
+    return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
+
+
+def _empty(described: Sequence[Spec]) -> list[Tensor]:
+    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name]) for spec in described]
+
+
+@torch.library.custom_op("torch_jax_bridge::run", mutates_args=())
+def run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+    """Run a program; one that keeps a residual has the residual's handle as its last output."""
+    known = Program.of(program)
+    inputs = as_values(known, arrays)
+    if not known.keeps_residual:
+        return list(run(known, inputs))
+    outputs, handle = run_keeping(known, inputs)
+    return [*outputs, handle]
+
+
+@run_operator.register_fake
+def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+    known = Program.of(program)
+    handle = [torch.empty(1, dtype=torch.int64)] if known.keeps_residual else []
+    return _empty(known.outputs) + handle
+
+
+@torch.library.custom_op("torch_jax_bridge::pull_back", mutates_args=())
+def _pull_back_operator(
+    handle: Tensor,
+    arrays: Sequence[Tensor],
+    program: int,
+    kept: Sequence[int],
+    wrt: Sequence[int],
+    given: Sequence[int],
+) -> list[Tensor]:
+    """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of; see pull_back."""
+    known = Program.of(program)
+    numbers = as_values(known, arrays[: len(known.inputs)])
+    return list(
+        pull_back(known, (tuple(kept), tuple(wrt), tuple(given)), handle, [*numbers, *arrays[len(known.inputs) :]])
+    )
+
+
+@_pull_back_operator.register_fake
+def _(
+    handle: Tensor,
+    arrays: Sequence[Tensor],
+    program: int,
+    kept: Sequence[int],
+    wrt: Sequence[int],
+    given: Sequence[int],
+) -> list[Tensor]:
+    known = Program.of(program)
+    return _empty([known.inputs[i] for i in wrt])

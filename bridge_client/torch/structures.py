@@ -1,0 +1,55 @@
+"""Pytrees of arguments and results. No tensors are touched here."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import optree
+
+from bridge_wire import trees
+from bridge_wire.pb import bridge_pb2 as pb
+
+_NAMESPACE = "torch-jax-bridge"
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    return optree.tree_flatten(tree, namespace=_NAMESPACE)
+
+
+def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
+    """Return the path of a leaf of a call's arguments, such as `args[0]['w']`."""
+    tree: Any = arguments
+    accessor = optree.tree_accessors(tree, namespace=_NAMESPACE)[position]
+    return accessor[1:].codify("args" if accessor[0].entry == 0 else "kwargs")
+
+
+def register_if_dataclass(cls: type) -> bool:
+    """Make a dataclass that is met for the first time a pytree node; return whether it is one."""
+    if not dataclasses.is_dataclass(cls):
+        return False
+    register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
+    return True
+
+
+def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
+    """Make a dataclass a pytree node here; static fields travel as values."""
+
+    def parts_of(value: Any) -> Any:
+        return [getattr(value, field) for field in fields], None, fields
+
+    def unflatten(_: Any, children: Any) -> Any:
+        return trees.instantiate(cls, fields, children)
+
+    optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
+
+
+def marked(value: Any, mark: bool) -> Any:
+    return optree.tree_map(lambda _: mark, value, namespace=_NAMESPACE)
+
+
+def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
+    """Return the function from a result's leaves to the result."""
+    kind = tree.WhichOneof("kind")
+    if kind == "leaf":
+        return lambda leaves: leaves[0]
+    return lambda leaves: trees.build(tree, leaves, classes)

@@ -1,0 +1,356 @@
+"""The commands `bridge_server` and `bridge_client`: flags, variables, what they print, and how they end."""
+
+import ipaddress
+import json
+import os
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bridge_client import connect
+from bridge_client.link import Tls
+from bridge_wire import __version__
+from bridge_wire.errors import Unauthenticated, WorkerUnavailable
+from tests.calls import floats, prepare, squares
+from tests.conftest import ROOT, python_of
+from tests.workers import Worker, environment, models, serving
+
+_BIN = Path(python_of(".venv-jax")).parent
+_TOKEN = "a token that nobody guesses"
+
+
+def _run(*args: str, command: str = "bridge_server", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [_BIN / command, *args], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60
+    )
+
+
+def _refusal(*args: str, **variables: str) -> str:
+    """Return what a worker says that refuses to start with these arguments: misuse, status 2, nothing on stdout."""
+    done = _run(*args, **variables)
+    assert (done.returncode, done.stdout) == (2, ""), done
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A worker set up by flags and by variables, where a stale socket was."""
+    directory = tmp_path_factory.mktemp("cli")
+    path = directory / "worker.sock"
+    for stale in (path, Path(f"{path}.lane")):
+        with socket.socket(socket.AF_UNIX) as left_behind:
+            left_behind.bind(str(stale))
+    hosted = [*models("square"), "--jax-model", "another=tests.models:square", "--jax-model=cube=tests.models:outer"]
+    variables = {
+        "BRIDGE_JAX_MODEL": "no.such.module:model",
+        "BRIDGE_LISTEN": f"unix:{directory}/other.sock",
+        "BRIDGE_LOG_LEVEL": "debug",
+        "BRIDGE_RESIDUAL_BYTES": "1M",
+        "BRIDGE_X64": "1",
+    }
+    with serving(directory, "--listen", f"unix:{path}", *hosted, env=variables) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def tokened_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A worker for any host, which asks for a token; its models come from a variable."""
+    directory = tmp_path_factory.mktemp("token")
+    (directory / "token").write_text(f"{_TOKEN}\n")
+    variables = {"BRIDGE_JAX_MODEL": "tests.models:square total=tests.models:total"}
+    with serving(directory, "--listen", "0.0.0.0:0", "--token-file", str(directory / "token"), env=variables) as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A self-signed certificate for this host, and its key."""
+    directory = tmp_path_factory.mktemp("certificate")
+    certificate, key = directory / "certificate.pem", directory / "key.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    made = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", *subject]
+    subprocess.run(["openssl", "req", *made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
+
+
+# Refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    """--version prints the version and ends with status 0, for both commands."""
+    for command in ("bridge_server", "bridge_client"):
+        done = _run("--version", command=command)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{command} {__version__}\n", "")
+
+
+def test_help_names_every_flag() -> None:
+    """--help shows every option of the command."""
+    done = _run("--help")
+    assert done.returncode == 0
+    for flag in ("--jax-model", "--factory", "--listen", "--x64", "--residual-bytes", "--warmup", "--log-level"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        pytest.param([], "--jax-model", id="nothing to serve"),
+        pytest.param(["--no-such-flag"], "--no-such-flag", id="an unknown flag"),
+        pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
+        pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
+        pytest.param(["--residual-bytes", "many"], "'many' is no size", id="no size"),
+        pytest.param(["--listen", "nowhere"], "'nowhere' is neither unix:PATH nor HOST:PORT", id="no endpoint"),
+        pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
+        pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
+        pytest.param(["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"),
+        pytest.param(["--listen", f"unix:/tmp/{'x' * 120}"], "bytes: /tmp/xxx", id="too long a path"),
+        pytest.param(["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"),
+        pytest.param(["--listen", "unix:tests"], "tests exists and is no socket", id="a directory"),
+        pytest.param(["--listen", "0.0.0.0:0"], "--insecure", id="exposed"),
+        pytest.param(["--listen", "[::]:0"], "--insecure", id="exposed by IPv6"),
+        pytest.param(["--listen", "example.org:0"], "--insecure", id="exposed by name"),
+        pytest.param(["--tls-cert", "README.md"], "--tls-cert and --tls-key go together", id="half a certificate"),
+        pytest.param(["--token-file", "/no/such/token"], "/no/such/token", id="no token file"),
+    ],
+)
+def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> None:
+    """What is wrong on the command line is named on stderr, and the status is 2."""
+    served = [] if args == [] or args[0] == "--jax-m" else models("square")
+    assert said in _refusal(*served, *args)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("tests.models:sqare", "'tests.models' has no attribute 'sqare'; did you mean 'square'"),
+        ("tests.modles:square", "no module 'tests.modles'"),
+        ("tests.modles:square", "'models'"),
+        ("tets.models:square", "no module 'tets'"),
+        ("tests.models:square.nothing", "has no attribute 'nothing'"),
+        ("tests.models", "[NAME=]module:attribute"),
+        ("=tests.models:square", "[NAME=]module:attribute"),
+        ("tests.models:os", "'os' is a builtins.module; expected a function"),
+    ],
+)
+def test_a_misspelt_target_is_named_with_near_matches(target: str, said: str) -> None:
+    """A module or attribute that is not there is told, with names that look like it."""
+    assert said in _refusal("--jax-model", target)
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    """Targets that would get the same name must be named."""
+    assert "two models are named 'square'" in _refusal(*models("square", "square"))
+
+
+@pytest.mark.parametrize(
+    ("warm_up", "said"),
+    [
+        ("float33[2]", "float33[2]"),
+        ("float32", "float32"),
+        ("float32[2", "float32[2"),
+        ("float32[-1]", "float32[-1]"),
+        ("sqare=float32[2]", "sqare"),
+    ],
+)
+def test_a_malformed_warm_up_is_refused(warm_up: str, said: str) -> None:
+    """A --warmup that cannot be read, or names no model, is misuse."""
+    assert said in _refusal(*models("square"), "--warmup", warm_up)
+
+
+def test_a_warm_up_must_name_one_of_several_models() -> None:
+    """With several models, --warmup needs NAME=."""
+    assert "NAME=" in _refusal(*models("square", "total"), "--warmup", "float32[2]")
+
+
+def test_a_factory_that_fails_is_a_failure() -> None:
+    """A --factory that raises ends the worker with status 1, and its exception is shown."""
+    done = _run("--jax-model", "tests.models:failing_factory", "--factory")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the checkpoint is missing" in done.stderr
+
+
+# What a worker says ------------------------------------------------------------------------------------------------
+
+
+def test_stdout_has_the_ready_line_and_nothing_else(worker: Worker) -> None:
+    """One line on stdout names the endpoint, the models, the lanes and the devices."""
+    assert worker.stdout.count("\n") == 1
+    line = worker.ready_line
+    assert line["endpoint"].startswith("unix:/")
+    assert line["models"] == "square,another,cube"
+    assert line["lanes"] == "local,grpc"
+    assert line["devices"].startswith("cpu:0")
+
+
+def test_logs_are_json_where_nobody_watches(worker: Worker) -> None:
+    """Each line on a stderr that is no terminal is a JSON object with time, level, logger and message."""
+    lines = [json.loads(line) for line in worker.stderr.splitlines()]
+    assert lines
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= set(line)
+
+
+def test_the_log_names_the_allocator(worker: Worker) -> None:
+    """At --log-level debug the worker says which allocator it runs with."""
+    lines = [json.loads(line) for line in worker.stderr.splitlines()]
+    (told,) = [line for line in lines if "allocator: " in line["message"]]
+    assert told["level"] == "DEBUG"
+    assert told["message"].partition(": ")[2]
+
+
+def test_flags_come_before_variables(worker: Worker) -> None:
+    """A flag wins over its variable, and a variable over the default."""
+    assert worker.address.endswith("/worker.sock")
+    assert "no.such.module" not in worker.stdout + worker.stderr
+    with connect(worker.address) as session:
+        assert session.x64
+        assert set(session.models) == {"square", "another", "cube"}
+
+
+def test_a_budget_may_come_from_a_variable(worker: Worker) -> None:
+    """BRIDGE_RESIDUAL_BYTES=1M lets a residual of 1 MiB live, and none that is larger."""
+    with connect(worker.address) as session:
+        for count, kept in ((1 << 18, 1), (1 << 19, 0)):
+            keeping = prepare(session, "square", floats(count)).keeping((0,))
+            _, residual = session.run_keeping(keeping, [session.pool.lease(4 * count)])
+            assert session.stats()["residuals"] == kept
+            session.drop_residual(residual)
+
+
+def test_a_stale_socket_is_replaced(worker: Worker) -> None:
+    """A socket that a killed worker left behind is in nobody's way, and the new one is the user's alone."""
+    with connect(worker.address, lane="local") as session:
+        assert squares(session, 3.0) == [9.0]
+    path = Path(worker.address.removeprefix("unix:"))
+    for made in (path, Path(f"{path}.lane")):
+        assert stat.S_ISSOCK(made.stat().st_mode)
+        assert made.stat().st_mode & 0o077 == 0
+
+
+def test_a_second_worker_at_the_same_path_refuses(worker: Worker) -> None:
+    """A worker does not take another one's place, and the other serves on."""
+    done = _run(*models("square"), "--listen", worker.address)
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    assert "another worker" in done.stderr
+    with connect(worker.address, lane="local") as session:
+        assert squares(session, 3.0) == [9.0]
+
+
+def test_describe_shows_the_models(worker: Worker) -> None:
+    """`bridge_client describe` names the lane, the memory kind and every model with its arguments."""
+    done = _run("describe", worker.address, command="bridge_client")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "lane=local memory=memfd" in done.stdout
+    for shown in ("square(x)", "another(x)", "cube(x)"):
+        assert shown in done.stdout
+
+
+def test_describe_of_nobody_is_a_failure(tmp_path: Path) -> None:
+    """`bridge_client describe` of an address without a worker says so, with status 1."""
+    done = _run("describe", f"unix:{tmp_path}/none.sock", command="bridge_client")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("bridge_client: no worker answers")
+
+
+# Where a worker listens --------------------------------------------------------------------------------------------
+
+
+def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path) -> None:
+    """Without --listen, a worker listens in a directory of mode 0700 under XDG_RUNTIME_DIR, and takes its sockets along
+    when it ends."""
+    with serving(tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(tmp_path)}) as worker:
+        path = Path(worker.address.removeprefix("unix:"))
+        assert path.parent.parent == tmp_path
+        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+        with connect(worker.address, lane="local") as session:
+            assert squares(session, 3.0) == [9.0]
+        worker.terminate()
+        assert worker.wait() == 0
+        assert not list(path.parent.iterdir())
+
+
+def test_a_runtime_directory_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+    """A worker does not listen in a directory that somebody else may have prepared."""
+    directory = tmp_path / f"torch-jax-bridge-{os.geteuid()}"
+    directory.mkdir(mode=0o755)
+    directory.chmod(0o755)
+    assert "0700" in _refusal(*models("square"), XDG_RUNTIME_DIR=str(tmp_path))
+
+
+def test_a_worker_beyond_loopback_asks_for_its_token(tokened_worker: Worker) -> None:
+    """With --token-file a worker may listen for other hosts, and serves only those who know the token."""
+    port = tokened_worker.address.rpartition(":")[2]
+    assert int(port) > 0
+    assert tokened_worker.address == f"0.0.0.0:{port}"
+    for token in (None, "", "another token", _TOKEN[:-1]):
+        with pytest.raises(Unauthenticated, match="token="):
+            connect(f"127.0.0.1:{port}", token=token)
+    for lane in ("local", "grpc"):
+        with connect(f"127.0.0.1:{port}", token=_TOKEN, lane=lane) as session:
+            assert squares(session, 3.0) == [9.0]
+            assert set(session.models) == {"square", "total"}
+
+
+def test_describe_takes_a_token(tokened_worker: Worker) -> None:
+    """`bridge_client describe --token` reaches a worker that asks for one; without it, it fails."""
+    address = tokened_worker.address.replace("0.0.0.0", "127.0.0.1")
+    assert "square(x)" in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
+    done = _run("describe", address, command="bridge_client")
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_health_needs_no_token(tokened_worker: Worker) -> None:
+    """Probes ask for a worker's health without its token."""
+    with grpc.insecure_channel(tokened_worker.address.replace("0.0.0.0", "127.0.0.1")) as channel:
+        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+    assert reply.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_token_is_nowhere_to_be_read(tokened_worker: Worker) -> None:
+    """Neither the output nor the command line of a worker shows its token."""
+    shown = tokened_worker.stdout + tokened_worker.stderr + Path(f"/proc/{tokened_worker.pid}/cmdline").read_text()
+    assert _TOKEN not in shown
+
+
+def test_tls_protects_a_worker(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    """With a certificate, --factory and --no-jit, a worker serves clients that trust the certificate, and no others."""
+    cert, key = certificate
+    flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--factory", "--no-jit"]
+    with serving(tmp_path, "--listen", "0.0.0.0:0", "--jax-model=square=tests.models:square_factory", *flags) as worker:
+        port = worker.address.rpartition(":")[2]
+        trusting = Tls(root_certificates=cert.read_bytes())
+        for address in (f"localhost:{port}", f"127.0.0.1:{port}"):
+            with connect(address, tls=trusting, lane="grpc") as session:
+                assert squares(session, 3.0) == [9.0]
+        with pytest.raises(WorkerUnavailable):
+            connect(f"127.0.0.1:{port}")
+        with pytest.raises(WorkerUnavailable):
+            connect(f"127.0.0.1:{port}", tls=True)
+
+
+def test_insecure_is_allowed_and_loud(tmp_path: Path) -> None:
+    """--insecure lets a worker listen for every host without token or TLS, and it warns of that."""
+    with serving(tmp_path, *models("square"), "--listen", "0.0.0.0:0", env={"BRIDGE_INSECURE": "1"}) as worker:
+        host, _, port = worker.address.rpartition(":")
+        assert ipaddress.ip_address(host).is_unspecified
+        with connect(f"127.0.0.1:{port}") as session:
+            assert squares(session, 3.0) == [9.0]
+        warnings = [json.loads(line) for line in worker.stderr.splitlines()]
+        assert any(line["level"] == "WARNING" and "INSECURE" in line["message"] for line in warnings)
+
+
+def test_a_port_that_is_taken_is_refused(tokened_worker: Worker) -> None:
+    """A worker does not share another one's port."""
+    port = tokened_worker.address.rpartition(":")[2]
+    done = _run(*models("square"), "--listen", f"127.0.0.1:{port}")
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
