@@ -52,9 +52,13 @@ class Lane(ABC):
 
     @abstractmethod
     def run(
-        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+        self,
+        request: pb.LaneRequest,
+        inputs: Sequence[memoryview] | None,
+        outputs: Sequence[Block],
+        timeout_s: float | None,
     ) -> int:
-        """Run a program whose inputs and outputs lie at the addresses that `run` names; return its residual's bytes.
+        """Run a program whose inputs and outputs lie where the request says; return the bytes of its residual.
 
         `inputs` views the inputs' memory, for a lane that sends bytes.
 
@@ -112,9 +116,13 @@ class LocalLane(Lane):
         self._exchange(request, min(timeout_s or _HANDSHAKE_S, _HANDSHAKE_S), descriptors=(slab.fd,))
 
     def run(
-        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+        self,
+        request: pb.LaneRequest,
+        inputs: Sequence[memoryview] | None,
+        outputs: Sequence[Block],
+        timeout_s: float | None,
     ) -> int:
-        return self._exchange(pb.LaneRequest(run=run), timeout_s).ran.residual_nbytes
+        return self._exchange(request, timeout_s).ran.residual_nbytes
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
@@ -171,15 +179,19 @@ class GrpcLane(Lane):
             raise
 
     def run(
-        self, run: pb.Run, inputs: Sequence[memoryview] | None, outputs: Sequence[Block], timeout_s: float | None
+        self,
+        request: pb.LaneRequest,
+        inputs: Sequence[memoryview] | None,
+        outputs: Sequence[Block],
+        timeout_s: float | None,
     ) -> int:
         assert inputs is not None, "a lane that sends bytes is given them"
-        run.inline = True
-        del run.inputs[:], run.outputs[:]
+        request.run.inline = True
+        del request.run.inputs[:], request.run.outputs[:]
         if timeout_s is None:
-            return self._run(run, inputs, outputs)
+            return self._run(request, inputs, outputs)
         with self._deadline(timeout_s):
-            return self._run(run, inputs, outputs)
+            return self._run(request, inputs, outputs)
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float) -> Iterator[None]:
@@ -202,8 +214,8 @@ class GrpcLane(Lane):
         finally:
             timer.cancel()
 
-    def _run(self, run: pb.Run, inputs: Sequence[memoryview], outputs: Sequence[Block]) -> int:
-        residual_nbytes = self._exchange(_inline(run, inputs)).ran.residual_nbytes
+    def _run(self, request: pb.LaneRequest, inputs: Sequence[memoryview], outputs: Sequence[Block]) -> int:
+        residual_nbytes = self._exchange(_inline(request, inputs)).ran.residual_nbytes
         for block in outputs:
             filled = 0
             while filled < block.nbytes:
@@ -267,8 +279,8 @@ def _flattened(outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]") -
         yield from requests
 
 
-def _inline(run: pb.Run, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
-    yield pb.LaneRequest(run=run)
+def _inline(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
+    yield request
     for buffer in inputs:
         for start in range(0, len(buffer), CHUNK):
             yield pb.LaneRequest(chunk=bytes(buffer[start : start + CHUNK]))

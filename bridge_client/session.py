@@ -339,19 +339,19 @@ class Session:
         lease = self.pool.lease
         outputs = [lease(nbytes) for nbytes in program.output_nbytes]
         released = self._take_dropped() if self._dropped else ()
-        run = pb.Run(
-            program=name,
-            inputs=[placed.address for placed in inputs],
-            outputs=[block.address for block in outputs],
-            residual=residual,
-            released=released,
-        )
+        request = pb.LaneRequest()
+        run = request.run
+        run.program = name
+        run.inputs.extend([placed.address for placed in inputs])
+        run.outputs.extend([block.address for block in outputs])
+        run.residual = residual
+        run.released.extend(released)
         payload = None if link.memory == "memfd" else self._payload(program, inputs)
         lane: Lane | None = None
         try:
             limit_s = timeout_s or program.timeout_s or self.timeout_s
             lane = link.take(self.pool, limit_s)
-            lane.run(run, payload, outputs, limit_s)
+            lane.run(request, payload, outputs, limit_s)
         except BaseException as error:
             self._dropped.extend(released)
             if lane is not None:

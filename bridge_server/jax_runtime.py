@@ -6,7 +6,6 @@ program, and transforms compose to any depth. What has been composed is compiled
 """
 
 import contextlib
-import ctypes
 import functools
 import inspect
 import math
@@ -24,6 +23,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Program, Runtime
 from bridge_wire import trees
+from bridge_wire.copying import copy
 from bridge_wire.dlpack import Exporter
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64
 from bridge_wire.errors import (
@@ -160,7 +160,7 @@ class JaxRuntime(Runtime):
         except Exception:  # spread over several devices, whose parts have to be gathered first
             array = np.ascontiguousarray(array)
             source = array.ctypes.data
-        ctypes.memmove(pointer, source, nbytes)
+        copy(pointer, source, nbytes)
 
     def _parameter_spec(self, model: str, label: str, leaf: Any) -> Spec:
         dtype = BY_NAME[_dtype_name(leaf)]

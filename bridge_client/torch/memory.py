@@ -1,6 +1,5 @@
 """Tensors and the session's memory: placed in it as inputs, made of it as outputs."""
 
-import ctypes
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
+from bridge_wire.copying import copy
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
 from bridge_wire.pool import Block
@@ -66,8 +66,7 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
                 placed.append(_InSlab(address, value.untyped_storage()))
                 continue
             block = pool.lease(nbytes)
-            # Not copy_: the threads that it wakes for a large copy go on spinning, on the cores that the worker needs.
-            ctypes.memmove(block.pointer, pointer, nbytes)
+            copy(block.pointer, pointer, nbytes)
             placed.append(block)
             copied += nbytes
             continue

@@ -1,0 +1,34 @@
+"""Copies of memory to memory. Large ones by several threads, which sleep afterwards: torch's own would go on spinning
+for a while, on the cores that the other side needs next.
+"""
+
+import ctypes
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+# Measured on 2 cores: 64 MiB take 5.0 ms with one thread and 2.3 ms with two; below this, waking them costs more.
+_LARGE = 4 << 20
+_MOST_THREADS = 4
+
+
+def copy(target: int, source: int, nbytes: int) -> None:
+    """Copy `nbytes` bytes from one address to another; the ranges do not overlap."""
+    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS) if nbytes >= _LARGE else 1
+    if threads == 1:
+        ctypes.memmove(target, source, nbytes)
+        return
+    step = nbytes // threads
+    pool = _pool(os.getpid())
+    others = [pool.submit(ctypes.memmove, target + i * step, source + i * step, step) for i in range(1, threads)]
+    ctypes.memmove(target, source, step)
+    rest = step * threads
+    ctypes.memmove(target + rest, source + rest, nbytes - rest)
+    for other in others:
+        other.result()
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(pid: int) -> ThreadPoolExecutor:
+    # By process: threads do not survive a fork.
+    return ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="ThreadPool-copy")
