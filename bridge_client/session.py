@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
@@ -33,6 +34,7 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_SUBMITTED_AT_ONCE = 32
 
 
 class Placed(Protocol):
@@ -107,6 +109,7 @@ class Session:
         self._link_lock = threading.Lock()
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
+        self._threads: ThreadPoolExecutor | None = None
         # Calls that were given up: their blocks must not be reused before the worker lets go of them.
         self._abandoned: list[tuple[Lane, list[Any]]] = []
 
@@ -228,6 +231,15 @@ class Session:
         if self._residuals.pop(id, None) is not None:
             self._dropped.append(id)
 
+    def submit(self, action: Callable[[], _T]) -> Future[_T]:
+        """Begin an action in a thread of this session, and return its future."""
+        with self._link_lock:
+            if self._is_closed:
+                raise SessionClosed("the session is closed; make a new one")
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(_SUBMITTED_AT_ONCE, thread_name_prefix="ThreadPool-bridge")
+            return self._threads.submit(action)
+
     def stats(self) -> Mapping[str, int]:
         """Return counts: `calls`, `bytes_copied` (by either side), `fallbacks` to a slower path, and what is held now:
         leased `blocks`, `slab_bytes`, and on the worker `residuals` and `residual_bytes`."""
@@ -251,6 +263,9 @@ class Session:
                 return
             self._is_closed = True
             link, self._link = self._link, None
+            threads, self._threads = self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
         if link is not None:
             link.close()
         while self._abandoned:

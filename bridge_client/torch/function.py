@@ -4,6 +4,7 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import optree
@@ -121,6 +122,20 @@ class RemoteJaxFunction(nn.Module):
         if call is None:
             call = self._calls[key] = self._prepare(args, kwargs, leaves, statics, own)
         return call.rebuild(apply(call.program, inputs))
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Begin a call, and return its future. Submitted calls run side by side, and beside this thread's own work.
+
+        Grad mode is the caller's, and the result is part of the autograd graph. Do not change the arguments in place
+        until the result is there. A result that nobody waits for any more is dropped when it comes.
+        """
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        def call() -> Any:
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+                return self(*args, **kwargs)
+
+        return self.session.submit(call)
 
     def extra_repr(self) -> str:
         return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
