@@ -31,7 +31,7 @@ class Program:
     inputs: tuple[Spec, ...]
     labels: tuple[str, ...]  # the inputs' names, for errors
     timeout_s: float | None = None
-    origin: "Program | None" = None  # the keeping program that a pullback belongs to
+    origin: "Program | None" = None  # of a keeping program the plain one, of a pullback the keeping one
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
     outputs_nbytes: int = 0  # of all together
@@ -49,9 +49,19 @@ class Program:
         """Return the program of a key, by which code that torch has compiled names it."""
         return _by_key[key]
 
+    def pin(self) -> int:
+        """Keep this program, which a graph is going to name, until its session is closed; return its key."""
+        _pinned[self.key] = self
+        return self.key
+
     @property
     def keeps_residual(self) -> bool:
         return self.request.call.HasField("keep")
+
+    @property
+    def plain(self) -> "Program":
+        """The program that makes the same outputs, keeps nothing, and can be derived from."""
+        return self.origin if self.keeps_residual and self.origin is not None else self
 
     def adopt(self, link: "Link", prepared: pb.Prepared) -> None:
         """Take over what the worker has answered."""
@@ -69,7 +79,7 @@ class Program:
             return known
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
-        return self._derive(key, request, self.inputs, self.labels)
+        return self._derive(key, request, self.inputs, self.labels, origin=self)
 
     def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
@@ -136,6 +146,17 @@ class Program:
 
 
 _by_key: "weakref.WeakValueDictionary[int, Program]" = weakref.WeakValueDictionary()
+
+
+# What graphs name, which hold a number only.
+_pinned: dict[int, Program] = {}
+
+
+def unpin(session: "Session") -> None:
+    """Let go of the programs of a session that is being closed."""
+    for key, program in list(_pinned.items()):
+        if program.session is session:
+            _pinned.pop(key, None)
 
 
 def _cotangents_of(outputs: tuple[int, ...]) -> tuple[str, ...]:

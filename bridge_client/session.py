@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
-from bridge_client.programs import Program
+from bridge_client.programs import Program, unpin
 from bridge_wire import specs
 from bridge_wire.errors import (
     BridgeError,
@@ -271,6 +271,7 @@ class Session:
         while self._abandoned:
             self._abandoned.pop()[0].close()
         self._residuals.clear()
+        unpin(self)
         self.pool.close()
         self._host.close()
         _sessions.discard(self)
@@ -401,7 +402,7 @@ class Session:
         named, name = program.name
         if named is link:
             return name
-        if program.origin is not None:
+        if program.origin is not None and program.request.HasField("pullback"):
             program.request.pullback.program = self._name_of(link, program.origin, timeout_s)
         request = pb.PrepareRequest()
         request.CopyFrom(program.request)

@@ -172,7 +172,7 @@ def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[T
 
 
 def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    program = Program.of(ctx.program)
+    program = Program.of(ctx.program).plain
     arrays = ctx.saved_tensors
     inputs = as_values(program, arrays)
     needed = [x.requires_grad for x in arrays]

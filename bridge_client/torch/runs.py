@@ -18,7 +18,7 @@ PLAIN = {Tensor, nn.Parameter, *NUMBERS}
 def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
     if _is_traced(inputs):
-        return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+        return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
     placed, copied = place(program, inputs)
     return from_blocks(program.session.run(program, placed, copied=copied), program.outputs)
 
@@ -30,7 +30,7 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     hook may make, still names it, or nothing at all.
     """
     if _is_traced(inputs):
-        *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.key)
+        *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
         return outputs, handle
     placed, copied = place(program, inputs)
     blocks, residual = program.session.run_keeping(program, placed, copied=copied)
@@ -51,7 +51,7 @@ def pull_back(
     """
     kept, wrt, given = which
     if _is_traced([handle, *arrays]):
-        return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.key, kept, wrt, given)
+        return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.pin(), kept, wrt, given)
     pullback = program.keeping(kept).pullback(wrt, given)
     try:
         placed, copied = place(pullback, arrays[len(program.inputs) :])

@@ -1,0 +1,186 @@
+"""torch.compile, torch.export and the operator that both of them see."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bridge_client import Session
+from bridge_client.torch import RemoteJaxFunction
+from tests.torch_client.conftest import Remote
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled outlives its test, and the compiler starts no processes and threads."""
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+class Sandwich(nn.Module):
+    """A remote function, or a remote model with parameters, between local layers."""
+
+    def __init__(self, remote: RemoteJaxFunction) -> None:
+        super().__init__()
+        self.before = nn.Linear(3, 3, dtype=torch.float64)
+        self.remote = remote
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.remote(self.before(x)).tanh().sum()
+
+
+def gradients(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the value, and the gradients of the input and of the parameters."""
+    x = x.clone().requires_grad_()
+    y = run(x)
+    return [y.detach(), *torch.autograd.grad(y, [x, *module.parameters()])]
+
+
+def assert_same(seen: Any, expected: Any) -> None:
+    torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.rand(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"backend": "aot_eager"}], ids=str)
+@pytest.mark.parametrize("name", ["sine", "affine"])
+def test_compiled_is_as_eager(x64_session: Session, x64_remote: Remote, name: str, options: dict[str, str]) -> None:
+    """Compiled in one graph, a model has the values and gradients that it has without, and leaves nothing behind."""
+    module = Sandwich(x64_remote(name).double())
+    compiled = torch.compile(module, fullgraph=True, **options)
+    x = rand(4, 3)
+    module(x)  # so the parameters have moved to the session's memory
+    before = x64_session.stats()
+    for _ in range(2):
+        assert_same(gradients(compiled, module, x), gradients(module, module, x))
+    after = x64_session.stats()
+    assert not counters["graph_break"]
+    assert (after["residuals"], after["blocks"]) == (before["residuals"], before["blocks"])
+
+
+def test_the_second_call_compiles_nothing(x64_session: Session, x64_remote: Remote) -> None:
+    """A model is one graph, compiled once; each call then runs the forward and the backward pass on the worker once."""
+    module = Sandwich(x64_remote("affine").double())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    gradients(compiled, module, rand(4, 3))
+    assert counter.frame_count == 1
+    calls = x64_session.stats()["calls"]
+    for _ in range(3):
+        gradients(compiled, module, rand(4, 3))
+    assert counter.frame_count == 1 and counters["stats"]["unique_graphs"] == 1
+    assert x64_session.stats()["calls"] == calls + 6
+
+
+def test_there_is_no_graph_break(x64_remote: Remote) -> None:
+    """Dynamo sees a remote call within a function as part of one graph."""
+    sine = x64_remote("sine")
+    explained = torch._dynamo.explain(lambda x: sine(x * 2).cos().sum())(rand(3))
+    assert (explained.graph_break_count, explained.graph_count) == (0, 1), explained.break_reasons
+
+
+def test_a_compiled_forward_keeps_one_residual_until_backward(x64_session: Session, x64_remote: Remote) -> None:
+    """The residual of a compiled forward pass goes with its backward pass, or with the output that nobody keeps."""
+    sine = x64_remote("sine")
+    compiled = torch.compile(lambda x: sine(x).sum(), fullgraph=True, backend="aot_eager")
+    y = compiled(rand(3).requires_grad_())
+    assert x64_session.stats()["residuals"] == 1
+    y.backward()
+    assert x64_session.stats()["residuals"] == 0
+    y = compiled(rand(3).requires_grad_())
+    assert x64_session.stats()["residuals"] == 1
+    del y
+    assert x64_session.stats()["residuals"] == 0
+
+
+def test_dynamic_shapes(x64_remote: Remote) -> None:
+    """With dynamic=True each size is compiled for, since a program on the worker has fixed sizes."""
+    sine = x64_remote("sine")
+    compiled = torch.compile(lambda x: sine(x).sum(), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 5, 7, 5):
+        x = rand(size).requires_grad_()
+        compiled(x).backward()
+        assert_same(x.grad, 2 * x.detach().cos())
+
+
+def test_structures_numbers_and_static_arguments(x64_remote: Remote) -> None:
+    """Dicts, Python numbers and strings pass through compiled calls as through others."""
+    case = x64_remote("gradient_case")
+
+    def run(x: Tensor) -> Tensor:
+        made = case("pytree", {"inner": (x, x.T), "list": [x[0]]}, 2.0)
+        return made["out"].sum() + made["sum"][1][0].sum()
+
+    x, compiled = rand(2, 3), torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(compiled, nn.Module(), x), gradients(run, nn.Module(), x))
+
+
+def test_training_compiled(x64_remote: Remote) -> None:
+    """The parameters of a compiled module are read anew at each step: it trains as the module does."""
+
+    def losses(compile: bool) -> list[float]:
+        module = x64_remote("affine").double()
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        run = torch.compile(module, fullgraph=True, backend="aot_eager") if compile else module
+        made = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = (run(torch.ones(2, 3, dtype=torch.float64)) ** 2).mean()
+            loss.backward()
+            optimizer.step()
+            made.append(loss.item())
+        return made
+
+    compiled = losses(compile=True)
+    assert compiled == pytest.approx(losses(compile=False), rel=1e-12)
+    assert compiled[-1] < compiled[0]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_traced_by_make_fx(x64_remote: Remote, mode: str) -> None:
+    """make_fx records the operator, and of torch.func.grad the operators that it comes down to."""
+    sine = x64_remote("sine")
+    x = rand(3)
+    traced = make_fx(torch.func.grad(lambda x: sine(x).sum()), tracing_mode=mode)(rand(3))
+    assert torch.ops.torch_jax_bridge.run.default in {node.target for node in traced.graph.nodes}
+    assert_same(traced(x), 2 * x.cos())
+
+
+def test_a_graph_recorded_under_grad_is_differentiable(x64_remote: Remote) -> None:
+    """What make_fx recorded of inputs that require a gradient has the gradients of what it recorded."""
+    sine = x64_remote("sine")
+    x = rand(3).requires_grad_()
+    traced = make_fx(lambda x: sine(x))(x)
+    assert_same(torch.autograd.grad(traced(x).sum(), x)[0], 2 * x.detach().cos())
+
+
+@pytest.mark.parametrize("name", ["sine", "affine"])
+def test_exported(x64_remote: Remote, name: str) -> None:
+    """torch.export makes a program of a module with a remote call, whose values are the module's."""
+    module = Sandwich(x64_remote(name).double())
+    exported = torch.export.export(module, (rand(4, 3),), strict=False)
+    x = rand(4, 3)
+    assert_same(exported.module()(x), module(x))
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_the_operator_is_registered_soundly(x64_remote: Remote, requires_grad: bool) -> None:
+    """torch.library.opcheck finds nothing wrong with the operator: schema, autograd, fake tensors, AOT dispatch."""
+    product = x64_remote("product")
+    # The program's number is what make_fx writes into the graph.
+    graph = make_fx(lambda x, y: product(x, y))(rand(3), rand(3)).graph
+    args = [rand(3).requires_grad_(requires_grad), rand(3)]
+    (node,) = (node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default)
+    made = torch.library.opcheck(torch.ops.torch_jax_bridge.run.default, (args, node.args[1]))
+    assert set(made.values()) == {"SUCCESS"}, made
