@@ -49,17 +49,15 @@ def new_slab() -> Iterator[Slab]:
         slab.close()
 
 
-@pytest.fixture
-def soft_limit() -> Iterator[Callable[[int, int], None]]:
-    """Sets soft limits of this process, which end with the test."""
-    with contextlib.ExitStack() as stack:
-
-        def limit(what: int, value: int) -> None:
-            soft, hard = resource.getrlimit(what)
-            stack.callback(resource.setrlimit, what, (soft, hard))
-            resource.setrlimit(what, (value, hard))
-
-        yield limit
+@contextlib.contextmanager
+def soft_limit(what: int, value: int) -> Iterator[None]:
+    """Set a soft limit of this process, for no longer than the block: pytest itself writes files and opens them."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (value, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
 
 
 def test_slab_is_a_memfd_sealed_in_size() -> None:
@@ -250,50 +248,33 @@ def test_memfd_larger_than_the_address_space_is_refused() -> None:
         map_received(make_memfd(nbytes), nbytes, 0)
 
 
-def test_slab_that_the_kernel_refuses_is_out_of_memory(soft_limit: Callable[[int, int], None]) -> None:
+def test_slab_that_the_kernel_refuses_is_out_of_memory() -> None:
     """A slab that the kernel has no room for is OutOfMemory, and leaves no descriptor behind."""
     before = len(os.listdir("/proc/self/fd"))
-    soft_limit(resource.RLIMIT_FSIZE, PAGE)
-    with pytest.raises(OutOfMemory, match=f"a slab of {2 * PAGE} bytes"):
+    refused = pytest.raises(OutOfMemory, match=f"a slab of {2 * PAGE} bytes")
+    with soft_limit(resource.RLIMIT_FSIZE, PAGE), refused:
         create_slab(2 * PAGE, 0)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_slab_without_a_free_descriptor_is_out_of_memory(soft_limit: Callable[[int, int], None]) -> None:
+def test_slab_without_a_free_descriptor_is_out_of_memory() -> None:
     """When the process may open no more files, a slab is OutOfMemory that says so."""
-    soft_limit(resource.RLIMIT_NOFILE, 3)
-    with pytest.raises(OutOfMemory, match="open files"):
+    with soft_limit(resource.RLIMIT_NOFILE, 3), pytest.raises(OutOfMemory, match="open files"):
         create_slab(PAGE, 0)
 
 
-@pytest.fixture
-def asked_anew() -> Iterator[None]:
-    """What `memfd_works` has found out before does not count, before the test and after it."""
-    forget = getattr(memfd_works, "cache_clear", lambda: None)
-    forget()
-    yield
-    forget()
-
-
-@pytest.mark.usefixtures("asked_anew")
 def test_shortage_of_descriptors_is_not_remembered() -> None:
     """Memfds that could not be had for want of descriptors can be had again when there are some."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
+    with soft_limit(resource.RLIMIT_NOFILE, 3):
         assert not memfd_works()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert memfd_works()
 
 
-@pytest.mark.usefixtures("asked_anew")
 def test_memfd_works_here() -> None:
     """This system has sealed memfds."""
     assert memfd_works()
 
 
-@pytest.mark.usefixtures("asked_anew")
 def test_system_without_memfd_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system has no memfds, `memfd_works` says so."""
     monkeypatch.delattr(os, "memfd_create")
