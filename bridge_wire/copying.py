@@ -14,7 +14,7 @@ _MOST_THREADS = 4
 
 def copy(target: int, source: int, nbytes: int) -> None:
     """Copy `nbytes` bytes from one address to another; the ranges do not overlap."""
-    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS) if nbytes >= _LARGE else 1
+    threads = min(usable_cores(), _MOST_THREADS) if nbytes >= _LARGE else 1
     if threads == 1:
         ctypes.memmove(target, source, nbytes)
         return
@@ -26,6 +26,13 @@ def copy(target: int, source: int, nbytes: int) -> None:
     ctypes.memmove(target + rest, source + rest, nbytes - rest)
     for other in others:
         other.result()
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; where only Linux could say, that of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @functools.lru_cache(maxsize=1)

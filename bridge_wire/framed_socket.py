@@ -8,10 +8,12 @@ import socket
 import struct
 import time
 
+from bridge_wire.copying import usable_cores
 from bridge_wire.frames import FrameDecoder, encode
 
 _BUFFER_BYTES = 64 << 10
-_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)  # an IntFlag costs a microsecond on each use
+# An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors come this way.
+_CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
 # A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for this long. Much
 # shorter, and two sides that block keep each other waiting longer than either polls (measured, 2 virtual cores).
 _SPIN_S = 200e-6
@@ -33,7 +35,7 @@ class FramedSocket:
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         # On one core, whoever spins keeps the peer from running.
-        self._may_spin = len(os.sched_getaffinity(0)) > 1
+        self._may_spin = usable_cores() > 1
         self._expected_s = 0.0
         poll = select.poll()
         poll.register(connected, select.POLLIN)

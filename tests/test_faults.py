@@ -494,6 +494,29 @@ def test_without_memfd_the_bytes_travel_inline(worker: Worker) -> None:
     assert "no memfd" in done.stdout
 
 
+_WITHOUT_LINUX = """
+    import os, socket, sys
+    for module, name in ((os, "memfd_create"), (os, "sched_getaffinity"), (socket, "MSG_CMSG_CLOEXEC")):
+        delattr(module, name)
+    from bridge_client import connect
+    from tests.calls import floats, placed, prepare, values
+    with connect(sys.argv[1]) as session:
+        assert (session.lane, session.memory) == ("grpc", "inline")
+        assert values(*session.run(prepare(session, "square", floats(2)), [placed(session, [2.0, 3.0])])) == [4.0, 9.0]
+        from bridge_wire.copying import copy
+        source, target = session.pool.lease(8 << 20), session.pool.lease(8 << 20)
+        source.buffer[-1] = 7
+        copy(target.pointer, source.pointer, source.nbytes)
+        assert target.buffer[-1] == 7
+"""
+
+
+def test_without_what_only_linux_has_the_bytes_travel_inline(worker: Worker) -> None:
+    """On a system without memfds, core masks and close-on-exec descriptor passing, a client still works, over gRPC."""
+    done = run_program(_WITHOUT_LINUX, worker.address)
+    assert done.returncode == 0, done.stderr
+
+
 # Forks -------------------------------------------------------------------------------------------------------------
 
 _FORKING = """
