@@ -57,7 +57,7 @@ def _serve(options: argparse.Namespace) -> int:
     runtime = _runtime(options)
     models = _load(options.jax_model, options.factory, runtime)
     programs = Programs(runtime, models)
-    sessions = Sessions(runtime, programs, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
+    sessions = Sessions(runtime, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
     worker = Worker(runtime, programs, sessions, endpoint, security)
     try:
         for warmup in options.warmup:

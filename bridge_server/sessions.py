@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from bridge_server.programs import Programs
 from bridge_server.runtime import Program, Runtime
 from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.errors import (
@@ -255,8 +254,7 @@ class Session:
 class Sessions:
     """All sessions of a worker."""
 
-    def __init__(self, runtime: Runtime, programs: Programs, *, residual_bytes: int, slab_bytes: int) -> None:
-        self.programs = programs
+    def __init__(self, runtime: Runtime, *, residual_bytes: int, slab_bytes: int) -> None:
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
         self.is_draining = False

@@ -90,6 +90,6 @@ def _held() -> dict[str, int]:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": sum(not thread.name.startswith(("asyncio", "ThreadPool")) for thread in threading.enumerate()),
+        "threads": sum(not thread.name.startswith("ThreadPool-copy") for thread in threading.enumerate()),
         "children": len(children.read_text().split()) if children.exists() else 0,
     }

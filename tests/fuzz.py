@@ -382,7 +382,7 @@ class Target:
         self._bad_files = [os.memfd_create("unsealed"), os.open(tempfile.gettempdir(), os.O_RDONLY), *os.pipe()]
         runtime = EchoRuntime()
         programs = Programs(runtime, {"echo": runtime.adapt("echo", None)})
-        self.sessions = Sessions(runtime, programs, residual_bytes=8 * PAGE, slab_bytes=4 * SLAB)
+        self.sessions = Sessions(runtime, residual_bytes=8 * PAGE, slab_bytes=4 * SLAB)
         self._service = Service(runtime, programs, self.sessions, "")
         self._baseline = len(os.listdir("/proc/self/fd"))
 

@@ -110,7 +110,7 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
         pytest.param(["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"),
-        pytest.param(["--listen", f"unix:/tmp/{'x' * 120}"], "bytes: /tmp/xxx", id="too long a path"),
+        pytest.param(["--listen", f"unix:/{'x' * 120}"], "bytes: /xxx", id="too long a path"),
         pytest.param(["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"),
         pytest.param(["--listen", "unix:tests"], "tests exists and is no socket", id="a directory"),
         pytest.param(["--listen", "0.0.0.0:0"], "--insecure", id="exposed"),

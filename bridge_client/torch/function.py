@@ -120,7 +120,7 @@ class RemoteJaxFunction(nn.Module):
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._prepare(args, kwargs, leaves, statics, own)
+            call = self._calls[key] = self._prepare(structure, leaves, statics, own)
         return call.rebuild(apply(call.program, inputs))
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -209,14 +209,12 @@ class RemoteJaxFunction(nn.Module):
 
     def _prepare(
         self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        structure: Any,
         leaves: Sequence[Any],
         statics: frozenset[int],
         own: Sequence[Tensor],
     ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
-        structure = flatten((args, kwargs))[1]
         slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
         slotted: Any = optree.tree_unflatten(structure, slots)
         encoded_args, first = trees.encode(slotted[0], _is_slot, self._classes, root="args")

@@ -16,8 +16,6 @@ from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
-
-
 DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -56,29 +54,28 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
             block.buffer[:] = _packed(value, program.labels[i], program.session)
             placed.append(block)
             continue
-        nbytes = value.nbytes
-        if DTYPES.get(value.dtype) is not spec.dtype:
-            _check_range(value, spec, program.labels[i])
-        elif value.is_contiguous() and not value.is_conj() and not value.is_neg():
-            pointer = value.data_ptr()
+        is_same_type = DTYPES.get(value.dtype) is spec.dtype
+        if is_same_type and value.is_contiguous() and not value.is_conj() and not value.is_neg():
+            pointer, nbytes = value.data_ptr(), value.nbytes
             address = pool.address_of(pointer, nbytes)
             if address is not None:
                 placed.append(_InSlab(address, value.untyped_storage()))
                 continue
             block = pool.lease(nbytes)
             copy(block.pointer, pointer, nbytes)
-            placed.append(block)
-            copied += nbytes
-            continue
-        block = pool.lease(spec.nbytes)
-        if block.nbytes:
-            from_block(block, spec).copy_(value)
-            copied += block.nbytes
+        else:
+            if not is_same_type:
+                _check_range(value, spec, program.labels[i])
+            block = pool.lease(spec.nbytes)
+            if block.nbytes:
+                from_block(block, spec).copy_(value)
         placed.append(block)
+        copied += block.nbytes
     return placed, copied
 
 
 def from_blocks(blocks: Sequence[Block], described: Sequence[Spec]) -> list[Tensor]:
+    """Return the tensors whose storages are the blocks."""
     return [from_block(block, spec) for block, spec in zip(blocks, described, strict=True)]
 
 

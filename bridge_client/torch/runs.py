@@ -83,6 +83,7 @@ def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
 
 
 def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
+    """Return an operator's inputs as a run takes them: the Python numbers as such again."""
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 

@@ -13,6 +13,7 @@ _NAMESPACE = "torch-jax-bridge"
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return a pytree's leaves and its structure, which is hashable."""
     return optree.tree_flatten(tree, namespace=_NAMESPACE)
 
 
@@ -44,6 +45,7 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
 
 def marked(value: Any, mark: bool) -> Any:
+    """Return the pytree with each of its leaves replaced by the mark."""
     return optree.tree_map(lambda _: mark, value, namespace=_NAMESPACE)
 
 
