@@ -228,20 +228,24 @@ class PrepareRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep")
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     TRANSFORMS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    RNGS_FIELD_NUMBER: _ClassVar[int]
+    MUTABLE_FIELD_NUMBER: _ClassVar[int]
     model: str
     arguments: Tree
     inputs: _containers.RepeatedCompositeFieldContainer[Spec]
     parameters: bool
     transforms: _containers.RepeatedCompositeFieldContainer[Transform]
     keep: Wrt
-    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ...) -> None: ...
+    rngs: _containers.RepeatedScalarFieldContainer[str]
+    mutable: bool
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ...) -> None: ...
 
 class Wrt(_message.Message):
     __slots__ = ("inputs",)
