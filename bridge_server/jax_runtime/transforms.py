@@ -1,0 +1,117 @@
+"""The transforms of a call: each wraps a flat function into another one.
+
+A flat function is `f(bound, *arrays) -> [array, ...]`, where `bound` are the worker's own parameters if the caller
+passes none. So the derivative of a program is again a program, and transforms compose to any depth.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from bridge_server.jax_runtime.errors import model_errors
+from bridge_server.jax_runtime.types import MOST_ELEMENTS, avals_of, specs_of
+from bridge_wire.errors import ProtocolError, SpecError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+Flat = Callable[..., list[Any]]
+
+
+def compose(
+    f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform, where: str
+) -> tuple[Flat, tuple[Spec, ...]]:
+    """Return the transformed function and its inputs."""
+    kind = transform.WhichOneof("kind")
+    if kind == "vmap":
+        return _vmap(f, inputs, transform.vmap)
+    if kind == "jvp":
+        check_differentiable("jvp", transform.jvp.wrt, inputs)
+        check_differentiable("jvp", transform.jvp.outputs, _outputs(f, bound, inputs, where))
+        tangents = tuple(inputs[i] for i in transform.jvp.wrt)
+        return _jvp(f, len(inputs), transform.jvp), inputs + tangents
+    if kind == "vjp":
+        check_differentiable("vjp", transform.vjp.wrt, inputs)
+        made = _outputs(f, bound, inputs, where)
+        check_differentiable("vjp", transform.vjp.outputs, made)
+        cotangents = tuple(made[i] for i in transform.vjp.outputs)
+        return _vjp(f, len(inputs), transform.vjp), inputs + cotangents
+    raise ProtocolError("a transform has no kind")
+
+
+def _outputs(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) -> tuple[Spec, ...]:
+    with model_errors(where):
+        return specs_of(jax.eval_shape(f, bound, *avals_of(inputs)))
+
+
+def _vjp(f: Flat, count: int, transform: pb.Transform.Vjp) -> Flat:
+    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
+
+    def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
+        xs, cotangents = arrays[:count], arrays[count:]
+        _, pull = jax.vjp(_restricted(f, bound, xs, wrt, selected), *(xs[i] for i in wrt))
+        return list(pull(list(cotangents)))
+
+    return transformed
+
+
+def _jvp(f: Flat, count: int, transform: pb.Transform.Jvp) -> Flat:
+    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
+
+    def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
+        xs, tangents = arrays[:count], arrays[count:]
+        return jax.jvp(_restricted(f, bound, xs, wrt, selected), [xs[i] for i in wrt], list(tangents))[1]
+
+    return transformed
+
+
+def _vmap(f: Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap) -> tuple[Flat, tuple[Spec, ...]]:
+    axes, size = tuple(transform.axes), transform.size
+    if len(axes) != len(inputs):
+        raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
+    for axis, spec in zip(axes, inputs, strict=True):
+        if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
+            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")
+    in_axes = tuple(None if axis < 0 else axis for axis in axes)
+
+    def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
+        return jax.vmap(lambda *xs: f(bound, *xs), in_axes=in_axes, axis_size=size)(*arrays)
+
+    mapped = tuple(
+        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+        for axis, spec in zip(axes, inputs, strict=True)
+    )
+    for spec in mapped:
+        if math.prod(spec.shape) > MOST_ELEMENTS:
+            raise SpecError(f"vmap over {size} elements makes an input of type {spec}, which no memory can hold")
+    return transformed, mapped
+
+
+def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
+    for i in positions:
+        if i >= len(specs):
+            raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
+        if not specs[i].dtype.is_inexact or specs[i].weak:
+            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
+    if len(set(positions)) != len(positions):
+        raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
+
+
+def _restricted(
+    f: Flat, bound: Sequence[Any], xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]
+) -> Callable[..., list[Any]]:
+    """Return `f` as a function of the inputs `wrt` alone, to the selected outputs alone."""
+
+    def restricted(*primals: Any) -> list[Any]:
+        outputs = f(bound, *replaced(xs, wrt, primals))
+        return [outputs[i] for i in selected]
+
+    return restricted
+
+
+def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    made = list(xs)
+    for i, value in zip(positions, values, strict=True):
+        made[i] = value
+    return made

@@ -1,0 +1,87 @@
+"""Specs as JAX's types and back, and what JAX counts as an array, a pytree node and its path."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from bridge_wire.dtypes import BY_NAME
+from bridge_wire.errors import SpecError
+from bridge_wire.specs import Spec
+
+MOST_ELEMENTS = 2**47
+
+
+def aval_of(spec: Spec) -> jax.ShapeDtypeStruct:
+    # A Python number comes in the widest type of its kind and takes the worker's default one.
+    dtype = jax.dtypes.canonicalize_dtype(spec.dtype.name) if spec.weak else jnp.dtype(spec.dtype.name)
+    return jax.ShapeDtypeStruct(spec.shape, dtype, weak_type=spec.weak)
+
+
+def avals_of(specs: Sequence[Spec]) -> list[jax.ShapeDtypeStruct]:
+    return [aval_of(spec) for spec in specs]
+
+
+def specs_of(avals: Sequence[Any]) -> tuple[Spec, ...]:
+    return tuple(Spec(BY_NAME[dtype_name(aval)], tuple(aval.shape)) for aval in avals)
+
+
+def dtype_name(value: Any) -> str:
+    return str(getattr(value, "dtype", None))
+
+
+def is_inexact(value: Any) -> bool:
+    return BY_NAME[dtype_name(value)].is_inexact
+
+
+def is_array_like(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+
+
+def as_output(leaf: Any, position: int) -> Any:
+    array = jnp.asarray(leaf)
+    if dtype_name(array) not in BY_NAME:
+        raise SpecError(f"the model returned an array of dtype {array.dtype} as its leaf {position}, which torch lacks")
+    return array
+
+
+def number_to_array(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
+
+
+def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
+    """Return what any pytree node that jax knows consists of."""
+    children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
+    if len(children) == 1 and children[0][1] is value:
+        return None
+    names = [path_step(path[0]) for path, _ in children]
+    if not all(name.isidentifier() for name in names):
+        names = [f"item{i}" for i in range(len(children))]
+    return type(value).__name__, tuple(names), [child for _, child in children]
+
+
+def path_step(step: Any) -> str:
+    for attribute in ("key", "name", "idx"):  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
+        if hasattr(step, attribute):
+            return str(getattr(step, attribute))
+    return str(step)
+
+
+def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
+    jax.tree_util.register_dataclass(cls, data_fields=list(fields), meta_fields=[])
+
+
+def check_sizes(jaxpr: Any) -> None:
+    """Refuse a program with an array too large for any machine: XLA would end the process over it."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape = getattr(variable.aval, "shape", ())
+            if all(isinstance(size, int) for size in shape) and math.prod(shape) > MOST_ELEMENTS:
+                raise SpecError(f"the model makes an array of shape {list(shape)}, which no memory can hold")
+        for inner in jax.tree_util.tree_leaves(list(equation.params.values())):
+            if isinstance(inner, ClosedJaxpr | Jaxpr):
+                check_sizes(getattr(inner, "jaxpr", inner))
