@@ -5,6 +5,7 @@ BridgeError
 │   ├── SpecError          a leaf's shape or dtype does not fit
 │   ├── DTypeError         a dtype the worker cannot hold without loss
 │   ├── StructureError     a pytree that cannot be sent
+│   ├── CopyNeeded         copy=False, and it takes a copy
 │   ├── UnknownModel       the worker hosts no model of that name
 │   ├── TargetError        `mod:fn` names nothing that can be served
 │   └── SessionClosed      you closed it
@@ -66,6 +67,10 @@ class DTypeError(CallerError, TypeError):
 
 class StructureError(CallerError, TypeError):
     """A pytree, or a leaf of one, that cannot be sent."""
+
+
+class CopyNeeded(CallerError, ValueError):
+    """A copy was forbidden, but it cannot be done without one."""
 
 
 class UnknownModel(CallerError, LookupError):

@@ -16,6 +16,11 @@ from bridge_wire.specs import Spec
 MOST_ELEMENTS = 2**47
 
 
+def has_x64() -> bool:
+    """Whether 64-bit types exist at this moment, in this thread."""
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
 def aval_of(spec: Spec) -> jax.ShapeDtypeStruct:
     # A Python number comes in the widest type of its kind and takes the worker's default one.
     dtype = jax.dtypes.canonicalize_dtype(spec.dtype.name) if spec.weak else jnp.dtype(spec.dtype.name)

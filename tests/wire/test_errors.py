@@ -20,6 +20,7 @@ STATUS = {
     "SpecError": "INVALID_ARGUMENT",
     "DTypeError": "INVALID_ARGUMENT",
     "StructureError": "INVALID_ARGUMENT",
+    "CopyNeeded": "INVALID_ARGUMENT",
     "UnknownModel": "NOT_FOUND",
     "TargetError": "INVALID_ARGUMENT",
     "SessionClosed": "FAILED_PRECONDITION",
@@ -45,6 +46,7 @@ KINDS: list[type[BridgeError]] = [getattr(errors, name) for name in STATUS]
 BUILTIN_BASES = {
     "DTypeError": TypeError,
     "StructureError": TypeError,
+    "CopyNeeded": ValueError,
     "UnknownModel": LookupError,
     "WorkerUnavailable": ConnectionError,
     "StartupTimeout": TimeoutError,

@@ -1,0 +1,1 @@
+"""Both frameworks in one process."""
