@@ -1,7 +1,7 @@
 """`connect`: a session with a worker that somebody else runs."""
 
 from bridge_client.link import Terms, Tls
-from bridge_client.session import Fixed, Session
+from bridge_client.remote import Fixed, RemoteSession
 from bridge_wire.errors import CallerError
 
 _LANES = (None, "local", "grpc")
@@ -16,7 +16,7 @@ def connect(
     timeout_s: float | None = None,
     lane: str | None = None,
     require: str | None = None,
-) -> Session:
+) -> RemoteSession:
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
     Args:
@@ -35,7 +35,7 @@ def connect(
         raise CallerError(f"the address {address!r} is neither 'unix:PATH' nor 'HOST:PORT'")
     check_terms(lane, require)
     terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
-    return Session(Fixed(address), terms, timeout_s)
+    return RemoteSession(Fixed(address), terms, timeout_s)
 
 
 def check_terms(lane: str | None, require: str | None) -> None:

@@ -1,38 +1,23 @@
-"""Sessions: a client's memory, programs and residuals, over whichever link to the worker is alive."""
+"""Sessions, as everything above them sees them: the one interface between frameworks and models, wherever these run.
 
-import atexit
-import contextlib
-import itertools
-import logging
-import os
+`bridge_client.remote` serves it by a worker process, `bridge_client.inproc` by a runtime in this process.
+"""
+
 import threading
-import weakref
-from collections import deque
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from bridge_client.lanes import ENDS_LANE, Lane, Stale
-from bridge_client.link import Link, Terms
 from bridge_client.programs import Program, unpin
 from bridge_wire import specs
-from bridge_wire.errors import (
-    BridgeError,
-    PeerError,
-    ResidualGone,
-    SessionClosed,
-    UnknownModel,
-    WorkerDied,
-    WorkerUnavailable,
-)
+from bridge_wire.errors import SessionClosed, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
-from bridge_wire.slabs import memfd_works
 from bridge_wire.specs import Spec
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _SUBMITTED_AT_ONCE = 32
 
@@ -42,19 +27,6 @@ class Placed(Protocol):
 
     @property
     def address(self) -> int: ...
-
-
-class Host(Protocol):
-    """Where the worker is, and who keeps it running."""
-
-    def address(self) -> str:
-        """Return the worker's address, starting it first if that is this process's task."""
-
-    def has_ended(self) -> bool:
-        """Whether a worker that this process has started is gone, so that `address` would start another one."""
-
-    def close(self) -> None:
-        """End a worker that this process has started. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +40,7 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the worker tells about a model: its docstring, positional arguments' names, and parameters by path."""
+    """What is known of a model: its docstring, positional arguments' names, and parameters by path."""
 
     name: str
     doc: str
@@ -76,68 +48,42 @@ class ModelInfo:
     parameters: tuple[ParameterInfo, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Residual:
-    """What keeps alive the blocks that a residual on the worker may alias."""
+class Session(ABC):
+    """Models, and everything this process owns in their use: memory, programs, residuals.
 
-    link: Link
-    inputs: Sequence[Placed]
-
-
-class Session:
-    """A connection to one worker: its models, and everything this process owns in their use.
-
-    Made by `connect` and `spawn`. Thread-safe: calls of several threads run side by side. In a forked child the
-    session starts afresh with a connection and memory of its own. Also a context manager.
+    Thread-safe: calls of several threads run side by side. Also a context manager.
     """
 
-    def __init__(self, host: Host, terms: Terms, timeout_s: float | None) -> None:
-        self.timeout_s = timeout_s
-        self._host = host
-        self._terms = terms
-        self._ids = itertools.count(1)
-        self._calls = self._bytes_copied = self._fallbacks = 0
-        self._is_closed = False
-        self._start_afresh()
-        _sessions.add(self)
-        self._require_link()
+    pool: Pool
+    timeout_s: float | None
 
-    def _start_afresh(self) -> None:
-        self.pool = Pool(shareable=memfd_works())
-        self._link: Link | None = None
-        self._lock = threading.Lock()
-        self._link_lock = threading.Lock()
-        self._residuals: dict[int, _Residual] = {}
-        self._dropped: deque[int] = deque()
+    def __init__(self) -> None:
+        self._is_closed = False
+        self._forget_threads()
+
+    def _forget_threads(self) -> None:
+        self._closing = threading.Lock()
         self._threads: ThreadPoolExecutor | None = None
-        # Calls that were given up: their blocks must not be reused before the worker lets go of them.
-        self._abandoned: list[tuple[Lane, list[Any]]] = []
 
     @property
     def models(self) -> Mapping[str, ModelInfo]:
         """The hosted models by name."""
-        models = self._require_link().description.models
-        return MappingProxyType({model.name: _model_info(model) for model in models})
+        return MappingProxyType({model.name: _model_info(model) for model in self._described()})
 
     @property
+    @abstractmethod
     def x64(self) -> bool:
-        """Whether the worker has 64-bit floats and integers."""
-        return self._require_link().description.x64
+        """Whether the models have 64-bit floats and integers."""
 
     @property
+    @abstractmethod
     def lane(self) -> str:
-        """How calls are signalled: "local" or "grpc"."""
-        return self._require_link().lane_name
+        """How calls are signalled: "local", "grpc" or "inproc"."""
 
     @property
+    @abstractmethod
     def memory(self) -> str:
-        """How tensors travel: "memfd" (shared) or "inline" (by value)."""
-        return self._require_link().memory
-
-    @property
-    def address(self) -> str:
-        """Where the worker listens."""
-        return self._require_link().address
+        """How tensors travel: "memfd" (shared), "inline" (by value) or "dlpack" (within this process)."""
 
     def model(self, name: str | None) -> ModelInfo:
         """Return a hosted model; None picks the only one.
@@ -154,16 +100,15 @@ class Session:
             raise UnknownModel(f"the worker hosts no model {name!r}; it hosts {sorted(models)}")
         return models[name]
 
+    @abstractmethod
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
-        """Have the worker trace and compile a program, and fill in its outputs.
+        """Have a program traced and compiled, and fill in its outputs.
 
         Raises:
           CallerError: the signature cannot be served.
           RemoteModelError: the model raised while it was traced.
           WorkerUnavailable: no worker answers.
         """
-        self._over_link(self._name_of, program, timeout_s)
-        return program
 
     def prepare_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
         """Prepare an untransformed call of a model.
@@ -178,6 +123,7 @@ class Session:
         """Prepare the program without inputs whose outputs are a model's parameters."""
         return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()))
 
+    @abstractmethod
     def run(
         self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
     ) -> list[Block]:
@@ -191,8 +137,8 @@ class Session:
           CallTimeout: no answer within `timeout_s` seconds, or else the session's; None waits.
           OutOfMemory: no room for the outputs; nothing was sent.
         """
-        return self._over_link(self._run, program, inputs, 0, copied, timeout_s)
 
+    @abstractmethod
     def run_keeping(
         self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
     ) -> tuple[list[Block], int]:
@@ -200,13 +146,8 @@ class Session:
 
         The inputs stay leased until `drop_residual`, since the residual may alias them. Raises as `run`.
         """
-        id = next(self._ids)
-        try:
-            return self._over_link(self._run_keeping, program, inputs, id, copied, timeout_s), id
-        except BaseException:
-            self.drop_residual(id)
-            raise
 
+    @abstractmethod
     def run_pullback(
         self,
         program: Program,
@@ -219,62 +160,44 @@ class Session:
         """Run the pullback of a run that kept a residual, which stays.
 
         Raises:
-          ResidualGone: the worker has evicted it or was restarted; run the vjp program on the inputs instead.
+          ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs instead.
         """
-        return self._over_link(self._run_pullback, program, cotangents, residual, copied, timeout_s)
 
+    @abstractmethod
     def drop_residual(self, id: int) -> None:
         """Let go of a residual. For finalizers: nothing is sent until the next call, and no lock is taken.
 
         Its inputs may be reused at once: whoever could still run its pullback would hold it.
         """
-        if self._residuals.pop(id, None) is not None:
-            self._dropped.append(id)
 
     def submit(self, action: Callable[[], _T]) -> Future[_T]:
         """Begin an action in a thread of this session, and return its future."""
-        with self._link_lock:
+        with self._closing:
             if self._is_closed:
-                raise SessionClosed("the session is closed; make a new one")
+                raise closed()
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(_SUBMITTED_AT_ONCE, thread_name_prefix="ThreadPool-bridge")
             return self._threads.submit(action)
 
+    @abstractmethod
     def stats(self) -> Mapping[str, int]:
         """Return counts: `calls`, `bytes_copied` (by either side), `fallbacks` to a slower path, and what is held now:
-        leased `blocks`, `slab_bytes`, and on the worker `residuals` and `residual_bytes`."""
-        usage = self._usage()
-        with self._lock:
-            self._sweep_abandoned()
-            return {
-                "calls": self._calls,
-                "bytes_copied": self._bytes_copied,
-                "blocks": self.pool.live_blocks(),
-                "slab_bytes": self.pool.slab_bytes,
-                "residuals": usage.residuals,
-                "residual_bytes": usage.residual_bytes,
-                "fallbacks": self._fallbacks,
-            }
+        leased `blocks`, `slab_bytes`, `residuals` and `residual_bytes`."""
 
     def close(self) -> None:
         """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid."""
-        with self._link_lock:
+        with self._closing:
             if self._is_closed:
                 return
             self._is_closed = True
-            link, self._link = self._link, None
             threads, self._threads = self._threads, None
         if threads is not None:
             threads.shutdown(wait=False, cancel_futures=True)
-        if link is not None:
-            link.close()
-        while self._abandoned:
-            self._abandoned.pop()[0].close()
-        self._residuals.clear()
-        unpin(self)
-        self.pool.close()
-        self._host.close()
-        _sessions.discard(self)
+        try:
+            self._release()
+        finally:
+            unpin(self)
+            self.pool.close()
 
     def __enter__(self) -> "Session":
         return self
@@ -285,218 +208,22 @@ class Session:
         self.close()
 
     def __deepcopy__(self, memo: object) -> "Session":
-        return self  # a copied module calls the same worker
+        return self  # a copied module calls the same models
 
-    def __reduce__(self) -> tuple[Callable[..., "Session"], tuple[Any, ...]]:
-        # A session cannot travel, but whoever unpickles it can make its own with the same worker.
-        return _reconnect, (self.address, self._terms, self.timeout_s)
+    @abstractmethod
+    def _described(self) -> Sequence[pb.Model]:
+        """Return the descriptions of the models."""
 
-    # Links -----------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of whatever the session holds besides its pool; called once, by `close`."""
 
-    def _over_link(self, action: Callable[..., _T], *args: Any) -> _T:
-        """Act over the link; over a new one if the old one turns out to have been dead before anything was sent."""
-        link = self._link or self._require_link()
-        try:
-            return action(link, *args)
-        except Stale:
-            self._forget(link)
-        link = self._require_link()
-        try:
-            return action(link, *args)
-        except Stale as error:
-            self._forget(link)
-            raise WorkerUnavailable("the worker went away again right after it was reached") from error
 
-    def _require_link(self) -> Link:
-        link = self._link
-        if link is not None:
-            return link
-        with self._link_lock:
-            if self._is_closed:
-                raise SessionClosed("the session is closed; make a new one")
-            if self._link is None:
-                self._link = self._new_link()
-                self.pool.limit(self._link.slab_bytes)
-            return self._link
-
-    def _new_link(self) -> Link:
-        try:
-            return Link(self._host.address(), self._terms, self._note_fallback)
-        except WorkerUnavailable:
-            if not self._host.has_ended():
-                raise
-        return Link(self._host.address(), self._terms, self._note_fallback)
-
-    def _forget(self, link: Link) -> None:
-        with self._link_lock:
-            if self._link is link:
-                self._link = None
-        link.abort()
-
-    def _note_fallback(self, reason: str) -> None:
-        if self._fallbacks == 0:
-            _log.warning("tensors travel by value over gRPC, since %s", reason)
-        self._fallbacks += 1
-
-    # Calls -----------------------------------------------------------------------------------------------------
-
-    def _run(
-        self,
-        link: Link,
-        program: Program,
-        inputs: Sequence[Placed],
-        residual: int,
-        copied: int,
-        timeout_s: float | None,
-    ) -> list[Block]:
-        named, name = program.name
-        if named is not link:
-            name = self._name_of(link, program, timeout_s)
-        lease = self.pool.lease
-        outputs = [lease(nbytes) for nbytes in program.output_nbytes]
-        released = self._take_dropped() if self._dropped else ()
-        request = pb.LaneRequest()
-        run = request.run
-        run.program = name
-        run.inputs.extend([placed.address for placed in inputs])
-        run.outputs.extend([block.address for block in outputs])
-        run.residual = residual
-        run.released.extend(released)
-        payload = None if link.memory == "memfd" else self._payload(program, inputs)
-        lane: Lane | None = None
-        try:
-            limit_s = timeout_s or program.timeout_s or self.timeout_s
-            lane = link.take(self.pool, limit_s)
-            lane.run(request, payload, outputs, limit_s)
-        except BaseException as error:
-            self._dropped.extend(released)
-            if lane is not None:
-                self._after_failure(link, lane, error, [inputs, outputs])
-            raise
-        link.give_back(lane)
-        with self._lock:
-            self._calls += 1
-            self._bytes_copied += copied + program.outputs_nbytes
-            if payload is not None:
-                self._bytes_copied += sum(map(len, payload))
-            if self._abandoned:
-                self._sweep_abandoned()
-        return outputs
-
-    def _run_keeping(
-        self, link: Link, program: Program, inputs: Sequence[Placed], id: int, copied: int, timeout_s: float | None
-    ) -> list[Block]:
-        self._residuals[id] = _Residual(link, inputs)
-        return self._run(link, program, inputs, id, copied, timeout_s)
-
-    def _run_pullback(
-        self, link: Link, program: Program, cotangents: Sequence[Placed], id: int, copied: int, timeout_s: float | None
-    ) -> list[Block]:
-        kept = self._residuals.get(id)
-        if kept is None or kept.link is not link:
-            raise ResidualGone("the residual belongs to an earlier life of the worker")
-        return self._run(link, program, cotangents, id, copied, timeout_s)
-
-    def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
-        """Return the worker's name for a program, which it prepares if it is new on this link."""
-        named, name = program.name
-        if named is link:
-            return name
-        if program.origin is not None and program.request.HasField("pullback"):
-            program.request.pullback.program = self._name_of(link, program.origin, timeout_s)
-        request = pb.PrepareRequest()
-        request.CopyFrom(program.request)
-        model = request.call.model or request.parameters.model
-        what = f"model {model!r}" if model else "a pullback"
-        program.adopt(link, link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s))
-        return program.name[1]
-
-    def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:
-        return [
-            self.pool.view(placed.address, spec.nbytes) for placed, spec in zip(inputs, program.inputs, strict=True)
-        ]
-
-    def _after_failure(self, link: Link, lane: Lane, error: BaseException, leases: list[Any]) -> None:
-        """Put the lane back if it can still be used; else keep the call's blocks until the worker lets go of them."""
-        if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
-            link.give_back(lane)
-        elif isinstance(error, Stale | PeerError | WorkerDied):
-            lane.close()
-        elif lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
-            with self._lock:
-                self._abandoned.append((lane, leases))
-
-    def _sweep_abandoned(self) -> None:
-        ended = [entry for entry in self._abandoned if entry[0].has_ended()]
-        self._abandoned = [entry for entry in self._abandoned if entry not in ended]
-        for lane, _ in ended:
-            lane.close()
-
-    def _take_dropped(self) -> list[int]:
-        taken: list[int] = []
-        while self._dropped:
-            taken.append(self._dropped.popleft())
-        return taken
-
-    def _usage(self) -> pb.Usage:
-        link = self._link
-        if link is None:
-            return pb.Usage()
-        try:
-            lane = link.take(self.pool)
-        except (Stale, BridgeError):  # a worker that is gone holds nothing
-            return pb.Usage()
-        try:
-            usage = lane.release(self._take_dropped())
-        except (Stale, BridgeError):
-            lane.close()
-            return pb.Usage()
-        link.give_back(lane)
-        return usage
+def closed() -> SessionClosed:
+    """Return the error of a session that its owner has closed."""
+    return SessionClosed("the session is closed; make a new one")
 
 
 def _model_info(model: pb.Model) -> ModelInfo:
     parameters = tuple(ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters)
     return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters)
-
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """A worker that somebody else runs."""
-
-    at: str
-
-    def address(self) -> str:
-        return self.at
-
-    def has_ended(self) -> bool:
-        return False
-
-    def close(self) -> None:
-        pass
-
-
-def _reconnect(address: str, terms: Terms, timeout_s: float | None) -> Session:
-    return Session(Fixed(address), terms, timeout_s)
-
-
-_sessions: "weakref.WeakSet[Session]" = weakref.WeakSet()
-# What a forked child must neither use nor finalize: it belongs to the parent, and gRPC's threads are not here.
-_of_the_parent: list[Any] = []
-
-
-def _after_fork_in_child() -> None:
-    for session in list(_sessions):
-        _of_the_parent.append((session._link, session._abandoned, session.pool))
-        session._start_afresh()
-
-
-@atexit.register
-def _close_all() -> None:
-    for session in list(_sessions):
-        with contextlib.suppress(Exception):
-            session.close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

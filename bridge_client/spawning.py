@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from bridge_client.connecting import check_terms
 from bridge_client.link import Terms
-from bridge_client.session import Session
+from bridge_client.remote import RemoteSession
 from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def spawn(
     timeout_s: float | None = None,
     lane: str | None = None,
     require: str | None = None,
-) -> Session:
+) -> RemoteSession:
     """Start a worker with the interpreter of another environment, and return a session with it.
 
     The worker ends with the session or with this process, however that ends; its log goes to the logger
@@ -68,7 +68,7 @@ def spawn(
         command += [flag, target]
     child = _Child([*command, *args], dict(env or {}), cwd, startup_timeout_s)
     try:
-        session = Session(child, Terms(lane=lane, require=require), timeout_s)
+        session = RemoteSession(child, Terms(lane=lane, require=require), timeout_s)
     except BaseException:
         child.close()
         raise
