@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _keys = itertools.count(1)
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Program:
     """A prepared program. It survives its link: on a new one it is prepared again when it is next run.
 
@@ -43,6 +43,11 @@ class Program:
 
     def __post_init__(self) -> None:
         _by_key[self.key] = self
+
+    def __repr__(self) -> str:
+        call = self.request.call
+        steps = [transform.WhichOneof("kind") for transform in call.transforms]
+        return "/".join([call.model or str(self.request.WhichOneof("what")), *map(str, steps)])
 
     @staticmethod
     def of(key: int) -> "Program":

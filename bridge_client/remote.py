@@ -79,6 +79,10 @@ class RemoteSession(Session):
         self._abandoned: list[tuple[Lane, list[Any]]] = []
 
     @property
+    def framework(self) -> str:
+        return self._require_link().description.framework
+
+    @property
     def x64(self) -> bool:
         return self._require_link().description.x64
 

@@ -72,6 +72,11 @@ class Session(ABC):
 
     @property
     @abstractmethod
+    def framework(self) -> str:
+        """What the models are written in: "jax" or "torch"."""
+
+    @property
+    @abstractmethod
     def x64(self) -> bool:
         """Whether the models have 64-bit floats and integers."""
 
