@@ -176,6 +176,11 @@ class Gate:
     def open(self) -> None:
         self._path.touch()
 
+    def shut(self) -> None:
+        """Shut it, with nobody waiting."""
+        for path in (self._path, Path(f"{self._path}.waiting")):
+            path.unlink(missing_ok=True)
+
 
 def run_program(
     source: str, *args: str, venv: str = ".venv-both", **variables: str

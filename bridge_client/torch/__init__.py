@@ -6,6 +6,7 @@ on the worker; the autograd node holds it through a saved tensor, so that it goe
 the node saved.
 """
 
+from bridge_client.futures import gather
 from bridge_client.torch.function import RemoteJaxFunction
 
-__all__ = ["RemoteJaxFunction"]
+__all__ = ["RemoteJaxFunction", "gather"]

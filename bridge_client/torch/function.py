@@ -1,5 +1,7 @@
 """RemoteJaxFunction: signatures, parameters, and the way in from torch.compile."""
 
+import contextlib
+import copy
 import functools
 import itertools
 import weakref
@@ -10,12 +12,15 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.utils._pytree import TreeSpec
 
 from bridge_client.connecting import connect
+from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_client.torch.derivatives import apply
-from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, from_block, spec_of
+from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, cast_floats, from_block, spec_of
 from bridge_client.torch.runs import PLAIN
 from bridge_client.torch.structures import (
     flatten,
@@ -25,6 +30,7 @@ from bridge_client.torch.structures import (
     register_dataclass,
     register_if_dataclass,
 )
+from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread, thread_state
 from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -45,6 +51,8 @@ class RemoteJaxFunction(nn.Module):
         `params.Dense_0.kernel`) and trained by any torch optimizer; "worker" leaves them there, frozen.
       static_argnames: arguments whose numbers are part of the program instead of its data.
       timeout_s: seconds for each call; None takes the session's.
+      cast_inputs: under torch.autocast, cast float arguments and parameters, but not float64, to this dtype, as
+        torch.amp.custom_fwd does. None: autocast changes nothing, and the model computes in the dtypes it is given.
     Raises:
       WorkerUnavailable: no worker answers.
       UnknownModel: the worker hosts no such model, or several and no name was given.
@@ -58,16 +66,20 @@ class RemoteJaxFunction(nn.Module):
         parameters: str = "client",
         static_argnames: str | Sequence[str] = (),
         timeout_s: float | None = None,
+        cast_inputs: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if parameters not in ("client", "worker"):
             raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
+        if cast_inputs is not None and not (isinstance(cast_inputs, torch.dtype) and cast_inputs.is_floating_point):
+            raise CallerError(f"cast_inputs={cast_inputs!r}; expected a float dtype such as torch.bfloat16, or None")
         if isinstance(target, str):
             target = connect(target)
         if not isinstance(target, Session):
             raise CallerError(f"the target is a {type(target).__qualname__}; expected a worker's address or a Session")
         self.session = target
         self.timeout_s = timeout_s
+        self.cast_inputs = cast_inputs
         self._model = target.model(name)
         self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
         self._calls: dict[Hashable, _Call] = {}
@@ -95,6 +107,8 @@ class RemoteJaxFunction(nn.Module):
         return self._call(own, args, kwargs)
 
     def _call(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.cast_inputs is not None and autocast_is_on():
+            own, args, kwargs = cast_floats((own, args, kwargs), self.cast_inputs)
         leaves, structure = flatten((args, kwargs))
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
         signature: list[Any] = [structure]
@@ -124,21 +138,33 @@ class RemoteJaxFunction(nn.Module):
         return call.rebuild(apply(call.program, inputs))
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Begin a call, and return its future. Submitted calls run side by side, and beside this thread's own work.
+        """Begin a call, and return its future; `gather` waits for several. Submitted calls run side by side, at most 32
+        of a session, and beside this thread's own work.
 
-        Grad mode is the caller's, and the result is part of the autograd graph. Do not change the arguments in place
-        until the result is there. A result that nobody waits for any more is dropped when it comes.
+        Grad mode and autocast are the caller's, and the result is part of the autograd graph. Do not change the
+        arguments in place until the result is there. A future that is cancelled before its call has begun never calls;
+        one whose call is under way cannot be cancelled, and a result that nobody waits for is dropped when it comes.
+        Where this thread is tracing, transforming or packing saved tensors, which other threads cannot do for it, the
+        call is made at once.
         """
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        if is_bound_to_this_thread():
+            return completed(lambda: self(*args, **kwargs))
+        inherit = thread_state()
 
         def call() -> Any:
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            with inherit():
                 return self(*args, **kwargs)
 
         return self.session.submit(call)
 
     def extra_repr(self) -> str:
         return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
+        # Written out, since torch.nn.utils.parametrize replaces __getstate__ by one that raises.
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(RemoteJaxFunction.__getstate__(self), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and classes belong to this process: a copy makes its own.
@@ -267,7 +293,18 @@ _function_keys = itertools.count()
 @torch._dynamo.nonstrict_trace
 def _traced_call(key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
+    if torch.compiler.is_exporting():
+        _pass_structures()
     return _functions[key]._call(own, args, kwargs)
+
+
+def _pass_structures() -> None:
+    """Let strict export go on: it takes each constant of Dynamo's graph without a value for a tensor, even the
+    structures of arguments that nonstrict_trace puts there itself (torch 2.13)."""
+    with contextlib.suppress(AttributeError):  # in non-strict export there is no Dynamo
+        for node in InstructionTranslator.current_tx().output.graph.nodes:
+            if isinstance(node.meta.get("example_value"), TreeSpec):
+                node.meta.setdefault("val", None)
 
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:

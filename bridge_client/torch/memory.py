@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
+from bridge_client.torch.structures import mapped
 from bridge_wire.copying import copy
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
@@ -147,6 +148,16 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
                 "with --x64 or pass a float"
             )
     return NUMBERS[type(value)].pack(value)
+
+
+def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
+    """Return a pytree in which each float tensor has this dtype; those of float64 stay as they are, as in autocast."""
+
+    def cast(leaf: Any) -> Any:
+        is_cast = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype is not torch.float64
+        return leaf.to(dtype) if is_cast else leaf
+
+    return mapped(cast, tree)
 
 
 def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:

@@ -49,6 +49,14 @@ def marked(value: Any, mark: bool) -> Any:
     return optree.tree_map(lambda _: mark, value, namespace=_NAMESPACE)
 
 
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return the pytree with the function applied to each leaf; also to those in dataclasses that are new here."""
+    leaves, structure = flatten(tree)
+    if any([register_if_dataclass(type(leaf)) for leaf in leaves]):
+        return mapped(function, tree)  # those leaves have become nodes
+    return optree.tree_unflatten(structure, map(function, leaves))
+
+
 def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
     """Return the function from a result's leaves to the result."""
     kind = tree.WhichOneof("kind")
