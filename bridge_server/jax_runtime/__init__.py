@@ -1,7 +1,7 @@
 """The JAX runtime: the only package of the worker that imports jax. Never imports torch.
 
 `runtime` answers what `bridge_server.runtime` asks for, out of `models` (what may be served, taken apart),
-`transforms` (derivatives and batches of a call), `programs` (what was compiled), `types` and `errors`.
+`transforms` (derivatives and batches of a call), `programs` (what was compiled) and `types`.
 """
 
 from bridge_server.jax_runtime.runtime import JaxRuntime

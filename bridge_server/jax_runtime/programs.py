@@ -11,9 +11,9 @@ from jax.interpreters import ad
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server import runtime
-from bridge_server.jax_runtime.errors import remote
 from bridge_server.jax_runtime.transforms import Flat
 from bridge_server.jax_runtime.types import specs_of
+from bridge_server.model_errors import remote
 from bridge_wire import trees
 from bridge_wire.specs import Spec
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_server import runtime
-from bridge_server.jax_runtime.errors import model_errors
 from bridge_server.jax_runtime.models import label, parts_of, positional_names
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
 from bridge_server.jax_runtime.transforms import Flat, check_differentiable, compose, replaced
@@ -25,6 +24,7 @@ from bridge_server.jax_runtime.types import (
     number_to_array,
     register_dataclass,
 )
+from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
 from bridge_wire import trees
 from bridge_wire.copying import copy

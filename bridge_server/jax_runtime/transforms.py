@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
-from bridge_server.jax_runtime.errors import model_errors
 from bridge_server.jax_runtime.types import MOST_ELEMENTS, avals_of, specs_of
+from bridge_server.model_errors import model_errors
 from bridge_wire.errors import ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec

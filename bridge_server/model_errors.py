@@ -1,6 +1,7 @@
-"""Exceptions of models as errors that travel."""
+"""Exceptions of models as errors that travel. Imports no framework."""
 
 import contextlib
+import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ _HERE = str(Path(__file__).parent)
 
 @contextlib.contextmanager
 def model_errors(where: str) -> Iterator[None]:
+    """Raise what a model raises as RemoteModelError."""
     try:
         yield
     except BridgeError:
@@ -22,10 +24,12 @@ def model_errors(where: str) -> Iterator[None]:
 
 
 def remote(error: Exception, where: str) -> RemoteModelError:
+    """Return the error that tells a client what a model has raised, and where."""
     kind = type(error)
-    # The frames before the model's first one are the bridge's and jax's own and tell its author nothing.
+    # The frames before the model's first one are the bridge's and the framework's own and tell its author nothing.
     frames = traceback.extract_tb(error.__traceback__)
-    first = next((i for i, frame in enumerate(frames) if not _is_machinery(frame.filename)), 0)
+    machinery = _machinery()
+    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(machinery)), 0)
     text = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames[first:])])
     return RemoteModelError(
         f"{kind.__name__}: {error}\n(in {where})",
@@ -34,5 +38,8 @@ def remote(error: Exception, where: str) -> RemoteModelError:
     )
 
 
-def _is_machinery(filename: str) -> bool:
-    return filename.startswith(_HERE) or filename in (trees.__file__, contextlib.__file__) or "/jax/" in filename
+def _machinery() -> tuple[str, ...]:
+    """Return the beginnings of the paths of files that are no model's."""
+    frameworks = [sys.modules.get(name) for name in ("jax", "torch")]
+    homes = [str(Path(module.__file__).parent) for module in frameworks if module and module.__file__]
+    return (_HERE, trees.__file__, contextlib.__file__, *homes)
