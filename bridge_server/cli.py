@@ -46,8 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     stop = _StopSignals()
-    if not options.jax_model:
-        raise CallerError("nothing to serve: name a model with --jax-model module:attribute")
+    if options.jax_model and options.torch_model:
+        raise CallerError("--jax-model and --torch-model exclude each other: start one worker for each framework")
+    if not (options.jax_model or options.torch_model):
+        raise CallerError("nothing to serve: name a model with --jax-model or --torch-model module:attribute")
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
@@ -55,7 +57,7 @@ def _serve(options: argparse.Namespace) -> int:
         watch_parent(options.parent_pid, stop.request)
 
     runtime = _runtime(options)
-    models = _load(options.jax_model, options.factory, runtime)
+    models = _load(options.jax_model or options.torch_model, options.factory, runtime)
     programs = Programs(runtime, models)
     sessions = Sessions(runtime, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
     worker = Worker(runtime, programs, sessions, endpoint, security)
@@ -79,11 +81,18 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
+    framework = "jax" if options.jax_model else "torch"
+    how = Options(x64=options.x64, jit=not options.no_jit)
     try:
+        if framework == "torch":
+            from bridge_server.torch_runtime import TorchRuntime
+
+            return TorchRuntime(how)
         from bridge_server.jax_runtime import JaxRuntime
+
+        return JaxRuntime(how)
     except ImportError as error:
-        raise CallerError(f"--jax-model needs jax in the worker's environment: {error}") from error
-    return JaxRuntime(Options(x64=options.x64, jit=not options.no_jit))
+        raise CallerError(f"--{framework}-model needs {framework} in the worker's environment: {error}") from error
 
 
 def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
@@ -136,7 +145,7 @@ class _StopSignals:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "bridge_server",
-        description="Serve JAX models to programs in other processes.",
+        description="Serve JAX or torch models to programs in other processes.",
         epilog="Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES, and so on.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -152,10 +161,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]MOD:ATTR",
         **listed,
     )
+    add(
+        "--torch-model",
+        "function, nn.Module, or a pair of either and its parameters; repeatable",
+        metavar="[NAME=]MOD:ATTR",
+        **listed,
+    )
     add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
     add("--listen", "default: a socket in a directory that only you can enter", metavar="unix:PATH|HOST:PORT")
-    add("--x64", "allow 64-bit floats and integers", action="store_true")
-    add("--no-jit", "run models operation by operation, for debugging", action="store_true")
+    add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
+    add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
     add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute",
         type=_bytes, default=half_of_memory(), metavar="BYTES")  # fmt: skip
     add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")

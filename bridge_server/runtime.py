@@ -26,7 +26,8 @@ class Parameter:
 class Model:
     """What a target names, seen as a function of its parameters and its arguments.
 
-    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own.
+    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. What it returns is
+    between it and its runtime.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Model:
     arguments: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
-    apply: Callable[[Sequence[Any], Sequence[Any], dict[str, Any]], Any]
+    apply: Callable[..., Any]
 
 
 class Program(ABC):

@@ -47,6 +47,15 @@ def x64_worker() -> Iterator[Session]:
         yield session
 
 
+@pytest.fixture(scope="session")
+def torch_worker() -> Iterator[Session]:
+    """A worker without jax that hosts every model of tests/torch_server/models.py."""
+    names = (TESTS / "torch_server" / "models.txt").read_text().split()
+    models = {name: f"tests.torch_server.models:{name}" for name in names}
+    with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT) as session:
+        yield session
+
+
 def _hosting_all(*args: str) -> Session:
     names = (TESTS / "models.txt").read_text().split()
     return spawn(
@@ -67,7 +76,7 @@ def lane(request: pytest.FixtureRequest) -> str:
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test there are no more descriptors, threads and children than before."""
     # Session-wide workers may start in the middle of a test: have them first.
-    for name in ("jax_worker", "x64_worker"):
+    for name in ("jax_worker", "x64_worker", "torch_worker"):
         if name in request.fixturenames:
             request.getfixturevalue(name)
     before = _held()

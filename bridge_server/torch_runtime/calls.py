@@ -1,0 +1,154 @@
+"""A model's call as a function of a flat list of arrays: what every transform starts from."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge_server.runtime import Model
+from bridge_server.torch_runtime.randomness import seed
+from bridge_server.torch_runtime.tracing import Traced, trace
+from bridge_server.torch_runtime.types import DTYPES, spec_of
+from bridge_wire import trees
+from bridge_wire.errors import SpecError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+# While a call is traced this one is real, since a fake tensor has no values to seed with.
+_ANY_KEY = torch.zeros(2, dtype=torch.uint32)
+
+
+class Call:
+    """The function from parameters (if the caller passes them), a key (if streams are named) and leaves to outputs.
+
+    It changes none of the arrays that it is given, whatever the model does to them.
+    """
+
+    def __init__(
+        self, model: Model, call: pb.Call, inputs: tuple[Spec, ...], classes: trees.Classes, where: str
+    ) -> None:
+        self.inputs = inputs
+        self.where = where
+        self.result = trees.flat(0)
+        self.outputs: tuple[Spec, ...] | None = None  # until it has been traced
+        self._model = model
+        self._classes = classes
+        self._arguments = call.arguments
+        self._is_flat = _is_flat(call.arguments)
+        self._passed = len(model.parameters) if call.parameters else 0
+        self._is_bound = not call.parameters
+        self.key = self._passed if call.rngs else None  # where it is among the inputs
+        self.leaves = self._passed + (self.key is not None)  # where they begin
+        self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
+        traced = trace(self._traced, model.values, inputs[self.leaves :], where)
+        self.outputs = tuple(map(spec_of, traced.outcome))
+        self.draws = traced.draws or self.key is not None
+        self._needs_grad = traced.needs_grad
+        written = self._written(traced)
+        self._written_state = [i for i in written if i < len(model.values)]
+        self._written_leaves = [i - len(model.values) for i in written if i >= len(model.values)]
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Tensor]:
+        """Return the outputs: those of the result, and the changed state if it may change."""
+        state: Sequence[Tensor] | None = None if self._is_bound else arrays[: self._passed]
+        leaves = arrays[self.leaves :]
+        if self._written_state:
+            state = _cloned(self._model.values if state is None else state, self._written_state)
+        if self._written_leaves:
+            leaves = _cloned(leaves, self._written_leaves)
+        if self.key is not None:
+            seed(arrays[self.key])
+        if self._needs_grad:
+            with torch.enable_grad():
+                return self._outputs_of(state, leaves)
+        return self._outputs_of(state, leaves)
+
+    def _traced(self, state: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor]:
+        if self.key is not None:
+            seed(_ANY_KEY)
+        return self._outputs_of(state, leaves)
+
+    def _written(self, traced: Traced) -> set[int]:
+        """Return what has to be copied before the model gets it, among the state and then the leaves."""
+        written = set(traced.written)
+        parameters, leaves = self._model.parameters, self.inputs[self.leaves :]
+        if not traced.is_fake:
+            # Other values may lead elsewhere. Weights can be large, and no model was seen to change only them.
+            written |= {i for i, parameter in enumerate(parameters) if not parameter.trainable}
+        if not traced.is_fake or any(spec.weak for spec in leaves):  # a trace holds for the numbers it was made with
+            written |= {len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak}
+        return written
+
+    def _outputs_of(self, state: Sequence[Tensor] | None, leaves: Sequence[Any]) -> list[Tensor]:
+        args, kwargs = (tuple(leaves), {}) if self._is_flat else trees.build(self._arguments, leaves, self._classes)
+        value, after = self._model.apply(state, args, kwargs)
+        outputs = self._flattened(value)
+        outputs += [after[i] for i in self._changing]
+        if self.outputs is None:
+            self._check_types(outputs)
+            return outputs
+        for i, (y, spec) in enumerate(zip(outputs, self.outputs, strict=True)):
+            if y.shape != spec.shape or DTYPES.get(y.dtype) is not spec.dtype:
+                raise SpecError(
+                    f"{self._label(i)} of model {self._model.name!r} is now {_described(y)}, and was {spec} when the "
+                    "call was prepared; a model's outputs must have the same types whenever its inputs have"
+                )
+        return outputs
+
+    def _flattened(self, value: Any) -> list[Tensor]:
+        if isinstance(value, Tensor) and self.outputs is not None and self.result.HasField("leaf"):
+            return [value]
+        tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
+        if self.outputs is None:
+            self.result = tree
+        elif tree != self.result:
+            raise StructureError(
+                f"the result of model {self._model.name!r} has tensors at {trees.leaf_paths(tree, 'the result')} and "
+                f"had them at {trees.leaf_paths(self.result, 'the result')} when the call was prepared"
+            )
+        return leaves
+
+    def _check_types(self, outputs: Sequence[Any]) -> None:
+        for i, y in enumerate(outputs):
+            if not isinstance(y, Tensor):
+                raise StructureError(
+                    f"{self._label(i)} of model {self._model.name!r} is {_described(y)}; return a tensor"
+                )
+            if y.layout is not torch.strided or y.dtype not in DTYPES:
+                raise SpecError(
+                    f"{self._label(i)} of model {self._model.name!r} is a tensor of {y.dtype} and {y.layout}, "
+                    "which has no counterpart; return a dense tensor of another type"
+                )
+        if not outputs:
+            raise StructureError(f"the result of model {self._model.name!r} holds no tensor; does it return one?")
+
+    def _label(self, position: int) -> str:
+        labels = trees.leaf_paths(self.result, "the result")
+        labels += [f"the buffer {self._model.parameters[i].path!r}" for i in self._changing]
+        return labels[position]
+
+
+def _is_flat(arguments: pb.Tree) -> bool:
+    args, kwargs = arguments.tuple.items
+    return not kwargs.dict.items and all(each.HasField("leaf") for each in args.tuple.items)
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether it has to be a tensor: whatever is neither None nor a container."""
+    is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)
+    return value is not None and not is_container
+
+
+def _cloned(tensors: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    made = list(tensors)
+    for i in positions:
+        made[i] = made[i].clone()
+    return made
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__module__}.{type(value).__qualname__}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

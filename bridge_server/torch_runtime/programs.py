@@ -1,0 +1,138 @@
+"""What runs: a composed call, a call that keeps its graph, and the pullback along such a graph."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from bridge_server import runtime
+from bridge_server.model_errors import remote
+from bridge_server.torch_runtime.randomness import drawing
+from bridge_server.torch_runtime.transforms import Composed, pull_back
+from bridge_wire import trees
+from bridge_wire.errors import BridgeError
+from bridge_wire.specs import Spec
+
+
+class Program(runtime.Program):
+    """Code with its signature. `run` is what subclasses say; this calls it, with nothing recorded by autograd."""
+
+    def __init__(
+        self,
+        inputs: tuple[Spec, ...],
+        outputs: tuple[Spec, ...],
+        where: str,
+        code: Callable[[Sequence[Any], Any], tuple[Sequence[Tensor], Any]],
+        *,
+        draws: bool = False,
+        is_seeded: bool = False,
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.output_nbytes = tuple(spec.nbytes for spec in outputs)
+        self.result = trees.flat(len(outputs))
+        self.where = where
+        self.draws = draws
+        self._is_seeded = is_seeded
+        self._code = code
+
+    def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
+        try:
+            with torch.no_grad():
+                if not self.draws:
+                    return self._code(inputs, residual)
+                with drawing(is_seeded=self._is_seeded):
+                    return self._code(inputs, residual)
+        except BridgeError:
+            raise
+        except Exception as error:
+            raise remote(error, self.where) from error
+
+
+class Kept(NamedTuple):
+    """A residual: the graph of one run, by its two ends. It holds what backward formulas have saved, no more."""
+
+    outputs: Sequence[Any]  # a GradientEdge for each; None where an output depends on nothing
+    primals: Sequence[Tensor]
+
+
+class KeepingProgram(Program):
+    """A program whose runs keep the graph from the inputs `wrt`."""
+
+    residual_nbytes: int = 0  # once a run has shown how much it is
+
+    def __init__(self, composed: Composed, wrt: tuple[int, ...], where: str, **how: bool) -> None:
+        super().__init__(composed.inputs, composed.outputs, where, self._keep, **how)
+        self.wrt = wrt
+        self.differentiable = tuple(i for i, spec in enumerate(composed.outputs) if spec.dtype.is_inexact)
+        self._f = composed.f
+        self._is_measured = False
+
+    def _keep(self, inputs: Sequence[Any], _: None) -> tuple[Sequence[Tensor], Kept]:
+        arrays = list(inputs)
+        primals = []
+        for i in self.wrt:
+            arrays[i] = arrays[i].detach().requires_grad_()
+            primals.append(arrays[i])
+        with torch.enable_grad():
+            outputs = self._f(arrays)
+        kept = Kept([get_gradient_edge(y) if y.requires_grad else None for y in outputs], primals)
+        if not self._is_measured:
+            self.residual_nbytes = _nbytes_saved(kept.outputs, [x for x in inputs if isinstance(x, Tensor)])
+            self._is_measured = True
+        return [y.detach() for y in outputs], kept
+
+    def pullback(self, wrt: Sequence[int], outputs: Sequence[int]) -> Program:
+        """Return the program from a residual and cotangents of `outputs` to cotangents of `wrt`."""
+        positions = [self.wrt.index(i) for i in wrt]
+
+        def pull(cotangents: Sequence[Tensor], kept: Kept) -> tuple[Sequence[Tensor], None]:
+            edges = [kept.outputs[i] for i in outputs]
+            # A client may pull back along a residual as often as it likes.
+            return pull_back(edges, [kept.primals[i] for i in positions], cotangents, retain_graph=True), None
+
+        program = Program(
+            tuple(self.outputs[i] for i in outputs),
+            tuple(self.inputs[i] for i in wrt),
+            f"the VJP of {self.where}",
+            pull,
+            draws=self.draws,  # a checkpoint draws its numbers once more
+        )
+        program.pullback_of = self
+        return program
+
+
+def _nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
+    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which the client owns."""
+    theirs = {x.untyped_storage().data_ptr() for x in inputs}
+    sizes: dict[int, int] = {}
+    for node in _nodes(edges):
+        for tensor in _saved_by(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in theirs:
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _nodes(edges: Sequence[Any]) -> set[Any]:
+    found: set[Any] = set()
+    waiting = [edge.node for edge in edges if edge is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
+def _saved_by(node: Any) -> list[Tensor]:
+    saved: list[Any] = []
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            with contextlib.suppress(RuntimeError):  # freed, or changed since: then the graph does not use it
+                value = getattr(node, name)
+                saved += value if isinstance(value, list | tuple) else [value]
+    return [each for each in saved if isinstance(each, Tensor) and each.layout is torch.strided]

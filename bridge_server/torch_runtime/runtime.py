@@ -1,0 +1,138 @@
+"""TorchRuntime: models run eagerly by torch, their types found out once per signature."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bridge_server import runtime
+from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
+from bridge_server.torch_runtime import types
+from bridge_server.torch_runtime.calls import Call
+from bridge_server.torch_runtime.models import Parts, parts_of
+from bridge_server.torch_runtime.programs import KeepingProgram, Program
+from bridge_server.torch_runtime.transforms import check_differentiable, compose
+from bridge_wire import trees
+from bridge_wire.errors import ProtocolError, SpecError, TargetError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec, decode_all
+
+_MOST_NAMED = 20
+
+
+class TorchRuntime(Runtime):
+    """Serves torch models: eager code, differentiated by autograd and torch.func."""
+
+    def __init__(self, options: Options) -> None:
+        self._classes = trees.Classes()
+        self._calls: dict[tuple[Model, bytes], Call] = {}
+
+    def describe(self) -> Description:
+        return Description("torch", torch.__version__, x64=True, devices=("cpu:0",))
+
+    def adapt(self, name: str, target: Any) -> Model:
+        parts = parts_of(name, target)
+        if parts is None:
+            raise TargetError(
+                f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a function, an "
+                "nn.Module, or a pair (function or module, parameters)"
+            )
+        parameters = [
+            Parameter(label, types.spec_of(tensor), label in parts.trainable) for label, tensor in parts.state.items()
+        ]
+        return Model(
+            name=name,
+            doc=inspect.getdoc(parts.documented) or "",
+            arguments=_positional_names(parts),
+            parameters=tuple(parameters),
+            values=[tensor.detach() for tensor in parts.state.values()],
+            apply=parts.apply,
+        )
+
+    def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
+        yield "tracing"
+        base = self._call(model, call)
+        composed = compose(base, call.transforms)
+        how = {"draws": base.draws, "is_seeded": base.key is not None}
+        program: Program
+        if call.HasField("keep"):
+            wrt = tuple(call.keep.inputs)
+            check_differentiable("keep", wrt, composed.inputs)
+            program = KeepingProgram(composed, wrt, base.where, **how)
+        else:
+            program = Program(
+                composed.inputs, composed.outputs, base.where, lambda arrays, _: (composed.f(arrays), None), **how
+            )
+        if not call.transforms:
+            program.result = base.result
+        return program
+
+    def prepare_parameters(self, model: Model) -> runtime.Program:
+        outputs = tuple(parameter.spec for parameter in model.parameters)
+        return Program((), outputs, f"the parameters of {model.name!r}", lambda _, __: (model.values, None))
+
+    def prepare_pullback(self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
+        assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
+        if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
+            raise ProtocolError(
+                f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps what is needed "
+                f"from {program.differentiable} to {program.wrt}"
+            )
+        yield "tracing"
+        return program.pullback(wrt, outputs)
+
+    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+        return types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
+
+    def write(self, array: Any, pointer: int, nbytes: int) -> None:
+        types.write(array, pointer, nbytes)
+
+    def _call(self, model: Model, call: pb.Call) -> Call:
+        """Return the call without its transforms, which is traced once for all programs that are derived from it."""
+        plain = pb.Call()
+        plain.CopyFrom(call)
+        plain.ClearField("transforms")
+        plain.ClearField("keep")
+        key = (model, plain.SerializeToString(deterministic=True))
+        known = self._calls.get(key)
+        if known is None:
+            inputs = decode_all(call.inputs)
+            where = f"model {model.name!r} called with {_checked_signature(model, call, inputs)}"
+            known = self._calls[key] = Call(model, plain, inputs, self._classes, where)
+        return known
+
+
+def _checked_signature(model: Model, call: pb.Call, inputs: Sequence[Spec]) -> str:
+    """Check the inputs of a call before anything runs, and return them as text for later errors."""
+    own = [parameter.path for parameter in model.parameters] if call.parameters else []
+    names = own + (["rng"] if call.rngs else []) + trees.argument_paths(call.arguments)
+    if len(names) != len(inputs):
+        raise ProtocolError(f"a call with {len(names)} arrays came with {len(inputs)} specs")
+    if call.mutable and not call.parameters:
+        raise ProtocolError("a call that may change buffers must pass the parameters")
+    if call.rngs and (inputs[len(own)].dtype.name, inputs[len(own)].shape) != ("uint32", (2,)):
+        raise ProtocolError(f"a key is uint32[2], and came as {inputs[len(own)]}")
+    if call.parameters:
+        for parameter, spec in zip(model.parameters, inputs, strict=False):
+            if spec.shape != parameter.spec.shape:
+                raise SpecError(
+                    f"parameter `{parameter.path}` has shape {list(spec.shape)}; "
+                    f"the model's has {list(parameter.spec.shape)}"
+                )
+    shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
+    more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
+    return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
+
+
+def _positional_names(parts: Parts) -> tuple[str, ...]:
+    try:
+        signature = inspect.signature(parts.documented)
+    except (TypeError, ValueError):
+        return ()
+    names = tuple(
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    )
+    return names[1:] if parts.skips_first else names

@@ -1,0 +1,114 @@
+"""What a call returns and touches, found out before its first run.
+
+The call is made once with fake tensors, which have types and no data. A model that cannot be called so, because it
+looks at values, is run on zeros.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bridge_server.model_errors import remote
+from bridge_server.torch_runtime.randomness import drawing
+from bridge_server.torch_runtime.types import zeros
+from bridge_wire.errors import BridgeError
+from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
+
+# Operators that keep statistics write these arguments, and their schemas do not say so.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+
+Function = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+
+
+class Traced(NamedTuple):
+    """What a trace has found out."""
+
+    outcome: Any
+    written: frozenset[int]  # positions of what was changed in place, among the state and then the inputs
+    draws: bool  # whether random numbers were drawn
+    needs_grad: bool  # whether it works only while autograd records, as a model does that differentiates inside
+    is_fake: bool  # whether it holds whatever the values are
+
+
+def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: str) -> Traced:
+    """Return what comes of `f(state, inputs)`, for tensors like these and inputs of these types.
+
+    Raises:
+      RemoteModelError: the model raises, on zeros too.
+    """
+    errors: list[Exception] = []
+    for is_fake, needs_grad in ((True, False), (True, True), (False, False), (False, True)):
+        try:
+            traced = _attempt(f, state, inputs, is_fake=is_fake, needs_grad=needs_grad)
+        except BridgeError:
+            raise
+        except Exception as error:
+            errors.append(error)
+            continue
+        if not is_fake:
+            _log.warning("%s was run once on zeros, since it cannot be traced: %s", where, _first_line(errors[0]))
+        return traced
+    raise remote(errors[-1], where) from errors[-1]
+
+
+def _attempt(
+    f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], *, is_fake: bool, needs_grad: bool
+) -> Traced:
+    with ExitStack() as stack:
+        stack.enter_context(drawing(is_seeded=True))  # whatever is drawn here is not missed anywhere
+        stack.enter_context(torch.set_grad_enabled(needs_grad))
+        if is_fake:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            copies = [torch.empty(each.shape, dtype=each.dtype) for each in state]
+        else:
+            copies = [each.detach().clone() for each in state]
+        arrays = [zeros(spec) for spec in inputs]
+        watch = stack.enter_context(_Watch([*copies, *arrays]))
+        outcome = f(copies, arrays)
+    return Traced(outcome, frozenset(watch.written), watch.draws, needs_grad, is_fake)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees every operator that runs, and notes what it does besides returning tensors."""
+
+    def __init__(self, tensors: Sequence[Any]) -> None:
+        super().__init__()
+        self.draws = False
+        self.written: set[int] = set()
+        self._positions = {_storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in operator.tags:
+            self.draws = True
+        given = dict(kwargs or {})
+        for argument, value in zip(operator._schema.arguments, args, strict=False):
+            given[argument.name] = value
+        for argument in operator._schema.arguments:
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written or argument.name in _STATISTICS:
+                self._note(given.get(argument.name))
+        return operator(*args, **(kwargs or {}))
+
+    def _note(self, value: Any) -> None:
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(each, Tensor) and (position := self._positions.get(_storage(each))) is not None:
+                self.written.add(position)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Return what tensors that share memory have in common."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]

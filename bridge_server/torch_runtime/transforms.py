@@ -1,0 +1,277 @@
+"""Derivatives and batches of a call, each a function of a flat list of arrays again.
+
+There are two ways to make each of them. torch.func's transforms compose with everything, but not with code that they
+cannot look into, such as an autograd.Function without setup_context. Plain autograd does with any torch code: a
+derivative is a backward pass, a forward-mode derivative two of them, a batch its rows one by one. A reverse-mode
+derivative that no batch and no forward-mode derivative is made of is always plain, which is also the fastest.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge_server.torch_runtime.calls import Call
+from bridge_server.torch_runtime.types import is_differentiable, replaced, zeros
+from bridge_wire.errors import BridgeError, ProtocolError, SpecError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
+
+Flat = Callable[[Sequence[Any]], list[Tensor]]
+_MOST_ELEMENTS = 2**47
+
+
+class Composed(NamedTuple):
+    """A function with its type."""
+
+    f: Flat
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+
+
+def compose(call: Call, transforms: Sequence[pb.Transform]) -> Composed:
+    """Return the call with the transforms applied to it in order."""
+    assert call.outputs is not None, "it has been traced"
+    plain = functional = Composed(call, call.inputs, call.outputs)
+    kinds = [transform.WhichOneof("kind") for transform in transforms]
+    last = max((i for i, kind in enumerate(kinds) if kind != "vjp"), default=-1)
+    is_keyed_by_row = False
+    for i, (kind, transform) in enumerate(zip(kinds, transforms, strict=True)):
+        if kind == "vmap":
+            _check_vmap(transform.vmap, plain.inputs)
+            is_keyed_by_row |= call.key is not None and transform.vmap.axes[call.key] >= 0
+            randomness = "different" if call.key is None else "same"
+            functional = _vmap(functional, transform.vmap, functools.partial(_batched, randomness=randomness))
+            plain = _vmap(plain, transform.vmap, _row_by_row)
+        elif kind == "jvp":
+            _check(kind, transform.jvp, plain)
+            functional = _jvp(functional, transform.jvp, _pushed_forward)
+            plain = _jvp(plain, transform.jvp, _pushed_by_two_pullbacks)
+        elif kind == "vjp":
+            _check(kind, transform.vjp, plain)
+            functional = _vjp(functional, transform.vjp, _pulled_back_within if i < last else _pulled_back)
+            plain = _vjp(plain, transform.vjp, _pulled_back)
+        else:
+            raise ProtocolError("a transform has no kind")
+    # torch.func has no generator for each row.
+    if last < 0 or is_keyed_by_row:
+        return plain
+    return functional._replace(f=_Either(functional.f, plain.f, call.where))
+
+
+def pull_back(
+    outputs: Sequence[Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], **how: bool
+) -> list[Tensor]:
+    """Return the cotangents of the primals, in jax.vjp's convention: linear, where torch's gradient is conjugate.
+
+    An output is a tensor or its GradientEdge; None if it depends on nothing.
+    """
+    gradients = _gradients(outputs, primals, list(map(_conjugated, cotangents)), **how)
+    return [
+        torch.zeros_like(x) if gradient is None else _conjugated(gradient)
+        for x, gradient in zip(primals, gradients, strict=True)
+    ]
+
+
+# What the transforms are to their inputs and outputs ---------------------------------------------------------------
+
+_Selected = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Tensor]]) -> Composed:
+    wrt, selected, count = tuple(transform.wrt), tuple(transform.outputs), len(of.inputs)
+
+    def transformed(arrays: Sequence[Any]) -> list[Tensor]:
+        xs, cotangents = arrays[:count], arrays[count:]
+        return pull(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], cotangents)
+
+    cotangents = tuple(of.outputs[i] for i in selected)
+    return Composed(transformed, of.inputs + cotangents, tuple(of.inputs[i] for i in wrt))
+
+
+def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Tensor]]) -> Composed:
+    wrt, selected, count = tuple(transform.wrt), tuple(transform.outputs), len(of.inputs)
+
+    def transformed(arrays: Sequence[Any]) -> list[Tensor]:
+        xs, tangents = arrays[:count], arrays[count:]
+        return push(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents)
+
+    tangents = tuple(of.inputs[i] for i in wrt)
+    return Composed(transformed, of.inputs + tangents, tuple(of.outputs[i] for i in selected))
+
+
+def _vmap(of: Composed, transform: pb.Transform.Vmap, batch: Callable[..., list[Tensor]]) -> Composed:
+    axes, size = tuple(transform.axes), transform.size
+    mapped = tuple(i for i, axis in enumerate(axes) if axis >= 0)
+    inputs = tuple(
+        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+        for axis, spec in zip(axes, of.inputs, strict=True)
+    )
+    outputs = tuple(spec._replace(shape=(size, *spec.shape)) for spec in of.outputs)
+    for spec in (*inputs, *outputs):
+        if spec.nbytes > _MOST_ELEMENTS * spec.dtype.itemsize:
+            raise SpecError(f"vmap over {size} elements makes an array of type {spec}, which no memory can hold")
+
+    def transformed(arrays: Sequence[Any]) -> list[Tensor]:
+        if size and not mapped:
+            return [y.expand(size, *y.shape) for y in of.f(arrays)]
+        return batch(of, arrays, mapped, axes, size)
+
+    return Composed(transformed, inputs, outputs)
+
+
+def _restricted(f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]) -> _Selected:
+    """Return `f` as a function of the inputs `wrt` alone, to the selected outputs alone."""
+
+    def restricted(primals: Sequence[Tensor]) -> list[Tensor]:
+        outputs = f(replaced(xs, wrt, primals))
+        return [outputs[i] for i in selected]
+
+    return restricted
+
+
+# By torch.func -----------------------------------------------------------------------------------------------------
+
+
+def _pulled_back_within(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    if not primals or not cotangents:
+        return [torch.zeros_like(x) for x in primals]
+    pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)[1]
+    return [_conjugated(gradient) for gradient in pull(tuple(map(_conjugated, cotangents)))]
+
+
+def _pushed_forward(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    if not primals:
+        return [torch.zeros_like(y) for y in f(primals)]
+    return list(torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1])
+
+
+def _batched(
+    of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int, *, randomness: str
+) -> list[Tensor]:
+    def row(*values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(of.f(replaced(arrays, mapped, values)))
+
+    dims = tuple(axes[i] for i in mapped)
+    return list(torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped)))
+
+
+# By autograd alone -------------------------------------------------------------------------------------------------
+
+
+def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    is_differentiated = torch.is_grad_enabled()  # by what is around it
+    with torch.enable_grad():
+        xs = [_as_variable(x) for x in primals]
+        return pull_back(f(xs), xs, cotangents, create_graph=is_differentiated)
+
+
+def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tangents of the outputs: the pullback is linear, and its own pullback is the derivative.
+
+    Both times torch's conjugate is taken, so there is nothing to conjugate.
+    """
+    is_differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        xs = [_as_variable(x) for x in primals]
+        ys = f(xs)
+        probes = [torch.zeros_like(y).requires_grad_() for y in ys]
+        pulled = _gradients(ys, xs, probes, create_graph=True)
+        pushed = _gradients(pulled, probes, tangents, create_graph=is_differentiated)
+    return [torch.zeros_like(y) if tangent is None else tangent for y, tangent in zip(ys, pushed, strict=True)]
+
+
+def _row_by_row(
+    of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int
+) -> list[Tensor]:
+    rows = [of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n) for i in mapped])) for n in range(size)]
+    if not rows:
+        return [zeros(spec._replace(shape=(0, *spec.shape))) for spec in of.outputs]
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+class _Either:
+    """Calls the first function while it can, and the second one from then on when only that can."""
+
+    def __init__(self, functional: Flat, plain: Flat, where: str) -> None:
+        self._functional = functional
+        self._plain = plain
+        self._where = where
+        self._chosen: Flat | None = None
+
+    def __call__(self, arrays: Sequence[Any]) -> list[Tensor]:
+        if self._chosen is not None:
+            return self._chosen(arrays)
+        try:
+            outputs = self._functional(arrays)
+            self._chosen = self._functional
+        except BridgeError:
+            raise
+        except Exception as error:
+            outputs = self._plain(arrays)
+            self._chosen = self._plain
+            reason = str(error).partition("\n")[0]
+            _log.warning(
+                "torch.func cannot transform %s, so batches of it run row by row and forward-mode derivatives as two "
+                "backward passes: %s",
+                self._where,
+                reason,
+            )
+        return outputs
+
+
+def _gradients(
+    outputs: Sequence[Any], inputs: Sequence[Tensor], weights: Sequence[Tensor], **how: bool
+) -> Sequence[Tensor | None]:
+    """Return torch's gradients of the weighted outputs, None where nothing depends on an input."""
+    live = [
+        (y, weight)
+        for y, weight in zip(outputs, weights, strict=True)
+        if y is not None and (not isinstance(y, Tensor) or y.requires_grad)
+    ]
+    if not live or not inputs:
+        return [None] * len(inputs)
+    ys, given = zip(*live, strict=True)
+    return torch.autograd.grad(ys, inputs, given, allow_unused=True, **how)
+
+
+def _as_variable(x: Tensor) -> Tensor:
+    """Return the tensor as one that gradients can be taken of, a link in the graph that it may belong to."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _conjugated(tensor: Tensor) -> Tensor:
+    return tensor.conj() if tensor.is_complex() else tensor
+
+
+# What a client may ask for -----------------------------------------------------------------------------------------
+
+
+def _check(kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed) -> None:
+    check_differentiable(kind, transform.wrt, of.inputs)
+    check_differentiable(kind, transform.outputs, of.outputs)
+
+
+def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
+    """Raise an error unless the positions name floats, each once."""
+    for i in positions:
+        if i >= len(specs):
+            raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
+        if not is_differentiable(specs[i]):
+            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
+    if len(set(positions)) != len(positions):
+        raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
+
+
+def _check_vmap(transform: pb.Transform.Vmap, inputs: Sequence[Spec]) -> None:
+    axes, size = transform.axes, transform.size
+    if len(axes) != len(inputs):
+        raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
+    for axis, spec in zip(axes, inputs, strict=True):
+        if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
+            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")

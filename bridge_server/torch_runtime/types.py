@@ -1,0 +1,66 @@
+"""Tensors and their types: over the client's memory, and into it."""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+from torch import Tensor
+
+from bridge_wire.copying import copy
+from bridge_wire.dlpack import Exporter
+from bridge_wire.dtypes import BY_NAME, DType
+from bridge_wire.specs import Spec
+
+TORCH_DTYPES: Mapping[DType, torch.dtype] = {dtype: getattr(torch, name) for name, dtype in BY_NAME.items()}
+DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """Return the type of a tensor whose dtype is one of ours."""
+    return Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def zeros(spec: Spec) -> Any:
+    """Return zeros of a type; for a Python number, a number of its kind that one may divide by."""
+    if spec.weak:
+        return {"int64": 1, "float64": 1.0, "complex128": 1 + 0j}[spec.dtype.name]
+    return torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+
+
+def number_at(pointer: int, spec: Spec) -> int | float | complex:
+    """Return the Python number that memory holds."""
+    if spec.dtype.name == "int64":
+        return ctypes.c_int64.from_address(pointer).value
+    real = ctypes.c_double.from_address(pointer).value
+    if spec.dtype.name == "float64":
+        return real
+    return complex(real, ctypes.c_double.from_address(pointer + 8).value)
+
+
+def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
+    """Return a tensor over memory that `owner` keeps alive."""
+    if 0 in spec.shape:
+        return zeros(spec)
+    return torch.utils.dlpack.from_dlpack(Exporter(pointer, spec, owner))
+
+
+def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
+    """Copy a tensor's elements, row-major, to memory."""
+    if tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg():
+        copy(pointer, tensor.data_ptr(), nbytes)
+    else:
+        tensor_at(pointer, spec_of(tensor), None).copy_(tensor.detach())
+
+
+def is_differentiable(spec: Spec) -> bool:
+    return spec.dtype.is_inexact and not spec.weak
+
+
+def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """Return a copy of the list with other values at some positions."""
+    made = list(xs)
+    for i, value in zip(positions, values, strict=True):
+        made[i] = value
+    return made

@@ -1,0 +1,1 @@
+"""The torch runtime, in a worker without jax and in this process."""
