@@ -1,15 +1,12 @@
 """Torch models in a worker without jax, called from here and compared with themselves called here."""
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
-from bridge_client import Session
-from bridge_wire.errors import RemoteModelError, SpecError, StructureError
 from tests.torch_server import models
 from tests.torch_server.conftest import Remote
 
