@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bridge_wire import specs
+from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -35,7 +35,8 @@ class Program:
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
     outputs_nbytes: int = 0  # of all together
-    discrete_outputs: tuple[int, ...] = ()  # those of integers and bools, which have no derivative
+    discrete_outputs: tuple[int, ...] = ()  # those without a derivative: integers, bools, and new buffers
+    changed: int = 0  # how many of the outputs, at their end, are the new values of buffers
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple["Link | None", int] = (None, 0)  # the worker's name for it, good for that link
     key: int = field(default_factory=_keys.__next__)  # names it in this process
@@ -73,8 +74,13 @@ class Program:
         self.outputs = specs.decode_all(prepared.outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.outputs_nbytes = sum(self.output_nbytes)
-        self.discrete_outputs = tuple(i for i, spec in enumerate(self.outputs) if not spec.dtype.is_inexact)
         self.result = prepared.result
+        if self.request.call.mutable and not self.request.call.transforms:
+            self.changed = len(self.outputs) - len(trees.leaf_paths(self.result, ""))
+        results = len(self.outputs) - self.changed
+        self.discrete_outputs = tuple(
+            i for i, spec in enumerate(self.outputs) if i >= results or not spec.dtype.is_inexact
+        )
         self.name = (link, prepared.program)
 
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
@@ -84,7 +90,7 @@ class Program:
             return known
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
-        return self._derive(key, request, self.inputs, self.labels, origin=self)
+        return self._derive(key, request, self.inputs, self.labels, origin=self, changed=self.changed)
 
     def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
@@ -124,7 +130,7 @@ class Program:
             spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
             for spec, axis in zip(self.inputs, axes, strict=True)
         )
-        return self._derive(key, self._transformed_request(transform), inputs, self.labels)
+        return self._derive(key, self._transformed_request(transform), inputs, self.labels, changed=self.changed)
 
     def _transformed_request(self, transform: pb.Transform) -> pb.PrepareRequest:
         request = self._copied_request()
@@ -145,8 +151,9 @@ class Program:
         inputs: tuple[Spec, ...],
         labels: tuple[str, ...],
         origin: "Program | None" = None,
+        changed: int = 0,
     ) -> "Program":
-        derived = Program(self.session, request, inputs, labels, self.timeout_s, origin)
+        derived = Program(self.session, request, inputs, labels, self.timeout_s, origin, changed=changed)
         return self._derived.setdefault(key, self.session.prepare(derived))
 
 

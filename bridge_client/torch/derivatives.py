@@ -108,7 +108,7 @@ class _Transformable(torch.autograd.Function):
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
         wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and program.inputs[i].dtype.is_inexact)
-        outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
+        outputs = tuple(i for i in range(len(program.outputs)) if i not in program.discrete_outputs)
         made: list[Tensor | None] = [None] * len(program.outputs)
         if wrt and outputs:
             derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)])

@@ -5,8 +5,9 @@ import copy
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import optree
@@ -21,7 +22,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_client.torch.derivatives import apply
 from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, cast_floats, from_block, spec_of
-from bridge_client.torch.runs import PLAIN
+from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
     flatten,
     marked,
@@ -50,6 +51,10 @@ class RemoteJaxFunction(nn.Module):
       parameters: "client" makes the model's parameters nn.Parameters of this module, named by their tree path (such as
         `params.Dense_0.kernel`) and trained by any torch optimizer; "worker" leaves them there, frozen.
       static_argnames: arguments whose numbers are part of the program instead of its data.
+      rngs: names of the random streams that the model draws from in training mode, such as "dropout". Each call then
+        takes a new key from torch's default generator, so that torch.manual_seed decides what is drawn.
+      mutable: whether calls in training mode change the model's buffers, such as the statistics of a BatchNorm. Their
+        new values are written into this module's buffers after the call.
       timeout_s: seconds for each call; None takes the session's.
       cast_inputs: under torch.autocast, cast float arguments and parameters, but not float64, to this dtype, as
         torch.amp.custom_fwd does. None: autocast changes nothing, and the model computes in the dtypes it is given.
@@ -65,6 +70,8 @@ class RemoteJaxFunction(nn.Module):
         name: str | None = None,
         parameters: str = "client",
         static_argnames: str | Sequence[str] = (),
+        rngs: str | Sequence[str] = (),
+        mutable: bool = False,
         timeout_s: float | None = None,
         cast_inputs: torch.dtype | None = None,
     ) -> None:
@@ -73,6 +80,8 @@ class RemoteJaxFunction(nn.Module):
             raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
         if cast_inputs is not None and not (isinstance(cast_inputs, torch.dtype) and cast_inputs.is_floating_point):
             raise CallerError(f"cast_inputs={cast_inputs!r}; expected a float dtype such as torch.bfloat16, or None")
+        if mutable and parameters == "worker":
+            raise CallerError("mutable=True needs parameters='client': the worker's own are the same for every client")
         if isinstance(target, str):
             target = connect(target)
         if not isinstance(target, Session):
@@ -81,13 +90,19 @@ class RemoteJaxFunction(nn.Module):
         self.timeout_s = timeout_s
         self.cast_inputs = cast_inputs
         self._model = target.model(name)
-        self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
+        self._static_argnames = frozenset(_names("static_argnames", static_argnames))
+        self._rngs = _names("rngs", rngs)
+        self._is_mutable = mutable
+        self._is_stateful = mutable or bool(self._rngs)
+        self._buffer_positions: list[int] = []
         self._calls: dict[Hashable, _Call] = {}
         self._classes = trees.Classes(adopt=register_dataclass)
         self._key = self._be_known()
         self._owners: list[tuple[nn.Module, str]] = []
         if parameters == "client" and self._model.parameters:
             self._fetch_parameters()
+        if mutable and all(info.trainable for info in self._model.parameters):
+            raise CallerError(f"mutable=True, but the model {self._model.name!r} has no buffers that could change")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -99,6 +114,8 @@ class RemoteJaxFunction(nn.Module):
           CallTimeout: no answer within the time allowed.
         """
         own = self._own_tensors()
+        if self._is_stateful and self.training:
+            return self._call_stateful(own, args, kwargs)
         if torch.compiler.is_compiling():
             return _traced_call(self._key, own, args, kwargs)
         for tensor in own:
@@ -106,9 +123,41 @@ class RemoteJaxFunction(nn.Module):
                 self._keep_in_slab(tensor)
         return self._call(own, args, kwargs)
 
-    def _call(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_stateful(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model in training mode: with a new key, and with buffers that change."""
+        given = list(own)
+        if self._is_mutable and torch.is_grad_enabled():
+            # Autograd keeps these values: a backward pass may need them after the buffers themselves have changed.
+            for i in self._buffer_positions:
+                given[i] = self._cloned(own[i])
+        if self._rngs:
+            given.append(self._key_for_call())
+        if torch.compiler.is_compiling():
+            result, changed = _traced_call(self._key, given, args, kwargs, is_stateful=True)
+        else:
+            result, changed = self._call(given, args, kwargs, is_stateful=True)
+        if self._is_mutable:
+            with torch.no_grad():
+                for i, value in zip(self._buffer_positions, changed, strict=True):
+                    own[i].copy_(value)
+        return result
+
+    def _key_for_call(self) -> Tensor:
+        """Return a new key; of a submitted call the one that was drawn when it was submitted."""
+        if torch.compiler.is_compiling():
+            return _draw_key()
+        function, key = _submitted.get()
+        return key if function is self and key is not None else _draw_key()
+
+    def _call(
+        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
+    ) -> Any:
+        """Call the model with these parameters (and key). Return the result, of a stateful call with its buffers."""
         if self.cast_inputs is not None and autocast_is_on():
-            own, args, kwargs = cast_floats((own, args, kwargs), self.cast_inputs)
+            cast, args, kwargs = cast_floats((own, args, kwargs), self.cast_inputs)
+            for i in self._buffer_positions:  # statistics would lose what a step adds to them
+                cast[i] = own[i]
+            own = cast
         leaves, structure = flatten((args, kwargs))
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
         signature: list[Any] = [structure]
@@ -123,7 +172,7 @@ class RemoteJaxFunction(nn.Module):
             else:
                 if kind is not Tensor and not isinstance(leaf, Tensor):
                     if register_if_dataclass(kind):
-                        return self._call(own, args, kwargs)  # that leaf has become a node
+                        return self._call(own, args, kwargs, is_stateful)  # that leaf has become a node
                     leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                 signature.append(leaf.dtype)
                 signature.append(leaf.shape if kind is Tensor else _shape_of(leaf))
@@ -131,11 +180,17 @@ class RemoteJaxFunction(nn.Module):
         for tensor in own:
             signature.append(tensor.dtype)
             signature.append(_shape_of(tensor))
+        if is_stateful:
+            signature.append("stateful")
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._prepare(structure, leaves, statics, own)
-        return call.rebuild(apply(call.program, inputs))
+            call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful)
+        outputs = apply(call.program, inputs)
+        if is_stateful:
+            results = len(outputs) - call.program.changed
+            return call.rebuild(outputs[:results]), outputs[results:]
+        return call.rebuild(outputs)
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Begin a call, and return its future; `gather` waits for several. Submitted calls run side by side, at most 32
@@ -145,14 +200,20 @@ class RemoteJaxFunction(nn.Module):
         arguments in place until the result is there. A future that is cancelled before its call has begun never calls;
         one whose call is under way cannot be cancelled, and a result that nobody waits for is dropped when it comes.
         Where this thread is tracing, transforming or packing saved tensors, which other threads cannot do for it, the
-        call is made at once.
+        call is made at once. What random streams are going to draw is decided here.
+
+        Raises:
+          CallerError: the call would change the model's buffers, which calls side by side cannot.
         """
         if is_bound_to_this_thread():
             return completed(lambda: self(*args, **kwargs))
+        if self._is_mutable and self.training:
+            raise CallerError("a call that changes buffers cannot be submitted: call it at once, or use .eval()")
+        key = _draw_key() if self._rngs and self.training else None
         inherit = thread_state()
 
         def call() -> Any:
-            with inherit():
+            with inherit(), _submitting(self, key):
                 return self(*args, **kwargs)
 
         return self.session.submit(call)
@@ -196,6 +257,7 @@ class RemoteJaxFunction(nn.Module):
                 owner._parameters[leaf] = nn.Parameter(tensor)
             else:
                 owner._buffers[leaf] = tensor
+                self._buffer_positions.append(len(self._owners))
             self._owners.append((owner, leaf))
 
     def _own_tensors(self) -> list[Tensor]:
@@ -219,9 +281,17 @@ class RemoteJaxFunction(nn.Module):
             return
         if torch.is_inference_mode_enabled() or tensor.is_inference():
             return
+        tensor.data = self._copied_to_slab(tensor)
+
+    def _copied_to_slab(self, tensor: Tensor) -> Tensor:
         spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
-        moved = from_block(self.session.pool.lease(nbytes), spec)
-        tensor.data = moved.copy_(tensor.detach())
+        return from_block(self.session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
+
+    def _cloned(self, buffer: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced([buffer]):
+            return buffer.clone()
+        is_sendable = buffer.device.type == "cpu" and buffer.dtype in DTYPES and buffer.layout is torch.strided
+        return self._copied_to_slab(buffer) if is_sendable else buffer
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
@@ -239,6 +309,7 @@ class RemoteJaxFunction(nn.Module):
         leaves: Sequence[Any],
         statics: frozenset[int],
         own: Sequence[Tensor],
+        is_stateful: bool,
     ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
         slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
@@ -249,7 +320,9 @@ class RemoteJaxFunction(nn.Module):
         if order != sorted(order):
             raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
         arguments = trees.arguments(encoded_args, encoded_kwargs)
-        paths = [info.path for info in self._model.parameters[: len(own)]] + trees.argument_paths(arguments)
+        rngs = self._rngs if is_stateful else ()
+        paths = [info.path for info in self._model.parameters] if self._owners else []
+        paths += ["the key"] * bool(rngs) + trees.argument_paths(arguments)
         inputs = [*own, *(leaves[i] for i in order)]
         x64 = self.session.x64
         described = [spec_of(value, path, x64) for value, path in zip(inputs, paths, strict=True)]
@@ -258,7 +331,9 @@ class RemoteJaxFunction(nn.Module):
                 model=self._model.name,
                 arguments=arguments,
                 inputs=[specs.encode(spec) for spec in described],
-                parameters=bool(own),
+                parameters=bool(self._owners),
+                rngs=rngs,
+                mutable=is_stateful and self._is_mutable,
             ),
             labels=paths,
             timeout_s=self.timeout_s,
@@ -289,13 +364,20 @@ _functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.Weak
 
 _function_keys = itertools.count()
 
+# The function whose submitted call runs in this thread, and the key that was drawn for it.
+_submitted: "ContextVar[tuple[RemoteJaxFunction | None, Tensor | None]]" = ContextVar(
+    "_submitted", default=(None, None)
+)
+
 
 @torch._dynamo.nonstrict_trace
-def _traced_call(key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _traced_call(
+    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
+) -> Any:
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
-    return _functions[key]._call(own, args, kwargs)
+    return _functions[key]._call(own, args, kwargs, is_stateful)
 
 
 def _pass_structures() -> None:
@@ -305,6 +387,27 @@ def _pass_structures() -> None:
         for node in InstructionTranslator.current_tx().output.graph.nodes:
             if isinstance(node.meta.get("example_value"), TreeSpec):
                 node.meta.setdefault("val", None)
+
+
+@contextlib.contextmanager
+def _submitting(function: "RemoteJaxFunction", key: Tensor | None) -> Iterator[None]:
+    token = _submitted.set((function, key))
+    try:
+        yield
+    finally:
+        _submitted.reset(token)
+
+
+def _draw_key() -> Tensor:
+    """Return a key for the worker's random streams, from torch's default generator."""
+    return torch.randint(0, 2**32, (2,), dtype=torch.uint32)
+
+
+def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        raise CallerError(f"{option}={value!r}; expected a name or several different ones")
+    return names
 
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ PLAIN = {Tensor, nn.Parameter, *NUMBERS}
 
 def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
-    if _is_traced(inputs):
+    if is_traced(inputs):
         return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
     placed, copied = place(program, inputs)
     return from_blocks(program.session.run(program, placed, copied=copied), program.outputs)
@@ -29,7 +29,7 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     The residual goes with the handle's storage. The handle's content is its id, so that a copy, which a saved-tensor
     hook may make, still names it, or nothing at all.
     """
-    if _is_traced(inputs):
+    if is_traced(inputs):
         *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
         return outputs, handle
     placed, copied = place(program, inputs)
@@ -50,7 +50,7 @@ def pull_back(
     follow the inputs in `arrays`.
     """
     kept, wrt, given = which
-    if _is_traced([handle, *arrays]):
+    if is_traced([handle, *arrays]):
         return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.pin(), kept, wrt, given)
     pullback = program.keeping(kept).pullback(wrt, given)
     try:
@@ -73,7 +73,7 @@ class _Handle(bytearray):
         self._session.drop_residual(self._residual)
 
 
-def _is_traced(inputs: Sequence[Any]) -> bool:
+def is_traced(inputs: Sequence[Any]) -> bool:
     """Whether an input has no memory here to be read, or somebody watches the operators."""
     return torch._C._len_torch_dispatch_stack() > 0 or not PLAIN.issuperset(map(type, inputs))
 

@@ -1,63 +1,272 @@
-"""What may be served, taken apart into a function and its state."""
+"""What may be served, taken apart into a pure function and its state.
+
+Randomness: a stream's key is made of the caller's by its name. It goes where the framework wants it: into `rngs` of
+flax.linen, into the streams of that tag in a flax.nnx module, and to everything else as the keyword argument of the
+stream's name (haiku: as its one key).
+"""
 
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from bridge_server.jax_runtime.types import path_step
-from bridge_wire.errors import TargetError
+from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
+from bridge_server.runtime import Model, Parameter
+from bridge_wire.dtypes import BY_NAME, NEEDS_X64
+from bridge_wire.errors import CallerError, SpecError, TargetError
+from bridge_wire.specs import Spec
+
+Streams = Mapping[str, Any]
 
 
 class Parts(NamedTuple):
-    """A target taken apart: `apply(state, *args, **kwargs)`, where only `state` holds arrays."""
+    """A target taken apart: a pure function of its state, which alone holds arrays.
 
-    apply: Callable[..., Any]
+    `call(state, args, kwargs, streams, changes)` returns the result and the state after the call, which is of interest
+    if `changes` is set. It raises CallerError for a stream or a change that the model does not have.
+    """
+
+    call: Callable[[Any, Sequence[Any], dict[str, Any], Streams, bool], tuple[Any, Any]]
     state: Any
     documented: Any  # the callable whose docstring and signature describe the model
     skips_first: bool = False  # whether that signature begins with the parameters
     is_trainable: Callable[[str], bool] = lambda label: True
 
 
-def parts_of(target: Any) -> Parts | None:
+def adapt(name: str, target: Any, *, x64: bool) -> Model:
+    """Return the model that a target stands for.
+
+    Raises:
+      TargetError: it is nothing that can be served.
+    """
+    parts = _parts_of(target)
+    if parts is None:
+        raise TargetError(
+            f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a function, a pair "
+            "(apply, params), a flax.linen module with its variables, a flax.nnx module, an equinox module or a pair "
+            "(module, state), or a haiku transform with its parameters (and state)"
+        )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
+    state = [leaf if hasattr(leaf, "dtype") else number_to_array(leaf) for _, leaf in leaves]
+    # What is no array of a type we know, such as a PRNG key, stays with the worker.
+    sent = [i for i, leaf in enumerate(state) if dtype_name(leaf) in BY_NAME]
+    labels = [_label(leaves[i][0]) for i in sent]
+    if len(set(labels)) != len(labels):
+        raise TargetError(f"two parameters of {name!r} have the same path among {sorted(labels)}")
+    specs = [_spec(name, label, state[i], x64=x64) for label, i in zip(labels, sent, strict=True)]
+    parameters = tuple(
+        Parameter(label, spec, spec.dtype.is_inexact and parts.is_trainable(label))
+        for label, spec in zip(labels, specs, strict=True)
+    )
+
+    def apply(
+        values: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any], streams: Streams, changes: bool
+    ) -> tuple[Any, list[Any]]:
+        full = list(state)
+        for i, value in zip(sent, values, strict=True):
+            full[i] = value
+        before = jax.tree_util.tree_unflatten(structure, full)
+        result, after = parts.call(before, args, kwargs, streams, changes)
+        return result, _buffers(parameters, values, after) if changes else []
+
+    return Model(
+        name=name,
+        doc=inspect.getdoc(parts.documented) or "",
+        arguments=_positional_names(parts),
+        parameters=parameters,
+        values=[jnp.asarray(state[i]) for i in sent],
+        apply=apply,
+    )
+
+
+def _buffers(parameters: Sequence[Parameter], before: Sequence[Any], state: Any) -> list[Any]:
+    """Return the buffers' new values, as constants: no derivative goes through what a call leaves behind."""
+    # By path, since a call may also create state of its own, such as what flax's modules sow.
+    after = {_label(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+    made: list[Any] = []
+    for parameter, old in zip(parameters, before, strict=True):
+        if not parameter.trainable:
+            new = jnp.asarray(after.get(parameter.path, old), old.dtype)
+            if new.shape != old.shape:
+                raise SpecError(
+                    f"the call changes the shape of the buffer `{parameter.path}` from {list(old.shape)} to "
+                    f"{list(new.shape)}; the state of a served model has fixed shapes"
+                )
+            made.append(jax.lax.stop_gradient(new))
+    return made
+
+
+def _spec(model: str, label: str, leaf: Any, *, x64: bool) -> Spec:
+    dtype = BY_NAME[dtype_name(leaf)]
+    if dtype.name in NEEDS_X64 and not x64:
+        raise TargetError(
+            f"the parameter {label!r} of {model!r} has dtype {dtype.name}, but the worker runs without x64; "
+            "cast it, or start the worker with --x64"
+        )
+    return Spec(dtype, tuple(leaf.shape))
+
+
+def _parts_of(target: Any) -> Parts | None:
     # A framework that was not imported cannot have made the target.
-    linen, nnx, equinox = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox"))
+    linen, nnx, equinox, haiku = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
     state: Any = None
-    if isinstance(target, tuple) and len(target) == 2:
+    if type(target) is tuple and len(target) == 2:
         target, state = target
+        if haiku is not None and isinstance(target, haiku.Transformed):
+            return _haiku_parts(target, state)
+        if haiku is not None and isinstance(target, haiku.TransformedWithState):
+            return _stateful_haiku_parts(target, state)
+        if equinox is not None and isinstance(target, equinox.Module) and isinstance(state, equinox.nn.State):
+            return _stateful_equinox_parts(equinox, target, state)
         if linen is None or not isinstance(target, linen.Module):
-            return Parts(target, state, target, skips_first=True) if callable(target) else None
+            return _pair_parts(target, state) if callable(target) else None
     if linen is not None and isinstance(target, linen.Module):
-        if state is None and target.scope is None:
-            raise TargetError("a flax.linen module needs its variables: serve the pair (module, variables)")
-        module, variables = target.unbind() if state is None else (target, state)
-        is_trainable = lambda label: label.partition(".")[0] == "params"  # noqa: E731
-        return Parts(module.apply, variables, module.__call__, is_trainable=is_trainable)
+        return _linen_parts(target, state)
     if nnx is not None and isinstance(target, nnx.Module):
-        graph, state = nnx.split(target)
-        trainable = {
-            ".".join(map(str, path)) for path, variable in nnx.to_flat_state(state) if isinstance(variable, nnx.Param)
-        }
-
-        def apply_nnx(state: Any, *args: Any, **kwargs: Any) -> Any:
-            return nnx.merge(graph, state)(*args, **kwargs)
-
-        return Parts(apply_nnx, state, target.__call__, is_trainable=trainable.__contains__)
+        return _nnx_parts(nnx, target)
     if equinox is not None and isinstance(target, equinox.Module):
-        arrays, rest = equinox.partition(target, equinox.is_array)
-
-        def apply_equinox(state: Any, *args: Any, **kwargs: Any) -> Any:
-            return equinox.combine(state, rest)(*args, **kwargs)
-
-        return Parts(apply_equinox, arrays, target.__call__)
+        return _equinox_parts(equinox, target)
     if callable(target) and not isinstance(target, type):
-        return Parts(lambda _, *args, **kwargs: target(*args, **kwargs), (), target)
+        return _function_parts(target)
     return None
 
 
-def positional_names(parts: Parts) -> tuple[str, ...]:
+def _function_parts(function: Callable[..., Any]) -> Parts:
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        return function(*args, **_with_keys(function, kwargs, streams)), state
+
+    return Parts(call, (), function)
+
+
+def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        if changes:
+            raise CallerError(
+                "mutable=True, but a pair (apply, params) does not return a new state; serve a flax.linen, flax.nnx "
+                "or haiku model, or a pair of an equinox module and its eqx.nn.State"
+            )
+        return apply(state, *args, **_with_keys(apply, kwargs, streams)), state
+
+    return Parts(call, params, apply, skips_first=True)
+
+
+def _linen_parts(module: Any, variables: Any) -> Parts:
+    if variables is None:
+        if module.scope is None:
+            raise TargetError("a flax.linen module needs its variables: serve the pair (module, variables)")
+        module, variables = module.unbind()
+
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        options: dict[str, Any] = {"rngs": dict(streams)} if streams else {}
+        if not changes:
+            return module.apply(state, *args, **kwargs, **options), state
+        collections = [name for name in state if name != "params"]
+        result, changed = module.apply(state, *args, **kwargs, **options, mutable=collections)
+        return result, {**state, **changed}
+
+    return Parts(call, variables, module.__call__, is_trainable=lambda label: label.partition(".")[0] == "params")
+
+
+def _nnx_parts(nnx: Any, module: Any) -> Parts:
+    graph, state = nnx.split(module)
+    flat = [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+    trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
+    tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
+
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        if missing := streams.keys() - tags:
+            raise CallerError(
+                f"the model has no random streams {sorted(missing)}; those of its nnx.Rngs are {sorted(tags)}"
+            )
+        merged = nnx.merge(graph, state)
+        if streams:
+            nnx.reseed(merged, policy="match_shape", **streams)
+        result = merged(*args, **kwargs)
+        return result, nnx.split(merged)[1]
+
+    return Parts(call, state, module.__call__, is_trainable=trainable.__contains__)
+
+
+def _equinox_parts(equinox: Any, module: Any) -> Parts:
+    arrays, rest = equinox.partition(module, equinox.is_array)
+
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        whole = equinox.combine(state, rest)
+        return whole(*args, **_with_keys(module.__call__, kwargs, streams)), state
+
+    return Parts(call, arrays, module.__call__)
+
+
+def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
+    """Of what equinox.nn.make_with_state returns; the module takes `state=` and returns its result and the new one."""
+    arrays, rest = equinox.partition({"model": module, "state": state}, equinox.is_array)
+
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        whole = equinox.combine(state, rest)
+        keyed = _with_keys(module.__call__, kwargs, streams)
+        result, after = whole["model"](*args, **keyed, state=whole["state"])
+        return result, {"state": after}
+
+    return Parts(call, arrays, module.__call__, is_trainable=lambda label: label.startswith("model."))
+
+
+def _haiku_parts(transformed: Any, params: Any) -> Parts:
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        return transformed.apply(state, _only_key(streams), *args, **kwargs), state
+
+    return Parts(call, params, transformed.apply)
+
+
+def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        result, after = transformed.apply(state["params"], state["state"], _only_key(streams), *args, **kwargs)
+        return result, {"state": after}
+
+    params, state = params_and_state
+    both = {"params": params, "state": state}
+    return Parts(call, both, transformed.apply, is_trainable=lambda label: label.startswith("params."))
+
+
+def _with_keys(function: Callable[..., Any], kwargs: dict[str, Any], streams: Streams) -> dict[str, Any]:
+    """Return the keyword arguments with the key of each stream as one more.
+
+    Raises:
+      CallerError: the function takes no argument of that name, or the caller passes it.
+    """
+    if not streams:
+        return kwargs
+    if both := streams.keys() & kwargs.keys():
+        raise CallerError(f"{sorted(both)} are passed as arguments and named in rngs; leave out one of them")
+    accepted = _keywords_of(function)
+    if accepted is not None and (missing := streams.keys() - accepted):
+        raise CallerError(
+            f"the model takes no arguments {sorted(missing)} for the keys of these random streams; its arguments are "
+            f"{sorted(accepted)}"
+        )
+    return {**kwargs, **streams}
+
+
+def _keywords_of(function: Callable[..., Any]) -> set[str] | None:
+    """Return the names that a function takes as keywords; None if it takes any, or does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _only_key(streams: Streams) -> Any:
+    if len(streams) > 1:
+        raise CallerError(f"a haiku model draws from one random stream, not from {sorted(streams)}; name one in rngs")
+    return next(iter(streams.values()), None)
+
+
+def _positional_names(parts: Parts) -> tuple[str, ...]:
     try:
         signature = inspect.signature(parts.documented)
     except (TypeError, ValueError):
@@ -70,7 +279,7 @@ def positional_names(parts: Parts) -> tuple[str, ...]:
     return names[1:] if parts.skips_first else names
 
 
-def label(path: Sequence[Any]) -> str:
+def _label(path: Sequence[Any]) -> str:
     if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):  # what an nnx.Variable holds
         path = path[:-1]
     steps = [path_step(step) for step in path]

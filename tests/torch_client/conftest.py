@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
+from torch._dynamo.utils import counters
 
 from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction
@@ -41,3 +43,14 @@ def any_lane(jax_worker: Session, lane: str) -> Iterator[Remote]:
     """Makes functions of a session on each of the lanes in turn."""
     with connect(jax_worker.address, lane=lane) as session:
         yield lambda name, **options: RemoteJaxFunction(session, name=name, **options)
+
+
+@pytest.fixture
+def fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing compiled outlives its test, and the compiler starts no processes and threads."""
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
+        yield
+    torch._dynamo.reset()

@@ -25,15 +25,7 @@ def nothing_is_held(x64_session: Session) -> Iterator[None]:
     assert (stats["residuals"], stats["blocks"]) == (0, 0)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler(nothing_is_held: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing compiled outlives its test, and the compiler starts no processes and threads."""
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
-    torch._dynamo.reset()
-    counters.clear()
-    with torch._inductor.config.patch(compile_threads=1, force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_is_held", "fresh_compiler")
 
 
 class Sandwich(nn.Module):

@@ -1,0 +1,70 @@
+"""Checks of a call's signature, before anything is traced."""
+
+from collections.abc import Iterable, Sequence
+
+from bridge_server.runtime import Model
+from bridge_wire import trees
+from bridge_wire.dtypes import BY_NAME, NEEDS_X64
+from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+_KEY = Spec(BY_NAME["uint32"], (2,))
+_MOST_NAMED = 20
+
+
+def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool) -> str:
+    """Check a call and its inputs, and return them as text for later errors.
+
+    Raises:
+      CallerError, DTypeError, SpecError: the model cannot be called so.
+      ProtocolError: a client that keeps to the protocol does not ask so.
+    """
+    own = [parameter.path for parameter in model.parameters] if call.parameters else []
+    keys = ["the key"] if call.rngs else []
+    names = own + keys + trees.argument_paths(call.arguments)
+    if len(names) != len(inputs):
+        raise ProtocolError(f"a call with {len(names)} array leaves came with {len(inputs)} specs")
+    if not x64:
+        _check_width(names, inputs)
+    if call.parameters:
+        _check_parameters(model, inputs)
+    if call.rngs:
+        _check_streams(call.rngs, inputs[len(own)])
+    if call.mutable:
+        _check_mutable(model, call)
+    shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
+    more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
+    return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
+
+
+def _check_width(names: Iterable[str], inputs: Iterable[Spec]) -> None:
+    for name, spec in zip(names, inputs, strict=True):
+        if spec.dtype.name in NEEDS_X64 and not spec.weak:
+            raise DTypeError(
+                f"input `{name}` has dtype {spec.dtype.name}, but the worker runs without x64; cast it or start "
+                "the worker with --x64"
+            )
+
+
+def _check_parameters(model: Model, inputs: Iterable[Spec]) -> None:
+    for parameter, spec in zip(model.parameters, inputs, strict=False):
+        if spec.shape != parameter.spec.shape:
+            raise SpecError(
+                f"parameter `{parameter.path}` has shape {list(spec.shape)}; "
+                f"the model's has {list(parameter.spec.shape)}"
+            )
+
+
+def _check_streams(streams: Sequence[str], key: Spec) -> None:
+    if len(set(streams)) != len(streams) or not all(streams):
+        raise ProtocolError(f"the random streams {list(streams)} have no names, or the same")
+    if key != _KEY:
+        raise ProtocolError(f"the key is a {key}; expected {_KEY}")
+
+
+def _check_mutable(model: Model, call: pb.Call) -> None:
+    if not call.parameters:
+        raise ProtocolError("a call that may change the model's buffers must pass the parameters")
+    if all(parameter.trainable for parameter in model.parameters):
+        raise CallerError(f"mutable=True, but the model {model.name!r} has no buffers that a call could change")
