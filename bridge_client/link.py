@@ -1,7 +1,6 @@
 """A link: one life of the connection to a worker. A session outlives its links; a restarted worker gets a new one."""
 
 import contextlib
-import logging
 import os
 import threading
 import weakref
@@ -12,6 +11,7 @@ from typing import Any
 import grpc
 
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
+from bridge_client.progress import logged_when_slow
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, WorkerDied, WorkerUnavailable, decode
 from bridge_wire.pb import bridge_pb2 as pb
@@ -19,10 +19,7 @@ from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
 from bridge_wire.pool import Pool
 from bridge_wire.slabs import memfd_works
 
-_log = logging.getLogger(__name__)
-
 _CONNECT_S = 10.0
-_SLOW_S = 2.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -98,17 +95,15 @@ class Link:
         """
         request.session = self.token
         phase = "starting"
-        timer = threading.Timer(_SLOW_S, lambda: _log.info("the worker is still %s %s", phase, what))
-        timer.daemon = True
-        timer.start()
         try:
-            for event in self._stub.Prepare(request, timeout=timeout_s):
-                kind = event.WhichOneof("kind")
-                if kind == "prepared":
-                    return event.prepared
-                if kind == "error":
-                    raise decode(event.error)
-                phase = event.progress.phase
+            with logged_when_slow(what) as progress:
+                for event in self._stub.Prepare(request, timeout=timeout_s):
+                    kind = event.WhichOneof("kind")
+                    if kind == "prepared":
+                        return event.prepared
+                    if kind == "error":
+                        raise decode(event.error)
+                    phase = progress.phase = event.progress.phase
         except grpc.RpcError as error:
             raised = from_rpc(error, during_call=phase != "starting")
             if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
@@ -116,8 +111,6 @@ class Link:
             raise raised from error
         except Unauthenticated as error:  # another worker, or another life of it, answers at the address
             raise Stale from error
-        finally:
-            timer.cancel()
         raise WorkerDied("the worker ended a preparation without a result")
 
     def take(self, pool: Pool, timeout_s: float | None = None) -> Lane:

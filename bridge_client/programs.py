@@ -12,7 +12,6 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 if TYPE_CHECKING:
-    from bridge_client.link import Link
     from bridge_client.session import Session
 
 
@@ -38,7 +37,7 @@ class Program:
     discrete_outputs: tuple[int, ...] = ()  # those without a derivative: integers, bools, and new buffers
     changed: int = 0  # how many of the outputs, at their end, are the new values of buffers
     result: pb.Tree = field(default_factory=pb.Tree)
-    name: tuple["Link | None", int] = (None, 0)  # the worker's name for it, good for that link
+    name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
     key: int = field(default_factory=_keys.__next__)  # names it in this process
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
@@ -69,8 +68,8 @@ class Program:
         """The program that makes the same outputs, keeps nothing, and can be derived from."""
         return self.origin if self.keeps_residual and self.origin is not None else self
 
-    def adopt(self, link: "Link", prepared: pb.Prepared) -> None:
-        """Take over what the worker has answered."""
+    def adopt(self, link: object, prepared: pb.Prepared) -> None:
+        """Take over what the worker, or this process, has prepared."""
         self.outputs = specs.decode_all(prepared.outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.outputs_nbytes = sum(self.output_nbytes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.specs import Spec
+from bridge_wire.specs import Spec, encode
 
 # Yields the phases "tracing" and "compiling" as they begin, and returns the program.
 Preparation = Generator[str, None, "Program"]
@@ -36,6 +36,12 @@ class Model:
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
     apply: Callable[..., Any]
+
+    @property
+    def description(self) -> pb.Model:
+        """What a client is told of it."""
+        parameters = [pb.Parameter(path=p.path, spec=encode(p.spec), trainable=p.trainable) for p in self.parameters]
+        return pb.Model(name=self.name, doc=self.doc, arguments=self.arguments, parameters=parameters)
 
 
 class Program(ABC):
@@ -66,10 +72,14 @@ class Program(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a runtime should behave, from the command line."""
+    """How a runtime should behave, from the command line.
+
+    A guest is a runtime in a process of its user's: it leaves all settings there as they are, and follows them.
+    """
 
     x64: bool = False
     jit: bool = True
+    is_guest: bool = False
 
 
 @dataclass(slots=True)
@@ -87,6 +97,10 @@ class Runtime(ABC):
 
     @abstractmethod
     def describe(self) -> Description: ...
+
+    def has_x64(self) -> bool:
+        """Whether there are 64-bit floats and integers at this moment, in this thread."""
+        return self.describe().x64
 
     @abstractmethod
     def adapt(self, name: str, target: Any) -> Model:
@@ -120,6 +134,15 @@ class Runtime(ABC):
         Never a copy: the array shows what the memory holds at the time of each run.
         """
 
+    def is_usable(self, view: Any) -> bool:
+        """Whether a view can still be read: in a process of the user's, anybody may have deleted it."""
+        return True
+
     @abstractmethod
     def write(self, array: Any, pointer: int, nbytes: int) -> None:
         """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory."""
+
+    def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
+        """Return where each output of a run lies in host memory; None where it is not row-major there, or where its
+        memory is also that of an input, of the residual, of the model or of another output."""
+        return [None] * len(outputs)

@@ -10,7 +10,7 @@ import grpc
 
 from bridge_server.lanes import serve
 from bridge_server.programs import Programs
-from bridge_server.runtime import Model, Preparation, Program, Runtime
+from bridge_server.runtime import Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
 from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
@@ -38,7 +38,7 @@ class Service(BridgeServicer):
             python_version=platform.python_version(),
             x64=about.x64,
             devices=about.devices,
-            models=[_described(model) for model in self._programs.models.values()],
+            models=[model.description for model in self._programs.models.values()],
         )
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -125,14 +125,3 @@ def _negotiated(request: pb.OpenRequest) -> int:
             f"{oldest} to {newest}; install matching releases of torch-jax-bridge on both sides"
         )
     return chosen
-
-
-def _described(model: Model) -> pb.Model:
-    return pb.Model(
-        name=model.name,
-        doc=model.doc,
-        arguments=model.arguments,
-        parameters=[
-            pb.Parameter(path=p.path, spec=specs.encode(p.spec), trainable=p.trainable) for p in model.parameters
-        ],
-    )

@@ -62,6 +62,8 @@ BY_WIRE: Mapping[int, DType] = MappingProxyType({dtype.wire: dtype for dtype in 
 # What a 64-bit type becomes in a worker that has no 64-bit types. Floats have no entry: they are never narrowed.
 NARROWED: Mapping[str, DType] = MappingProxyType({"int64": BY_NAME["int32"], "uint64": BY_NAME["uint32"]})
 NEEDS_X64 = frozenset({"int64", "uint64", "float64", "complex128"})
+# What to do about a JAX that lacks them.
+TURN_ON_X64 = 'start the worker with --x64 (in one process: jax.config.update("jax_enable_x64", True))'
 
 _missing = set(pb.DType.values()) - set(BY_WIRE) - {pb.DTYPE_UNSPECIFIED}
 if _missing or len(BY_NAME) != len(_TABLE):

@@ -46,7 +46,7 @@ class RemoteJaxFunction(nn.Module):
     session's memory; gradients have their input's dtype.
 
     Args:
-      target: a worker's address, or a Session.
+      target: a worker's address, a Session, or a JAX function or model, which then runs in this process.
       name: which of the worker's models; needed only where it hosts several.
       parameters: "client" makes the model's parameters nn.Parameters of this module, named by their tree path (such as
         `params.Dense_0.kernel`) and trained by any torch optimizer; "worker" leaves them there, frozen.
@@ -60,12 +60,13 @@ class RemoteJaxFunction(nn.Module):
         torch.amp.custom_fwd does. None: autocast changes nothing, and the model computes in the dtypes it is given.
     Raises:
       WorkerUnavailable: no worker answers.
+      TargetError: the target is nothing that can be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
     """
 
     def __init__(
         self,
-        target: str | Session,
+        target: str | Session | Any,
         *,
         name: str | None = None,
         parameters: str = "client",
@@ -82,14 +83,10 @@ class RemoteJaxFunction(nn.Module):
             raise CallerError(f"cast_inputs={cast_inputs!r}; expected a float dtype such as torch.bfloat16, or None")
         if mutable and parameters == "worker":
             raise CallerError("mutable=True needs parameters='client': the worker's own are the same for every client")
-        if isinstance(target, str):
-            target = connect(target)
-        if not isinstance(target, Session):
-            raise CallerError(f"the target is a {type(target).__qualname__}; expected a worker's address or a Session")
-        self.session = target
+        self.session = session = _session_with(target)
         self.timeout_s = timeout_s
         self.cast_inputs = cast_inputs
-        self._model = target.model(name)
+        self._model = session.model(name)
         self._static_argnames = frozenset(_names("static_argnames", static_argnames))
         self._rngs = _names("rngs", rngs)
         self._is_mutable = mutable
@@ -339,6 +336,21 @@ class RemoteJaxFunction(nn.Module):
             timeout_s=self.timeout_s,
         )
         return _Call(program, rebuilder(program.result, self._classes))
+
+
+def _session_with(target: Any) -> Session:
+    if isinstance(target, str):
+        return connect(target)
+    if isinstance(target, Session):
+        return target
+    try:
+        from bridge_client.inproc import host
+    except ImportError as error:
+        raise CallerError(
+            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a "
+            f"JAX model in this process, install jax here ({error})"
+        ) from error
+    return host(jax_model=target)
 
 
 class _Branch(nn.Module):

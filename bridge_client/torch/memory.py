@@ -11,7 +11,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
 from bridge_client.torch.structures import mapped
 from bridge_wire.copying import copy
-from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
+from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
@@ -111,8 +111,8 @@ def spec_of(value: Any, path: str, x64: bool) -> Spec:
         narrowed = NARROWED.get(dtype.name)
         if narrowed is None:
             raise DTypeError(
-                f"input `{path}` has dtype {dtype.name}, but the worker runs without x64; cast it to a 32-bit type "
-                "or start the worker with --x64"
+                f"input `{path}` has dtype {dtype.name}, but JAX runs without x64 there; cast it to a 32-bit type "
+                f"or {TURN_ON_X64}"
             )
         dtype = narrowed
     return Spec(dtype, tuple(map(int, value.shape)))
@@ -128,8 +128,8 @@ def _check_range(value: Tensor, spec: Spec, path: str) -> None:
     floor = bounds.min if value.dtype is torch.int64 else 0
     if low < floor or high > bounds.max:
         raise DTypeError(
-            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; the worker runs without x64 and "
-            f"holds {spec.dtype.name} only: start it with --x64"
+            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; JAX runs without x64 there "
+            f"and holds {spec.dtype.name} only: {TURN_ON_X64}"
         )
 
 
@@ -144,8 +144,8 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
             raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
         if not session.x64:
             raise DTypeError(
-                f"input `{path}` is the integer {value}; the worker runs without x64 and holds int32 only: start it "
-                "with --x64 or pass a float"
+                f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32 only: "
+                f"pass a float, or {TURN_ON_X64}"
             )
     return NUMBERS[type(value)].pack(value)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
 from bridge_server.runtime import Model, Parameter
-from bridge_wire.dtypes import BY_NAME, NEEDS_X64
+from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, SpecError, TargetError
 from bridge_wire.specs import Spec
 
@@ -103,8 +103,8 @@ def _spec(model: str, label: str, leaf: Any, *, x64: bool) -> Spec:
     dtype = BY_NAME[dtype_name(leaf)]
     if dtype.name in NEEDS_X64 and not x64:
         raise TargetError(
-            f"the parameter {label!r} of {model!r} has dtype {dtype.name}, but the worker runs without x64; "
-            "cast it, or start the worker with --x64"
+            f"the parameter {label!r} of {model!r} has dtype {dtype.name}, but JAX runs without x64; "
+            f"cast it, or {TURN_ON_X64}"
         )
     return Spec(dtype, tuple(leaf.shape))
 

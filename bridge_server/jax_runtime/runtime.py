@@ -19,6 +19,8 @@ from bridge_server.jax_runtime.types import (
     avals_of,
     check_sizes,
     expand,
+    has_x64,
+    importer,
     is_array_like,
     is_inexact,
     register_dataclass,
@@ -37,23 +39,26 @@ class JaxRuntime(Runtime):
     """Serves JAX models: traced and compiled once per signature, run by XLA."""
 
     def __init__(self, options: Options) -> None:
-        jax.config.update("jax_enable_x64", options.x64)
-        # Every call waits for its outputs at once; handing the work to another thread would only cost wake-ups.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        self._x64 = options.x64
+        if not options.is_guest:
+            jax.config.update("jax_enable_x64", options.x64)
+            # Every call waits for its outputs at once; handing the work to another thread would only cost wake-ups.
+            jax.config.update("jax_cpu_enable_async_dispatch", False)
         self._jit = options.jit
         self._classes = trees.Classes(adopt=register_dataclass)
 
     def describe(self) -> Description:
         devices = tuple(f"{device.platform}:{device.id}" for device in jax.local_devices())
-        return Description("jax", jax.__version__, self._x64, devices)
+        return Description("jax", jax.__version__, has_x64(), devices)
+
+    def has_x64(self) -> bool:
+        return has_x64()
 
     def adapt(self, name: str, target: Any) -> Model:
-        return adapt(name, target, x64=self._x64)
+        return adapt(name, target, x64=has_x64())
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = decode_all(call.inputs)
-        where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=self._x64)}"
+        where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=has_x64())}"
         own = len(model.parameters) if call.parameters else 0
         first_leaf = own + bool(call.rngs)
         result = trees.flat(0)
@@ -110,10 +115,13 @@ class JaxRuntime(Runtime):
             return jnp.zeros(spec.shape, spec.dtype.name)
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
-        array = jax.dlpack.from_dlpack(Exporter(pointer, spec, owner))
+        array = importer()(Exporter(pointer, spec, owner))
         if array.unsafe_buffer_pointer() != pointer:
             raise InternalError(f"jax {jax.__version__} copied an imported {spec} instead of viewing it")
         return array
+
+    def is_usable(self, view: Any) -> bool:
+        return not view.is_deleted()
 
     def write(self, array: Any, pointer: int, nbytes: int) -> None:
         try:
@@ -122,6 +130,15 @@ class JaxRuntime(Runtime):
             array = np.ascontiguousarray(array)
             source = array.ctypes.data
         copy(pointer, source, nbytes)
+
+    def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
+        taken = {_pointer(array) for array in (*inputs, *(residual or ()))}
+        found: list[int | None] = []
+        for output in outputs:  # row-major: that is what was compiled for
+            pointer = _pointer(output)
+            found.append(None if pointer in taken else pointer)
+            taken.add(pointer)
+        return found
 
     def _prepare_kept(
         self, f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], wrt: tuple[int, ...], where: str
@@ -160,3 +177,11 @@ class JaxRuntime(Runtime):
         with model_errors(where):
             compiled = lowered.compile()
         return compiled, compiled.out_info
+
+
+def _pointer(array: Any) -> int | None:
+    """Return where an array lies in host memory, if it lies there, and in one piece."""
+    try:
+        return int(array.unsafe_buffer_pointer())
+    except Exception:  # a Python number; an array that is spread over several devices
+        return None

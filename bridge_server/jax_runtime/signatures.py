@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from bridge_server.runtime import Model
 from bridge_wire import trees
-from bridge_wire.dtypes import BY_NAME, NEEDS_X64
+from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -42,8 +42,7 @@ def _check_width(names: Iterable[str], inputs: Iterable[Spec]) -> None:
     for name, spec in zip(names, inputs, strict=True):
         if spec.dtype.name in NEEDS_X64 and not spec.weak:
             raise DTypeError(
-                f"input `{name}` has dtype {spec.dtype.name}, but the worker runs without x64; cast it or start "
-                "the worker with --x64"
+                f"input `{name}` has dtype {spec.dtype.name}, but JAX runs without x64 there; cast it or {TURN_ON_X64}"
             )
 
 

@@ -1,7 +1,8 @@
 """Specs as JAX's types and back, and what JAX counts as an array, a pytree node and its path."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from bridge_wire.dlpack import Exporter
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.specs import Spec
 
 MOST_ELEMENTS = 2**47
+
+
+@functools.cache
+def importer() -> Callable[[Exporter], jax.Array]:
+    """Return the quickest way to import host memory that this jax has: the public one takes 30 µs, XLA's own 4."""
+    try:
+        from jaxlib._jax import dlpack_managed_tensor_to_buffer as imported
+
+        device = jax.local_devices(backend="cpu")[0]
+
+        def quick(exporter: Exporter) -> jax.Array:
+            array: jax.Array = imported(exporter.__dlpack__(), device, None)
+            return array
+
+        probe = np.ones(16, np.float32)
+        if quick(Exporter(probe.ctypes.data, Spec(BY_NAME["float32"], (16,)))).tolist() == probe.tolist():
+            return quick
+    except Exception:  # private: any release may lack it, or want other arguments
+        pass
+    return jax.dlpack.from_dlpack
 
 
 def has_x64() -> bool:

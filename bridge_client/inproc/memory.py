@@ -1,0 +1,85 @@
+"""The memory of an in-process session: any of this process. Imports no framework."""
+
+import ctypes
+import functools
+import weakref
+from typing import Any
+
+from bridge_client.session import Placed
+from bridge_server.runtime import Runtime
+from bridge_wire.allocator import ALIGNMENT
+from bridge_wire.pool import Block, Pool
+from bridge_wire.specs import Spec
+
+
+class ProcessMemory(Pool):
+    """What is aligned as XLA wants it is passed as it lies, and what a model makes becomes a block as it lies.
+
+    So an address is a pointer here, save that of a leased block, which has both. Slabs serve what has to be copied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(shareable=False)
+        self._adopted: set[int] = set()
+
+    def address_of(self, pointer: int, nbytes: int) -> int | None:
+        return None if pointer % ALIGNMENT else pointer
+
+    def adopt(self, pointer: int, nbytes: int, owner: Any) -> Block:
+        """Return memory that `owner` keeps alive as a block, which keeps the owner alive."""
+        memory = _array_of(nbytes).from_address(pointer)
+        lease = _Adopted(owner, self._adopted)
+        memory._lease = lease  # type: ignore[attr-defined]
+        return Block(pointer, pointer, nbytes, memory)
+
+    def live_blocks(self) -> int:
+        return super().live_blocks() + len(self._adopted)
+
+
+@functools.lru_cache(maxsize=1024)
+def _array_of(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
+    """Return the type of an array of bytes. ctypes forgets one with its last instance, and making one is slow."""
+    return ctypes.c_ubyte * nbytes
+
+
+class _Adopted:
+    """Counts a block while its memory lives."""
+
+    __slots__ = ("_live", "_owner")
+
+    def __init__(self, owner: Any, live: set[int]) -> None:
+        self._owner = owner
+        self._live = live
+        live.add(id(self))
+
+    def __del__(self) -> None:
+        self._live.discard(id(self))
+
+
+class Views:
+    """The runtime's arrays over inputs. That over a tensor's storage is made once, and goes before the storage does.
+
+    It does not keep the storage alive, and must not be kept beyond a call but by who keeps the input as well.
+    """
+
+    def __init__(self, serving: Runtime) -> None:
+        self._runtime = serving
+        self._known: dict[tuple[int, Spec], tuple[weakref.ref[Any], Any]] = {}
+
+    def of(self, placed: Placed, spec: Spec) -> Any:
+        """Return the array over an input; for a weak spec, the Python number there."""
+        storage = getattr(placed, "storage", None)
+        if storage is None or spec.weak:
+            return self._runtime.view(pointer_of(placed), spec, placed)
+        key = placed.address, spec
+        known = self._known.get(key)
+        if known is not None and known[0]() is storage and self._runtime.is_usable(known[1]):
+            return known[1]
+        view, views = self._runtime.view(placed.address, spec, None), self._known
+        views[key] = weakref.ref(storage, lambda _: views.pop(key, None)), view
+        return view
+
+
+def pointer_of(placed: Placed) -> int:
+    """Return where an input lies in this process."""
+    return placed.pointer if isinstance(placed, Block) else placed.address

@@ -1,0 +1,232 @@
+"""Sessions with models of this very process: the worker's runtime is called directly. Imports no framework itself."""
+
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from bridge_client.inproc.memory import ProcessMemory, Views
+from bridge_client.programs import Program
+from bridge_client.progress import logged_when_slow
+from bridge_client.session import Placed, Session, closed
+from bridge_server import runtime
+from bridge_server.programs import Programs
+from bridge_server.runtime import Model, Options, Runtime
+from bridge_wire import specs
+from bridge_wire.errors import CallerError, ProtocolError, ResidualGone
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
+
+
+def host(*, jax_model: Any) -> "InprocSession":
+    """Return a session with models of this process: no worker, no thread, and no copy where memory can be shared.
+
+    Args:
+      jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params), a flax or equinox
+        module; or a dict of these by name.
+    Raises:
+      TargetError: a model is none of these.
+    """
+    targets = jax_model if isinstance(jax_model, dict) else {_name_of(jax_model): jax_model}
+    serving = _jax_runtime()
+    return InprocSession(serving, {name: serving.adapt(name, target) for name, target in targets.items()})
+
+
+@dataclass(slots=True, eq=False)
+class _Era:
+    """The programs of one setting of x64: what was traced with 64-bit types is no use without them."""
+
+    programs: Programs
+    prepared: list[runtime.Program] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, program: runtime.Program) -> int:
+        """Return this era's name for a program."""
+        with self.lock:
+            self.prepared.append(program)
+            return len(self.prepared) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Residual:
+    program: runtime.Program
+    value: Any
+    inputs: Sequence[Placed]  # which the value may alias
+
+
+class InprocSession(Session):
+    """Models of this process. Whether they have 64-bit types is JAX's own setting, at each call.
+
+    A residual lives exactly as long as the graph that needs it: there is no budget, and none is evicted.
+    """
+
+    def __init__(self, serving: Runtime, models: Mapping[str, Model]) -> None:
+        super().__init__()
+        self.pool: ProcessMemory = ProcessMemory()
+        self.timeout_s = None
+        self._runtime = serving
+        self._views = Views(serving)
+        self._models = models
+        self._eras = {x64: _Era(Programs(serving, models)) for x64 in (False, True)}
+        self._ids = itertools.count(1)
+        self._residuals: dict[int, _Residual] = {}
+        self._lock = threading.Lock()
+        self._calls = self._bytes_copied = 0
+
+    @property
+    def framework(self) -> str:
+        self._refuse_if_closed()
+        return self._runtime.describe().framework
+
+    @property
+    def x64(self) -> bool:
+        self._refuse_if_closed()
+        return self._runtime.has_x64()
+
+    @property
+    def lane(self) -> str:
+        self._refuse_if_closed()
+        return "inproc"
+
+    @property
+    def memory(self) -> str:
+        self._refuse_if_closed()
+        return "dlpack"
+
+    def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
+        self._refuse_time_limit(program, timeout_s)
+        self._prepared(program)
+        return program
+
+    def run(
+        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
+    ) -> list[Block]:
+        self._refuse_time_limit(program, timeout_s)
+        return self._run(program, inputs, copied)[0]
+
+    def run_keeping(
+        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
+    ) -> tuple[list[Block], int]:
+        self._refuse_time_limit(program, timeout_s)
+        blocks, residual = self._run(program, inputs, copied)
+        id = next(self._ids)
+        self._residuals[id] = residual
+        return blocks, id
+
+    def run_pullback(
+        self,
+        program: Program,
+        residual: int,
+        cotangents: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+    ) -> list[Block]:
+        self._refuse_time_limit(program, timeout_s)
+        pullback_of = self._prepared(program).pullback_of
+        kept = self._residuals.get(residual)
+        if kept is None or kept.program is not pullback_of:
+            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
+        return self._run(program, cotangents, copied, kept.value)[0]
+
+    def drop_residual(self, id: int) -> None:
+        self._residuals.pop(id, None)
+
+    def stats(self) -> Mapping[str, int]:
+        residuals = list(self._residuals.values())
+        return {
+            "calls": self._calls,
+            "bytes_copied": self._bytes_copied,
+            "blocks": self.pool.live_blocks(),
+            "slab_bytes": self.pool.slab_bytes,
+            "residuals": len(residuals),
+            "residual_bytes": sum(kept.program.residual_nbytes or 0 for kept in residuals),
+            "fallbacks": 0,
+        }
+
+    def __reduce__(self) -> NoReturn:
+        raise CallerError("a model of this process cannot be pickled; save the state_dict, or serve it by a worker")
+
+    def _described(self) -> Sequence[pb.Model]:
+        self._refuse_if_closed()
+        return [model.description for model in self._models.values()]
+
+    def _release(self) -> None:
+        self._residuals.clear()
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise closed()
+
+    def _refuse_time_limit(self, program: Program, timeout_s: float | None) -> None:
+        if timeout_s or program.timeout_s or self.timeout_s:
+            raise CallerError("a call in this process cannot be given up: timeout_s needs a worker")
+
+    def _prepared(self, program: Program) -> runtime.Program:
+        """Return the runtime's program, which it prepares if it is new in this era."""
+        self._refuse_if_closed()
+        era = self._eras[self._runtime.has_x64()]
+        known, name = program.name
+        if known is era:
+            return era.prepared[name]
+        made = self._prepare(era, program)
+        program.adopt(
+            era,
+            pb.Prepared(program=era.add(made), result=made.result, outputs=[specs.encode(s) for s in made.outputs]),
+        )
+        return made
+
+    def _prepare(self, era: _Era, program: Program) -> runtime.Program:
+        request = program.request
+        kind = request.WhichOneof("what")
+        if kind == "call":
+            preparation, what = era.programs.call(request.call), f"model {request.call.model!r}"
+        elif kind == "parameters":
+            preparation, what = era.programs.parameters(request.parameters), f"model {request.parameters.model!r}"
+        elif kind == "pullback" and program.origin is not None:
+            preparation, what = era.programs.pullback(self._prepared(program.origin), request.pullback), "a pullback"
+        else:
+            raise ProtocolError("a Prepare request names nothing to prepare")
+        with logged_when_slow(what) as progress:
+            while True:
+                try:
+                    progress.phase = next(preparation)
+                except StopIteration as finished:
+                    made: runtime.Program = finished.value
+                    return made
+
+    def _run(
+        self, program: Program, inputs: Sequence[Placed], copied: int, read: Any = None
+    ) -> tuple[list[Block], _Residual]:
+        prepared = self._prepared(program)
+        arrays = list(map(self._views.of, inputs, prepared.inputs))
+        outputs, value = prepared.run(arrays, read)
+        # The worker's own parameters are handed out as copies: whoever trains them must not change the model.
+        is_model_state = program.request.HasField("parameters")
+        pointers = [None] * len(outputs) if is_model_state else self._runtime.exclusive(outputs, arrays, value)
+        blocks: list[Block] = []
+        for output, pointer, nbytes in zip(outputs, pointers, prepared.output_nbytes, strict=True):
+            if pointer is not None and nbytes:
+                blocks.append(self.pool.adopt(pointer, nbytes, output))
+                continue
+            block = self.pool.lease(nbytes)
+            if nbytes:
+                self._runtime.write(output, block.pointer, nbytes)
+                copied += nbytes
+            blocks.append(block)
+        with self._lock:
+            self._calls += 1
+            self._bytes_copied += copied
+        return blocks, _Residual(prepared, value, inputs)
+
+
+def _name_of(target: Any) -> str:
+    described = target[0] if isinstance(target, tuple) and target else target
+    return str(getattr(described, "__name__", type(described).__name__))
+
+
+def _jax_runtime() -> Runtime:
+    from bridge_server.jax_runtime import JaxRuntime
+
+    return JaxRuntime(Options(is_guest=True))

@@ -1,0 +1,30 @@
+"""Says so when a preparation takes long, so that a compilation never looks like a hang."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_log = logging.getLogger(__name__)
+_SLOW_S = 2.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a preparation has come."""
+
+    phase: str = "starting"
+
+
+@contextlib.contextmanager
+def logged_when_slow(what: str) -> Iterator[Progress]:
+    """Log the phase of a preparation that is not over after two seconds."""
+    progress = Progress()
+    timer = threading.Timer(_SLOW_S, lambda: _log.info("still %s %s", progress.phase, what))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield progress
+    finally:
+        timer.cancel()
