@@ -1,4 +1,4 @@
-"""The command `bridge_client`: looks at a worker from the client's side."""
+"""The command `bridge_client`: looks at a worker from the client's side. Works where there is no framework."""
 
 import argparse
 import sys
@@ -7,37 +7,120 @@ from os import environ
 from pathlib import Path
 
 from bridge_client.connecting import connect
+from bridge_client.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.link import Tls
-from bridge_client.session import Session
-from bridge_wire import __version__
-from bridge_wire.errors import BridgeError
+from bridge_client.session import ModelInfo, Session
+from bridge_wire import __version__, specs
+from bridge_wire.errors import BridgeError, CallerError
+from bridge_wire.specs import Spec
+
+OK, FAILED, MISUSE = 0, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 on failure; 2, by argparse, on misuse."""
-    parser = argparse.ArgumentParser("bridge_client", description="Look at a bridge worker.")
-    parser.add_argument("--version", action="version", version=f"bridge_client {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    describe = commands.add_parser("describe", help="show a worker's models, and how its tensors would travel")
-    describe.add_argument("address", help="unix:PATH or HOST:PORT")
-    describe.add_argument(
-        "--token", help="for a worker with --token-file (BRIDGE_TOKEN)", default=environ.get("BRIDGE_TOKEN")
-    )
-    describe.add_argument("--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path)
-    options = parser.parse_args(argv)
+    """Run a command. Returns the exit status: 0; 1 on failure; 2 on misuse."""
+    options = _parser().parse_args(argv)
     try:
         tls = Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
         with connect(options.address, token=options.token, tls=tls) as session:
-            print(_description(session))
+            status: int = options.action(session, options)
+            return status
+    except _Misuse as error:
+        print(f"bridge_client: {error}", file=sys.stderr)
+        return MISUSE
     except (BridgeError, OSError) as error:
         print(f"bridge_client: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return FAILED
 
 
-def _description(session: Session) -> str:
-    lines = [f"lane={session.lane} memory={session.memory} x64={session.x64}"]
+class _Misuse(Exception):
+    """The command was asked for something that this worker cannot be asked for."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("bridge_client", description="Look at a bridge worker.")
+    parser.add_argument("--version", action="version", version=f"bridge_client {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    describe = commands.add_parser("describe", help="show a worker's models, and how its tensors would travel")
+    describe.set_defaults(action=_describe)
+
+    check = commands.add_parser(
+        "check-gradients",
+        help="compare a model's VJP, JVP and finite differences",
+        description="Compare the derivatives of a worker's models with finite differences, at random arguments of the "
+        "types given by --input, or else by the worker's --warmup. Exits with status 1 on a mismatch.",
+    )
+    check.add_argument("--model", metavar="NAME", help="default: each model whose arguments are known")
+    check.add_argument("--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]")
+    check.add_argument("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of the arguments' numbers",
+                       default=(LOW, HIGH))  # fmt: skip
+    check.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    check.set_defaults(action=_check_gradients)
+
+    for command in (describe, check):
+        command.add_argument("address", help="unix:PATH or HOST:PORT")
+        command.add_argument(
+            "--token", help="for a worker with --token-file (BRIDGE_TOKEN)", default=environ.get("BRIDGE_TOKEN")
+        )
+        command.add_argument("--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path)
+    return parser
+
+
+def _specs(text: str) -> tuple[Spec, ...]:
+    try:
+        return specs.parse(text)
+    except CallerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _describe(session: Session, options: argparse.Namespace) -> int:
+    print(f"lane={session.lane} memory={session.memory} x64={session.x64}")
     for model in session.models.values():
-        lines.append(f"{model.name}({', '.join(model.arguments)})")
-        lines += [f"  {'parameter' if p.trainable else 'buffer'} {p.path}: {p.spec}" for p in model.parameters]
-    return "\n".join(lines)
+        print(f"{model.name}({', '.join(model.arguments)})")
+        for parameter in model.parameters:
+            print(f"  {'parameter' if parameter.trainable else 'buffer'} {parameter.path}: {parameter.spec}")
+        for arrays in model.signatures:
+            print(f"  compiled for ({', '.join(map(str, arrays))})")
+    return OK
+
+
+def _check_gradients(session: Session, options: argparse.Namespace) -> int:
+    low, high = options.range
+    checks: list[Check] = []
+    for model, arrays in _signatures(session, options):
+        made = check_gradients(session, model, arrays, seed=options.seed, low=low, high=high)
+        print(f"{model.name}({', '.join(map(str, arrays))})\n{_table(made)}\n")
+        checks += made
+    wrong = sum(not check.agrees for check in checks)
+    print(f"{wrong} of {len(checks)} derivatives differ" if wrong else f"all {len(checks)} derivatives agree")
+    return FAILED if wrong else OK
+
+
+def _signatures(session: Session, options: argparse.Namespace) -> list[tuple[ModelInfo, tuple[Spec, ...]]]:
+    """Return the models that are to be checked, each with the types of its arguments."""
+    if options.input is not None:
+        return [(session.model(options.model), options.input)]
+    models = session.models.values() if options.model is None else [session.model(options.model)]
+    found = [(model, arrays) for model in models for arrays in model.signatures]
+    if not found:
+        raise _Misuse(
+            f"nobody said what arguments {options.model or 'the models'} take: give --input, or start the worker with "
+            "--warmup"
+        )
+    return found
+
+
+def _table(checks: Sequence[Check]) -> str:
+    rows = [("output", "input", "VJP", "JVP", "differences", "")]
+    for check in checks:
+        numbers = (_number(check.vjp), _number(check.jvp), _number(check.difference))
+        rows.append((check.output, check.input, *numbers, "ok" if check.agrees else "MISMATCH"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
+    lines = ([side(text, width) for side, text, width in zip(sides, row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"

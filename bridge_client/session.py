@@ -40,12 +40,14 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a model: its docstring, positional arguments' names, and parameters by path."""
+    """What is known of a model: its docstring, positional arguments' names, parameters by path, and the arguments that
+    a worker was told of by --warmup."""
 
     name: str
     doc: str
     arguments: tuple[str, ...]
     parameters: tuple[ParameterInfo, ...]
+    signatures: tuple[tuple[Spec, ...], ...] = ()
 
 
 class Session(ABC):
@@ -231,4 +233,5 @@ def closed() -> SessionClosed:
 
 def _model_info(model: pb.Model) -> ModelInfo:
     parameters = tuple(ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters)
-    return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters)
+    signatures = tuple(specs.decode_all(signature.inputs) for signature in model.signatures)
+    return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters, signatures)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_wire.errors import ProtocolError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,8 @@ class Programs:
 
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self.models = models
+        # The arguments that were announced, and compiled for, before the first client came.
+        self.signatures: dict[str, list[tuple[Spec, ...]]] = {name: [] for name in models}
         self._runtime = runtime
         self._slots: dict[object, _Slot] = {}
         self._lock = threading.Lock()

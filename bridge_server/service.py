@@ -3,19 +3,20 @@
 import hmac
 import logging
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
 
 from bridge_server.lanes import serve
 from bridge_server.programs import Programs
-from bridge_server.runtime import Preparation, Program, Runtime
+from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
 from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
+from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ class Service(BridgeServicer):
             python_version=platform.python_version(),
             x64=about.x64,
             devices=about.devices,
-            models=[model.description for model in self._programs.models.values()],
+            models=[
+                _described(model, self._programs.signatures[name]) for name, model in self._programs.models.items()
+            ],
         )
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -125,3 +128,9 @@ def _negotiated(request: pb.OpenRequest) -> int:
             f"{oldest} to {newest}; install matching releases of torch-jax-bridge on both sides"
         )
     return chosen
+
+
+def _described(model: Model, signatures: Sequence[tuple[Spec, ...]]) -> pb.Model:
+    described = model.description
+    described.signatures.extend(pb.Signature(inputs=map(specs.encode, arrays)) for arrays in signatures)
+    return described

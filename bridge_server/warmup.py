@@ -1,19 +1,14 @@
 """Compiles for announced signatures before the worker reports healthy."""
 
 import logging
-import re
 
 from bridge_server.programs import Programs
 from bridge_server.runtime import Program
 from bridge_wire import specs, trees
-from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
-
-_ARRAY = re.compile(r"\s*(\w+)\[([\d,\s]*)\]\s*(?:,|$)")
 
 
 def warm_up(programs: Programs, text: str) -> None:
@@ -23,7 +18,10 @@ def warm_up(programs: Programs, text: str) -> None:
         if len(programs.models) != 1:
             raise CallerError(f"--warmup {text!r} must say NAME=: several models are hosted")
         name = next(iter(programs.models))
-    arrays = _parse(signature)
+    try:
+        arrays = specs.parse(signature)
+    except CallerError as error:
+        raise CallerError(f"--warmup {error}") from None
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(arrays)))
     call = pb.Call(model=name, arguments=trees.arguments(args, pb.Tree(dict=pb.Tree.Mapping())))
@@ -43,6 +41,7 @@ def warm_up(programs: Programs, text: str) -> None:
         outputs = [i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact]
         for _ in programs.pullback(program, pb.Pullback(wrt=wrt, outputs=outputs)):
             pass
+    programs.signatures[name].append(arrays)
 
 
 def _finish(programs: Programs, call: pb.Call) -> Program:
@@ -53,16 +52,3 @@ def _finish(programs: Programs, call: pb.Call) -> Program:
         except StopIteration as finished:
             program: Program = finished.value
             return program
-
-
-def _parse(signature: str) -> list[Spec]:
-    arrays: list[Spec] = []
-    position = 0
-    while position < len(signature):
-        match = _ARRAY.match(signature, position)
-        if match is None or match[1] not in BY_NAME:
-            raise CallerError(f"--warmup {signature!r} is not of the form float32[8,64],int32[8]")
-        sizes = [size for size in match[2].replace(" ", "").split(",") if size]
-        arrays.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
-        position = match.end()
-    return arrays

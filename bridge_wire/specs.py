@@ -1,16 +1,18 @@
 """The type of one array: dtype and shape, checked once where it enters the process."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bridge_wire.dtypes import BY_WIRE, DType
-from bridge_wire.errors import ProtocolError
+from bridge_wire.dtypes import BY_NAME, BY_WIRE, DType
+from bridge_wire.errors import CallerError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _MAX_NBYTES = 2**63 - 1
 _MAX_RANK = 64
 _NUMBERS = ("int64", "float64", "complex128")
+_ARRAY = re.compile(r"\s*(\w+)\[([\d,\s]*)\]\s*(?:,|$)")
 
 
 class Spec(NamedTuple):
@@ -61,3 +63,21 @@ def decode(message: pb.Spec) -> Spec:
 def decode_all(messages: Sequence[pb.Spec]) -> tuple[Spec, ...]:
     """Return the specs that the messages carry."""
     return tuple(decode(message) for message in messages)
+
+
+def parse(text: str) -> tuple[Spec, ...]:
+    """Return the specs that a text such as "float32[8,64],int32[8]" names.
+
+    Raises:
+      CallerError: it is not of that form.
+    """
+    parsed: list[Spec] = []
+    position = 0
+    while position < len(text):
+        match = _ARRAY.match(text, position)
+        if match is None or match[1] not in BY_NAME:
+            raise CallerError(f"{text!r} is not of the form float32[8,64],int32[8]")
+        sizes = [size for size in match[2].replace(" ", "").split(",") if size]
+        parsed.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
+        position = match.end()
+    return tuple(parsed)

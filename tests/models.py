@@ -67,6 +67,24 @@ def gated_while_traced(x):
     return x * 2
 
 
+@jax.custom_vjp
+def wrong_vjp(x, y):
+    """A product whose VJP forgets a factor of `y`."""
+    return x * y
+
+
+wrong_vjp.defvjp(lambda x, y: (x * y, (x, y)), lambda kept, cotangent: (cotangent, cotangent * kept[0]))
+
+
+@jax.custom_jvp
+def wrong_jvp(x):
+    """A square whose JVP, and so its VJP, is that of half of it."""
+    return x * x
+
+
+wrong_jvp.defjvp(lambda primals, tangents: (wrong_jvp(*primals), primals[0] * tangents[0]))
+
+
 def square_factory():
     """Makes a model, for --factory."""
     return square

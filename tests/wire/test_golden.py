@@ -51,6 +51,7 @@ MESSAGES: dict[str, Message] = {
                 doc="d",
                 arguments=["x", "y"],
                 parameters=[pb.Parameter(path="params.w", spec=SPEC, trainable=True)],
+                signatures=[pb.Signature(inputs=[SPEC])],
             )
         ],
     ),
@@ -110,8 +111,8 @@ GOLDEN = {
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (
-        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a230a01661201641a01781a017922150a"
-        "08706172616d732e771207080c120302ac021801"
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a2e0a01661201641a01781a017922150a"
+        "08706172616d732e771207080c120302ac0218012a090a07080c120302ac02"
     ),
     "open": "080110021a0163",
     "opened": "0801120200ff1a022f6c208080808004",
