@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_server import runtime
+from bridge_server.jax_runtime.errors import jax_errors
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
 from bridge_server.jax_runtime.randomness import streams_of
@@ -25,7 +26,6 @@ from bridge_server.jax_runtime.types import (
     is_inexact,
     register_dataclass,
 )
-from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
 from bridge_wire import trees
 from bridge_wire.copying import copy
@@ -167,14 +167,14 @@ class JaxRuntime(Runtime):
     def _compile(self, f: Callable[..., Any], arguments: Sequence[Any], where: str) -> Generator[str, None, Any]:
         """Return the function compiled for these arguments' types, and the types of what it returns."""
         yield "tracing"
-        with model_errors(where):
+        with jax_errors(where):
             traced = jax.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
-                return f, traced.out_info
+                return _eager(f), traced.out_info
             lowered = traced.lower()
         yield "compiling"
-        with model_errors(where):
+        with jax_errors(where):
             compiled = lowered.compile()
         return compiled, compiled.out_info
 
@@ -185,3 +185,17 @@ def _pointer(array: Any) -> int | None:
         return int(array.unsafe_buffer_pointer())
     except Exception:  # a Python number; an array that is spread over several devices
         return None
+
+
+def _eager(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as one that runs operation by operation, also where the model itself has used jax.jit.
+
+    Else what that compiled with donate_argnums would take the memory of its arguments: the client's, or the worker's
+    own parameters. Inside a compiled program, donation means nothing.
+    """
+
+    def run(*arguments: Any) -> Any:
+        with jax.disable_jit():
+            return f(*arguments)
+
+    return run

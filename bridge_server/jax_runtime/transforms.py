@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from bridge_server.jax_runtime.errors import jax_errors
 from bridge_server.jax_runtime.types import MOST_ELEMENTS, avals_of, specs_of
-from bridge_server.model_errors import model_errors
 from bridge_wire.errors import ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -41,7 +41,7 @@ def compose(
 
 
 def _outputs(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) -> tuple[Spec, ...]:
-    with model_errors(where):
+    with jax_errors(where):
         return specs_of(jax.eval_shape(f, bound, *avals_of(inputs)))
 
 
