@@ -187,3 +187,10 @@ def borrow(producer: Any) -> Borrowed:
     shape = tuple(sizes.from_address(tensor.shape)) if tensor.ndim else ()
     strides = tuple(sizes.from_address(tensor.strides)) if tensor.ndim and tensor.strides else None
     return Borrowed((tensor.data or 0) + tensor.byte_offset, Spec(dtype, shape), strides, capsule)
+
+
+def data_pointer(producer: Any) -> int:
+    """Return where the first element of a DLPack producer's host memory lies. Valid while the producer lives."""
+    tensor = _capsule_pointer(producer.__dlpack__(), b"dltensor")
+    # `data` is the first field of the first field.
+    return ctypes.c_void_p.from_address(tensor).value or 0

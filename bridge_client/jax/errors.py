@@ -1,0 +1,86 @@
+"""How an exception gets through compiled code with its type.
+
+XLA knows texts only: whatever a callback raises comes out as a JaxRuntimeError whose message quotes it. So the callback
+leaves the exception here under a number that the message names, and JaxRuntimeError, when jax makes one with such a
+message, becomes an instance that is the exception's type too: `except RemoteModelError` and `except JaxRuntimeError`
+both catch it.
+"""
+
+import contextlib
+import functools
+import itertools
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from typing import Any, cast
+
+from jax.errors import JaxRuntimeError
+
+from bridge_wire.errors import BridgeError, unexpected
+
+_MOST_PENDING = 64
+_MARK = re.compile(r"torch-jax-bridge error #(\d+)#")
+
+_numbers = itertools.count(1)
+_pending: OrderedDict[int, BridgeError] = OrderedDict()
+_lock = threading.Lock()
+
+
+class _Crossing(Exception):
+    """Names an exception to XLA."""
+
+
+@contextlib.contextmanager
+def surfacing() -> Iterator[None]:
+    """Have an exception, raised in a callback, come out of the compiled code as itself."""
+    try:
+        yield
+    except Exception as error:
+        known = error if isinstance(error, BridgeError) else unexpected(error)
+        number = next(_numbers)
+        with _lock:
+            # Without its frames, which hold the call's memory.
+            _pending[number] = known.with_traceback(None)
+            while len(_pending) > _MOST_PENDING:
+                _pending.popitem(last=False)
+        crossing = _Crossing(f"{type(known).__name__}: {known} (torch-jax-bridge error #{number}#)")
+    else:
+        return
+    raise crossing
+
+
+def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeError:
+    if cls is JaxRuntimeError and args and isinstance(args[0], str):
+        found = _MARK.findall(args[0])
+        error = _pending.get(int(found[-1])) if found else None
+        if error is not None:
+            return _surfaced(error)
+    return _plain_new(cls, *args, **kwargs)
+
+
+def _surfaced(error: BridgeError) -> JaxRuntimeError:
+    kind = _kind(cast(Hashable, type(error)))
+    made = cast(Any, type(error).__new__(kind, *error.args))
+    made.args = error.args
+    made.__dict__.update(error.__dict__)
+    return made
+
+
+@functools.cache
+def _kind(cls: Any) -> Any:
+    """Return the type of errors of this class that come out of compiled code."""
+
+    def init(self: Any, *args: Any) -> None:
+        # jax calls this with XLA's message; what the error says it has been given already.
+        JaxRuntimeError.__init__(self, str(self.args[0]) if self.args else "")
+
+    return type(
+        cls.__name__, (cls, JaxRuntimeError), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    )
+
+
+_plain_new = JaxRuntimeError.__new__
+# Where jax forbids it, the text of the exception, with the remote traceback, is still in the message.
+with contextlib.suppress(TypeError, AttributeError):
+    JaxRuntimeError.__new__ = _new

@@ -1,0 +1,237 @@
+"""Arrays and the session's memory: placed in it as inputs, made of it as outputs.
+
+What callbacks use calls no jax function: that could wait for the very computation which waits for the callback.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bridge_client.programs import Program
+from bridge_client.session import Placed
+from bridge_wire.copying import copy
+from bridge_wire.dlpack import Exporter
+from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
+from bridge_wire.errors import DTypeError
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+JAX_DTYPES: Mapping[DType, np.dtype] = {dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()}
+DTYPES: Mapping[np.dtype, DType] = {dtype: ours for ours, dtype in JAX_DTYPES.items()}
+
+# How a Python number travels; in the model it is one again, and takes its type from the other operands.
+NUMBERS: Mapping[type, Spec] = {
+    int: Spec(BY_NAME["int64"], (), weak=True),
+    float: Spec(BY_NAME["float64"], (), weak=True),
+    complex: Spec(BY_NAME["complex128"], (), weak=True),
+}
+
+
+class Source(NamedTuple):
+    """Row-major memory that holds an input. Without an owner it is valid during the call only."""
+
+    pointer: int
+    dtype: np.dtype
+    owner: Any = None
+
+
+class _InSlab(NamedTuple):
+    """An input that lies in the session's memory already."""
+
+    address: int
+    owner: Any
+
+
+def place(program: Program, sources: Sequence[Source], *, lasting: bool = False) -> tuple[list[Placed], int]:
+    """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied.
+
+    `lasting`: the inputs must outlive the call, since a residual may alias them.
+    """
+    pool = program.session.pool
+    placed: list[Placed] = []
+    copied = 0
+    for i, (source, spec) in enumerate(zip(sources, program.inputs, strict=True)):
+        pointer, dtype, owner = source
+        nbytes = spec.nbytes
+        if DTYPES[dtype] is spec.dtype:
+            address = pool.address_of(pointer, nbytes) if nbytes else None
+            if address is not None:
+                owner = pool.memory_at(address) if owner is None else owner
+                if owner is not None or not lasting:
+                    placed.append(_InSlab(address, owner))
+                    continue
+            block = pool.lease(nbytes)
+            if nbytes:
+                copy(block.pointer, pointer, nbytes)
+        else:
+            block = pool.lease(nbytes)
+            if nbytes:
+                _convert(_view(pointer, dtype, spec.shape), _of_block(block, spec), program.labels[i])
+        placed.append(block)
+        copied += nbytes
+    return placed, copied
+
+
+def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -> None:
+    """Copy an output to memory of a dtype, which may be narrower than its own; see dtype_of."""
+    if block.nbytes == 0:
+        return
+    if DTYPES[dtype] is spec.dtype:
+        copy(pointer, block.pointer, block.nbytes)
+    else:
+        _convert(_of_block(block, spec), _view(pointer, dtype, spec.shape), label)
+
+
+def source_of(value: Any) -> Source:
+    """Return where the elements of a concrete array, or of a Python number, lie."""
+    if isinstance(value, jax.Array) and _is_plain(value):
+        value.block_until_ready()
+        return Source(value.unsafe_buffer_pointer(), value.dtype, value)
+    spec = NUMBERS.get(type(value))
+    array = np.asarray(value, dtype=None if spec is None else spec.dtype.name, order="C")
+    return Source(array.ctypes.data, array.dtype, array)
+
+
+def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
+    """Return the array over the block, whose lease ends with it; a copy where jax can only hold a narrower type."""
+    dtype = dtype_of(spec, label)
+    if block.nbytes == 0:
+        return jnp.zeros(spec.shape, dtype)
+    if dtype == JAX_DTYPES[spec.dtype] and _is_importable(dtype):
+        return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block.memory))
+    array = np.empty(spec.shape, dtype)
+    write(block, spec, array.ctypes.data, dtype, label)
+    return jnp.asarray(array)
+
+
+def dtype_of(spec: Spec, label: str) -> np.dtype:
+    """Return the dtype that an array of the spec has in jax.
+
+    Integers are 32-bit ones where jax has no others, if they fit.
+
+    Raises:
+      DTypeError: jax can hold it only with less precision.
+    """
+    if spec.dtype.name not in NEEDS_X64 or has_x64():
+        return JAX_DTYPES[spec.dtype]
+    narrowed = NARROWED.get(spec.dtype.name)
+    if narrowed is None:
+        raise DTypeError(
+            f"{label} has dtype {spec.dtype.name}, but jax runs without x64: set jax_enable_x64, or let the model "
+            "compute and return 32-bit types"
+        )
+    return JAX_DTYPES[narrowed]
+
+
+def spec_of(shape: Sequence[int], dtype: np.dtype, path: str, framework: str, worker_x64: bool) -> Spec:
+    """Return the type that an array has on the worker.
+
+    Without x64, jax has no integers but 32-bit ones; in torch, code expects 64-bit ones, labels and indices above all.
+    So an int32 goes to a torch model as an int64 then.
+
+    Raises:
+      DTypeError: the worker cannot hold it without loss.
+    """
+    ours = DTYPES.get(dtype)
+    if ours is None:
+        raise DTypeError(f"input `{path}` has dtype {dtype}, which has no counterpart in {framework}; cast it")
+    if framework == "torch" and ours.name == "int32" and not has_x64():
+        ours = BY_NAME["int64"]
+    if ours.name in NEEDS_X64 and not worker_x64:
+        narrowed = NARROWED.get(ours.name)
+        if narrowed is None:
+            raise DTypeError(
+                f"input `{path}` has dtype {ours.name}, but the worker runs without x64; cast it to a 32-bit type or "
+                "start the worker with --x64"
+            )
+        ours = narrowed
+    return Spec(ours, tuple(shape))
+
+
+def as_array(leaf: Any, path: str) -> jax.Array:
+    """Return an array of another library as one of jax.
+
+    Raises:
+      DTypeError: jax runs without x64 and would lose precision, or an integer.
+      TypeError: it is no array.
+    """
+    array = np.asarray(leaf)
+    if array.dtype.name in NEEDS_X64 and not has_x64():
+        narrowed = NARROWED.get(array.dtype.name)
+        if narrowed is None:
+            raise DTypeError(
+                f"`{path}` has dtype {array.dtype}, but jax runs without x64 and would make it a 32-bit one: cast it, "
+                "or set jax_enable_x64"
+            )
+        into = np.empty(array.shape, narrowed.name)
+        _convert(array, into, f"`{path}`")
+        array = into
+    return jnp.asarray(array)
+
+
+def has_x64() -> bool:
+    """Whether jax has 64-bit types now."""
+    return bool(jax.config.read("jax_enable_x64"))
+
+
+@functools.cache
+def has_one_cpu() -> bool:
+    """Whether the only device is the host's."""
+    return jax.default_backend() == "cpu" and jax.local_device_count() == 1
+
+
+def _is_plain(array: Any) -> bool:
+    """Whether an array's elements lie row-major in the memory of the host."""
+    if not has_one_cpu() and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
+        return False
+    layout = array.format.layout
+    return layout is not None and layout.major_to_minor == tuple(range(array.ndim))
+
+
+@functools.cache
+def _is_importable(dtype: np.dtype) -> bool:
+    """Whether jax takes arrays of the dtype through DLPack."""
+    memory = np.zeros(64, np.uint8)
+    try:
+        jax.dlpack.from_dlpack(Exporter(memory.ctypes.data, Spec(DTYPES[dtype], (1,)), memory))
+    except Exception:
+        return False
+    return True
+
+
+def _convert(source: np.ndarray, into: np.ndarray, label: str) -> None:
+    """Write elements as another type of their kind.
+
+    Raises:
+      DTypeError: an integer does not fit.
+    """
+    if into.dtype.kind in "iu" and into.dtype.itemsize < source.dtype.itemsize and source.size:
+        low, high = int(source.min()), int(source.max())
+        bounds = np.iinfo(into.dtype)
+        if low < bounds.min or high > bounds.max:
+            raise DTypeError(
+                f"{label} has dtype {source.dtype} and values from {low} to {high}, which {into.dtype} cannot hold: "
+                "run both jax and the worker with x64"
+            )
+    into[...] = source
+
+
+def _of_block(block: Block, spec: Spec) -> np.ndarray:
+    return _view(block.pointer, JAX_DTYPES[spec.dtype], spec.shape)
+
+
+class _Memory:
+    """Memory as NumPy wants it described. Its lifetime is the caller's business."""
+
+    def __init__(self, pointer: int, dtype: np.dtype, shape: Sequence[int]) -> None:
+        # As bytes without a meaning: NumPy's protocol has no name for bfloat16 and its like.
+        typestr = f"|V{dtype.itemsize}"
+        self.__array_interface__ = {"version": 3, "data": (pointer, False), "shape": tuple(shape), "typestr": typestr}
+
+
+def _view(pointer: int, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    return np.asarray(_Memory(pointer, dtype, shape)).view(dtype)

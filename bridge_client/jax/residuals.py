@@ -1,0 +1,117 @@
+"""Residuals as JAX sees them: a handle is an array, two words that make up the residual's id.
+
+Outside compiled code the handle array owns the residual, which goes with it. Within, nobody tells when the last copy of
+a number is forgotten: there the first pullback takes the residual with it, and the oldest of those never asked for are
+dropped. Whoever comes later, with a handle whose residual is gone, recomputes from the inputs.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from typing import NamedTuple
+
+import jax
+
+from bridge_client.programs import Program
+from bridge_client.session import Session
+from bridge_wire.dlpack import Exporter
+from bridge_wire.dtypes import BY_NAME
+from bridge_wire.errors import ResidualGone
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+HANDLE = Spec(BY_NAME["uint32"], (2,))
+# As many steps of a scan can be differentiated without recomputing.
+_MOST_UNCLAIMED = 16384
+
+
+class _Kept(NamedTuple):
+    """A residual on the worker: the program that kept it, and how much memory here it may alias."""
+
+    program: Program
+    nbytes: int
+
+
+class Residuals:
+    """The residuals of one session that JAX holds handles of. Thread-safe."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = weakref.ref(session)
+        self._lock = threading.Lock()
+        self._owned: dict[int, _Kept] = {}
+        self._unclaimed: OrderedDict[int, _Kept] = OrderedDict()
+        self._unclaimed_nbytes = 0
+        # A quarter of the memory for what may never be asked for.
+        self._most_nbytes = session.pool.max_bytes // 4
+
+    def own(self, id: int, program: Program) -> jax.Array:
+        """Return the array that is a residual's handle and owns it."""
+        block = program.session.pool.lease(HANDLE.nbytes)
+        block.buffer[:] = id.to_bytes(HANDLE.nbytes, "little")
+        self._owned[id] = _Kept(program, 0)
+        return jax.dlpack.from_dlpack(Exporter(block.pointer, HANDLE, _Owner(self, id, block)))
+
+    def leave(self, id: int, program: Program, nbytes: int) -> None:
+        """Keep a residual whose handle compiled code will hold, until it is claimed or too many others came.
+
+        `nbytes` is the size of the memory here that it keeps from being used otherwise.
+        """
+        kept = _Kept(program, nbytes)
+        dropped: list[int] = []
+        with self._lock:
+            self._unclaimed[id] = kept
+            self._unclaimed_nbytes += kept.nbytes
+            while len(self._unclaimed) > 1 and (
+                len(self._unclaimed) > _MOST_UNCLAIMED or self._unclaimed_nbytes > self._most_nbytes
+            ):
+                oldest, entry = self._unclaimed.popitem(last=False)
+                self._unclaimed_nbytes -= entry.nbytes
+                dropped.append(oldest)
+        for oldest in dropped:
+            program.session.drop_residual(oldest)
+
+    def check(self, id: int, program: Program) -> None:
+        """Raise ResidualGone unless a residual of this very program is kept under the id."""
+        kept = self._owned.get(id) or self._unclaimed.get(id)
+        if kept is None or kept.program is not program:
+            raise ResidualGone("no residual of this program has this handle")
+
+    def claim(self, id: int) -> None:
+        """Let go of a residual whose handle nobody owns: its pullback has run."""
+        with self._lock:
+            entry = self._unclaimed.pop(id, None)
+            if entry is None:
+                return
+            self._unclaimed_nbytes -= entry.nbytes
+        self._drop(id)
+
+    def disown(self, id: int) -> None:
+        """Let go of a residual whose handle is gone. For finalizers: no lock is taken."""
+        if self._owned.pop(id, None) is not None:
+            self._drop(id)
+
+    def _drop(self, id: int) -> None:
+        session = self._session()
+        if session is not None:
+            session.drop_residual(id)
+
+
+class _Owner:
+    """Lives as long as the handle array whose memory it keeps."""
+
+    def __init__(self, residuals: Residuals, id: int, block: Block) -> None:
+        self._residuals = residuals
+        self._id = id
+        self._memory = block.memory
+
+    def __del__(self) -> None:
+        self._residuals.disown(self._id)
+
+
+_by_session: "weakref.WeakKeyDictionary[Session, Residuals]" = weakref.WeakKeyDictionary()
+
+
+def residuals_of(session: Session) -> Residuals:
+    """Return the residuals of a session."""
+    known = _by_session.get(session)
+    return known if known is not None else _by_session.setdefault(session, Residuals(session))

@@ -1,0 +1,159 @@
+"""Runs of programs: at once, or as callbacks from compiled code, by whichever kind of callback there is.
+
+No jax function is called while a callback runs: that could wait for the very computation which waits for the callback.
+"""
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bridge_client.jax.errors import surfacing
+from bridge_client.jax.memory import Source, dtype_of, from_block, place, source_of, write
+from bridge_client.jax.residuals import HANDLE, residuals_of
+from bridge_client.programs import Program
+from bridge_wire.dlpack import data_pointer
+from bridge_wire.errors import ResidualGone
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+try:
+    from jax.experimental.buffer_callback import buffer_callback
+except ImportError:  # jax may move it: it is marked experimental
+    HAS_BUFFERS = False
+else:
+    HAS_BUFFERS = True
+
+
+class Action(ABC):
+    """What happens when a primitive runs: from inputs in memory to outputs in blocks."""
+
+    outputs: tuple[Spec, ...]
+    labels: tuple[str, ...]
+
+    @abstractmethod
+    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+        """Run on inputs that are valid during the call."""
+
+    def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
+        """Run on concrete arrays and Python numbers; return arrays over the blocks."""
+        # Before anything runs: what jax cannot hold.
+        for spec, label in zip(self.outputs, self.labels, strict=True):
+            dtype_of(spec, label)
+        blocks = self([source_of(value) for value in values])
+        return [from_block(*made) for made in zip(blocks, self.outputs, self.labels, strict=True)]
+
+    @property
+    def result_types(self) -> list[jax.ShapeDtypeStruct]:
+        """The outputs as jax holds them."""
+        described = zip(self.outputs, self.labels, strict=True)
+        return [jax.ShapeDtypeStruct(spec.shape, dtype_of(spec, label)) for spec, label in described]
+
+
+class Run(Action):
+    """A run of a program."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.outputs = program.outputs
+        self.labels = _labels_of(program)
+
+    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+        placed, copied = place(self.program, sources)
+        return self.program.session.run(self.program, placed, copied=copied)
+
+
+class RunKeeping(Action):
+    """A run of a program that keeps a residual, whose handle is the last output."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.outputs = (*program.outputs, HANDLE)
+        self.labels = (*_labels_of(program), "the handle")
+
+    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+        blocks, id, copied = self._run(sources)
+        residuals_of(self.program.session).leave(id, self.program, copied)
+        handle = self.program.session.pool.lease(HANDLE.nbytes)
+        ctypes.c_uint64.from_address(handle.pointer).value = id
+        return [*blocks, handle]
+
+    def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
+        made = zip(self.outputs[:-1], self.labels[:-1], strict=True)
+        for spec, label in made:
+            dtype_of(spec, label)
+        blocks, id, _ = self._run([source_of(value) for value in values])
+        handle = residuals_of(self.program.session).own(id, self.program)
+        return [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1]), handle]
+
+    def _run(self, sources: Sequence[Source]) -> tuple[Sequence[Block], int, int]:
+        placed, copied = place(self.program, sources, lasting=True)
+        blocks, id = self.program.session.run_keeping(self.program, placed, copied=copied)
+        return blocks, id, copied
+
+
+class PullBack(Action):
+    """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to those of `wrt`."""
+
+    def __init__(self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]) -> None:
+        self._keeping = program.keeping(kept)
+        self._pullback = self._keeping.pullback(wrt, given)
+        self._afresh: Callable[[], Program] = lambda: program.vjp(wrt, given)
+        self._count = len(program.inputs)
+        self.outputs = self._pullback.outputs
+        self.labels = _labels_of(self._pullback)
+
+    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+        id = ctypes.c_uint64.from_address(sources[0].pointer).value
+        pullback, session = self._pullback, self._pullback.session
+        residuals = residuals_of(session)
+        try:
+            residuals.check(id, self._keeping)
+            placed, copied = place(pullback, sources[1 + self._count :])
+            blocks: Sequence[Block] = session.run_pullback(pullback, id, placed, copied=copied)
+        except ResidualGone:
+            blocks = Run(self._afresh())(sources[1:])
+        residuals.claim(id)
+        return blocks
+
+
+def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
+    """Return what an action makes of traced values, by a callback that sees XLA's own buffers."""
+    results, into = action.result_types, list(zip(action.outputs, action.labels, strict=True))
+    if not results:
+        return []
+    dtypes = [np.dtype(value.dtype) for value in values]
+    result_dtypes = [result.dtype for result in results]
+
+    def callback(_: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+        with surfacing():
+            blocks = action([Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)])
+            for block, (spec, label), output, dtype in zip(blocks, into, outputs, result_dtypes, strict=True):
+                write(block, spec, data_pointer(output), dtype, label)
+
+    return buffer_callback(callback, results)(*values)
+
+
+def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:
+    """Return what an action makes of traced values, by a callback that sees copies on the host."""
+    results = action.result_types
+    if not results:
+        return []
+
+    def callback(*inputs: Any) -> list[np.ndarray]:
+        with surfacing():
+            arrays = [np.ascontiguousarray(x).reshape(np.shape(x)) for x in inputs]
+            blocks = action([Source(array.ctypes.data, array.dtype, array) for array in arrays])
+            made = [np.empty(result.shape, result.dtype) for result in results]
+            for block, spec, label, array in zip(blocks, action.outputs, action.labels, made, strict=True):
+                write(block, spec, array.ctypes.data, array.dtype, label)
+            return made
+
+    return jax.pure_callback(callback, results, *values)
+
+
+def _labels_of(program: Program) -> tuple[str, ...]:
+    return tuple(f"output {i} of {program!r}" for i in range(len(program.outputs)))

@@ -1,0 +1,97 @@
+"""Calls on arrays that are spread over the devices of a mesh.
+
+XLA knows nothing of what a callback does and would gather its inputs. Within a shard_map each shard makes a call of its
+own; where the specs of arguments and results are declared, a call makes that shard_map itself.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from bridge_client.jax.primitives import varying_axes
+from bridge_wire.errors import StructureError
+
+
+def mesh_of(values: Sequence[Any]) -> Any:
+    """Return the mesh that the arrays are spread over, or that the caller has set; None for a single device."""
+    for value in values:
+        sharding = value.sharding if not isinstance(value, jax.core.Tracer) else jax.typeof(value).sharding
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and not mesh.empty:
+            return mesh
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def is_manual(mesh: Any) -> bool:
+    """Whether this already runs once per shard, within a shard_map over the mesh."""
+    return bool(getattr(mesh, "manual_axes", ()))
+
+
+def specs_of(declared: Any, tree: Any, what: str) -> list[PartitionSpec]:
+    """Return the spec of each leaf: the declared ones are a prefix of the tree.
+
+    Raises:
+      StructureError: they are not.
+    """
+    try:
+        broadcast = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: spec, part), declared, tree, is_leaf=_is_spec
+        )
+    except (TypeError, ValueError) as error:
+        raise StructureError(f"{what}={declared} is no prefix of the structure it stands for: {error}") from error
+    return jax.tree.leaves(broadcast, is_leaf=_is_spec)
+
+
+def varying_alike(values: Sequence[Any]) -> list[Any]:
+    """Return the arrays as varying over all manual axes that any of them varies over.
+
+    What all shards share then has the sum of their gradients for its gradient.
+    """
+    axes: frozenset[str] = frozenset()
+    for value in values:
+        if isinstance(value, jax.core.Tracer):
+            axes |= varying_axes(jax.typeof(value))
+    if not axes:
+        return list(values)
+    return [_cast(value, axes) for value in values]
+
+
+def _cast(value: Any, axes: frozenset[str]) -> Any:
+    if not isinstance(value, jax.Array):
+        return value
+    missing = tuple(sorted(axes - varying_axes(jax.typeof(value))))
+    if not missing:
+        return value
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(value, missing, to="varying")
+    return jax.lax.pvary(value, missing)  # type: ignore[attr-defined]
+
+
+def mean_over(axes: Sequence[str], value: Any) -> Any:
+    """Return the mean over shards of what each has changed in its own way; of integers, which count, the largest."""
+    if jnp.issubdtype(value.dtype, jnp.inexact):
+        return jax.lax.pmean(value, tuple(axes))
+    return jax.lax.pmax(value, tuple(axes))
+
+
+def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
+    """Return the names of the mesh axes that the specs mention."""
+    named = [name for spec in specs for entry in spec if entry is not None for name in _names(entry)]
+    return tuple(dict.fromkeys(named))
+
+
+def per_shard(call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Return the call as made once by each shard."""
+    return jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    return entry if isinstance(entry, tuple) else (entry,)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)

@@ -1,0 +1,61 @@
+"""Pytrees of arguments and results. No arrays are touched here."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+
+from bridge_wire import trees
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
+    """Return the path of a leaf of a call's arguments, such as `args[0]['w']`."""
+    path, _ = jax.tree_util.tree_flatten_with_path(arguments)[0][position]
+    return ("args" if path[0].idx == 0 else "kwargs") + jax.tree_util.keystr(path[1:])
+
+
+def register_if_dataclass(cls: type) -> bool:
+    """Make a dataclass that is met for the first time, as a leaf, a pytree node; return whether it is one."""
+    if not dataclasses.is_dataclass(cls):
+        return False
+    register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
+    return True
+
+
+def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
+    """Make a dataclass a pytree node; static fields travel as values."""
+
+    def flatten(value: Any) -> tuple[list[Any], None]:
+        return [getattr(value, field) for field in fields], None
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], None]:
+        return [(jax.tree_util.GetAttrKey(field), getattr(value, field)) for field in fields], None
+
+    def unflatten(_: None, children: Iterable[Any]) -> Any:
+        return trees.instantiate(cls, fields, children)
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
+    """Return what a dataclass, or any other pytree node that jax knows, consists of."""
+    if (expanded := trees.expand_dataclass(value)) is not None:
+        return expanded
+    children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
+    if len(children) == 1 and children[0][1] is value:
+        return None
+    return type(value).__name__, tuple(f"item{i}" for i in range(len(children))), [child for _, child in children]
+
+
+def marked(value: Any, mark: bool) -> Any:
+    """Return the pytree with each of its leaves replaced by the mark."""
+    return jax.tree.map(lambda _: mark, value)
+
+
+def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
+    """Return the function from a result's leaves to the result."""
+    if tree.WhichOneof("kind") == "leaf":
+        return lambda leaves: leaves[0]
+    return lambda leaves: trees.build(tree, leaves, classes)
