@@ -181,7 +181,7 @@ class RemoteTorchFunction:
     def _per_shard(
         self, mesh: Any, way: "_Way", leaves: list[Any], structure: Any, statics: frozenset[int]
     ) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = jax.tree.unflatten(structure, leaves)
+        args, _ = jax.tree.unflatten(structure, leaves)
         declared = self._in_specs
         if not isinstance(declared, jax.sharding.PartitionSpec):
             declared = tuple(declared)

@@ -97,15 +97,27 @@ def source_of(value: Any) -> Source:
 
 
 def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
-    """Return the array over the block, whose lease ends with it; a copy where jax can only hold a narrower type."""
+    """Return the array over the block, whose lease ends with it.
+
+    It is a copy where jax can only hold a narrower type, and where there are more devices than the host.
+    """
     dtype = dtype_of(spec, label)
     if block.nbytes == 0:
         return jnp.zeros(spec.shape, dtype)
-    if dtype == JAX_DTYPES[spec.dtype] and _is_importable(dtype):
+    # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
+    if dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and _is_importable(dtype):
         return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block.memory))
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
     return jnp.asarray(array)
+
+
+def beside(inputs: Sequence[Any], outputs: list[jax.Array]) -> list[jax.Array]:
+    """Return the outputs on the device that an input is committed to, if any is."""
+    for value in inputs:
+        if isinstance(value, jax.Array) and getattr(value, "committed", True) and len(value.devices()) == 1:
+            return jax.device_put(outputs, next(iter(value.devices())))
+    return outputs
 
 
 def dtype_of(spec: Spec, label: str) -> np.dtype:

@@ -11,13 +11,13 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from bridge_client.programs import Program
 from bridge_client.session import Session
-from bridge_wire.dlpack import Exporter
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 HANDLE = Spec(BY_NAME["uint32"], (2,))
@@ -46,10 +46,10 @@ class Residuals:
 
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
-        block = program.session.pool.lease(HANDLE.nbytes)
-        block.buffer[:] = id.to_bytes(HANDLE.nbytes, "little")
+        handle = jnp.asarray(np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name))
         self._owned[id] = _Kept(program, 0)
-        return jax.dlpack.from_dlpack(Exporter(block.pointer, HANDLE, _Owner(self, id, block)))
+        weakref.finalize(handle, self._disown, id).atexit = False
+        return handle
 
     def leave(self, id: int, program: Program, nbytes: int) -> None:
         """Keep a residual whose handle compiled code will hold, until it is claimed or too many others came.
@@ -85,7 +85,7 @@ class Residuals:
             self._unclaimed_nbytes -= entry.nbytes
         self._drop(id)
 
-    def disown(self, id: int) -> None:
+    def _disown(self, id: int) -> None:
         """Let go of a residual whose handle is gone. For finalizers: no lock is taken."""
         if self._owned.pop(id, None) is not None:
             self._drop(id)
@@ -94,18 +94,6 @@ class Residuals:
         session = self._session()
         if session is not None:
             session.drop_residual(id)
-
-
-class _Owner:
-    """Lives as long as the handle array whose memory it keeps."""
-
-    def __init__(self, residuals: Residuals, id: int, block: Block) -> None:
-        self._residuals = residuals
-        self._id = id
-        self._memory = block.memory
-
-    def __del__(self) -> None:
-        self._residuals.disown(self._id)
 
 
 _by_session: "weakref.WeakKeyDictionary[Session, Residuals]" = weakref.WeakKeyDictionary()

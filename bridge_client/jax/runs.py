@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bridge_client.jax.errors import surfacing
-from bridge_client.jax.memory import Source, dtype_of, from_block, place, source_of, write
+from bridge_client.jax.memory import Source, beside, dtype_of, from_block, has_one_cpu, place, source_of, write
 from bridge_client.jax.residuals import HANDLE, residuals_of
 from bridge_client.programs import Program
 from bridge_wire.dlpack import data_pointer
@@ -40,11 +40,15 @@ class Action(ABC):
 
     def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
         """Run on concrete arrays and Python numbers; return arrays over the blocks."""
-        # Before anything runs: what jax cannot hold.
+        self._check_outputs()
+        blocks = self([source_of(value) for value in values])
+        made = [from_block(*each) for each in zip(blocks, self.outputs, self.labels, strict=True)]
+        return made if has_one_cpu() else beside(values, made)
+
+    def _check_outputs(self) -> None:
+        """Raise DTypeError, before anything runs, for an output that jax cannot hold."""
         for spec, label in zip(self.outputs, self.labels, strict=True):
             dtype_of(spec, label)
-        blocks = self([source_of(value) for value in values])
-        return [from_block(*made) for made in zip(blocks, self.outputs, self.labels, strict=True)]
 
     @property
     def result_types(self) -> list[jax.ShapeDtypeStruct]:
@@ -82,12 +86,11 @@ class RunKeeping(Action):
         return [*blocks, handle]
 
     def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
-        made = zip(self.outputs[:-1], self.labels[:-1], strict=True)
-        for spec, label in made:
-            dtype_of(spec, label)
+        self._check_outputs()
         blocks, id, _ = self._run([source_of(value) for value in values])
-        handle = residuals_of(self.program.session).own(id, self.program)
-        return [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1]), handle]
+        made = [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1])]
+        made.append(residuals_of(self.program.session).own(id, self.program))
+        return made if has_one_cpu() else beside(values, made)
 
     def _run(self, sources: Sequence[Source]) -> tuple[Sequence[Block], int, int]:
         placed, copied = place(self.program, sources, lasting=True)
