@@ -49,9 +49,12 @@ def x64_worker() -> Iterator[Session]:
 
 @pytest.fixture(scope="session")
 def torch_worker() -> Iterator[Session]:
-    """A worker without jax that hosts every model of tests/torch_server/models.py."""
-    names = (TESTS / "torch_server" / "models.txt").read_text().split()
-    models = {name: f"tests.torch_server.models:{name}" for name in names}
+    """A worker without jax that hosts every model of tests/torch_server and tests/jax_client."""
+    models = {
+        name: f"tests.{module}:{name}"
+        for folder, module in (("torch_server", "torch_server.models"), ("jax_client", "jax_client.torch_models"))
+        for name in (TESTS / folder / "models.txt").read_text().split()
+    }
     with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT) as session:
         yield session
 
