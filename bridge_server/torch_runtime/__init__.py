@@ -2,7 +2,8 @@
 
 `runtime` answers what `bridge_server.runtime` asks for, out of `models` (what may be served, taken apart), `calls`
 (a model's call as a function of flat arrays), `tracing` (what such a call returns and touches), `transforms`
-(its derivatives and batches), `programs` (what runs), `randomness`, and `types`.
+(its derivatives and batches), `programs` (what runs), and of smaller things: `types`, `randomness`, `graphs` and
+`attention`.
 """
 
 from bridge_server.torch_runtime.runtime import TorchRuntime

@@ -1,6 +1,5 @@
 """What runs: a composed call, a call that keeps its graph, and the pullback along such a graph."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from bridge_server import runtime
 from bridge_server.model_errors import remote
+from bridge_server.torch_runtime.graphs import nbytes_saved
 from bridge_server.torch_runtime.randomness import drawing
 from bridge_server.torch_runtime.transforms import Composed, pull_back
 from bridge_wire import trees
@@ -72,16 +72,13 @@ class KeepingProgram(Program):
         self._is_measured = False
 
     def _keep(self, inputs: Sequence[Any], _: None) -> tuple[Sequence[Tensor], Kept]:
-        arrays = list(inputs)
-        primals = []
-        for i in self.wrt:
-            arrays[i] = arrays[i].detach().requires_grad_()
-            primals.append(arrays[i])
+        arrays = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+        primals = [arrays[i].requires_grad_() for i in self.wrt]
         with torch.enable_grad():
             outputs = self._f(arrays)
         kept = Kept([get_gradient_edge(y) if y.requires_grad else None for y in outputs], primals)
         if not self._is_measured:
-            self.residual_nbytes = _nbytes_saved(kept.outputs, [x for x in inputs if isinstance(x, Tensor)])
+            self.residual_nbytes = nbytes_saved(kept.outputs, [x for x in inputs if isinstance(x, Tensor)])
             self._is_measured = True
         return [y.detach() for y in outputs], kept
 
@@ -103,36 +100,3 @@ class KeepingProgram(Program):
         )
         program.pullback_of = self
         return program
-
-
-def _nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
-    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which the client owns."""
-    theirs = {x.untyped_storage().data_ptr() for x in inputs}
-    sizes: dict[int, int] = {}
-    for node in _nodes(edges):
-        for tensor in _saved_by(node):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in theirs:
-                sizes[storage.data_ptr()] = storage.nbytes()
-    return sum(sizes.values())
-
-
-def _nodes(edges: Sequence[Any]) -> set[Any]:
-    found: set[Any] = set()
-    waiting = [edge.node for edge in edges if edge is not None]
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [following for following, _ in node.next_functions if following is not None]
-    return found
-
-
-def _saved_by(node: Any) -> list[Tensor]:
-    saved: list[Any] = []
-    for name in dir(node):
-        if name.startswith("_saved_") or name == "saved_tensors":
-            with contextlib.suppress(RuntimeError):  # freed, or changed since: then the graph does not use it
-                value = getattr(node, name)
-                saved += value if isinstance(value, list | tuple) else [value]
-    return [each for each in saved if isinstance(each, Tensor) and each.layout is torch.strided]

@@ -31,8 +31,19 @@ def drawing(*, is_seeded: bool) -> Iterator[None]:
 def seed(key: torch.Tensor) -> None:
     """Begin the stream of random numbers that a key, uint32[2], names. Only while `drawing`."""
     high, low = key.tolist()
+    number = _mixed(high << 32 | low)
     for generator in _generators():
-        generator.manual_seed(high << 32 | low)
+        generator.manual_seed(number)
+
+
+def _mixed(number: int) -> int:
+    """Return 64 bits of which each depends on all of the number's: a CPU's generator looks at the last 32 only.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
 
 
 def _generators() -> list[torch.Generator]:

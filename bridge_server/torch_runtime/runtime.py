@@ -1,7 +1,7 @@
 """TorchRuntime: models run eagerly by torch, their types found out once per signature."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import Parts, parts_of
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
-from bridge_server.torch_runtime.transforms import check_differentiable, compose
+from bridge_server.torch_runtime.transforms import Composed, check_differentiable, compose
 from bridge_wire import trees
 from bridge_wire.errors import ProtocolError, SpecError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -53,7 +53,7 @@ class TorchRuntime(Runtime):
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         yield "tracing"
         base = self._call(model, call)
-        composed = compose(base, call.transforms)
+        composed = compose(base, call.transforms, is_kept=call.HasField("keep"))
         how = {"draws": base.draws, "is_seeded": base.key is not None}
         program: Program
         if call.HasField("keep"):
@@ -61,9 +61,7 @@ class TorchRuntime(Runtime):
             check_differentiable("keep", wrt, composed.inputs)
             program = KeepingProgram(composed, wrt, base.where, **how)
         else:
-            program = Program(
-                composed.inputs, composed.outputs, base.where, lambda arrays, _: (composed.f(arrays), None), **how
-            )
+            program = Program(composed.inputs, composed.outputs, base.where, _running(composed, base.leaves), **how)
         if not call.transforms:
             program.result = base.result
         return program
@@ -101,6 +99,15 @@ class TorchRuntime(Runtime):
             where = f"model {model.name!r} called with {_checked_signature(model, call, inputs)}"
             known = self._calls[key] = Call(model, plain, inputs, self._classes, where)
         return known
+
+
+def _running(composed: Composed, leaves: int) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
+    def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
+        # The model gets tensors of its own, over the same memory: a session's views are there for every call.
+        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[leaves:]]
+        return composed.f([*arrays[:leaves], *own]), None
+
+    return run
 
 
 def _checked_signature(model: Model, call: pb.Call, inputs: Sequence[Spec]) -> str:

@@ -13,8 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.calls import Call
+from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.types import is_differentiable, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -34,8 +37,8 @@ class Composed(NamedTuple):
     outputs: tuple[Spec, ...]
 
 
-def compose(call: Call, transforms: Sequence[pb.Transform]) -> Composed:
-    """Return the call with the transforms applied to it in order."""
+def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) -> Composed:
+    """Return the call with the transforms applied to it in order; `is_kept` says that it is going to be pulled back."""
     assert call.outputs is not None, "it has been traced"
     plain = functional = Composed(call, call.inputs, call.outputs)
     kinds = [transform.WhichOneof("kind") for transform in transforms]
@@ -59,9 +62,9 @@ def compose(call: Call, transforms: Sequence[pb.Transform]) -> Composed:
         else:
             raise ProtocolError("a transform has no kind")
     # torch.func has no generator for each row.
-    if last < 0 or is_keyed_by_row:
-        return plain
-    return functional._replace(f=_Either(functional.f, plain.f, call.where))
+    f = plain.f if last < 0 or is_keyed_by_row else _Either(functional.f, plain.f, call.where)
+    is_higher = "jvp" in kinds or kinds.count("vjp") + is_kept > 1
+    return plain._replace(f=_with_simple_attention(f) if is_higher else f)
 
 
 def pull_back(
@@ -168,7 +171,12 @@ def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tenso
     is_differentiated = torch.is_grad_enabled()  # by what is around it
     with torch.enable_grad():
         xs = [_as_variable(x) for x in primals]
-        return pull_back(f(xs), xs, cotangents, create_graph=is_differentiated)
+        if not is_differentiated:
+            return pull_back(f(xs), xs, cotangents)
+        # As variables too: else a backward that can be differentiated once only does not notice the second time.
+        made = pull_back(f(xs), xs, [_as_variable(ct) for ct in cotangents], create_graph=True)
+        _refuse_dead_ends(made)
+        return made
 
 
 def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
@@ -182,6 +190,7 @@ def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequ
         ys = f(xs)
         probes = [torch.zeros_like(y).requires_grad_() for y in ys]
         pulled = _gradients(ys, xs, probes, create_graph=True)
+        _refuse_dead_ends(pulled)
         pushed = _gradients(pulled, probes, tangents, create_graph=is_differentiated)
     return [torch.zeros_like(y) if tangent is None else tangent for y, tangent in zip(ys, pushed, strict=True)]
 
@@ -240,6 +249,16 @@ def _gradients(
     return torch.autograd.grad(ys, inputs, given, allow_unused=True, **how)
 
 
+def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
+    """Raise an error if a further derivative would pass one that has none: autograd would make zeros of it."""
+    for node in nodes_of([get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]):
+        if node.name() == "torch::autograd::Error":
+            raise NotImplementedError(
+                "a second derivative, or a forward-mode one, of an autograd.Function whose backward is marked with "
+                "@once_differentiable; write that backward in differentiable operators"
+            )
+
+
 def _as_variable(x: Tensor) -> Tensor:
     """Return the tensor as one that gradients can be taken of, a link in the graph that it may belong to."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -247,6 +266,14 @@ def _as_variable(x: Tensor) -> Tensor:
 
 def _conjugated(tensor: Tensor) -> Tensor:
     return tensor.conj() if tensor.is_complex() else tensor
+
+
+def _with_simple_attention(f: Flat) -> Flat:
+    def simple(arrays: Sequence[Any]) -> list[Tensor]:
+        with simple_attention():
+            return f(arrays)
+
+    return simple
 
 
 # What a client may ask for -----------------------------------------------------------------------------------------

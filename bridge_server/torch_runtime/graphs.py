@@ -1,0 +1,42 @@
+"""What autograd's graphs consist of."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
+    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which the client owns."""
+    theirs = {x.untyped_storage().data_ptr() for x in inputs}
+    sizes: dict[int, int] = {}
+    for node in nodes_of(edges):
+        for tensor in _saved_by(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in theirs:
+                sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def nodes_of(edges: Sequence[Any]) -> set[Any]:
+    """Return the nodes that can be reached from the ends of a graph; None stands for no graph."""
+    found: set[Any] = set()
+    waiting = [edge.node for edge in edges if edge is not None]
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions if following is not None]
+    return found
+
+
+def _saved_by(node: Any) -> list[Tensor]:
+    saved: list[Any] = []
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            with contextlib.suppress(RuntimeError):  # freed, or changed since: then the graph does not use it
+                value = getattr(node, name)
+                saved += value if isinstance(value, list | tuple) else [value]
+    return [each for each in saved if isinstance(each, Tensor) and each.layout is torch.strided]

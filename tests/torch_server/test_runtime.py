@@ -1,0 +1,505 @@
+"""What only torch code does: the torch runtime in this process, without a worker."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bridge_server.runtime import Options
+from bridge_server.torch_runtime import TorchRuntime
+from bridge_wire.errors import RemoteModelError, SpecError, StructureError, TargetError
+from bridge_wire.pb import bridge_pb2 as pb
+from tests.runtimes import Hosted, jvp, placed, spec_of, vjp, vmap
+from tests.torch_server import models
+
+_STREAMS = ["dropout"]
+
+
+@pytest.fixture(scope="module")
+def runtime() -> TorchRuntime:
+    return TorchRuntime(Options())
+
+
+@pytest.fixture
+def hosted(runtime: TorchRuntime, request: pytest.FixtureRequest) -> Hosted:
+    """The model of tests/torch_server/models.py that the test names."""
+    return Hosted(runtime, getattr(models, request.param), request.param)
+
+
+def serving(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("hosted", [name], indirect=True)
+
+
+def rand(*shape: int) -> np.ndarray:
+    """Return the same numbers each time, away from zero."""
+    return np.random.default_rng(0).random(shape) + 0.2
+
+
+def values_of(module: nn.Module) -> list[np.ndarray]:
+    """Return copies of what a module holds, in the order of its parameters on the wire."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return [each.detach().numpy().copy() for each in named.values()]
+
+
+def assert_same(seen: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    expected = [each.detach().numpy() if isinstance(each, Tensor) else each for each in expected]
+    assert len(seen) == len(expected)
+    for mine, theirs in zip(seen, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
+
+
+# Modules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosted", "x"),
+    [
+        pytest.param("resnet", rand(2, 3, 8, 8), id="resnet"),
+        pytest.param("vit", rand(2, 3, 8, 8), id="vit"),
+        pytest.param("tied", rand(5, 4), id="tied"),
+        pytest.param("recurrent", rand(2, 5, 3), id="recurrent"),
+    ],
+    indirect=["hosted"],
+)
+def test_gradients_of_modules_are_torchs(hosted: Hosted, x: np.ndarray) -> None:
+    """A module's outputs, and their cotangents for the input and every weight, are torch's own."""
+    module = getattr(models, hosted.model.name)
+    state = values_of(module)
+    count = len(state)
+    wrt = [i for i, parameter in enumerate(hosted.model.parameters) if parameter.trainable] + [count]
+    program = hosted.call(x, parameters=True, keep=wrt)
+    outputs, residual = hosted.run_keeping(program, *state, x)
+    cotangents = [np.cos(y) for y in outputs]
+    seen = hosted.run(hosted.pullback(program, wrt, range(len(outputs))), *cotangents, residual=residual)
+
+    inputs = [torch.tensor(each, requires_grad=i in wrt) for i, each in enumerate([*state, x])]
+    named = dict(zip((p.path for p in hosted.model.parameters), inputs, strict=False))
+    expected = torch.utils._pytree.tree_leaves(functional_call(module, named, (inputs[-1],)))
+    gradients = torch.autograd.grad(expected, [inputs[i] for i in wrt], [torch.tensor(ct) for ct in cotangents])
+    assert_same(outputs, expected)
+    assert_same(seen, gradients)
+    again = hosted.run(
+        hosted.call(x, parameters=True, transforms=[vjp(wrt, range(len(outputs)))]), *state, x, *cotangents
+    )
+    assert_same(again, gradients)
+
+
+@serving("tied")
+def test_tied_weights_are_one_parameter(hosted: Hosted) -> None:
+    """A weight at two places is named once, and a parameter that is not trained is no trainable one."""
+    assert [(p.path, p.trainable) for p in hosted.model.parameters] == [("scale", False), ("encoder.weight", True)]
+    x, state = rand(1, 4), values_of(models.tied)
+    changed = [state[0], 2 * state[1]]
+    expected = np.tanh(x @ changed[1].T) @ changed[1].T * 2
+    assert_same(hosted.run(hosted.call(x, parameters=True), *changed, x), [expected])
+
+
+@serving("vit")
+def test_second_derivatives_of_modules(hosted: Hosted) -> None:
+    """The derivative of a gradient along a direction is torch's, in both modes."""
+    x, state = rand(1, 3, 4, 4), values_of(models.vit)
+    count = len(state)
+    ct, direction = rand(1, 3), np.cos(rand(*x.shape))
+    gradient = [vjp([count])]
+    module = models.vit
+
+    def energy(x: Tensor) -> Tensor:
+        return (module(x) * torch.tensor(ct)).sum()
+
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        _, expected = torch.autograd.functional.hvp(energy, torch.tensor(x), torch.tensor(direction))
+    forward = hosted.call(x, parameters=True, transforms=[*gradient, jvp([count])])
+    assert_same(hosted.run(forward, *state, x, ct, direction), [expected])
+    reverse = hosted.call(x, parameters=True, transforms=[*gradient, vjp([count])])
+    assert_same(hosted.run(reverse, *state, x, ct, direction), [expected])
+
+
+@serving("normed")
+def test_changed_buffers_are_outputs(hosted: Hosted) -> None:
+    """A mutable call returns the new statistics; nothing that it was given, and nothing here, is changed."""
+    x, state = rand(6, 3), values_of(models.normed)
+    inputs = [placed(each) for each in (*state, x)]
+    program = hosted.call(x, parameters=True, mutable=True, keep=[0, 1])
+    views = [hosted.view(each, spec_of(each)) for each in inputs]
+    made, _ = program.run(views, None)
+    outputs = [hosted.written(y, spec) for y, spec in zip(made, program.outputs, strict=True)]
+
+    twin = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+    twin.load_state_dict({p.path: torch.tensor(each) for p, each in zip(hosted.model.parameters, state, strict=True)})
+    expected = twin(torch.tensor(x))
+    assert_same(outputs, [expected, *twin.buffers()])
+    for mine, theirs in zip(inputs, (*state, x), strict=True):
+        assert (mine == theirs).all()
+    assert_same(values_of(models.normed), state)
+
+
+@serving("normed")
+def test_buffers_of_other_calls_are_dropped(hosted: Hosted) -> None:
+    """Without `mutable`, and without parameters, the statistics stay what they are."""
+    x, before = rand(6, 3), values_of(models.normed)
+    first = hosted.run(hosted.call(x), x)
+    hosted.run(hosted.call(x, parameters=True), *before, x)
+    assert_same(hosted.run(hosted.call(x), x), first)
+    assert_same(values_of(models.normed), before)
+
+
+@serving("normed")
+def test_statistics_of_a_batch_of_calls(hosted: Hosted) -> None:
+    """Each row of a batch of mutable calls has statistics of its own."""
+    x, state = rand(2, 6, 3), values_of(models.normed)
+    axes = [-1] * len(state) + [0]
+    batched = hosted.call(x[0], parameters=True, mutable=True, transforms=[vmap(axes, 2)])
+    single = hosted.call(x[0], parameters=True, mutable=True)
+    rows = [hosted.run(single, *state, row) for row in x]
+    assert_same(hosted.run(batched, *state, x), [np.stack(each) for each in zip(*rows, strict=True)])
+
+
+def test_a_module_is_served_in_the_mode_it_has(runtime: TorchRuntime) -> None:
+    """What is in eval mode when it is loaded stays in it."""
+    module = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)).double().eval()
+    hosted = Hosted(runtime, module)
+    module.train()
+    x = rand(2, 3)
+    assert_same(hosted.run(hosted.call(x), x), [module[0](torch.tensor(x))])
+
+
+def test_lazy_modules_and_unknown_parameters_are_refused(runtime: TorchRuntime) -> None:
+    """A module without values yet, and a pair that names other parameters, are TargetErrors."""
+    with pytest.raises(TargetError, match=r"'weight' of 'model' has no values yet"):
+        Hosted(runtime, nn.LazyLinear(3))
+    with pytest.raises(TargetError, match="no parameter 'wieght'"):
+        Hosted(runtime, (nn.Linear(2, 2), {"wieght": torch.zeros(2, 2)}))
+    with pytest.raises(TargetError, match=r"'w' of 'model' is a float"):
+        Hosted(runtime, (lambda params, x: x, {"w": 1.0}))
+
+
+def test_a_module_with_other_values(runtime: TorchRuntime) -> None:
+    """A pair of a module and some of its parameters is that module with these."""
+    module = nn.Linear(2, 2, bias=False).double()
+    hosted = Hosted(runtime, (module, {"weight": torch.eye(2).double()}))
+    x = rand(3, 2)
+    assert_same(hosted.run(hosted.call(x), x), [x])
+
+
+def test_a_module_that_cannot_be_copied_is_served(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
+    """Its calls are made on itself, one at a time, and leave it as it is."""
+    module = nn.Linear(2, 2, bias=False).double()
+    module.lock = threading.Lock()
+    weight = module.weight
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        hosted = Hosted(runtime, module)
+    assert "Linear cannot be copied" in caplog.text
+    x = rand(3, 2)
+    assert_same(hosted.run(hosted.call(x, parameters=True), 2 * np.eye(2), x), [2 * x])
+    assert_same(hosted.run(hosted.call(x), x), [module(torch.tensor(x))])
+    assert module.weight is weight
+
+
+# Randomness --------------------------------------------------------------------------------------------------------
+
+
+def key(number: int) -> np.ndarray:
+    return np.array([number, 7], np.uint32)
+
+
+@serving("dropped")
+def test_a_key_decides_what_is_dropped(hosted: Hosted) -> None:
+    """The same key drops the same in each run and in each derivative, another key something else."""
+    x, state = rand(8, 4), values_of(models.dropped)
+    program = hosted.call(x, parameters=True, rngs=_STREAMS)
+    first, again, other = (hosted.run(program, *state, key(n), x)[0] for n in (1, 1, 2))
+    assert_same([first], [again])
+    assert (first != other).any()
+
+    weight = models.dropped[0].weight.detach().numpy()
+    mask = (first != 0) * 2.0
+    ct = rand(8, 4)
+    pulled = (ct * mask) @ weight
+    inputs = (*state, key(1), x)
+    wrt = [len(state) + 1]
+    kept = hosted.call(x, parameters=True, rngs=_STREAMS, keep=wrt)
+    _, residual = hosted.run_keeping(kept, *inputs)
+    assert_same(hosted.run(hosted.pullback(kept, wrt), ct, residual=residual), [pulled])
+    recomputed = hosted.call(x, parameters=True, rngs=_STREAMS, transforms=[vjp(wrt)])
+    assert_same(hosted.run(recomputed, *inputs, ct), [pulled])
+    pushed = hosted.call(x, parameters=True, rngs=_STREAMS, transforms=[jvp(wrt)])
+    assert_same(hosted.run(pushed, *inputs, ct), [ct @ weight.T * mask])
+
+
+@serving("dropped")
+def test_keys_in_batches(hosted: Hosted) -> None:
+    """A batch drops what its rows would: the same in each for one key, and each its own for keys of their own."""
+    x, state = rand(3, 4), values_of(models.dropped)
+    single = hosted.call(x[0], parameters=True, rngs=_STREAMS)
+    for keys, axis in ((key(1), -1), (np.stack([key(n) for n in range(3)]), 0)):
+        axes = [-1] * len(state) + [axis, 0]
+        batched = hosted.call(x[0], parameters=True, rngs=_STREAMS, transforms=[vmap(axes, 3)])
+        rows = [hosted.run(single, *state, keys if axis < 0 else keys[i], row)[0] for i, row in enumerate(x)]
+        assert_same(hosted.run(batched, *state, keys, x), [np.stack(rows)])
+
+
+@serving("dropped")
+def test_keys_leave_torchs_own_stream_alone(hosted: Hosted) -> None:
+    """A call with a key draws nothing from the global generator; one without draws from there."""
+    x, state = rand(8, 4), values_of(models.dropped)
+    seeded = hosted.call(x, parameters=True, rngs=_STREAMS)
+    free = hosted.call(x)
+    torch.manual_seed(0)
+    expected = [hosted.run(free, x)[0] for _ in range(2)]
+    torch.manual_seed(0)
+    first = hosted.run(free, x)[0]
+    hosted.run(seeded, *state, key(1), x)
+    assert_same([first, hosted.run(free, x)[0]], expected)
+    assert (expected[0] != expected[1]).any()
+
+
+@serving("dropped")
+def test_keys_hold_while_others_draw(hosted: Hosted) -> None:
+    """Calls without a key in other threads do not change what a key drops."""
+    x, state = rand(64, 4), values_of(models.dropped)
+    seeded, free = hosted.call(x, parameters=True, rngs=_STREAMS), hosted.call(x)
+    expected = hosted.run(seeded, *state, key(1), x)
+    start = threading.Barrier(3)
+
+    def draw(_: int) -> None:
+        start.wait()
+        for _ in range(100):
+            hosted.run(free, x)
+
+    with ThreadPoolExecutor(2) as pool:
+        drawing = pool.map(draw, range(2))
+        start.wait()
+        for _ in range(100):
+            assert_same(hosted.run(seeded, *state, key(1), x), expected)
+        list(drawing)
+
+
+# Code that is no function ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def untouched(*arrays: np.ndarray) -> Iterator[None]:
+    before = [each.copy() for each in arrays]
+    yield
+    for mine, theirs in zip(arrays, before, strict=True):
+        assert (mine == theirs).all()
+
+
+def run_on(hosted: Hosted, program: Any, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Run on the arrays themselves."""
+    outputs, _ = program.run([hosted.view(each, spec_of(each)) for each in arrays], None)
+    return [hosted.written(y, spec) for y, spec in zip(outputs, program.outputs, strict=True)]
+
+
+@serving("in_place")
+def test_in_place_code_never_writes_into_the_callers_memory(hosted: Hosted) -> None:
+    """A model that writes into its input gets a copy, in a forward and in every derivative."""
+    x, one = placed(rand(4)), placed(np.ones(4))
+    inner = np.array([1.0, *(2 * x[1:] + 1)])
+    slope = np.array([0.0, *np.cos(inner[1:])])
+    with untouched(x, one):
+        assert_same(run_on(hosted, hosted.call(x), x), [np.sin(inner)])
+        for transform in (vjp([0]), jvp([0])):
+            assert_same(run_on(hosted, hosted.call(x, transforms=[transform]), x, one), [slope])
+        batched = hosted.call(x, transforms=[vmap([0], 2)])
+        rows = placed(np.stack([x, x]))
+        with untouched(rows):
+            assert_same(run_on(hosted, batched, rows), [np.stack([np.sin(inner)] * 2)])
+        program = hosted.call(x, keep=[0])
+        _, residual = program.run([hosted.view(x, spec_of(x))], None)
+        assert_same(hosted.run(hosted.pullback(program, [0]), one, residual=residual), [slope])
+
+
+@serving("by_value")
+def test_a_model_that_looks_at_values_is_run_on_zeros_first(
+    runtime: TorchRuntime, hosted: Hosted, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log line says so; later calls take the branch of their own values, and change no input."""
+    x = placed(rand(3))
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        program = hosted.call(x)
+    assert "model 'by_value' called with (args[0]: float64[3]) was run once on zeros" in caplog.text
+    with untouched(x):
+        assert_same(run_on(hosted, program, x), [3 * x + 1])
+    x *= -1
+    assert_same(run_on(hosted, program, x), [x + 1])
+    x *= -1
+    vjp_program = hosted.call(x, transforms=[vjp([0])])
+    assert_same(run_on(hosted, vjp_program, x, placed(np.ones(3))), [np.full(3, 3.0)])
+    batched = hosted.call(x, transforms=[vmap([0], 2)])
+    rows = placed(np.stack([x, -x]))
+    assert_same(run_on(hosted, batched, rows), [np.stack([3 * x + 1, -x + 1])])
+
+
+@serving("growing")
+def test_an_output_that_changes_its_shape_is_named(hosted: Hosted) -> None:
+    """A model whose output has another shape than it had is refused by name and leaf."""
+    program = hosted.call(rand(3))
+    with pytest.raises(SpecError, match=r"the result\['found'\] of model 'growing' is now float64\[3\].*float64\[0\]"):
+        hosted.run(program, rand(3))
+
+
+@serving("numeral")
+def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
+    """A model that returns a number, or nothing, is told which leaf that is."""
+    with pytest.raises(StructureError, match=r"the result\['count'\] of model 'numeral' is a builtins\.int"):
+        hosted.call(rand(3))
+    with pytest.raises(StructureError, match=r"the result of model 'model' holds no tensor"):
+        Hosted(hosted.runtime, lambda x: None).call(rand(3))
+
+
+@serving("forces")
+def test_models_that_differentiate_inside(hosted: Hosted) -> None:
+    """autograd.grad works in a model, though nobody asked for a gradient; and its derivative does."""
+    x = rand(3)
+    assert_same(hosted.run(hosted.call(x), x), [4 * x**3])
+    program = hosted.call(x, keep=[0])
+    _, residual = hosted.run_keeping(program, x)
+    made = hosted.run(hosted.pullback(program, [0]), np.ones(3), residual=residual)
+    assert_same(made, [12 * x**2])
+
+
+_OLD = {
+    "vjp": ([vjp([0])], lambda f, x: f(x)[1]),
+    "jvp": ([jvp([0])], lambda f, x: f(x)[1]),
+    "jvp of vjp": ([vjp([0]), jvp([0])], lambda f, x: f(x)[2]),
+    "vjp of jvp": ([jvp([0]), vjp([0])], lambda f, x: f(x)[2]),
+    "vmap of vjp": ([vjp([0]), vmap([0, 0], 3)], lambda f, x: f(x)[1]),
+    "vjp of vmap": ([vmap([0], 3), vjp([0])], lambda f, x: f(x)[1]),
+}
+
+
+@serving("old_style")
+@pytest.mark.parametrize("name", _OLD)
+def test_functions_that_torch_func_cannot_trace(hosted: Hosted, name: str) -> None:
+    """An autograd.Function without setup_context has every derivative and batch all the same."""
+    transforms, expected = _OLD[name]
+
+    def derivatives(x: np.ndarray) -> tuple[np.ndarray, ...]:
+        s, c = np.sin(x), np.cos(x)
+        return s**3, 3 * s**2 * c, 6 * s * c**2 - 3 * s**3
+
+    x = rand(3, 2) if "vmap" in name else rand(2)
+    program = hosted.call(rand(2), transforms=transforms)
+    ones = [np.ones_like(x)] * (len(program.inputs) - 1)
+    assert_same(hosted.run(program, x, *ones), [expected(derivatives, x)])
+
+
+def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime) -> None:
+    """A second derivative of an autograd.Function with a once_differentiable backward is the model's error."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, ct: Tensor) -> Tensor:
+            return ct * 2 * ctx.saved_tensors[0]
+
+    hosted, x = Hosted(runtime, Once.apply), rand(2)
+    assert_same(hosted.run(hosted.call(x, transforms=[vjp([0])]), x, x), [2 * x * x])
+    with pytest.raises(RemoteModelError, match="once_differentiable"):
+        hosted.run(hosted.call(x, transforms=[vjp([0]), vjp([0])]), x, x, x)
+
+
+# Residuals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_forward_under_grad_is_run_once(runtime: TorchRuntime) -> None:
+    """Pullbacks, however many, run nothing of the forward again."""
+    runs = []
+
+    def counted(x: Tensor) -> Tensor:
+        runs.append(x)
+        return x.exp()
+
+    hosted, x = Hosted(runtime, counted), rand(2)
+    program = hosted.call(x, keep=[0])
+    runs.clear()
+    _, residual = hosted.run_keeping(program, x)
+    for _ in range(3):
+        assert_same(hosted.run(hosted.pullback(program, [0]), np.ones(2), residual=residual), [np.exp(x)])
+    assert len(runs) == 1
+
+
+def test_only_what_is_asked_for_is_differentiated(runtime: TorchRuntime) -> None:
+    """A pullback to one input does no work for the others, and a plain call records nothing."""
+    asked = []
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+            asked.append(ctx.needs_input_grad)
+            ctx.save_for_backward(x, y)
+            return x * y
+
+        @staticmethod
+        def backward(ctx: Any, ct: Tensor) -> tuple[Tensor | None, Tensor | None]:
+            x, y = ctx.saved_tensors
+            asked.append(ctx.needs_input_grad)
+            return ct * y, ct * x
+
+    hosted, x = Hosted(runtime, Product.apply), rand(2)
+    plain, keeping = hosted.call(x, x), hosted.call(x, x, keep=[1])
+    asked.clear()
+    hosted.run(plain, x, x)
+    _, residual = hosted.run_keeping(keeping, x, x)
+    hosted.run(hosted.pullback(keeping, [1]), x, residual=residual)
+    assert asked == [(False, False), (False, True), (False, True)]
+
+
+def test_residual_bytes_are_those_of_saved_tensors(runtime: TorchRuntime) -> None:
+    """A residual counts what backward formulas have saved, and not the inputs, which are the client's."""
+    x = rand(128)
+    for f, expected in ((lambda x: x * x, 0), (torch.exp, 1024), (lambda x: x.exp().exp(), 2048)):
+        hosted = Hosted(runtime, f)
+        program = hosted.call(x, keep=[0])
+        hosted.run_keeping(program, x)
+        assert program.residual_nbytes == expected
+
+
+# Structures --------------------------------------------------------------------------------------------------------
+
+
+@serving("structured")
+def test_a_model_may_change_the_containers_it_gets(hosted: Hosted) -> None:
+    """Each call builds its arguments anew."""
+
+    def popping(tree: dict[str, Tensor]) -> Tensor:
+        return tree.pop("x") * 2
+
+    leaf = pb.Tree(leaf=pb.Tree.Leaf())
+    mapping = pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(text="x")], items=[leaf]))
+    popped, x = Hosted(hosted.runtime, popping), rand(2)
+    program = popped.call(x, tree=pb.Tree(tuple=pb.Tree.Sequence(items=[mapping])))
+    for _ in range(2):
+        assert_same(popped.run(program, x), [2 * x])
+
+
+def test_a_model_may_mark_its_inputs(runtime: TorchRuntime) -> None:
+    """What a model does to the tensor objects that it gets does not outlive the call."""
+
+    def marking(x: Tensor) -> Tensor:
+        assert not hasattr(x, "seen")
+        x.seen = True
+        return x.requires_grad_() * 2
+
+    hosted, x = Hosted(runtime, marking), placed(rand(2))
+    program = hosted.call(x)
+    view = hosted.view(x, spec_of(x))
+    for _ in range(2):
+        outputs, _ = program.run([view], None)
+        assert_same([outputs[0].detach().numpy()], [2 * x])
+    assert not view.requires_grad
