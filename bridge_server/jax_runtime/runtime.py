@@ -12,8 +12,7 @@ from bridge_server.jax_runtime.errors import jax_errors
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
 from bridge_server.jax_runtime.randomness import streams_of
-from bridge_server.jax_runtime.signatures import check_signature
-from bridge_server.jax_runtime.transforms import Flat, check_differentiable, compose, replaced
+from bridge_server.jax_runtime.transforms import Flat, compose, replaced
 from bridge_server.jax_runtime.types import (
     as_output,
     aval_of,
@@ -27,6 +26,7 @@ from bridge_server.jax_runtime.types import (
     register_dataclass,
 )
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
+from bridge_server.signatures import check_differentiable, check_signature
 from bridge_wire import trees
 from bridge_wire.copying import copy
 from bridge_wire.dlpack import Exporter

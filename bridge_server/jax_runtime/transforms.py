@@ -4,15 +4,15 @@ A flat function is `f(bound, *arrays) -> [array, ...]`, where `bound` are the wo
 passes none. So the derivative of a program is again a program, and transforms compose to any depth.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from bridge_server.jax_runtime.errors import jax_errors
-from bridge_server.jax_runtime.types import MOST_ELEMENTS, avals_of, specs_of
-from bridge_wire.errors import ProtocolError, SpecError
+from bridge_server.jax_runtime.types import avals_of, specs_of
+from bridge_server.signatures import batched, check_differentiable
+from bridge_wire.errors import ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -67,35 +67,13 @@ def _jvp(f: Flat, count: int, transform: pb.Transform.Jvp) -> Flat:
 
 
 def _vmap(f: Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap) -> tuple[Flat, tuple[Spec, ...]]:
-    axes, size = tuple(transform.axes), transform.size
-    if len(axes) != len(inputs):
-        raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
-    for axis, spec in zip(axes, inputs, strict=True):
-        if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
-            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")
-    in_axes = tuple(None if axis < 0 else axis for axis in axes)
+    mapped, size = batched(inputs, transform), transform.size
+    in_axes = tuple(None if axis < 0 else axis for axis in transform.axes)
 
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
         return jax.vmap(lambda *xs: f(bound, *xs), in_axes=in_axes, axis_size=size)(*arrays)
 
-    mapped = tuple(
-        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
-        for axis, spec in zip(axes, inputs, strict=True)
-    )
-    for spec in mapped:
-        if math.prod(spec.shape) > MOST_ELEMENTS:
-            raise SpecError(f"vmap over {size} elements makes an input of type {spec}, which no memory can hold")
     return transformed, mapped
-
-
-def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
-    for i in positions:
-        if i >= len(specs):
-            raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
-        if not specs[i].dtype.is_inexact or specs[i].weak:
-            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
-    if len(set(positions)) != len(positions):
-        raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
 
 
 def _restricted(

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from bridge_server.signatures import MOST_ELEMENTS
 from bridge_wire.dlpack import Exporter
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.specs import Spec
-
-MOST_ELEMENTS = 2**47
 
 
 @functools.cache

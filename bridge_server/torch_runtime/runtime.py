@@ -8,17 +8,16 @@ import torch
 
 from bridge_server import runtime
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
+from bridge_server.signatures import check_differentiable, check_signature
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import Parts, parts_of
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
-from bridge_server.torch_runtime.transforms import Composed, check_differentiable, compose
+from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_wire import trees
-from bridge_wire.errors import ProtocolError, SpecError, TargetError
+from bridge_wire.errors import ProtocolError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
-
-_MOST_NAMED = 20
 
 
 class TorchRuntime(Runtime):
@@ -96,7 +95,7 @@ class TorchRuntime(Runtime):
         known = self._calls.get(key)
         if known is None:
             inputs = decode_all(call.inputs)
-            where = f"model {model.name!r} called with {_checked_signature(model, call, inputs)}"
+            where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
             known = self._calls[key] = Call(model, plain, inputs, self._classes, where)
         return known
 
@@ -108,28 +107,6 @@ def _running(composed: Composed, leaves: int) -> Callable[[Sequence[Any], Any], 
         return composed.f([*arrays[:leaves], *own]), None
 
     return run
-
-
-def _checked_signature(model: Model, call: pb.Call, inputs: Sequence[Spec]) -> str:
-    """Check the inputs of a call before anything runs, and return them as text for later errors."""
-    own = [parameter.path for parameter in model.parameters] if call.parameters else []
-    names = own + (["rng"] if call.rngs else []) + trees.argument_paths(call.arguments)
-    if len(names) != len(inputs):
-        raise ProtocolError(f"a call with {len(names)} arrays came with {len(inputs)} specs")
-    if call.mutable and not call.parameters:
-        raise ProtocolError("a call that may change buffers must pass the parameters")
-    if call.rngs and (inputs[len(own)].dtype.name, inputs[len(own)].shape) != ("uint32", (2,)):
-        raise ProtocolError(f"a key is uint32[2], and came as {inputs[len(own)]}")
-    if call.parameters:
-        for parameter, spec in zip(model.parameters, inputs, strict=False):
-            if spec.shape != parameter.spec.shape:
-                raise SpecError(
-                    f"parameter `{parameter.path}` has shape {list(spec.shape)}; "
-                    f"the model's has {list(parameter.spec.shape)}"
-                )
-    shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
-    more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
-    return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
 
 
 def _positional_names(parts: Parts) -> tuple[str, ...]:

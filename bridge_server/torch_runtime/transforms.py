@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from bridge_server.signatures import batched, check_differentiable, check_size
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.graphs import nodes_of
-from bridge_server.torch_runtime.types import is_differentiable, replaced, zeros
-from bridge_wire.errors import BridgeError, ProtocolError, SpecError
+from bridge_server.torch_runtime.types import replaced, zeros
+from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
 Flat = Callable[[Sequence[Any]], list[Tensor]]
-_MOST_ELEMENTS = 2**47
 
 
 class Composed(NamedTuple):
@@ -46,11 +46,11 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
     is_keyed_by_row = False
     for i, (kind, transform) in enumerate(zip(kinds, transforms, strict=True)):
         if kind == "vmap":
-            _check_vmap(transform.vmap, plain.inputs)
+            inputs = batched(plain.inputs, transform.vmap)
             is_keyed_by_row |= call.key is not None and transform.vmap.axes[call.key] >= 0
             randomness = "different" if call.key is None else "same"
-            functional = _vmap(functional, transform.vmap, functools.partial(_batched, randomness=randomness))
-            plain = _vmap(plain, transform.vmap, _row_by_row)
+            functional = _vmap(functional, transform.vmap, inputs, functools.partial(_batched, randomness=randomness))
+            plain = _vmap(plain, transform.vmap, inputs, _row_by_row)
         elif kind == "jvp":
             _check(kind, transform.jvp, plain)
             functional = _jvp(functional, transform.jvp, _pushed_forward)
@@ -108,17 +108,14 @@ def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Ten
     return Composed(transformed, of.inputs + tangents, tuple(of.outputs[i] for i in selected))
 
 
-def _vmap(of: Composed, transform: pb.Transform.Vmap, batch: Callable[..., list[Tensor]]) -> Composed:
+def _vmap(
+    of: Composed, transform: pb.Transform.Vmap, inputs: tuple[Spec, ...], batch: Callable[..., list[Tensor]]
+) -> Composed:
     axes, size = tuple(transform.axes), transform.size
     mapped = tuple(i for i, axis in enumerate(axes) if axis >= 0)
-    inputs = tuple(
-        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
-        for axis, spec in zip(axes, of.inputs, strict=True)
-    )
     outputs = tuple(spec._replace(shape=(size, *spec.shape)) for spec in of.outputs)
-    for spec in (*inputs, *outputs):
-        if spec.nbytes > _MOST_ELEMENTS * spec.dtype.itemsize:
-            raise SpecError(f"vmap over {size} elements makes an array of type {spec}, which no memory can hold")
+    for spec in outputs:
+        check_size(spec, f"vmap over {size} elements")
 
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
         if size and not mapped:
@@ -282,23 +279,3 @@ def _with_simple_attention(f: Flat) -> Flat:
 def _check(kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed) -> None:
     check_differentiable(kind, transform.wrt, of.inputs)
     check_differentiable(kind, transform.outputs, of.outputs)
-
-
-def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
-    """Raise an error unless the positions name floats, each once."""
-    for i in positions:
-        if i >= len(specs):
-            raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
-        if not is_differentiable(specs[i]):
-            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
-    if len(set(positions)) != len(positions):
-        raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
-
-
-def _check_vmap(transform: pb.Transform.Vmap, inputs: Sequence[Spec]) -> None:
-    axes, size = transform.axes, transform.size
-    if len(axes) != len(inputs):
-        raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
-    for axis, spec in zip(axes, inputs, strict=True):
-        if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
-            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")

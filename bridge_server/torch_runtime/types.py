@@ -54,10 +54,6 @@ def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
         tensor_at(pointer, spec_of(tensor), None).copy_(tensor.detach())
 
 
-def is_differentiable(spec: Spec) -> bool:
-    return spec.dtype.is_inexact and not spec.weak
-
-
 def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
     """Return a copy of the list with other values at some positions."""
     made = list(xs)

@@ -1,5 +1,6 @@
-"""Checks of a call's signature, before anything is traced."""
+"""Checks of what a client asks for, before anything is traced. Imports no framework."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from bridge_server.runtime import Model
@@ -9,6 +10,7 @@ from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
+MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_NAMED = 20
 
@@ -36,6 +38,40 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
     shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
     more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
     return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
+
+
+def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
+    """Raise an error unless the positions name floats, each once."""
+    for i in positions:
+        if i >= len(specs):
+            raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
+        if not specs[i].dtype.is_inexact or specs[i].weak:
+            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
+    if len(set(positions)) != len(positions):
+        raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
+
+
+def batched(inputs: Sequence[Spec], transform: pb.Transform.Vmap) -> tuple[Spec, ...]:
+    """Return the types of the inputs of a batch, of which these are the inputs of one row."""
+    axes, size = transform.axes, transform.size
+    if len(axes) != len(inputs):
+        raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
+    for axis, spec in zip(axes, inputs, strict=True):
+        if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
+            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")
+    mapped = tuple(
+        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+        for axis, spec in zip(axes, inputs, strict=True)
+    )
+    for spec in mapped:
+        check_size(spec, f"vmap over {size} elements")
+    return mapped
+
+
+def check_size(spec: Spec, where: str) -> None:
+    """Raise an error for an array too large for any machine."""
+    if math.prod(spec.shape) > MOST_ELEMENTS:
+        raise SpecError(f"{where} makes an array of type {spec}, which no memory can hold")
 
 
 def _check_width(names: Iterable[str], inputs: Iterable[Spec]) -> None:
