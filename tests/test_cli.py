@@ -94,14 +94,24 @@ def test_help_names_every_flag() -> None:
     """--help shows every option of the command."""
     done = _run("--help")
     assert done.returncode == 0
-    for flag in ("--jax-model", "--factory", "--listen", "--x64", "--residual-bytes", "--warmup", "--log-level"):
+    for flag in (
+        "--jax-model",
+        "--torch-model",
+        "--factory",
+        "--listen",
+        "--x64",
+        "--residual-bytes",
+        "--warmup",
+        "--log-level",
+    ):
         assert flag in done.stdout
 
 
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        pytest.param([], "--jax-model", id="nothing to serve"),
+        pytest.param([], "--jax-model or --torch-model", id="nothing to serve"),
+        pytest.param(["--torch-model=tests:x"], "exclude each other", id="two frameworks"),
         pytest.param(["--no-such-flag"], "--no-such-flag", id="an unknown flag"),
         pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
         pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
@@ -142,6 +152,12 @@ def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> No
 def test_a_misspelt_target_is_named_with_near_matches(target: str, said: str) -> None:
     """A module or attribute that is not there is told, with names that look like it."""
     assert said in _refusal("--jax-model", target)
+
+
+def test_a_framework_that_is_not_there_is_named() -> None:
+    """A torch model in an environment without torch is refused, and the error names what is missing."""
+    said = _refusal("--torch-model", "tests.torch_server.models:square")
+    assert "--torch-model needs torch in the worker's environment" in said
 
 
 def test_two_models_of_one_name_are_refused() -> None:

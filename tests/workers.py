@@ -21,14 +21,16 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 class Worker:
-    """`bridge_server` under `.venv-jax`, whose output goes to files in `directory`. Also a context manager."""
+    """`bridge_server` in an environment, whose output goes to files in `directory`. Also a context manager."""
 
-    def __init__(self, directory: Path, *args: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *args: str, venv: str = ".venv-jax", env: Mapping[str, str] | None = None
+    ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._files = directory / "stdout", directory / "stderr"
         with self._files[0].open("w") as stdout, self._files[1].open("w") as stderr:
             self.process = subprocess.Popen(
-                [python_of(".venv-jax"), "-m", "bridge_server", *args],
+                [python_of(venv), "-m", "bridge_server", *args],
                 cwd=ROOT,
                 env=environment(**(env or {})),
                 stdin=subprocess.DEVNULL,
@@ -87,9 +89,11 @@ class Worker:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, *args: str, env: Mapping[str, str] | None = None) -> Iterator[Worker]:
+def serving(
+    directory: Path, *args: str, venv: str = ".venv-jax", env: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
     """A worker that is ready for calls."""
-    with Worker(directory, *args, env=env) as worker:
+    with Worker(directory, *args, venv=venv, env=env) as worker:
         yield worker.wait_until_ready()
 
 

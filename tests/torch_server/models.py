@@ -78,6 +78,11 @@ def _pass(gate, x):
         time.sleep(0.002)
 
 
+def square_factory():
+    """Makes a model, for --factory."""
+    return square
+
+
 # Transforms ------------------------------------------------------------------------------------------------------
 
 
