@@ -82,7 +82,9 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _runtime(options: argparse.Namespace) -> Runtime:
     framework = "jax" if options.jax_model else "torch"
-    how = Options(x64=options.x64, jit=not options.no_jit)
+    if options.mesh and framework != "jax":
+        raise CallerError(f"--mesh is for JAX models, and these are {framework}'s")
+    how = Options(x64=options.x64, jit=not options.no_jit, mesh=options.mesh)
     try:
         if framework == "torch":
             from bridge_server.torch_runtime import TorchRuntime
@@ -102,7 +104,9 @@ def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[s
         if target.name in models:
             raise CallerError(f"two models are named {target.name!r}; write NAME={text}")
         value = targets.load(target)
-        models[target.name] = runtime.adapt(target.name, value() if is_factory else value)
+        model = runtime.adapt(target.name, value() if is_factory else value)
+        shardings = targets.shardings_beside(target)
+        models[target.name] = runtime.spread(model, shardings) if shardings else model
     return models
 
 
@@ -171,6 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", "default: a socket in a directory that only you can enter", metavar="unix:PATH|HOST:PORT")
     add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
     add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
+    add("--mesh", "spread JAX models over devices; their modules say how, in ATTR_shardings", type=_mesh, default={},
+        metavar="AXIS=SIZE,...")  # fmt: skip
     add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute",
         type=_bytes, default=half_of_memory(), metavar="BYTES")  # fmt: skip
     add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")
@@ -210,6 +216,16 @@ def _bytes(text: str) -> int:
     if not number.isdecimal() or unit not in units:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
     return int(number) * units[unit]
+
+
+def _mesh(text: str) -> dict[str, int]:
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
+            raise argparse.ArgumentTypeError(f"{text!r} is no mesh such as data=2,model=2")
+        axes[name] = int(size)
+    return axes
 
 
 def _set_up_logging(level: str) -> None:

@@ -2,10 +2,11 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
 
@@ -36,6 +37,8 @@ class Model:
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
     apply: Callable[..., Any]
+    # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*` stands for anything.
+    shardings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def description(self) -> pb.Model:
@@ -80,6 +83,7 @@ class Options:
     x64: bool = False
     jit: bool = True
     is_guest: bool = False
+    mesh: Mapping[str, int] = field(default_factory=dict)  # the sizes of its axes; without any, one device
 
 
 @dataclass(slots=True)
@@ -109,6 +113,15 @@ class Runtime(ABC):
         Raises:
           TargetError: it is nothing that this framework can serve.
         """
+
+    def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
+        """Return the model as one whose arrays lie on several devices so.
+
+        Raises:
+          CallerError: this runtime has no mesh.
+          TargetError: the shardings are no such, or not for this model.
+        """
+        raise CallerError(f"the model {model.name!r} has shardings, which only JAX models can have")
 
     @abstractmethod
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:

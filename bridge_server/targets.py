@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bridge_wire.errors import TargetError
@@ -55,6 +56,21 @@ def load(target: Target) -> Any:
             raise TargetError(f"{seen!r} has no attribute {part!r}{_near(part, dir(value))}") from error
         seen = f"{seen}.{part}"
     return value
+
+
+def shardings_beside(target: Target) -> Mapping[str, Any]:
+    """Return what `attr_shardings`, in the module of a loaded `attr`, says of how its arrays lie on several devices.
+
+    Raises:
+      TargetError: it is no mapping.
+    """
+    name = f"{target.attribute.rpartition('.')[2]}_shardings"
+    found = getattr(sys.modules[target.module], name, None)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        raise TargetError(f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict of path: sharding")
+    return found
 
 
 def near_matches(word: str, choices: list[str]) -> list[str]:

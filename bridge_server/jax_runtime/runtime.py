@@ -1,6 +1,6 @@
 """JaxRuntime: models traced and compiled once per signature, run by XLA."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 
 from bridge_server import runtime
 from bridge_server.jax_runtime.errors import jax_errors
+from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
 from bridge_server.jax_runtime.randomness import streams_of
@@ -30,7 +31,7 @@ from bridge_server.signatures import check_differentiable, check_signature
 from bridge_wire import trees
 from bridge_wire.copying import copy
 from bridge_wire.dlpack import Exporter
-from bridge_wire.errors import InternalError, ProtocolError, RemoteModelError
+from bridge_wire.errors import CallerError, InternalError, ProtocolError, RemoteModelError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -44,6 +45,11 @@ class JaxRuntime(Runtime):
             # Every call waits for its outputs at once; handing the work to another thread would only cost wake-ups.
             jax.config.update("jax_cpu_enable_async_dispatch", False)
         self._jit = options.jit
+        self._layout = Layout(options.mesh)
+        if options.mesh and not options.jit:
+            raise CallerError(
+                "--mesh spreads compiled programs over devices, and --no-jit compiles none; leave out one"
+            )
         self._classes = trees.Classes(adopt=register_dataclass)
 
     def describe(self) -> Description:
@@ -56,26 +62,33 @@ class JaxRuntime(Runtime):
     def adapt(self, name: str, target: Any) -> Model:
         return adapt(name, target, x64=has_x64())
 
+    def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
+        return self._layout.spread(model, shardings)
+
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = decode_all(call.inputs)
         where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=has_x64())}"
         own = len(model.parameters) if call.parameters else 0
         first_leaf = own + bool(call.rngs)
         result = trees.flat(0)
+        own_paths = [parameter.path for parameter in model.parameters]
+        leaf_paths = trees.argument_paths(call.arguments)
 
         def f(bound: Sequence[Any], *arrays: Any) -> list[Any]:
             nonlocal result
-            args, kwargs = trees.build(call.arguments, arrays[first_leaf:], self._classes)
-            values = arrays[:own] if call.parameters else bound
+            leaves = self._layout.constrained(arrays[first_leaf:], leaf_paths, model)
+            args, kwargs = trees.build(call.arguments, leaves, self._classes)
+            values = self._layout.constrained(arrays[:own] if call.parameters else bound, own_paths, model)
             streams = streams_of(arrays[own], call.rngs) if call.rngs else {}
             value, changed = model.apply(values, args, kwargs, streams, call.mutable)
-            result, leaves = trees.encode(value, is_array_like, self._classes, expand=expand, root="the result")
-            return [as_output(leaf, i) for i, leaf in enumerate(leaves)] + changed
+            result, made = trees.encode(value, is_array_like, self._classes, expand=expand, root="the result")
+            return [as_output(leaf, i) for i, leaf in enumerate(made)] + changed
 
         bound = () if call.parameters else tuple(model.values)
         composed: Flat = f
         for transform in call.transforms:
-            composed, inputs = compose(composed, bound, inputs, transform, where)
+            with self._layout.context():
+                composed, inputs = compose(composed, bound, inputs, transform, where)
         if call.HasField("keep"):
             wrt = tuple(call.keep.inputs)
             check_differentiable("keep", wrt, inputs)
@@ -167,8 +180,8 @@ class JaxRuntime(Runtime):
     def _compile(self, f: Callable[..., Any], arguments: Sequence[Any], where: str) -> Generator[str, None, Any]:
         """Return the function compiled for these arguments' types, and the types of what it returns."""
         yield "tracing"
-        with jax_errors(where):
-            traced = jax.jit(f).trace(*arguments)
+        with jax_errors(where), self._layout.context():
+            traced = self._layout.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
                 return _eager(f), traced.out_info
@@ -176,7 +189,7 @@ class JaxRuntime(Runtime):
         yield "compiling"
         with jax_errors(where):
             compiled = lowered.compile()
-        return compiled, compiled.out_info
+        return self._layout.placing(compiled), compiled.out_info
 
 
 def _pointer(array: Any) -> int | None:
