@@ -9,6 +9,13 @@ from pathlib import Path
 from bridge_wire import trees
 from bridge_wire.errors import BridgeError, RemoteModelError
 
+# What to do about it, by what a framework says when it refuses a transform.
+_REMEDIES = {
+    "forward-mode autodiff (jvp) to a custom_vjp": "use reverse mode, such as jacrev(jacrev(f)) instead of hessian(f), "
+    "or define the function with jax.custom_jvp",
+    "Reverse-mode differentiation does not work": "or use forward mode, such as jvp or jacfwd(f), or define the "
+    "function with jax.custom_vjp",
+}
 _HERE = str(Path(__file__).parent)
 
 
@@ -31,8 +38,9 @@ def remote(error: Exception, where: str) -> RemoteModelError:
     machinery = _machinery()
     first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(machinery)), 0)
     text = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames[first:])])
+    remedies = "".join(f"\n{remedy}" for text, remedy in _REMEDIES.items() if text in str(error))
     return RemoteModelError(
-        f"{kind.__name__}: {error}\n(in {where})",
+        f"{kind.__name__}: {error}{remedies}\n(in {where})",
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
         remote_traceback=text + "".join(traceback.format_exception_only(error)),
     )

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
@@ -33,9 +34,11 @@ from bridge_client.torch.structures import (
 )
 from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread, thread_state
 from bridge_wire import specs, trees
-from bridge_wire.errors import CallerError, StructureError
+from bridge_wire.errors import BridgeError, CallerError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 
 class RemoteJaxFunction(nn.Module):
@@ -389,7 +392,11 @@ def _traced_call(
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
-    return _functions[key]._call(own, args, kwargs, is_stateful)
+    try:
+        return _functions[key]._call(own, args, kwargs, is_stateful)
+    except BridgeError as error:
+        _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
+        raise
 
 
 def _pass_structures() -> None:

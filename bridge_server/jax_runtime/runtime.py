@@ -67,7 +67,8 @@ class JaxRuntime(Runtime):
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = decode_all(call.inputs)
-        where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=has_x64())}"
+        called = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=has_x64())}"
+        where = " of ".join([*(str(t.WhichOneof("kind")) for t in reversed(call.transforms)), called])
         own = len(model.parameters) if call.parameters else 0
         first_leaf = own + bool(call.rngs)
         result = trees.flat(0)

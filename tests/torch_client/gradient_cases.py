@@ -200,3 +200,32 @@ CASES = {
     "complex products": complex_products,
     "complex matmul": complex_matmul,
 }
+
+
+def scalar_case(name, x):
+    """Call the scalar function of that name, of a vector of three."""
+    return SCALARS[name](x)
+
+
+@jax.custom_jvp
+def _softplus(x):
+    return jnp.log1p(jnp.exp(x))
+
+
+_softplus.defjvp(lambda primals, tangents: (_softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0]))
+
+
+# Each can be differentiated three times in either mode, and no third derivative is zero everywhere. Cheap to compile:
+# of each, the worker compiles some twenty programs.
+SCALARS = {
+    "elementwise": lambda x: (jnp.sin(x) * jnp.exp(x)).sum(),
+    "quadratic form": lambda x: x @ jnp.outer(x, x) @ x,
+    "scan": lambda x: lax.scan(lambda carry, y: (jnp.sin(carry) * y, None), 1.0, x)[0],
+    "fori_loop": lambda x: lax.fori_loop(0, 3, lambda i, y: y * x + i, x).sum(),
+    "cond": lambda x: lax.cond(x[0] > 0, lambda x: jnp.sin(x) @ x, lambda x: (x**3).sum(), x),
+    "gather": lambda x: (x[jnp.array([2, 0, 1])] * x**2).sum(),
+    "cumulative": lambda x: jnp.cumprod(x).sum(),
+    "reciprocal": lambda x: 1 / (1 + x @ x),
+    "custom_jvp": lambda x: (_softplus(x) * x).sum(),
+    "checkpoint": lambda x: jax.checkpoint(lambda x: jnp.cos(x) @ jnp.roll(x, 1))(x),
+}

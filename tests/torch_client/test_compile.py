@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridge_client import Session
 from bridge_client.torch import RemoteJaxFunction
+from bridge_wire.errors import RemoteModelError
 from tests.torch_client.conftest import Remote
 
 
@@ -126,6 +128,18 @@ def test_structures_numbers_and_static_arguments(x64_remote: Remote) -> None:
 
     x, compiled = rand(2, 3), torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(gradients(compiled, nn.Module(), x), gradients(run, nn.Module(), x))
+
+
+def test_a_call_that_cannot_be_compiled_is_named(x64_remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
+    """When a traced call fails, the log says which signature: Dynamo's error does not. Without fullgraph, the model's
+    error is raised."""
+    matmul, x = x64_remote("matmul"), rand(2, 3)
+    with pytest.raises(Unsupported):
+        torch.compile(matmul, fullgraph=True, backend="aot_eager")(x, x)
+    logged = [record.message for record in caplog.records if record.name == "bridge_client.torch.function"]
+    assert "'matmul' called with (args[0]: float64[2,3], args[1]: float64[2,3])" in logged[0]
+    with pytest.raises(RemoteModelError, match=r"args\[0\]: float64\[2,3\]"):
+        torch.compile(matmul, backend="aot_eager")(x, x)
 
 
 def test_training_compiled(x64_remote: Remote) -> None:

@@ -4,6 +4,7 @@ What they make of a remote function is compared in float64 with what they make o
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,10 +56,6 @@ def assert_same(seen: Any, expected: Any) -> None:
     torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
 
 
-def looped(x: Tensor) -> Tensor:
-    return functools.reduce(lambda value, i: value.sin() + x * i, range(4), x)
-
-
 def layer_norm(x: Tensor) -> Tensor:
     # Not torch's own, whose Hessian by x, with x for weight and bias too, is not symmetric (torch 2.13).
     centred = x - x.mean(-1, keepdim=True)
@@ -69,7 +66,6 @@ def layer_norm(x: Tensor) -> Tensor:
 TWINS: dict[str, tuple[int, Function]] = {
     "sine": (2, lambda x: x.sin() * x.exp()),
     "matmul": (2, lambda x: x @ x),
-    "fori_loop": (1, looped),
     "layer norm": (3, layer_norm),
 }
 
@@ -242,12 +238,86 @@ def test_dual_tensors(case: Callable[..., Any]) -> None:
 
 
 def test_functions_without_forward_mode(case: Callable[..., Any]) -> None:
-    """Of a custom_vjp, jacrev(jacrev) gives the Hessian, and forward mode raises JAX's error."""
+    """Of a custom_vjp, jacrev(jacrev) gives the Hessian; forward mode raises JAX's error, which says what to do."""
     x = rand(3)
     expected = hessian(lambda x: (x.exp().log1p() * x).sum())(x)
     assert_same(jacrev(jacrev(lambda x: case("custom_vjp", x).sum()))(x), expected)
-    with pytest.raises(RemoteModelError, match="forward-mode autodiff"):
-        jvp(lambda x: case("custom_vjp", x), (x,), (x,))
+    for refused in (lambda f: jvp(f, (x,), (x,)), lambda f: hessian(f)(x)):
+        with pytest.raises(RemoteModelError, match=r"(?s)forward-mode autodiff.*jacrev\(jacrev\(f\)\).*in .*jvp of "):
+            refused(lambda x: case("custom_vjp", x).sum())
+
+
+def test_functions_without_reverse_mode(x64_remote: Remote) -> None:
+    """Of a while loop, forward mode gives the derivative; reverse mode raises JAX's error, which says what to do."""
+    doubled, x = x64_remote("doubled_until_ten"), rand(3)
+    made = jacfwd(doubled)(x)
+    assert_same(made, torch.diag(doubled(x) / x))
+    with pytest.raises(RemoteModelError, match=r"(?s)Reverse-mode differentiation.*jacfwd\(f\).*in vjp of model"):
+        jacrev(doubled)(x)
+
+
+def test_integers_are_refused_as_in_torch(x64_remote: Remote) -> None:
+    """A derivative by integers is torch's error, before anything is sent."""
+    product, i = x64_remote("product"), torch.arange(3)
+    for refused in (
+        lambda f: grad(lambda i: f(i).sum())(i),
+        lambda f: jvp(f, (i,), (i,)),
+        lambda f: jacrev(f)(i),
+        lambda f: jacfwd(f)(i),
+    ):
+        with pytest.raises((RuntimeError, ValueError)) as of_torch:
+            refused(lambda i: i * i)
+        with pytest.raises(type(of_torch.value)) as of_remote:
+            refused(lambda i: product(i, i))
+        assert str(of_remote.value) == str(of_torch.value)
+
+
+VMAPPED = {
+    "unequal sizes": ((0, 0), lambda: (rand(3), rand(4))),
+    "a number": ((0, 0), lambda: (rand(3), 2.0)),
+    "a text": ((0, 0), lambda: (rand(3), "sine")),
+    "a missing axis": ((2, None), lambda: (rand(3), rand(3))),
+    "another structure": ((0,), lambda: (rand(3), rand(3))),
+}
+
+
+@pytest.mark.parametrize("wrong", VMAPPED)
+def test_a_wrong_vmap_is_refused_as_in_torch(x64_session: Session, x64_remote: Remote, wrong: str) -> None:
+    """vmap over unequal sizes, over what is no tensor, or over an axis that is not there: torch's error, in its words,
+    and no call."""
+    in_dims, args = VMAPPED[wrong]
+    product = x64_remote("product")
+
+    def errors() -> Iterator[str]:
+        for f in (lambda x, y: x * y, lambda x, y: product(x, y)):
+            with pytest.raises(ValueError) as refused:
+                vmap(f, in_dims=in_dims)(*args())
+            yield re.sub(r"<function .*?at 0x\w+>", "f", str(refused.value))
+
+    calls = x64_session.stats()["calls"]
+    of_torch, of_remote = errors()
+    assert of_torch == of_remote
+    assert x64_session.stats()["calls"] == calls
+
+
+def test_a_refused_signature_is_named_within_a_transform(x64_remote: Remote) -> None:
+    """When a transformed call cannot be compiled, the error names the signature that the model was called with."""
+    matmul = x64_remote("matmul")
+    with pytest.raises(RemoteModelError, match=r"'matmul' called with \(args\[0\]: float64\[2,3\], args\[1\]: "):
+        vmap(matmul)(rand(5, 2, 3), rand(5, 2, 3))
+
+
+def test_randomness_beside_a_remote_function(x64_remote: Remote) -> None:
+    """Random numbers that torch makes within a vmap are the same for each row, different, or an error, as vmap says."""
+    product, x = x64_remote("product"), torch.ones(4, dtype=torch.float64)
+
+    def noisy(x: Tensor) -> Tensor:
+        return product(x, torch.rand((), dtype=torch.float64))
+
+    assert len(set(vmap(noisy, randomness="same")(x).tolist())) == 1
+    assert len(set(vmap(noisy, randomness="different")(x).tolist())) == 4
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(noisy)(x)
 
 
 def test_double_and_batched_backward(x64_session: Session, case: Callable[..., Any]) -> None:
