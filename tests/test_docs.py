@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bridge_client import Session
 from bridge_wire.frames import encode
 from bridge_wire.pb import bridge_pb2 as pb
@@ -72,3 +74,15 @@ def test_operations_page_names_every_option() -> None:
     help_text = run(python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT).stdout
     options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
     assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {"--help"}
+
+
+@pytest.mark.parametrize("page", ["transforms.md", "training.md"])
+def test_tests_that_a_page_names_exist(page: str) -> None:
+    """The tests that a page's tables name, and the files that it links to, are there."""
+    text = (ROOT / "docs" / page).read_text()
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", sources, re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)[`\[]", text))
+    assert len(named) > 10 and named <= defined, named - defined
+    links = re.findall(r"\]\((\.\./[^)]+)\)", text)
+    assert all((ROOT / "docs" / link).exists() for link in links)
