@@ -13,6 +13,7 @@ from bridge_wire.specs import Spec
 MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_NAMED = 20
+_MOST_STREAMS = 64
 
 
 def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool) -> str:
@@ -92,6 +93,8 @@ def _check_parameters(model: Model, inputs: Iterable[Spec]) -> None:
 
 
 def _check_streams(streams: Sequence[str], key: Spec) -> None:
+    if len(streams) > _MOST_STREAMS:
+        raise ProtocolError(f"a call names {len(streams)} random streams, and may name {_MOST_STREAMS}")
     if len(set(streams)) != len(streams) or not all(streams):
         raise ProtocolError(f"the random streams {list(streams)} have no names, or the same")
     if key != _KEY:

@@ -236,6 +236,12 @@ class RemoteJaxFunction(nn.Module):
         self._calls = {}
         self._classes = trees.Classes(adopt=register_dataclass)
         self._key = self._be_known()
+        self._keep_buffers_in_slab()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RemoteJaxFunction":
+        super()._apply(fn, recurse)
+        self._keep_buffers_in_slab()
+        return self
 
     def _be_known(self) -> int:
         """Return a number by which compiled code can name this function."""
@@ -271,8 +277,13 @@ class RemoteJaxFunction(nn.Module):
                 tensors.append(getattr(owner, name))
         return tensors
 
-    def _keep_in_slab(self, tensor: nn.Parameter) -> None:
-        """Move a parameter's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
+    def _keep_buffers_in_slab(self) -> None:
+        for owner, name in (self._owners[i] for i in self._buffer_positions):
+            if (buffer := owner._buffers.get(name)) is not None:
+                self._keep_in_slab(buffer)
+
+    def _keep_in_slab(self, tensor: Tensor) -> None:
+        """Move a tensor's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
         nbytes = tensor.nbytes
         if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
             return

@@ -103,6 +103,18 @@ def test_a_call_in_training_is_that_of_the_framework(
         np.testing.assert_allclose(buffer.numpy(), new, atol=1e-6)
 
 
+def test_a_model_of_this_process_keeps_its_own_state() -> None:
+    """In one process the module's buffers change likewise, and the variables that the model was made of do not."""
+    module, variables = noisy
+    arrays = jax.tree.map(jnp.asarray, variables)
+    model, x = RemoteJaxFunction((module, arrays), rngs="dropout", mutable=True), batch()
+    expected, state = in_linen(x)
+    assert_within(model(x), np.asarray(expected), 1e-6)
+    for buffer, new in zip(model.buffers(), state, strict=True):
+        np.testing.assert_allclose(buffer.numpy(), new, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, arrays, variables)
+
+
 def test_nnx_state_is_kept_and_streams_are_reseeded(stateful: Callable[[str], RemoteJaxFunction]) -> None:
     """An nnx module's statistics count the calls, and what is dropped follows the key of the call alone."""
     model, x = stateful("counted"), batch()
@@ -218,10 +230,11 @@ def test_functional_call_changes_the_buffers_that_it_is_given(stateful: Callable
     torch.testing.assert_close(given, dict(expected.named_buffers()))
 
 
-def test_a_copied_model_has_state_of_its_own(stateful: Callable[[str], RemoteJaxFunction]) -> None:
-    """A deep copy's statistics change apart from the original's."""
+def test_a_copied_model_has_state_of_its_own(stateful: Callable[[str], RemoteJaxFunction], session: Session) -> None:
+    """The statistics of a copy that was cast to and fro are in the slab too, and change apart from the original's."""
     model, x = stateful("noisy"), batch()
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model).double().float()
+    assert all(session.pool.address_of(buffer.data_ptr(), 12) is not None for buffer in twin.buffers())
     before = values(model)
     twin(x)
     np.testing.assert_equal(values(model), before)
@@ -389,6 +402,7 @@ def test_what_a_model_lacks_is_refused_by_name(remote: Remote) -> None:
         ("rngs", ["key"], "came with 1 specs"),
         ("rngs", ["key", "key"], "random streams"),
         ("rngs", [""], "random streams"),
+        ("rngs", [str(i) for i in range(65)], "65 random streams"),
     ],
 )
 def test_malformed_requests_are_refused(session: Session, field: str, value: Any, message: str) -> None:
