@@ -12,15 +12,14 @@ def rounded(nbytes: int) -> int:
 
 
 class Allocator:
-    """A best-fit allocator with deferred coalescing.
+    """A best-fit allocator. Neighbours among freed extents are merged when a request does not fit otherwise.
 
-    A freed extent goes on a list of its exact size and serves the next request of that size at once, warm; only a
-    request that nothing fits merges neighbours. Sizes are as `rounded` returns them. Not thread-safe.
+    Sizes are as `rounded` returns them. Not thread-safe.
     """
 
     def __init__(self) -> None:
-        self._bins: dict[int, list[int]] = {}
         self._spans: list[tuple[int, int]] = []  # (start, size), sorted, no two adjacent
+        self._freed: list[tuple[int, int]] = []
 
     def add(self, start: int, size: int) -> None:
         """Add a range of free addresses, which touches no other range."""
@@ -29,21 +28,19 @@ class Allocator:
 
     def allocate(self, size: int) -> int | None:
         """Return the start of a free extent of this size, or None."""
-        if bin := self._bins.get(size):
-            return bin.pop()
         start = self._carve(size)
-        if start is None and self._bins:
+        if start is None and self._freed:
             self._coalesce()
             start = self._carve(size)
         return start
 
     def free(self, start: int, size: int) -> None:
         """Return an extent that `allocate` gave."""
-        self._bins.setdefault(size, []).append(start)
+        self._freed.append((start, size))
 
     @property
     def free_bytes(self) -> int:
-        return sum(size for _, size in self._spans) + sum(len(bin) * size for size, bin in self._bins.items())
+        return sum(size for _, size in self._spans + self._freed)
 
     def _carve(self, size: int) -> int | None:
         fitting = [(room, i) for i, (_, room) in enumerate(self._spans) if room >= size]
@@ -58,10 +55,9 @@ class Allocator:
         return start
 
     def _coalesce(self) -> None:
-        extents = self._spans + [(start, size) for size, bin in self._bins.items() for start in bin]
-        self._bins.clear()
-        self._spans = []
-        for start, size in sorted(extents):
+        extents = sorted(self._spans + self._freed)
+        self._spans, self._freed = [], []
+        for start, size in extents:
             if self._spans and sum(self._spans[-1]) == start:
                 start, size = self._spans[-1][0], self._spans.pop()[1] + size
             self._spans.append((start, size))

@@ -1,16 +1,19 @@
 """The owner of a session's tensors: slabs, and blocks leased from them.
 
-A block's lease is its buffer: whoever keeps the buffer, or a view or a tensor made of it, keeps the block. When the
-last of them dies the block is free again, in whichever thread that happens. The finalizer only appends to a list,
-since it may run in the middle of anything, and the next allocation reads that list.
+A block is its memory: whoever keeps it, or a view or a tensor made of it, keeps the lease. When the last of them dies
+the block's address goes on the list of its size, in whichever thread that happens, and serves the next request. The
+finalizer does no more than that, since it may run in the middle of anything; neither it nor a request that such a
+list can serve takes a lock.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 import threading
 import weakref
-from collections import deque
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
 from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
@@ -37,34 +40,39 @@ def _configured_max_bytes() -> int:
 class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
 
-    `memory` exports them as a buffer. The lease ends when it and everything that was made of it are gone. A block of
-    zero bytes has address 0.
+    It exports them as a writable buffer. The lease ends when it and everything that was made of it are gone. A block
+    of zero bytes has address 0.
     """
 
-    __slots__ = ("address", "memory", "nbytes", "pointer")
-
-    def __init__(self, address: int, pointer: int, nbytes: int, memory: ctypes.Array[ctypes.c_ubyte]) -> None:
-        self.address = address
-        self.pointer = pointer
-        self.nbytes = nbytes
-        self.memory = memory
+    # Each number of bytes has a class of its own, since ctypes has a type for each size of an array: see _class_of.
+    __slots__ = ()
+    address: int
+    pointer: int
+    nbytes: int
+    _returns_to: list[int]
 
     @property
     def buffer(self) -> memoryview:
         """The bytes as a memoryview, which keeps the lease."""
-        return memoryview(self.memory).cast("B")
+        return memoryview(self).cast("B")  # type: ignore[arg-type]
+
+    def __del__(self) -> None:
+        self._returns_to.append(self.address)
 
 
 @functools.lru_cache(maxsize=1024)
-def _array_of(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
-    """Return the type of an array of bytes. ctypes forgets one with its last instance, and making one is slow."""
-    return ctypes.c_ubyte * nbytes
+def _class_of(nbytes: int) -> tuple[Any, int]:
+    """Return the class of blocks of so many bytes, and the size of the extents that serve them."""
+    body = {"__slots__": ("_returns_to", "address", "pointer"), "nbytes": nbytes}
+    return type("Block", (Block, ctypes.c_ubyte * nbytes), body), rounded(nbytes)
 
 
-class _Lease(weakref.ref[ctypes.Array[ctypes.c_ubyte]]):
-    __slots__ = ("address", "size")
-    address: int
-    size: int
+class _Extent(NamedTuple):
+    """Where a block lies."""
+
+    pointer: int
+    view: memoryview  # of the slab
+    offset: int  # in the view
 
 
 class Pool:
@@ -79,8 +87,10 @@ class Pool:
         self.shareable = shareable
         self._next_base = PAGE  # address 0 belongs to no block
         self._allocator = Allocator()
-        self._leases: dict[int, _Lease] = {}
-        self._ended: deque[_Lease] = deque()
+        # Every extent by its address, leased or ready for the next request of its size.
+        self._extents: dict[int, _Extent] = {}
+        self._count = 0  # of extents
+        self._ready: defaultdict[int, list[int]] = defaultdict(list)
         self._lock = threading.Lock()
         self._is_closed = False
         # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long as its views.
@@ -97,25 +107,23 @@ class Pool:
         Raises:
           OutOfMemory: it would take the slabs past their cap, or the kernel has no memory.
         """
+        kind, size = _class_of(nbytes)
         if nbytes == 0:
-            return Block(0, 0, 0, _array_of(0)())
-        size = rounded(nbytes)
-        with self._lock:
-            if self._ended:
-                self._collect()
-            address = self._allocator.allocate(size)
-            if address is None:
-                self._grow(size)
-                address = self._allocator.allocate(size)
-                assert address is not None, "a new slab has room for the request it was made for"
-            slab = self._slab_of(address)
-            offset = address - slab.base
-            # An exporter of its own, which every view of the buffer keeps alive; views of a slice would not keep it.
-            memory = _array_of(nbytes).from_buffer(slab.view, offset)
-            lease = _Lease(memory, self._ended.append)
-            lease.address, lease.size = address, size
-            self._leases[address] = lease
-        return Block(address, slab.pointer + offset, nbytes, memory)
+            return _empty(kind)
+        returns_to = self._ready[size]
+        try:
+            address = returns_to.pop()
+        except IndexError:
+            address = self._allocate(size)
+        try:
+            pointer, view, offset = self._extents[address]
+        except KeyError:
+            raise _closed() from None
+        block = kind.from_buffer(view, offset)
+        block.address = address
+        block.pointer = pointer
+        block._returns_to = returns_to
+        return block
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
         """Return the address of memory of this process that lies in a slab, aligned as a block is; else None."""
@@ -144,33 +152,56 @@ class Pool:
     def live_blocks(self) -> int:
         """Return the number of leased blocks."""
         with self._lock:
-            self._collect()
-            return len(self._leases)
+            return self._leased()
 
     def close(self) -> None:
         """Close the slabs' descriptors. Leased blocks stay valid; their pages go with their last view."""
         with self._lock:
-            self.slabs = ()
-            self._allocator = Allocator()
             self._is_closed = True
+            self._allocator = Allocator()
+            self._extents = {}
+            self.slabs = ()
         self._close_descriptors()
 
-    def _collect(self) -> None:
-        while self._ended:
-            lease = self._ended.popleft()
-            del self._leases[lease.address]
-            if self.slabs:
-                self._allocator.free(lease.address, lease.size)
+    def _leased(self) -> int:
+        return self._count - sum(map(len, list(self._ready.values())))
+
+    def _allocate(self, size: int) -> int:
+        """Make an extent for a request that no ended lease has left one for, and return its address."""
+        with self._lock:
+            if self._is_closed:
+                raise _closed()
+            address = self._allocator.allocate(size)
+            if address is None:
+                self._take_back()
+                address = self._allocator.allocate(size)
+            if address is None:
+                self._grow(size)
+                address = self._allocator.allocate(size)
+                assert address is not None, "a new slab has room for the request it was made for"
+            slab = self._slab_of(address)
+            offset = address - slab.base
+            self._extents[address] = _Extent(slab.pointer + offset, slab.view, offset)
+            self._count += 1
+        return address
+
+    def _take_back(self) -> None:
+        """Give what ended leases have left back to the allocator, which may make larger extents of it."""
+        for size, addresses in list(self._ready.items()):
+            with contextlib.suppress(IndexError):  # other threads lease from these lists, too
+                while True:
+                    address = addresses.pop()
+                    del self._extents[address]
+                    self._count -= 1
+                    self._allocator.free(address, size)
 
     def _grow(self, size: int) -> None:
-        if self._is_closed:
-            raise SessionClosed("the session is closed; make a new one")
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))
         room = self.max_bytes // PAGE * PAGE - self.slab_bytes
         if size > room:
             raise OutOfMemory(
                 f"a block of {size} bytes does not fit: the slabs hold {self.slab_bytes} of at most {self.max_bytes} "
-                f"bytes, in {len(self._leases)} leased blocks; free tensors or raise BRIDGE_SLAB_MAX_BYTES"
+                f"bytes, in {self._leased()} leased blocks; free tensors or raise BRIDGE_SLAB_MAX_BYTES"
             )
         slab = create_slab(min(step, room), self._next_base, shareable=self.shareable)
         # The gap keeps two slabs' extents from ever merging into one.
@@ -185,6 +216,17 @@ class Pool:
             if 0 <= address - slab.base < slab.nbytes:
                 return slab
         raise AssertionError(f"no slab holds the address {address}")
+
+
+def _empty(kind: Any) -> Block:
+    block = kind()
+    block.address = block.pointer = 0
+    block._returns_to = []
+    return block
+
+
+def _closed() -> SessionClosed:
+    return SessionClosed("the session is closed; make a new one")
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -86,7 +86,7 @@ def from_block(block: Block, spec: Spec) -> Tensor:
     if block.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype)
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
-    flat = torch.frombuffer(block.memory, dtype=dtype)
+    flat = torch.frombuffer(block, dtype=dtype)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
 
 

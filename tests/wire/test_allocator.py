@@ -84,16 +84,6 @@ def test_everything_freed_coalesces_to_the_original_spans(spans: list[int], step
     assert allocator.free_bytes == 0
 
 
-def test_freed_extent_serves_the_next_request_of_its_size() -> None:
-    """The extent that was freed last, whose pages are the warmest, comes back first."""
-    allocator, _ = with_spans([8])
-    first, second = allocator.allocate(PAGE), allocator.allocate(PAGE)
-    assert first is not None and second is not None
-    allocator.free(first, PAGE)
-    allocator.free(second, PAGE)
-    assert [allocator.allocate(PAGE), allocator.allocate(PAGE)] == [second, first]
-
-
 def test_best_fit_leaves_the_large_span_whole() -> None:
     """A request is cut from the smallest span that holds it."""
     allocator, [large, small] = with_spans([8, 2])

@@ -52,6 +52,17 @@ def test_lease_ends_when_the_block_dies() -> None:
     assert pool.lease(1000).address == address
 
 
+def test_block_that_died_last_is_the_next_one() -> None:
+    """Of the free blocks of a size, the one that was used last, whose pages are the warmest, comes first."""
+    pool = small_pool()
+    first, second = pool.lease(PAGE), pool.lease(PAGE)
+    addresses = [first.address, second.address]
+    del first
+    del second
+    held = [pool.lease(PAGE), pool.lease(PAGE)]
+    assert [block.address for block in held] == addresses[::-1]
+
+
 def test_array_on_a_block_keeps_its_lease() -> None:
     """A NumPy array on a block's buffer keeps the block, and so does every view of that array."""
     pool = small_pool()
