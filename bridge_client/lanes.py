@@ -8,8 +8,8 @@ import queue
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -31,6 +31,8 @@ from bridge_wire.frames import CHUNK
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.slabs import Slab
+
+_T = TypeVar("_T")
 
 # For what no model's work can delay: attaching, sharing, releasing.
 _HANDSHAKE_S = 10.0
@@ -55,12 +57,14 @@ class Lane(ABC):
         self,
         request: pb.LaneRequest,
         inputs: Sequence[memoryview] | None,
-        outputs: Sequence[Block],
+        outputs: list[Block],
         timeout_s: float | None,
-    ) -> int:
-        """Run a program whose inputs and outputs lie where the request says; return the bytes of its residual.
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
+        """Run a program whose inputs and outputs lie where the request says; return what `make` makes of the outputs.
 
-        `inputs` views the inputs' memory, for a lane that sends bytes.
+        That is called while the worker computes, before the outputs have their values. `inputs` views the inputs'
+        memory, for a lane that sends bytes.
 
         Raises:
           Stale: nothing was sent.
@@ -119,10 +123,15 @@ class LocalLane(Lane):
         self,
         request: pb.LaneRequest,
         inputs: Sequence[memoryview] | None,
-        outputs: Sequence[Block],
+        outputs: list[Block],
         timeout_s: float | None,
-    ) -> int:
-        return self._exchange(request, timeout_s).ran.residual_nbytes
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
+        self._send(request)
+        try:
+            return make(outputs)
+        finally:
+            self._receive(timeout_s)
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
@@ -138,13 +147,17 @@ class LocalLane(Lane):
     def close(self) -> None:
         self._socket.close()
 
-    def _exchange(
-        self, request: pb.LaneRequest, timeout_s: float | None = None, descriptors: tuple[int, ...] = ()
-    ) -> pb.LaneReply:
+    def _exchange(self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()) -> pb.LaneReply:
+        self._send(request, descriptors)
+        return self._receive(timeout_s)
+
+    def _send(self, request: pb.LaneRequest, descriptors: tuple[int, ...] = ()) -> None:
         try:
             self._socket.send(request.SerializeToString(), descriptors)
         except OSError as error:
             raise Stale from error
+
+    def _receive(self, timeout_s: float | None) -> pb.LaneReply:
         try:
             message = self._socket.receive(timeout_s)
         except TimeoutError:
@@ -153,7 +166,11 @@ class LocalLane(Lane):
             raise WorkerDied("the connection to the worker broke during a call; the next call reconnects") from error
         if message is None:
             raise WorkerDied("the worker ended the connection during a call; the next call reconnects")
-        return _checked(message)
+        try:
+            reply = pb.LaneReply.FromString(message)
+        except DecodeError as error:
+            raise ProtocolError("the worker sent a frame that holds no LaneReply") from error
+        return _raise_if_failed(reply)
 
 
 class GrpcLane(Lane):
@@ -182,16 +199,19 @@ class GrpcLane(Lane):
         self,
         request: pb.LaneRequest,
         inputs: Sequence[memoryview] | None,
-        outputs: Sequence[Block],
+        outputs: list[Block],
         timeout_s: float | None,
-    ) -> int:
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
         assert inputs is not None, "a lane that sends bytes is given them"
         request.run.inline = True
         del request.run.inputs[:], request.run.outputs[:]
-        if timeout_s is None:
-            return self._run(request, inputs, outputs)
-        with self._deadline(timeout_s):
-            return self._run(request, inputs, outputs)
+        with self._deadline(timeout_s) if timeout_s is not None else contextlib.nullcontext():
+            self._send(_inline(request, inputs))
+            try:
+                return make(outputs)
+            finally:
+                self._receive_outputs(outputs)
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float) -> Iterator[None]:
@@ -214,8 +234,8 @@ class GrpcLane(Lane):
         finally:
             timer.cancel()
 
-    def _run(self, request: pb.LaneRequest, inputs: Sequence[memoryview], outputs: Sequence[Block]) -> int:
-        residual_nbytes = self._exchange(_inline(request, inputs)).ran.residual_nbytes
+    def _receive_outputs(self, outputs: Sequence[Block]) -> None:
+        self._receive()
         for block in outputs:
             filled = 0
             while filled < block.nbytes:
@@ -224,7 +244,6 @@ class GrpcLane(Lane):
                     raise ProtocolError("the worker sent more or fewer bytes than its outputs have")
                 block.buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
-        return residual_nbytes
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         with self._deadline(_HANDSHAKE_S):
@@ -244,10 +263,13 @@ class GrpcLane(Lane):
             self._call.cancel()
 
     def _exchange(self, requests: Iterator[pb.LaneRequest]) -> pb.LaneReply:
+        self._send(requests)
+        return self._receive()
+
+    def _send(self, requests: Iterator[pb.LaneRequest]) -> None:
         if not self._call.is_active():
             raise Stale
         self._outgoing.put(requests)
-        return self._receive()
 
     def _receive(self) -> pb.LaneReply:
         try:
@@ -286,15 +308,7 @@ def _inline(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[p
             yield pb.LaneRequest(chunk=bytes(buffer[start : start + CHUNK]))
 
 
-def _checked(message: bytes) -> pb.LaneReply:
-    try:
-        reply = pb.LaneReply.FromString(message)
-    except DecodeError as error:
-        raise ProtocolError("the worker sent a frame that holds no LaneReply") from error
-    return _raise_if_failed(reply)
-
-
 def _raise_if_failed(reply: pb.LaneReply) -> pb.LaneReply:
-    if reply.WhichOneof("kind") == "error":
+    if reply.HasField("error"):
         raise decode(reply.error)
     return reply

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program
-from bridge_client.session import Placed, Session, closed
+from bridge_client.session import Placed, Session, closed, paired, unchanged
 from bridge_wire.errors import (
     BridgeError,
     PeerError,
@@ -104,16 +104,28 @@ class RemoteSession(Session):
         return program
 
     def run(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> list[Block]:
-        return self._over_link(self._run, program, inputs, 0, copied, timeout_s)
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
+        return self._over_link(self._run, program, inputs, 0, copied, timeout_s, make)
 
     def run_keeping(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> tuple[list[Block], int]:
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block], int], Any] = paired,
+    ) -> Any:
         id = next(self._ids)
         try:
-            return self._over_link(self._run_keeping, program, inputs, id, copied, timeout_s), id
+            return self._over_link(self._run_keeping, program, inputs, id, copied, timeout_s, make)
         except BaseException:
             self.drop_residual(id)
             raise
@@ -126,8 +138,9 @@ class RemoteSession(Session):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-    ) -> list[Block]:
-        return self._over_link(self._run_pullback, program, cotangents, residual, copied, timeout_s)
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
+        return self._over_link(self._run_pullback, program, cotangents, residual, copied, timeout_s, make)
 
     def drop_residual(self, id: int) -> None:
         if self._residuals.pop(id, None) is not None:
@@ -222,28 +235,30 @@ class RemoteSession(Session):
         residual: int,
         copied: int,
         timeout_s: float | None,
-    ) -> list[Block]:
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
         named, name = program.name
         if named is not link:
             name = self._name_of(link, program, timeout_s)
         lease = self.pool.lease
         outputs = [lease(nbytes) for nbytes in program.output_nbytes]
-        released = self._take_dropped() if self._dropped else ()
+        released = self._take_dropped() if self._dropped else None
         request = pb.LaneRequest()
         run = request.run
         run.program = name
         run.inputs.extend([placed.address for placed in inputs])
         run.outputs.extend([block.address for block in outputs])
         run.residual = residual
-        run.released.extend(released)
+        if released:
+            run.released.extend(released)
         payload = None if link.memory == "memfd" else self._payload(program, inputs)
         lane: Lane | None = None
         try:
             limit_s = timeout_s or program.timeout_s or self.timeout_s
             lane = link.take(self.pool, limit_s)
-            lane.run(request, payload, outputs, limit_s)
+            made = lane.run(request, payload, outputs, limit_s, make)
         except BaseException as error:
-            self._dropped.extend(released)
+            self._dropped.extend(released or ())
             if lane is not None:
                 self._after_failure(link, lane, error, [inputs, outputs])
             raise
@@ -255,21 +270,35 @@ class RemoteSession(Session):
                 self._bytes_copied += sum(map(len, payload))
             if self._abandoned:
                 self._sweep_abandoned()
-        return outputs
+        return made
 
     def _run_keeping(
-        self, link: Link, program: Program, inputs: Sequence[Placed], id: int, copied: int, timeout_s: float | None
-    ) -> list[Block]:
+        self,
+        link: Link,
+        program: Program,
+        inputs: Sequence[Placed],
+        id: int,
+        copied: int,
+        timeout_s: float | None,
+        make: Callable[[list[Block], int], _T],
+    ) -> _T:
         self._residuals[id] = _Residual(link, inputs)
-        return self._run(link, program, inputs, id, copied, timeout_s)
+        return self._run(link, program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id))
 
     def _run_pullback(
-        self, link: Link, program: Program, cotangents: Sequence[Placed], id: int, copied: int, timeout_s: float | None
-    ) -> list[Block]:
+        self,
+        link: Link,
+        program: Program,
+        cotangents: Sequence[Placed],
+        id: int,
+        copied: int,
+        timeout_s: float | None,
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
         kept = self._residuals.get(id)
         if kept is None or kept.link is not link:
             raise ResidualGone("the residual belongs to an earlier life of the worker")
-        return self._run(link, program, cotangents, id, copied, timeout_s)
+        return self._run(link, program, cotangents, id, copied, timeout_s, make)
 
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
         """Return the worker's name for a program, which it prepares if it is new on this link."""

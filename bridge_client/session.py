@@ -50,6 +50,16 @@ class ModelInfo:
     signatures: tuple[tuple[Spec, ...], ...] = ()
 
 
+def unchanged(blocks: list[Block]) -> list[Block]:
+    """Return the outputs of a run as they are."""
+    return blocks
+
+
+def paired(blocks: list[Block], residual: int) -> tuple[list[Block], int]:
+    """Return the outputs of a run with the residual it has kept."""
+    return blocks, residual
+
+
 class Session(ABC):
     """Models, and everything this process owns in their use: memory, programs, residuals.
 
@@ -132,11 +142,18 @@ class Session(ABC):
 
     @abstractmethod
     def run(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> list[Block]:
-        """Run a program on memory of this session; return its outputs, row-major, in blocks leased to the caller.
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
+        """Run a program on memory of this session; return what `make` makes of its outputs, by default the blocks.
 
-        `copied` bytes were copied to make the inputs, for the statistics.
+        The outputs are row-major, in blocks leased to the caller; `make` is called while the model computes, before
+        they have their values. `copied` bytes were copied to make the inputs, for the statistics.
 
         Raises:
           RemoteModelError: the model raised.
@@ -147,11 +164,18 @@ class Session(ABC):
 
     @abstractmethod
     def run_keeping(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> tuple[list[Block], int]:
-        """Run a program that keeps a residual; return its outputs and the residual's id.
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block], int], Any] = paired,
+    ) -> Any:
+        """Run a program that keeps a residual; return what `make` makes of its outputs and the residual's id, by
+        default a pair of these.
 
-        The inputs stay leased until `drop_residual`, since the residual may alias them. Raises as `run`.
+        The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise as `run`.
         """
 
     @abstractmethod
@@ -163,8 +187,9 @@ class Session(ABC):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-    ) -> list[Block]:
-        """Run the pullback of a run that kept a residual, which stays.
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
+        """Run the pullback of a run that kept a residual, which stays. Otherwise as `run`.
 
         Raises:
           ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs instead.

@@ -190,7 +190,7 @@ class LocalLanes:
                 _log.warning("a local lane could not be accepted: %s", error.strerror)
                 threading.Event().wait(0.1)  # out of descriptors, most likely: let some be closed
                 continue
-            lane = FramedSocket(connection)
+            lane = FramedSocket(connection, takes_descriptors=True)
             with self._lock:
                 self._open.add(lane)
             threading.Thread(target=self._serve, args=(lane,), name="local-lane", daemon=True).start()

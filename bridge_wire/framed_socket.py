@@ -27,16 +27,21 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class FramedSocket:
-    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one thread."""
+    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one thread.
 
-    def __init__(self, connected: socket.socket) -> None:
+    Descriptors that come with a message are dropped unless it `takes_descriptors`.
+    """
+
+    def __init__(self, connected: socket.socket, *, takes_descriptors: bool = False) -> None:
         self._socket = connected
         self._decoder = FrameDecoder()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         # On one core, whoever spins keeps the peer from running.
         self._may_spin = usable_cores() > 1
+        self._waited_s = 0.0  # the last time
         self._expected_s = 0.0
+        self._takes_descriptors = takes_descriptors
         poll = select.poll()
         poll.register(connected, select.POLLIN)
         self._poll = poll.poll
@@ -65,7 +70,8 @@ class FramedSocket:
         """
         message = self._decoder.next()
         while message is None:
-            count = self._wait(timeout_s)
+            self._wait(timeout_s)
+            count = self._read()
             if count == 0:
                 return None
             message = self._decoder.feed(self._view[:count])
@@ -108,25 +114,30 @@ class FramedSocket:
         for fd in self.take_descriptors():
             os.close(fd)
 
-    def _wait(self, timeout_s: float | None) -> int:
-        """Read what comes next, polling for it first where that is likely to save a wake-up."""
-        poll, clock = self._poll, time.perf_counter
+    def _wait(self, timeout_s: float | None) -> None:
+        """Wait until there is something to read; by polling first, where that is likely to save a wake-up."""
+        # What nobody waits for is done first: once a message is there, each step delays its answer.
+        poll, clock, give_way = self._poll, time.perf_counter, os.sched_yield
+        self._expected_s += (min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s) / 2
         started = clock()
-        is_ready: object = False
         if self._may_spin and self._expected_s < _SOON_S:
             deadline = started + _SPIN_S
-            while not (is_ready := poll(0)) and clock() < deadline:
-                os.sched_yield()  # where both sides share a core, the peer must run first
-        if not is_ready and timeout_s is not None and not poll(timeout_s * 1000):
+            while not poll(0):
+                if clock() > deadline:
+                    break
+                give_way()  # where both sides share a core, the peer must run first
+            else:
+                self._waited_s = clock() - started
+                return
+        if not poll(None if timeout_s is None else timeout_s * 1000):
             raise TimeoutError
-        count = self._read()
-        waited_s = min(clock() - started, _LONGEST_COUNTED_S)
-        self._expected_s += (waited_s - self._expected_s) / 2
-        return count
+        self._waited_s = clock() - started
 
     def _read(self) -> int:
         """Read what is there, or else wait for it; return the number of bytes."""
         try:
+            if not self._takes_descriptors:
+                return self._socket.recv_into(self._buffer)
             count, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
         except ConnectionResetError:
             return 0

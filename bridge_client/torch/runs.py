@@ -10,6 +10,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_client.torch.memory import NUMBERS, TORCH_DTYPES, from_blocks, place
 from bridge_wire.errors import ResidualGone
+from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 PLAIN = {Tensor, nn.Parameter, *NUMBERS}
@@ -20,7 +21,7 @@ def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     if is_traced(inputs):
         return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
     placed, copied = place(program, inputs)
-    return from_blocks(program.session.run(program, placed, copied=copied), program.outputs)
+    return program.session.run(program, placed, copied=copied, make=lambda blocks: from_blocks(blocks, program.outputs))
 
 
 def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
@@ -33,9 +34,13 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
         *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
         return outputs, handle
     placed, copied = place(program, inputs)
-    blocks, residual = program.session.run_keeping(program, placed, copied=copied)
-    handle = torch.frombuffer(_Handle(program.session, residual), dtype=torch.int64)
-    return from_blocks(blocks, program.outputs), handle
+    session = program.session
+
+    def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
+        handle = torch.frombuffer(_Handle(session, residual), dtype=torch.int64)
+        return from_blocks(blocks, program.outputs), handle
+
+    return session.run_keeping(program, placed, copied=copied, make=make)
 
 
 def pull_back(
@@ -55,8 +60,9 @@ def pull_back(
     pullback = program.keeping(kept).pullback(wrt, given)
     try:
         placed, copied = place(pullback, arrays[len(program.inputs) :])
-        blocks = program.session.run_pullback(pullback, int(handle), placed, copied=copied)
-        return from_blocks(blocks, pullback.outputs)
+        return program.session.run_pullback(
+            pullback, int(handle), placed, copied=copied, make=lambda blocks: from_blocks(blocks, pullback.outputs)
+        )
     except ResidualGone:
         return run(program.vjp(wrt, given), arrays)
 
