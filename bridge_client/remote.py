@@ -9,8 +9,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
@@ -44,8 +43,7 @@ class Host(Protocol):
         """End a worker that this process has started. Idempotent."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Residual:
+class _Residual(NamedTuple):
     """What keeps alive the blocks that a residual on the worker may alias."""
 
     link: Link

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from bridge_client.programs import Program
 from bridge_client.torch.runs import as_values, pull_back, run, run_keeping, run_operator
@@ -18,9 +19,9 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Transformable.apply(program, *inputs)
     if torch.is_grad_enabled():
-        wrt = tuple(i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad)
+        wrt = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
         if wrt:
-            return _Recorded.apply(program, wrt, *inputs)
+            return _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
     return run(program, inputs)
 
 
@@ -41,38 +42,42 @@ def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tenso
     return [torch._add_batch_dim(y, 0, level) for y in outputs]
 
 
-class _Recorded(torch.autograd.Function):
-    """A run that keeps a residual, and its VJP."""
+class _Recorded(_SingleLevelFunction):
+    """A run that keeps a residual, and its VJP. Below torch.func's transforms, which see _Transformable instead."""
 
     @staticmethod
     def forward(ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any) -> tuple[Tensor, ...]:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)
-        numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        numbers = [None if isinstance(x, Tensor) else x for x in inputs] if len(tensors) < len(inputs) else None
         ctx.call = (program, wrt, numbers)
         # So the residual goes when torch drops the saved tensors: after a backward without retain_graph, with the
         # node, or with whatever a saved-tensor hook makes of them.
-        ctx.save_for_backward(handle, *(x for x in inputs if isinstance(x, Tensor)))
+        ctx.save_for_backward(handle, *tensors)
         _mark_integers(ctx, program, outputs)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        handle, *saved = ctx.saved_tensors
         program, kept, numbers = ctx.call
-        # One edge per tensor among the inputs; only what this backward pass is going to use is worth computing.
-        edges = iter(ctx.next_functions)
-        wanted = [number is None and _is_wanted(next(edges)[0]) for number in numbers]
-        wrt = tuple(i for i in kept if wanted[i])
-        given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
-        gradients: list[Tensor | None] = [None] * (2 + len(numbers))
+        handle, *inputs = ctx.saved_tensors
+        edges = ctx.next_functions  # one per tensor among the inputs
+        if numbers is not None:
+            restored, nodes = iter(inputs), iter(edges)
+            inputs = [next(restored) if number is None else number for number in numbers]
+            edges = [next(nodes) if number is None else (None, 0) for number in numbers]
+        # Only what this backward pass is going to use is worth computing.
+        wrt = tuple([i for i in kept if _is_wanted(edges[i][0])])
+        given = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
+        gradients: list[Tensor | None] = [None] * (2 + len(inputs))
         if wrt and given:
             # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
-            arrays = [*_merged(numbers, saved), *(_conjugated(ct) for ct in cotangents if ct is not None)]
+            selected = [_conjugated(ct) for ct in cotangents if ct is not None]
             # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
-            if torch.is_grad_enabled() or any(map(_is_legacy_batch, arrays[len(numbers) :])):
-                made = _apply_derivative(program.vjp(wrt, given), arrays)
+            if torch.is_grad_enabled() or any(map(_is_legacy_batch, selected)):
+                made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
             else:
-                made = pull_back(program, (kept, wrt, given), handle, arrays)
+                made = pull_back(program, (kept, wrt, given), handle, inputs, selected)
             for i, gradient in zip(wrt, made, strict=True):
                 gradients[2 + i] = _conjugated(gradient)
         return tuple(gradients)

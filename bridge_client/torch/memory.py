@@ -49,14 +49,14 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
     pool = program.session.pool
     placed: list[Placed] = []
     copied = 0
-    for i, (value, spec) in enumerate(zip(inputs, program.inputs, strict=True)):
+    for value, spec in zip(inputs, program.inputs, strict=True):
         if spec.weak:
             block = pool.lease(spec.dtype.itemsize)
-            block.buffer[:] = _packed(value, program.labels[i], program.session)
+            block.buffer[:] = _packed(value, program.labels[len(placed)], program.session)
             placed.append(block)
             continue
-        is_same_type = DTYPES.get(value.dtype) is spec.dtype
-        if is_same_type and value.is_contiguous() and not value.is_conj() and not value.is_neg():
+        dtype = DTYPES.get(value.dtype)
+        if dtype is spec.dtype and value.is_contiguous() and not value.is_conj() and not value.is_neg():
             pointer, nbytes = value.data_ptr(), value.nbytes
             address = pool.address_of(pointer, nbytes)
             if address is not None:
@@ -65,8 +65,8 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
             block = pool.lease(nbytes)
             copy(block.pointer, pointer, nbytes)
         else:
-            if not is_same_type:
-                _check_range(value, spec, program.labels[i])
+            if dtype is not spec.dtype:
+                _check_range(value, spec, program.labels[len(placed)])
             block = pool.lease(spec.nbytes)
             if block.nbytes:
                 from_block(block, spec).copy_(value)

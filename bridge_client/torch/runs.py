@@ -37,8 +37,7 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     session = program.session
 
     def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
-        handle = torch.frombuffer(_Handle(session, residual), dtype=torch.int64)
-        return from_blocks(blocks, program.outputs), handle
+        return from_blocks(blocks, program.outputs), _handle(session, residual)
 
     return session.run_keeping(program, placed, copied=copied, make=make)
 
@@ -47,36 +46,42 @@ def pull_back(
     program: Program,
     which: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     handle: Tensor,
-    arrays: Sequence[Any],
+    inputs: Sequence[Any],
+    cotangents: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """Return the cotangents of the inputs, from the residual; if that is gone, by running the inputs once more.
 
-    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs whose cotangents
-    follow the inputs in `arrays`.
+    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs that have cotangents.
     """
     kept, wrt, given = which
-    if is_traced([handle, *arrays]):
-        return torch.ops.torch_jax_bridge.pull_back(handle, _as_tensors(arrays), program.pin(), kept, wrt, given)
+    if is_traced([handle, *cotangents]):
+        arrays = _as_tensors([*inputs, *cotangents])
+        return torch.ops.torch_jax_bridge.pull_back(handle, arrays, program.pin(), kept, wrt, given)
     pullback = program.keeping(kept).pullback(wrt, given)
     try:
-        placed, copied = place(pullback, arrays[len(program.inputs) :])
+        placed, copied = place(pullback, cotangents)
         return program.session.run_pullback(
             pullback, int(handle), placed, copied=copied, make=lambda blocks: from_blocks(blocks, pullback.outputs)
         )
     except ResidualGone:
-        return run(program.vjp(wrt, given), arrays)
+        return run(program.vjp(wrt, given), [*inputs, *cotangents])
 
 
 class _Handle(bytearray):
     """The id of a residual as the memory of a tensor; the residual goes with it."""
 
-    def __init__(self, session: Session, residual: int) -> None:
-        super().__init__(residual.to_bytes(8, "little"))
-        self._session = session
-        self._residual = residual
+    session: Session
+    residual: int
 
     def __del__(self) -> None:
-        self._session.drop_residual(self._residual)
+        self.session.drop_residual(self.residual)
+
+
+def _handle(session: Session, residual: int) -> Tensor:
+    memory = _Handle(residual.to_bytes(8, "little"))
+    memory.session = session
+    memory.residual = residual
+    return torch.frombuffer(memory, dtype=torch.int64)
 
 
 def is_traced(inputs: Sequence[Any]) -> bool:
@@ -126,10 +131,9 @@ def _pull_back_operator(
 ) -> list[Tensor]:
     """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of; see pull_back."""
     known = Program.of(program)
-    numbers = as_values(known, arrays[: len(known.inputs)])
-    return list(
-        pull_back(known, (tuple(kept), tuple(wrt), tuple(given)), handle, [*numbers, *arrays[len(known.inputs) :]])
-    )
+    count = len(known.inputs)
+    which = (tuple(kept), tuple(wrt), tuple(given))
+    return list(pull_back(known, which, handle, as_values(known, arrays[:count]), arrays[count:]))
 
 
 @_pull_back_operator.register_fake
