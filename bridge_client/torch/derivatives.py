@@ -11,6 +11,8 @@ from torch.autograd.function import _SingleLevelFunction
 from bridge_client.programs import Program
 from bridge_client.torch.runs import as_values, pull_back, run, run_keeping, run_operator
 
+# What a pullback of torch.func has kept from its level, it hands over after that level has ended.
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -18,6 +20,7 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Transformable.apply(program, *inputs)
+    inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled():
         wrt = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
         if wrt:

@@ -16,8 +16,8 @@ from bridge_wire.frames import MAX_FRAME, encode
 
 @contextlib.contextmanager
 def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
-    """Two connected ends."""
-    a, b = (FramedSocket(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    """Two connected ends, which take descriptors."""
+    a, b = (FramedSocket(end, takes_descriptors=True) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         yield a, b
     finally:
@@ -29,7 +29,7 @@ def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
 def raw_pair() -> Iterator[tuple[socket.socket, FramedSocket]]:
     """A plain socket, and the end under test connected to it."""
     raw, connected = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    end = FramedSocket(connected)
+    end = FramedSocket(connected, takes_descriptors=True)
     try:
         yield raw, end
     finally:
@@ -262,6 +262,20 @@ def test_descriptors_come_with_their_message(count: int) -> None:
         assert not any(os.get_inheritable(fd) for fd in taken)
         assert b.take_descriptors() == []
         close_all(sent + taken)
+
+
+def test_descriptors_are_dropped_where_none_are_taken() -> None:
+    """An end that takes no descriptors gets the message alone, and nothing is leaked."""
+    before = open_files()
+    sender, receiver = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    sent = some_descriptors(2)
+    with contextlib.closing(FramedSocket(receiver)) as end, sender:
+        socket.send_fds(sender, [encode(b"alone")], sent)
+        close_all(sent)
+        assert end.receive(5) == b"alone"
+        assert end.take_descriptors() == []
+        assert open_files() == before + 2
+    assert open_files() == before
 
 
 def test_message_without_descriptors_brings_none() -> None:
