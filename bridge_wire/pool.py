@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
 from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
@@ -37,6 +37,12 @@ def _configured_max_bytes() -> int:
     return int(configured)
 
 
+class Returned(Protocol):
+    """Where a block's address goes when the block has died."""
+
+    def append(self, address: int, /) -> None: ...
+
+
 class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
 
@@ -49,7 +55,7 @@ class Block:
     address: int
     pointer: int
     nbytes: int
-    _returns_to: list[int]
+    _returns_to: "Returned"
 
     @property
     def buffer(self) -> memoryview:
@@ -65,6 +71,17 @@ def _class_of(nbytes: int) -> tuple[Any, int]:
     """Return the class of blocks of so many bytes, and the size of the extents that serve them."""
     body = {"__slots__": ("_returns_to", "address", "pointer"), "nbytes": nbytes}
     return type("Block", (Block, ctypes.c_ubyte * nbytes), body), rounded(nbytes)
+
+
+def block_at(pointer: int, nbytes: int, returns_to: Returned) -> Block:
+    """Return memory of this process as a block, whose address is the pointer.
+
+    `returns_to` lives as long as the block, and has to keep the memory alive.
+    """
+    block = _class_of(nbytes)[0].from_address(pointer)
+    block.address = block.pointer = pointer
+    block._returns_to = returns_to
+    return block
 
 
 class _Extent(NamedTuple):
@@ -109,7 +126,7 @@ class Pool:
         """
         kind, size = _class_of(nbytes)
         if nbytes == 0:
-            return _empty(kind)
+            return block_at(0, 0, [])
         returns_to = self._ready[size]
         try:
             address = returns_to.pop()
@@ -216,13 +233,6 @@ class Pool:
             if 0 <= address - slab.base < slab.nbytes:
                 return slab
         raise AssertionError(f"no slab holds the address {address}")
-
-
-def _empty(kind: Any) -> Block:
-    block = kind()
-    block.address = block.pointer = 0
-    block._returns_to = []
-    return block
 
 
 def _closed() -> SessionClosed:

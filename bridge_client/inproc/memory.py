@@ -1,14 +1,12 @@
 """The memory of an in-process session: any of this process. Imports no framework."""
 
-import ctypes
-import functools
 import weakref
 from typing import Any
 
 from bridge_client.session import Placed
 from bridge_server.runtime import Runtime
 from bridge_wire.allocator import ALIGNMENT
-from bridge_wire.pool import Block, Pool
+from bridge_wire.pool import Block, Pool, block_at
 from bridge_wire.specs import Spec
 
 
@@ -27,23 +25,14 @@ class ProcessMemory(Pool):
 
     def adopt(self, pointer: int, nbytes: int, owner: Any) -> Block:
         """Return memory that `owner` keeps alive as a block, which keeps the owner alive."""
-        memory = _array_of(nbytes).from_address(pointer)
-        lease = _Adopted(owner, self._adopted)
-        memory._lease = lease  # type: ignore[attr-defined]
-        return Block(pointer, pointer, nbytes, memory)
+        return block_at(pointer, nbytes, _Adopted(owner, self._adopted))
 
     def live_blocks(self) -> int:
         return super().live_blocks() + len(self._adopted)
 
 
-@functools.lru_cache(maxsize=1024)
-def _array_of(nbytes: int) -> type[ctypes.Array[ctypes.c_ubyte]]:
-    """Return the type of an array of bytes. ctypes forgets one with its last instance, and making one is slow."""
-    return ctypes.c_ubyte * nbytes
-
-
 class _Adopted:
-    """Counts a block while its memory lives."""
+    """Keeps what a block's memory belongs to, and counts the block while it lives."""
 
     __slots__ = ("_live", "_owner")
 
@@ -52,7 +41,7 @@ class _Adopted:
         self._live = live
         live.add(id(self))
 
-    def __del__(self) -> None:
+    def append(self, address: int) -> None:
         self._live.discard(id(self))
 
 

@@ -2,14 +2,14 @@
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from bridge_client.inproc.memory import ProcessMemory, Views
 from bridge_client.programs import Program
 from bridge_client.progress import logged_when_slow
-from bridge_client.session import Placed, Session, closed
+from bridge_client.session import Placed, Session, closed, paired, unchanged
 from bridge_server import runtime
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
@@ -100,19 +100,31 @@ class InprocSession(Session):
         return program
 
     def run(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> list[Block]:
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
         self._refuse_time_limit(program, timeout_s)
-        return self._run(program, inputs, copied)[0]
+        return make(self._run(program, inputs, copied)[0])
 
     def run_keeping(
-        self, program: Program, inputs: Sequence[Placed], *, copied: int = 0, timeout_s: float | None = None
-    ) -> tuple[list[Block], int]:
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        *,
+        copied: int = 0,
+        timeout_s: float | None = None,
+        make: Callable[[list[Block], int], Any] = paired,
+    ) -> Any:
         self._refuse_time_limit(program, timeout_s)
         blocks, residual = self._run(program, inputs, copied)
         id = next(self._ids)
         self._residuals[id] = residual
-        return blocks, id
+        return make(blocks, id)
 
     def run_pullback(
         self,
@@ -122,13 +134,14 @@ class InprocSession(Session):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-    ) -> list[Block]:
+        make: Callable[[list[Block]], Any] = unchanged,
+    ) -> Any:
         self._refuse_time_limit(program, timeout_s)
         pullback_of = self._prepared(program).pullback_of
         kept = self._residuals.get(residual)
         if kept is None or kept.program is not pullback_of:
             raise ResidualGone("the residual was dropped, or kept under another setting of x64")
-        return self._run(program, cotangents, copied, kept.value)[0]
+        return make(self._run(program, cotangents, copied, kept.value)[0])
 
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)
