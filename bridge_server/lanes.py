@@ -38,6 +38,13 @@ def serve(
                 if session is None:
                     session = _attach(request, sessions)
                     yield _DONE
+                elif request.HasField("run") and not request.run.inline:  # the hot path, with as few calls as can be
+                    call = object()
+                    sessions.begin(session, call)
+                    try:
+                        yield session.run(request.run)
+                    finally:  # after the reply has gone, so that a drain does not cut it off
+                        sessions.end(call)
                 else:
                     yield from _answer(request, requests, session, sessions, descriptors)
             except PeerError as error:
@@ -75,18 +82,7 @@ def _answer(
 ) -> Iterator[pb.LaneReply]:
     kind = request.WhichOneof("kind")
     if kind == "run":
-        run = request.run
-        if run.released:
-            session.residuals.drop(session, run.released)
-        if run.inline:
-            yield from _run_inline(run, requests, session, sessions)
-        else:
-            call = object()
-            sessions.begin(session, call)  # not `with`: this is the hot path
-            try:
-                yield session.run(run)
-            finally:  # after the reply has gone, so that a drain does not cut it off
-                sessions.end(call)
+        yield from _run_inline(request.run, requests, session, sessions)
     elif kind == "release":
         session.residuals.drop(session, request.release.residuals)
         yield pb.LaneReply(usage=session.usage())
@@ -102,6 +98,7 @@ def _answer(
 def _run_inline(
     run: pb.Run, requests: Iterator[pb.LaneRequest], session: Session, sessions: Sessions
 ) -> Iterator[pb.LaneReply]:
+    session.residuals.drop(session, run.released)
     program = session.program(run.program)
     inputs = _receive_inputs(program, requests, session)
     with sessions.running(session):

@@ -41,8 +41,7 @@ _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
 
 
-@dataclass(slots=True, eq=False)
-class _Kept:
+class _Kept(NamedTuple):
     program: Program
     value: Any
     nbytes: int
@@ -153,6 +152,8 @@ class Session:
 
     def run(self, request: pb.Run) -> pb.LaneReply:
         """Run a program on the client's blocks."""
+        if request.released:
+            self.residuals.drop(self, request.released)
         # A training loop names the same few combinations of blocks again and again.
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
@@ -187,10 +188,10 @@ class Session:
         for output, (pointer, nbytes) in zip(outputs, targets, strict=True):
             if nbytes:
                 write(output, pointer, nbytes)
-        if program.residual_nbytes is not None:
+        if (kept_nbytes := program.residual_nbytes) is not None:
             if residual == 0:
                 raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
-            self.residuals.keep(self, residual, _Kept(program, value, program.residual_nbytes))
+            self.residuals.keep(self, residual, _Kept(program, value, kept_nbytes))
         return program.reply
 
     def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> "_Plan":

@@ -158,12 +158,20 @@ class RemoteJaxFunction(nn.Module):
             for i in self._buffer_positions:  # statistics would lose what a step adds to them
                 cast[i] = own[i]
             own = cast
-        leaves, structure = flatten((args, kwargs))
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
+        if not kwargs and not statics and _TENSORS.issuperset(map(type, args)):  # the usual call
+            leaves, structure = list(args), len(args)
+        else:
+            leaves, structure = flatten((args, kwargs))
         signature: list[Any] = [structure]
         inputs: list[Any] = list(own)
         for i, leaf in enumerate(leaves):
             kind = type(leaf)
+            if kind is Tensor and not statics:
+                signature.append(leaf.dtype)
+                signature.append(leaf.shape)
+                inputs.append(leaf)
+                continue
             if i in statics or kind is bool or kind is str:
                 signature.append((kind, leaf if kind is not float else leaf.hex()))
                 continue
@@ -185,6 +193,7 @@ class RemoteJaxFunction(nn.Module):
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
+            structure = flatten((args, kwargs))[1]
             call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful)
         outputs = apply(call.program, inputs)
         if is_stateful:
@@ -365,6 +374,9 @@ def _session_with(target: Any) -> Session:
             f"JAX model in this process, install jax here ({error})"
         ) from error
     return host(jax_model=target)
+
+
+_TENSORS = {Tensor}
 
 
 class _Branch(nn.Module):

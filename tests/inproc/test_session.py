@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, TargetError, UnknownModel
+from tests.conftest import eventually
 from tests.torch_client.functions import affine
 from tests.workers import run_program
 
@@ -51,7 +52,8 @@ def test_there_is_neither_a_worker_nor_a_thread() -> None:
     del y
     stats = f.session.stats()
     assert (stats["residuals"], stats["residual_bytes"], stats["calls"], stats["fallbacks"]) == (0, 0, 2, 0)
-    assert threading.active_count() == threads
+    # What would have told of a slow compilation is on its way out.
+    assert eventually(lambda: threading.active_count() == threads)
 
 
 def test_nothing_is_copied() -> None:

@@ -72,6 +72,8 @@ MESSAGES: dict[str, Message] = {
                 pb.Transform(vmap=pb.Transform.Vmap(axes=[-1, 0, 2], size=5)),
             ],
             keep=pb.Wrt(inputs=[0, 7]),
+            rngs=["dropout"],
+            mutable=True,
         ),
     ),
     "prepare parameters": pb.PrepareRequest(session=b"s", parameters=pb.Parameters(model="f")),
