@@ -29,6 +29,7 @@ from bridge_wire.slabs import memfd_works
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_MOST_UNCOUNTED = 1000
 
 
 class Host(Protocol):
@@ -74,6 +75,7 @@ class RemoteSession(Session):
         self._lock = threading.Lock()
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
+        self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
         # Calls that were given up: their blocks must not be reused before the worker lets go of them.
         self._abandoned: list[tuple[Lane, list[Any]]] = []
 
@@ -149,6 +151,7 @@ class RemoteSession(Session):
         usage = self._usage()
         with self._lock:
             self._sweep_abandoned()
+            self._count()
             return {
                 "calls": self._calls,
                 "bytes_copied": self._bytes_copied,
@@ -262,13 +265,13 @@ class RemoteSession(Session):
                 self._after_failure(link, lane, error, [inputs, outputs])
             raise
         link.give_back(lane)
-        with self._lock:
-            self._calls += 1
-            self._bytes_copied += copied + program.outputs_nbytes
-            if payload is not None:
-                self._bytes_copied += sum(map(len, payload))
-            if self._abandoned:
+        if payload is not None:
+            copied += sum(map(len, payload))
+        self._uncounted.append(copied + program.outputs_nbytes)
+        if self._abandoned or len(self._uncounted) > _MOST_UNCOUNTED:
+            with self._lock:
                 self._sweep_abandoned()
+                self._count()
         return made
 
     def _run_keeping(
@@ -327,6 +330,11 @@ class RemoteSession(Session):
         elif lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
             with self._lock:
                 self._abandoned.append((lane, leases))
+
+    def _count(self) -> None:
+        while self._uncounted:
+            self._bytes_copied += self._uncounted.popleft()
+            self._calls += 1
 
     def _sweep_abandoned(self) -> None:
         ended = [entry for entry in self._abandoned if entry[0].has_ended()]

@@ -24,7 +24,7 @@ class FrameDecoder:
 
     def feed(self, data: bytes | memoryview) -> bytes | None:
         """Take the next bytes of the stream, and return the next whole message as `next` does."""
-        if not self._pending and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4 <= MAX_FRAME:
+        if not self._pending and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
             return bytes(data[4:])  # exactly one message, as nearly always: not by way of the buffer
         self._pending += data
         return self.next()
