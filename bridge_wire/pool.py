@@ -150,11 +150,6 @@ class Pool:
                 return address if address % ALIGNMENT == 0 else None
         return None
 
-    def memory_at(self, address: int) -> ctypes.Array[ctypes.c_ubyte] | None:
-        """Return the memory of the block leased at an address, which shares its lease; None if there is none."""
-        lease = self._leases.get(address)
-        return lease() if lease is not None else None
-
     def view(self, address: int, nbytes: int) -> memoryview:
         """Return the memory at an address of this pool."""
         if nbytes == 0:

@@ -4,6 +4,7 @@ What callbacks use calls no jax function: that could wait for the very computati
 """
 
 import functools
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,10 @@ class Source(NamedTuple):
     owner: Any = None
 
 
+# The blocks that arrays lie in: of an input, a callback learns no more than where it is.
+_blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
+
+
 class _InSlab(NamedTuple):
     """An input that lies in the session's memory already."""
 
@@ -60,7 +65,7 @@ def place(program: Program, sources: Sequence[Source], *, lasting: bool = False)
         if DTYPES[dtype] is spec.dtype:
             address = pool.address_of(pointer, nbytes) if nbytes else None
             if address is not None:
-                owner = pool.memory_at(address) if owner is None else owner
+                owner = _blocks.get(pointer) if owner is None else owner
                 if owner is not None or not lasting:
                     placed.append(_InSlab(address, owner))
                     continue
@@ -106,7 +111,8 @@ def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
         return jnp.zeros(spec.shape, dtype)
     # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
     if dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and _is_importable(dtype):
-        return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block.memory))
+        _blocks[block.pointer] = block
+        return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
     return jnp.asarray(array)
