@@ -1,11 +1,42 @@
 """What autograd's graphs consist of."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
+    """Return the engine's own entry, which takes half the time of torch.autograd.grad, if this torch has it as we know."""
+    try:
+        run = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+        x = torch.ones(2).requires_grad_()
+        (gradient,) = run((x * 3,), (torch.ones(2),), False, False, (x,), True, accumulate_grad=False)
+        return run if gradient.tolist() == [3.0, 3.0] and x.grad is None else None
+    except Exception:  # private: any release may lack it, or want other arguments
+        return None
+
+
+_engine = _backward_by_engine()
+
+
+def backward(
+    outputs: Sequence[Any],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
+) -> Sequence[Tensor | None]:
+    """Return torch's gradients of the weighted outputs, tensors or edges that all have a graph."""
+    keep = retain_graph or create_graph
+    if _engine is None:
+        return torch.autograd.grad(
+            outputs, inputs, weights, retain_graph=keep, create_graph=create_graph, allow_unused=True
+        )
+    return _engine(tuple(outputs), tuple(weights), keep, create_graph, tuple(inputs), True, accumulate_grad=False)
 
 
 def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:

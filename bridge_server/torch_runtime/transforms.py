@@ -8,6 +8,7 @@ derivative that no batch and no forward-mode derivative is made of is always pla
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch.autograd.graph import get_gradient_edge
 from bridge_server.signatures import batched, check_differentiable, check_size
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.calls import Call
-from bridge_server.torch_runtime.graphs import nodes_of
+from bridge_server.torch_runtime.graphs import backward, nodes_of
 from bridge_server.torch_runtime.types import replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -135,6 +136,9 @@ def _restricted(f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequen
     return restricted
 
 
+# torch has one level of forward mode for all threads: another thread's jvp would end it in the middle of this one's.
+_pushing = threading.RLock()
+
 # By torch.func -----------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +152,8 @@ def _pulled_back_within(f: _Selected, primals: list[Tensor], cotangents: Sequenc
 def _pushed_forward(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
     if not primals:
         return [torch.zeros_like(y) for y in f(primals)]
-    return list(torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1])
+    with _pushing:
+        return list(torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1])
 
 
 def _batched(
@@ -243,7 +248,7 @@ def _gradients(
     if not live or not inputs:
         return [None] * len(inputs)
     ys, given = zip(*live, strict=True)
-    return torch.autograd.grad(ys, inputs, given, allow_unused=True, **how)
+    return backward(ys, inputs, given, **how)
 
 
 def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
