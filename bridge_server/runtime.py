@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,8 @@ class Parameter:
 class Model:
     """What a target names, seen as a function of its parameters and its arguments.
 
-    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. What it returns is
-    between it and its runtime.
+    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. Of what type it is
+    otherwise is its runtime's business.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Model:
     arguments: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
-    apply: Callable[..., Any]
+    apply: Any
     # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*` stands for anything.
     shardings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -337,6 +337,24 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.mark.parametrize("transforms", [[jvp([0])], [vjp([0]), vmap([0, 0], 2)], [jvp([0]), vmap([0, 0], 2)]])
+def test_threads_transform_at_once(host: Host, pool: ThreadPoolExecutor, transforms: list[pb.Transform]) -> None:
+    """Derivatives and batches in several threads do not disturb each other."""
+    hosted = host(cubed)
+    program = hosted.call(numbers(3), transforms=transforms)
+    start = threading.Barrier(4)
+
+    def work(thread: int) -> bool:
+        start.wait()
+        for i in range(25):
+            x = np.full((2, 3) if len(transforms) == 2 else 3, 1 + thread + i / 32, np.float32)
+            if not np.allclose(hosted.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5):
+                return False
+        return True
+
+    assert all(pool.map(work, range(4)))
+
+
 def test_threads_have_their_own_results(host: Host, pool: ThreadPoolExecutor) -> None:
     """One program, and one model with parameters of each caller's own, serve several threads at once."""
     hosted = host(weighted)

@@ -12,7 +12,7 @@ from bridge_server.torch_runtime.randomness import seed
 from bridge_server.torch_runtime.tracing import Traced, trace
 from bridge_server.torch_runtime.types import DTYPES, spec_of
 from bridge_wire import trees
-from bridge_wire.errors import SpecError, StructureError
+from bridge_wire.errors import CallerError, SpecError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -42,7 +42,11 @@ class Call:
         self.key = self._passed if call.rngs else None  # where it is among the inputs
         self.leaves = self._passed + (self.key is not None)  # where they begin
         self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
-        traced = trace(self._traced, model.values, inputs[self.leaves :], where)
+        traced = self._trace(where)
+        if traced.strays and model.apply.work_on_the_original():
+            traced = self._trace(where)
+        if traced.strays and call.parameters:
+            self._refuse_strays(traced)
         self.outputs = tuple(map(spec_of, traced.outcome))
         self.draws = traced.draws or self.key is not None
         self._needs_grad = traced.needs_grad
@@ -64,6 +68,17 @@ class Call:
             with torch.enable_grad():
                 return self._outputs_of(state, leaves)
         return self._outputs_of(state, leaves)
+
+    def _trace(self, where: str) -> Traced:
+        return trace(self._traced, self._model.values, self.inputs[self.leaves :], where)
+
+    def _refuse_strays(self, traced: Traced) -> None:
+        paths = [self._model.parameters[i].path for i in sorted(traced.strays)]
+        raise CallerError(
+            f"model {self._model.name!r} uses its parameter {paths[0]!r} by another way than its registration, "
+            "such as a list or a closure, so that the caller's cannot take its place; use the registered one, or leave "
+            "the parameters on the worker"
+        )
 
     def _traced(self, state: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor]:
         if self.key is not None:

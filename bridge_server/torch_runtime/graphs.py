@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
-    """Return the engine's own entry, which takes half the time of torch.autograd.grad, if this torch has it as we know."""
+    """Return the engine's own entry, which takes half the time of torch.autograd.grad; None if this torch has none."""
     try:
-        run = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+        run = torch.autograd.Variable._execution_engine.run_backward
         x = torch.ones(2).requires_grad_()
         (gradient,) = run((x * 3,), (torch.ones(2),), False, False, (x,), True, accumulate_grad=False)
         return run if gradient.tolist() == [3.0, 3.0] and x.grad is None else None

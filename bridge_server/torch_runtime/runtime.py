@@ -46,7 +46,7 @@ class TorchRuntime(Runtime):
             arguments=_positional_names(parts),
             parameters=tuple(parameters),
             values=[tensor.detach() for tensor in parts.state.values()],
-            apply=parts.apply,
+            apply=parts.code,
         )
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:

@@ -33,6 +33,7 @@ class Traced(NamedTuple):
 
     outcome: Any
     written: frozenset[int]  # positions of what was changed in place, among the state and then the inputs
+    strays: frozenset[int]  # positions of state of which the original was used instead of what was passed
     draws: bool  # whether random numbers were drawn
     needs_grad: bool  # whether it works only while autograd records, as a model does that differentiates inside
     is_fake: bool  # whether it holds whatever the values are
@@ -71,19 +72,21 @@ def _attempt(
         else:
             copies = [each.detach().clone() for each in state]
         arrays = [zeros(spec) for spec in inputs]
-        watch = stack.enter_context(_Watch([*copies, *arrays]))
+        watch = stack.enter_context(_Watch([*copies, *arrays], originals=state))
         outcome = f(copies, arrays)
-    return Traced(outcome, frozenset(watch.written), watch.draws, needs_grad, is_fake)
+    return Traced(outcome, frozenset(watch.written), frozenset(watch.strays), watch.draws, needs_grad, is_fake)
 
 
 class _Watch(TorchDispatchMode):
     """Sees every operator that runs, and notes what it does besides returning tensors."""
 
-    def __init__(self, tensors: Sequence[Any]) -> None:
+    def __init__(self, tensors: Sequence[Any], *, originals: Sequence[Tensor]) -> None:
         super().__init__()
         self.draws = False
         self.written: set[int] = set()
+        self.strays: set[int] = set()
         self._positions = {_storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
+        self._originals = {_storage(x): i for i, x in enumerate(originals)}
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -94,15 +97,17 @@ class _Watch(TorchDispatchMode):
         for argument, value in zip(operator._schema.arguments, args, strict=False):
             given[argument.name] = value
         for argument in operator._schema.arguments:
+            value = given.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write
             if is_written or argument.name in _STATISTICS:
-                self._note(given.get(argument.name))
+                self.written |= _positions_of(value, self._positions)
+            self.strays |= _positions_of(value, self._originals)
         return operator(*args, **(kwargs or {}))
 
-    def _note(self, value: Any) -> None:
-        for each in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(each, Tensor) and (position := self._positions.get(_storage(each))) is not None:
-                self.written.add(position)
+
+def _positions_of(value: Any, positions: Mapping[int | None, int]) -> set[int]:
+    tensors = [each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Tensor)]
+    return {positions[storage] for storage in map(_storage, tensors) if storage in positions}
 
 
 def _storage(tensor: Tensor) -> int | None:

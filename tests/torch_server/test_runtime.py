@@ -1,8 +1,10 @@
 """What only torch code does: the torch runtime in this process, without a worker."""
 
 import contextlib
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bridge_server.runtime import Options
 from bridge_server.torch_runtime import TorchRuntime
-from bridge_wire.errors import RemoteModelError, SpecError, StructureError, TargetError
+from bridge_wire.errors import CallerError, RemoteModelError, SpecError, StructureError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.runtimes import Hosted, jvp, placed, spec_of, vjp, vmap
 from tests.torch_server import models
@@ -197,11 +199,70 @@ def test_a_module_that_cannot_be_copied_is_served(runtime: TorchRuntime, caplog:
     weight = module.weight
     with caplog.at_level(logging.WARNING, "bridge_server"):
         hosted = Hosted(runtime, module)
-    assert "Linear cannot be copied" in caplog.text
+    assert "Linear cannot be copied, so it serves one call at a time" in caplog.text
     x = rand(3, 2)
     assert_same(hosted.run(hosted.call(x, parameters=True), 2 * np.eye(2), x), [2 * x])
     assert_same(hosted.run(hosted.call(x), x), [module(torch.tensor(x))])
     assert module.weight is weight
+
+
+class Closing(nn.Module):
+    """Uses a weight by a closure over itself, which a copy does not follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2, bias=False).double()
+        self.code = lambda x: self.inner(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.code(x)
+
+
+class Listing(nn.Module):
+    """Uses a weight that it has in a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2).double())
+        self.weights = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights[0]
+
+
+def test_a_module_that_closes_over_itself_gets_the_callers_weights(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies that would still use the original's weights are given up, for the original and one call at a time."""
+    hosted, x = Hosted(runtime, Closing()), rand(3, 2)
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        program = hosted.call(x, parameters=True, keep=[0])
+    assert "copies of Closing use its own tensors" in caplog.text
+    outputs, residual = hosted.run_keeping(program, 2 * np.eye(2), x)
+    assert_same(outputs, [2 * x])
+    made = hosted.run(hosted.pullback(program, [0]), np.ones((3, 2)), residual=residual)
+    assert_same(made, [np.stack([x.sum(0)] * 2)])
+
+
+def test_a_weight_that_cannot_be_replaced_is_refused(runtime: TorchRuntime) -> None:
+    """A module that uses a weight past its registration would get no gradient of it; with its own weights it works."""
+    hosted, x = Hosted(runtime, Listing()), rand(2)
+    with pytest.raises(CallerError, match="uses its parameter 'weight' by another way"):
+        hosted.call(x, parameters=True)
+    assert_same(hosted.run(hosted.call(x), x), [x])
+
+
+def test_a_module_keeps_nothing_of_its_caller(runtime: TorchRuntime) -> None:
+    """After a call no module holds the caller's weights: not even an LSTM, which has a list of its own."""
+    hosted = Hosted(runtime, models.recurrent)
+    x, state = rand(1, 2, 3), values_of(models.recurrent)
+    program = hosted.call(x, parameters=True)
+    views = [hosted.view(placed(each), spec_of(each)) for each in (*state, x)]
+    weights = [weakref.ref(view) for view in views]
+    program.run(views, None)
+    del views
+    gc.collect()
+    assert [ref() for ref in weights] == [None] * len(weights)
 
 
 # Randomness --------------------------------------------------------------------------------------------------------

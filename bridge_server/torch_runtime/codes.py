@@ -1,0 +1,151 @@
+"""A model's code, called with its own state or with somebody else's, by several threads at once.
+
+A call of a module never changes that module: it is made on a copy that shares the module's tensors, or, where the
+caller passes its own, has those in their place. torch.func.functional_call would swap them in the module itself, where
+calls of other threads see them.
+"""
+
+import contextlib
+import copy
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+_log = logging.getLogger(__name__)
+
+
+class Code(ABC):
+    """What a call runs."""
+
+    @abstractmethod
+    def __call__(
+        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Return the result, and the state after the call. The state's values are the model's own if None."""
+
+    def work_on_the_original(self) -> bool:
+        """Call no copies from now on; return whether that changes anything."""
+        return False
+
+
+class CodeOfFunction(Code):
+    """A function without state."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(
+        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        return self._function(*args, **kwargs), ()
+
+
+class CodeOfPair(Code):
+    """A function whose first argument is its state."""
+
+    def __init__(self, function: Callable[..., Any], structure: Any, own: Sequence[Tensor]) -> None:
+        self._function = function
+        self._structure = structure
+        self._own = own
+
+    def __call__(
+        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        state = list(self._own if values is None else values)
+        return self._function(pytree.tree_unflatten(state, self._structure), *args, **kwargs), state
+
+
+class CodeOfModule(Code):
+    """A module: one copy serves all calls with the module's own state, and one each call under way with another.
+
+    Of a module that cannot be copied, or whose copies would still use the original's tensors, the original itself
+    serves one call at a time, and holds its own state whenever it does not.
+    """
+
+    def __init__(self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self._original = _Refillable(module, own)
+        self._own = own
+        self._values = values
+        self._idle: list[_Refillable] = []
+        self._one_at_a_time: threading.RLock | None = None
+        try:
+            self._resting = self._copied()
+        except Exception as error:
+            name = type(module).__name__
+            _log.warning("%s cannot be copied, so it serves one call at a time: %s", name, error)
+            self._one_at_a_time = threading.RLock()
+
+    def __call__(
+        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        if self._one_at_a_time is not None:
+            with self._one_at_a_time:
+                return self._original.call(self._values if values is None else values, self._own, args, kwargs)
+        if values is None:
+            return self._resting.module(*args, **kwargs), ()
+        with self._leased() as leased:
+            return leased.call(values, self._values, args, kwargs)
+
+    def work_on_the_original(self) -> bool:
+        if self._one_at_a_time is not None:
+            return False
+        self._one_at_a_time = threading.RLock()
+        name = type(self._original.module).__name__
+        _log.warning("copies of %s use its own tensors, by a closure perhaps, so it serves one call at a time", name)
+        return True
+
+    @contextlib.contextmanager
+    def _leased(self) -> "Iterator[_Refillable]":
+        try:
+            leased = self._idle.pop()  # atomic
+        except IndexError:
+            leased = self._copied()
+        try:
+            yield leased
+        finally:
+            self._idle.append(leased)
+
+    def _copied(self) -> "_Refillable":
+        # What is in the memo already is not copied: the copy has these tensors where the module has its own.
+        memo: dict[int, Any] = {id(mine): value for mine, value in zip(self._own, self._values, strict=True)}
+        return _Refillable(copy.deepcopy(self._original.module, memo), self._values)
+
+
+class _Refillable:
+    """A module whose state can be replaced."""
+
+    def __init__(self, module: nn.Module, state: Sequence[Tensor]) -> None:
+        self.module = module
+        positions = {id(each): i for i, each in enumerate(state)}
+        # Where the module holds each tensor; tied ones are in several places.
+        self._places: list[tuple[dict[str, Any], str, int]] = [
+            (held, name, positions[id(each)])
+            for part in module.modules()
+            for held in (part._parameters, part._buffers)
+            for name, each in held.items()
+            if id(each) in positions
+        ]
+        self._first = {i: (held, name) for held, name, i in reversed(self._places)}
+        self._recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+
+    def call(
+        self, values: Sequence[Tensor], afterwards: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Call the module with these values, and leave others in it."""
+        self._fill(values)
+        try:
+            result = self.module(*args, **kwargs)
+            return result, [held[name] for held, name in (self._first[i] for i in range(len(values)))]
+        finally:
+            self._fill(afterwards)
+
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        for held, name, i in self._places:
+            held[name] = values[i]
+        for part in self._recurrent:
+            part._init_flat_weights()  # they have a list of the same tensors, too
