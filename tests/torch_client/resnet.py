@@ -43,10 +43,16 @@ class ResNet(nn.Module):
 
 
 def resnet():
-    """Make the model, for --factory."""
-    module = ResNet()
-    init = jax.jit(lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False))
-    return module, init(jax.random.key(0))
+    """Make the model, for --factory. Its variables are NumPy's, since `init` would compile."""
+    module, rng = ResNet(), np.random.default_rng(2)
+
+    def initial(path, leaf):
+        if path[-1].key == "kernel":
+            return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(np.float32)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
+
+    shapes = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False), jax.random.key(0))
+    return module, jax.tree_util.tree_map_with_path(initial, shapes)
 
 
 def train(images, labels, batches, keys):
