@@ -50,6 +50,8 @@ def _serve(options: argparse.Namespace) -> int:
         raise CallerError("--jax-model and --torch-model exclude each other: start one worker for each framework")
     if not (options.jax_model or options.torch_model):
         raise CallerError("nothing to serve: name a model with --jax-model or --torch-model module:attribute")
+    if options.via_xla and not options.torch_model:
+        raise CallerError("--via-xla runs torch models through XLA: name one with --torch-model")
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
@@ -86,6 +88,10 @@ def _runtime(options: argparse.Namespace) -> Runtime:
         raise CallerError(f"--mesh is for JAX models, and these are {framework}'s")
     how = Options(x64=options.x64, jit=not options.no_jit, mesh=options.mesh)
     try:
+        if options.via_xla:
+            from bridge_server.torch_via_xla import XlaRuntime
+
+            return XlaRuntime(how)
         if framework == "torch":
             from bridge_server.torch_runtime import TorchRuntime
 
@@ -94,7 +100,8 @@ def _runtime(options: argparse.Namespace) -> Runtime:
 
         return JaxRuntime(how)
     except ImportError as error:
-        raise CallerError(f"--{framework}-model needs {framework} in the worker's environment: {error}") from error
+        needed = "jax and torchax beside torch" if options.via_xla else framework
+        raise CallerError(f"--{framework}-model needs {needed} in the worker's environment: {error}") from error
 
 
 def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
@@ -171,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]MOD:ATTR",
         **listed,
     )
+    add("--via-xla", "run torch models through XLA, traced by torchax: also on JAX's devices", action="store_true")
     add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
     add("--listen", "default: a socket in a directory that only you can enter", metavar="unix:PATH|HOST:PORT")
     add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")

@@ -5,7 +5,9 @@ flax.linen, into the streams of that tag in a flax.nnx module, and to everything
 stream's name (haiku: as its one key).
 """
 
+import functools
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -112,7 +114,12 @@ def _spec(model: str, label: str, leaf: Any, *, x64: bool) -> Spec:
 def _parts_of(target: Any) -> Parts | None:
     # A framework that was not imported cannot have made the target.
     linen, nnx, equinox, haiku = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
+    traced = sys.modules.get("bridge_server.torch_via_xla")
     state: Any = None
+    if traced is not None and isinstance(target, traced.TracedModule):
+        return _traced_module_parts(target)
+    if traced is not None and isinstance(target, traced.TracedFunction):
+        return _traced_function_parts(target)
     if type(target) is tuple and len(target) == 2:
         target, state = target
         if haiku is not None and isinstance(target, haiku.Transformed):
@@ -230,6 +237,45 @@ def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
     return Parts(call, both, transformed.apply, is_trainable=lambda label: label.startswith("params."))
 
 
+def _traced_module_parts(module: Any) -> Parts:
+    """Of a torch module that runs through XLA; its parameters have torch's names."""
+    names = [*module.params, *module.buffers]
+    arrays = [*module.params.values(), *module.buffers.values()]
+
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        named = dict(zip(names, _nested_values(state, names), strict=True))
+        params, buffers = ({name: named[name] for name in own} for own in (module.params, module.buffers))
+        how = {"buffers": buffers, "mutable": True, "rng": _only_key(streams)}
+        result, after = module(params, *args, **how, **kwargs)
+        return result, _nested({**params, **after})
+
+    state = _nested(dict(zip(names, arrays, strict=True)))
+    return Parts(call, state, module.module.forward, is_trainable=module.params.__contains__)
+
+
+def _traced_function_parts(function: Any) -> Parts:
+    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+        return function(*args, rng=_only_key(streams), **kwargs), state
+
+    return Parts(call, (), function.__wrapped__)
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of dicts whose paths are the names, such as `layers.0.weight`."""
+    tree: dict[str, Any] = {}
+    for name, value in named.items():
+        *branches, leaf = name.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[leaf] = value
+    return tree
+
+
+def _nested_values(tree: Any, names: Sequence[str]) -> list[Any]:
+    return [functools.reduce(operator.getitem, name.split("."), tree) for name in names]
+
+
 def _with_keys(function: Callable[..., Any], kwargs: dict[str, Any], streams: Streams) -> dict[str, Any]:
     """Return the keyword arguments with the key of each stream as one more.
 
@@ -262,7 +308,7 @@ def _keywords_of(function: Callable[..., Any]) -> set[str] | None:
 
 def _only_key(streams: Streams) -> Any:
     if len(streams) > 1:
-        raise CallerError(f"a haiku model draws from one random stream, not from {sorted(streams)}; name one in rngs")
+        raise CallerError(f"the model draws from one random stream, not from {sorted(streams)}; name one in rngs")
     return next(iter(streams.values()), None)
 
 

@@ -1,0 +1,248 @@
+"""torchax's operators, made to work with the torch that is here. Imports both frameworks, and torchax when needed."""
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import jax
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.modules import transformer
+from torch.utils import _pytree as torch_pytree
+from torch.utils._mode_utils import no_dispatch
+
+from bridge_server.jax_runtime.types import has_x64
+from bridge_server.torch_via_xla.arrays import to_jax
+from bridge_wire.dtypes import TURN_ON_X64
+from bridge_wire.errors import CallerError, DTypeError
+
+_OF_VALUES = {torch.tensor, torch.as_tensor}  # what makes tensors of Python's values, whose range is checked
+_LOSSY = {torch.float64, torch.complex128}
+
+_loading = threading.Lock()
+
+
+def environment() -> Any:
+    """Return the environment in which torch code is traced.
+
+    Raises:
+      CallerError: torchax is not installed.
+    """
+    with _loading:
+        return _made_environment()
+
+
+@functools.cache
+def _made_environment() -> Any:
+    """Return the torchax environment of this module: its tables of operators, with what they lack."""
+    with _as_torchax_expects():
+        try:
+            from torchax import tensor
+            from torchax.tensor import Environment, RuntimeProperty
+        except ImportError as error:
+            raise CallerError(f"tracing torch code needs torchax: pip install torchax ({error})") from error
+        # A device that any torch has, unlike torchax's "jax": a traced tensor has no memory here.
+        tensor.Tensor.device = property(lambda _: torch.device("meta"))
+
+        class Bridge(Environment):
+            """An environment that takes tensors of torch's own for constants, and loses nothing in silence."""
+
+            def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+                if not has_x64():
+                    self._refuse_lossy(func, args, kwargs)
+                if func in _OF_VALUES and not _holds_tensors((args, kwargs)):
+                    with no_dispatch(), torch._C.DisableTorchFunction():
+                        made = func(
+                            *args, **{name: value for name, value in (kwargs or {}).items() if name != "device"}
+                        )
+                    return self._constant(made)
+                return super().dispatch(func, types, args, kwargs)
+
+            def _should_use_torchax_tensor(self, device: Any) -> bool:
+                return device is None or torch.device(device).type != "cpu"
+
+            def t2j_iso(self, tree: Any) -> Any:
+                return super().t2j_iso(torch_pytree.tree_map_only(Tensor, self._constant, tree))
+
+            def wrapped(self, tree: Any) -> Any:
+                """Return a pytree with each of its arrays as a tensor of this environment."""
+                return jax.tree.map(self._wrapped, tree)
+
+            def unwrapped(self, tree: Any) -> Any:
+                """Return a pytree with each of its tensors as an array."""
+                return torch_pytree.tree_map_only(Tensor, self.t2j_iso, tree)
+
+            @contextlib.contextmanager
+            def drawing_from(self, rng: jax.Array | None) -> Iterator[None]:
+                """Trace with random numbers from this key, and raise what was refused."""
+                before, mine = self._property.content, _Trace(None, rng, None)
+                self._property.content = mine
+                try:
+                    yield
+                except TypeError:
+                    # Of a DTypeError within `x * y`, Python makes a TypeError that tells nobody anything.
+                    if mine.refusal is not None:
+                        raise mine.refusal from None
+                    raise
+                finally:
+                    self._property.content = before
+
+            def _refuse_lossy(self, func: Any, args: Any, kwargs: Any) -> None:
+                for value in torch_pytree.tree_leaves((args, kwargs)):
+                    if isinstance(value, torch.dtype) and value in _LOSSY:
+                        what = f"the torch code computes in {value} (in {getattr(func, '__name__', func)})"
+                        self._refuse(DTypeError(f"{what}, but JAX runs without x64: {TURN_ON_X64}"))
+
+            def _refuse(self, error: DTypeError) -> NoReturn:
+                self.param.refusal = error
+                raise error
+
+            def _wrapped(self, leaf: Any) -> Any:
+                if isinstance(leaf, np.ndarray | np.generic):
+                    with no_dispatch(), torch._C.DisableTorchFunction():
+                        leaf = torch.as_tensor(np.asarray(leaf))
+                return self._constant(leaf) if isinstance(leaf, Tensor) else self.j2t_iso(leaf)
+
+            def _constant(self, tensor: Tensor) -> Tensor:
+                if hasattr(tensor, "jax"):  # one of torchax's, or a view of one
+                    return tensor
+                try:
+                    with no_dispatch(), torch._C.DisableTorchFunction():
+                        made: Tensor = self.j2t_iso(to_jax(tensor.detach()))
+                except DTypeError as error:
+                    self._refuse(error)
+                return made
+
+        class _Trace(RuntimeProperty):
+            """What belongs to one trace, in one thread."""
+
+            refusal: DTypeError | None = None
+
+            def get_and_rotate_prng_key(self) -> jax.Array:
+                if self.prng is None:
+                    raise CallerError("the torch code draws random numbers: pass rng=, a key of jax.random.key")
+                key: jax.Array = super().get_and_rotate_prng_key()
+                return key
+
+        env = Bridge()
+    _let_masks_be_traced(tensor.Tensor)
+    env.override_op_definition(functional.batch_norm, _batch_norm)
+    env.override_op_definition(functional.instance_norm, _instance_norm)
+    return env
+
+
+def _holds_tensors(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(tree))
+
+
+def _let_masks_be_traced(kind: type[Tensor]) -> None:
+    """Keep nn.TransformerEncoder from looking at a traced mask's values: whether it is causal is but a hint."""
+    original = transformer._detect_is_causal_mask
+
+    def detect(mask: Any, is_causal: Any = None, size: Any = None) -> bool:
+        return is_causal is True if isinstance(mask, kind) else original(mask, is_causal, size)
+
+    transformer._detect_is_causal_mask = detect
+
+
+@contextlib.contextmanager
+def _as_torchax_expects() -> Iterator[None]:
+    """Import torchax as if all the operators were there that its tables name, and undo what it does besides.
+
+    torchax 0.0.13 names overloads of ATen with Dimname, which torch 2.13 has no more: they cannot be called, so it does
+    not matter what stands for them.
+    """
+    packet = torch._ops.OpOverloadPacket
+    original, fast_path = packet.__getattr__, torch.backends.mha.get_fastpath_enabled()
+
+    def with_stand_ins(self: Any, key: str) -> Any:
+        try:
+            return original(self, key)
+        except AttributeError:
+            if key.startswith("_") or not str(self).startswith("aten."):
+                raise
+            return f"{self}.{key}, which this torch lacks"
+
+    try:
+        with (
+            patch.object(packet, "__getattr__", with_stand_ins),
+            # With a device named "jax", for which torch has no code, torch.compile fails, whatever it compiles.
+            patch.object(torch.utils, "rename_privateuse1_backend"),
+            patch.object(torch, "_register_device_module"),
+            patch.dict(os.environ),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+# What torchax computes without writing the statistics back -------------------------------------------------------
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training and running_mean is not None and running_var is not None:
+        return _normalized(x, [1, -1], running_mean, running_var, weight, bias, eps)
+    count = math.prod(x.shape) // x.shape[1]
+    if training and count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+    axes = [0, *range(2, x.ndim)]
+    mean, var = x.mean(axes), x.var(axes, correction=0)
+    _update(running_mean, mean, momentum)
+    _update(running_var, _unbiased(var, count), momentum)
+    return _normalized(x, [1, -1], mean, var, weight, bias, eps)
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats and running_mean is not None and running_var is not None:
+        return _normalized(x, [1, -1], running_mean, running_var, weight, bias, eps)
+    axes = list(range(2, x.ndim))
+    mean, var = x.mean(axes), x.var(axes, correction=0)
+    _update(running_mean, mean.mean(0), momentum)
+    _update(running_var, _unbiased(var, math.prod(x.shape[2:])).mean(0), momentum)
+    return _normalized(x, list(x.shape[:2]), mean, var, weight, bias, eps)
+
+
+def _unbiased(var: Tensor, count: int) -> Tensor:
+    return var * (count / max(count - 1, 1))
+
+
+def _update(running: Tensor | None, new: Tensor, momentum: float) -> None:
+    if running is not None:
+        running.copy_((1 - momentum) * running + momentum * new)
+
+
+def _normalized(
+    x: Tensor, lead: list[int], mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    ones = [1] * (x.ndim - 2)
+    y = (x - mean.reshape(lead + ones)) * torch.rsqrt(var.reshape(lead + ones) + eps)
+    if weight is not None:
+        y = y * weight.reshape([1, -1, *ones])
+    if bias is not None:
+        y = y + bias.reshape([1, -1, *ones])
+    return y.to(x.dtype)

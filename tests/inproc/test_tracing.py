@@ -1,0 +1,294 @@
+"""trace_torch: torch code as pure JAX functions."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bridge_client.inproc import to_jax, to_torch, trace_torch
+from bridge_wire.errors import CallerError, DTypeError, StructureError
+from tests.inproc.networks import ResNet, Tied, Transformer, ViT, made
+from tests.workers import run_program
+
+WIDE = torch.zeros(3, dtype=torch.float64)
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def assert_same(seen: Any, expected: Any, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(to_torch(seen), expected, rtol=tolerance, atol=tolerance)
+
+
+def reference(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return torch's own value of the loss below, and its gradients by name."""
+    loss = network(x).square().sum()
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    return loss.detach(), dict(zip(dict(network.named_parameters()), gradients, strict=True))
+
+
+def loss_of(h: Callable[..., jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
+    return lambda params, x: (h(params, x) ** 2).sum()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("kind", [ResNet, ViT, Transformer])
+def test_networks_agree_with_torch(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """The value and the gradients of a network traced into JAX are torch's own."""
+    network, x = made(kind, dtype)
+    with jax.enable_x64(dtype is torch.float64):
+        h = trace_torch(network)
+        value, gradients = jax.jit(jax.value_and_grad(loss_of(h)))(h.params, to_jax(x))
+    expected_value, expected = reference(network, x)
+    scale = max(1.0, max(g.abs().max().item() for g in expected.values()))
+    assert_same(value, expected_value, TOLERANCE[dtype] * max(1.0, expected_value.item()))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(to_torch(gradients[name]) / scale, gradient / scale, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", [ViT, Transformer])
+def test_second_derivatives_agree_with_torch(kind: type[nn.Module]) -> None:
+    """The Hessian of a smooth network, times a vector, is torch's own."""
+    network, x = made(kind)
+    with jax.enable_x64(True):
+        h = trace_torch(network)
+        f = functools.partial(loss_of(h), h.params)
+        seen = jax.jit(lambda x: jax.jvp(jax.grad(f), (x,), (x,))[1])(to_jax(x))
+    x.requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
+        (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad((gradient * x.detach()).sum(), x)
+    assert_same(seen, expected, 1e-8)
+
+
+def test_functions_go_through_every_transform() -> None:
+    """A torch function is a JAX function: under jit, grad, jvp, hessian, vmap of grad, and scan."""
+    f = trace_torch(lambda x: (x.sin() * x).sum())
+    x = jnp.arange(3.0)
+    g = lambda x: (jnp.sin(x) * x).sum()  # noqa: E731
+    for transform in (jax.jit, jax.grad, jax.hessian, lambda f: jax.jit(jax.grad(f)), jax.jacfwd):
+        np.testing.assert_allclose(transform(f)(x), transform(g)(x), rtol=1e-6)
+    batch = jnp.ones((4, 3))
+    np.testing.assert_allclose(jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6)
+    scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, batch)[0]
+    np.testing.assert_allclose(scanned, 4 * g(batch[0]), rtol=1e-6)
+
+
+def test_in_place_code_changes_nothing_outside() -> None:
+    """Code that writes into its inputs, slices and fresh tensors computes the same, and leaves the arrays alone."""
+
+    def f(x: Tensor) -> Tensor:
+        y = torch.zeros(3)
+        x.add_(1)
+        y[0] = x[0]
+        y[1:] += x[1:] * 2
+        y.clamp_(max=3.5)
+        return y * torch.tensor([1.0, 2.0, 3.0])
+
+    x = jnp.asarray([0.0, 0.5, 1.0])
+    assert_same(trace_torch(f)(x), f(torch.tensor([0.0, 0.5, 1.0])))
+    assert x.tolist() == [0.0, 0.5, 1.0]
+    np.testing.assert_allclose(jax.jit(jax.jacrev(trace_torch(f)))(x), np.diag([1.0, 4.0, 0.0]))
+
+
+def test_structures_numbers_and_keywords_pass() -> None:
+    """Pytrees, integers, bools, numbers, strings and keyword arguments arrive as torch's."""
+
+    def f(batch: dict[str, Any], *, scale: float, mode: str) -> dict[str, Any]:
+        picked = batch["x"][batch["i"]].where(batch["m"], torch.zeros(()))
+        return {"y": (picked * scale, [picked.argmax()]), "mode": mode}
+
+    batch = {"x": jnp.arange(5.0), "i": jnp.asarray([3, 1]), "m": np.asarray([True, False])}
+    made = trace_torch(f)(batch, scale=2.0, mode="fast")
+    assert (made["y"][0].tolist(), int(made["y"][1][0]), made["mode"]) == ([6.0, 0.0], 0, "fast")
+
+
+def test_tensors_in_closures_are_constants() -> None:
+    """A tensor that the code holds, as an attribute or in a closure, is a constant; it is not changed."""
+    weight = torch.arange(3.0)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.tensor([2.0, 2.0, 2.0])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale + weight
+
+    h = trace_torch(Scaled())
+    assert (h.params, h.buffers) == ({}, {})
+    assert h({}, jnp.ones(3)).tolist() == [2.0, 3.0, 4.0]
+
+
+def test_tied_weights_stay_tied() -> None:
+    """A parameter with two names is one array, whose gradient is the sum of both uses."""
+    network = Tied().double()
+    tokens = torch.tensor([[1, 2, 3]])
+    with jax.enable_x64(True):
+        h = trace_torch(network)
+        assert list(h.params) == ["embedding.weight"]
+        gradient = jax.grad(loss_of(h))(h.params, to_jax(tokens))["embedding.weight"]
+    assert_same(gradient, reference(network, tokens)[1]["embedding.weight"])
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.BatchNorm1d(3), (4, 3)),
+        (nn.BatchNorm2d(3, momentum=0.3), (4, 3, 2, 2)),
+        (nn.BatchNorm1d(3, affine=False), (4, 3, 5)),
+        (nn.InstanceNorm1d(3, track_running_stats=True, affine=True), (4, 3, 5)),
+        (nn.InstanceNorm2d(3), (4, 3, 2, 2)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_statistics_are_written_back(norm: nn.Module, shape: tuple[int, ...]) -> None:
+    """In train mode the statistics after a call are torch's own, and come back as new buffers."""
+    norm, x = copy.deepcopy(norm).double(), torch.randn(shape, dtype=torch.float64) * 2 + 1
+    with jax.enable_x64(True):
+        h = trace_torch(norm)
+        before = {name: np.asarray(buffer) for name, buffer in h.buffers.items()}
+        call = jax.jit(lambda buffers, x: h(h.params, x, buffers=buffers, mutable=True))
+        _, once = call(h.buffers, to_jax(x))
+        seen, twice = call(once, to_jax(x))
+    norm(x)
+    assert_same(seen, norm(x))
+    for name, buffer in norm.named_buffers():
+        assert_same(twice[name], buffer)
+        np.testing.assert_array_equal(h.buffers[name], before[name])
+    with jax.enable_x64(True):
+        assert_same(trace_torch(norm.eval())(h.params, to_jax(x)), norm(x))
+
+
+def test_batch_norm_refuses_one_value_per_channel() -> None:
+    """What torch refuses in train mode is refused here as well."""
+    with pytest.raises(ValueError, match="more than 1 value"):
+        trace_torch(nn.BatchNorm1d(3))({}, jnp.ones((1, 3)))
+
+
+def test_random_numbers_follow_the_key() -> None:
+    """Dropout draws from `rng`: the same key draws the same, another one differently, also under jit and vmap."""
+    h = trace_torch(nn.Dropout(0.5).train())
+    x, key, other = jnp.ones(64), jax.random.key(0), jax.random.PRNGKey(1)
+    first = h({}, x, rng=key)
+    assert set(np.asarray(first).tolist()) == {0.0, 2.0}
+    np.testing.assert_array_equal(first, jax.jit(lambda key: h({}, x, rng=key))(key))
+    assert not np.array_equal(first, h({}, x, rng=other))
+    drawn = jax.vmap(lambda key: h({}, x, rng=key))(jax.random.split(key, 4))
+    assert len({row.tobytes() for row in np.asarray(drawn)}) == 4
+
+
+@pytest.mark.parametrize("draw", [torch.rand_like, torch.randn_like, functional.dropout, torch.bernoulli])
+def test_random_numbers_need_a_key(draw: Callable[[Tensor], Tensor]) -> None:
+    """Without `rng`, code that draws random numbers says so, instead of drawing the same ones for ever."""
+    with pytest.raises(CallerError, match="rng="):
+        jax.jit(trace_torch(draw))(jnp.full(3, 0.5))
+    assert trace_torch(draw)(jnp.full(3, 0.5), rng=jax.random.key(0)).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.double(),
+        lambda x: x.to(torch.float64),
+        lambda x: x + torch.zeros(3, dtype=torch.float64),
+        lambda x: x.sum(dtype=torch.float64),
+        lambda x: x.to(torch.complex128),
+        lambda x: x * WIDE,
+    ],
+    ids=["double", "to", "zeros", "sum", "complex", "constant"],
+)
+def test_64_bits_are_not_narrowed_in_silence(f: Callable[[Tensor], Tensor]) -> None:
+    """Code that computes in 64-bit floats is refused while JAX runs without x64, and runs with it."""
+    with pytest.raises(DTypeError, match="jax_enable_x64"):
+        trace_torch(f)(jnp.ones(3))
+    with jax.enable_x64(True):
+        assert trace_torch(f)(jnp.ones(3)).dtype in (jnp.float64, jnp.complex128)
+
+
+def test_64_bit_modules_need_x64() -> None:
+    """A module in float64 is refused while JAX runs without x64, and an int64 array that does not fit likewise."""
+    with pytest.raises(DTypeError, match="jax_enable_x64"):
+        trace_torch(nn.Linear(2, 2).double())
+    for f in (lambda x: x, lambda x: torch.tensor([2**31])):
+        with pytest.raises(DTypeError, match="2147483648"):
+            trace_torch(f)(np.asarray([2**31]))
+
+
+def test_what_cannot_be_traced_is_refused() -> None:
+    """Other names than the module's, and what is no torch code, are refused by name."""
+    h = trace_torch(nn.Linear(2, 2))
+    with pytest.raises(CallerError, match=r"weigth.*'weight'"):
+        h({"weigth": jnp.ones((2, 2))}, jnp.ones(2))
+    with pytest.raises(StructureError, match="Module"):
+        trace_torch(3)
+
+
+def test_the_arrays_are_copies() -> None:
+    """Training the module in torch does not change the arrays that were made of it."""
+    module = nn.Linear(2, 2)
+    h = trace_torch(module)
+    before = np.array(h.params["weight"])
+    with torch.no_grad():
+        module.weight.zero_()
+    np.testing.assert_array_equal(h.params["weight"], before)
+
+
+def test_training_with_optax_equals_torch() -> None:
+    """100 steps of Adam on a traced network, with its statistics, end where torch's end."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    x = torch.randn(16, 3, dtype=torch.float64)
+    y = x.square().sum(1, keepdim=True)
+    with jax.enable_x64(True):
+        h = trace_torch(network)
+        optimizer = optax.adam(1e-2)
+
+        def loss(params: Any, buffers: Any) -> tuple[jax.Array, Any]:
+            seen, buffers = h(params, to_jax(x), buffers=buffers, mutable=True)
+            return ((seen - to_jax(y)) ** 2).mean(), buffers
+
+        @jax.jit
+        def step(params: Any, buffers: Any, state: Any) -> Any:
+            gradients, buffers = jax.grad(loss, has_aux=True)(params, buffers)
+            updates, state = optimizer.update(gradients, state)
+            return optax.apply_updates(params, updates), buffers, state
+
+        trained = h.params, h.buffers, optimizer.init(h.params)
+        for _ in range(100):
+            trained = step(*trained)
+    reference_optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    for _ in range(100):
+        reference_optimizer.zero_grad()
+        ((network(x) - y) ** 2).mean().backward()
+        reference_optimizer.step()
+    state = network.state_dict()
+    for name, array in {**trained[0], **trained[1]}.items():
+        assert_same(array, state[name], 1e-8)
+
+
+def test_torchax_comes_only_when_something_is_traced() -> None:
+    """Importing bridge_client.inproc loads no torchax, and torch.compile works before and after a trace."""
+    program = """
+        import os, sys, jax.numpy as jnp, torch
+        from bridge_client.inproc import to_jax, trace_torch
+        print("torchax" in sys.modules)
+        f = lambda x: torch.sin(x) * 2
+        print(torch.compile(f, backend="aot_eager")(torch.zeros(2)).tolist())
+        variables, fast = dict(os.environ), torch.backends.mha.get_fastpath_enabled()
+        print(trace_torch(f)(jnp.zeros(2)).tolist(), "torchax" in sys.modules)
+        torch._dynamo.reset()
+        print(torch.compile(f, backend="aot_eager")(torch.zeros(2)).tolist())
+        print(dict(os.environ) == variables, torch.backends.mha.get_fastpath_enabled() == fast)
+    """
+    ran = run_program(program)
+    expected = ["False", "[0.0, 0.0]", "[0.0, 0.0] True", "[0.0, 0.0]", "True True"]
+    assert ran.stdout.splitlines() == expected, ran.stderr
