@@ -12,7 +12,7 @@ import itertools
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any, cast
 
 from jax.errors import JaxRuntimeError
@@ -27,27 +27,20 @@ _pending: OrderedDict[int, BridgeError] = OrderedDict()
 _lock = threading.Lock()
 
 
-class _Crossing(Exception):
+class Crossing(Exception):
     """Names an exception to XLA."""
 
 
-@contextlib.contextmanager
-def surfacing() -> Iterator[None]:
-    """Have an exception, raised in a callback, come out of the compiled code as itself."""
-    try:
-        yield
-    except Exception as error:
-        known = error if isinstance(error, BridgeError) else unexpected(error)
-        number = next(_numbers)
-        with _lock:
-            # Without its frames, which hold the call's memory.
-            _pending[number] = known.with_traceback(None)
-            while len(_pending) > _MOST_PENDING:
-                _pending.popitem(last=False)
-        crossing = _Crossing(f"{type(known).__name__}: {known} (torch-jax-bridge error #{number}#)")
-    else:
-        return
-    raise crossing
+def named(error: Exception) -> Crossing:
+    """Return what a callback must raise for this exception to come out of the compiled code."""
+    known = error if isinstance(error, BridgeError) else unexpected(error)
+    number = next(_numbers)
+    with _lock:
+        # Without its frames, which hold the call's memory.
+        _pending[number] = known.with_traceback(None)
+        while len(_pending) > _MOST_PENDING:
+            _pending.popitem(last=False)
+    return Crossing(f"{type(known).__name__}: {known} (torch-jax-bridge error #{number}#)")
 
 
 def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeError:

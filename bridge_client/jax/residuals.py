@@ -5,6 +5,7 @@ a number is forgotten: there the first pullback takes the residual with it, and 
 dropped. Whoever comes later, with a handle whose residual is gone, recomputes from the inputs.
 """
 
+import ctypes
 import threading
 import weakref
 from collections import OrderedDict
@@ -18,8 +19,10 @@ from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone
+from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
+_Words = ctypes.c_ubyte * 8
 HANDLE = Spec(BY_NAME["uint32"], (2,))
 # As many steps of a scan can be differentiated without recomputing.
 _MOST_UNCLAIMED = 16384
@@ -51,8 +54,8 @@ class Residuals:
         weakref.finalize(handle, self._disown, id).atexit = False
         return handle
 
-    def leave(self, id: int, program: Program, nbytes: int) -> None:
-        """Keep a residual whose handle compiled code will hold, until it is claimed or too many others came.
+    def leave(self, id: int, program: Program, nbytes: int) -> Block:
+        """Keep a residual until it is claimed or too many others came; return its handle, for compiled code to hold.
 
         `nbytes` is the size of the memory here that it keeps from being used otherwise.
         """
@@ -69,6 +72,8 @@ class Residuals:
                 dropped.append(oldest)
         for oldest in dropped:
             program.session.drop_residual(oldest)
+        memory = _Words(*id.to_bytes(HANDLE.nbytes, "little"))
+        return Block(0, ctypes.addressof(memory), HANDLE.nbytes, memory)
 
     def check(self, id: int, program: Program) -> None:
         """Raise ResidualGone unless a residual of this very program is kept under the id."""

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from bridge_client.jax.errors import surfacing
+from bridge_client.jax.errors import named
 from bridge_client.jax.memory import Source, beside, dtype_of, from_block, has_one_cpu, place, source_of, write
 from bridge_client.jax.residuals import HANDLE, residuals_of
 from bridge_client.programs import Program
@@ -77,19 +77,17 @@ class RunKeeping(Action):
         self.program = program
         self.outputs = (*program.outputs, HANDLE)
         self.labels = (*_labels_of(program), "the handle")
+        self._residuals = residuals_of(program.session)
 
     def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
         blocks, id, copied = self._run(sources)
-        residuals_of(self.program.session).leave(id, self.program, copied)
-        handle = self.program.session.pool.lease(HANDLE.nbytes)
-        ctypes.c_uint64.from_address(handle.pointer).value = id
-        return [*blocks, handle]
+        return [*blocks, self._residuals.leave(id, self.program, copied)]
 
     def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
         self._check_outputs()
         blocks, id, _ = self._run([source_of(value) for value in values])
         made = [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1])]
-        made.append(residuals_of(self.program.session).own(id, self.program))
+        made.append(self._residuals.own(id, self.program))
         return made if has_one_cpu() else beside(values, made)
 
     def _run(self, sources: Sequence[Source]) -> tuple[Sequence[Block], int, int]:
@@ -106,20 +104,20 @@ class PullBack(Action):
         self._pullback = self._keeping.pullback(wrt, given)
         self._afresh: Callable[[], Program] = lambda: program.vjp(wrt, given)
         self._count = len(program.inputs)
+        self._residuals = residuals_of(program.session)
         self.outputs = self._pullback.outputs
         self.labels = _labels_of(self._pullback)
 
     def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
         id = ctypes.c_uint64.from_address(sources[0].pointer).value
-        pullback, session = self._pullback, self._pullback.session
-        residuals = residuals_of(session)
+        pullback = self._pullback
         try:
-            residuals.check(id, self._keeping)
+            self._residuals.check(id, self._keeping)
             placed, copied = place(pullback, sources[1 + self._count :])
-            blocks: Sequence[Block] = session.run_pullback(pullback, id, placed, copied=copied)
+            blocks: Sequence[Block] = pullback.session.run_pullback(pullback, id, placed, copied=copied)
         except ResidualGone:
             blocks = Run(self._afresh())(sources[1:])
-        residuals.claim(id)
+        self._residuals.claim(id)
         return blocks
 
 
@@ -132,10 +130,15 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
     result_dtypes = [result.dtype for result in results]
 
     def callback(_: Any, outputs: Sequence[Any], *inputs: Any) -> None:
-        with surfacing():
+        try:
             blocks = action([Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)])
             for block, (spec, label), output, dtype in zip(blocks, into, outputs, result_dtypes, strict=True):
                 write(block, spec, data_pointer(output), dtype, label)
+        except Exception as error:
+            crossing = named(error)
+        else:
+            return
+        raise crossing
 
     return buffer_callback(callback, results)(*values)
 
@@ -147,13 +150,17 @@ def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:
         return []
 
     def callback(*inputs: Any) -> list[np.ndarray]:
-        with surfacing():
-            arrays = [np.ascontiguousarray(x).reshape(np.shape(x)) for x in inputs]
+        try:
+            arrays = [np.asarray(x, order="C") for x in inputs]
             blocks = action([Source(array.ctypes.data, array.dtype, array) for array in arrays])
             made = [np.empty(result.shape, result.dtype) for result in results]
             for block, spec, label, array in zip(blocks, action.outputs, action.labels, made, strict=True):
                 write(block, spec, array.ctypes.data, array.dtype, label)
+        except Exception as error:
+            crossing = named(error)
+        else:
             return made
+        raise crossing  # not from within the handler, whose exception holds the frames of the call
 
     return jax.pure_callback(callback, results, *values)
 
