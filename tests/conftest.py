@@ -79,7 +79,7 @@ def lane(request: pytest.FixtureRequest) -> str:
 def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test there are no more descriptors, threads and children than before."""
     # Session-wide workers may start in the middle of a test: have them first.
-    for name in ("jax_worker", "x64_worker", "torch_worker"):
+    for name in ("jax_worker", "x64_worker", "torch_worker", "mortal_worker"):
         if name in request.fixturenames:
             request.getfixturevalue(name)
     before = _held()

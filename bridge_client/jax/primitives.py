@@ -16,11 +16,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bridge_client.jax.effects import MAY_FAIL
 from bridge_client.jax.memory import dtype_of
 from bridge_client.jax.residuals import HANDLE
 from bridge_client.jax.runs import (
@@ -64,12 +65,12 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
 
 
-def _avals(specs: Sequence[Spec], inputs: Sequence[Any]) -> list[Any]:
-    """Return the types of outputs, on the mesh and varying over the axes of the inputs'."""
+def _avals(specs: Sequence[Spec], inputs: Sequence[Any], program: Program) -> list[Any]:
+    """Return the types of a run's outputs, on the mesh and varying over the axes of the inputs'."""
     template = max(inputs, key=lambda aval: (len(varying_axes(aval)), not _mesh_of(aval).empty), default=None)
     made = []
-    for spec in specs:
-        dtype = dtype_of(spec, "an output")
+    for i, spec in enumerate(specs):
+        dtype = dtype_of(spec, f"output {i} of {program!r}")
         if template is None or _mesh_of(template).empty:
             made.append(jax.core.ShapedArray(spec.shape, dtype))
             continue
@@ -87,24 +88,28 @@ def _outputs_of(program: Program) -> Positions:
     return tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
 
 
-@run_p.def_abstract_eval
-def _(*avals: Any, program: Program) -> list[Any]:
-    return _avals(program.outputs, avals)
+@run_p.def_effectful_abstract_eval
+def _(*avals: Any, program: Program) -> tuple[list[Any], frozenset[Any]]:
+    return _avals(program.outputs, avals, program), MAY_FAIL
 
 
-@keep_p.def_abstract_eval
-def _(*avals: Any, program: Program, wrt: Positions) -> list[Any]:
-    return _avals((*program.outputs, HANDLE), avals)
+@keep_p.def_effectful_abstract_eval
+def _(*avals: Any, program: Program, wrt: Positions) -> tuple[list[Any], frozenset[Any]]:
+    return _avals((*program.outputs, HANDLE), avals, program), MAY_FAIL
 
 
-@linear_p.def_abstract_eval
-def _(*avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions) -> list[Any]:
-    return _avals([program.outputs[i] for i in outputs], avals)
+@linear_p.def_effectful_abstract_eval
+def _(
+    *avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
+) -> tuple[list[Any], frozenset[Any]]:
+    return _avals([program.outputs[i] for i in outputs], avals, program), MAY_FAIL
 
 
-@pull_back_p.def_abstract_eval
-def _(*avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions) -> list[Any]:
-    return _avals([program.inputs[i] for i in wrt], avals)
+@pull_back_p.def_effectful_abstract_eval
+def _(
+    *avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions
+) -> tuple[list[Any], frozenset[Any]]:
+    return _avals([program.inputs[i] for i in wrt], avals, program), MAY_FAIL
 
 
 def _executed_as(primitive: Any, action_of: Callable[..., Action]) -> None:
@@ -323,6 +328,24 @@ def _drop_unused_handle(used: Sequence[bool], equation: Any) -> tuple[list[bool]
 
 
 pe.dce_rules[keep_p] = _drop_unused_handle
+
+
+def _recompute_or_save(
+    saveable: Callable[..., Any], unknown: Sequence[bool], instantiated: Sequence[bool], equation: Any
+) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
+    """Split a checkpointed equation as jax does those without effects: what an effect has is never recomputed."""
+    count = len(equation.outvars)
+    needed = [x for x, is_there in zip(equation.invars, instantiated, strict=True) if not is_there and type(x) is Var]
+    if any(unknown):
+        return None, equation, [True] * count, [True] * count, needed
+    policy = saveable(equation.primitive, *(x.aval for x in equation.invars), **equation.params)
+    if policy is True or type(policy).__name__ == "SaveableType":  # of a type that jax does not export
+        return equation, None, [False] * count, [False] * count, []
+    return equation, equation, [False] * count, [True] * count, needed
+
+
+for primitive in (run_p, keep_p, linear_p, pull_back_p):
+    pe.partial_eval_jaxpr_custom_rules[primitive] = _recompute_or_save
 
 
 # Batches -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import jax
 import pytest
 
-from bridge_client import Session, connect
+from bridge_client import Session, connect, spawn
 from bridge_client.jax import RemoteTorchFunction
-from tests.conftest import eventually
+from tests.conftest import ROOT, eventually, python_of
 
 Remote = Callable[..., RemoteTorchFunction]
 
@@ -17,6 +17,22 @@ def session(torch_worker: Session) -> Iterator[Session]:
     """A new session on the local lane with the torch worker."""
     with connect(torch_worker.address, lane="local") as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def mortal_worker() -> Iterator[Session]:
+    """A worker that tests may kill, if they have it started again; it has hardly any room for residuals."""
+    models = {name: f"tests.torch_server.models:{name}" for name in ("sine", "smooth", "gated")}
+    args = ["--residual-bytes", "100"]
+    with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT, args=args) as session:
+        RemoteTorchFunction(session, name="sine")(1.0)  # so that it has its slab and its lane
+        yield session
+
+
+def kill(session: Session) -> None:
+    """Kill the worker that a session has spawned. Its next call starts another one."""
+    session._host._process.kill()  # type: ignore[attr-defined]
+    session._host._process.wait()  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import grad, hessian, jacfwd, jacrev, jit, jvp, linearize, value_and_grad, vjp, vmap
+from jax.ad_checkpoint import print_saved_residuals
 from jax.test_util import check_grads
 
 from bridge_client import Session
@@ -135,6 +136,12 @@ def test_what_only_types_are_asked_of_makes_no_call(remote: Remote, session: Ses
     assert (made.shape, made.dtype) == ((3,), jnp.float64)
     assert "bridge_keep[program=smooth wrt=(0,)]" in text
     assert session.stats()["calls"] == before
+
+
+def test_checkpoint_saves_nothing_of_a_run(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+    """Within jax.checkpoint, results are computed again instead of kept."""
+    print_saved_residuals(jax.checkpoint(lambda x: jnp.sin(remote("smooth")(x)).sum()), jnp.asarray(X))
+    assert capsys.readouterr().out.strip() == "f64[3] from the argument x"
 
 
 def test_vmap_over_some_arguments(remote: Remote) -> None:
