@@ -5,7 +5,6 @@ a number is forgotten: there the first pullback takes the residual with it, and 
 dropped. Whoever comes later, with a handle whose residual is gone, recomputes from the inputs.
 """
 
-import ctypes
 import threading
 import weakref
 from collections import OrderedDict
@@ -22,7 +21,6 @@ from bridge_wire.errors import ResidualGone
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
-_Words = ctypes.c_ubyte * 8
 HANDLE = Spec(BY_NAME["uint32"], (2,))
 # As many steps of a scan can be differentiated without recomputing.
 _MOST_UNCLAIMED = 16384
@@ -72,8 +70,9 @@ class Residuals:
                 dropped.append(oldest)
         for oldest in dropped:
             program.session.drop_residual(oldest)
-        memory = _Words(*id.to_bytes(HANDLE.nbytes, "little"))
-        return Block(0, ctypes.addressof(memory), HANDLE.nbytes, memory)
+        handle = program.session.pool.lease(HANDLE.nbytes)
+        handle.buffer[:] = id.to_bytes(HANDLE.nbytes, "little")
+        return handle
 
     def check(self, id: int, program: Program) -> None:
         """Raise ResidualGone unless a residual of this very program is kept under the id."""

@@ -25,7 +25,7 @@ def mortal_worker() -> Iterator[Session]:
     models = {name: f"tests.torch_server.models:{name}" for name in ("sine", "smooth", "gated")}
     args = ["--residual-bytes", "100"]
     with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT, args=args) as session:
-        RemoteTorchFunction(session, name="sine")(1.0)  # so that it has its slab and its lane
+        RemoteTorchFunction(session, name="sine")(jax.numpy.ones(3))  # so that it has its slab and its lane
         yield session
 
 
