@@ -154,7 +154,7 @@ def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
         return []
     node = getattr(tree, kind)
     if kind == "dict":
-        steps = [f"[{_decode_value(key)!r}]" for key in node.keys]
+        steps = [f"[{decode_value(key)!r}]" for key in node.keys]
     elif kind in ("namedtuple", "dataclass"):
         steps = [f".{field}" for field in node.fields]
     else:
@@ -189,7 +189,7 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
     if kind == "leaf":
         return next(leaves)
     if kind == "value":
-        return _decode_value(tree.value)
+        return decode_value(tree.value)
     if kind is None:
         raise ProtocolError("a tree has a node of no kind")
     node = getattr(tree, kind)
@@ -199,7 +199,7 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
     if kind == "tuple":
         return tuple(items)
     if kind == "dict":
-        keys = [_decode_value(key) for key in node.keys]
+        keys = [decode_value(key) for key in node.keys]
         if len(keys) != len(items) or len(set(keys)) != len(keys):
             raise ProtocolError(f"a dict of a tree has {len(items)} items for {len(set(keys))} distinct keys")
         return dict(zip(keys, items, strict=True))
@@ -259,7 +259,8 @@ def _encode_value(value: Any) -> pb.Value | None:
     return None
 
 
-def _decode_value(value: pb.Value) -> Any:
+def decode_value(value: pb.Value) -> Any:
+    """Return the static value that a message carries."""
     kind = value.WhichOneof("kind")
     if kind is None:
         raise ProtocolError("a static value has no kind")

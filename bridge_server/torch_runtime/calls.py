@@ -1,7 +1,6 @@
 """A model's call as a function of a flat list of arrays: what every transform starts from."""
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor
 
 from bridge_server.runtime import Model
 from bridge_server.torch_runtime.randomness import seed
+from bridge_server.torch_runtime.results import Results
 from bridge_server.torch_runtime.tracing import Traced, trace
-from bridge_server.torch_runtime.types import DTYPES, spec_of
 from bridge_wire import trees
-from bridge_wire.errors import CallerError, SpecError, StructureError
+from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -31,8 +30,6 @@ class Call:
     ) -> None:
         self.inputs = inputs
         self.where = where
-        self.result = trees.flat(0)
-        self.outputs: tuple[Spec, ...] | None = None  # until it has been traced
         self._model = model
         self._classes = classes
         self._arguments = call.arguments
@@ -42,12 +39,15 @@ class Call:
         self.key = self._passed if call.rngs else None  # where it is among the inputs
         self.leaves = self._passed + (self.key is not None)  # where they begin
         self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
+        self._results = Results(model.name, classes, [model.parameters[i].path for i in self._changing])
+        self._is_traced = False
         traced = self._trace(where)
         if traced.strays and model.apply.work_on_the_original():
             traced = self._trace(where)
         if traced.strays and call.parameters:
             self._refuse_strays(traced)
-        self.outputs = tuple(map(spec_of, traced.outcome))
+        self._is_traced = True
+        self.result, self.outputs = self._results.tree, self._results.specs
         self.draws = traced.draws or self.key is not None
         self._needs_grad = traced.needs_grad
         written = self._written(traced)
@@ -99,50 +99,8 @@ class Call:
     def _outputs_of(self, state: Sequence[Tensor] | None, leaves: Sequence[Any]) -> list[Tensor]:
         args, kwargs = (tuple(leaves), {}) if self._is_flat else trees.build(self._arguments, leaves, self._classes)
         value, after = self._model.apply(state, args, kwargs)
-        outputs = self._flattened(value)
-        outputs += [after[i] for i in self._changing]
-        if self.outputs is None:
-            self._check_types(outputs)
-            return outputs
-        for i, (y, spec) in enumerate(zip(outputs, self.outputs, strict=True)):
-            if y.shape != spec.shape or DTYPES.get(y.dtype) is not spec.dtype:
-                raise SpecError(
-                    f"{self._label(i)} of model {self._model.name!r} is now {_described(y)}, and was {spec} when the "
-                    "call was prepared; a model's outputs must have the same types whenever its inputs have"
-                )
-        return outputs
-
-    def _flattened(self, value: Any) -> list[Tensor]:
-        if isinstance(value, Tensor) and self.outputs is not None and self.result.HasField("leaf"):
-            return [value]
-        tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
-        if self.outputs is None:
-            self.result = tree
-        elif tree != self.result:
-            raise StructureError(
-                f"the result of model {self._model.name!r} has tensors at {trees.leaf_paths(tree, 'the result')} and "
-                f"had them at {trees.leaf_paths(self.result, 'the result')} when the call was prepared"
-            )
-        return leaves
-
-    def _check_types(self, outputs: Sequence[Any]) -> None:
-        for i, y in enumerate(outputs):
-            if not isinstance(y, Tensor):
-                raise StructureError(
-                    f"{self._label(i)} of model {self._model.name!r} is {_described(y)}; return a tensor"
-                )
-            if y.layout is not torch.strided or y.dtype not in DTYPES:
-                raise SpecError(
-                    f"{self._label(i)} of model {self._model.name!r} is a tensor of {y.dtype} and {y.layout}, "
-                    "which has no counterpart; return a dense tensor of another type"
-                )
-        if not outputs:
-            raise StructureError(f"the result of model {self._model.name!r} holds no tensor; does it return one?")
-
-    def _label(self, position: int) -> str:
-        labels = trees.leaf_paths(self.result, "the result")
-        labels += [f"the buffer {self._model.parameters[i].path!r}" for i in self._changing]
-        return labels[position]
+        buffers = [after[i] for i in self._changing]
+        return self._results.take(value, buffers) if self._is_traced else self._results.learn(value, buffers)
 
 
 def _is_flat(arguments: pb.Tree) -> bool:
@@ -150,20 +108,8 @@ def _is_flat(arguments: pb.Tree) -> bool:
     return not kwargs.dict.items and all(each.HasField("leaf") for each in args.tuple.items)
 
 
-def _is_leaf(value: Any) -> bool:
-    """Whether it has to be a tensor: whatever is neither None nor a container."""
-    is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)
-    return value is not None and not is_container
-
-
 def _cloned(tensors: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     made = list(tensors)
     for i in positions:
         made[i] = made[i].clone()
     return made
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__module__}.{type(value).__qualname__}"
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -85,6 +85,9 @@ class TorchRuntime(Runtime):
     def write(self, array: Any, pointer: int, nbytes: int) -> None:
         types.write(array, pointer, nbytes)
 
+    def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
+        return [types.exclusive_pointer(output) for output in outputs]
+
     def _call(self, model: Model, call: pb.Call) -> Call:
         """Return the call without its transforms, which is traced once for all programs that are derived from it."""
         plain = pb.Call()
@@ -104,7 +107,7 @@ def _running(composed: Composed, leaves: int) -> Callable[[Sequence[Any], Any], 
     def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
         # The model gets tensors of its own, over the same memory: a session's views are there for every call.
         own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[leaves:]]
-        return composed.f([*arrays[:leaves], *own]), None
+        return [y.detach() for y in composed.f([*arrays[:leaves], *own])], None
 
     return run
 

@@ -25,13 +25,12 @@ _log = logging.getLogger(__name__)
 # Operators that keep statistics write these arguments, and their schemas do not say so.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 
-Function = Callable[[Sequence[Tensor], Sequence[Any]], Any]
+Function = Callable[[Sequence[Tensor], Sequence[Any]], object]
 
 
 class Traced(NamedTuple):
     """What a trace has found out."""
 
-    outcome: Any
     written: frozenset[int]  # positions of what was changed in place, among the state and then the inputs
     strays: frozenset[int]  # positions of state of which the original was used instead of what was passed
     draws: bool  # whether random numbers were drawn
@@ -40,7 +39,7 @@ class Traced(NamedTuple):
 
 
 def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: str) -> Traced:
-    """Return what comes of `f(state, inputs)`, for tensors like these and inputs of these types.
+    """Call `f(state, inputs)` with tensors like these and inputs of these types, and return what it does.
 
     Raises:
       RemoteModelError: the model raises, on zeros too.
@@ -73,8 +72,8 @@ def _attempt(
             copies = [each.detach().clone() for each in state]
         arrays = [zeros(spec) for spec in inputs]
         watch = stack.enter_context(_Watch([*copies, *arrays], originals=state))
-        outcome = f(copies, arrays)
-    return Traced(outcome, frozenset(watch.written), frozenset(watch.strays), watch.draws, needs_grad, is_fake)
+        f(copies, arrays)
+    return Traced(frozenset(watch.written), frozenset(watch.strays), watch.draws, needs_grad, is_fake)
 
 
 class _Watch(TorchDispatchMode):

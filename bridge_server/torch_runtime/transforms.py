@@ -40,7 +40,6 @@ class Composed(NamedTuple):
 
 def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) -> Composed:
     """Return the call with the transforms applied to it in order; `is_kept` says that it is going to be pulled back."""
-    assert call.outputs is not None, "it has been traced"
     plain = functional = Composed(call, call.inputs, call.outputs)
     kinds = [transform.WhichOneof("kind") for transform in transforms]
     last = max((i for i, kind in enumerate(kinds) if kind != "vjp"), default=-1)

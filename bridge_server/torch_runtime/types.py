@@ -17,6 +17,9 @@ TORCH_DTYPES: Mapping[DType, torch.dtype] = {dtype: getattr(torch, name) for nam
 DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
 
+_USERS_OF_ITS_OWN = 2  # of a storage: its one tensor, and the object by which Python asks
+
+
 def spec_of(tensor: Tensor) -> Spec:
     """Return the type of a tensor whose dtype is one of ours."""
     return Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
@@ -48,10 +51,23 @@ def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
 
 def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
     """Copy a tensor's elements, row-major, to memory."""
-    if tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg():
+    if _is_dense(tensor):
         copy(pointer, tensor.data_ptr(), nbytes)
     else:
         tensor_at(pointer, spec_of(tensor), None).copy_(tensor.detach())
+
+
+def exclusive_pointer(tensor: Tensor) -> int | None:
+    """Return where a tensor lies that is dense in host memory of its own; None for any other."""
+    if not _is_dense(tensor):
+        return None
+    storage = tensor.untyped_storage()
+    is_shared = torch._C._storage_Use_Count(storage._cdata) > _USERS_OF_ITS_OWN
+    return None if is_shared or storage.nbytes() != tensor.nbytes else tensor.data_ptr()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
 
 
 def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:

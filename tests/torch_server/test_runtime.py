@@ -1,13 +1,14 @@
 """What only torch code does: the torch runtime in this process, without a worker."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bridge_server.runtime import Options
 from bridge_server.torch_runtime import TorchRuntime
+from bridge_wire import trees
 from bridge_wire.errors import CallerError, RemoteModelError, SpecError, StructureError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.runtimes import Hosted, jvp, placed, spec_of, vjp, vmap
@@ -409,6 +411,70 @@ def test_an_output_that_changes_its_shape_is_named(hosted: Hosted) -> None:
         hosted.run(program, rand(3))
 
 
+def test_an_output_that_changes_its_structure_is_refused(runtime: TorchRuntime) -> None:
+    """A model that returns its tensors in other containers than at first is told so."""
+    answers: list[Any] = []
+
+    def changing(x: Tensor) -> Any:
+        return answers[-1](x)
+
+    hosted, x = Hosted(runtime, changing), rand(2)
+    shapes = [
+        lambda x: {"a": x, "b": [x, (x, None)]},
+        lambda x: {"a": x, "c": [x, (x, None)]},
+        lambda x: {"a": x, "b": [x, (x, x)]},
+        lambda x: {"a": x, "b": (x, (x, None))},
+        lambda x: {"a": x, "b": [x]},
+        lambda x: {"a": None, "b": [x, (x, None)]},
+        lambda x: x,
+    ]
+    answers.append(shapes[0])
+    program = hosted.call(x)
+    assert_same(hosted.run(program, x), [x, x, x])
+    for other in shapes[1:]:
+        answers.append(other)
+        with pytest.raises(StructureError, match=r"another structure.*the result\['b'\]\[1\]\[0\]"):
+            hosted.run(program, x)
+
+
+def test_records_are_results_too(runtime: TorchRuntime) -> None:
+    """Dataclasses and namedtuples of a model, and those that torch returns, consist of their fields."""
+
+    @dataclasses.dataclass
+    class Output:
+        logits: Tensor
+        loss: Tensor | None = None
+
+    def recording(x: Tensor) -> Any:
+        return Output(x * 2), Pair(x, x.max(0))
+
+    hosted, x = Hosted(runtime, recording), rand(2)
+    program = hosted.call(x)
+    leaves = ["[0].logits", "[1].first", "[1].second[0]", "[1].second[1]"]
+    assert trees.leaf_paths(program.result, "") == leaves
+    assert_same(hosted.run(program, x), [2 * x, x, x.max(), x.argmax()])
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_outputs_die_with_the_call(runtime: TorchRuntime) -> None:
+    """Nothing holds outputs until the garbage collector comes."""
+    hosted, x = Hosted(runtime, lambda x: {"y": x + 1, "z": [x + 2]}), placed(rand(2))
+    for program in (hosted.call(x), hosted.call(x, transforms=[vjp([0])]), hosted.call(x, keep=[0])):
+        views = [hosted.view(placed(rand(2)), spec) for spec in program.inputs]
+        gc.disable()
+        try:
+            outputs, kept = program.run(views, None)
+            outputs = [weakref.ref(y) for y in outputs]
+            del kept
+            assert [ref() for ref in outputs] == [None] * len(outputs)
+        finally:
+            gc.enable()
+
+
 @serving("numeral")
 def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
     """A model that returns a number, or nothing, is told which leaf that is."""
@@ -529,6 +595,25 @@ def test_residual_bytes_are_those_of_saved_tensors(runtime: TorchRuntime) -> Non
         program = hosted.call(x, keep=[0])
         hosted.run_keeping(program, x)
         assert program.residual_nbytes == expected
+
+
+def test_only_outputs_of_their_own_memory_are_exclusive(runtime: TorchRuntime) -> None:
+    """What nobody else holds may be handed over; inputs, views, weights and what a graph or a model keeps may not."""
+    kept: list[Tensor] = []
+
+    def various(params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+        kept[:] = [x * 2]
+        twice, fresh = x * 3, x + 1
+        return fresh, x, x[1:], params["w"], kept[0], twice, twice, (x * 5)[:1], fresh.exp(), (x * 4).expand(2, 4)
+
+    hosted, x = Hosted(runtime, (various, {"w": torch.ones(4).double()})), rand(4)
+    views = [hosted.view(placed(each), spec_of(each)) for each in (x,)]
+    outputs, _ = hosted.call(x).run(views, None)
+    seen = [pointer is not None for pointer in runtime.exclusive(outputs, views, None)]
+    assert seen == [True, False, False, False, False, False, False, False, True, False]
+    outputs, residual = hosted.call(x, keep=[0]).run(views, None)
+    assert runtime.exclusive(outputs, views, residual)[-2] is None  # the graph needs it
+    assert runtime.exclusive(outputs, views, residual)[0] == outputs[0].data_ptr()
 
 
 # Structures --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,156 @@
+"""What a model returns: taken apart, and held to what it returned when its call was prepared."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bridge_server.torch_runtime.types import DTYPES, spec_of
+from bridge_wire import trees
+from bridge_wire.errors import SpecError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+# Appends the leaves of a value to the list; raises _Different if it is structured in another way.
+_Taker = Callable[[Any, list[Any]], None]
+
+
+class Results:
+    """The results of one call: of which structure and types they are. `buffers` are further outputs of it."""
+
+    def __init__(self, model: str, classes: trees.Classes, buffers: Sequence[str]) -> None:
+        self.tree = trees.flat(0)
+        self.specs: tuple[Spec, ...] = ()
+        self._model = model
+        self._classes = classes
+        self._buffers = [f"the buffer {path!r}" for path in buffers]
+        self._take: _Taker = _take_leaf
+
+    def learn(self, value: Any, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of which a result and buffers consist, and hold later ones to their types.
+
+        Raises:
+          StructureError, SpecError: something in it is no tensor, or one that cannot be sent.
+        """
+        self.tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
+        self._take = _taker_of(self.tree)
+        outputs = [*leaves, *buffers]
+        if not outputs:
+            raise StructureError(f"the result of model {self._model!r} holds no tensor; does it return one?")
+        for i, y in enumerate(outputs):
+            self._check(i, y)
+        self.specs = tuple(map(spec_of, outputs))
+        return outputs
+
+    def take(self, value: Any, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Return the outputs of which a later result and buffers consist.
+
+        Raises:
+          StructureError, SpecError: they are of another structure or type than the first.
+        """
+        outputs: list[Tensor] = []
+        try:
+            self._take(value, outputs)
+        except _Different:
+            raise StructureError(
+                f"the result of model {self._model!r} has another structure than when the call was prepared: it "
+                f"had tensors at {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
+            ) from None
+        outputs += buffers
+        for i, (y, spec) in enumerate(zip(outputs, self.specs, strict=True)):
+            if not isinstance(y, Tensor) or y.shape != spec.shape or DTYPES.get(y.dtype) is not spec.dtype:
+                raise SpecError(
+                    f"{self._label(i)} of model {self._model!r} is now {_described(y)}, and was {spec} when the call "
+                    "was prepared; a model's outputs must have the same types whenever its inputs have"
+                )
+        return outputs
+
+    def _check(self, position: int, y: Any) -> None:
+        if not isinstance(y, Tensor):
+            raise StructureError(
+                f"{self._label(position)} of model {self._model!r} is {_described(y)}; return a tensor"
+            )
+        if y.layout is not torch.strided or y.dtype not in DTYPES:
+            raise SpecError(
+                f"{self._label(position)} of model {self._model!r} is a tensor of {y.dtype} and {y.layout}, which has "
+                "no counterpart; return a dense tensor of another type"
+            )
+
+    def _label(self, position: int) -> str:
+        return [*trees.leaf_paths(self.tree, "the result"), *self._buffers][position]
+
+
+class _Different(Exception):
+    """A result has another structure than the first one had."""
+
+
+def _taker_of(tree: pb.Tree) -> _Taker:
+    """Return what takes apart the values of a tree.
+
+    `trees.encode` would do, but it takes longer, and what it leaves behind holds the leaves until the next collection.
+    """
+    kind = tree.WhichOneof("kind")
+    if kind == "leaf":
+        return _take_leaf
+    if kind == "value":
+        return _take_none
+    node = getattr(tree, kind or "")
+    takers = [_taker_of(item) for item in node.items]
+    if kind == "dict":
+        keys = [trees.decode_value(key) for key in node.keys]
+        return lambda value, leaves: _take_items(value, keys, takers, leaves)
+    if kind == "dataclass":
+        fields = list(node.fields)
+        return lambda value, leaves: _take_fields(value, fields, takers, leaves)
+    container: type[Sequence[Any]] = list if kind == "list" else tuple
+    return lambda value, leaves: _take_sequence(value, container, takers, leaves)
+
+
+def _take_leaf(value: Any, leaves: list[Any]) -> None:
+    if not _is_leaf(value):
+        raise _Different
+    leaves.append(value)
+
+
+def _take_none(value: Any, leaves: list[Any]) -> None:
+    if value is not None:
+        raise _Different
+
+
+def _take_sequence(value: Any, container: type[Sequence[Any]], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+    if not isinstance(value, container) or len(value) != len(takers):
+        raise _Different
+    for take, item in zip(takers, value, strict=True):
+        take(item, leaves)
+
+
+def _take_items(value: Any, keys: Sequence[Any], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+    if not isinstance(value, Mapping) or len(value) != len(keys):
+        raise _Different
+    for take, key in zip(takers, keys, strict=True):
+        if key not in value:
+            raise _Different
+        take(value[key], leaves)
+
+
+def _take_fields(value: Any, fields: Sequence[str], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+    for take, field in zip(takers, fields, strict=True):
+        if not hasattr(value, field):
+            raise _Different
+        take(getattr(value, field), leaves)
+
+
+def _is_leaf(value: Any) -> bool:
+    """Whether it has to be a tensor: whatever is neither None nor a container."""
+    if isinstance(value, Tensor):
+        return True
+    is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)
+    return value is not None and not is_container
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__module__}.{type(value).__qualname__}"
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
