@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_server import runtime
-from bridge_server.jax_runtime.errors import jax_errors
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
@@ -26,6 +25,7 @@ from bridge_server.jax_runtime.types import (
     is_inexact,
     register_dataclass,
 )
+from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_signature
 from bridge_wire import trees
@@ -181,14 +181,14 @@ class JaxRuntime(Runtime):
     def _compile(self, f: Callable[..., Any], arguments: Sequence[Any], where: str) -> Generator[str, None, Any]:
         """Return the function compiled for these arguments' types, and the types of what it returns."""
         yield "tracing"
-        with jax_errors(where), self._layout.context():
+        with model_errors(where), self._layout.context():
             traced = self._layout.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
                 return _eager(f), traced.out_info
             lowered = traced.lower()
         yield "compiling"
-        with jax_errors(where):
+        with model_errors(where):
             compiled = lowered.compile()
         return self._layout.placing(compiled), compiled.out_info
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from bridge_server.jax_runtime.errors import jax_errors
 from bridge_server.jax_runtime.types import avals_of, specs_of
+from bridge_server.model_errors import model_errors
 from bridge_server.signatures import batched, check_differentiable
 from bridge_wire.errors import ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -41,7 +41,7 @@ def compose(
 
 
 def _outputs(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) -> tuple[Spec, ...]:
-    with jax_errors(where):
+    with model_errors(where):
         return specs_of(jax.eval_shape(f, bound, *avals_of(inputs)))
 
 
