@@ -23,6 +23,14 @@ def python_of(venv: str) -> str:
     return str(python)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--examples-extra",
+        metavar="PYTHON",
+        help="an interpreter with lightning, transformers and accelerate beside torch: run their examples too",
+    )
+
+
 def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
     """Return whether the condition comes true before the deadline."""
     deadline = time.monotonic() + within_s
