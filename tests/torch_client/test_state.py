@@ -1,6 +1,7 @@
 """State and randomness: buffers that a call changes, and random streams whose keys torch's generator decides."""
 
 import copy
+import gc
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -44,6 +45,15 @@ def session(stateful_worker: Session) -> Iterator[Session]:
     """A new session with that worker."""
     with connect(stateful_worker.address, lane="local") as session:
         yield session
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held(session: Session) -> Iterator[None]:
+    """After each test there are no residuals and no leased blocks."""
+    yield
+    gc.collect()
+    stats = session.stats()
+    assert (stats["residuals"], stats["blocks"]) == (0, 0)
 
 
 @pytest.fixture
