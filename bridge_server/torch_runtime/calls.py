@@ -41,6 +41,7 @@ class Call:
         self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
         self._results = Results(model.name, classes, [model.parameters[i].path for i in self._changing])
         self._is_traced = False
+        self.is_opaque = False  # whether torch.func was seen to fail on it
         traced = self._trace(where)
         if traced.strays and model.apply.work_on_the_original():
             traced = self._trace(where)
@@ -68,6 +69,10 @@ class Call:
             with torch.enable_grad():
                 return self._outputs_of(state, leaves)
         return self._outputs_of(state, leaves)
+
+    def protect_leaves(self) -> None:
+        """Give the model copies of all leaves from now on: a trace cannot show what depends on Python's state."""
+        self._written_leaves = [i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak]
 
     def _trace(self, where: str) -> Traced:
         return trace(self._traced, self._model.values, self.inputs[self.leaves :], where)

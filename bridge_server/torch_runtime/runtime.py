@@ -15,7 +15,7 @@ from bridge_server.torch_runtime.models import Parts, parts_of
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_wire import trees
-from bridge_wire.errors import ProtocolError, TargetError
+from bridge_wire.errors import CallerError, ProtocolError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -60,7 +60,7 @@ class TorchRuntime(Runtime):
             check_differentiable("keep", wrt, composed.inputs)
             program = KeepingProgram(composed, wrt, base.where, **how)
         else:
-            program = Program(composed.inputs, composed.outputs, base.where, _running(composed, base.leaves), **how)
+            program = Program(composed.inputs, composed.outputs, base.where, _running(composed, base), **how)
         if not call.transforms:
             program.result = base.result
         return program
@@ -103,13 +103,26 @@ class TorchRuntime(Runtime):
         return known
 
 
-def _running(composed: Composed, leaves: int) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
+def _running(composed: Composed, call: Call) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
     def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
         # The model gets tensors of its own, over the same memory: a session's views are there for every call.
-        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[leaves:]]
-        return [y.detach() for y in composed.f([*arrays[:leaves], *own])], None
+        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[call.leaves :]]
+        before = _versions(own)
+        outputs = [y.detach() for y in composed.f([*arrays[: call.leaves], *own])]
+        if _versions(own) != before:
+            call.protect_leaves()
+            raise CallerError(
+                f"{call.where} wrote into its arguments, which it did not do when the call was prepared: the caller's "
+                "arrays may have changed. From now on it gets copies"
+            )
+        return outputs, None
 
     return run
+
+
+def _versions(tensors: Sequence[Any]) -> list[int]:
+    """Return how often each tensor has been written to."""
+    return [x._version for x in tensors if isinstance(x, torch.Tensor)]
 
 
 def _positional_names(parts: Parts) -> tuple[str, ...]:

@@ -62,7 +62,7 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
         else:
             raise ProtocolError("a transform has no kind")
     # torch.func has no generator for each row.
-    f = plain.f if last < 0 or is_keyed_by_row else _Either(functional.f, plain.f, call.where)
+    f = plain.f if last < 0 or is_keyed_by_row else _Either(functional.f, plain.f, call)
     is_higher = "jvp" in kinds or kinds.count("vjp") + is_kept > 1
     return plain._replace(f=_with_simple_attention(f) if is_higher else f)
 
@@ -208,10 +208,10 @@ def _row_by_row(
 class _Either:
     """Calls the first function while it can, and the second one from then on when only that can."""
 
-    def __init__(self, functional: Flat, plain: Flat, where: str) -> None:
+    def __init__(self, functional: Flat, plain: Flat, call: Call) -> None:
         self._functional = functional
         self._plain = plain
-        self._where = where
+        self._call = call
         self._chosen: Flat | None = None
 
     def __call__(self, arrays: Sequence[Any]) -> list[Tensor]:
@@ -225,14 +225,18 @@ class _Either:
         except Exception as error:
             outputs = self._plain(arrays)
             self._chosen = self._plain
-            reason = str(error).partition("\n")[0]
+            self._tell(error)
+        return outputs
+
+    def _tell(self, error: Exception) -> None:
+        if not self._call.is_opaque:  # once for all that is made of the call
+            self._call.is_opaque = True
             _log.warning(
                 "torch.func cannot transform %s, so batches of it run row by row and forward-mode derivatives as two "
                 "backward passes: %s",
-                self._where,
-                reason,
+                self._call.where,
+                str(error).partition("\n")[0],
             )
-        return outputs
 
 
 def _gradients(

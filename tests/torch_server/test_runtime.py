@@ -403,6 +403,22 @@ def test_a_model_that_looks_at_values_is_run_on_zeros_first(
     assert_same(run_on(hosted, batched, rows), [np.stack([3 * x + 1, -x + 1])])
 
 
+def test_a_model_that_writes_now_and_then_is_found_out(runtime: TorchRuntime) -> None:
+    """What no trace can foresee is an error at once, and the model gets copies after it."""
+    moods = iter([False, False, True, True])
+
+    def moody(x: Tensor) -> Tensor:
+        return x.mul_(2) if next(moods) else x * 2
+
+    hosted, x = Hosted(runtime, moody), placed(rand(2))
+    program = hosted.call(x)
+    assert_same(run_on(hosted, program, x), [2 * x])
+    with pytest.raises(CallerError, match="wrote into its arguments"):
+        run_on(hosted, program, x)
+    with untouched(x):
+        assert_same(run_on(hosted, program, x), [2 * x])
+
+
 @serving("growing")
 def test_an_output_that_changes_its_shape_is_named(hosted: Hosted) -> None:
     """A model whose output has another shape than it had is refused by name and leaf."""
