@@ -76,6 +76,10 @@ class Lane(ABC):
         """Release residuals, and return what the worker holds for the session."""
 
     @abstractmethod
+    def peek(self, address: int, nbytes: int) -> bytes:
+        """Return what the worker sees in a few bytes that were shared with it."""
+
+    @abstractmethod
     def abandon(self) -> bool:
         """Give up on the call under way. Returns whether the worker may still touch the call's blocks."""
 
@@ -135,6 +139,9 @@ class LocalLane(Lane):
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
+
+    def peek(self, address: int, nbytes: int) -> bytes:
+        return self._exchange(_peek(address, nbytes), _HANDSHAKE_S).peeked
 
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
@@ -249,6 +256,10 @@ class GrpcLane(Lane):
         with self._deadline(_HANDSHAKE_S):
             return self._exchange(iter([pb.LaneRequest(release=pb.Release(residuals=residuals))])).usage
 
+    def peek(self, address: int, nbytes: int) -> bytes:
+        with self._deadline(_HANDSHAKE_S):
+            return self._exchange(iter([_peek(address, nbytes)])).peeked
+
     def abandon(self) -> bool:
         self.close()
         return False
@@ -306,6 +317,10 @@ def _inline(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[p
     for buffer in inputs:
         for start in range(0, len(buffer), CHUNK):
             yield pb.LaneRequest(chunk=bytes(buffer[start : start + CHUNK]))
+
+
+def _peek(address: int, nbytes: int) -> pb.LaneRequest:
+    return pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))
 
 
 def _raise_if_failed(reply: pb.LaneReply) -> pb.LaneReply:

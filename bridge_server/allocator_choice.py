@@ -7,6 +7,7 @@ pages and no return of memory to the kernel between calls 144 ms.
 import logging
 import os
 import platform
+import re
 import sys
 
 _log = logging.getLogger(__name__)
@@ -25,15 +26,23 @@ def restart_with_a_good_allocator() -> None:
 
     BRIDGE_ALLOCATOR=system keeps things as they are. A preloaded allocator (jemalloc, tcmalloc) is respected.
     """
-    chosen = os.environ.get(_MARK)
-    if chosen is None:
-        chosen = "system"
-        if platform.libc_ver()[0] == "glibc" and "malloc" not in os.environ.get("LD_PRELOAD", ""):
-            theirs = os.environ.get("GLIBC_TUNABLES", "")
-            ours = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs]
-            tunables = ":".join(filter(None, [theirs, *ours]))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            environment = os.environ | {"GLIBC_TUNABLES": tunables, _MARK: "glibc with huge pages"}
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
-    _log.debug("allocator: %s", chosen)
+    if _MARK not in os.environ and platform.libc_ver()[0] == "glibc" and not _preloaded():
+        theirs = os.environ.get("GLIBC_TUNABLES", "")
+        ours = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs]
+        tunables = ":".join(filter(None, [theirs, *ours]))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        environment = os.environ | {"GLIBC_TUNABLES": tunables, _MARK: "glibc with huge pages"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    _log.debug("allocator: %s", chosen())
+
+
+def chosen() -> str:
+    """Return the name of this process's allocator."""
+    return _preloaded() or os.environ.get(_MARK) or "system"
+
+
+def _preloaded() -> str:
+    """Return the name of the allocator that is preloaded, such as "libjemalloc.so.2", or nothing."""
+    libraries = re.split("[ :]", os.environ.get("LD_PRELOAD", ""))
+    return next((os.path.basename(library) for library in libraries if "malloc" in library), "")

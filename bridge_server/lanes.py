@@ -86,6 +86,8 @@ def _answer(
     elif kind == "release":
         session.residuals.drop(session, request.release.residuals)
         yield pb.LaneReply(usage=session.usage())
+    elif kind == "peek":
+        yield pb.LaneReply(peeked=session.peek(request.peek))
     elif kind == "share":
         if len(descriptors) != 1:
             raise ProtocolError(f"a slab comes with exactly one descriptor, not with {len(descriptors)}")

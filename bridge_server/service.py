@@ -8,11 +8,13 @@ from typing import Any
 
 import grpc
 
+from bridge_server import allocator_choice
 from bridge_server.lanes import serve
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
-from bridge_wire import PROTOCOLS, __version__, specs
+from bridge_wire import PROTOCOLS, __version__, namespaces, specs
+from bridge_wire.copying import usable_cores
 from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
@@ -42,6 +44,9 @@ class Service(BridgeServicer):
             models=[
                 _described(model, self._programs.signatures[name]) for name, model in self._programs.models.items()
             ],
+            allocator=allocator_choice.chosen(),
+            cores=usable_cores(),
+            namespaces=[pb.Namespace(kind=kind, digest=digest) for kind, digest in namespaces.digests().items()],
         )
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:

@@ -5,6 +5,7 @@ that ends. So a killed client leaves nothing behind.
 """
 
 import contextlib
+import ctypes
 import hmac
 import logging
 import secrets
@@ -36,6 +37,7 @@ _MAX_SESSIONS = 4096
 _MAX_SLABS = 1024
 _MAX_PROGRAMS = 16384
 _MAX_CACHED = 16384
+_MOST_PEEKED = 4096  # bytes
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
@@ -234,6 +236,13 @@ class Session:
             if slab.base <= address and nbytes <= slab.nbytes and address - slab.base <= slab.nbytes - nbytes:
                 return slab.pointer + (address - slab.base), slab
         raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
+
+    def peek(self, request: pb.Peek) -> bytes:
+        """Return what this process sees in a few bytes of the client's."""
+        if request.nbytes > _MOST_PEEKED:
+            raise ProtocolError(f"{request.nbytes} bytes are too many to peek at; at most {_MOST_PEEKED}")
+        pointer, _ = self._locate(request.address, request.nbytes)
+        return ctypes.string_at(pointer, request.nbytes)
 
     def usage(self) -> pb.Usage:
         """Return what the worker holds for this session."""

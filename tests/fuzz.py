@@ -437,12 +437,13 @@ class Target:
             (pb.LaneRequest(run=pb.Run(program=pull, residual=1, inline=True)), []),
             (pb.LaneRequest(chunk=bytes(100)), []),
             (pb.LaneRequest(release=pb.Release(residuals=[1])), []),
+            (pb.LaneRequest(peek=pb.Peek(address=BASE, nbytes=100)), []),
         ]:
             stream.send(frames.encode(request.SerializeToString()), descriptors)
         with contextlib.closing(stream):
             replies = list(self._replies(stream))
         kinds = [reply.WhichOneof("kind") for reply in replies]
-        if kinds != ["done", "done", "ran", "ran", "chunk", "usage"]:
+        if kinds != ["done", "done", "ran", "ran", "chunk", "usage", "peeked"]:
             raise Fault(f"a good client was answered {kinds}: {[reply.error for reply in replies]}")
         if bytes(self._slab.view[128:228]) != data or replies[4].chunk != data or replies[5].usage.residuals:
             raise Fault("a good client received other bytes than its own")
@@ -494,6 +495,9 @@ class Target:
                 request.run.CopyFrom(self._run(rng, programs, arity))
             elif way < 0.6:
                 request.share.CopyFrom(pb.Share(base=integer(rng, 64, signed=False), nbytes=rng.choice([SLAB, PAGE])))
+            elif way < 0.65:
+                address = rng.choice([BASE, BASE + SLAB - 64, integer(rng, 64, signed=False)])
+                request.peek.CopyFrom(pb.Peek(address=address, nbytes=integer(rng, 32, signed=False)))
             else:
                 fill(request, rng)
             data = request.SerializeToString()

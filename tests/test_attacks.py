@@ -405,8 +405,9 @@ def test_second_attach_is_refused(opened: Opened, lane: str, whose: str) -> None
         pb.LaneRequest(release=pb.Release(residuals=[1])),
         pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)),
         pb.LaneRequest(chunk=b"x"),
+        pb.LaneRequest(peek=pb.Peek()),
     ],
-    ids=["nothing", "run", "release", "share", "chunk"],
+    ids=["nothing", "run", "release", "share", "chunk", "peek"],
 )
 def test_lane_must_be_attached_first(stranger: Client, request_: pb.LaneRequest) -> None:
     """Any other first request than `attach` is a ProtocolError, and its descriptor is closed."""
@@ -488,6 +489,27 @@ def test_what_is_no_slab_is_refused(client: Client, make: Callable[[], list[int]
         for fd in descriptors:
             os.close(fd)
     assert client.lane.hear() is None
+
+
+@pytest.mark.parametrize(
+    ("address", "nbytes"),
+    [(BASE - 64, 64), (BASE + SLAB, 64), (BASE + SLAB - 64, 128), (2**64 - 64, 64), (BASE, 4097), (BASE, 2**32 - 1)],
+    ids=["before", "after", "across the end", "at the end of the address space", "too many", "most of all"],
+)
+def test_peek_beyond_what_was_shared_is_refused(client: Client, address: int, nbytes: int) -> None:
+    """A look at memory outside the session's slabs, or at more than 4096 bytes, is a ProtocolError."""
+    client.share()
+    client.refused(client.lane.say(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))))
+
+
+def test_peek_shows_what_the_client_has_written(client: Client) -> None:
+    """The worker returns the bytes of the client's slab as it sees them, and none for none."""
+    client.share()
+    written = os.urandom(256)
+    client.slab.view[PAGE : PAGE + 256] = written
+    for nbytes in (0, 1, 256):
+        reply = client.lane.say(pb.LaneRequest(peek=pb.Peek(address=BASE + PAGE, nbytes=nbytes)))
+        assert reply is not None and reply.peeked == written[:nbytes]
 
 
 def test_grpc_lane_takes_no_slab(opened: Opened) -> None:

@@ -144,7 +144,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models")
+    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models", "allocator", "cores", "namespaces")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +152,9 @@ class DescribeReply(_message.Message):
     X64_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATOR_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     version: str
     framework: str
     framework_version: str
@@ -159,7 +162,18 @@ class DescribeReply(_message.Message):
     x64: bool
     devices: _containers.RepeatedScalarFieldContainer[str]
     models: _containers.RepeatedCompositeFieldContainer[Model]
-    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+    allocator: str
+    cores: int
+    namespaces: _containers.RepeatedCompositeFieldContainer[Namespace]
+    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., allocator: _Optional[str] = ..., cores: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[Namespace, _Mapping]]] = ...) -> None: ...
+
+class Namespace(_message.Message):
+    __slots__ = ("kind", "digest")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    digest: bytes
+    def __init__(self, kind: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Model(_message.Message):
     __slots__ = ("name", "doc", "arguments", "parameters", "signatures")
@@ -334,32 +348,36 @@ class Prepared(_message.Message):
     def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
-    __slots__ = ("attach", "share", "run", "release", "chunk")
+    __slots__ = ("attach", "share", "run", "release", "chunk", "peek")
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PEEK_FIELD_NUMBER: _ClassVar[int]
     attach: Attach
     share: Share
     run: Run
     release: Release
     chunk: bytes
-    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    peek: Peek
+    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peek: _Optional[_Union[Peek, _Mapping]] = ...) -> None: ...
 
 class LaneReply(_message.Message):
-    __slots__ = ("done", "ran", "usage", "error", "chunk")
+    __slots__ = ("done", "ran", "usage", "error", "chunk", "peeked")
     DONE_FIELD_NUMBER: _ClassVar[int]
     RAN_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PEEKED_FIELD_NUMBER: _ClassVar[int]
     done: Done
     ran: Ran
     usage: Usage
     error: Error
     chunk: bytes
-    def __init__(self, done: _Optional[_Union[Done, _Mapping]] = ..., ran: _Optional[_Union[Ran, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
+    peeked: bytes
+    def __init__(self, done: _Optional[_Union[Done, _Mapping]] = ..., ran: _Optional[_Union[Ran, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peeked: _Optional[bytes] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()
@@ -406,6 +424,14 @@ class Release(_message.Message):
     RESIDUALS_FIELD_NUMBER: _ClassVar[int]
     residuals: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, residuals: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Peek(_message.Message):
+    __slots__ = ("address", "nbytes")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    address: int
+    nbytes: int
+    def __init__(self, address: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("residuals", "residual_bytes", "slab_bytes")
