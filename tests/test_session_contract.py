@@ -25,6 +25,7 @@ from bridge_wire.pool import Block
 from tests import models as hosted
 from tests.calls import SCALAR, floats, placed, prepare, squares, values
 from tests.conftest import eventually
+from tests.torch_server import models as torch_models
 from tests.workers import Background, Gate, Worker, models, serving
 
 _STATS = {"calls", "bytes_copied", "blocks", "slab_bytes", "residuals", "residual_bytes", "fallbacks"}
@@ -43,7 +44,7 @@ def tcp_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         yield worker
 
 
-@pytest.fixture(params=[*_REMOTE, "inproc"])
+@pytest.fixture(params=[*_REMOTE, "inproc", "inproc to torch"])
 def lane(request: pytest.FixtureRequest) -> str:
     """Each lane; gRPC over a Unix socket and over TCP; to a worker with JAX models, and to one with torch models."""
     return request.param
@@ -54,6 +55,8 @@ def connected(lane: str, jax_worker: Session, torch_worker: Session, tcp_worker:
     """Makes sessions over the lane, or in this process."""
     if lane == "inproc":
         return lambda: host(jax_model={name: getattr(hosted, name) for name in _HOSTED})
+    if lane == "inproc to torch":
+        return lambda: host(torch_model={name: getattr(torch_models, name) for name in _HOSTED})
     workers = {"tcp": tcp_worker, "local to torch": torch_worker, "grpc to torch": torch_worker}
     address = workers.get(lane, jax_worker).address
     return lambda: connect(address, lane="local" if lane.startswith("local") else "grpc")
@@ -123,8 +126,9 @@ def test_stats_count_what_a_session_does(session: Session, lane: str) -> None:
     made = session.run(program, [placed(session, [1.0] * 8)], copied=32)
     after = session.stats()
     assert after["calls"] == 1
-    outputs, by_value = 8 * 8 * 4, 0 if session.lane == "local" else 8 * 4
-    assert after["bytes_copied"] == 32 + (0 if lane == "inproc" else outputs + by_value)
+    outputs = 8 * 8 * 4
+    by_lane = {"local": outputs, "grpc": outputs + 8 * 4, "inproc": 0}
+    assert after["bytes_copied"] == 32 + by_lane[session.lane]
     assert (after["blocks"], len(made)) == (1, 1)
     assert after["slab_bytes"] >= outputs
 

@@ -19,17 +19,21 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 
 
-def host(*, jax_model: Any) -> "InprocSession":
+def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
     """Return a session with models of this process: no worker, no thread, and no copy where memory can be shared.
 
     Args:
       jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params), a flax or equinox
         module; or a dict of these by name.
+      torch_model: likewise of `--torch-model`.
     Raises:
       TargetError: a model is none of these.
+      CallerError: models of both frameworks were given, or of neither.
     """
-    targets = jax_model if isinstance(jax_model, dict) else {_name_of(jax_model): jax_model}
-    serving = _jax_runtime()
+    if (jax_model is None) == (torch_model is None):
+        raise CallerError("host takes either jax_model= or torch_model=: a session's models are of one framework")
+    serving, model = (_torch_runtime(), torch_model) if jax_model is None else (_jax_runtime(), jax_model)
+    targets = model if isinstance(model, dict) else {_name_of(model): model}
     return InprocSession(serving, {name: serving.adapt(name, target) for name, target in targets.items()})
 
 
@@ -243,3 +247,9 @@ def _jax_runtime() -> Runtime:
     from bridge_server.jax_runtime import JaxRuntime
 
     return JaxRuntime(Options(is_guest=True))
+
+
+def _torch_runtime() -> Runtime:
+    from bridge_server.torch_runtime import TorchRuntime
+
+    return TorchRuntime(Options(is_guest=True))

@@ -40,7 +40,7 @@ class RemoteTorchFunction:
     without x64, int32 arrays go to a torch model as int64, and its int64 results come as int32, if they fit.
 
     Args:
-      target: a worker's address, or a Session.
+      target: a worker's address, a Session, or a torch function or module, which then runs in this process.
       name: which of the worker's models; needed only where it hosts several.
       parameters: whose parameters a plain call uses: "worker" has them stay there, "client" passes `params` and
         `buffers` of this object, which may be replaced. `apply` is always given them.
@@ -52,12 +52,13 @@ class RemoteTorchFunction:
       out_specs: likewise for the result.
     Raises:
       WorkerUnavailable: no worker answers.
+      TargetError: the target is nothing that can be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
     """
 
     def __init__(
         self,
-        target: str | Session,
+        target: str | Session | Any,
         *,
         name: str | None = None,
         parameters: str = "worker",
@@ -355,7 +356,14 @@ def _session_of(target: Any) -> Session:
         return connect(target)
     if isinstance(target, Session):
         return target
-    raise CallerError(f"the target is a {type(target).__qualname__}; expected a worker's address or a Session")
+    try:
+        from bridge_client.inproc import host
+    except ImportError as error:
+        raise CallerError(
+            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a torch "
+            f"model in this process, install torch here ({error})"
+        ) from error
+    return host(torch_model=target)
 
 
 def _is_slot(value: Any) -> bool:
