@@ -134,6 +134,8 @@ class Link:
     def give_back(self, lane: Lane) -> None:
         """Return a lane that is ready for the next call."""
         self._idle.append(lane)
+        if not self._end.alive:  # the link was ended during the call: nobody would close the lane
+            _close(self._idle)
 
     def close(self) -> None:
         """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter."""
@@ -217,9 +219,14 @@ class _Authorized:
 
 
 def _end(lanes: list[Lane], channel: grpc.Channel) -> None:
-    while lanes:
-        lanes.pop().close()
+    _close(lanes)
     channel.close()
+
+
+def _close(lanes: list[Lane]) -> None:
+    with contextlib.suppress(IndexError):  # two threads may be at it
+        while True:
+            lanes.pop().close()
 
 
 def _channel(address: str, terms: Terms) -> grpc.Channel:
