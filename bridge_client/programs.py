@@ -38,10 +38,12 @@ class Program:
     changed: int = 0  # how many of the outputs, at their end, are the new values of buffers
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
+    is_pullback: bool = field(init=False)
     key: int = field(default_factory=_keys.__next__)  # names it in this process
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.is_pullback = self.request.HasField("pullback")
         _by_key[self.key] = self
 
     def __repr__(self) -> str:

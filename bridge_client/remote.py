@@ -126,7 +126,7 @@ class RemoteSession(Session):
     ) -> Any:
         id = next(self._ids)
         try:
-            return self._over_link(self._run_keeping, program, inputs, id, copied, timeout_s, make)
+            return self._over_link(self._run, program, inputs, id, copied, timeout_s, lambda made: make(made, id))
         except BaseException:
             self.drop_residual(id)
             raise
@@ -141,7 +141,7 @@ class RemoteSession(Session):
         timeout_s: float | None = None,
         make: Callable[[list[Block]], Any] = unchanged,
     ) -> Any:
-        return self._over_link(self._run_pullback, program, cotangents, residual, copied, timeout_s, make)
+        return self._over_link(self._run, program, cotangents, residual, copied, timeout_s, make)
 
     def drop_residual(self, id: int) -> None:
         if self._residuals.pop(id, None) is not None:
@@ -239,6 +239,12 @@ class RemoteSession(Session):
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
     ) -> _T:
+        """Run a program over the link. `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0."""
+        if residual:
+            if not program.is_pullback:
+                self._residuals[residual] = _Residual(link, inputs)
+            elif (kept := self._residuals.get(residual)) is None or kept.link is not link:
+                raise ResidualGone("the residual belongs to an earlier life of the worker")
         named, name = program.name
         if named is not link:
             name = self._name_of(link, program, timeout_s)
@@ -274,40 +280,12 @@ class RemoteSession(Session):
                 self._count()
         return made
 
-    def _run_keeping(
-        self,
-        link: Link,
-        program: Program,
-        inputs: Sequence[Placed],
-        id: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block], int], _T],
-    ) -> _T:
-        self._residuals[id] = _Residual(link, inputs)
-        return self._run(link, program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id))
-
-    def _run_pullback(
-        self,
-        link: Link,
-        program: Program,
-        cotangents: Sequence[Placed],
-        id: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block]], _T],
-    ) -> _T:
-        kept = self._residuals.get(id)
-        if kept is None or kept.link is not link:
-            raise ResidualGone("the residual belongs to an earlier life of the worker")
-        return self._run(link, program, cotangents, id, copied, timeout_s, make)
-
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
         """Return the worker's name for a program, which it prepares if it is new on this link."""
         named, name = program.name
         if named is link:
             return name
-        if program.origin is not None and program.request.HasField("pullback"):
+        if program.origin is not None and program.is_pullback:
             program.request.pullback.program = self._name_of(link, program.origin, timeout_s)
         request = pb.PrepareRequest()
         request.CopyFrom(program.request)

@@ -55,9 +55,8 @@ class FramedSocket:
         """
         frame = encode(payload)
         if descriptors:
-            sent = socket.send_fds(self._socket, [frame], descriptors)
-            frame = frame[sent:]
-        if frame:
+            frame = frame[socket.send_fds(self._socket, [frame], descriptors) :]
+        if frame:  # nothing is left to fail of what went out whole
             self._socket.sendall(frame)
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:

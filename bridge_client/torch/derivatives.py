@@ -64,13 +64,10 @@ class _Recorded(_SingleLevelFunction):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         program, kept, numbers = ctx.call
         handle, *inputs = ctx.saved_tensors
-        edges = ctx.next_functions  # one per tensor among the inputs
         if numbers is not None:
-            restored, nodes = iter(inputs), iter(edges)
-            inputs = [next(restored) if number is None else number for number in numbers]
-            edges = [next(nodes) if number is None else (None, 0) for number in numbers]
+            inputs = _merged(numbers, inputs)
         # Only what this backward pass is going to use is worth computing.
-        wrt = tuple([i for i in kept if _is_wanted(edges[i][0])])
+        wrt = kept if len(kept) == 1 else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
         given = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
         gradients: list[Tensor | None] = [None] * (2 + len(inputs))
         if wrt and given:
@@ -159,8 +156,10 @@ def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
     return [next(restored) if number is None else number for number in numbers]
 
 
-def _is_wanted(node: Any) -> bool:
-    """Whether the backward pass under way will use the gradient that goes to this node."""
+def _is_wanted(ctx: Any, position: int, numbers: Sequence[Any] | None) -> bool:
+    """Whether the backward pass under way will use the gradient of this input."""
+    edge = position if numbers is None else numbers[:position].count(None)  # tensors alone have edges
+    node = ctx.next_functions[edge][0]
     if node is None:
         return False
     try:
