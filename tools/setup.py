@@ -69,7 +69,7 @@ ENVIRONMENTS = {
     for environment in (
         Environment("jax", "[jax]"),
         Environment("torch", "[torch,examples,test]"),
-        Environment("both", "[jax,torch,dev,examples,bench]"),
+        Environment("both", "[jax,torch,trace,dev,examples,bench]"),
         JAX_NEXT,
     )
 }
