@@ -104,7 +104,7 @@ class Call:
     def _outputs_of(self, state: Sequence[Tensor] | None, leaves: Sequence[Any]) -> list[Tensor]:
         args, kwargs = (tuple(leaves), {}) if self._is_flat else trees.build(self._arguments, leaves, self._classes)
         value, after = self._model.apply(state, args, kwargs)
-        buffers = [after[i] for i in self._changing]
+        buffers = [after[i].detach() for i in self._changing]  # no gradient goes through state
         return self._results.take(value, buffers) if self._is_traced else self._results.learn(value, buffers)
 
 

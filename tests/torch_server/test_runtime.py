@@ -156,6 +156,29 @@ def test_buffers_of_other_calls_are_dropped(hosted: Hosted) -> None:
     assert_same(values_of(models.normed), before)
 
 
+def test_no_gradient_goes_through_buffers(runtime: TorchRuntime) -> None:
+    """The new value of a buffer is a constant to every derivative, also where the module computes it from weights."""
+
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(()).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mean = 0.5 * self.mean + 0.5 * x.mean()
+            return x * 2
+
+    hosted, x = Hosted(runtime, Averaging()), rand(3)
+    state = np.array(1.0)
+    program = hosted.call(x, parameters=True, mutable=True, keep=[1])
+    outputs, residual = hosted.run_keeping(program, state, x)
+    assert_same(outputs, [2 * x, 0.5 + 0.5 * x.mean()])
+    made = hosted.run(hosted.pullback(program, [1], [0, 1]), np.ones(3), np.array(7.0), residual=residual)
+    assert_same(made, [np.full(3, 2.0)])
+    pushed = hosted.call(x, parameters=True, mutable=True, transforms=[jvp([1], [0, 1])])
+    assert_same(hosted.run(pushed, state, x, np.ones(3)), [np.full(3, 2.0), np.array(0.0)])
+
+
 @serving("normed")
 def test_statistics_of_a_batch_of_calls(hosted: Hosted) -> None:
     """Each row of a batch of mutable calls has statistics of its own."""

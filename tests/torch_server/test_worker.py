@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
-from bridge_client import Session, connect, spawn
+from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import RemoteModelError, SpecError, StructureError
-from tests.conftest import ROOT, python_of
+from tests.conftest import eventually
 from tests.torch_server import models
 from tests.torch_server.conftest import Remote
-from tests.workers import serving
+from tests.workers import Worker, serving, slabs_mapped
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -167,19 +167,36 @@ def test_outputs_that_cannot_be_returned_are_named(remote: Remote) -> None:
         remote("numeral")(rand(3))
 
 
-def test_an_evicted_residual_is_recomputed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def frugal_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """A worker that keeps no residual of more than a byte."""
+    hosted = [f"--torch-model=tests.torch_server.models:{name}" for name in ("smooth", "recurrent", "in_place")]
+    args = ["--listen", "127.0.0.1:0", "--residual-bytes", "1"]
+    with serving(tmp_path_factory.mktemp("frugal"), *args, *hosted, venv=".venv-torch") as worker:
+        yield worker
+
+
+def test_an_evicted_residual_is_recomputed(frugal_worker: Worker) -> None:
     """Past the byte budget the oldest graph is dropped, and its backward runs the VJP on the inputs."""
-    with spawn(
-        torch_model="tests.torch_server.models:smooth",
-        python=python_of(".venv-torch"),
-        cwd=ROOT,
-        args=["--residual-bytes", "1"],
-    ) as session:
-        f, x = RemoteJaxFunction(session), rand(3).requires_grad_()
+    with connect(frugal_worker.address) as session:
+        f, x = RemoteJaxFunction(session, name="smooth"), rand(3).requires_grad_()
         (seen,) = torch.autograd.grad(f(x).sum(), x)
         assert session.stats()["residuals"] == 0
     (expected,) = torch.autograd.grad(models.smooth(x).sum(), x)
     assert_same(seen, expected)
+
+
+def test_a_session_that_ended_leaves_nothing_mapped(frugal_worker: Worker) -> None:
+    """Neither graphs nor modules nor transforms hold a client's memory when it has gone."""
+    with connect(frugal_worker.address) as session:
+        for name in ("smooth", "in_place"):
+            f, x = RemoteJaxFunction(session, name=name), rand(3).requires_grad_()
+            f(x).sum().backward()
+            jacfwd(f)(x.detach())
+            vmap(f)(rand(2, 3))
+        RemoteJaxFunction(session, name="recurrent")(rand(1, 2, 3))[0].sum().backward()
+        assert slabs_mapped(frugal_worker.pid) > 0
+    assert eventually(lambda: slabs_mapped(frugal_worker.pid) == 0)
 
 
 def test_sessions_and_threads_run_side_by_side(torch_worker: Session) -> None:
