@@ -15,9 +15,6 @@ from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-# While a call is traced this one is real, since a fake tensor has no values to seed with.
-_ANY_KEY = torch.zeros(2, dtype=torch.uint32)
-
 
 class Call:
     """The function from parameters (if the caller passes them), a key (if streams are named) and leaves to outputs.
@@ -75,7 +72,7 @@ class Call:
         self._written_leaves = [i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak]
 
     def _trace(self, where: str) -> Traced:
-        return trace(self._traced, self._model.values, self.inputs[self.leaves :], where)
+        return trace(self._outputs_of, self._model.values, self.inputs[self.leaves :], where)
 
     def _refuse_strays(self, traced: Traced) -> None:
         paths = [self._model.parameters[i].path for i in sorted(traced.strays)]
@@ -84,11 +81,6 @@ class Call:
             "such as a list or a closure, so that the caller's cannot take its place; use the registered one, or leave "
             "the parameters on the worker"
         )
-
-    def _traced(self, state: Sequence[Tensor], leaves: Sequence[Any]) -> list[Tensor]:
-        if self.key is not None:
-            seed(_ANY_KEY)
-        return self._outputs_of(state, leaves)
 
     def _written(self, traced: Traced) -> set[int]:
         """Return what has to be copied before the model gets it, among the state and then the leaves."""

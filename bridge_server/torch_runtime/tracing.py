@@ -63,12 +63,14 @@ def _attempt(
     f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], *, is_fake: bool, needs_grad: bool
 ) -> Traced:
     with ExitStack() as stack:
-        stack.enter_context(drawing(is_seeded=True))  # whatever is drawn here is not missed anywhere
         stack.enter_context(torch.set_grad_enabled(needs_grad))
         if is_fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             copies = [torch.empty(each.shape, dtype=each.dtype) for each in state]
         else:
+            stack.enter_context(
+                drawing(is_seeded=True)
+            )  # what is drawn here is missed nowhere; fake tensors draw nothing
             copies = [each.detach().clone() for each in state]
         arrays = [zeros(spec) for spec in inputs]
         watch = stack.enter_context(_Watch([*copies, *arrays], originals=state))

@@ -348,6 +348,24 @@ def test_keys_leave_torchs_own_stream_alone(hosted: Hosted) -> None:
     assert (expected[0] != expected[1]).any()
 
 
+def test_a_slow_trace_holds_up_nobody(runtime: TorchRuntime) -> None:
+    """While one call is traced, others are traced and draw."""
+    traced, go_on = threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        traced.set()
+        assert go_on.wait(30)
+        return x * 2
+
+    with ThreadPoolExecutor(1) as pool:
+        preparing = pool.submit(Hosted(runtime, slow).call, rand(2))
+        assert traced.wait(30)
+        dropped, x = Hosted(runtime, models.dropped), rand(8, 4)
+        dropped.run(dropped.call(x), x)
+        go_on.set()
+        preparing.result(30)
+
+
 @serving("dropped")
 def test_keys_hold_while_others_draw(hosted: Hosted) -> None:
     """Calls without a key in other threads do not change what a key drops."""
