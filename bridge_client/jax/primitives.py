@@ -220,7 +220,7 @@ ad.primitive_jvps[pull_back_p] = _pull_back_jvp
 # Reverse mode --------------------------------------------------------------------------------------------------
 
 
-def _run_linearize(*arguments: Any, program: Program) -> tuple[list[Any], list[bool], Any, Callable[..., list[Any]]]:
+def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
     """Run a program that is going to be differentiated: in reverse mode, keep what its pullback needs."""
     # Older releases do not say for which mode.
     is_reverse, nonzero, *values = arguments if isinstance(arguments[0], bool) else (True, *arguments)
@@ -235,17 +235,21 @@ def _run_linearize(*arguments: Any, program: Program) -> tuple[list[Any], list[b
 
     def linearized(residuals: Any, *tangents: Any) -> list[Any]:
         values, made, handle = residuals
-        return _tangents(program, values, tangents, made, handle, kept)
+        return _tangents(program, values, tangents[-len(values) :], made, handle, kept)
 
-    return made, [bool(wrt) and i in outputs for i in range(len(made))], (values, made, handle), linearized
+    # After the residuals, jax 0.12 has place for those of another kind, of which there are none.
+    others = [None] * _has_structured_residuals
+    nonzero_made = [bool(wrt) and i in outputs for i in range(len(made))]
+    return made, nonzero_made, (values, made, handle), *others, linearized
 
 
 try:
     # Which of the two derivatives is being made, only this table is told; elsewhere the vjp program recomputes.
-    from jax._src.interpreters.ad import primitive_linearizations
+    from jax._src.interpreters.ad import LinearizeTrace, primitive_linearizations
 except ImportError:
     pass
 else:
+    _has_structured_residuals = "structured_res" in LinearizeTrace.process_primitive.__code__.co_varnames
     primitive_linearizations[run_p] = _run_linearize
 
 
@@ -317,8 +321,9 @@ ad.primitive_transposes[run_p] = _run_transpose
 ad.primitive_transposes[pull_back_p] = _pull_back_transpose
 
 
-def _drop_unused_handle(used: Sequence[bool], equation: Any) -> tuple[list[bool], Any]:
+def _drop_unused_handle(used: Sequence[bool], *arguments: Any) -> tuple[list[bool], Any]:
     """Make a plain run of one whose residual nobody is going to pull back."""
+    equation = arguments[-1]  # after which inputs are alive, from jax 0.12 on
     if not any(used):
         return [False] * len(equation.invars), None
     if not used[-1]:
