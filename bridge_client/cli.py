@@ -2,15 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import environ
 from pathlib import Path
 
-from bridge_client.connecting import connect
+from bridge_client import doctor
+from bridge_client.connecting import check_address, connect
 from bridge_client.gradients import HIGH, LOW, Check, check_gradients
-from bridge_client.link import Tls
+from bridge_client.health import SERVING, health_of
+from bridge_client.link import Terms, Tls
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
+from bridge_wire.checks import BROKEN, as_json, as_table, worst
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
@@ -21,10 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 on failure; 2 on misuse."""
     options = _parser().parse_args(argv)
     try:
-        tls = Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
-        with connect(options.address, token=options.token, tls=tls) as session:
-            status: int = options.action(session, options)
-            return status
+        status: int = options.action(options)
+        return status
     except _Misuse as error:
         print(f"bridge_client: {error}", file=sys.stderr)
         return MISUSE
@@ -43,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     describe = commands.add_parser("describe", help="show a worker's models, and how its tensors would travel")
-    describe.set_defaults(action=_describe)
+    describe.set_defaults(action=_with_session(_describe))
 
     check = commands.add_parser(
         "check-gradients",
@@ -56,15 +57,44 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of the arguments' numbers",
                        default=(LOW, HIGH))  # fmt: skip
     check.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
-    check.set_defaults(action=_check_gradients)
+    check.set_defaults(action=_with_session(_check_gradients))
 
-    for command in (describe, check):
-        command.add_argument("address", help="unix:PATH or HOST:PORT")
+    health = commands.add_parser(
+        "health",
+        help="ask whether a worker takes calls, as a probe",
+        description="Ask a worker's health service, which needs no token. Exits with status 0 if it is SERVING, and "
+        "with 1 otherwise.",
+    )
+    health.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g")
+    health.set_defaults(action=_health)
+
+    diagnose = commands.add_parser(
+        "doctor",
+        help="look for what is slow or broken, on this host and on the way to a worker",
+        description="Look at this host and environment and, given an address, at the worker there. Exits with status "
+        "1 if something is broken; what is slow works.",
+    )
+    diagnose.add_argument("--json", action="store_true", help="print a JSON object")
+    diagnose.set_defaults(action=_doctor)
+
+    for command in (describe, check, health):
+        command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
+    diagnose.add_argument("address", type=_address, nargs="?", help="unix:PATH or HOST:PORT")
+    for command in (describe, check, diagnose):
         command.add_argument(
             "--token", help="for a worker with --token-file (BRIDGE_TOKEN)", default=environ.get("BRIDGE_TOKEN")
         )
+    for command in (describe, check, diagnose, health):
         command.add_argument("--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path)
     return parser
+
+
+def _address(text: str) -> str:
+    try:
+        check_address(text)
+    except CallerError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _specs(text: str) -> tuple[Spec, ...]:
@@ -72,6 +102,33 @@ def _specs(text: str) -> tuple[Spec, ...]:
         return specs.parse(text)
     except CallerError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _with_session(action: Callable[[Session, argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """Return the action on a session with the worker that the options name."""
+
+    def act(options: argparse.Namespace) -> int:
+        with connect(options.address, token=options.token, tls=_tls(options)) as session:
+            return action(session, options)
+
+    return act
+
+
+def _tls(options: argparse.Namespace) -> Tls | None:
+    return Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
+
+
+def _health(options: argparse.Namespace) -> int:
+    with health_of(options.address, _tls(options)) as health:
+        status = health.status(options.timeout)
+    print(status)
+    return OK if status == SERVING else FAILED
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = list(doctor.examine(options.address, Terms(options.token, _tls(options))))
+    print(as_json(checks) if options.json else as_table(checks))
+    return FAILED if worst(checks) == BROKEN else OK
 
 
 def _describe(session: Session, options: argparse.Namespace) -> int:

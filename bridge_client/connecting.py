@@ -31,11 +31,16 @@ def connect(
       LaneUnavailable: the lane or memory kind that was asked for cannot be had.
       VersionMismatch: the worker speaks another protocol.
     """
-    if not isinstance(address, str) or not (address.startswith("unix:") or ":" in address):
-        raise CallerError(f"the address {address!r} is neither 'unix:PATH' nor 'HOST:PORT'")
+    check_address(address)
     check_terms(lane, require)
     terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
     return RemoteSession(Fixed(address), terms, timeout_s)
+
+
+def check_address(address: object) -> None:
+    """Raise CallerError for what can be no worker's address."""
+    if not isinstance(address, str) or not (address.startswith("unix:") or ":" in address):
+        raise CallerError(f"the address {address!r} is neither 'unix:PATH' nor 'HOST:PORT'")
 
 
 def check_terms(lane: str | None, require: str | None) -> None:

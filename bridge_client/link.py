@@ -62,7 +62,7 @@ class Link:
         self.address = address
         self._shared: set[int] = set()
         self._share_lock = threading.Lock()
-        self._channel = _channel(address, terms)
+        self._channel = open_channel(address, terms.tls)
         self._metadata = (("authorization", f"Bearer {terms.token}"),) if terms.token else ()
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
         try:
@@ -229,8 +229,9 @@ def _close(lanes: list[Lane]) -> None:
             lanes.pop().close()
 
 
-def _channel(address: str, terms: Terms) -> grpc.Channel:
-    if terms.tls is None:
+def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
+    """Return a channel to a worker, which connects by itself when it is used."""
+    if tls is None:
         return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(terms.tls.root_certificates, terms.tls.key, terms.tls.certificate)
+    credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
     return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)

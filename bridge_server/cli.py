@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_server import endpoints, targets
+from bridge_server import doctor, endpoints, targets
 from bridge_server.allocator_choice import restart_with_a_good_allocator
 from bridge_server.parent import watch_parent
 from bridge_server.programs import Programs
@@ -32,7 +32,10 @@ _DRAIN_S = 30.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a worker until it is told to stop. Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse."""
-    options = _arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["doctor"]:
+        return doctor.main(argv[1:])
+    options = _arguments(argv)
     _set_up_logging(options.log_level)
     try:
         return _serve(options)
@@ -156,7 +159,8 @@ class _StopSignals:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "bridge_server",
-        description="Serve JAX or torch models to programs in other processes.",
+        description="Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks at the "
+        "environment instead.",
         epilog="Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES, and so on.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -330,6 +330,18 @@ def test_health_needs_no_token(tokened_worker: Worker) -> None:
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_probes_and_doctor_of_a_worker_with_a_token(tokened_worker: Worker) -> None:
+    """`bridge_client health` needs no token; `doctor` does, and says so."""
+    address = tokened_worker.address.replace("0.0.0.0", "127.0.0.1")
+    assert _run("health", address, command="bridge_client").stdout == "SERVING\n"
+    done = _run("doctor", address, command="bridge_client")
+    assert done.returncode == 1
+    assert "BRIDGE_TOKEN" in done.stdout and "1 broken" in done.stdout
+    done = _run("doctor", address, command="bridge_client", BRIDGE_TOKEN=_TOKEN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "memory memfd" in done.stdout
+
+
 def test_the_token_is_nowhere_to_be_read(tokened_worker: Worker) -> None:
     """Neither the output nor the command line of a worker shows its token."""
     shown = tokened_worker.stdout + tokened_worker.stderr + Path(f"/proc/{tokened_worker.pid}/cmdline").read_text()

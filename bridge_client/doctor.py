@@ -1,0 +1,134 @@
+"""What `bridge_client doctor` looks at: this host and environment, and a worker with the way to it."""
+
+import os
+import statistics
+import time
+from collections.abc import Iterator
+
+from bridge_client.health import SERVING, health_of
+from bridge_client.lanes import Lane, Stale
+from bridge_client.link import Link, Terms
+from bridge_wire import __version__, exchange, host, namespaces
+from bridge_wire.checks import Check, broken, ok, slow
+from bridge_wire.errors import BridgeError, CallTimeout, Unauthenticated, VersionMismatch
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Pool
+from bridge_wire.slabs import memfd_works
+
+# What is far beyond a healthy system, and not what a fast one takes. Another host may be any distance away.
+_SLOW_PING_S = 0.1
+_SLOW_LANE_S = {"local": 0.005, "grpc": 0.1}
+_EXCHANGES = 200
+
+_REMEDIES: dict[type[BridgeError], str] = {
+    CallTimeout: "it is stopped, or its host is overloaded: look at its log",
+    Unauthenticated: "give the worker's token with --token or BRIDGE_TOKEN",
+    VersionMismatch: "install matching releases of torch-jax-bridge on both sides",
+}
+_NOT_THERE = "start it, or use the endpoint of its line `bridge_server ready`; with TLS, give --tls-ca"
+
+
+def examine(address: str | None, terms: Terms) -> Iterator[Check]:
+    """Look at this host and, given an address, at the worker there."""
+    yield from host.checks()
+    if address is None:
+        return
+    try:
+        yield from _reached(address, terms)
+    except (BridgeError, Stale) as error:
+        remedy = next((text for kind, text in _REMEDIES.items() if isinstance(error, kind)), _NOT_THERE)
+        yield broken("worker", str(error) or "it went away while it was examined", remedy)
+
+
+def _reached(address: str, terms: Terms) -> Iterator[Check]:
+    with health_of(address, terms.tls) as health:
+        yield _health(health.status())
+        yield _latency("gRPC ping", health.latency_s(), _SLOW_PING_S)
+    fallbacks: list[str] = []
+    link = Link(address, terms, fallbacks.append)
+    pool = Pool(shareable=memfd_works())
+    try:
+        yield from _described(link.description)
+        yield _path(link, fallbacks)
+        block = pool.lease(exchange.NBYTES)
+        lane = link.take(pool)
+        if link.memory == "memfd":
+            block.buffer[:] = os.urandom(block.nbytes)
+            yield _seen_alike(bytes(block.buffer), lane.peek(block.address, block.nbytes))
+        yield _latency(f"{lane.name} lane", _exchange_s(lane), _SLOW_LANE_S[lane.name])
+        link.give_back(lane)
+    finally:
+        link.close()
+        pool.close()
+
+
+def _health(status: str) -> Check:
+    if status == SERVING:
+        return ok("health", status)
+    return broken("health", status, "wait until its models are warm; where it drains, start another")
+
+
+def _described(about: pb.DescribeReply) -> Iterator[Check]:
+    versions = f"torch-jax-bridge {about.version}, {about.framework} {about.framework_version}"
+    yield ok("worker", f"{versions}, Python {about.python_version}; this client {__version__}")
+    yield ok("its models", ", ".join(model.name for model in about.models))
+    yield ok("its devices", f"{', '.join(about.devices)}; 64-bit types {'exist' if about.x64 else 'are off'}")
+    if about.allocator == "system":
+        yield slow("its allocator", "the system's", "start it without BRIDGE_ALLOCATOR=system, or preload jemalloc")
+    else:
+        yield ok("its allocator", about.allocator or "not told")
+    if about.cores:
+        yield host.cores("its cores", about.cores)
+    yield ok(
+        "its namespaces", _compared(namespaces.digests(), {space.kind: space.digest for space in about.namespaces})
+    )
+
+
+def _compared(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
+    if not (ours and theirs):
+        return "not told"
+    if ours[namespaces.HOST] != theirs.get(namespaces.HOST):
+        return "on another system"
+    shared = {kind: ours[kind] == theirs.get(kind) for kind in namespaces.KINDS}
+    common = " ".join(kind for kind, is_shared in shared.items() if is_shared)
+    own = " ".join(kind for kind, is_shared in shared.items() if not is_shared)
+    return f"on this system, in common: {common or 'none'}" + (f"; its own: {own}" if own else "")
+
+
+def _path(link: Link, fallbacks: list[str]) -> Check:
+    """How calls are signalled and tensors travel, and whether there could be a better way."""
+    found = f"lane {link.lane_name}, memory {link.memory}"
+    if not fallbacks:
+        return ok("path", found)
+    system = next((s.digest for s in link.description.namespaces if s.kind == namespaces.HOST), None)
+    if system is not None and system != namespaces.digests().get(namespaces.HOST):
+        return ok("path", f"{found}, as to any other system")
+    return slow(
+        "path",
+        f"{found}: {fallbacks[0]}",
+        "on one host, give both the same user id and the directory of the worker's socket, and connect by unix:PATH",
+    )
+
+
+def _seen_alike(written: bytes, seen: bytes) -> Check:
+    name = "shared memory"
+    if seen == written:
+        return ok(name, f"the worker sees {len(written)} random bytes as they were written")
+    return broken(name, "the worker sees other bytes than were written", "connect with lane='grpc', and report this")
+
+
+def _exchange_s(lane: Lane) -> float:
+    """Return the median time of a request on a lane, and its reply."""
+    durations = []
+    for _ in range(_EXCHANGES):
+        begun = time.perf_counter()
+        lane.release(())
+        durations.append(time.perf_counter() - begun)
+    return statistics.median(durations)
+
+
+def _latency(name: str, median_s: float, limit_s: float) -> Check:
+    found = f"{median_s * 1e3:.3f} ms"
+    if median_s <= limit_s:
+        return ok(name, found)
+    return slow(name, f"{found}; under {limit_s * 1e3:g} ms is usual", "look for other load on either side")

@@ -1,0 +1,56 @@
+"""Asks a worker's health service, as probes do: without a token and without a session."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from bridge_client.connecting import check_address
+from bridge_client.lanes import from_rpc
+from bridge_client.link import Tls, open_channel
+
+SERVING = "SERVING"
+
+
+class Health:
+    """The health service of one worker."""
+
+    def __init__(self, stub: health_pb2_grpc.HealthStub) -> None:
+        self._stub = stub
+
+    def status(self, timeout_s: float = 10.0) -> str:
+        """Return "SERVING", or "NOT_SERVING" while the worker warms up or drains.
+
+        Raises:
+          WorkerUnavailable: no worker answers.
+          CallTimeout: it did not answer in time.
+        """
+        try:
+            answer = self._stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise from_rpc(error) from error
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+    def latency_s(self, times: int = 50) -> float:
+        """Return the median time of one question and its answer."""
+        durations = []
+        for _ in range(times):
+            begun = time.perf_counter()
+            self.status()
+            durations.append(time.perf_counter() - begun)
+        return statistics.median(durations)
+
+
+@contextlib.contextmanager
+def health_of(address: str, tls: Tls | None = None) -> Iterator[Health]:
+    """The health service of the worker at "unix:PATH" or "HOST:PORT".
+
+    Raises:
+      CallerError: the address is neither.
+    """
+    check_address(address)
+    with open_channel(address, tls) as channel:
+        yield Health(health_pb2_grpc.HealthStub(channel))

@@ -1,0 +1,74 @@
+"""A live exchange of shared memory with a child: what a worker and a client do, without either.
+
+`python -m bridge_wire.exchange FD` is the child, at the other end of the socket FD.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+from bridge_wire.errors import ProtocolError, WorldError
+from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.slabs import PAGE, create_slab, map_received
+
+NBYTES = 256
+_CHILD_S = 60.0  # until it has started, on a busy machine
+
+
+def with_child() -> None:
+    """Share a slab with a child: what this process writes the child must read, and the reverse.
+
+    Raises:
+      OutOfMemory: the system gives no slab.
+      WorldError: the child did not receive it, or sees other memory.
+    """
+    slab = create_slab(PAGE, 0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    lane = FramedSocket(ours)
+    try:
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-m", __spec__.name, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        with child:
+            try:
+                written = os.urandom(NBYTES)
+                slab.view[:NBYTES] = written
+                lane.send(b"", (slab.fd,))
+                read = lane.receive(_CHILD_S)
+            finally:
+                child.kill()
+        if read is None:
+            raise WorldError("a child did not receive the memory: it ended")
+        if read != written or slab.view[NBYTES : 2 * NBYTES] != written[::-1]:
+            raise WorldError("a child sees other memory than this process does")
+    except OSError as error:  # a timeout too
+        raise WorldError(f"a child did not receive the memory: {error or type(error).__name__}") from error
+    finally:
+        lane.close()
+        slab.close()
+
+
+def _be_the_child(fd: int) -> None:
+    lane = FramedSocket(socket.socket(fileno=fd), takes_descriptors=True)
+    try:
+        lane.receive(_CHILD_S)
+        descriptors = lane.take_descriptors()
+        if len(descriptors) != 1:
+            raise ProtocolError(f"one descriptor was to come, not {len(descriptors)}")
+        slab = map_received(descriptors[0], PAGE, 0)
+        read = bytes(slab.view[:NBYTES])
+        slab.view[NBYTES : 2 * NBYTES] = read[::-1]
+        lane.send(read)
+        lane.receive(_CHILD_S)  # until the parent has looked
+    finally:
+        lane.close()
+
+
+if __name__ == "__main__":
+    _be_the_child(int(sys.argv[1]))
