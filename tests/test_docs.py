@@ -44,6 +44,15 @@ def test_program_in_the_readme_works(tmp_path: Path) -> None:
     assert float(found[1]) < 1e-8
 
 
+def test_program_in_the_page_of_the_jax_client_works(tmp_path: Path) -> None:
+    """The two files that docs/jax-client.md shows train the torch module."""
+    page = ROOT / "docs" / "jax-client.md"
+    save_programs(page, tmp_path)
+    (tmp_path / ".venv-torch").symlink_to(ROOT / ".venv-torch")
+    shown = run(python_of(".venv-jax"), "fit.py", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "fit.py")), shown.stderr
+
+
 def test_client_in_the_protocol_page_works(tmp_path: Path, jax_worker: Session) -> None:
     """The client that docs/protocol.md shows gets the value and the gradient that it prints."""
     save_programs(PROTOCOL, tmp_path)
