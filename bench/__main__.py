@@ -20,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, report, and judge. Returns the exit status: 0, or 1 when a line of the budget was missed."""
     options = _parser().parse_args(argv)
     plan = QUICK if options.quick else Plan()
-    cells = _measure_cells(plan)
+    cells, tasks = _measure(plan)
     growth = None if options.no_soak else soak(plan.soak_calls)
     json = options.json or (None if options.quick else _JSON)
     plot = options.plot or (None if options.quick else _PLOT)
-    return conclude(Results(plan, cells, growth, machine.describe()), json, plot)
+    return conclude(Results(plan, cells, tasks, growth, machine.describe()), json, plot)
 
 
 def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
@@ -42,9 +42,9 @@ def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
     return budget.exit_status(verdicts)
 
 
-def _measure_cells(plan: Plan) -> dict[tuple[str, int, str], Cell]:
-    # Only now: it imports torch and jax, for which a misspelt option need not wait.
-    from bench import ways
+def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, list[list[float]]]]:
+    # Only now: they import torch and jax, for which a misspelt option need not wait.
+    from bench import tasks, ways
 
     cells = {}
     work = list(itertools.product(plan.functions, plan.sizes))
@@ -57,7 +57,7 @@ def _measure_cells(plan: Plan) -> dict[tuple[str, int, str], Cell]:
             copied = {way: step.bytes_copied() for way, step in steps.items() if isinstance(step, ways.Step)}
             for way, rounds in measure.interleave(steps, plan).items():
                 cells[function, nbytes, way] = Cell(rounds, bytes_made, copied.get(way))
-    return cells
+        return cells, measure.interleave(tasks.tasks(workbench.session), plan)
 
 
 def _parser() -> argparse.ArgumentParser:

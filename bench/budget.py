@@ -1,5 +1,6 @@
 """The performance budget of docs/design.md as a table, and which of its lines a run has met. Imports no framework."""
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,16 @@ def _growth(results: Results) -> float | None:
     return None if results.growth is None else max(growth.share for growth in results.growth.values())
 
 
+def _batched(results: Results) -> float:
+    return statistics.median(batch / loop for batch, loop in results.task_p50s("vmap", "loop"))
+
+
+def _added_by_a_call(results: Results) -> float:
+    """Return what a remote call adds to a training step of compiled code, divided by what it adds to one without."""
+    p50s = results.task_p50s("compiled with", "compiled without", "eager with", "eager without")
+    return statistics.median((compiled - rest) / (eager - other) for compiled, rest, eager, other in p50s)
+
+
 LINES = (
     Line(
         "forward + VJP, 1 KiB, two processes / jax2torch-style in one process", 0.20, _ratio(KIB, "local", "jax2torch")
@@ -70,5 +81,7 @@ LINES = (
     Line("the same over gRPC inline, 64 MiB / local lane", 4.0, _ratio(64 * MIB, "grpc", "local")),
     Line("forward + VJP, 1 KiB / one bare gRPC unary ping", 0.5, _ratio(KIB, "local", "ping")),
     Line("bytes copied, inputs already in a slab / bytes of the outputs and gradients", 1.0, _copied),
+    Line("vmap over 1,000 rows / a Python loop over them", 0.1, _batched),
+    Line("what a call adds to a step of forward + backward, compiled / eager", 1.0, _added_by_a_call),
     Line("resident growth of client and worker over 100,000 calls", 0.01, _growth, below=True),
 )

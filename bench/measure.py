@@ -67,10 +67,12 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a run has found: cells by (function, size in bytes, way), and growth by process if that was measured."""
+    """What a run has found: cells by (function, size in bytes, way), seconds of the calls of each task by round, and
+    growth by process if that was measured."""
 
     plan: Plan
     cells: Mapping[tuple[str, int, str], Cell]
+    tasks: Mapping[str, Sequence[Sequence[float]]]
     growth: Mapping[str, Growth] | None
     machine: Mapping[str, str]
 
@@ -81,6 +83,11 @@ class Results:
         """
         rounds = zip(self.cells[function, nbytes, way].rounds, self.cells[function, nbytes, other].rounds, strict=True)
         return statistics.median(statistics.median(turn) / statistics.median(others) for turn, others in rounds)
+
+    def task_p50s(self, *names: str) -> list[tuple[float, ...]]:
+        """Return, for each round, the p50 of each of these tasks in it."""
+        rounds = zip(*(self.tasks[name] for name in names), strict=True)
+        return [tuple(map(statistics.median, turns)) for turns in rounds]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

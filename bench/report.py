@@ -1,12 +1,13 @@
 """What a run leaves behind: the table, the page, the JSON and the plot. Imports no framework."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.budget import Verdict
-from bench.measure import KIB, MIB, Results
+from bench.measure import KIB, MIB, Results, percentile
 
 WAYS = {
     "native": "native torch, one process",
@@ -16,6 +17,16 @@ WAYS = {
     "slab": "this project, local lane, inputs in a slab",
     "grpc": "this project, gRPC inline",
     "ping": "a bare gRPC unary ping",
+}
+TASKS = {
+    "vmap": "vmap of sin(x)*2 over 1,000 rows of 64: one call",
+    "loop": "the same as a Python loop: 1,000 calls",
+    "hvp": "Hessian-vector product of the sum of sin(x)*2, 1 KiB",
+    "native hvp": "the same in native torch",
+    "eager with": "a training step with sin(x)*2 among torch's operations, 1 KiB",
+    "eager without": "the same without the call",
+    "compiled with": "with the call, by torch.compile(fullgraph=True)",
+    "compiled without": "without the call, by torch.compile(fullgraph=True)",
 }
 FUNCTIONS = {"affine": "2x+1", "sine": "sin(x)*2", "mlp": "3-layer MLP"}
 
@@ -38,7 +49,7 @@ _LINES = {
 def tables(results: Results, verdicts: Sequence[Verdict]) -> str:
     """Return the measurements and the verdicts as Markdown tables whose columns are aligned."""
     parts = [_aligned(_cell_rows(results, function)) for function in results.plan.functions]
-    return "\n\n".join([*parts, _aligned(_verdict_rows(verdicts))])
+    return "\n\n".join([*parts, _aligned(_task_rows(results)), _aligned(_verdict_rows(verdicts))])
 
 
 def page(results: Results, verdicts: Sequence[Verdict], plot: str) -> str:
@@ -70,6 +81,8 @@ Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make b
   largest size. Native torch and the baseline are not counted.
 - The MLP's layers are 64 wide, with ReLU between them; the number of rows makes the size. Its parameters belong to the
   client and get gradients too.
+- What a call adds to a step: the time of a training step with the call among torch's operations, less that of the same
+  step without it; once as it is, once compiled.
 
 ## How it is measured
 Every way of one function at one size takes a turn in each of {plan.rounds} rounds, in random order. In a turn
@@ -101,10 +114,15 @@ def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
         for (function, nbytes, way), cell in results.cells.items()
     ]
     growth = results.growth or {}
+    tasks = [
+        {"task": TASKS[task], "p50_ms": round(statistics.median(second for turn in turns for second in turn) * 1e3, 4)}
+        for task, turns in results.tasks.items()
+    ]
     document = {
         "machine": dict(results.machine),
         "rounds": results.plan.rounds,
         "cells": cells,
+        "tasks": tasks,
         "resident_bytes": {process: {"before": g.before, "after": g.after} for process, g in growth.items()},
         "soak_calls": results.plan.soak_calls if growth else 0,
         "budget": [
@@ -167,6 +185,14 @@ def _cell_rows(results: Results, function: str) -> list[list[str]]:
         last = cells[-1]
         is_counted = last is not None and last.bytes_copied is not None
         rows.append([label, *texts, f"{last.bytes_copied / last.bytes_made:.2f}" if is_counted else ""])
+    return rows
+
+
+def _task_rows(results: Results) -> list[list[str]]:
+    rows = [["beside single gradients", "ms"]]
+    for task, label in TASKS.items():
+        seconds = [second for turn in results.tasks[task] for second in turn]
+        rows.append([label, f"{_ms(percentile(seconds, 50))} ({_ms(percentile(seconds, 99))})"])
     return rows
 
 

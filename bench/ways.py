@@ -78,6 +78,11 @@ class Workbench:
     ) -> None:
         self._stack.close()
 
+    @property
+    def session(self) -> Session:
+        """The session over the local lane."""
+        return self._local
+
     def steps(self, function: str, nbytes: int) -> dict[str, Callable[[], None]]:
         """Return a step for each way that there is, all on the same values, by the names of `report.WAYS`."""
         x = torch.randn(nbytes // 4)

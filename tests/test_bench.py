@@ -22,6 +22,10 @@ SECONDS = {
     "ping": (3e-4, 3e-4, 3e-4),
 }
 COPIED = {"local": 2.0, "slab": 1.0, "grpc": 3.0}
+TASKS = {
+    **{"vmap": 1e-3, "loop": 1e-1, "hvp": 1e-3, "native hvp": 1e-4},
+    **{"eager with": 3e-4, "eager without": 1e-4, "compiled with": 2e-4, "compiled without": 1e-4},
+}
 
 
 def good_results() -> Results:
@@ -34,7 +38,8 @@ def good_results() -> Results:
         for nbytes, seconds in zip(PLAN.sizes, times, strict=True)
     }
     growth = {"client": Growth(200 * MIB, 200 * MIB), "worker": Growth(300 * MIB, 301 * MIB)}
-    return Results(PLAN, cells, growth, {"CPU": "two cores"})
+    tasks = {name: [[seconds] * 3] * 2 for name, seconds in TASKS.items()}
+    return Results(PLAN, cells, tasks, growth, {"CPU": "two cores"})
 
 
 def slower(nbytes: int, way: str, factor: float) -> Callable[[Results], Results]:
@@ -46,6 +51,12 @@ def slower(nbytes: int, way: str, factor: float) -> Callable[[Results], Results]
         return with_cell(results, nbytes, way, dataclasses.replace(cell, rounds=rounds))
 
     return change
+
+
+def slower_task(name: str, factor: float) -> Callable[[Results], Results]:
+    """Return the change of results in which one task takes `factor` times as long."""
+    turns = [[TASKS[name] * factor] * 3] * 2
+    return lambda results: dataclasses.replace(results, tasks={**results.tasks, name: turns})
 
 
 def copies_one_byte_more(results: Results) -> Results:
@@ -70,8 +81,11 @@ MISSES = [
     (slower(64 * MIB, "grpc", 1.5), 3),
     (slower(KIB, "ping", 0.6), 4),
     (copies_one_byte_more, 5),
-    (grows("client"), 6),
-    (grows("worker"), 6),
+    (slower_task("loop", 0.09), 6),
+    (slower_task("compiled with", 1.6), 7),
+    (slower_task("eager with", 0.6), 7),
+    (grows("client"), 8),
+    (grows("worker"), 8),
 ]
 
 
@@ -155,6 +169,7 @@ def test_files_hold_the_measurements(tmp_path: Path) -> None:
     assert conclude(good_results(), numbers, plot) == 0
     document = json.loads(numbers.read_text())
     assert len(document["cells"]) == len(good_results().cells)
+    assert len(document["tasks"]) == len(TASKS)
     assert {line["outcome"] for line in document["budget"]} == {"met"}
     assert document["machine"] == {"CPU": "two cores"}
     assert plot.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,61 @@
+"""What is made of remote functions beside single gradients: batches, second derivatives, compiled code."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+
+from bridge_client import Session
+from bridge_client.torch import RemoteJaxFunction
+
+ROWS, WIDTH = 1000, 64
+_AGREEMENT = 1e-4
+
+
+class _Chain(nn.Module):
+    """Pointwise work in torch, which a compiler fuses, with something in the middle."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.middle(torch.tanh(x) * 2 + 1).sigmoid() * x).sum()
+
+
+def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
+    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should agree do not."""
+    torch._inductor.config.compile_threads = 1  # or its processes stay
+    sine = RemoteJaxFunction(session, name="sine")
+    rows, x, direction = torch.randn(ROWS, WIDTH), torch.randn(256), torch.randn(256)
+    made: dict[str, Callable[[], object]] = {
+        "vmap": lambda: vmap(sine)(rows),
+        "loop": lambda: torch.stack([sine(row) for row in rows]),
+        "hvp": lambda: _hvp(sine, x, direction),
+        "native hvp": lambda: _hvp(lambda x: torch.sin(x) * 2, x, direction),
+    }
+    for name, middle in (("with", sine), ("without", nn.Identity())):
+        chain = _Chain(middle)
+        made[f"eager {name}"] = _step(chain, x)
+        made[f"compiled {name}"] = _step(torch.compile(chain, fullgraph=True), x)
+    for one, other in (("vmap", "loop"), ("hvp", "native hvp"), ("compiled with", "eager with")):
+        if not torch.allclose(made[one](), made[other](), rtol=_AGREEMENT, atol=_AGREEMENT):
+            raise RuntimeError(f"{one} disagrees with {other}")
+    return made
+
+
+def _hvp(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
+    return jvp(grad(lambda x: f(x).sum()), (x,), (direction,))[1]
+
+
+def _step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    x = x.clone().requires_grad_()
+
+    def step() -> Tensor:
+        x.grad = None
+        module(x).backward()
+        return x.grad
+
+    return step
