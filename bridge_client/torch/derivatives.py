@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from bridge_client.programs import Program
-from bridge_client.torch.runs import as_values, pull_back, run, run_keeping, run_operator
+from bridge_client.torch.runs import LIBRARY, as_values, pull_back, run, run_keeping
 
 # What a pullback of torch.func has kept from its level, it hands over after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
@@ -186,4 +186,4 @@ def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[l
     return _gradients(program, inputs, needed, cotangents[: len(program.outputs)]), None
 
 
-run_operator.register_autograd(_differentiate_run, setup_context=_save_run)
+torch.library.register_autograd("torch_jax_bridge::run", _differentiate_run, setup_context=_save_run, lib=LIBRARY)
