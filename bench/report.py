@@ -81,8 +81,8 @@ Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make b
   largest size. Native torch and the baseline are not counted.
 - The MLP's layers are 64 wide, with ReLU between them; the number of rows makes the size. Its parameters belong to the
   client and get gradients too.
-- The step that is compiled has some twenty pointwise operations of torch, before and after the call. What a call adds to
-  it is the difference of the rows with and without the call.
+- The step that is compiled has some twenty pointwise operations of torch, before and after the call. What a call adds
+  to it is the difference of the rows with and without the call.
 
 ## How it is measured
 Every way of one function at one size takes a turn in each of {plan.rounds} rounds, in random order. In a turn
