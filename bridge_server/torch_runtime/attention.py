@@ -6,14 +6,15 @@ the same.
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from torch.backends import cuda  # for every device, in spite of the name
+from torch.backends import cuda, mha  # for every device, in spite of the name
 
-_SWITCHES = (
+_SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], object]], ...] = (
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+    (mha.get_fastpath_enabled, mha.set_fastpath_enabled),  # nn.TransformerEncoderLayer in eval mode
 )
 _lock = threading.Lock()
 _before: list[bool] = []

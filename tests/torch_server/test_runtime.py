@@ -1,6 +1,7 @@
 """What only torch code does: the torch runtime in this process, without a worker."""
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import logging
@@ -105,6 +106,20 @@ def test_tied_weights_are_one_parameter(hosted: Hosted) -> None:
     changed = [state[0], 2 * state[1]]
     expected = np.tanh(x @ changed[1].T) @ changed[1].T * 2
     assert_same(hosted.run(hosted.call(x, parameters=True), *changed, x), [expected])
+
+
+def test_attention_in_eval_mode_has_forward_derivatives(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch's fused encoder layer has none: the layer is then computed as in training, and the switches put back."""
+    module = copy.deepcopy(models.vit).eval()
+    hosted, x = Hosted(runtime, module), rand(1, 3, 4, 4)
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        pushed = hosted.run(hosted.call(x, transforms=[jvp([0])]), x, np.ones_like(x))[0]
+    assert not caplog.text
+    (gradient,) = hosted.run(hosted.call(x, transforms=[vjp([0])]), x, np.ones((1, 3)))
+    np.testing.assert_allclose(pushed.sum(), gradient.sum(), rtol=1e-10)
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 @serving("vit")
