@@ -29,7 +29,7 @@ _MOST_UNCLAIMED = 16384
 class _Kept(NamedTuple):
     """A residual on the worker: the program that kept it, and how much memory here it may alias."""
 
-    program: Program
+    program: int  # its key: programs hold their session, which must not keep itself alive
     nbytes: int
 
 
@@ -48,7 +48,7 @@ class Residuals:
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
         handle = jnp.asarray(np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name))
-        self._owned[id] = _Kept(program, 0)
+        self._owned[id] = _Kept(program.key, 0)
         weakref.finalize(handle, self._disown, id).atexit = False
         return handle
 
@@ -57,7 +57,7 @@ class Residuals:
 
         `nbytes` is the size of the memory here that it keeps from being used otherwise.
         """
-        kept = _Kept(program, nbytes)
+        kept = _Kept(program.key, nbytes)
         dropped: list[int] = []
         with self._lock:
             self._unclaimed[id] = kept
@@ -77,7 +77,7 @@ class Residuals:
     def check(self, id: int, program: Program) -> None:
         """Raise ResidualGone unless a residual of this very program is kept under the id."""
         kept = self._owned.get(id) or self._unclaimed.get(id)
-        if kept is None or kept.program is not program:
+        if kept is None or kept.program != program.key:
             raise ResidualGone("no residual of this program has this handle")
 
     def claim(self, id: int) -> None:
