@@ -82,4 +82,5 @@ LINES = (
     Line("vmap over 1,000 rows / a Python loop over them", 0.1, _batched),
     Line("a step with a call among torch's operations, by torch.compile / as it is", 1.0, _compiled),
     Line("resident growth of client and worker over 100,000 calls", 0.01, _growth, below=True),
+    Line("forward + VJP, 1 KiB, in one process / jax2torch-style", 0.25, _ratio(KIB, "inproc", "jax2torch")),
 )

@@ -1,7 +1,6 @@
 """The ways to call one function from torch, each as a step: forward and VJP. Imports torch and jax."""
 
 import contextlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -94,10 +93,9 @@ class Workbench:
             "local": _remote(self._local, function, x, cotangent),
             "slab": _remote(self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)),
             "grpc": _remote(self._grpc, function, x, cotangent),
+            "inproc": _inproc(function, x, cotangent),
             "ping": self._ping,
         }
-        if importlib.util.find_spec("bridge_client.inproc"):
-            steps["inproc"] = _inproc(function, x, cotangent)
         return steps
 
 

@@ -20,6 +20,7 @@ SECONDS = {
     "slab": (1e-4, 1e-3, 0.1),
     "grpc": (1e-3, 1e-2, 0.3),
     "ping": (3e-4, 3e-4, 3e-4),
+    "inproc": (8e-5, 1e-3, 0.1),
 }
 COPIED = {"local": 2.0, "slab": 1.0, "grpc": 3.0}
 TASKS = {
@@ -86,6 +87,7 @@ MISSES = [
     (slower_task("eager with", 0.6), 7),
     (grows("client"), 8),
     (grows("worker"), 8),
+    (slower(KIB, "inproc", 4.0), 9),
 ]
 
 
@@ -174,7 +176,7 @@ def test_files_hold_the_measurements(tmp_path: Path) -> None:
     assert document["machine"] == {"CPU": "two cores"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "run.md").read_text()
-    assert "](run.png)" in page and "two cores" in page and "not yet" in page
+    assert "](run.png)" in page and "two cores" in page and "in-process" in page and "not yet" not in page
 
 
 def test_tables_are_aligned() -> None:

@@ -366,6 +366,11 @@ def _session_with(target: Any) -> Session:
         return connect(target)
     if isinstance(target, Session):
         return target
+    if isinstance(target, nn.Module):
+        raise CallerError(
+            f"the target is a {type(target).__qualname__}, which torch can call as it is; expected a worker's address, "
+            "a Session or a JAX model"
+        )
     try:
         from bridge_client.inproc import host
     except ImportError as error:

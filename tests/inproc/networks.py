@@ -91,14 +91,14 @@ class ViT(nn.Module):
 
 
 class Transformer(nn.Module):
-    """torch's own encoder layers with a causal mask; smooth."""
+    """torch's own encoder layer with a causal mask; smooth."""
 
     example = (2, 4, 8)
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.0, activation="gelu", batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
         self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +127,3 @@ def made(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
     return network, torch.randn(kind.example, dtype=dtype)
-
-
-tied = Tied
-resnet = ResNet

@@ -3,11 +3,9 @@
 import torch
 from torch import nn
 
-from tests.inproc.networks import ViT, made
-
 torch.manual_seed(0)
 normed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double()
-vit = made(ViT)[0]
+network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(27, 2)).double()
 
 
 def sine(x, *, scale=1.0):

@@ -232,6 +232,8 @@ def test_what_is_no_model_is_refused() -> None:
     """A target that is neither an address, a session nor a model raises TargetError; several need a name."""
     with pytest.raises(TargetError, match="expected a function"):
         RemoteJaxFunction(3)
+    with pytest.raises(CallerError, match="as it is"):
+        RemoteJaxFunction(nn.Linear(2, 2))
     with pytest.raises(UnknownModel, match="name="):
         RemoteJaxFunction(host(jax_model={"a": sine, "b": sine}))
 

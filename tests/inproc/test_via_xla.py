@@ -14,13 +14,13 @@ from bridge_client.jax import RemoteTorchFunction
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import WorkerCrashed
 from tests.conftest import ROOT, python_of
-from tests.inproc.networks import ViT, made
+from tests.inproc import served
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Where a worker listens that runs in the environment with both frameworks."""
-    targets = {name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "vit")}
+    targets = {name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "network")}
     with spawn(torch_model=targets, python=python_of(".venv-both"), cwd=ROOT, args=["--via-xla", "--x64"]) as session:
         yield session.address
 
@@ -36,7 +36,7 @@ def test_torch_models_run_in_xla(worker: Session) -> None:
     """The worker's framework is JAX, and its models have torch's names and signatures."""
     assert worker.framework == "jax"
     assert worker.models["sine"].doc == "The sine, scaled."
-    assert worker.models["vit"].arguments == ("x",)
+    assert worker.models["network"].arguments == ("input",)
     names = {p.path: p.trainable for p in worker.models["normed"].parameters}
     expected = {"0.weight": True, "0.bias": True, "1.weight": True, "1.bias": True}
     buffers = dict.fromkeys(("1.running_mean", "1.running_var", "1.num_batches_tracked"), False)
@@ -45,8 +45,8 @@ def test_torch_models_run_in_xla(worker: Session) -> None:
 
 def test_a_network_agrees_with_torch(worker: Session) -> None:
     """The value and the gradients, seen from torch, are those of the network run by torch itself."""
-    network, x = made(ViT)
-    remote = RemoteJaxFunction(worker, name="vit")
+    network, x = served.network, torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    remote = RemoteJaxFunction(worker, name="network")
     seen, expected = remote(x), network(x)
     torch.testing.assert_close(seen, expected, rtol=1e-10, atol=1e-10)
     named = dict(remote.named_parameters())
