@@ -187,3 +187,23 @@ def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[l
 
 
 torch.library.register_autograd("torch_jax_bridge::run", _differentiate_run, setup_context=_save_run, lib=LIBRARY)
+
+
+def _save_pull_back(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    _, arrays, program, _, wrt, given = inputs
+    ctx.call = (program, tuple(wrt), tuple(given))
+    ctx.save_for_backward(*arrays)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    key, wrt, given = ctx.call
+    program = Program.of(key).vjp(wrt, given)  # makes the same of the same arrays, and can be derived from
+    arrays = ctx.saved_tensors
+    needed = [x.requires_grad for x in arrays]
+    return None, _gradients(program, as_values(program, arrays), needed, cotangents), None, None, None, None
+
+
+torch.library.register_autograd(
+    "torch_jax_bridge::pull_back", _differentiate_pull_back, setup_context=_save_pull_back, lib=LIBRARY
+)

@@ -190,6 +190,20 @@ def test_a_graph_recorded_under_grad_is_differentiable(x64_remote: Remote) -> No
     assert_same(torch.autograd.grad(traced(x).sum(), x)[0], 2 * x.detach().cos())
 
 
+def test_a_recorded_gradient_is_differentiable(x64_remote: Remote) -> None:
+    """What make_fx recorded of a backward pass has the second derivatives of what it recorded."""
+    product = x64_remote("product")
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad((product(x, x * 2.0) * x.detach()).sum(), x)[0]
+
+    x = rand(3).requires_grad_()
+    traced = make_fx(gradient)(x)
+    assert torch.ops.torch_jax_bridge.pull_back.default in {node.target for node in traced.graph.nodes}
+    assert_same(traced(x), 4 * x.detach() ** 2)
+    assert_same(torch.autograd.grad(traced(x).sum(), x)[0], 4 * x.detach())
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["sine", "affine"])
 def test_exported(x64_remote: Remote, name: str, strict: bool) -> None:
@@ -204,11 +218,15 @@ def test_exported(x64_remote: Remote, name: str, strict: bool) -> None:
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_the_operator_is_registered_soundly(x64_remote: Remote, requires_grad: bool) -> None:
-    """torch.library.opcheck finds nothing wrong with the operator: schema, autograd, fake tensors, AOT dispatch."""
+    """torch.library.opcheck finds nothing wrong with the operators: schema, autograd, fake tensors, AOT dispatch."""
     product = x64_remote("product")
     # The program's number is what make_fx writes into the graph.
     graph = make_fx(lambda x, y: product(x, y))(rand(3), rand(3)).graph
     args = [rand(3).requires_grad_(requires_grad), rand(3)]
     (node,) = (node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default)
     made = torch.library.opcheck(torch.ops.torch_jax_bridge.run.default, (args, node.args[1]))
+    assert set(made.values()) == {"SUCCESS"}, made
+    # Of no handle that is known: it is computed from the inputs.
+    pulled = (torch.zeros(1, dtype=torch.int64), [*args, rand(3)], node.args[1], [0], [0], [0])
+    made = torch.library.opcheck(torch.ops.torch_jax_bridge.pull_back.default, pulled)
     assert set(made.values()) == {"SUCCESS"}, made
