@@ -21,6 +21,7 @@ FRAMEWORKS_OF = {
     "bridge_server.torch_runtime": {"torch"},
     "bridge_server.torch_via_xla": {"jax", "torch"},
     "bridge_client.jax": {"jax"},
+    "bridge_client.jax.flax": {"jax"},
     "bridge_client.torch": {"torch"},
     "bridge_client.inproc": {"jax", "torch"},
 }
