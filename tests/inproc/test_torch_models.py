@@ -134,7 +134,9 @@ def test_both_directions_in_one_program() -> None:
     inner = RemoteJaxFunction(lambda x: jnp.sin(x))
     outer = RemoteTorchFunction(lambda x: inner(x) * 2)
     x = jnp.arange(3.0)
-    np.testing.assert_allclose(jax.grad(lambda x: outer(x).sum())(x), 2 * jnp.cos(x), rtol=1e-6)
+    gradient = jax.grad(lambda x: outer(x).sum())
+    for transformed in (gradient, jax.jit(gradient)):
+        np.testing.assert_allclose(transformed(x), 2 * jnp.cos(x), rtol=1e-6)
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -6,8 +6,11 @@ import jax
 import pytest
 
 from bridge_client import Session, connect, spawn
+from bridge_client.inproc import host
 from bridge_client.jax import RemoteTorchFunction
-from tests.conftest import ROOT, eventually, python_of
+from tests.conftest import ROOT, TESTS, eventually, python_of
+from tests.jax_client import torch_models
+from tests.torch_server import models
 
 Remote = Callable[..., RemoteTorchFunction]
 
@@ -41,10 +44,19 @@ def remote(session: Session) -> Remote:
     return lambda name, **options: RemoteTorchFunction(session, name=name, **options)
 
 
-@pytest.fixture
-def any_lane(torch_worker: Session, lane: str) -> Iterator[Remote]:
-    """Makes functions of a session on each of the lanes in turn."""
-    with connect(torch_worker.address, lane=lane) as session:
+@pytest.fixture(params=["local", "grpc", "inproc"])
+def any_lane(request: pytest.FixtureRequest, torch_worker: Session) -> Iterator[Remote]:
+    """Makes functions of a session on each of the lanes in turn, and of one with the models of this process."""
+    if request.param == "inproc":
+        hosted = {
+            name: getattr(module, name)
+            for folder, module in (("torch_server", models), ("jax_client", torch_models))
+            for name in (TESTS / folder / "models.txt").read_text().split()
+        }
+        made = host(torch_model=hosted)
+    else:
+        made = connect(torch_worker.address, lane=request.param)
+    with made as session:
         yield lambda name, **options: RemoteTorchFunction(session, name=name, **options)
 
 

@@ -7,7 +7,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from bridge_client import Session, connect
+from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
+from tests import models
+from tests.conftest import TESTS
 
 Remote = Callable[..., RemoteJaxFunction]
 
@@ -38,10 +41,15 @@ def x64_remote(x64_session: Session) -> Remote:
     return lambda name, **options: RemoteJaxFunction(x64_session, name=name, **options)
 
 
-@pytest.fixture
-def any_lane(jax_worker: Session, lane: str) -> Iterator[Remote]:
-    """Makes functions of a session on each of the lanes in turn."""
-    with connect(jax_worker.address, lane=lane) as session:
+@pytest.fixture(params=["local", "grpc", "inproc"])
+def any_lane(request: pytest.FixtureRequest, jax_worker: Session) -> Iterator[Remote]:
+    """Makes functions of a session on each of the lanes in turn, and of one with the models of this process."""
+    if request.param == "inproc":
+        names = (TESTS / "models.txt").read_text().split()
+        made = host(jax_model={name: getattr(models, name) for name in names})
+    else:
+        made = connect(jax_worker.address, lane=request.param)
+    with made as session:
         yield lambda name, **options: RemoteJaxFunction(session, name=name, **options)
 
 
