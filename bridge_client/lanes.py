@@ -27,7 +27,7 @@ from bridge_wire.errors import (
     decode,
 )
 from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import CHUNK
+from bridge_wire.frames import CHUNK, SMALL
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.slabs import Slab
@@ -242,13 +242,20 @@ class GrpcLane(Lane):
             timer.cancel()
 
     def _receive_outputs(self, outputs: Sequence[Block]) -> None:
-        self._receive()
+        data = self._receive().ran.data
+        if data and len(data) != sum(block.nbytes for block in outputs):
+            raise _miscounted()
+        start = 0
         for block in outputs:
+            if data:
+                block.buffer[:] = data[start : start + block.nbytes]
+                start += block.nbytes
+                continue
             filled = 0
             while filled < block.nbytes:
                 chunk = self._receive().chunk
                 if not 0 < len(chunk) <= block.nbytes - filled:
-                    raise ProtocolError("the worker sent more or fewer bytes than its outputs have")
+                    raise _miscounted()
                 block.buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
 
@@ -313,10 +320,18 @@ def _flattened(outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]") -
 
 
 def _inline(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
+    if sum(map(len, inputs)) <= SMALL:
+        request.run.data = b"".join(inputs)
+        yield request
+        return
     yield request
     for buffer in inputs:
         for start in range(0, len(buffer), CHUNK):
             yield pb.LaneRequest(chunk=bytes(buffer[start : start + CHUNK]))
+
+
+def _miscounted() -> ProtocolError:
+    return ProtocolError("the worker sent more or fewer bytes than its outputs have")
 
 
 def _peek(address: int, nbytes: int) -> pb.LaneRequest:

@@ -17,7 +17,7 @@ from bridge_server.runtime import Program
 from bridge_server.sessions import Session, Sessions
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import CHUNK
+from bridge_wire.frames import CHUNK, SMALL
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 
@@ -102,25 +102,39 @@ def _run_inline(
 ) -> Iterator[pb.LaneReply]:
     session.residuals.drop(session, run.released)
     program = session.program(run.program)
-    inputs = _receive_inputs(program, requests, session)
+    inputs = _receive_inputs(run, program, requests, session)
     with sessions.running(session):
         reply, outputs = session.run_inline(run, program, inputs)
+        if sum(program.output_nbytes) <= SMALL:
+            data = b"".join(block.buffer for block in outputs)
+            yield pb.LaneReply(ran=pb.Ran(residual_nbytes=reply.ran.residual_nbytes, data=data))
+            return
         yield reply
         for block in outputs:
             for start in range(0, block.nbytes, CHUNK):
                 yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
 
 
-def _receive_inputs(program: Program, requests: Iterator[pb.LaneRequest], session: Session) -> list[Block]:
+def _receive_inputs(run: pb.Run, program: Program, requests: Iterator[pb.LaneRequest], session: Session) -> list[Block]:
     sizes = [spec.nbytes for spec in program.inputs]
+    data = run.data
+    if data and len(data) != sum(sizes):
+        raise ProtocolError(f"an inline run with {len(data)} bytes of data for inputs of {sum(sizes)} bytes")
     try:
         blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
     except OutOfMemory:
+        if data:
+            raise
         for nbytes in sizes:  # the chunks are on their way: take them, so that the lane can go on
             for _ in _chunks(nbytes, requests):
                 pass
         raise
+    start = 0
     for block in blocks:
+        if data:
+            block.buffer[:] = data[start : start + block.nbytes]
+            start += block.nbytes
+            continue
         filled = 0
         for chunk in _chunks(block.nbytes, requests):
             block.buffer[filled : filled + len(chunk)] = chunk

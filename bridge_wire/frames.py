@@ -5,6 +5,7 @@ import struct
 from bridge_wire.errors import ProtocolError
 
 CHUNK = 1 << 20  # the most bytes of inline tensors in one message
+SMALL = 1 << 16  # the most bytes of inline tensors that travel in a message of another kind
 MAX_FRAME = 2 * CHUNK
 _LENGTH = struct.Struct("<I")
 

@@ -159,13 +159,10 @@ class Client:
         return reply
 
     def run_inline(self, program: int, chunks: Sequence[bytes], residual: int = 0) -> pb.LaneReply:
-        """Run a program of one output; return the reply, past which the output has been read."""
+        """Run a program whose outputs are small enough to come with the reply."""
         run = pb.LaneRequest(run=pb.Run(program=program, inline=True, residual=residual))
         reply = self.lane.say(run, *(pb.LaneRequest(chunk=chunk) for chunk in chunks))
         assert reply is not None
-        if reply.WhichOneof("kind") == "ran":
-            output = self.lane.hear()
-            assert output is not None and output.WhichOneof("kind") == "chunk"
         return reply
 
     def refused(self, reply: pb.LaneReply | None, kind: type[BridgeError] = ProtocolError) -> str:
@@ -753,6 +750,14 @@ def test_double_release_is_ignored(client_of: Client) -> None:
 def test_chunk_of_another_size_is_refused(client_of: Client, chunks: list[bytes]) -> None:
     """Chunks that are empty, or more than an input lacks, are a ProtocolError, and the lane ends."""
     client_of.refused(client_of.run_inline(client_of.prepare(SINE), chunks))
+    assert client_of.lane.hear() is None
+
+
+@pytest.mark.parametrize("data", [b"x", ZEROS[:-1], ZEROS + b"x"], ids=["a byte", "one too few", "one too many"])
+def test_data_of_another_size_is_refused(client_of: Client, data: bytes) -> None:
+    """An inline run whose data are not exactly the bytes of its inputs is a ProtocolError, and the lane ends."""
+    run = pb.Run(program=client_of.prepare(SINE), inline=True, data=data)
+    client_of.refused(client_of.lane.say(pb.LaneRequest(run=run)))
     assert client_of.lane.hear() is None
 
 

@@ -398,26 +398,30 @@ class Share(_message.Message):
     def __init__(self, base: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released")
+    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     program: int
     inputs: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
     inline: bool
     residual: int
     released: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ...) -> None: ...
+    data: bytes
+    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Ran(_message.Message):
-    __slots__ = ("residual_nbytes",)
+    __slots__ = ("residual_nbytes", "data")
     RESIDUAL_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     residual_nbytes: int
-    def __init__(self, residual_nbytes: _Optional[int] = ...) -> None: ...
+    data: bytes
+    def __init__(self, residual_nbytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("residuals",)
