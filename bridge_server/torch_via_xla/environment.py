@@ -68,6 +68,10 @@ def _made_environment() -> Any:
             def _should_use_torchax_tensor(self, device: Any) -> bool:
                 return device is None or torch.device(device).type != "cpu"
 
+            def _is_same_device(self, moved: Any, device: Any) -> bool:
+                # A traced tensor is wherever JAX has it, whatever the code says.
+                return isinstance(moved, tensor.Tensor) or super()._is_same_device(moved, device)
+
             def t2j_iso(self, tree: Any) -> Any:
                 return super().t2j_iso(torch_pytree.tree_map_only(Tensor, self._constant, tree))
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -126,6 +127,33 @@ def test_tensors_in_closures_are_constants() -> None:
     h = trace_torch(Scaled())
     assert (h.params, h.buffers) == ({}, {})
     assert h({}, jnp.ones(3)).tolist() == [2.0, 3.0, 4.0]
+
+
+def test_devices_are_jaxs() -> None:
+    """Code that moves tensors, or makes them beside others, runs wherever JAX does."""
+
+    def f(x: Tensor) -> Tensor:
+        return x.to("cpu").cpu().to(x.device, torch.float32) + torch.arange(3, device=x.device) + x.new_zeros(3)
+
+    assert jax.jit(trace_torch(f))(jnp.zeros(3)).tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_modules_agree_with_torch(kind: type[nn.Module]) -> None:
+    """LSTM and GRU, whose results are tuples, agree with torch."""
+    module, x = kind(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    h = trace_torch(module)
+    seen, expected = jax.jit(h)(h.params, to_jax(x)), module(x)
+    assert_same(jax.tree.leaves(seen), [y.detach() for y in jax.tree.leaves(expected)], 1e-4)
+
+
+def test_threads_trace_at_once() -> None:
+    """Several threads may trace at the same time, each with its own key."""
+    f = trace_torch(lambda x: functional.dropout(x.sin()).sum())
+    keys = jax.random.split(jax.random.key(0), 8)
+    expected = [float(f(jnp.ones(64), rng=key)) for key in keys]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda key: float(f(jnp.ones(64), rng=key)), keys)) == expected
 
 
 def test_tied_weights_stay_tied() -> None:
