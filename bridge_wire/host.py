@@ -60,7 +60,7 @@ def memfd() -> Check:
     try:
         slab = create_slab(PAGE, 0)
     except OutOfMemory as error:
-        return slow(name, f"{error}: {_BY_VALUE}", "allow memfd_create in the sandbox or seccomp profile")
+        return slow(name, f"{error}: {_BY_VALUE}", "free memory, or allow memfd_create in the sandbox")
     try:
         os.ftruncate(slab.fd, 0)
     except PermissionError:
@@ -136,6 +136,8 @@ def gpus() -> Iterator[Check]:
         yield slow(name, f"nvidia-smi fails: {said or answer.returncode}", remedy)
         return
     yield ok(name, f"{devices[0][2]}; " + ", ".join(f"{model} {uuid}" for uuid, model, _ in devices))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    yield ok("GPUs to use", "all" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}")
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     yield ok("MPS", "its daemon's pipes are here" if pipes.exists() else "off: processes take turns on a GPU")
 

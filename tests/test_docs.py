@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge_client import Session
+from bridge_client import Session, doctor
+from bridge_client.link import Terms
 from bridge_wire.frames import encode
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, python_of
@@ -83,6 +84,14 @@ def test_operations_page_names_every_option() -> None:
     help_text = run(python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT).stdout
     options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
     assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {"--help"}
+
+
+def test_operations_page_shows_what_a_doctor_looks_at(jax_worker: Session) -> None:
+    """The checks in docs/operations.md are, one by one, those that a doctor makes on a CPU host."""
+    page = OPERATIONS.read_text().split("bridge_client doctor unix:", 1)[1].split("```", 1)[0]
+    shown = re.findall(r"^(?:ok|slow|broken) +(.*?)  ", page, re.MULTILINE)
+    made = [check.name for check in doctor.examine(jax_worker.address, Terms())]
+    assert shown == [name for name in made if name not in ("GPUs to use", "MPS")]
 
 
 @pytest.mark.parametrize("page", ["transforms.md", "training.md"])

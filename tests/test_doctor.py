@@ -215,15 +215,24 @@ def test_gpus_are_told_by_uuid(
     assert first.verdict == verdict and first.found.startswith(found)
 
 
+def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What CUDA_VISIBLE_DEVICES leaves of the GPUs, which nvidia-smi does not know, is told."""
+    monkeypatch.setenv("PATH", str(_program(tmp_path / "nvidia-smi", f"echo '{_UUID}, NVIDIA L4, 580.65.06'").parent))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert list(host.gpus())[1] == ok("GPUs to use", "all")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert list(host.gpus())[1] == ok("GPUs to use", "CUDA_VISIBLE_DEVICES=''")
+
+
 def test_mps_is_told_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a GPU it is told whether an MPS daemon's pipes are there; without one there is nothing to tell."""
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert len(list(host.gpus())) == 1
     _program(tmp_path / "bin" / "nvidia-smi", f"echo '{_UUID}, NVIDIA L4, 580.65.06'")
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "mps"))
-    assert list(host.gpus())[1].found.startswith("off")
+    assert list(host.gpus())[-1].found.startswith("off")
     (tmp_path / "mps").mkdir()
-    assert "daemon" in list(host.gpus())[1].found
+    assert "daemon" in list(host.gpus())[-1].found
 
 
 # Namespaces -------------------------------------------------------------------------------------------------------
