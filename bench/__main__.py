@@ -44,7 +44,7 @@ def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
 
 def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, list[list[float]]]]:
     # Only now: they import torch and jax, for which a misspelt option need not wait.
-    from bench import tasks, ways
+    from bench import from_jax, tasks, ways
 
     cells = {}
     work = list(itertools.product(plan.functions, plan.sizes))
@@ -57,7 +57,9 @@ def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, li
             copied = {way: step.bytes_copied() for way, step in steps.items() if isinstance(step, ways.Step)}
             for way, rounds in measure.interleave(steps, plan).items():
                 cells[function, nbytes, way] = Cell(rounds, bytes_made, copied.get(way))
-        return cells, measure.interleave(tasks.tasks(workbench.session), plan)
+        from_torch = measure.interleave(tasks.tasks(workbench.session), plan)
+    with from_jax.worker() as session:
+        return cells, from_torch | measure.interleave(from_jax.tasks(session), plan)
 
 
 def _parser() -> argparse.ArgumentParser:

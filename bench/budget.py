@@ -62,12 +62,8 @@ def _growth(results: Results) -> float | None:
     return None if results.growth is None else max(growth.share for growth in results.growth.values())
 
 
-def _batched(results: Results) -> float:
-    return statistics.median(batch / loop for batch, loop in results.task_p50s("vmap", "loop"))
-
-
-def _compiled(results: Results) -> float:
-    return statistics.median(compiled / eager for compiled, eager in results.task_p50s("compiled with", "eager with"))
+def _tasks(task: str, other: str) -> Callable[[Results], float]:
+    return lambda results: statistics.median(one / two for one, two in results.task_p50s(task, other))
 
 
 LINES = (
@@ -79,8 +75,14 @@ LINES = (
     Line("the same over gRPC inline, 64 MiB / local lane", 4.0, _ratio(64 * MIB, "grpc", "local")),
     Line("forward + VJP, 1 KiB / one bare gRPC unary ping", 0.5, _ratio(KIB, "local", "ping")),
     Line("bytes copied, inputs already in a slab / bytes of the outputs and gradients", 1.0, _copied),
-    Line("vmap over 1,000 rows / a Python loop over them", 0.1, _batched),
-    Line("a step with a call among torch's operations, by torch.compile / as it is", 1.0, _compiled),
+    Line("vmap over 1,000 rows / a Python loop over them", 0.1, _tasks("vmap", "loop")),
+    Line(
+        "a step with a call among torch's operations, by torch.compile / as it is",
+        1.0,
+        _tasks("compiled with", "eager with"),
+    ),
     Line("resident growth of client and worker over 100,000 calls", 0.01, _growth, below=True),
     Line("forward + VJP, 1 KiB, in one process / jax2torch-style", 0.25, _ratio(KIB, "inproc", "jax2torch")),
+    Line("a torch worker from jitted JAX, 1 KiB / jax.pure_callback", 1.0, _tasks("torch worker", "pure_callback")),
+    Line("an MLP through trace_torch / written in JAX", 1.2, _tasks("traced", "in jax")),
 )

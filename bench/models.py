@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WIDTH = 64
-_LAYERS = 3
+from bench import LAYERS, WIDTH
 
 
 def affine(x):
@@ -23,10 +22,10 @@ def sine(x):
 
 def _apply_mlp(params, x):
     """Three layers of one width, with ReLU between them."""
-    for i in range(_LAYERS):
+    for i in range(LAYERS):
         layer = params[f"layer_{i}"]
         x = x @ layer["kernel"] + layer["bias"]
-        x = jax.nn.relu(x) if i < _LAYERS - 1 else x
+        x = jax.nn.relu(x) if i < LAYERS - 1 else x
     return x
 
 
@@ -36,7 +35,7 @@ def _make_params() -> dict[str, Any]:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(0, WIDTH**-0.5, shape), jnp.float32)
 
-    return {f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(_LAYERS)}
+    return {f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(LAYERS)}
 
 
 mlp = (_apply_mlp, _make_params())

@@ -9,7 +9,7 @@ import jax
 import torch
 from torch import Tensor
 
-from bench import ROOT, models
+from bench import ROOT, WIDTH, models
 from bench.ping import Ping
 from bridge_client import Session, connect, spawn
 from bridge_client.torch import RemoteJaxFunction
@@ -85,7 +85,7 @@ class Workbench:
     def steps(self, function: str, nbytes: int) -> dict[str, Callable[[], None]]:
         """Return a step for each way that there is, all on the same values, by the names of `report.WAYS`."""
         x = torch.randn(nbytes // 4)
-        x = x.view(-1, models.WIDTH) if function == "mlp" else x
+        x = x.view(-1, WIDTH) if function == "mlp" else x
         cotangent = torch.randn_like(x)
         steps: dict[str, Callable[[], None]] = {
             "native": _native(function, x, cotangent),

@@ -26,6 +26,7 @@ COPIED = {"local": 2.0, "slab": 1.0, "grpc": 3.0}
 TASKS = {
     **{"vmap": 1e-3, "loop": 1e-1, "hvp": 1e-3, "native hvp": 1e-4},
     **{"eager with": 3e-4, "eager without": 1e-4, "compiled with": 2e-4, "compiled without": 1e-4},
+    **{"torch worker": 2e-4, "pure_callback": 3e-4, "traced": 1e-3, "in jax": 1e-3},
 }
 
 
@@ -88,6 +89,8 @@ MISSES = [
     (grows("client"), 8),
     (grows("worker"), 8),
     (slower(KIB, "inproc", 4.0), 9),
+    (slower_task("torch worker", 1.6), 10),
+    (slower_task("traced", 1.3), 11),
 ]
 
 
