@@ -42,7 +42,8 @@ def serve(
                     call = object()
                     sessions.begin(session, call)
                     try:
-                        yield session.run(request.run)
+                        session.run(request.run)
+                        yield _RAN
                     finally:  # after the reply has gone, so that a drain does not cut it off
                         sessions.end(call)
                 else:
@@ -104,12 +105,11 @@ def _run_inline(
     program = session.program(run.program)
     inputs = _receive_inputs(run, program, requests, session)
     with sessions.running(session):
-        reply, outputs = session.run_inline(run, program, inputs)
+        outputs = session.run_inline(run, program, inputs)
         if sum(program.output_nbytes) <= SMALL:
-            data = b"".join(block.buffer for block in outputs)
-            yield pb.LaneReply(ran=pb.Ran(residual_nbytes=reply.ran.residual_nbytes, data=data))
+            yield pb.LaneReply(ran=pb.Ran(data=b"".join(block.buffer for block in outputs)))
             return
-        yield reply
+        yield _RAN
         for block in outputs:
             for start in range(0, block.nbytes, CHUNK):
                 yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
@@ -161,6 +161,8 @@ def _failed(error: BridgeError) -> pb.LaneReply:
 
 
 _DONE = pb.LaneReply(done=pb.Done())
+_RAN = pb.LaneReply(ran=pb.Ran())
+_RAN_BYTES = _RAN.SerializeToString()
 
 
 class LocalLanes:
@@ -214,7 +216,7 @@ class LocalLanes:
                 raise Unauthenticated("a local lane serves the worker's own user only")
             with contextlib.closing(serve(_requests(lane), self._sessions, lane.take_descriptors)) as replies:
                 for reply in replies:
-                    lane.send(reply.SerializeToString())
+                    lane.send(_RAN_BYTES if reply is _RAN else reply.SerializeToString())
         except PeerError as error:
             self._refuse(lane, error)
         except OSError:

@@ -1,6 +1,5 @@
 """What a framework must offer to be served. One implementation per framework; this file imports none of them."""
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,11 +57,6 @@ class Program(ABC):
     residual_nbytes: int | None = None
     # Whether a run reads a residual, which a run of this program kept.
     pullback_of: "Program | None" = None
-
-    @functools.cached_property
-    def reply(self) -> pb.LaneReply:
-        """What a lane answers to each run."""
-        return pb.LaneReply(ran=pb.Ran(residual_nbytes=self.residual_nbytes or 0))
 
     @abstractmethod
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:

@@ -152,19 +152,17 @@ class Session:
             raise ProtocolError(f"this session has prepared no program {id}")
         return program
 
-    def run(self, request: pb.Run) -> pb.LaneReply:
+    def run(self, request: pb.Run) -> None:
         """Run a program on the client's blocks."""
         if request.released:
             self.residuals.drop(self, request.released)
         # A training loop names the same few combinations of blocks again and again.
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
-        return self._run(plan.program, request.residual, plan.inputs, plan.outputs)
+        self._run(plan.program, request.residual, plan.inputs, plan.outputs)
 
-    def run_inline(
-        self, request: pb.Run, program: Program, inputs: Sequence[Block]
-    ) -> tuple[pb.LaneReply, list[Block]]:
-        """Run a program on blocks of `scratch`; return the reply, and the outputs in such blocks.
+    def run_inline(self, request: pb.Run, program: Program, inputs: Sequence[Block]) -> list[Block]:
+        """Run a program on blocks of `scratch`; return the outputs, in such blocks.
 
         A residual that aliases an input keeps that input's block.
         """
@@ -173,11 +171,10 @@ class Session:
             for block, spec in zip(inputs, program.inputs, strict=True)
         ]
         outputs = [self.scratch.lease(nbytes) for nbytes in program.output_nbytes]
-        return self._run(program, request.residual, views, [(b.pointer, b.nbytes) for b in outputs]), outputs
+        self._run(program, request.residual, views, [(b.pointer, b.nbytes) for b in outputs])
+        return outputs
 
-    def _run(
-        self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[tuple[int, int]]
-    ) -> pb.LaneReply:
+    def _run(self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[tuple[int, int]]) -> None:
         """Run a program on views, and write its outputs to pointers of so many bytes."""
         read = None
         if program.pullback_of is not None:
@@ -194,7 +191,6 @@ class Session:
             if residual == 0:
                 raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
             self.residuals.keep(self, residual, _Kept(program, value, kept_nbytes))
-        return program.reply
 
     def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> "_Plan":
         """Check a run's addresses, and return what it comes to."""

@@ -14,8 +14,7 @@ _MOST_THREADS = 4
 
 def copy(target: int, source: int, nbytes: int) -> None:
     """Copy `nbytes` bytes from one address to another; the ranges do not overlap."""
-    threads = min(usable_cores(), _MOST_THREADS) if nbytes >= _LARGE else 1
-    if threads == 1:
+    if nbytes < _LARGE or (threads := min(usable_cores(), _MOST_THREADS)) == 1:
         ctypes.memmove(target, source, nbytes)
         return
     step = nbytes // threads

@@ -416,12 +416,10 @@ class Run(_message.Message):
     def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Ran(_message.Message):
-    __slots__ = ("residual_nbytes", "data")
-    RESIDUAL_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
-    residual_nbytes: int
     data: bytes
-    def __init__(self, residual_nbytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("residuals",)
