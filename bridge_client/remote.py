@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program
-from bridge_client.session import Placed, Session, closed, paired, unchanged
+from bridge_client.session import Placed, Session, closed
 from bridge_wire.errors import (
     BridgeError,
     PeerError,
@@ -63,7 +62,6 @@ class RemoteSession(Session):
         self.timeout_s = timeout_s
         self._host = host
         self._terms = terms
-        self._ids = itertools.count(1)
         self._calls = self._bytes_copied = self._fallbacks = 0
         self._start_afresh()
         _sessions.add(self)
@@ -103,45 +101,6 @@ class RemoteSession(Session):
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         self._over_link(self._name_of, program, timeout_s)
         return program
-
-    def run(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
-    ) -> Any:
-        return self._over_link(self._run, program, inputs, 0, copied, timeout_s, make)
-
-    def run_keeping(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block], int], Any] = paired,
-    ) -> Any:
-        id = next(self._ids)
-        try:
-            return self._over_link(self._run, program, inputs, id, copied, timeout_s, lambda made: make(made, id))
-        except BaseException:
-            self.drop_residual(id)
-            raise
-
-    def run_pullback(
-        self,
-        program: Program,
-        residual: int,
-        cotangents: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
-    ) -> Any:
-        return self._over_link(self._run, program, cotangents, residual, copied, timeout_s, make)
 
     def drop_residual(self, id: int) -> None:
         if self._residuals.pop(id, None) is not None:
@@ -231,6 +190,17 @@ class RemoteSession(Session):
 
     def _run(
         self,
+        program: Program,
+        inputs: Sequence[Placed],
+        residual: int,
+        copied: int,
+        timeout_s: float | None,
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
+        return self._over_link(self._run_over, program, inputs, residual, copied, timeout_s, make)
+
+    def _run_over(
+        self,
         link: Link,
         program: Program,
         inputs: Sequence[Placed],
@@ -239,7 +209,6 @@ class RemoteSession(Session):
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
     ) -> _T:
-        """Run a program over the link. `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0."""
         if residual:
             if not program.is_pullback:
                 self._residuals[residual] = _Residual(link, inputs)

@@ -3,6 +3,7 @@
 `bridge_client.remote` serves it by a worker process, `bridge_client.inproc` by a runtime in this process.
 """
 
+import itertools
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -50,12 +51,12 @@ class ModelInfo:
     signatures: tuple[tuple[Spec, ...], ...] = ()
 
 
-def unchanged(blocks: list[Block]) -> list[Block]:
+def _unchanged(blocks: list[Block]) -> list[Block]:
     """Return the outputs of a run as they are."""
     return blocks
 
 
-def paired(blocks: list[Block], residual: int) -> tuple[list[Block], int]:
+def _paired(blocks: list[Block], residual: int) -> tuple[list[Block], int]:
     """Return the outputs of a run with the residual it has kept."""
     return blocks, residual
 
@@ -71,6 +72,7 @@ class Session(ABC):
 
     def __init__(self) -> None:
         self._is_closed = False
+        self._ids = itertools.count(1)
         self._forget_threads()
 
     def _forget_threads(self) -> None:
@@ -140,7 +142,6 @@ class Session(ABC):
         """Prepare the program without inputs whose outputs are a model's parameters."""
         return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()))
 
-    @abstractmethod
     def run(
         self,
         program: Program,
@@ -148,7 +149,7 @@ class Session(ABC):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
+        make: Callable[[list[Block]], Any] = _unchanged,
     ) -> Any:
         """Run a program on memory of this session; return what `make` makes of its outputs, by default the blocks.
 
@@ -161,8 +162,8 @@ class Session(ABC):
           CallTimeout: no answer within `timeout_s` seconds, or else the session's; None waits.
           OutOfMemory: no room for the outputs; nothing was sent.
         """
+        return self._run(program, inputs, 0, copied, timeout_s, make)
 
-    @abstractmethod
     def run_keeping(
         self,
         program: Program,
@@ -170,15 +171,20 @@ class Session(ABC):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-        make: Callable[[list[Block], int], Any] = paired,
+        make: Callable[[list[Block], int], Any] = _paired,
     ) -> Any:
         """Run a program that keeps a residual; return what `make` makes of its outputs and the residual's id, by
         default a pair of these.
 
         The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise as `run`.
         """
+        id = next(self._ids)
+        try:
+            return self._run(program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id))
+        except BaseException:
+            self.drop_residual(id)
+            raise
 
-    @abstractmethod
     def run_pullback(
         self,
         program: Program,
@@ -187,13 +193,26 @@ class Session(ABC):
         *,
         copied: int = 0,
         timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
+        make: Callable[[list[Block]], Any] = _unchanged,
     ) -> Any:
         """Run the pullback of a run that kept a residual, which stays. Otherwise as `run`.
 
         Raises:
           ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs instead.
         """
+        return self._run(program, cotangents, residual, copied, timeout_s, make)
+
+    @abstractmethod
+    def _run(
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        residual: int,
+        copied: int,
+        timeout_s: float | None,
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
+        """Run a program. `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0."""
 
     @abstractmethod
     def drop_residual(self, id: int) -> None:

@@ -1,7 +1,9 @@
 """Checks of what a client asks for, before anything is traced. Imports no framework."""
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from bridge_server.runtime import Model
 from bridge_wire import trees
@@ -14,6 +16,36 @@ MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_NAMED = 20
 _MOST_STREAMS = 64
+
+
+class Keeping(Protocol):
+    """A program that keeps what the pullback from the outputs `differentiable` to the inputs `wrt` needs."""
+
+    wrt: tuple[int, ...]
+    differentiable: tuple[int, ...]
+
+
+def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
+    """Return the names of a callable's positional arguments, as far as Python can tell."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ()
+    names = tuple(
+        parameter.name
+        for parameter in signature.parameters.values()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    )
+    return names[1:] if skips_first else names
+
+
+def check_pullback(program: Keeping, wrt: Sequence[int], outputs: Sequence[int]) -> None:
+    """Raise ProtocolError unless what the program keeps serves the pullback from these outputs to these inputs."""
+    if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
+        raise ProtocolError(
+            f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps what is needed "
+            f"from {program.differentiable} to {program.wrt}"
+        )
 
 
 def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool) -> str:

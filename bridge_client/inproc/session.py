@@ -1,15 +1,14 @@
 """Sessions with models of this very process: the worker's runtime is called directly. Imports no framework itself."""
 
-import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from bridge_client.inproc.memory import ProcessMemory, Views
 from bridge_client.programs import Program
 from bridge_client.progress import logged_when_slow
-from bridge_client.session import Placed, Session, closed, paired, unchanged
+from bridge_client.session import Placed, Session, closed
 from bridge_server import runtime
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
@@ -17,6 +16,8 @@ from bridge_wire import specs
 from bridge_wire.errors import CallerError, ProtocolError, ResidualGone
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
+
+_T = TypeVar("_T")
 
 
 def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
@@ -73,7 +74,6 @@ class InprocSession(Session):
         self._views = Views(serving)
         self._models = models
         self._eras = {x64: _Era(Programs(serving, models)) for x64 in (False, True)}
-        self._ids = itertools.count(1)
         self._residuals: dict[int, _Residual] = {}
         self._lock = threading.Lock()
         self._calls = self._bytes_copied = 0
@@ -102,50 +102,6 @@ class InprocSession(Session):
         self._refuse_time_limit(program, timeout_s)
         self._prepared(program)
         return program
-
-    def run(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
-    ) -> Any:
-        self._refuse_time_limit(program, timeout_s)
-        return make(self._run(program, inputs, copied)[0])
-
-    def run_keeping(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block], int], Any] = paired,
-    ) -> Any:
-        self._refuse_time_limit(program, timeout_s)
-        blocks, residual = self._run(program, inputs, copied)
-        id = next(self._ids)
-        self._residuals[id] = residual
-        return make(blocks, id)
-
-    def run_pullback(
-        self,
-        program: Program,
-        residual: int,
-        cotangents: Sequence[Placed],
-        *,
-        copied: int = 0,
-        timeout_s: float | None = None,
-        make: Callable[[list[Block]], Any] = unchanged,
-    ) -> Any:
-        self._refuse_time_limit(program, timeout_s)
-        pullback_of = self._prepared(program).pullback_of
-        kept = self._residuals.get(residual)
-        if kept is None or kept.program is not pullback_of:
-            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
-        return make(self._run(program, cotangents, copied, kept.value)[0])
 
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)
@@ -214,11 +170,21 @@ class InprocSession(Session):
                     return made
 
     def _run(
-        self, program: Program, inputs: Sequence[Placed], copied: int, read: Any = None
-    ) -> tuple[list[Block], _Residual]:
+        self,
+        program: Program,
+        inputs: Sequence[Placed],
+        residual: int,
+        copied: int,
+        timeout_s: float | None,
+        make: Callable[[list[Block]], _T],
+    ) -> _T:
+        self._refuse_time_limit(program, timeout_s)
         prepared = self._prepared(program)
+        read = self._read(prepared, residual) if program.is_pullback else None
         arrays = list(map(self._views.of, inputs, prepared.inputs))
         outputs, value = prepared.run(arrays, read)
+        if residual and not program.is_pullback:
+            self._residuals[residual] = _Residual(prepared, value, inputs)
         # The worker's own parameters are handed out as copies: whoever trains them must not change the model.
         is_model_state = program.request.HasField("parameters")
         pointers = [None] * len(outputs) if is_model_state else self._runtime.exclusive(outputs, arrays, value)
@@ -235,7 +201,13 @@ class InprocSession(Session):
         with self._lock:
             self._calls += 1
             self._bytes_copied += copied
-        return blocks, _Residual(prepared, value, inputs)
+        return make(blocks)
+
+    def _read(self, pullback: runtime.Program, residual: int) -> Any:
+        kept = self._residuals.get(residual)
+        if kept is None or kept.program is not pullback.pullback_of:
+            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
+        return kept.value
 
 
 def _name_of(target: Any) -> str:

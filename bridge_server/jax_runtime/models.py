@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
 from bridge_server.runtime import Model, Parameter
+from bridge_server.signatures import positional_names
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, SpecError, TargetError
 from bridge_wire.specs import Spec
@@ -77,7 +78,7 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
     return Model(
         name=name,
         doc=inspect.getdoc(parts.documented) or "",
-        arguments=_positional_names(parts),
+        arguments=positional_names(parts.documented, skips_first=parts.skips_first),
         parameters=parameters,
         values=[jnp.asarray(state[i]) for i in sent],
         apply=apply,
@@ -310,19 +311,6 @@ def _only_key(streams: Streams) -> Any:
     if len(streams) > 1:
         raise CallerError(f"the model draws from one random stream, not from {sorted(streams)}; name one in rngs")
     return next(iter(streams.values()), None)
-
-
-def _positional_names(parts: Parts) -> tuple[str, ...]:
-    try:
-        signature = inspect.signature(parts.documented)
-    except (TypeError, ValueError):
-        return ()
-    names = tuple(
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    )
-    return names[1:] if parts.skips_first else names
 
 
 def _label(path: Sequence[Any]) -> str:

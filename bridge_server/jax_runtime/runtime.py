@@ -27,11 +27,11 @@ from bridge_server.jax_runtime.types import (
 )
 from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
-from bridge_server.signatures import check_differentiable, check_signature
+from bridge_server.signatures import check_differentiable, check_pullback, check_signature
 from bridge_wire import trees
 from bridge_wire.copying import copy
 from bridge_wire.dlpack import Exporter
-from bridge_wire.errors import CallerError, InternalError, ProtocolError, RemoteModelError
+from bridge_wire.errors import CallerError, InternalError, RemoteModelError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -107,11 +107,7 @@ class JaxRuntime(Runtime):
 
     def prepare_pullback(self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
         assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
-        if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
-            raise ProtocolError(
-                f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps what is needed "
-                f"from {program.differentiable} to {program.wrt}"
-            )
+        check_pullback(program, wrt, outputs)
         inputs = tuple(program.outputs[i] for i in outputs)
         arguments = (program.residual_avals, *avals_of(inputs))
         where = f"the VJP of {program.where}"

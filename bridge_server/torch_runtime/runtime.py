@@ -8,14 +8,14 @@ import torch
 
 from bridge_server import runtime
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
-from bridge_server.signatures import check_differentiable, check_signature
+from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
-from bridge_server.torch_runtime.models import Parts, parts_of
+from bridge_server.torch_runtime.models import parts_of
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_wire import trees
-from bridge_wire.errors import CallerError, ProtocolError, TargetError
+from bridge_wire.errors import CallerError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -43,7 +43,7 @@ class TorchRuntime(Runtime):
         return Model(
             name=name,
             doc=inspect.getdoc(parts.documented) or "",
-            arguments=_positional_names(parts),
+            arguments=positional_names(parts.documented, skips_first=parts.skips_first),
             parameters=tuple(parameters),
             values=[tensor.detach() for tensor in parts.state.values()],
             apply=parts.code,
@@ -71,11 +71,7 @@ class TorchRuntime(Runtime):
 
     def prepare_pullback(self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
         assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
-        if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
-            raise ProtocolError(
-                f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps what is needed "
-                f"from {program.differentiable} to {program.wrt}"
-            )
+        check_pullback(program, wrt, outputs)
         yield "tracing"
         return program.pullback(wrt, outputs)
 
@@ -123,16 +119,3 @@ def _running(composed: Composed, call: Call) -> Callable[[Sequence[Any], Any], t
 def _versions(tensors: Sequence[Any]) -> list[int]:
     """Return how often each tensor has been written to."""
     return [x._version for x in tensors if isinstance(x, torch.Tensor)]
-
-
-def _positional_names(parts: Parts) -> tuple[str, ...]:
-    try:
-        signature = inspect.signature(parts.documented)
-    except (TypeError, ValueError):
-        return ()
-    names = tuple(
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    )
-    return names[1:] if parts.skips_first else names
