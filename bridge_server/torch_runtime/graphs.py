@@ -70,4 +70,9 @@ def _saved_by(node: Any) -> list[Tensor]:
             with contextlib.suppress(RuntimeError):  # freed, or changed since: then the graph does not use it
                 value = getattr(node, name)
                 saved += value if isinstance(value, list | tuple) else [value]
-    return [each for each in saved if isinstance(each, Tensor) and each.layout is torch.strided]
+    return [each for each in saved if isinstance(each, Tensor) and _has_memory(each)]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    # The zeros of forward mode have a storage, whose address may not be asked for.
+    return tensor.layout is torch.strided and not tensor._is_zerotensor()

@@ -669,6 +669,19 @@ def test_residual_bytes_are_those_of_saved_tensors(runtime: TorchRuntime) -> Non
         assert program.residual_nbytes == expected
 
 
+def test_a_forward_mode_derivative_can_be_kept(runtime: TorchRuntime) -> None:
+    """A residual may hold zeros of forward mode, which have no memory."""
+    x = rand(3)
+    hosted = Hosted(runtime, lambda x: torch.tanh(x * x.sin()) * x.sum())
+    program = hosted.call(x, transforms=[vjp([0]), jvp([0])], keep=[0])
+    ones = np.ones_like(x)
+    (made,), residual = hosted.run_keeping(program, x, ones, ones)
+    assert program.residual_nbytes
+    again = hosted.call(x, transforms=[vjp([0]), jvp([0]), vjp([0])])
+    pulled = hosted.run(hosted.pullback(program, [0]), ones, residual=residual)
+    np.testing.assert_allclose(pulled[0], hosted.run(again, x, ones, ones, ones)[0])
+
+
 def test_only_outputs_of_their_own_memory_are_exclusive(runtime: TorchRuntime) -> None:
     """What nobody else holds may be handed over; inputs, views, weights and what a graph or a model keeps may not."""
     kept: list[Tensor] = []
