@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,9 @@ class Description:
     devices: tuple[str, ...] = field(default=())
 
 
+_NOTHING: AbstractContextManager[None] = nullcontext()
+
+
 class Runtime(ABC):
     """Adapts one framework. Methods are called from many threads at once."""
 
@@ -133,6 +137,10 @@ class Runtime(ABC):
     @abstractmethod
     def prepare_pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
+
+    def apart(self) -> AbstractContextManager[object]:
+        """Return the context for what this runtime does in a thread of its user's, whose settings it must not see."""
+        return _NOTHING
 
     @abstractmethod
     def view(self, pointer: int, spec: Spec, owner: Any) -> Any:

@@ -100,7 +100,8 @@ class InprocSession(Session):
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         self._refuse_time_limit(program, timeout_s)
-        self._prepared(program)
+        with self._runtime.apart():
+            self._prepared(program)
         return program
 
     def drop_residual(self, id: int) -> None:
@@ -179,6 +180,11 @@ class InprocSession(Session):
         make: Callable[[list[Block]], _T],
     ) -> _T:
         self._refuse_time_limit(program, timeout_s)
+        with self._runtime.apart():
+            blocks = self._run_apart(program, inputs, residual, copied)
+        return make(blocks)
+
+    def _run_apart(self, program: Program, inputs: Sequence[Placed], residual: int, copied: int) -> list[Block]:
         prepared = self._prepared(program)
         read = self._read(prepared, residual) if program.is_pullback else None
         arrays = list(map(self._views.of, inputs, prepared.inputs))
@@ -201,7 +207,7 @@ class InprocSession(Session):
         with self._lock:
             self._calls += 1
             self._bytes_copied += copied
-        return make(blocks)
+        return blocks
 
     def _read(self, pullback: runtime.Program, residual: int) -> Any:
         kept = self._residuals.get(residual)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bridge_server.signatures import check_differentiable, check_pullback, check
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import parts_of
+from bridge_server.torch_runtime.modes import without_callers_modes
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_wire import trees
@@ -74,6 +76,9 @@ class TorchRuntime(Runtime):
         check_pullback(program, wrt, outputs)
         yield "tracing"
         return program.pullback(wrt, outputs)
+
+    def apart(self) -> AbstractContextManager[object]:
+        return without_callers_modes()
 
     def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
         return types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)

@@ -127,6 +127,22 @@ def test_a_models_own_state_is_not_handed_out() -> None:
     assert not weight.any()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_modes_of_torch_around_a_call_change_nothing(mode: Callable[[], Any]) -> None:
+    """A call within no_grad, inference mode or autocast has the value, type and gradients that it has elsewhere."""
+    model = nn.Linear(3, 2)
+    x = jnp.ones((4, 3))
+    inside, outside = RemoteTorchFunction(model), RemoteTorchFunction(model)
+    with mode():
+        seen = jax.value_and_grad(lambda x: inside(x).sum())(x)
+    expected = jax.value_and_grad(lambda x: outside(x).sum())(x)
+    for f in (inside, outside):
+        with mode():
+            assert f(x).dtype == jnp.float32
+    assert seen[0] == expected[0]
+    assert seen[1].tolist() == expected[1].tolist() == jax.grad(lambda x: inside(x).sum())(x).tolist()
+
+
 def test_both_directions_in_one_program() -> None:
     """A JAX function calls a torch one that calls a JAX one, and gradients go through all three."""
     from bridge_client.torch import RemoteJaxFunction

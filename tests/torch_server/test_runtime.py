@@ -675,7 +675,7 @@ def test_a_forward_mode_derivative_can_be_kept(runtime: TorchRuntime) -> None:
     hosted = Hosted(runtime, lambda x: torch.tanh(x * x.sin()) * x.sum())
     program = hosted.call(x, transforms=[vjp([0]), jvp([0])], keep=[0])
     ones = np.ones_like(x)
-    (made,), residual = hosted.run_keeping(program, x, ones, ones)
+    residual = hosted.run_keeping(program, x, ones, ones)[1]
     assert program.residual_nbytes
     again = hosted.call(x, transforms=[vjp([0]), jvp([0]), vjp([0])])
     pulled = hosted.run(hosted.pullback(program, [0]), ones, residual=residual)
