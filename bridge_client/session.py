@@ -236,14 +236,19 @@ class Session(ABC):
         leased `blocks`, `slab_bytes`, `residuals` and `residual_bytes`."""
 
     def close(self) -> None:
-        """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid."""
+        """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid.
+
+        A submitted call that has not begun ends with SessionClosed.
+        """
         with self._closing:
             if self._is_closed:
                 return
             self._is_closed = True
             threads, self._threads = self._threads, None
         if threads is not None:
-            threads.shutdown(wait=False, cancel_futures=True)
+            # Not cancel_futures: nobody who waits for a future is told of that (Python 3.11 to 3.13), and what has not
+            # begun fails at once anyway.
+            threads.shutdown(wait=False)
         try:
             self._release()
         finally:

@@ -95,6 +95,21 @@ def test_nothing_is_submitted_to_a_closed_session(session: Session) -> None:
         future.result(timeout=60)
 
 
+def test_closing_the_session_ends_what_waits_for_its_turn(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
+    """Futures of calls that had not begun when the session was closed have SessionClosed, and gather does not hang."""
+    futures = [gated.submit(torch.ones(3), str(gate)) for _ in range(_AT_ONCE + 2)]
+    gathered = Background(lambda: gather(*futures))
+    session.close()
+    gate.open()
+    with pytest.raises(BridgeError):
+        gathered.result()
+    for future in futures[_AT_ONCE:]:
+        with pytest.raises(SessionClosed):
+            future.result(timeout=60)
+
+
 # Side by side --------------------------------------------------------------------------------------------------------
 
 
