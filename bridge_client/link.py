@@ -139,7 +139,7 @@ class Link:
 
     def close(self) -> None:
         """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter."""
-        with contextlib.suppress(grpc.RpcError, ValueError):
+        with contextlib.suppress(grpc.RpcError, Stale):
             self._stub.Close(pb.CloseRequest(session=self.token), timeout=1.0)
         self.abort()
 
@@ -207,7 +207,7 @@ class Link:
 
 
 class _Authorized:
-    """A stub whose every call carries the same metadata."""
+    """A stub whose every call carries the same metadata, and raises Stale once the channel is closed."""
 
     def __init__(self, stub: BridgeStub, metadata: Sequence[tuple[str, str]]) -> None:
         self._stub = stub
@@ -215,7 +215,14 @@ class _Authorized:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._stub, name)
-        return lambda request, timeout=None: method(request, timeout=timeout, metadata=self._metadata)
+
+        def call(request: Any, timeout: float | None = None) -> Any:
+            try:
+                return method(request, timeout=timeout, metadata=self._metadata)
+            except ValueError as error:  # gRPC's, of a channel that another thread has closed
+                raise Stale from error
+
+        return call
 
 
 def _end(lanes: list[Lane], channel: grpc.Channel) -> None:

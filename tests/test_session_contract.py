@@ -421,6 +421,14 @@ def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gat
         assert running.result() == [8.0]
 
 
+@remote_only
+def test_a_preparation_that_finds_its_connection_ended_makes_a_new_one(session: Session) -> None:
+    """Where another thread has just ended the connection, nothing was sent, and nobody sees gRPC's ValueError."""
+    assert squares(session, 3.0) == [9.0]
+    session._link.abort()  # type: ignore[attr-defined]
+    assert squares(session, 2.0, 3.0) == [4.0, 9.0]
+
+
 # Which lane --------------------------------------------------------------------------------------------------------
 
 
