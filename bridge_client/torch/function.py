@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -451,7 +451,7 @@ def _draw_key() -> Tensor:
 
 
 def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
         raise CallerError(f"{option}={value!r}; expected a name or several different ones")
     return names

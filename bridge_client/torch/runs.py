@@ -86,7 +86,14 @@ def _handle(session: Session, residual: int) -> Tensor:
 
 def is_traced(inputs: Sequence[Any]) -> bool:
     """Whether an input has no memory here to be read, or somebody watches the operators."""
-    return torch._C._len_torch_dispatch_stack() > 0 or not PLAIN.issuperset(map(type, inputs))
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return not PLAIN.issuperset(map(type, inputs)) and not all(map(_has_memory, inputs))
+
+
+def _has_memory(value: Any) -> bool:
+    """Whether a value is what its class in C++ says: so are numbers, and tensors of most classes of a user's own."""
+    return type(value) in PLAIN or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:

@@ -2,11 +2,12 @@
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.torch_client.conftest import Remote
 
@@ -210,3 +211,17 @@ def test_a_static_minus_zero_is_not_zero(remote: Remote) -> None:
     """-0.0 and 0.0 are equal in Python, but make different programs."""
     product = remote("product", static_argnames="y")
     assert [str((product(torch.ones(()), zero)).item()) for zero in (0.0, -0.0)] == ["0.0", "-0.0"]
+
+
+class Labelled(Tensor):
+    """A tensor class of a user's own, as torchvision and fastai have them."""
+
+
+@pytest.mark.parametrize("make", [Labelled, nn.Buffer, nn.Parameter])
+def test_a_tensor_of_a_subclass_is_a_tensor(any_lane: Remote, make: Callable[[Tensor], Tensor]) -> None:
+    """What has memory like any tensor is passed like one, and gets its gradient."""
+    x = make(torch.rand(3)).requires_grad_()
+    y = any_lane("sine")(x)
+    torch.testing.assert_close(y.detach(), 2 * x.detach().as_subclass(Tensor).sin())
+    y.sum().backward()
+    torch.testing.assert_close(x.grad.as_subclass(Tensor), 2 * x.detach().as_subclass(Tensor).cos())

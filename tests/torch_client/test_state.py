@@ -406,6 +406,8 @@ def test_what_a_model_lacks_is_refused_by_name(remote: Remote) -> None:
         remote("counting", mutable=True)(x)
     with pytest.raises(CallerError, match="rngs"):
         remote("noise", rngs=("key", "key"))
+    with pytest.raises(CallerError, match="rngs=3"):
+        remote("noise", rngs=3)
 
 
 @pytest.mark.parametrize(
