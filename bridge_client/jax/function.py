@@ -201,10 +201,12 @@ class RemoteTorchFunction:
             result, changed = self._call(_Way(own, key, way.is_mutable), local, structure, statics)
             return result, {name: sharding.mean_over(axes, value) for name, value in changed.items()}
 
-        in_specs = (replicated, replicated, [per_leaf[i] for i in traced])
-        out_specs = (self._out_specs, replicated)
-        spread = sharding.per_shard(call, mesh, in_specs, out_specs)
-        return spread(way.own, way.key, [leaves[i] for i in traced])
+        specs = [per_leaf[i] for i in traced]
+        in_specs, out_specs = (replicated, replicated, specs), (self._out_specs, replicated)
+        own, arrays = way.own, sharding.spread([leaves[i] for i in traced], mesh, specs)
+        if own is not None:
+            own = sharding.spread(own, mesh, [replicated] * len(own))
+        return sharding.per_shard(call, mesh, in_specs, out_specs)(own, way.key, arrays)
 
     def _call(
         self, way: "_Way", leaves: list[Any], structure: Any, statics: frozenset[int]

@@ -279,9 +279,19 @@ def _linear_transpose(
 def _placed(made: Mapping[int, Any], positions: Positions, values: Sequence[Any]) -> list[Any]:
     """Return the cotangent of each value: none of a known one, and zero where nothing depends on an unknown one."""
     return [
-        made.get(i, ad.Zero(value.aval)) if ad.is_undefined_primal(value) else None
+        (_spread_as(value.aval, made[i]) if i in made else ad.Zero(value.aval))
+        if ad.is_undefined_primal(value)
+        else None
         for i, value in zip(positions, values, strict=True)
     ]
+
+
+def _spread_as(aval: Any, value: Any) -> Any:
+    """Return a cotangent as spread over an explicit mesh as what it belongs to; a run's outputs are on all devices."""
+    sharding = aval.sharding
+    if jax.typeof(value).sharding.spec == sharding.spec:
+        return value
+    return jax.sharding.reshard(value, sharding)
 
 
 def _run_transpose(cotangents: Sequence[Any], *values: Any, program: Program) -> list[Any]:

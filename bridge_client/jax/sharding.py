@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bridge_client.jax.primitives import varying_axes
 from bridge_wire.errors import StructureError
@@ -82,6 +82,13 @@ def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
     """Return the names of the mesh axes that the specs mention."""
     named = [name for spec in specs for entry in spec if entry is not None for name in _names(entry)]
     return tuple(dict.fromkeys(named))
+
+
+def spread(values: Sequence[Any], mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
+    """Return the arrays spread as the specs say, where a shard_map would not do so itself: on explicit axes."""
+    if not getattr(mesh, "explicit_axes", ()):
+        return list(values)
+    return [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, specs, strict=True)]
 
 
 def per_shard(call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

@@ -18,7 +18,14 @@ def main(address: str) -> None:
     with connect(address) as session:
         mesh = Mesh(np.array(jax.devices()), ("data",))
         assert mesh.size == 4
-        for check in (in_shard_map, where_specs_are_declared, with_parameters, state_and_keys, on_another_device):
+        for check in (
+            in_shard_map,
+            where_specs_are_declared,
+            with_parameters,
+            state_and_keys,
+            on_another_device,
+            on_an_explicit_mesh,
+        ):
             check(session, mesh)
             print("checked", check.__name__)
 
@@ -94,6 +101,19 @@ def on_another_device(session: Session, mesh: Mesh) -> None:
     made, pull = jax.vjp(f, x)
     assert made.devices() == pull(made)[0].devices() == {jax.devices()[2]}
     assert not f(rows(3)).committed
+
+
+def on_an_explicit_mesh(session: Session, _: Mesh) -> None:
+    """Where shardings are part of the types, as in a mesh of jax.make_mesh."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    one, x = RemoteTorchFunction(session, name="square"), rows(8, 3)
+    declared = RemoteTorchFunction(session, name="square", in_specs=P("data"), out_specs=P("data"))
+    for f in (one, declared):
+        gradient = jax.jit(jax.grad(lambda x, f=f: f(x).sum()))(spread(x, mesh))
+        np.testing.assert_allclose(gradient, 2 * x)
+    expect(session, declared, (spread(x, mesh),), x**2, 4)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(jax.jit(declared)(x), x**2)  # which is not spread yet
 
 
 if __name__ == "__main__":

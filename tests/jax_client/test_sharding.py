@@ -33,6 +33,7 @@ def test_each_of_four_devices_makes_its_own_call(torch_worker: Session, venv: st
             "with_parameters",
             "state_and_keys",
             "on_another_device",
+            "on_an_explicit_mesh",
         )
     ]
 
