@@ -140,7 +140,9 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
             return
         raise crossing
 
-    return buffer_callback(callback, results)(*values)
+    # XLA leaves out what makes empty arrays only; but the model may raise, or return another shape now.
+    is_empty = not any(result.size for result in results)
+    return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
 
 
 def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:

@@ -10,7 +10,7 @@ from jax.errors import JaxRuntimeError
 
 from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction
-from bridge_wire.errors import CallTimeout, RemoteModelError, WorkerDied, WorkerUnavailable
+from bridge_wire.errors import CallTimeout, RemoteModelError, SpecError, WorkerDied, WorkerUnavailable
 from tests.jax_client.conftest import Remote, holds_nothing, kill
 from tests.workers import Background, Gate
 
@@ -40,6 +40,15 @@ def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session:
         f(-X)
     del raised
     assert holds_nothing(session)
+
+
+def test_a_model_that_returns_nothing_on_zeros(remote: Remote) -> None:
+    """A result that was empty when the call was prepared is looked at, though XLA has no use for empty arrays."""
+    for wrap in (lambda f: f, jax.jit):
+        with pytest.raises(
+            SpecError, match=r"\['found'\] of model 'growing' is now float32\[4\], and was float32\[0\]"
+        ):
+            jax.block_until_ready(wrap(remote("growing"))(X))
 
 
 def test_what_is_wrong_with_a_call_is_said_while_it_is_traced(remote: Remote, session: Session) -> None:
