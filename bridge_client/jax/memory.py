@@ -107,15 +107,13 @@ def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
     It is a copy where jax can only hold a narrower type, and where there are more devices than the host.
     """
     dtype = dtype_of(spec, label)
-    if block.nbytes == 0:
-        return jnp.zeros(spec.shape, dtype)
     # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
-    if dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and _is_importable(dtype):
+    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and _is_importable(dtype):
         _blocks[block.pointer] = block
         return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def beside(inputs: Sequence[Any], outputs: list[jax.Array]) -> list[jax.Array]:

@@ -11,7 +11,6 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.programs import Program
@@ -47,7 +46,8 @@ class Residuals:
 
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
-        handle = jnp.asarray(np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name))
+        # By device_put, a transfer that jax.transfer_guard("disallow") takes for intended.
+        handle = jax.device_put(np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name))
         self._owned[id] = _Kept(program.key, 0)
         weakref.finalize(handle, self._disown, id).atexit = False
         return handle

@@ -38,6 +38,16 @@ def test_outside_jit_a_residual_lives_as_long_as_its_pullback(remote: Remote, se
     assert eventually(lambda: kept(session) == 0)
 
 
+def test_no_transfer_is_hidden(remote: Remote) -> None:
+    """Calls and derivatives outside compiled code are left alone by jax.transfer_guard."""
+    f = remote("sine")
+    f(X), jax.vjp(f, X)
+    with jax.transfer_guard("disallow"):
+        value, pull = jax.vjp(f, X)
+        gradient = pull(value)[0]
+    np.testing.assert_allclose(gradient, value * SLOPE, rtol=1e-5)
+
+
 def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session) -> None:
     """Nobody tells when the handle is forgotten there; a second use recomputes from the inputs."""
     _, pull = jax.jit(lambda x: jax.vjp(remote("sine"), x))(X)
