@@ -336,6 +336,20 @@ def test_a_key_decides_what_is_dropped(hosted: Hosted) -> None:
     assert_same(hosted.run(pushed, *inputs, ct), [ct @ weight.T * mask])
 
 
+def test_derivatives_of_what_draws_without_a_key_are_told(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A derivative that draws anew is not that of the value: the log says so. One that goes by the residual is."""
+    hosted, x = Hosted(runtime, nn.Dropout(0.5)), rand(4)
+    hosted.call(x, keep=[0])
+    hosted.call(x, transforms=[vmap([0], 2)])
+    assert not caplog.messages
+    hosted.call(x, transforms=[jvp([1])], rngs=["default"])
+    assert not caplog.messages
+    hosted.call(x, transforms=[jvp([0])])
+    assert "float64[4]) draws random numbers without a key" in caplog.text
+
+
 @serving("dropped")
 def test_keys_in_batches(hosted: Hosted) -> None:
     """A batch drops what its rows would: the same in each for one key, and each its own for keys of their own."""
