@@ -43,7 +43,7 @@ class RemoteTorchFunction:
       target: a worker's address, a Session, or a torch function or module, which then runs in this process.
       name: which of the worker's models; needed only where it hosts several.
       parameters: whose parameters a plain call uses: "worker" has them stay there, "client" passes `params` and
-        `buffers` of this object, which may be replaced. `apply` is always given them.
+        `buffers` of this object, as every call does once either has been assigned. `apply` is always given them.
       static_argnames: arguments whose numbers are part of the program instead of its data.
       timeout_s: seconds for each call; None takes the session's.
       in_specs: how the arguments are spread over a mesh, as in `jax.shard_map`: one PartitionSpec for each positional
@@ -166,6 +166,7 @@ class RemoteTorchFunction:
     def _replace(self, values: Mapping[str, Any], is_wanted: Callable[[ParameterInfo], bool], what: str) -> None:
         _check_names(values, [info.path for info in self._model.parameters if is_wanted(info)], what)
         self._state = {**self._all(), **{name: self._as_leaf(value, name) for name, value in values.items()}}
+        self._passes_parameters = True
 
     # Calls -----------------------------------------------------------------------------------------------------
 
@@ -373,8 +374,7 @@ def _is_slot(value: Any) -> bool:
 
 
 def _is_key(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _key_words(rng: Any) -> Any:
@@ -398,8 +398,10 @@ def _check_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -
     if not isinstance(given, Mapping):
         raise StructureError(f"{what} is a {type(given).__qualname__}; expected a dict of arrays by name")
     missing, unknown = set(expected) - set(given), set(given) - set(expected)
-    if missing or unknown:
-        raise StructureError(f"{what} lacks {sorted(missing)} and has {sorted(unknown)}, which the model does not know")
+    wrong = [f"lacks {sorted(missing)}"] if missing else []
+    wrong += [f"has {sorted(unknown)}, which the model does not know"] if unknown else []
+    if wrong:
+        raise StructureError(f"{what} {' and '.join(wrong)}")
 
 
 def _not_static(path: str, leaf: Any) -> str:

@@ -115,11 +115,22 @@ def test_a_traced_value_where_one_is_needed(remote: Remote) -> None:
         f(X, times=jnp.arange(3))
 
 
+class Foreign:
+    """An array of a library whose types NumPy does not know."""
+
+    dtype = "theirs.float32"
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("no such type")
+
+
 def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
     """What cannot be sent is refused by its path, also while tracing, before anything is sent."""
     f = remote("echo")
     with pytest.raises(StructureError, match=r"`args\[0\]\['w'\]\[1\]` is a builtins.object; expected an array"):
         f({"w": [X, object()]})
+    with pytest.raises(StructureError, match=r"`args\[0\]` is a Foreign that jax cannot read"):
+        f(Foreign())
     with pytest.raises(StructureError, match=r"`args\[0\]` .*; a key is passed as rng="):
         jax.jit(f)(jax.random.key(0))
     with pytest.raises(DTypeError, match=r"`args\[0\]` is the integer 4294967296, which does not fit in 32 bits"):

@@ -120,8 +120,9 @@ def test_whose_parameters_a_call_uses(remote: Remote, session: Session) -> None:
     assert not np.allclose(f(x), f.apply(twice, x))
     g = remote("single", parameters="client")
     np.testing.assert_array_equal(g(x), f(x))
-    g.params = twice
-    np.testing.assert_array_equal(g(x), f.apply(twice, x))
+    for each in (g, remote("single")):
+        each.params = twice
+        np.testing.assert_array_equal(each(x), f.apply(twice, x))
     # They lie in the session's memory, and are passed as they lie.
     call = jax.jit(f.apply)
     call(f.params, x).block_until_ready()
@@ -136,6 +137,8 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
     params = f.params
     with pytest.raises(StructureError, match=r"params lacks \['0.bias'\] and has \['bias'\]"):
         f.apply({**{k: v for k, v in params.items() if k != "0.bias"}, "bias": x}, x)
+    with pytest.raises(StructureError, match=r"params lacks \['0.bias'\]$"):
+        f.apply({k: v for k, v in params.items() if k != "0.bias"}, x)
     with pytest.raises(StructureError, match="params is a list; expected a dict of arrays by name"):
         f.apply([x], x)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"):
