@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bridge_client.numbers import dot, drawn, epsilon_of, norm, pack, place, read, unpack, zeros
+from bridge_client.numbers import dot, drawn, epsilon_of, norm, pack, place, read, size_of, unpack, zeros
 from bridge_client.programs import Program
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import specs, trees
@@ -18,6 +18,7 @@ from bridge_wire.specs import Spec
 _Arrays = list[list[float]]
 # Where arguments are drawn from: beside the kinks and poles that many functions have at zero.
 LOW, HIGH = 0.25, 1.75
+_MOST_NUMBERS = 2**24  # of one call: as Python floats they take some gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +47,33 @@ def check_gradients(
     The arrays' numbers are random, from `low` to `high`; integers and booleans are zeros and ones.
 
     Raises:
-      SpecError: no input or no output has a derivative, or one has too few digits.
+      SpecError: no input or no output has a derivative, one has too few digits, or they are too large.
       RemoteModelError: the model raised, or has no VJP.
     """
-    chance = random.Random(seed)
-    return list(_Point(session, model, arrays, [drawn(spec, chance, low, high) for spec in arrays], chance).checks())
+    return list(_Point(session, model, arrays, random.Random(seed), low, high).checks())
 
 
 class _Point:
     """A model at some arguments, and its derivatives there."""
 
     def __init__(
-        self, session: Session, model: ModelInfo, arrays: Sequence[Spec], values: _Arrays, chance: random.Random
+        self,
+        session: Session,
+        model: ModelInfo,
+        arrays: Sequence[Spec],
+        chance: random.Random,
+        low: float,
+        high: float,
     ) -> None:
         self._session = session
         self._chance = chance
-        self._program = _prepared(session, model, arrays)
-        program = self._program
-        self._values = _parameters(session, model) + values
+        self._program = program = _prepared(session, model, arrays)
+        if (count := sum(map(size_of, (*program.inputs, *program.outputs)))) > _MOST_NUMBERS:
+            raise SpecError(
+                f"a call of model {model.name!r} takes and returns {count} numbers, and at most {_MOST_NUMBERS} can be "
+                "checked; use smaller arrays"
+            )
+        self._values = _parameters(session, model) + [drawn(spec, chance, low, high) for spec in arrays]
         self._wrt = tuple(i for i, spec in enumerate(program.inputs) if spec.dtype.is_inexact)
         self._outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
         if not self._wrt or not self._outputs:

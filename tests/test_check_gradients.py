@@ -113,6 +113,7 @@ def test_unknown_arguments_are_misuse(check) -> None:
         (["--input", "float32[3]"], "pick one with"),
         (["--model", "square", "--input", "int32[3]"], "takes no floats, or returns none"),
         (["--model", "square", "--input", "float8_e5m2[3]"], "too few digits"),
+        (["--model", "square", "--input", "float32[10000000000]"], "20000000000 numbers"),
         (["--model", "square", "--input", "float16[3]", "--range", "1e5", "1e6"], "does not fit in float16[3]"),
         (["--model", "square", "--input", "float32[3],float32[3]"], "takes 1 positional argument"),
         (["--model", "raises_at_trace", "--input", "float32[3]"], "dislikes every input"),
