@@ -292,12 +292,15 @@ class RemoteJaxFunction(nn.Module):
                 self._keep_in_slab(buffer)
 
     def _keep_in_slab(self, tensor: Tensor) -> None:
-        """Move a tensor's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork."""
+        """Move a tensor's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork.
+
+        What other processes share (share_memory) or other tensors view stays where it is, and is copied for each call.
+        """
         nbytes = tensor.nbytes
         if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
             return
         is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        if not is_ours_alone or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        if not is_ours_alone or tensor.is_shared() or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
             return
         if torch.is_inference_mode_enabled() or tensor.is_inference():
             return

@@ -193,6 +193,17 @@ def test_a_copy_is_independent(session: Session, remote: Remote) -> None:
     assert all(is_in_slab(session, x) for x in copied.parameters())
 
 
+def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote: Remote) -> None:
+    """After share_memory() other processes see what an optimizer does here, also once the model has been called."""
+    model = remote("affine").share_memory()
+    seen_elsewhere = model.bias.detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    assert model.bias.is_shared() and seen_elsewhere.data_ptr() == model.bias.data_ptr()
+    torch.testing.assert_close(model(torch.zeros(1, 3))[0], model.bias)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_module_can_be_cast(session: Session, remote: Remote, dtype: torch.dtype) -> None:
     """to(dtype) casts the parameters, and the model then computes and is differentiated in that type."""
