@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program
-from bridge_client.session import Placed, Session, closed
+from bridge_client.session import Placed, Session, checked_limit, closed
 from bridge_wire.errors import (
     BridgeError,
     PeerError,
@@ -59,7 +59,7 @@ class RemoteSession(Session):
 
     def __init__(self, host: Host, terms: Terms, timeout_s: float | None) -> None:
         super().__init__()
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_limit(timeout_s)
         self._host = host
         self._terms = terms
         self._calls = self._bytes_copied = self._fallbacks = 0

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
 
 from bridge_client.programs import Program, unpin
 from bridge_wire import specs
-from bridge_wire.errors import SessionClosed, UnknownModel
+from bridge_wire.errors import CallerError, SessionClosed, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
 from bridge_wire.specs import Spec
@@ -273,6 +274,17 @@ class Session(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Let go of whatever the session holds besides its pool; called once, by `close`."""
+
+
+def checked_limit(timeout_s: float | None) -> float | None:
+    """Return a user's time limit for calls.
+
+    Raises:
+      CallerError: it is neither None nor a positive number of seconds.
+    """
+    if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s <= TIMEOUT_MAX):
+        raise CallerError(f"timeout_s={timeout_s!r}; expected a positive number of seconds, or None to wait")
+    return timeout_s
 
 
 def closed() -> SessionClosed:

@@ -454,7 +454,10 @@ def test_requiring_cuda_of_a_worker_without_it_is_an_error(jax_worker: Session, 
 
 
 def test_unknown_lanes_and_memory_kinds_are_refused() -> None:
-    """A misspelt `lane` or `require` is an error before anything is connected."""
+    """A misspelt `lane` or `require`, or a time limit that is none, is an error before anything is connected."""
+    for limit in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(CallerError, match="timeout_s="):
+            connect("unix:/nowhere", timeout_s=limit)
     with pytest.raises(CallerError, match="lane='tcp'"):
         connect("unix:/nowhere", lane="tcp")
     with pytest.raises(CallerError, match="require='shm'"):

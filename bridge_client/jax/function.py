@@ -19,7 +19,7 @@ from bridge_client.jax.structures import (
     register_if_dataclass,
 )
 from bridge_client.programs import Program
-from bridge_client.session import ParameterInfo, Session
+from bridge_client.session import ParameterInfo, Session, checked_limit
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, DTypeError, StructureError
@@ -72,7 +72,7 @@ class RemoteTorchFunction:
         if (in_specs is None) != (out_specs is None):
             raise CallerError("in_specs and out_specs come together: what is spread must be told of both sides")
         self.session = _session_of(target)
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)
         self._passes_parameters = parameters == "client"
         self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec
 from bridge_client.connecting import connect
 from bridge_client.futures import completed
 from bridge_client.programs import Program
-from bridge_client.session import Session
+from bridge_client.session import Session, checked_limit
 from bridge_client.torch.derivatives import apply
 from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, cast_floats, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
@@ -87,7 +87,7 @@ class RemoteJaxFunction(nn.Module):
         if mutable and parameters == "worker":
             raise CallerError("mutable=True needs parameters='client': the worker's own are the same for every client")
         self.session = session = _session_with(target)
-        self.timeout_s = timeout_s
+        self.timeout_s = checked_limit(timeout_s)
         self.cast_inputs = cast_inputs
         self._model = session.model(name)
         self._static_argnames = frozenset(_names("static_argnames", static_argnames))

@@ -173,7 +173,13 @@ def test_several_models_need_a_name(session: Session) -> None:
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"parameters": "server"}, "'client' or 'worker'"), ({"target": 5}, "int"), ({"target": "nonsense"}, "nonsense")],
+    [
+        ({"parameters": "server"}, "'client' or 'worker'"),
+        ({"target": 5}, "int"),
+        ({"target": "nonsense"}, "nonsense"),
+        ({"timeout_s": 0}, "positive number of seconds"),
+        ({"timeout_s": "5"}, "positive number of seconds"),
+    ],
 )
 def test_a_wrong_option_is_explained(session: Session, options: dict[str, Any], text: str) -> None:
     """A wrong value for an option is a CallerError that says what was expected."""
