@@ -1,6 +1,7 @@
 """The command `bridge_server`. Flags come before BRIDGE_* variables, and those before the defaults."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return doctor.main(argv[1:])
     options = _arguments(argv)
     _set_up_logging(options.log_level)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what a model prints is for whoever reads the log now
     try:
         return _serve(options)
     except CallerError as error:
