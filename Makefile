@@ -16,8 +16,9 @@ demo: ## Train a PyTorch model through a JAX layer, in two environments
 	$(SETUP) jax torch
 	.venv-torch/bin/python examples/digits.py
 
+# In two processes: the tests wait for workers half of the time. A file's tests stay together, with its fixtures.
 test: setup ## Run the tests; PYTEST_ARGS="-k lease -x"
-	$(BOTH)/python -m pytest tests $(PYTEST_ARGS)
+	$(BOTH)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 check: setup ## Check format, lint, types, the import rule and the generated code
 	$(BOTH)/ruff format --check .
