@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bridge_client import Session, spawn
+from tests.contract.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
@@ -63,18 +64,22 @@ def torch_worker() -> Iterator[Session]:
         for folder, module in (("torch_server", "torch_server.models"), ("jax_client", "jax_client.torch_models"))
         for name in (TESTS / folder / "models.txt").read_text().split()
     }
-    with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT) as session:
+    with spawn(torch_model=models | _contract("torch"), python=python_of(".venv-torch"), cwd=ROOT) as session:
         yield session
 
 
 def _hosting_all(*args: str) -> Session:
     names = (TESTS / "models.txt").read_text().split()
     return spawn(
-        jax_model={name: f"tests.models:{name}" for name in names},
+        jax_model={name: f"tests.models:{name}" for name in names} | _contract("jax"),
         python=python_of(".venv-jax"),
         cwd=ROOT,
         args=args,
     )
+
+
+def _contract(framework: str) -> dict[str, str]:
+    return {f"contract.{name}": f"tests.contract.in_{framework}:{name}" for name in MODELS}
 
 
 @pytest.fixture(params=["local", "grpc"])

@@ -1,14 +1,17 @@
-"""Runtimes without a worker: models adapted, programs prepared and run on NumPy's memory in this process."""
+"""Models called with NumPy's arrays: of a runtime of this process, and of any session."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from bridge_client.programs import Program as Derived
+from bridge_client.session import ModelInfo, Session
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 _LEAF = pb.Tree(leaf=pb.Tree.Leaf())
@@ -33,6 +36,31 @@ def spec_of(value: Any) -> Spec:
     return Spec(BY_NAME[str(value.dtype)], value.shape)
 
 
+def described(
+    model: Model | ModelInfo,
+    args: Sequence[Any],
+    *,
+    parameters: bool = False,
+    tree: pb.Tree | None = None,
+    rngs: Sequence[str] = (),
+    mutable: bool = False,
+) -> pb.Call:
+    """Return a call with arguments like these; text is static. `tree` describes them where they are nested."""
+    items = [pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF for each in args]
+    tree = tree or pb.Tree(tuple=pb.Tree.Sequence(items=items))
+    own = [parameter.spec for parameter in model.parameters] if parameters else []
+    key = [Spec(BY_NAME["uint32"], (2,))] if rngs else []
+    leaves = [each if isinstance(each, Spec) else spec_of(each) for each in args if not isinstance(each, str)]
+    return pb.Call(
+        model=model.name,
+        arguments=trees.arguments(tree, pb.Tree(dict=pb.Tree.Mapping())),
+        inputs=[specs.encode(spec) for spec in (*own, *key, *leaves)],
+        parameters=parameters,
+        rngs=rngs,
+        mutable=mutable,
+    )
+
+
 class Hosted:
     """One model in a runtime of this process."""
 
@@ -50,22 +78,11 @@ class Hosted:
         rngs: Sequence[str] = (),
         mutable: bool = False,
     ) -> Program:
-        """Prepare a call with arguments like these; text is static. `tree` describes them where they are nested."""
-        items = [pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF for each in args]
-        tree = tree or pb.Tree(tuple=pb.Tree.Sequence(items=items))
-        own = [parameter.spec for parameter in self.model.parameters] if parameters else []
-        key = [Spec(BY_NAME["uint32"], (2,))] if rngs else []
-        leaves = [each if isinstance(each, Spec) else spec_of(each) for each in args if not isinstance(each, str)]
-        call = pb.Call(
-            model=self.model.name,
-            arguments=trees.arguments(tree, pb.Tree(dict=pb.Tree.Mapping())),
-            inputs=[specs.encode(spec) for spec in (*own, *key, *leaves)],
-            parameters=parameters,
-            transforms=transforms,
-            keep=None if keep is None else pb.Wrt(inputs=keep),
-            rngs=rngs,
-            mutable=mutable,
-        )
+        """Prepare a call with arguments like these; see described."""
+        call = described(self.model, args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable)
+        call.transforms.extend(transforms)
+        if keep is not None:
+            call.keep.CopyFrom(pb.Wrt(inputs=keep))
         return finished(self.runtime.prepare_call(self.model, call))
 
     def pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int] = (0,)) -> Program:
@@ -90,6 +107,67 @@ class Hosted:
         if spec.nbytes:
             self.runtime.write(output, made.ctypes.data, spec.nbytes)
         return made
+
+
+class Served:
+    """One model of a session, with what `Hosted` has; a residual is its id."""
+
+    def __init__(self, session: Session, name: str) -> None:
+        self.session = session
+        self.model = session.model(name)
+
+    def call(
+        self,
+        *args: Any,
+        transforms: Sequence[pb.Transform] = (),
+        keep: Sequence[int] | None = None,
+        parameters: bool = False,
+        tree: pb.Tree | None = None,
+    ) -> Derived:
+        """Prepare a call with arguments like these; see described."""
+        call = described(self.model, args, parameters=parameters, tree=tree)
+        program = self.session.prepare_call(call)
+        if transforms:  # whatever they are: as a program that this client would derive, they are right
+            call.transforms.extend(transforms)
+            self.session.prepare_call(call)
+        for transform in transforms:
+            if transform.HasField("vjp"):
+                program = program.vjp(tuple(transform.vjp.wrt), tuple(transform.vjp.outputs))
+            elif transform.HasField("jvp"):
+                program = program.jvp(tuple(transform.jvp.wrt), tuple(transform.jvp.outputs))
+            else:
+                program = program.vmap(tuple(transform.vmap.axes), transform.vmap.size)
+        return program if keep is None else program.keeping(tuple(keep))
+
+    def parameters(self) -> Derived:
+        return self.session.prepare_parameters(self.model.name)
+
+    def pullback(self, program: Derived, wrt: Sequence[int], outputs: Sequence[int] = (0,)) -> Derived:
+        return program.pullback(tuple(wrt), tuple(outputs))
+
+    def run(self, program: Derived, *inputs: Any, residual: Any = None) -> list[np.ndarray]:
+        """Run a program on copies of these arrays, and return its outputs."""
+        blocks = [self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)]
+        if residual is None:
+            return self._read(program, self.session.run(program, blocks))
+        return self._read(program, self.session.run_pullback(program, residual, blocks))
+
+    def run_keeping(self, program: Derived, *inputs: Any) -> tuple[list[np.ndarray], int]:
+        """Return the outputs, and the id of what is kept."""
+        blocks = [self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)]
+        made, id = self.session.run_keeping(program, blocks)
+        return self._read(program, made), id
+
+    def _block(self, value: Any, spec: Spec) -> Block:
+        block = self.session.pool.lease(spec.nbytes)
+        block.buffer[:] = np.asarray(value, order="C").tobytes()
+        return block
+
+    def _read(self, program: Derived, blocks: Sequence[Block]) -> list[np.ndarray]:
+        return [
+            np.frombuffer(bytes(block.buffer), _numpy(spec.dtype.name)).reshape(spec.shape)
+            for block, spec in zip(blocks, program.outputs, strict=True)
+        ]
 
 
 def finished(preparation: Preparation) -> Program:

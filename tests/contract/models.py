@@ -1,0 +1,30 @@
+"""The models of the runtimes' contract, each made of the array functions that JAX and torch both have."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def refusing(x: Any) -> Any:
+    """Raises whatever the values are."""
+    raise LookupError(f"nothing of shape {tuple(x.shape)} here")
+
+
+def _weighted(np: Any) -> Any:
+    params = {"inner": {"b": np.asarray([1.0, 1.0])}, "w": np.asarray([2.0, 3.0])}
+    return lambda params, x: params["w"] * x + params["inner"]["b"], params
+
+
+MODELS: Mapping[str, Callable[[Any], Any]] = {
+    "cubed": lambda np: lambda x: x * x * x,
+    "same": lambda np: lambda x: x,
+    "product": lambda np: lambda x, number: x * number,
+    "transposed": lambda np: lambda x: (x.T, np.broadcast_to(x[0], (3, 4))),
+    "nested": lambda np: lambda tree, kind: {"kept": [tree["a"] * 2, None], "sum": tree["b"][0] + len(kind)},
+    "refusing": lambda np: refusing,
+    "dotted": lambda np: lambda x, y: np.stack([(x * y).sum(), y[0]]),
+    "holomorphic": lambda np: lambda z: (z * z, np.conj(z)),
+    "indexed": lambda np: lambda x, i: (x * i, i),
+    "various": lambda np: lambda x, y: (x * x * y, x.argmax(), y + 0, x * 0 + 1),
+    "exp": lambda np: lambda x: np.exp(x),
+    "weighted": _weighted,
+}
