@@ -450,7 +450,7 @@ def _submitting(function: "RemoteJaxFunction", key: Tensor | None) -> Iterator[N
 
 def _draw_key() -> Tensor:
     """Return a key for the worker's random streams, from torch's default generator."""
-    return torch.randint(0, 2**32, (2,), dtype=torch.uint32)
+    return torch.randint(0, 2**32, (2,), dtype=torch.uint32, device="cpu")
 
 
 def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:

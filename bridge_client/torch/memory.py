@@ -84,7 +84,7 @@ def from_block(block: Block, spec: Spec) -> Tensor:
     """Return the tensor whose storage is the block: the lease ends with the storage."""
     dtype = TORCH_DTYPES[spec.dtype.name]
     if block.nbytes == 0:
-        return torch.empty(spec.shape, dtype=dtype)
+        return torch.empty(spec.shape, dtype=dtype, device="cpu")
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
     flat = torch.frombuffer(block, dtype=dtype)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)

@@ -97,7 +97,8 @@ def _has_memory(value: Any) -> bool:
 
 
 def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
-    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=NUMBERS[type(x)].dtype) for x in inputs]
+    # Here and below, the session's memory is the host's, whatever torch.set_default_device says.
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=NUMBERS[type(x)].dtype, device="cpu") for x in inputs]
 
 
 def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
@@ -106,7 +107,7 @@ def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _empty(described: Sequence[Spec]) -> list[Tensor]:
-    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name]) for spec in described]
+    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name], device="cpu") for spec in described]
 
 
 # Not by torch.library.custom_op: its wrappers took 15 µs of each call (torch 2.13).
@@ -129,7 +130,7 @@ def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
 @torch.library.register_fake("torch_jax_bridge::run", lib=LIBRARY)
 def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     known = Program.of(program)
-    handle = [torch.empty(1, dtype=torch.int64)] if known.keeps_residual else []
+    handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if known.keeps_residual else []
     return _empty(known.outputs) + handle
 
 

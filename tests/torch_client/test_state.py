@@ -137,6 +137,15 @@ def test_nnx_state_is_kept_and_streams_are_reseeded(stateful: Callable[[str], Re
     assert not torch.equal(second == 0, first == 0)
 
 
+def test_the_default_device_does_not_matter(stateful: Callable[[str], RemoteJaxFunction]) -> None:
+    """Keys, numbers and empty tensors are made in the host's memory under torch.set_default_device, too."""
+    model, x = stateful("noisy"), batch().requires_grad_()
+    with torch.device("meta"):
+        y = model(x)
+        y.sum().backward()
+    assert (y.device.type, x.grad.device.type) == ("cpu", "cpu")
+
+
 def test_functions_take_the_keys_by_name(remote: Remote) -> None:
     """Each stream of a function, or of a pair (apply, params), is a keyword argument with a key of its own."""
     x = batch()
