@@ -86,6 +86,11 @@ class Session(ABC):
         return MappingProxyType({model.name: _model_info(model) for model in self._described()})
 
     @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._is_closed
+
+    @property
     @abstractmethod
     def framework(self) -> str:
         """What the models are written in: "jax" or "torch"."""

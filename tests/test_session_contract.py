@@ -414,7 +414,7 @@ def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gat
     running = Background(lambda: values(*session.run(program, [placed(session, [4.0])])))
     gate.wait_for_a_caller()
     closing = Background(session.close)
-    assert eventually(lambda: session._is_closed)
+    assert eventually(lambda: session.is_closed)
     gate.open()
     closing.result()
     with contextlib.suppress(SessionClosed, WorkerUnavailable):

@@ -228,7 +228,10 @@ class RemoteJaxFunction(nn.Module):
         return self.session.submit(call)
 
     def extra_repr(self) -> str:
-        return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
+        try:
+            return f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
+        except BridgeError:  # the session is closed, or its worker gone: to print must not raise
+            return repr(self._model.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
         # Written out, since torch.nn.utils.parametrize replaces __getstate__ by one that raises.
@@ -245,11 +248,11 @@ class RemoteJaxFunction(nn.Module):
         self._calls = {}
         self._classes = trees.Classes(adopt=register_dataclass)
         self._key = self._be_known()
-        self._keep_buffers_in_slab()
+        self._keep_all_in_slab()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RemoteJaxFunction":
         super()._apply(fn, recurse)
-        self._keep_buffers_in_slab()
+        self._keep_all_in_slab()
         return self
 
     def _be_known(self) -> int:
@@ -286,10 +289,14 @@ class RemoteJaxFunction(nn.Module):
                 tensors.append(getattr(owner, name))
         return tensors
 
-    def _keep_buffers_in_slab(self) -> None:
-        for owner, name in (self._owners[i] for i in self._buffer_positions):
-            if (buffer := owner._buffers.get(name)) is not None:
-                self._keep_in_slab(buffer)
+    def _keep_all_in_slab(self) -> None:
+        """Move parameters and buffers before anybody can hold views of them, such as a state_dict."""
+        if self.session.is_closed:  # a model that was trained can still be copied and cast
+            return
+        for owner, name in self._owners:
+            for tensor in (owner._parameters.get(name), owner._buffers.get(name)):
+                if tensor is not None and type(tensor) in PLAIN:
+                    self._keep_in_slab(tensor)
 
     def _keep_in_slab(self, tensor: Tensor) -> None:
         """Move a tensor's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork.

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -193,6 +194,17 @@ def test_a_copy_is_independent(session: Session, remote: Remote) -> None:
     assert all(is_in_slab(session, x) for x in copied.parameters())
 
 
+@pytest.mark.parametrize("made_anew", [copy.deepcopy, lambda model: model.bfloat16().float()])
+def test_a_state_dict_shows_later_steps(remote: Remote, made_anew: Callable[[nn.Module], nn.Module]) -> None:
+    """What state_dict() gave before the first call are views of the parameters, as of any module, after it too."""
+    model = made_anew(remote("affine"))
+    held = model.state_dict()
+    model(torch.ones(1, 3))
+    with torch.no_grad():
+        model.bias.fill_(7)
+    assert held["bias"].tolist() == [7, 7]
+
+
 def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote: Remote) -> None:
     """After share_memory() other processes see what an optimizer does here, also once the model has been called."""
     model = remote("affine").share_memory()
@@ -269,8 +281,10 @@ class _Doubled(nn.Module):
 
 
 def test_parameters_outlive_their_session(jax_worker: Session) -> None:
-    """After close() the parameters can still be read and saved."""
+    """After close() the model can still be read, saved, copied, cast and printed."""
     with connect(jax_worker.address) as session:
         model = RemoteJaxFunction(session, name="affine")
     torch.testing.assert_close(model.weight.detach().numpy(), affine[1]["weight"])
     assert torch.isfinite(model.state_dict()["bias"]).all()
+    assert copy.deepcopy(model).bfloat16().bias.dtype is torch.bfloat16
+    assert "affine" in repr(model)
