@@ -1,5 +1,6 @@
 """Pytrees of arguments and results. No arrays are touched here."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -36,7 +37,8 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     def unflatten(_: None, children: Iterable[Any]) -> Any:
         return trees.instantiate(cls, fields, children)
 
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    with contextlib.suppress(ValueError):  # another thread was faster
+        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:

@@ -1,5 +1,6 @@
 """Pytrees of arguments and results. No tensors are touched here."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     def unflatten(_: Any, children: Any) -> Any:
         return trees.instantiate(cls, fields, children)
 
-    optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
+    with contextlib.suppress(ValueError):  # another thread was faster
+        optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
 
 
 def marked(value: Any, mark: bool) -> Any:
