@@ -143,6 +143,15 @@ class RemoteTorchFunction:
         result, changed = self._anywhere(_Way(own, key, mutable), args, kwargs)
         return (result, changed) if mutable else result
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Programs and classes belong to this process: a copy makes its own.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._calls = {}
+        self._classes = trees.Classes(adopt=register_dataclass)
+
     def __repr__(self) -> str:
         return f"RemoteTorchFunction({self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r})"
 

@@ -17,7 +17,7 @@ from bridge_client.session import Placed
 from bridge_wire.copying import copy
 from bridge_wire.dlpack import Exporter
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
-from bridge_wire.errors import DTypeError
+from bridge_wire.errors import DTypeError, SpecError
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
@@ -151,7 +151,10 @@ def spec_of(shape: Sequence[int], dtype: np.dtype, path: str, framework: str, wo
 
     Raises:
       DTypeError: the worker cannot hold it without loss.
+      SpecError: its shape is not known.
     """
+    if not all(isinstance(size, int) for size in shape):
+        raise SpecError(f"input `{path}` has the symbolic shape {tuple(shape)}; calls are prepared for known sizes")
     ours = DTYPES.get(dtype)
     if ours is None:
         raise DTypeError(f"input `{path}` has dtype {dtype}, which has no counterpart in {framework}; cast it")

@@ -1,16 +1,19 @@
 """Calls: structures, dtypes, static values, memory."""
 
+import copy
 import dataclasses
+import pickle
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bridge_client import Session
-from bridge_client.jax import runs
-from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, StructureError
+from bridge_client.jax import runs, structures
+from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, SpecError, StructureError
 from tests.jax_client.conftest import Remote, holds_nothing
 
 X = jnp.linspace(0.1, 1.0, 4)
@@ -58,6 +61,14 @@ def test_dtypes_come_back_as_they_went(remote: Remote, wrap: Any, dtype: str) ->
     """Each type that both frameworks have, of any shape."""
     values = [jnp.ones((2, 3), dtype), jnp.zeros((), dtype), jnp.ones((0, 2), dtype)]
     assert_same(wrap(remote("echo"))(values), values)
+
+
+def test_a_dataclass_that_another_thread_registered_first() -> None:
+    """Two threads that meet a dataclass at once both have jax know it, and neither fails."""
+    kind = dataclasses.make_dataclass("Met", ["x"])
+    for _ in range(2):
+        structures.register_dataclass(kind, ("x",))
+    assert jax.tree.leaves(kind(1)) == [1]
 
 
 def test_integers_without_x64(remote: Remote) -> None:
@@ -115,6 +126,17 @@ def test_a_traced_value_where_one_is_needed(remote: Remote) -> None:
         f(X, times=jnp.arange(3))
 
 
+def test_copies_and_pickles_call_the_same_model(remote: Remote) -> None:
+    """A copy has the parameters of the original, and a pickled function makes a session of its own."""
+    f = remote("single")
+    f.params = {name: 2 * value for name, value in f.params.items()}
+    x = jnp.ones((1, 4))
+    for made in (copy.copy(f), copy.deepcopy(f), pickle.loads(pickle.dumps(f))):
+        np.testing.assert_array_equal(made(x), f(x))
+        if made.session is not f.session:
+            made.session.close()
+
+
 class Foreign:
     """An array of a library whose types NumPy does not know."""
 
@@ -139,6 +161,9 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
         jax.eval_shape(remote("affine"), X, jnp.eye(3))
     assert raised.value.remote_type == "builtins.RuntimeError"
     assert session.stats()["calls"] == 0
+    symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.float32)
+    with pytest.raises(SpecError, match=r"`args\[0\]` has the symbolic shape \(n,\)"):
+        jax.eval_shape(f, symbolic)
     with pytest.raises(CallerError, match="in_specs and out_specs come together"):
         remote("echo", in_specs=jax.sharding.PartitionSpec())
 
