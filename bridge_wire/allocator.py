@@ -55,9 +55,9 @@ class Allocator:
         return start
 
     def _coalesce(self) -> None:
-        extents = sorted(self._spans + self._freed)
-        self._spans, self._freed = [], []
-        for start, size in extents:
-            if self._spans and sum(self._spans[-1]) == start:
-                start, size = self._spans[-1][0], self._spans.pop()[1] + size
-            self._spans.append((start, size))
+        merged: list[tuple[int, int]] = []
+        for start, size in sorted(self._spans + self._freed):
+            if merged and sum(merged[-1]) == start:
+                start, size = merged[-1][0], merged.pop()[1] + size
+            merged.append((start, size))
+        self._spans, self._freed = merged, []  # at the end, lest Ctrl-C lose what was not merged yet

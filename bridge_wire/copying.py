@@ -12,19 +12,26 @@ _LARGE = 4 << 20
 _MOST_THREADS = 4
 
 
-def copy(target: int, source: int, nbytes: int) -> None:
-    """Copy `nbytes` bytes from one address to another; the ranges do not overlap."""
+def copy(target: int, source: int, nbytes: int, *owners: object) -> None:
+    """Copy `nbytes` bytes from one address to another; the ranges do not overlap.
+
+    The owners keep both ranges alive. They are held until the last thread is done, also if this one is interrupted.
+    """
     if nbytes < _LARGE or (threads := min(usable_cores(), _MOST_THREADS)) == 1:
         ctypes.memmove(target, source, nbytes)
         return
     step = nbytes // threads
     pool = _pool(os.getpid())
-    others = [pool.submit(ctypes.memmove, target + i * step, source + i * step, step) for i in range(1, threads)]
+    others = [pool.submit(_move, target + i * step, source + i * step, step, owners) for i in range(1, threads)]
     ctypes.memmove(target, source, step)
     rest = step * threads
     ctypes.memmove(target + rest, source + rest, nbytes - rest)
     for other in others:
         other.result()
+
+
+def _move(target: int, source: int, nbytes: int, owners: tuple[object, ...]) -> None:
+    ctypes.memmove(target, source, nbytes)
 
 
 def usable_cores() -> int:

@@ -135,6 +135,7 @@ class Pool:
         try:
             pointer, view, offset = self._extents[address]
         except KeyError:
+            returns_to.append(address)
             raise _closed() from None
         block = kind.from_buffer(view, offset)
         block.address = address
@@ -218,15 +219,17 @@ class Pool:
         slab = create_slab(min(step, room), self._next_base, shareable=self.shareable)
         # The gap keeps two slabs' extents from ever merging into one.
         self._next_base = slab.base + slab.nbytes + PAGE
-        self.slabs = (*self.slabs, slab)
         if slab.fd >= 0:
             self._descriptors.append(slab.fd)
+        self.slabs = (*self.slabs, slab)
         self._allocator.add(slab.base, slab.nbytes)
 
     def _slab_of(self, address: int) -> Slab:
         for slab in self.slabs:
             if 0 <= address - slab.base < slab.nbytes:
                 return slab
+        if self._is_closed:
+            raise _closed()
         raise AssertionError(f"no slab holds the address {address}")
 
 

@@ -67,13 +67,15 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
             os.posix_fallocate(fd, 0, nbytes)  # an early error instead of a late SIGBUS
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         view, pointer = _map(fd, nbytes)
-    except OSError as error:
+        # Fails before Linux 5.14; the pages then come one by one.
+        _libc.madvise(pointer, nbytes, _MADV_POPULATE_WRITE)
+        return Slab(view, pointer, base, nbytes, fd)
+    except BaseException as error:  # KeyboardInterrupt, for one: the pages of a large slab take a while
         if fd >= 0:
             os.close(fd)
-        raise OutOfMemory(f"the system refused a slab of {nbytes} bytes: {error.strerror}") from error
-    # Fails before Linux 5.14; the pages then come one by one.
-    _libc.madvise(pointer, nbytes, _MADV_POPULATE_WRITE)
-    return Slab(view, pointer, base, nbytes, fd)
+        if isinstance(error, OSError):
+            raise OutOfMemory(f"the system refused a slab of {nbytes} bytes: {error.strerror}") from error
+        raise
 
 
 def map_received(fd: int, nbytes: int, base: int) -> Slab:

@@ -71,7 +71,7 @@ def place(program: Program, sources: Sequence[Source], *, lasting: bool = False)
                     continue
             block = pool.lease(nbytes)
             if nbytes:
-                copy(block.pointer, pointer, nbytes)
+                copy(block.pointer, pointer, nbytes, block, owner)
         else:
             block = pool.lease(nbytes)
             if nbytes:

@@ -63,7 +63,7 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
                 placed.append(_InSlab(address, value.untyped_storage()))
                 continue
             block = pool.lease(nbytes)
-            copy(block.pointer, pointer, nbytes)
+            copy(block.pointer, pointer, nbytes, block, value)
         else:
             if dtype is not spec.dtype:
                 _check_range(value, spec, program.labels[len(placed)])

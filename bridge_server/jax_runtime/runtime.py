@@ -139,7 +139,7 @@ class JaxRuntime(Runtime):
         except Exception:  # spread over several devices, whose parts have to be gathered first
             array = np.ascontiguousarray(array)
             source = array.ctypes.data
-        copy(pointer, source, nbytes)
+        copy(pointer, source, nbytes, array)
 
     def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
         taken = {_pointer(array) for array in (*inputs, *(residual or ()))}

@@ -52,7 +52,7 @@ def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
 def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
     """Copy a tensor's elements, row-major, to memory."""
     if _is_dense(tensor):
-        copy(pointer, tensor.data_ptr(), nbytes)
+        copy(pointer, tensor.data_ptr(), nbytes, tensor)
     else:
         tensor_at(pointer, spec_of(tensor), None).copy_(tensor.detach())
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge_wire.allocator import ALIGNMENT
-from bridge_wire.errors import BridgeError, CallerError, OutOfMemory
+from bridge_wire.errors import BridgeError, CallerError, OutOfMemory, SessionClosed
 from bridge_wire.pool import Pool, half_of_memory
 from bridge_wire.slabs import PAGE
 
@@ -343,3 +343,20 @@ def test_live_tensors_do_not_disturb_the_exit() -> None:
         [sys.executable, "-c", EXIT_WITH_LIVE_TENSORS], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_closed_pool_refuses_and_counts_on() -> None:
+    """A closed pool gives out and shows no memory, and still counts the blocks that live."""
+    pool = small_pool()
+    kept, returned = pool.lease(100), pool.lease(100)
+    address = returned.address
+    del returned
+    pool.close()
+    for _ in range(3):
+        with pytest.raises(SessionClosed):
+            pool.lease(100)
+        with pytest.raises(SessionClosed):
+            pool.view(address, 100)
+    assert pool.live_blocks() == 1
+    del kept
+    assert pool.live_blocks() == 0

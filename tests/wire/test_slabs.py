@@ -279,3 +279,17 @@ def test_system_without_memfd_is_told_and_not_raised(monkeypatch: pytest.MonkeyP
     """Where the system has no memfds, `memfd_works` says so."""
     monkeypatch.delattr(os, "memfd_create")
     assert not memfd_works()
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "ftruncate"])
+def test_interrupted_creation_leaves_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a slab is made closes its memfd, whose pages would stay otherwise."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        create_slab(PAGE, 0)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
