@@ -136,10 +136,9 @@ class LocalLane(Lane):
         make: Callable[[list[Block]], _T],
     ) -> _T:
         self._send(request)
-        try:
-            return make(outputs)
-        finally:
-            self._receive(timeout_s)
+        made = make(outputs)
+        self._receive(timeout_s)
+        return made
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
@@ -221,31 +220,34 @@ class GrpcLane(Lane):
         del request.run.inputs[:], request.run.outputs[:]
         with self._deadline(timeout_s) if timeout_s is not None else contextlib.nullcontext():
             self._send(_inline(request, inputs))
-            try:
-                return make(outputs)
-            finally:
-                self._receive_outputs(outputs)
+            made = make(outputs)
+            self._receive_outputs(outputs)
+            return made
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float) -> Iterator[None]:
         """End the stream when the time is up: a stream that is open already takes no deadline of its own."""
-        expired = threading.Event()
+        over = threading.Lock()  # taken by whichever comes first, the end of the call or that of its time
 
         def expire() -> None:
-            expired.set()
-            self._call.cancel()
+            if over.acquire(blocking=False):
+                self._call.cancel()
 
         timer = threading.Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
+        failure: WorkerDied | None = None
         try:
             yield
-        except WorkerDied:
-            if expired.is_set():
-                raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
-            raise
+        except WorkerDied as error:
+            failure = error
         finally:
             timer.cancel()
+            in_time = over.acquire(blocking=False)
+        if not in_time:
+            raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+        if failure is not None:
+            raise failure
 
     def _receive_outputs(self, outputs: Sequence[Block]) -> None:
         data = self._receive().ran.data
@@ -301,7 +303,8 @@ class GrpcLane(Lane):
         except StopIteration:
             raise WorkerDied("the worker ended the stream during a call; the next call reconnects") from None
         except grpc.RpcError as error:
-            raise from_rpc(error, during_call=True) from error
+            # The error is the stream itself: with a traceback it would be a cycle that keeps the call's blocks.
+            raise from_rpc(error, during_call=True) from error.with_traceback(None)
         return _raise_if_failed(reply)
 
 

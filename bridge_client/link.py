@@ -105,6 +105,8 @@ class Link:
                         raise decode(event.error)
                     phase = progress.phase = event.progress.phase
         except grpc.RpcError as error:
+            if not self._end.alive:  # another thread has ended the link
+                raise Stale from error
             raised = from_rpc(error, during_call=phase != "starting")
             if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
                 raise Stale from raised
@@ -126,8 +128,9 @@ class Link:
         if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
             try:
                 self._share(lane, pool, timeout_s)
-            except BaseException:
+            except BaseException:  # nobody knows whether the worker has the slab now
                 lane.close()
+                self.abort()
                 raise
         return lane
 
@@ -147,7 +150,12 @@ class Link:
         """End every connection without a word."""
         self._end()
 
+    def _refuse_if_ended(self) -> None:
+        if not self._end.alive:
+            raise Stale
+
     def _new_lane(self) -> Lane:
+        self._refuse_if_ended()
         try:
             return self._make_lane()
         except (OSError, Unauthenticated, WorkerUnavailable) as error:
@@ -156,6 +164,7 @@ class Link:
     def _share(self, lane: Lane, pool: Pool, timeout_s: float | None) -> None:
         assert isinstance(lane, LocalLane), "only such a lane carries descriptors"
         with self._share_lock:
+            self._refuse_if_ended()
             for slab in pool.slabs:
                 if slab.base not in self._shared:
                     lane.share(slab, timeout_s)

@@ -51,6 +51,14 @@ class _Residual(NamedTuple):
     inputs: Sequence[Placed]
 
 
+class _Abandoned(NamedTuple):
+    """A call that was given up: its blocks must not be reused before the worker lets go of them."""
+
+    lane: Lane
+    leases: tuple[Any, ...]
+    residual: int  # which the call may keep yet, so it is released afterwards; 0: none
+
+
 class RemoteSession(Session):
     """A connection to one worker. Made by `connect` and `spawn`.
 
@@ -74,8 +82,7 @@ class RemoteSession(Session):
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
         self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
-        # Calls that were given up: their blocks must not be reused before the worker lets go of them.
-        self._abandoned: list[tuple[Lane, list[Any]]] = []
+        self._abandoned: list[_Abandoned] = []
 
     @property
     def framework(self) -> str:
@@ -107,9 +114,10 @@ class RemoteSession(Session):
             self._dropped.append(id)
 
     def stats(self) -> Mapping[str, int]:
-        usage = self._usage()
         with self._lock:
             self._sweep_abandoned()
+        usage = self._usage()
+        with self._lock:
             self._count()
             return {
                 "calls": self._calls,
@@ -130,7 +138,7 @@ class RemoteSession(Session):
         if link is not None:
             link.close()
         while self._abandoned:
-            self._abandoned.pop()[0].close()
+            self._abandoned.pop().lane.close()
         self._residuals.clear()
         self._host.close()
         _sessions.discard(self)
@@ -237,7 +245,8 @@ class RemoteSession(Session):
         except BaseException as error:
             self._dropped.extend(released or ())
             if lane is not None:
-                self._after_failure(link, lane, error, [inputs, outputs])
+                keeps = residual if program.keeps_residual else 0
+                self._after_failure(link, error, _Abandoned(lane, (inputs, outputs), keeps))
             raise
         link.give_back(lane)
         if payload is not None:
@@ -254,10 +263,10 @@ class RemoteSession(Session):
         named, name = program.name
         if named is link:
             return name
-        if program.origin is not None and program.is_pullback:
-            program.request.pullback.program = self._name_of(link, program.origin, timeout_s)
         request = pb.PrepareRequest()
         request.CopyFrom(program.request)
+        if program.origin is not None and program.is_pullback:
+            request.pullback.program = self._name_of(link, program.origin, timeout_s)
         model = request.call.model or request.parameters.model
         what = f"model {model!r}" if model else "a pullback"
         program.adopt(link, link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s))
@@ -268,15 +277,15 @@ class RemoteSession(Session):
             self.pool.view(placed.address, spec.nbytes) for placed, spec in zip(inputs, program.inputs, strict=True)
         ]
 
-    def _after_failure(self, link: Link, lane: Lane, error: BaseException, leases: list[Any]) -> None:
+    def _after_failure(self, link: Link, error: BaseException, call: _Abandoned) -> None:
         """Put the lane back if it can still be used; else keep the call's blocks until the worker lets go of them."""
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
-            link.give_back(lane)
+            link.give_back(call.lane)
         elif isinstance(error, Stale | PeerError | WorkerDied):
-            lane.close()
-        elif lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
+            call.lane.close()
+        elif call.lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
             with self._lock:
-                self._abandoned.append((lane, leases))
+                self._abandoned.append(call)
 
     def _count(self) -> None:
         while self._uncounted:
@@ -284,10 +293,12 @@ class RemoteSession(Session):
             self._calls += 1
 
     def _sweep_abandoned(self) -> None:
-        ended = [entry for entry in self._abandoned if entry[0].has_ended()]
-        self._abandoned = [entry for entry in self._abandoned if entry not in ended]
-        for lane, _ in ended:
-            lane.close()
+        ended = [call for call in self._abandoned if call.lane.has_ended()]
+        self._abandoned = [call for call in self._abandoned if call not in ended]
+        for call in ended:
+            call.lane.close()
+            if call.residual:
+                self._dropped.append(call.residual)
 
     def _take_dropped(self) -> list[int]:
         taken: list[int] = []
@@ -303,11 +314,15 @@ class RemoteSession(Session):
             lane = link.take(self.pool)
         except (Stale, BridgeError):  # a worker that is gone holds nothing
             return pb.Usage()
+        dropped = self._take_dropped()
         try:
-            usage = lane.release(self._take_dropped())
-        except (Stale, BridgeError):
+            usage = lane.release(dropped)
+        except BaseException as error:
+            self._dropped.extend(dropped)
             lane.close()
-            return pb.Usage()
+            if isinstance(error, Stale | BridgeError):
+                return pb.Usage()
+            raise
         link.give_back(lane)
         return usage
 

@@ -60,6 +60,10 @@ def serve(
                 _log.exception("a request failed unexpectedly")
                 yield _failed(unexpected(error))
                 return
+            except GeneratorExit:  # nobody is there to take the answer
+                if session is not None and request.HasField("run"):
+                    session.take_back(request.run)
+                raise
             finally:
                 for fd in descriptors:
                     os.close(fd)
@@ -193,7 +197,7 @@ class LocalLanes:
         with self._lock:
             lanes = list(self._open)
         for lane in lanes:
-            lane.shut_down()
+            lane.stop_receiving()  # a call under way still writes to its client's blocks: that must not see an end yet
 
     def _accept(self) -> None:
         while True:

@@ -1,5 +1,6 @@
 """The gRPC service: everything but the hot path of local clients."""
 
+import contextlib
 import hmac
 import logging
 import platform
@@ -79,7 +80,7 @@ class Service(BridgeServicer):
             yield pb.PrepareEvent(error=encode(unexpected(error)))
 
     def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
-        yield from serve(request_iterator, self._sessions)
+        yield from serve(_until_gone(request_iterator), self._sessions)
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
         self._sessions.close(request.session)
@@ -111,6 +112,12 @@ class TokenInterceptor(grpc.ServerInterceptor):
                 context, Unauthenticated("the worker's token is missing or wrong; pass token=")
             )
         )
+
+
+def _until_gone(requests: Iterator[pb.LaneRequest]) -> Iterator[pb.LaneRequest]:
+    """Yield a client's requests; one that breaks off has ended."""
+    with contextlib.suppress(grpc.RpcError):
+        yield from requests
 
 
 def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:

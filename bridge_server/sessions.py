@@ -161,6 +161,12 @@ class Session:
         plan = self._plans.get(key) or self._plan(*key)
         self._run(plan.program, request.residual, plan.inputs, plan.outputs)
 
+    def take_back(self, request: pb.Run) -> None:
+        """Drop what a run has kept. For one that the client has given up: it may have released the residual before."""
+        program = self.programs.get(request.program)
+        if program is not None and program.residual_nbytes is not None:
+            self.residuals.drop(self, [request.residual])
+
     def run_inline(self, request: pb.Run, program: Program, inputs: Sequence[Block]) -> list[Block]:
         """Run a program on blocks of `scratch`; return the outputs, in such blocks.
 

@@ -97,10 +97,10 @@ class FramedSocket:
         except OSError:
             return True
 
-    def shut_down(self) -> None:
-        """Tell the peer that nothing more will come, and wake whoever waits here. Idempotent, never blocks."""
-        with contextlib.suppress(OSError):  # the peer was faster
-            self._socket.shutdown(socket.SHUT_RDWR)
+    def stop_receiving(self) -> None:
+        """Let nothing more come in, and wake whoever waits for it here; what is under way can still be answered."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
 
     def half_close(self) -> None:
         """Tell the peer that nothing more will come, but go on listening for its end."""

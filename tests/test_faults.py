@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bridge_client import Session, connect, spawn
+from bridge_client.lanes import LocalLane
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
     BridgeError,
@@ -219,6 +221,47 @@ def test_blocks_of_a_timed_out_call_wait_for_the_worker(worker: Worker, gate: Ga
         gate.open()
         assert eventually(lambda: session.stats()["blocks"] == len(others))
         assert squares(session, 3.0) == [9.0]
+
+
+def test_a_timed_out_forward_leaves_no_residual(worker: Worker, gate: Gate, lane: str) -> None:
+    """What a call keeps that was given up is released, although the client let go of it before it was kept."""
+    with connect(worker.address, lane=lane) as session:
+        program = prepare(session, "gated", floats(1), str(gate)).keeping((0,))
+        with pytest.raises(CallTimeout):
+            session.run_keeping(program, [placed(session, [1.0])], timeout_s=0.3)
+        assert squares(session, 3.0) == [9.0]  # takes the release along, too early
+        gate.open()
+        assert _blocks_return(session)
+        assert eventually(lambda: session.stats()["residuals"] == 0)
+
+
+def test_a_slab_that_may_have_been_shared_is_shared_over_a_new_link(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C or a time limit after a slab was sent, before the answer came, does not spoil the session."""
+    share = LocalLane.share
+
+    def unanswered(lane: LocalLane, *args: Any) -> None:
+        share(lane, *args)
+        raise CallTimeout("no answer")
+
+    with connect(worker.address, lane="local") as session:
+        session._require_link().give_back(session._require_link()._new_lane())  # keeps the session on the worker
+        with monkeypatch.context() as patched:
+            patched.setattr(LocalLane, "share", unanswered)
+            with pytest.raises(CallTimeout):
+                squares(session, 2.0)
+        assert squares(session, 3.0) == [9.0]
+
+
+def test_a_link_that_another_thread_has_ended_is_replaced(worker: Worker, lane: str) -> None:
+    """Calls and preparations over a link that ends meanwhile go over a new one."""
+    with connect(worker.address, lane=lane) as session:
+        assert squares(session, 2.0) == [4.0]
+        session._require_link().abort()
+        assert squares(session, 3.0) == [9.0]
+        session._require_link().abort()
+        assert prepare(session, "square", floats(17)).output_nbytes == (68,)
 
 
 def test_a_timed_out_backward_can_be_repeated(worker: Worker, gate: Gate, lane: str) -> None:

@@ -220,16 +220,31 @@ def test_half_close_ends_one_direction_only() -> None:
         a.half_close()  # a peer that is gone does not matter
 
 
-def test_shut_down_wakes_who_waits() -> None:
-    """A thread that waits for a message returns None when its own end is shut down by another thread."""
+def test_stop_receiving_wakes_who_waits() -> None:
+    """A thread that waits for a message returns None when another thread stops its end from receiving."""
     with pair() as (_, b):
         received: list[bytes | None] = []
         waiting = threading.Thread(target=lambda: received.append(b.receive()))
         waiting.start()
-        b.shut_down()
-        b.shut_down()
+        b.stop_receiving()
+        b.stop_receiving()
         waiting.join()
         assert received == [None]
+
+
+def test_stop_receiving_lets_the_answer_out() -> None:
+    """An end that has stopped receiving has not ended for its peer, which still gets an answer."""
+    with pair() as (a, b):
+        a.send(b"question")
+        assert b.receive(5) == b"question"
+        b.stop_receiving()
+        assert not a.has_ended()
+        with pytest.raises(OSError):
+            a.send(b"another question")
+        b.send(b"answer")
+        assert a.receive(5) == b"answer"
+        b.close()
+        assert a.has_ended()
 
 
 def test_close_is_idempotent() -> None:
@@ -237,7 +252,7 @@ def test_close_is_idempotent() -> None:
     with pair() as (a, _):
         a.close()
         a.close()
-        a.shut_down()
+        a.stop_receiving()
         a.half_close()
 
 
