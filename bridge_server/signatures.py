@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -68,7 +69,9 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
         _check_streams(call.rngs, inputs[len(own)])
     if call.mutable:
         _check_mutable(model, call)
+    statics = [(path, value) for path, value in trees.argument_values(call.arguments) if value is not None]
     shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
+    shown += [f"{path}={reprlib.repr(value)}" for path, value in statics]
     more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
     return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
 

@@ -147,11 +147,15 @@ def build(tree: pb.Tree, leaves: Iterable[Any], classes: Classes) -> Any:
 
 def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
     """Return the path of each array leaf, such as `args[0]['w']`, in the order of the leaves."""
+    return [path for path, end in _ends(tree, root) if end.WhichOneof("kind") == "leaf"]
+
+
+def _ends(tree: pb.Tree, root: str) -> Iterator[tuple[str, pb.Tree]]:
+    """Yield the path of each array leaf and each static value, and what is there."""
     kind = tree.WhichOneof("kind")
-    if kind == "leaf":
-        return [root]
-    if kind is None or kind == "value":
-        return []
+    if kind is None or kind == "leaf" or kind == "value":
+        yield root, tree
+        return
     node = getattr(tree, kind)
     if kind == "dict":
         steps = [f"[{decode_value(key)!r}]" for key in node.keys]
@@ -159,7 +163,8 @@ def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
         steps = [f".{field}" for field in node.fields]
     else:
         steps = [f"[{i}]" for i in range(len(node.items))]
-    return [path for step, item in zip(steps, node.items, strict=False) for path in leaf_paths(item, root + step)]
+    for step, item in zip(steps, node.items, strict=False):
+        yield from _ends(item, root + step)
 
 
 def arguments(args: pb.Tree, kwargs: pb.Tree) -> pb.Tree:
@@ -177,6 +182,13 @@ def argument_paths(tree: pb.Tree) -> list[str]:
     if len(items) != 2 or items[0].WhichOneof("kind") != "tuple" or items[1].WhichOneof("kind") != "dict":
         raise ProtocolError("a call's arguments must be a tuple of a tuple and a dict")
     return leaf_paths(items[0], "args") + leaf_paths(items[1], "kwargs")
+
+
+def argument_values(tree: pb.Tree) -> list[tuple[str, Any]]:
+    """Return the path and the value of each static argument of a call."""
+    args, kwargs = tree.tuple.items
+    ends = (*_ends(args, "args"), *_ends(kwargs, "kwargs"))
+    return [(path, decode_value(end.value)) for path, end in ends if end.WhichOneof("kind") == "value"]
 
 
 def flat(count: int) -> pb.Tree:

@@ -209,6 +209,14 @@ def test_a_model_that_raises_while_traced_shows_its_traceback(any_lane: Remote) 
     assert "raises_at_trace" in str(error) and error.remote_traceback in str(error)
 
 
+def test_an_error_names_static_values_too(any_lane: Remote) -> None:
+    """The signature in a model's error has what was static in the call: it may be the reason."""
+    with pytest.raises(RemoteModelError, match="KeyError") as raised:
+        any_lane("branch")(torch.ones(3), True, mode="sideways" + "!" * 1000)
+    assert "'branch' called with (args[0]: float32[3], args[1]=True, kwargs['mode']='sideways!" in str(raised.value)
+    assert "!" * 40 not in str(raised.value).splitlines()[1]
+
+
 def test_a_model_that_raises_while_it_runs_shows_its_traceback(any_lane: Remote) -> None:
     """An exception in a callback of compiled code arrives with the model's own message and traceback."""
     model = any_lane("raises_below_zero")
