@@ -48,9 +48,9 @@ def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: s
     for is_fake, needs_grad in ((True, False), (True, True), (False, False), (False, True)):
         try:
             traced = _attempt(f, state, inputs, is_fake=is_fake, needs_grad=needs_grad)
-        except BridgeError:
-            raise
         except Exception as error:
+            if isinstance(error, BridgeError) and not is_fake:  # a model may use this very package: see on zeros
+                raise
             errors.append(error)
             continue
         if not is_fake:
@@ -92,11 +92,12 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in operator.tags:
-            self.draws = True
-        given = dict(kwargs or {})
+        given = {each.name: each.default_value for each in operator._schema.arguments} | dict(kwargs or {})
         for argument, value in zip(operator._schema.arguments, args, strict=False):
             given[argument.name] = value
+        # Attention bears the tag with and without dropout.
+        if torch.Tag.nondeterministic_seeded in operator.tags and given.get("dropout_p") != 0:
+            self.draws = True
         for argument in operator._schema.arguments:
             value = given.get(argument.name)
             is_written = argument.alias_info is not None and argument.alias_info.is_write

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bridge_server.jax_runtime.types import has_x64
 from bridge_wire.allocator import ALIGNMENT
@@ -73,6 +74,8 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
                 "make the function that uses it a RemoteJaxFunction"
             )
         tensor = tensor.detach()
+    if isinstance(tensor, FakeTensor):  # JAX would read at an address of nothing, and end the process
+        raise StructureError("the tensor stands for one whose values are not known yet, while torch traces this code")
     try:
         made = _importable(tensor)
         is_copy = made.data_ptr() != tensor.data_ptr()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bridge_client.inproc import to_jax, to_torch
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64
@@ -179,8 +180,9 @@ def test_a_gradient_is_not_lost_in_silence() -> None:
         (lambda: torch.eye(2).to_sparse(), "sparse"),
         (lambda: torch.zeros(2, device="meta"), "no memory"),
         (lambda: torch.zeros(2, dtype=torch.complex32), "complex32"),
+        (lambda: FakeTensorMode().from_tensor(torch.zeros(2)), "traces"),
     ],
-    ids=["sparse", "meta", "half complex"],
+    ids=["sparse", "meta", "half complex", "fake"],
 )
 def test_tensors_without_a_counterpart_are_refused(make: Callable[[], Tensor], message: str) -> None:
     """A tensor that JAX cannot have is refused with the reason."""

@@ -155,6 +155,14 @@ def test_both_directions_in_one_program() -> None:
         np.testing.assert_allclose(transformed(x), 2 * jnp.cos(x), rtol=1e-6)
 
 
+def test_a_torch_model_may_compute_with_jax() -> None:
+    """A model that hands its tensors to JAX cannot be traced, so it is run, and works in compiled code too."""
+    f = RemoteTorchFunction(lambda x: to_torch(jnp.sin(to_jax(x))))
+    x = jnp.arange(3.0)
+    for call in (f, jax.jit(f)):
+        np.testing.assert_allclose(call(x), jnp.sin(x), rtol=1e-6)
+
+
 def test_what_is_no_model_is_refused() -> None:
     """A target that is neither an address, a session nor a model is refused with what was expected."""
     with pytest.raises(TargetError, match=r"nn\.Module"):
