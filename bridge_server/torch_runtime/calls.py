@@ -1,5 +1,6 @@
 """A model's call as a function of a flat list of arrays: what every transform starts from."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from bridge_wire import trees
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 
 class Call:
@@ -38,6 +41,7 @@ class Call:
         self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
         self._results = Results(model.name, classes, [model.parameters[i].path for i in self._changing])
         self._is_traced = False
+        self._is_told = False
         self.is_opaque = False  # whether torch.func was seen to fail on it
         traced = self._trace(where)
         if traced.strays and model.apply.work_on_the_original():
@@ -66,6 +70,16 @@ class Call:
             with torch.enable_grad():
                 return self._outputs_of(state, leaves)
         return self._outputs_of(state, leaves)
+
+    def tell_if_unkeyed(self) -> None:
+        """Say, once, if a derivative that runs the call again cannot be that of the value."""
+        if self.draws and self.key is None and not self._is_told:
+            self._is_told = True
+            _log.warning(
+                "%s draws random numbers without a key, so derivatives of it which run it again are taken with others "
+                "than its value; pass a key",
+                self.where,
+            )
 
     def protect_leaves(self) -> None:
         """Give the model copies of all leaves from now on: a trace cannot show what depends on Python's state."""

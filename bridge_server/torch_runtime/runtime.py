@@ -1,7 +1,6 @@
 """TorchRuntime: models run eagerly by torch, their types found out once per signature."""
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,8 +20,6 @@ from bridge_wire import trees
 from bridge_wire.errors import CallerError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
-
-_log = logging.getLogger(__name__)
 
 
 class TorchRuntime(Runtime):
@@ -59,12 +56,8 @@ class TorchRuntime(Runtime):
         base = self._call(model, call)
         composed = compose(base, call.transforms, is_kept=call.HasField("keep"))
         how = {"draws": base.draws, "is_seeded": base.key is not None}
-        if base.draws and base.key is None and any(t.WhichOneof("kind") != "vmap" for t in call.transforms):
-            _log.warning(
-                "%s draws random numbers without a key, so this derivative of it, which runs it again, is taken with "
-                "others than its value; pass a key",
-                base.where,
-            )
+        if any(transform.WhichOneof("kind") != "vmap" for transform in call.transforms):
+            base.tell_if_unkeyed()
         program: Program
         if call.HasField("keep"):
             wrt = tuple(call.keep.inputs)

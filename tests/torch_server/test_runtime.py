@@ -346,8 +346,18 @@ def test_derivatives_of_what_draws_without_a_key_are_told(
     assert not caplog.messages
     hosted.call(x, transforms=[jvp([1])], rngs=["default"])
     assert not caplog.messages
-    hosted.call(x, transforms=[jvp([0])])
+    for transform in (jvp([0]), vjp([0])):
+        hosted.call(x, transforms=[transform])
+    assert len(caplog.messages) == 1
     assert "float64[4]) draws random numbers without a key" in caplog.text
+
+
+def test_attention_without_dropout_draws_nothing(runtime: TorchRuntime) -> None:
+    """It need not wait for others that draw, and its derivatives need no key."""
+    hosted, x = Hosted(runtime, torch.nn.functional.scaled_dot_product_attention), rand(1, 2, 4)
+    assert not hosted.call(x, x, x).draws
+    dropping = Hosted(runtime, lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5))
+    assert dropping.call(x).draws
 
 
 @serving("dropped")
