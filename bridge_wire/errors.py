@@ -23,7 +23,6 @@ BridgeError
 │   ├── CallTimeout        no answer within timeout_s
 │   ├── OutOfMemory        no room for a block: the slabs' cap, or the kernel said no
 │   └── LaneUnavailable    the lane or memory kind that was required cannot be had
-├── LeaseExpired           a block was used after its release
 ├── ResidualGone           the worker no longer has the residual; the caller recomputes
 └── InternalError          a bug of the bridge
 """
@@ -171,12 +170,6 @@ class OutOfMemory(WorldError, MemoryError):
 
 class LaneUnavailable(WorldError):
     """The lane or the memory kind that was required cannot be had."""
-
-
-class LeaseExpired(BridgeError):
-    """A block was used after its release."""
-
-    status = _Status.FAILED_PRECONDITION
 
 
 class ResidualGone(BridgeError):

@@ -45,6 +45,14 @@ def test_program_in_the_readme_works(tmp_path: Path) -> None:
     assert float(found[1]) < 1e-8
 
 
+def test_program_in_one_process_in_the_readme_works(tmp_path: Path) -> None:
+    """The file that README.md shows for one process prints the gradient that it shows."""
+    page = ROOT / "README.md"
+    save_programs(page, tmp_path)
+    shown = run(python_of(".venv-both"), "both.py", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "both.py")), shown.stderr
+
+
 def test_program_in_the_page_of_the_jax_client_works(tmp_path: Path) -> None:
     """The two files that docs/jax-client.md shows train the torch module."""
     page = ROOT / "docs" / "jax-client.md"
@@ -104,3 +112,14 @@ def test_tests_that_a_page_names_exist(page: str) -> None:
     assert len(named) > 10 and named <= defined, named - defined
     links = re.findall(r"\]\((\.\./[^)]+)\)", text)
     assert all((ROOT / "docs" / link).exists() for link in links)
+
+
+def test_design_page_names_every_module() -> None:
+    """The table of files in docs/design.md has every module of the three packages, and no others."""
+    table = (ROOT / "docs" / "design.md").read_text().split("## The rooms")[1].split("\n## ")[0]
+    rooms = re.findall(r"^\| \*\*`(\w+)`\*\*(.*?)(?=^\| \*\*|\Z)", table, re.MULTILINE | re.DOTALL)
+    assert [room for room, _ in rooms] == ["bridge_wire", "bridge_client", "bridge_server"]
+    for room, text in rooms:
+        named = set(re.findall(r"`([\w/]+\.py)`", text))
+        files = {path.relative_to(ROOT / room).as_posix() for path in (ROOT / room).rglob("*.py")}
+        assert named == {name for name in files if not name.startswith("pb/") and not name.endswith("__.py")}

@@ -38,7 +38,6 @@ STATUS = {
     "CallTimeout": "DEADLINE_EXCEEDED",
     "OutOfMemory": "RESOURCE_EXHAUSTED",
     "LaneUnavailable": "UNAVAILABLE",
-    "LeaseExpired": "FAILED_PRECONDITION",
     "ResidualGone": "DATA_LOSS",
     "InternalError": "INTERNAL",
 }
