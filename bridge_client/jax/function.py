@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge_client.arguments import Slot, encode, marked_static
 from bridge_client.connecting import connect
 from bridge_client.jax import primitives, sharding
 from bridge_client.jax.memory import NUMBERS, as_array, from_block, has_x64, spec_of
@@ -286,21 +287,13 @@ class RemoteTorchFunction:
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
-        names = self._model.arguments[: len(args)]
-        static_args = [i < len(names) and names[i] in self._static_argnames for i in range(len(args))]
-        marks = (
-            tuple(marked(arg, mark) for arg, mark in zip(args, static_args, strict=True)),
-            {key: marked(value, key in self._static_argnames) for key, value in kwargs.items()},
-        )
+        marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         return frozenset(i for i, mark in enumerate(jax.tree.leaves(marks)) if mark)
 
     def _prepare(self, way: "_Way", leaves: Sequence[Any], structure: Any, statics: frozenset[int]) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
-        slotted = jax.tree.unflatten(structure, [leaf if i in statics else _Slot(i) for i, leaf in enumerate(leaves)])
-        encoded_args, first = trees.encode(slotted[0], _is_slot, self._classes, expand=expand, root="args")
-        encoded_kwargs, second = trees.encode(slotted[1], _is_slot, self._classes, expand=expand, root="kwargs")
-        arguments = trees.arguments(encoded_args, encoded_kwargs)
-        slots = [slot.leaf for slot in (*first, *second)]
+        slotted = jax.tree.unflatten(structure, [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)])
+        arguments, slots = encode(*slotted, self._classes, expand=expand)
         infos = self._model.parameters
         paths = [info.path for info in infos] if way.own is not None else []
         paths += ["rng"] if way.key is not None else []
@@ -347,12 +340,6 @@ class _Way(NamedTuple):
         return [*(self.own or ()), *(() if self.key is None else (self.key,))]
 
 
-class _Slot(NamedTuple):
-    """Stands for the array leaf of this index."""
-
-    leaf: int
-
-
 class _Call(NamedTuple):
     """What a signature needs: the program, its inputs' order, and the way from its outputs to the result."""
 
@@ -376,10 +363,6 @@ def _session_of(target: Any) -> Session:
             f"model in this process, install torch here ({error})"
         ) from error
     return host(torch_model=target)
-
-
-def _is_slot(value: Any) -> bool:
-    return type(value) is _Slot
 
 
 def _is_key(value: Any) -> bool:

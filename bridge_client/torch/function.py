@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
+from bridge_client.arguments import Slot, encode, marked_static
 from bridge_client.connecting import connect
 from bridge_client.futures import completed
 from bridge_client.programs import Program
@@ -325,12 +326,7 @@ class RemoteJaxFunction(nn.Module):
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
-        names = self._model.arguments[: len(args)]
-        static_args = [i < len(names) and names[i] in self._static_argnames for i in range(len(args))]
-        marks = (
-            tuple(marked(arg, mark) for arg, mark in zip(args, static_args, strict=True)),
-            {key: marked(value, key in self._static_argnames) for key, value in kwargs.items()},
-        )
+        marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
 
     def _prepare(
@@ -342,14 +338,11 @@ class RemoteJaxFunction(nn.Module):
         is_stateful: bool,
     ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
-        slots = [leaf if i in statics or isinstance(leaf, bool | str) else _Slot(i) for i, leaf in enumerate(leaves)]
+        slots = [leaf if i in statics or isinstance(leaf, bool | str) else Slot(i) for i, leaf in enumerate(leaves)]
         slotted: Any = optree.tree_unflatten(structure, slots)
-        encoded_args, first = trees.encode(slotted[0], _is_slot, self._classes, root="args")
-        encoded_kwargs, second = trees.encode(slotted[1], _is_slot, self._classes, root="kwargs")
-        order = [slot.leaf for slot in (*first, *second)]
+        arguments, order = encode(*slotted, self._classes)
         if order != sorted(order):
             raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
-        arguments = trees.arguments(encoded_args, encoded_kwargs)
         rngs = self._rngs if is_stateful else ()
         paths = [info.path for info in self._model.parameters] if self._owners else []
         paths += ["the key"] * bool(rngs) + trees.argument_paths(arguments)
@@ -396,12 +389,6 @@ _TENSORS = {Tensor}
 
 class _Branch(nn.Module):
     """A node of the parameters' tree."""
-
-
-class _Slot(NamedTuple):
-    """Stands for the array leaf of this index."""
-
-    leaf: int
 
 
 class _Call(NamedTuple):
@@ -470,7 +457,3 @@ def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
     # A program has fixed sizes: of a symbolic one, this makes torch.compile guard the size that it has now.
     return tensor.shape if type(tensor) in PLAIN else tuple(map(int, tensor.shape))
-
-
-def _is_slot(value: Any) -> bool:
-    return type(value) is _Slot

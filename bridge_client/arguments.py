@@ -1,0 +1,48 @@
+"""The arguments of a call as the worker is told of them: what is data, and what is static. Imports no framework."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bridge_wire import trees
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+class Slot(NamedTuple):
+    """Stands for the array leaf of this index."""
+
+    leaf: int
+
+
+def encode(
+    args: Any, kwargs: Any, classes: trees.Classes, *, expand: trees.Expand = trees.expand_dataclass
+) -> tuple[pb.Tree, list[int]]:
+    """Return the tree of arguments in which slots stand for data, and the slots' leaves in the tree's order.
+
+    Raises:
+      StructureError: something in them can neither be sent nor be static.
+    """
+    encoded_args, first = trees.encode(args, _is_slot, classes, expand=expand, root="args")
+    encoded_kwargs, second = trees.encode(kwargs, _is_slot, classes, expand=expand, root="kwargs")
+    return trees.arguments(encoded_args, encoded_kwargs), [slot.leaf for slot in (*first, *second)]
+
+
+def marked_static(
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    static: Collection[str],
+    marked: Callable[[Any, bool], Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with each leaf replaced by whether the argument that it belongs to is named as static.
+
+    `names` are those of the positional arguments; `marked(tree, mark)` replaces each leaf of a pytree.
+    """
+    is_static = [i < len(names) and names[i] in static for i in range(len(args))]
+    return (
+        tuple(marked(arg, mark) for arg, mark in zip(args, is_static, strict=True)),
+        {key: marked(value, key in static) for key, value in kwargs.items()},
+    )
+
+
+def _is_slot(value: Any) -> bool:
+    return type(value) is Slot
