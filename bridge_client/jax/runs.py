@@ -117,7 +117,8 @@ class PullBack(Action):
             blocks: Sequence[Block] = pullback.session.run_pullback(pullback, id, placed, copied=copied)
         except ResidualGone:
             blocks = Run(self._afresh())(sources[1:])
-        self._residuals.claim(id)
+        finally:
+            self._residuals.claim(id)
         return blocks
 
 

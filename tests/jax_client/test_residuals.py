@@ -1,6 +1,8 @@
 """Residuals: a forward under grad runs once, and what it keeps on the worker goes with the last use."""
 
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction, residuals
-from bridge_wire.errors import SessionClosed
+from bridge_wire.errors import RemoteModelError, SessionClosed
 from tests.conftest import eventually
 from tests.jax_client.conftest import Remote, holds_nothing, kill
 
@@ -56,6 +58,15 @@ def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session
     for scale in (1, 2):
         np.testing.assert_allclose(apply(pull, scale * jnp.ones(4)), scale * SLOPE, rtol=1e-5)
         assert kept(session) == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
+def test_a_pullback_that_fails_takes_it_too(remote: Remote, session: Session, wrap: Callable[..., Any]) -> None:
+    """What a backward that raised would have read is of no more use."""
+    gradient = wrap(jax.grad(lambda x: remote("fails_backwards")(x).sum()))
+    with pytest.raises(RemoteModelError, match="no way back"):
+        jax.block_until_ready(gradient(X))
+    assert eventually(lambda: kept(session) == 0)
 
 
 def test_a_pullback_that_is_not_used_keeps_nothing(remote: Remote, session: Session) -> None:

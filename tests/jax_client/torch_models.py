@@ -57,6 +57,21 @@ def raises_below_zero(x):
     return x.sqrt()
 
 
+class _FailingBackwards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        raise LookupError("no way back")
+
+
+def fails_backwards(x):
+    """Has a value, and an error for a gradient."""
+    return _FailingBackwards.apply(x)
+
+
 def _made(make):
     with torch.random.fork_rng():
         torch.manual_seed(0)
