@@ -246,7 +246,9 @@ class Named(str):
     pass
 
 
-@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", Model, Colour.RED, Named("n"), len], ids=repr)
+@pytest.mark.parametrize(
+    "value", [object(), {1, 2}, b"bytes", Model, Colour.RED, Named("n"), len], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_part_of_a_tree_is_refused_with_its_path(value: Any) -> None:
     """Anything but a leaf, a container or a plain static value is a StructureError naming its path and type."""
     with pytest.raises(StructureError, match=r"args\[0\]\['w'\]\.x"):
