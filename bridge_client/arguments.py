@@ -14,15 +14,15 @@ class Slot(NamedTuple):
 
 
 def encode(
-    args: Any, kwargs: Any, classes: trees.Classes, *, expand: trees.Expand = trees.expand_dataclass
+    arguments: tuple[Any, Any], classes: trees.Classes, *, expand: trees.Expand = trees.expand_dataclass
 ) -> tuple[pb.Tree, list[int]]:
-    """Return the tree of arguments in which slots stand for data, and the slots' leaves in the tree's order.
+    """Return the tree of (args, kwargs), in which slots stand for data, and the slots' leaves in the tree's order.
 
     Raises:
       StructureError: something in them can neither be sent nor be static.
     """
-    encoded_args, first = trees.encode(args, _is_slot, classes, expand=expand, root="args")
-    encoded_kwargs, second = trees.encode(kwargs, _is_slot, classes, expand=expand, root="kwargs")
+    encoded_args, first = trees.encode(arguments[0], _is_slot, classes, expand=expand, root="args")
+    encoded_kwargs, second = trees.encode(arguments[1], _is_slot, classes, expand=expand, root="kwargs")
     return trees.arguments(encoded_args, encoded_kwargs), [slot.leaf for slot in (*first, *second)]
 
 

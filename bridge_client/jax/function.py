@@ -293,7 +293,7 @@ class RemoteTorchFunction:
     def _prepare(self, way: "_Way", leaves: Sequence[Any], structure: Any, statics: frozenset[int]) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
         slotted = jax.tree.unflatten(structure, [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)])
-        arguments, slots = encode(*slotted, self._classes, expand=expand)
+        arguments, slots = encode(slotted, self._classes, expand=expand)
         infos = self._model.parameters
         paths = [info.path for info in infos] if way.own is not None else []
         paths += ["rng"] if way.key is not None else []

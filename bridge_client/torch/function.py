@@ -340,7 +340,7 @@ class RemoteJaxFunction(nn.Module):
         """Describe a call of a signature that is new here, and have it prepared."""
         slots = [leaf if i in statics or isinstance(leaf, bool | str) else Slot(i) for i, leaf in enumerate(leaves)]
         slotted: Any = optree.tree_unflatten(structure, slots)
-        arguments, order = encode(*slotted, self._classes)
+        arguments, order = encode(slotted, self._classes)
         if order != sorted(order):
             raise StructureError("a dict of the arguments has keys that cannot be sorted; use strings only")
         rngs = self._rngs if is_stateful else ()
