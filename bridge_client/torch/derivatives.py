@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from bridge_client.programs import Program
-from bridge_client.torch.runs import LIBRARY, as_values, pull_back, run, run_keeping
+from bridge_client.torch.runs import LIBRARY, as_values, pull_back, run, run_keeping, run_operator
 
 # What a pullback of torch.func has kept from its level, it hands over after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
@@ -20,6 +20,8 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _Transformable.apply(program, *inputs)
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take the result for a constant
+        return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled():
         wrt = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])

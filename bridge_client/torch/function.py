@@ -166,9 +166,11 @@ class RemoteJaxFunction(nn.Module):
             leaves, structure = flatten((args, kwargs))
         signature: list[Any] = [structure]
         inputs: list[Any] = list(own)
+        is_jit_tracing = torch._C._get_tracing_state() is not None  # then sizes are tensors
+        shape_of = _fixed_shape_of if is_jit_tracing else _shape_of
         for i, leaf in enumerate(leaves):
             kind = type(leaf)
-            if kind is Tensor and not statics:
+            if kind is Tensor and not statics and not is_jit_tracing:
                 signature.append(leaf.dtype)
                 signature.append(leaf.shape)
                 inputs.append(leaf)
@@ -184,11 +186,11 @@ class RemoteJaxFunction(nn.Module):
                         return self._call(own, args, kwargs, is_stateful)  # that leaf has become a node
                     leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                 signature.append(leaf.dtype)
-                signature.append(leaf.shape if kind is Tensor else _shape_of(leaf))
+                signature.append(shape_of(leaf))
             inputs.append(leaf)
         for tensor in own:
             signature.append(tensor.dtype)
-            signature.append(_shape_of(tensor))
+            signature.append(shape_of(tensor))
         if is_stateful:
             signature.append("stateful")
         key = tuple(signature)
@@ -455,5 +457,9 @@ def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.shape if type(tensor) in PLAIN else _fixed_shape_of(tensor)
+
+
+def _fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:
     # A program has fixed sizes: of a symbolic one, this makes torch.compile guard the size that it has now.
-    return tensor.shape if type(tensor) in PLAIN else tuple(map(int, tensor.shape))
+    return tuple(map(int, tensor.shape))

@@ -19,9 +19,14 @@ PLAIN = {Tensor, nn.Parameter, *NUMBERS}
 def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
     if is_traced(inputs):
-        return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
+        return run_operator(program, inputs)
     placed, copied = place(program, inputs)
     return program.session.run(program, placed, copied=copied, make=lambda blocks: from_blocks(blocks, program.outputs))
+
+
+def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program as an operator, which a graph can name."""
+    return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
 
 
 def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:

@@ -182,6 +182,17 @@ def test_traced_by_make_fx(x64_remote: Remote, mode: str) -> None:
     assert_same(traced(x), 2 * x.cos())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_traced_by_jit(x64_remote: Remote) -> None:
+    """torch.jit.trace records the operator, not the result as a constant; its gradients are right."""
+    sine = x64_remote("sine")
+    traced = torch.jit.trace(lambda x: sine(x) + 1, rand(3))
+    x = rand(3).requires_grad_()
+    traced(x).sum().backward()
+    assert_same(traced(x), 2 * x.sin() + 1)
+    assert_same(x.grad, 2 * x.cos())
+
+
 def test_a_graph_recorded_under_grad_is_differentiable(x64_remote: Remote) -> None:
     """What make_fx recorded of inputs that require a gradient has the gradients of what it recorded."""
     sine = x64_remote("sine")
