@@ -72,6 +72,7 @@ class RemoteTorchFunction:
             raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
         if (in_specs is None) != (out_specs is None):
             raise CallerError("in_specs and out_specs come together: what is spread must be told of both sides")
+        sharding.check_declared(in_specs, out_specs)
         self.session = _session_of(target)
         self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)

@@ -46,6 +46,17 @@ def specs_of(declared: Any, tree: Any, what: str) -> list[PartitionSpec]:
     return jax.tree.leaves(broadcast, is_leaf=_is_spec)
 
 
+def check_declared(in_specs: Any, out_specs: Any) -> None:
+    """Raise StructureError if a result would be the same on shards whose calls have different arguments."""
+    axes = axes_of(jax.tree.leaves(in_specs, is_leaf=_is_spec))
+    for spec in jax.tree.leaves(out_specs, is_leaf=_is_spec):
+        if missing := sorted(set(axes) - set(axes_of([spec]))):
+            raise StructureError(
+                f"a result with the spec {spec} would be the same all along {missing}, but arguments are spread there, "
+                "so each shard's call has a result of its own: name the axes in out_specs, and reduce it afterwards"
+            )
+
+
 def varying_alike(values: Sequence[Any]) -> list[Any]:
     """Return the arrays as varying over all manual axes that any of them varies over.
 
