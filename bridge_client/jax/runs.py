@@ -3,6 +3,8 @@
 No jax function is called while a callback runs: that could wait for the very computation which waits for the callback.
 """
 
+import atexit
+import contextlib
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -26,6 +28,13 @@ except ImportError:  # jax may move it: it is marked experimental
     HAS_BUFFERS = False
 else:
     HAS_BUFFERS = True
+
+
+@atexit.register
+def _finish() -> None:
+    """Have the calls under way end before their sessions are closed: what is registered later runs earlier."""
+    with contextlib.suppress(Exception):  # who wants a call's error has waited for the call
+        jax.effects_barrier()
 
 
 class Action(ABC):

@@ -12,7 +12,7 @@ from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction
 from bridge_wire.errors import CallTimeout, RemoteModelError, SpecError, WorkerDied, WorkerUnavailable
 from tests.jax_client.conftest import Remote, holds_nothing, kill
-from tests.workers import Background, Gate
+from tests.workers import Background, Gate, run_program
 
 X = jnp.linspace(0.1, 1.0, 4)
 
@@ -103,3 +103,21 @@ def test_a_call_that_takes_too_long(torch_worker: Session, tmp_path: Path) -> No
             jax.jit(lambda x: f(x, str(gate)))(X).block_until_ready()
         gate.open()
         np.testing.assert_array_equal(jax.jit(lambda x: f(x, str(gate)))(X), 2 * X)
+
+
+def test_a_program_may_end_while_calls_are_under_way(torch_worker: Session) -> None:
+    """What was dispatched and not waited for ends in peace, before its session is closed."""
+    program = """
+        import sys, jax
+        from jax.sharding import PartitionSpec as P
+        from bridge_client import connect
+        from bridge_client.jax import RemoteTorchFunction
+        f = RemoteTorchFunction(connect(sys.argv[1]), name="smooth")
+        scanned = lambda x: jax.lax.scan(lambda c, _: (f(c), None), x, None, length=100)[0]
+        mesh = jax.make_mesh((4,), ("data",))
+        x = jax.device_put(jax.numpy.ones(4), jax.NamedSharding(mesh, P("data")))
+        jax.jit(jax.shard_map(scanned, mesh=mesh, in_specs=P("data"), out_specs=P("data")))(x)
+    """
+    four = "--xla_force_host_platform_device_count=4"
+    ended = run_program(program, torch_worker.address, venv=".venv-jax", XLA_FLAGS=four)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
