@@ -11,6 +11,7 @@ from bridge_server.runtime import Model
 from bridge_server.torch_runtime.randomness import seed
 from bridge_server.torch_runtime.results import Results
 from bridge_server.torch_runtime.tracing import Traced, trace
+from bridge_server.torch_runtime.types import TORCH_DTYPES
 from bridge_wire import trees
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -86,7 +87,10 @@ class Call:
         self._written_leaves = [i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak]
 
     def _trace(self, where: str) -> Traced:
-        return trace(self._outputs_of, self._model.values, self.inputs[self.leaves :], where)
+        state = self._model.values
+        passed = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]  # which the caller may have cast
+        dtypes = [each.dtype for each in state] if self._is_bound else passed
+        return trace(self._outputs_of, state, dtypes, self.inputs[self.leaves :], where)
 
     def _refuse_strays(self, traced: Traced) -> None:
         paths = [self._model.parameters[i].path for i in sorted(traced.strays)]

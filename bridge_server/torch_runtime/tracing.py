@@ -38,8 +38,12 @@ class Traced(NamedTuple):
     is_fake: bool  # whether it holds whatever the values are
 
 
-def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: str) -> Traced:
-    """Call `f(state, inputs)` with tensors like these and inputs of these types, and return what it does.
+def trace(
+    f: Function, state: Sequence[Tensor], dtypes: Sequence[torch.dtype], inputs: Sequence[Spec], where: str
+) -> Traced:
+    """Call `f(state, inputs)` with tensors like these, but of these dtypes, and inputs of these types.
+
+    Return what it does.
 
     Raises:
       RemoteModelError: the model raises, on zeros too.
@@ -47,7 +51,7 @@ def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: s
     errors: list[Exception] = []
     for is_fake, needs_grad in ((True, False), (True, True), (False, False), (False, True)):
         try:
-            traced = _attempt(f, state, inputs, is_fake=is_fake, needs_grad=needs_grad)
+            traced = _attempt(f, state, dtypes, inputs, is_fake=is_fake, needs_grad=needs_grad)
         except Exception as error:
             if isinstance(error, BridgeError) and not is_fake:  # a model may use this very package: see on zeros
                 raise
@@ -60,18 +64,24 @@ def trace(f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], where: s
 
 
 def _attempt(
-    f: Function, state: Sequence[Tensor], inputs: Sequence[Spec], *, is_fake: bool, needs_grad: bool
+    f: Function,
+    state: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    inputs: Sequence[Spec],
+    *,
+    is_fake: bool,
+    needs_grad: bool,
 ) -> Traced:
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(needs_grad))
         if is_fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            copies = [torch.empty(each.shape, dtype=each.dtype) for each in state]
+            copies = [torch.empty(each.shape, dtype=dtype) for each, dtype in zip(state, dtypes, strict=True)]
         else:
             stack.enter_context(
                 drawing(is_seeded=True)
             )  # what is drawn here is missed nowhere; fake tensors draw nothing
-            copies = [each.detach().clone() for each in state]
+            copies = [each.detach().to(dtype, copy=True) for each, dtype in zip(state, dtypes, strict=True)]
         arrays = [zeros(spec) for spec in inputs]
         watch = stack.enter_context(_Watch([*copies, *arrays], originals=state))
         f(copies, arrays)
