@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -279,12 +280,19 @@ def test_describe_of_nobody_is_a_failure(tmp_path: Path) -> None:
 # Where a worker listens --------------------------------------------------------------------------------------------
 
 
-def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path) -> None:
+@pytest.fixture
+def runtime_directory() -> Iterator[Path]:
+    """A directory whose path is short: a socket's may have some 100 bytes."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path, runtime_directory: Path) -> None:
     """Without --listen, a worker listens in a directory of mode 0700 under XDG_RUNTIME_DIR, and takes its sockets along
     when it ends."""
-    with serving(tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(tmp_path)}) as worker:
+    with serving(tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(runtime_directory)}) as worker:
         path = Path(worker.address.removeprefix("unix:"))
-        assert path.parent.parent == tmp_path
+        assert path.parent.parent == runtime_directory
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
         with connect(worker.address, lane="local") as session:
             assert squares(session, 3.0) == [9.0]

@@ -496,13 +496,13 @@ def test_a_worker_out_of_descriptors_refuses_and_recovers(start: Callable[..., W
     worker = start().wait_until_ready()
     with connect(worker.address, lane="local") as session:
         assert squares(session, 2.0) == [4.0]
+        count = 8 << 20
+        program = prepare(session, "total", floats(count))  # which takes descriptors too
         limits = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
         # The lowest free number is out of bounds, whatever is open above it.
         taken = {int(fd) for fd in os.listdir(f"/proc/{worker.pid}/fd")}
         lowest = next(fd for fd in range(len(taken) + 1) if fd not in taken)
         resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, (lowest, limits[1]))
-        count = 8 << 20
-        program = prepare(session, "total", floats(count))
         with pytest.raises(BridgeError):
             session.run(program, [session.pool.lease(4 * count)])
         resource.prlimit(worker.pid, resource.RLIMIT_NOFILE, limits)
