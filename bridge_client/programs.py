@@ -39,11 +39,13 @@ class Program:
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
     is_pullback: bool = field(init=False)
+    takes_numbers: bool = field(init=False)  # whether an input is a Python number, and not an array
     key: int = field(default_factory=_keys.__next__)  # names it in this process
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_pullback = self.request.HasField("pullback")
+        self.takes_numbers = any(spec.weak for spec in self.inputs)
         _by_key[self.key] = self
 
     def __repr__(self) -> str:

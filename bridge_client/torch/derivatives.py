@@ -53,12 +53,14 @@ class _Recorded(_SingleLevelFunction):
     @staticmethod
     def forward(ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any) -> tuple[Tensor, ...]:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        numbers = [None if isinstance(x, Tensor) else x for x in inputs] if len(tensors) < len(inputs) else None
+        numbers = None
+        if program.takes_numbers:
+            numbers = [None if isinstance(x, Tensor) else x for x in inputs]
+            inputs = tuple(x for x in inputs if isinstance(x, Tensor))
         ctx.call = (program, wrt, numbers)
         # So the residual goes when torch drops the saved tensors: after a backward without retain_graph, with the
         # node, or with whatever a saved-tensor hook makes of them.
-        ctx.save_for_backward(handle, *tensors)
+        ctx.save_for_backward(handle, *inputs)
         _mark_integers(ctx, program, outputs)
         return tuple(outputs)
 

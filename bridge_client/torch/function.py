@@ -160,43 +160,44 @@ class RemoteJaxFunction(nn.Module):
                 cast[i] = own[i]
             own = cast
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
-        if not kwargs and not statics and _TENSORS.issuperset(map(type, args)):  # the usual call
-            leaves, structure = list(args), len(args)
-        else:
-            leaves, structure = flatten((args, kwargs))
-        signature: list[Any] = [structure]
-        inputs: list[Any] = list(own)
         is_jit_tracing = torch._C._get_tracing_state() is not None  # then sizes are tensors
         shape_of = _fixed_shape_of if is_jit_tracing else _shape_of
-        for i, leaf in enumerate(leaves):
-            kind = type(leaf)
-            if kind is Tensor and not statics and not is_jit_tracing:
-                signature.append(leaf.dtype)
-                signature.append(leaf.shape)
-                inputs.append(leaf)
-                continue
-            if i in statics or kind is bool or kind is str:
-                signature.append((kind, leaf if kind is not float else leaf.hex()))
-                continue
-            if kind in NUMBERS:
-                signature.append(kind)
-            else:
-                if kind is not Tensor and not isinstance(leaf, Tensor):
-                    if register_if_dataclass(kind):
-                        return self._call(own, args, kwargs, is_stateful)  # that leaf has become a node
-                    leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
-                signature.append(leaf.dtype)
-                signature.append(shape_of(leaf))
-            inputs.append(leaf)
+        signature: list[Any] = []
         for tensor in own:
             signature.append(tensor.dtype)
             signature.append(shape_of(tensor))
+        inputs: list[Any] = list(own)
+        if not kwargs and not statics and not is_jit_tracing and _TENSORS.issuperset(map(type, args)):
+            for tensor in args:  # the usual call
+                signature.append(tensor.dtype)
+                signature.append(tensor.shape)
+            signature.append(len(args))
+            inputs += args
+            leaves, structure = list(args), None
+        else:
+            leaves, structure = flatten((args, kwargs))
+            signature.append(structure)
+            for i, leaf in enumerate(leaves):
+                kind = type(leaf)
+                if i in statics or kind is bool or kind is str:
+                    signature.append((kind, leaf if kind is not float else leaf.hex()))
+                    continue
+                if kind in NUMBERS:
+                    signature.append(kind)
+                else:
+                    if kind is not Tensor and not isinstance(leaf, Tensor):
+                        if register_if_dataclass(kind):
+                            return self._call(own, args, kwargs, is_stateful)  # that leaf has become a node
+                        leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
+                    signature.append(leaf.dtype)
+                    signature.append(shape_of(leaf))
+                inputs.append(leaf)
         if is_stateful:
             signature.append("stateful")
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            structure = flatten((args, kwargs))[1]
+            structure = structure or flatten((args, kwargs))[1]
             call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful)
         outputs = apply(call.program, inputs)
         if is_stateful:
