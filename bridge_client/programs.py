@@ -39,12 +39,14 @@ class Program:
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
     is_pullback: bool = field(init=False)
+    keeps_residual: bool = field(init=False)
     takes_numbers: bool = field(init=False)  # whether an input is a Python number, and not an array
     key: int = field(default_factory=_keys.__next__)  # names it in this process
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_pullback = self.request.HasField("pullback")
+        self.keeps_residual = self.request.call.HasField("keep")
         self.takes_numbers = any(spec.weak for spec in self.inputs)
         _by_key[self.key] = self
 
@@ -56,16 +58,12 @@ class Program:
     @staticmethod
     def of(key: int) -> "Program":
         """Return the program of a key, by which code that torch has compiled names it."""
-        return _by_key[key]
+        return _pinned.get(key) or _by_key[key]
 
     def pin(self) -> int:
         """Keep this program, which a graph is going to name, until its session is closed; return its key."""
         _pinned[self.key] = self
         return self.key
-
-    @property
-    def keeps_residual(self) -> bool:
-        return self.request.call.HasField("keep")
 
     @property
     def plain(self) -> "Program":

@@ -108,6 +108,8 @@ def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
 
 def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     """Return an operator's inputs as a run takes them: the Python numbers as such again."""
+    if not program.takes_numbers:
+        return list(tensors)
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
