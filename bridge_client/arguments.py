@@ -4,7 +4,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge_wire import trees
+from bridge_wire.dtypes import BY_NAME
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.specs import Spec
+
+# How a Python number travels; in the model it is one again, and takes its type from the other operands.
+NUMBERS: Mapping[type, Spec] = {
+    int: Spec(BY_NAME["int64"], (), weak=True),
+    float: Spec(BY_NAME["float64"], (), weak=True),
+    complex: Spec(BY_NAME["complex128"], (), weak=True),
+}
 
 
 class Slot(NamedTuple):

@@ -1,7 +1,10 @@
-"""`connect`: a session with a worker that somebody else runs."""
+"""`connect`: a session with a worker that somebody else runs; and what else a function's target may be."""
+
+from typing import Any
 
 from bridge_client.link import Terms, Tls
 from bridge_client.remote import Fixed, RemoteSession
+from bridge_client.session import Session
 from bridge_wire.errors import CallerError
 
 _LANES = (None, "local", "grpc")
@@ -35,6 +38,27 @@ def connect(
     check_terms(lane, require)
     terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
     return RemoteSession(Fixed(address), terms, timeout_s)
+
+
+def session_for(target: Any, framework: str) -> Session:
+    """Return the session that a function's target means: one with the worker at an address, the session itself, or one
+    with a model of this framework in this process.
+
+    Raises:
+      CallerError: the framework is not installed here.
+    """
+    if isinstance(target, str):
+        return connect(target)
+    if isinstance(target, Session):
+        return target
+    try:
+        from bridge_client.inproc import host  # which imports both frameworks
+    except ImportError as error:
+        raise CallerError(
+            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a "
+            f"{framework} model in this process, install {framework} here ({error})"
+        ) from error
+    return host(jax_model=target) if framework == "jax" else host(torch_model=target)
 
 
 def check_address(address: object) -> None:

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_client.arguments import Slot, encode, marked_static
-from bridge_client.connecting import connect
+from bridge_client.arguments import NUMBERS, Slot, encode, marked_static
+from bridge_client.connecting import session_for
 from bridge_client.jax import primitives, sharding
-from bridge_client.jax.memory import NUMBERS, as_array, from_block, has_x64, spec_of
+from bridge_client.jax.memory import as_array, from_block, has_x64, spec_of
 from bridge_client.jax.structures import (
     expand,
     marked,
@@ -73,7 +73,7 @@ class RemoteTorchFunction:
         if (in_specs is None) != (out_specs is None):
             raise CallerError("in_specs and out_specs come together: what is spread must be told of both sides")
         sharding.check_declared(in_specs, out_specs)
-        self.session = _session_of(target)
+        self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)
         self._passes_parameters = parameters == "client"
@@ -349,21 +349,6 @@ class _Call(NamedTuple):
     result_leaves: int
     changed: Sequence[str]  # the buffers whose new values follow the result's leaves
     rebuild: Callable[[Sequence[Any]], Any]
-
-
-def _session_of(target: Any) -> Session:
-    if isinstance(target, str):
-        return connect(target)
-    if isinstance(target, Session):
-        return target
-    try:
-        from bridge_client.inproc import host
-    except ImportError as error:
-        raise CallerError(
-            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a torch "
-            f"model in this process, install torch here ({error})"
-        ) from error
-    return host(torch_model=target)
 
 
 def _is_key(value: Any) -> bool:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.copying import copy
@@ -23,13 +24,6 @@ from bridge_wire.specs import Spec
 
 JAX_DTYPES: Mapping[DType, np.dtype] = {dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()}
 DTYPES: Mapping[np.dtype, DType] = {dtype: ours for ours, dtype in JAX_DTYPES.items()}
-
-# How a Python number travels; in the model it is one again, and takes its type from the other operands.
-NUMBERS: Mapping[type, Spec] = {
-    int: Spec(BY_NAME["int64"], (), weak=True),
-    float: Spec(BY_NAME["float64"], (), weak=True),
-    complex: Spec(BY_NAME["complex128"], (), weak=True),
-}
 
 
 class Source(NamedTuple):

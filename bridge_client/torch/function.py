@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
-from bridge_client.arguments import Slot, encode, marked_static
-from bridge_client.connecting import connect
+from bridge_client.arguments import NUMBERS, Slot, encode, marked_static
+from bridge_client.connecting import session_for
 from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch.derivatives import apply
-from bridge_client.torch.memory import DTYPES, NUMBERS, as_tensor, cast_floats, from_block, spec_of
+from bridge_client.torch.memory import DTYPES, as_tensor, cast_floats, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
     flatten,
@@ -87,7 +87,12 @@ class RemoteJaxFunction(nn.Module):
             raise CallerError(f"cast_inputs={cast_inputs!r}; expected a float dtype such as torch.bfloat16, or None")
         if mutable and parameters == "worker":
             raise CallerError("mutable=True needs parameters='client': the worker's own are the same for every client")
-        self.session = session = _session_with(target)
+        if isinstance(target, nn.Module):
+            raise CallerError(
+                f"the target is a {type(target).__qualname__}, which torch can call as it is; expected a worker's "
+                "address, a Session or a JAX model"
+            )
+        self.session = session = session_for(target, "jax")
         self.timeout_s = checked_limit(timeout_s)
         self.cast_inputs = cast_inputs
         self._model = session.model(name)
@@ -197,7 +202,8 @@ class RemoteJaxFunction(nn.Module):
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            structure = structure or flatten((args, kwargs))[1]
+            if structure is None:
+                structure = flatten((args, kwargs))[1]
             call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful)
         outputs = apply(call.program, inputs)
         if is_stateful:
@@ -365,26 +371,6 @@ class RemoteJaxFunction(nn.Module):
             timeout_s=self.timeout_s,
         )
         return _Call(program, rebuilder(program.result, self._classes))
-
-
-def _session_with(target: Any) -> Session:
-    if isinstance(target, str):
-        return connect(target)
-    if isinstance(target, Session):
-        return target
-    if isinstance(target, nn.Module):
-        raise CallerError(
-            f"the target is a {type(target).__qualname__}, which torch can call as it is; expected a worker's address, "
-            "a Session or a JAX model"
-        )
-    try:
-        from bridge_client.inproc import host
-    except ImportError as error:
-        raise CallerError(
-            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a "
-            f"JAX model in this process, install jax here ({error})"
-        ) from error
-    return host(jax_model=target)
 
 
 _TENSORS = {Tensor}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
 from bridge_client.torch.structures import mapped
@@ -20,20 +21,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name i
 DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
 
 
-class _Number(NamedTuple):
-    """How a Python number travels; on the worker it is one again, and takes its type from the other operands."""
-
-    spec: Spec
-    pack: Callable[[Any], bytes]
-    dtype: torch.dtype
-
-
-NUMBERS: Mapping[type, _Number] = {
-    int: _Number(Spec(BY_NAME["int64"], (), weak=True), struct.Struct("<q").pack, torch.int64),
-    float: _Number(Spec(BY_NAME["float64"], (), weak=True), struct.Struct("<d").pack, torch.float64),
-    complex: _Number(
-        Spec(BY_NAME["complex128"], (), weak=True), lambda z: struct.pack("<dd", z.real, z.imag), torch.complex128
-    ),
+# A Python number as bytes, in the type that its spec names.
+_PACK: Mapping[type, Callable[[Any], bytes]] = {
+    int: struct.Struct("<q").pack,
+    float: struct.Struct("<d").pack,
+    complex: lambda z: struct.pack("<dd", z.real, z.imag),
 }
 
 
@@ -97,7 +89,7 @@ def spec_of(value: Any, path: str, x64: bool) -> Spec:
       DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
     """
     if not isinstance(value, Tensor):
-        return NUMBERS[type(value)].spec
+        return NUMBERS[type(value)]
     if value.layout is not torch.strided:
         raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
     if value.device.type != "cpu":
@@ -147,7 +139,7 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
                 f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32 only: "
                 f"pass a float, or {TURN_ON_X64}"
             )
-    return NUMBERS[type(value)].pack(value)
+    return _PACK[type(value)](value)
 
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Session
-from bridge_client.torch.memory import NUMBERS, TORCH_DTYPES, from_blocks, place
+from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
 from bridge_wire.errors import ResidualGone
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
@@ -103,7 +104,11 @@ def _has_memory(value: Any) -> bool:
 
 def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
     # Here and below, the session's memory is the host's, whatever torch.set_default_device says.
-    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=NUMBERS[type(x)].dtype, device="cpu") for x in inputs]
+    return [x if isinstance(x, Tensor) else _number_as_tensor(x) for x in inputs]
+
+
+def _number_as_tensor(number: Any) -> Tensor:
+    return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
 
 
 def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
