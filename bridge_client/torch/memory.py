@@ -48,7 +48,7 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
             placed.append(block)
             continue
         dtype = DTYPES.get(value.dtype)
-        if dtype is spec.dtype and value.is_contiguous() and not value.is_conj() and not value.is_neg():
+        if dtype is spec.dtype and _is_dense(value):
             pointer, nbytes = value.data_ptr(), value.nbytes
             address = pool.address_of(pointer, nbytes)
             if address is not None:
@@ -57,6 +57,7 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
             block = pool.lease(nbytes)
             copy(block.pointer, pointer, nbytes, block, value)
         else:
+            _check_readable(value, program.labels[len(placed)])
             if dtype is not spec.dtype:
                 _check_range(value, spec, program.labels[len(placed)])
             block = pool.lease(spec.nbytes)
@@ -90,12 +91,7 @@ def spec_of(value: Any, path: str, x64: bool) -> Spec:
     """
     if not isinstance(value, Tensor):
         return NUMBERS[type(value)]
-    if value.layout is not torch.strided:
-        raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
-    if value.device.type != "cpu":
-        raise SpecError(
-            f"input `{path}` is on {value.device}, but this session's memory is the host's; move it with .cpu()"
-        )
+    _check_readable(value, path)
     dtype = DTYPES.get(value.dtype)
     if dtype is None:
         raise DTypeError(f"input `{path}` has dtype {value.dtype}, which has no counterpart in JAX; cast it")
@@ -108,6 +104,21 @@ def spec_of(value: Any, path: str, x64: bool) -> Spec:
             )
         dtype = narrowed
     return Spec(dtype, tuple(map(int, value.shape)))
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a tensor's elements lie in the host's memory as they are, row-major and without gaps."""
+    is_readable = value.is_cpu and value.layout is torch.strided
+    return is_readable and value.is_contiguous() and not value.is_conj() and not value.is_neg()
+
+
+def _check_readable(value: Tensor, path: str) -> None:
+    if value.layout is not torch.strided:
+        raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
+    if not value.is_cpu:
+        raise SpecError(
+            f"input `{path}` is on {value.device}, but this session's memory is the host's; move it with .cpu()"
+        )
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:

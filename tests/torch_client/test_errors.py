@@ -108,6 +108,16 @@ def test_a_wrong_call_is_refused_before_data_moves(session: Session, remote: Rem
     assert remote("sine")(x()).shape == (2, 3)
 
 
+@pytest.mark.parametrize("foreign", [lambda x: x.to("meta"), torch.Tensor.to_sparse, torch.Tensor.to_mkldnn])
+def test_a_tensor_without_readable_memory_is_refused_at_each_call(remote: Remote, foreign: Any) -> None:
+    """Also after a call of the same shape and dtype, whose program is known."""
+    f = remote("sine")
+    f(x())
+    for given in (foreign(x()), foreign(x()).requires_grad_()):
+        with pytest.raises((SpecError, StructureError), match=r"`args\[0\]` is"):
+            f(given)
+
+
 @pytest.mark.parametrize("wrong", ["float64", "a large int64", "a shape in a dict", "an object"])
 def test_a_wrong_call_is_refused_on_every_lane(any_lane: Remote, wrong: str) -> None:
     """The errors do not depend on the lane."""
