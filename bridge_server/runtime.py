@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+from bridge_server.turns import Turn
+from bridge_wire.cuda import Gpu
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
@@ -61,7 +63,8 @@ class Program(ABC):
 
     @abstractmethod
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
-        """Return the outputs, computed and not just enqueued, and the new residual if one is kept.
+        """Return the outputs, and the new residual if one is kept. On the host they are computed and not just enqueued;
+        on a GPU, what reads them waits for them.
 
         `residual` is what an earlier run of `pullback_of` kept, and otherwise None. Neither the inputs nor anything
         that aliases them is kept beyond the call, except in the residual.
@@ -79,6 +82,7 @@ class Options:
     jit: bool = True
     is_guest: bool = False
     mesh: Mapping[str, int] = field(default_factory=dict)  # the sizes of its axes; without any, one device
+    gpu_memory_fraction: float | None = None  # of the GPU, that the framework may take; None leaves it to the framework
 
 
 @dataclass(slots=True)
@@ -142,11 +146,20 @@ class Runtime(ABC):
         """Return the context for what this runtime does in a thread of its user's, whose settings it must not see."""
         return _NOTHING
 
+    def gpu(self) -> Gpu | None:
+        """Return the GPU that models run on; None: they run on the host, or on several devices."""
+        return None
+
+    def stream(self) -> int | None:
+        """Return the CUDA stream that models run on in this thread; None where each has streams of its own."""
+        return None
+
     @abstractmethod
-    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the Python number there.
 
-        Never a copy: the array shows what the memory holds at the time of each run.
+        Never a copy: the array shows what the memory holds at the time of each run. Of the host's memory, or, in a run
+        that takes its turn on the GPU, of the GPU's; then it is for that run, which reads it when its turn has come.
         """
 
     def is_usable(self, view: Any) -> bool:
@@ -154,8 +167,11 @@ class Runtime(ABC):
         return True
 
     @abstractmethod
-    def write(self, array: Any, pointer: int, nbytes: int) -> None:
-        """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory."""
+    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+        """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory.
+
+        At once, to the host's; with a turn, to the GPU's, when the turn's stream comes to it.
+        """
 
     def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
         """Return where each output of a run lies in host memory; None where it is not row-major there, or where its

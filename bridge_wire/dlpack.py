@@ -7,7 +7,7 @@ import atexit
 import ctypes
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from bridge_wire.errors import StructureError
 from bridge_wire.specs import Spec
 
 CPU = (1, 0)  # kDLCPU, device 0
+_NO_ORDER = -1  # the stream of a consumer that takes care of the order itself
 
 
 class _DLTensor(ctypes.Structure):
@@ -111,8 +112,9 @@ class Exporter:
     def __dlpack_device__(self) -> tuple[int, int]:
         return CPU
 
-    def __dlpack__(self, *, stream: None = None, **_: Any) -> Any:
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         dtype, shape, _weak = self.spec
+        device_type, device_id = self.__dlpack_device__()
         header = ctypes.sizeof(_DLManagedTensor)
         managed = _libc.malloc(header + 8 * len(shape))
         if not managed:
@@ -122,7 +124,8 @@ class Exporter:
         made.tensor = _DLTensor(
             # Consumers take a null pointer only for an empty array, and some do not take it even then.
             self.pointer or managed,
-            *CPU,
+            device_type,
+            device_id,
             len(shape),
             dtype.dlpack_code,
             dtype.dlpack_bits,
@@ -140,6 +143,31 @@ class Exporter:
                 _owners[managed] = self._owner
                 _unconsumed[managed] = capsule
         return capsule
+
+
+class DeviceExporter(Exporter):
+    """An array over a device's raw memory. `wait` lets a consumer's stream wait until the memory may be read, or waits
+    itself when it is given None.
+
+    Streams are named as in the array API standard: a consumer that names none is kept waiting, and -1 asks for nothing.
+    """
+
+    __slots__ = ("_device", "_wait")
+
+    def __init__(
+        self, pointer: int, spec: Spec, owner: Any, device: tuple[int, int], wait: Callable[[int | None], None]
+    ) -> None:
+        super().__init__(pointer, spec, owner)
+        self._device = device
+        self._wait = wait
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._device
+
+    def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
+        if stream != _NO_ORDER:
+            self._wait(stream)
+        return super().__dlpack__()
 
 
 class Borrowed(NamedTuple):

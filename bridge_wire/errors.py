@@ -21,7 +21,8 @@ BridgeError
 │   ├── WorkerCrashed      a spawned worker ended before it was ready
 │   ├── StartupTimeout     a spawned worker was not ready in time
 │   ├── CallTimeout        no answer within timeout_s
-│   ├── OutOfMemory        no room for a block: the slabs' cap, or the kernel said no
+│   ├── OutOfMemory        no room for a block: the slabs' cap, the kernel or the GPU said no
+│   ├── CudaError          CUDA, or a handle for it, does not work here
 │   └── LaneUnavailable    the lane or memory kind that was required cannot be had
 ├── ResidualGone           the worker no longer has the residual; the caller recomputes
 └── InternalError          a bug of the bridge
@@ -163,9 +164,13 @@ class CallTimeout(WorldError, TimeoutError):
 
 
 class OutOfMemory(WorldError, MemoryError):
-    """No room for a block: the slabs have reached their cap, or the kernel has no memory."""
+    """No room for a block: the slabs have reached their cap, or the kernel, or the GPU, has no memory."""
 
     status = _Status.RESOURCE_EXHAUSTED
+
+
+class CudaError(WorldError):
+    """CUDA does not work here, or refused what was asked of it, such as to open a handle."""
 
 
 class LaneUnavailable(WorldError):

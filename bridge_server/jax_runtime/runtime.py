@@ -28,9 +28,10 @@ from bridge_server.jax_runtime.types import (
 from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature
+from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.copying import copy
-from bridge_wire.dlpack import Exporter
+from bridge_wire.dlpack import DeviceExporter, Exporter
 from bridge_wire.errors import CallerError, InternalError, RemoteModelError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
@@ -120,11 +121,13 @@ class JaxRuntime(Runtime):
         pullback.pullback_of = program
         return pullback
 
-    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if 0 in spec.shape:
             return jnp.zeros(spec.shape, spec.dtype.name)
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
+        if turn is not None:
+            return jax.dlpack.from_dlpack(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait))
         array = importer()(Exporter(pointer, spec, owner))
         if array.unsafe_buffer_pointer() != pointer:
             raise InternalError(f"jax {jax.__version__} copied an imported {spec} instead of viewing it")
@@ -133,7 +136,7 @@ class JaxRuntime(Runtime):
     def is_usable(self, view: Any) -> bool:
         return not view.is_deleted()
 
-    def write(self, array: Any, pointer: int, nbytes: int) -> None:
+    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         try:
             source = array.unsafe_buffer_pointer()
         except Exception:  # spread over several devices, whose parts have to be gathered first

@@ -16,6 +16,7 @@ from bridge_server.torch_runtime.models import parts_of
 from bridge_server.torch_runtime.modes import without_callers_modes
 from bridge_server.torch_runtime.programs import KeepingProgram, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
+from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.errors import CallerError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -82,10 +83,10 @@ class TorchRuntime(Runtime):
     def apart(self) -> AbstractContextManager[object]:
         return without_callers_modes()
 
-    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         return types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
 
-    def write(self, array: Any, pointer: int, nbytes: int) -> None:
+    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         types.write(array, pointer, nbytes)
 
     def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:

@@ -144,7 +144,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models", "allocator", "cores", "namespaces")
+    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models", "allocator", "cores", "namespaces", "gpu")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class DescribeReply(_message.Message):
     ALLOCATOR_FIELD_NUMBER: _ClassVar[int]
     CORES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
     version: str
     framework: str
     framework_version: str
@@ -165,7 +166,16 @@ class DescribeReply(_message.Message):
     allocator: str
     cores: int
     namespaces: _containers.RepeatedCompositeFieldContainer[Namespace]
-    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., allocator: _Optional[str] = ..., cores: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[Namespace, _Mapping]]] = ...) -> None: ...
+    gpu: Gpu
+    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., allocator: _Optional[str] = ..., cores: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[Namespace, _Mapping]]] = ..., gpu: _Optional[_Union[Gpu, _Mapping]] = ...) -> None: ...
+
+class Gpu(_message.Message):
+    __slots__ = ("uuid", "name")
+    UUID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    uuid: bytes
+    name: str
+    def __init__(self, uuid: _Optional[bytes] = ..., name: _Optional[str] = ...) -> None: ...
 
 class Namespace(_message.Message):
     __slots__ = ("kind", "digest")
@@ -348,36 +358,40 @@ class Prepared(_message.Message):
     def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
-    __slots__ = ("attach", "share", "run", "release", "chunk", "peek")
+    __slots__ = ("attach", "share", "run", "release", "chunk", "peek", "order")
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     SHARE_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     PEEK_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
     attach: Attach
     share: Share
     run: Run
     release: Release
     chunk: bytes
     peek: Peek
-    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peek: _Optional[_Union[Peek, _Mapping]] = ...) -> None: ...
+    order: Order
+    def __init__(self, attach: _Optional[_Union[Attach, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., run: _Optional[_Union[Run, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peek: _Optional[_Union[Peek, _Mapping]] = ..., order: _Optional[_Union[Order, _Mapping]] = ...) -> None: ...
 
 class LaneReply(_message.Message):
-    __slots__ = ("done", "ran", "usage", "error", "chunk", "peeked")
+    __slots__ = ("done", "ran", "usage", "error", "chunk", "peeked", "ordered")
     DONE_FIELD_NUMBER: _ClassVar[int]
     RAN_FIELD_NUMBER: _ClassVar[int]
     USAGE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     PEEKED_FIELD_NUMBER: _ClassVar[int]
+    ORDERED_FIELD_NUMBER: _ClassVar[int]
     done: Done
     ran: Ran
     usage: Usage
     error: Error
     chunk: bytes
     peeked: bytes
-    def __init__(self, done: _Optional[_Union[Done, _Mapping]] = ..., ran: _Optional[_Union[Ran, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peeked: _Optional[bytes] = ...) -> None: ...
+    ordered: Ordered
+    def __init__(self, done: _Optional[_Union[Done, _Mapping]] = ..., ran: _Optional[_Union[Ran, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., chunk: _Optional[bytes] = ..., peeked: _Optional[bytes] = ..., ordered: _Optional[_Union[Ordered, _Mapping]] = ...) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ()
@@ -390,12 +404,26 @@ class Attach(_message.Message):
     def __init__(self, session: _Optional[bytes] = ...) -> None: ...
 
 class Share(_message.Message):
-    __slots__ = ("base", "nbytes")
+    __slots__ = ("base", "nbytes", "cuda_handle")
     BASE_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
+    CUDA_HANDLE_FIELD_NUMBER: _ClassVar[int]
     base: int
     nbytes: int
-    def __init__(self, base: _Optional[int] = ..., nbytes: _Optional[int] = ...) -> None: ...
+    cuda_handle: bytes
+    def __init__(self, base: _Optional[int] = ..., nbytes: _Optional[int] = ..., cuda_handle: _Optional[bytes] = ...) -> None: ...
+
+class Order(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: bytes
+    def __init__(self, event: _Optional[bytes] = ...) -> None: ...
+
+class Ordered(_message.Message):
+    __slots__ = ("event",)
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    event: bytes
+    def __init__(self, event: _Optional[bytes] = ...) -> None: ...
 
 class Run(_message.Message):
     __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data")

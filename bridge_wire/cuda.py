@@ -1,0 +1,266 @@
+"""CUDA, as far as the bridge needs it: memory and events that another process can open, streams and copies.
+
+CuPy carries it; it is imported, and a CUDA context made, when a device is first used. To list the devices takes the
+driver alone. Pointers, events and streams are the integers that CUDA's own interfaces take.
+"""
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+from bridge_wire.errors import CudaError, OutOfMemory
+
+_T = TypeVar("_T")
+
+HANDLE_BYTES = 64  # of cudaIpcMemHandle_t and cudaIpcEventHandle_t
+UUID_BYTES = 16
+
+# driver_types.h
+_EVENT_DISABLE_TIMING = 0x02
+_EVENT_INTERPROCESS = 0x04
+_STREAM_NON_BLOCKING = 0x01
+_COPY_DEFAULT = 4  # cudaMemcpyDefault: the addresses say where they are
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+class Gpu(NamedTuple):
+    """A device: its number in this process, which CUDA_VISIBLE_DEVICES decides, and what it is called everywhere."""
+
+    ordinal: int
+    uuid: bytes
+    name: str
+
+    @property
+    def label(self) -> str:
+        """The UUID as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
+        return label_of(self.uuid)
+
+
+def label_of(uuid: bytes) -> str:
+    """Return a device's UUID as nvidia-smi and CUDA_VISIBLE_DEVICES write it."""
+    text = uuid.hex()
+    return f"GPU-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+class Driver:
+    """What CUDA's driver tells without a context."""
+
+    def __init__(self) -> None:
+        """Load the driver.
+
+        Raises:
+          CudaError: there is none, or it does not start.
+        """
+        try:
+            self._library = ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            raise CudaError("there is no NVIDIA driver here (libcuda.so.1)") from error
+        self._call("cuInit", 0)
+
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Return the devices that this process may use."""
+        count = ctypes.c_int()
+        self._call("cuDeviceGetCount", ctypes.byref(count))
+        return tuple(map(self._gpu, range(count.value)))
+
+    def version(self) -> str:
+        """Return the newest CUDA that the driver knows, such as "13.0"."""
+        version = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(version))
+        return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+    def size_of(self, pointer: int) -> int:
+        """Return the bytes from a pointer to the end of its allocation. Needs a context."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
+        return base.value + size.value - pointer
+
+    def has_passed(self, event: int) -> bool:
+        """Whether all that was before the event's last record is done. Never blocks."""
+        # Not by the runtime: torch would take its "not ready" for an error of its own.
+        return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == 0)
+
+    def _gpu(self, ordinal: int) -> Gpu:
+        device, uuid, name = ctypes.c_int(), (ctypes.c_ubyte * UUID_BYTES)(), ctypes.create_string_buffer(256)
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        self._call("cuDeviceGetUuid_v2", uuid, device)
+        self._call("cuDeviceGetName", name, len(name), device)
+        return Gpu(ordinal, bytes(uuid), name.value.decode(errors="replace"))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._library, name)(*arguments)
+        if status:
+            raise CudaError(f"the NVIDIA driver answers {name} with error {status}")
+
+
+@functools.cache
+def driver() -> Driver:
+    """Return the driver of this process.
+
+    Raises:
+      CudaError: there is none, or it does not start.
+    """
+    return Driver()
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """Return the devices that this process may use: none where there is no driver."""
+    try:
+        return driver().gpus()
+    except CudaError:
+        return ()
+
+
+class Device:
+    """One GPU in this process's use. Thread-safe, as CUDA is."""
+
+    dlpack_type = 2  # kDLCUDA
+
+    def __init__(self, gpu: Gpu, runtime: Any, *, is_only: bool) -> None:
+        self.gpu = gpu
+        self._runtime = runtime
+        self._is_only = is_only
+
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """The device as DLPack names it."""
+        return self.dlpack_type, self.gpu.ordinal
+
+    def allocate(self, nbytes: int) -> int:
+        """Return fresh memory, which another process can open.
+
+        Raises:
+          OutOfMemory: the device has no such room.
+        """
+        return self._do(self._runtime.malloc, nbytes)
+
+    def free(self, pointer: int) -> None:
+        """Give memory back. What is still on its way to or from it is waited for."""
+        self._do(self._runtime.free, pointer)
+
+    def handle_of(self, pointer: int) -> bytes:
+        """Return the handle by which another process opens an allocation."""
+        return self._do(self._runtime.ipcGetMemHandle, pointer)
+
+    def open(self, handle: bytes, nbytes: int) -> int:
+        """Map another process's allocation of at least so many bytes; `close` must follow.
+
+        Raises:
+          CudaError: this process cannot open it, or it is smaller.
+        """
+        if len(handle) != HANDLE_BYTES:
+            raise CudaError(f"a handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
+        pointer = self._do(self._runtime.ipcOpenMemHandle, handle)
+        try:
+            size = driver().size_of(pointer)
+            if size < nbytes:
+                raise CudaError(f"the memory behind a handle has {size} bytes, but {nbytes} were announced")
+        except BaseException:
+            self.close(pointer)
+            raise
+        return pointer
+
+    def close(self, pointer: int) -> None:
+        """Unmap another process's allocation."""
+        self._do(self._runtime.ipcCloseMemHandle, pointer)
+
+    def new_event(self) -> int:
+        """Return an event that another process can open."""
+        return self._do(self._runtime.eventCreateWithFlags, _EVENT_DISABLE_TIMING | _EVENT_INTERPROCESS)
+
+    def event_handle_of(self, event: int) -> bytes:
+        """Return the handle by which another process opens an event."""
+        return self._do(self._runtime.ipcGetEventHandle, event)
+
+    def open_event(self, handle: bytes) -> int:
+        """Open another process's event; `destroy_event` must follow.
+
+        Raises:
+          CudaError: this process cannot open it.
+        """
+        if len(handle) != HANDLE_BYTES:
+            raise CudaError(f"an event's handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
+        return self._do(self._runtime.ipcOpenEventHandle, handle)
+
+    def destroy_event(self, event: int) -> None:
+        """Let go of an event."""
+        self._do(self._runtime.eventDestroy, event)
+
+    def record(self, event: int, stream: int) -> None:
+        """Let the event stand for all that is on the stream now."""
+        self._do(self._runtime.eventRecord, event, stream)
+
+    def wait(self, event: int, stream: int | None) -> None:
+        """Let what comes on the stream wait for the event; without a stream, wait here."""
+        if stream is None:
+            self._do(self._runtime.eventSynchronize, event)
+        else:
+            self._do(self._runtime.streamWaitEvent, stream, event)
+
+    def new_stream(self) -> int:
+        """Return a stream that waits for no other."""
+        return self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
+
+    def destroy_stream(self, stream: int) -> None:
+        """Let go of a stream; what is on it is still done."""
+        self._do(self._runtime.streamDestroy, stream)
+
+    def synchronize(self, stream: int) -> None:
+        """Wait until all that is on the stream is done."""
+        self._do(self._runtime.streamSynchronize, stream)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        """Put a copy on the stream: from this device or the host, to either."""
+        self._do(self._runtime.memcpyAsync, target, source, nbytes, _COPY_DEFAULT, stream)
+
+    def free_bytes(self) -> int:
+        """Return how much memory the device has left."""
+        free, _ = self._do(self._runtime.memGetInfo)
+        return int(free)
+
+    def _do(self, action: Callable[..., _T], *arguments: Any) -> _T:
+        with self._current():
+            try:
+                return action(*arguments)
+            except self._runtime.CUDARuntimeError as error:
+                if error.status == _OUT_OF_MEMORY:
+                    raise OutOfMemory(f"{self.gpu.label} has no room: {error}") from error
+                raise CudaError(f"{self.gpu.label} refused: {error}") from error
+
+    def _current(self) -> contextlib.AbstractContextManager[None]:
+        # The default stream, and what is allocated, are those of the thread's current device.
+        return _NOTHING if self._is_only else self._switched()
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        previous = self._runtime.getDevice()
+        self._runtime.setDevice(self.gpu.ordinal)
+        try:
+            yield
+        finally:
+            self._runtime.setDevice(previous)
+
+
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+@functools.cache
+def device_of(uuid: bytes) -> Device:
+    """Return a device of this process by its UUID; makes a context on it.
+
+    Raises:
+      CudaError: this process cannot see it, or CuPy is not installed.
+    """
+    visible = driver().gpus()
+    gpu = next((each for each in visible if each.uuid == uuid), None)
+    if gpu is None:
+        raise CudaError(f"this process cannot see {label_of(uuid)}; change CUDA_VISIBLE_DEVICES, or the container's")
+    try:
+        from cupy.cuda import runtime
+    except ImportError as error:
+        raise CudaError(f"CuPy is needed beside a GPU: install torch-jax-bridge[cuda] ({error})") from error
+    device = Device(gpu, runtime, is_only=len(visible) == 1)
+    device.free_bytes()  # makes the context, so that a device out of order is found out here
+    return device
