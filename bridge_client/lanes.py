@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
+from bridge_client.ordering import Ordering
+from bridge_wire.cuda import Device
+from bridge_wire.cuda_memory import GpuSlab, is_on_gpu
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,
@@ -55,6 +58,7 @@ class Lane(ABC):
 
     name: str
     memory: str
+    ordering: Ordering | None = None  # with this process's work on the GPU, once it has called with memory there
 
     @abstractmethod
     def run(
@@ -76,12 +80,26 @@ class Lane(ABC):
         """
 
     @abstractmethod
+    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
+        """Ask for what no model's work can delay."""
+
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         """Release residuals, and return what the worker holds for the session."""
+        return self.ask(pb.LaneRequest(release=pb.Release(residuals=residuals))).usage
 
-    @abstractmethod
     def peek(self, address: int, nbytes: int) -> bytes:
         """Return what the worker sees in a few bytes that were shared with it."""
+        return self.ask(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))).peeked
+
+    def share_on_gpu(self, slab: GpuSlab) -> None:
+        """Hand a GPU's slab over to the worker."""
+        self.ask(pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes, cuda_handle=slab.handle)))
+
+    def order(self, device: Device) -> Ordering:
+        """Return how this lane's calls and this process's work on the GPU wait for each other."""
+        if self.ordering is None:
+            self.ordering = Ordering(device, self.ask)
+        return self.ordering
 
     @abstractmethod
     def abandon(self) -> bool:
@@ -94,6 +112,8 @@ class Lane(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the connection. Idempotent; never blocks."""
+        if self.ordering is not None:
+            self.ordering.close()
 
 
 class LocalLane(Lane):
@@ -140,11 +160,8 @@ class LocalLane(Lane):
         self._receive(timeout_s)
         return made
 
-    def release(self, residuals: Sequence[int]) -> pb.Usage:
-        return self._exchange(pb.LaneRequest(release=pb.Release(residuals=residuals)), _HANDSHAKE_S).usage
-
-    def peek(self, address: int, nbytes: int) -> bytes:
-        return self._exchange(_peek(address, nbytes), _HANDSHAKE_S).peeked
+    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
+        return self._exchange(request, _HANDSHAKE_S)
 
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
@@ -155,6 +172,7 @@ class LocalLane(Lane):
         return self._socket.has_ended()
 
     def close(self) -> None:
+        super().close()
         self._socket.close()
 
     def _exchange(self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()) -> pb.LaneReply:
@@ -217,11 +235,15 @@ class GrpcLane(Lane):
     ) -> _T:
         assert inputs is not None, "a lane that sends bytes is given them"
         request.run.inline = True
-        del request.run.inputs[:], request.run.outputs[:]
+        by_value = [block for block in outputs if not is_on_gpu(block.address)]
+        for addresses in (request.run.inputs, request.run.outputs):
+            addresses[:] = [address if is_on_gpu(address) else 0 for address in addresses]
+            if not any(addresses):
+                del addresses[:]
         with self._deadline(timeout_s) if timeout_s is not None else contextlib.nullcontext():
             self._send(_inline(request, inputs))
             made = make(outputs)
-            self._receive_outputs(outputs)
+            self._receive_outputs(by_value)
             return made
 
     @contextlib.contextmanager
@@ -267,22 +289,20 @@ class GrpcLane(Lane):
                 block.buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
 
-    def release(self, residuals: Sequence[int]) -> pb.Usage:
+    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
         with self._deadline(_HANDSHAKE_S):
-            return self._exchange(iter([pb.LaneRequest(release=pb.Release(residuals=residuals))])).usage
-
-    def peek(self, address: int, nbytes: int) -> bytes:
-        with self._deadline(_HANDSHAKE_S):
-            return self._exchange(iter([_peek(address, nbytes)])).peeked
+            return self._exchange(iter([request]))
 
     def abandon(self) -> bool:
         self.close()
-        return False
+        # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it lets go.
+        return self.ordering is not None
 
     def has_ended(self) -> bool:
-        return True
+        return self.ordering is None
 
     def close(self) -> None:
+        super().close()
         if not self._is_closed:
             self._is_closed = True
             self._outgoing.put(None)
@@ -341,10 +361,6 @@ def _inline(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[p
 
 def _miscounted() -> ProtocolError:
     return ProtocolError("the worker sent more or fewer bytes than its outputs have")
-
-
-def _peek(address: int, nbytes: int) -> pb.LaneRequest:
-    return pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))
 
 
 def _raise_if_failed(reply: pb.LaneReply) -> pb.LaneReply:

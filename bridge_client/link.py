@@ -13,13 +13,25 @@ import grpc
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
 from bridge_client.progress import logged_when_slow
 from bridge_wire import PROTOCOLS, __version__
-from bridge_wire.errors import BridgeError, LaneUnavailable, Unauthenticated, WorkerDied, WorkerUnavailable, decode
+from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.errors import (
+    BridgeError,
+    CudaError,
+    LaneUnavailable,
+    OutOfMemory,
+    Unauthenticated,
+    WorkerDied,
+    WorkerUnavailable,
+    decode,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
 from bridge_wire.pool import Pool
 from bridge_wire.slabs import memfd_works
 
 _CONNECT_S = 10.0
+_GOODBYE_S = 1.0
+_UNMAPPED_S = 3.0
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -60,7 +72,8 @@ class Link:
           LaneUnavailable: the terms demand a lane or memory kind that cannot be had.
         """
         self.address = address
-        self._shared: set[int] = set()
+        self._shared: set[int] = set()  # by their bases, the host's slabs
+        self._shared_on_gpu: set[int] = set()
         self._share_lock = threading.Lock()
         self._channel = open_channel(address, terms.tls)
         self._metadata = (("authorization", f"Bearer {terms.token}"),) if terms.token else ()
@@ -115,8 +128,10 @@ class Link:
             raise Stale from error
         raise WorkerDied("the worker ended a preparation without a result")
 
-    def take(self, pool: Pool, timeout_s: float | None = None) -> Lane:
+    def take(self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None) -> Lane:
         """Take a lane for one call, with every slab of the pool shared over it. It must be given back, or abandoned.
+
+        For a call on a GPU, that pool's slabs are shared too, and the lane is in order with the GPU.
 
         Raises:
           Stale: no lane can be had; the link is dead.
@@ -125,6 +140,8 @@ class Link:
             lane = self._idle.pop()
         except IndexError:
             lane = self._new_lane()
+        if gpu is not None:
+            self._share_on_gpu(lane, gpu)
         if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
             try:
                 self._share(lane, pool, timeout_s)
@@ -141,9 +158,16 @@ class Link:
             _close(self._idle)
 
     def close(self) -> None:
-        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter."""
+        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter.
+
+        Where a GPU's memory is shared, the worker has unmapped it when this returns, if it could be reached.
+        """
+        patience_s = _GOODBYE_S
+        if self._shared_on_gpu:
+            patience_s = _UNMAPPED_S
+            _close(self._idle)  # the worker unmaps when no lane is left
         with contextlib.suppress(grpc.RpcError, Stale):
-            self._stub.Close(pb.CloseRequest(session=self.token), timeout=1.0)
+            self._stub.Close(pb.CloseRequest(session=self.token), timeout=patience_s)
         self.abort()
 
     def abort(self) -> None:
@@ -170,6 +194,25 @@ class Link:
                     lane.share(slab, timeout_s)
                     self._shared.add(slab.base)
 
+    def _share_on_gpu(self, lane: Lane, gpu: GpuPool) -> None:
+        try:
+            lane.order(gpu.device)
+            if len(self._shared_on_gpu) == len(gpu.slabs):
+                return
+            with self._share_lock:
+                self._refuse_if_ended()
+                for slab in gpu.slabs:
+                    if slab.base not in self._shared_on_gpu:
+                        lane.share_on_gpu(slab)
+                        self._shared_on_gpu.add(slab.base)
+        except (CudaError, OutOfMemory):  # the worker's answer: it does not have the slab
+            self.give_back(lane)
+            raise
+        except BaseException:
+            lane.close()
+            self.abort()
+            raise
+
     def _choose_lane(
         self, advertised: str, terms: Terms, on_fallback: Callable[[str], None]
     ) -> tuple[Callable[[], Lane], Lane]:
@@ -179,10 +222,10 @@ class Link:
         def by_socket() -> Lane:
             return LocalLane(path, self.token)
 
-        if terms.require == "cuda_ipc":
-            raise LaneUnavailable("require='cuda_ipc': this worker has no CUDA memory to share")
+        if terms.require == "cuda_ipc" and not self.description.gpu.uuid:
+            raise LaneUnavailable("require='cuda_ipc': the models of this worker run on no GPU")
         if terms.lane == "grpc":
-            if terms.require:
+            if terms.require == "memfd":
                 raise LaneUnavailable(f"require={terms.require!r} cannot be had with lane='grpc'")
             return by_grpc, by_grpc()
         path = self._lane_path(advertised)
@@ -196,7 +239,7 @@ class Link:
                 return by_socket, by_socket()
             except (OSError, BridgeError, Stale) as error:
                 reason = f"its local lane cannot be reached ({error or type(error).__name__})"
-        if terms.lane == "local" or terms.require:
+        if terms.lane == "local" or terms.require == "memfd":
             raise LaneUnavailable(f"the worker shares no memory with this process: {reason}")
         on_fallback(reason)
         return by_grpc, by_grpc()

@@ -15,8 +15,11 @@ from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program
 from bridge_client.session import Placed, Session, checked_limit, closed
+from bridge_wire.cuda import device_of
+from bridge_wire.cuda_memory import GpuPool, is_on_gpu
 from bridge_wire.errors import (
     BridgeError,
+    LaneUnavailable,
     PeerError,
     ResidualGone,
     WorkerDied,
@@ -49,6 +52,7 @@ class _Residual(NamedTuple):
 
     link: Link
     inputs: Sequence[Placed]
+    stream: int | None  # on which the inputs' blocks are used
 
 
 class _Abandoned(NamedTuple):
@@ -70,19 +74,25 @@ class RemoteSession(Session):
         self.timeout_s = checked_limit(timeout_s)
         self._host = host
         self._terms = terms
-        self._calls = self._bytes_copied = self._fallbacks = 0
+        self._calls = self._bytes_copied = self._bytes_through_host = self._fallbacks = 0
         self._start_afresh()
         _sessions.add(self)
         self._require_link()
+        if terms.require == "cuda_ipc" and self.gpu_pool() is None:
+            self.close()
+            raise LaneUnavailable(f"require='cuda_ipc': {self._no_gpu}")
 
     def _start_afresh(self) -> None:
         self.pool = Pool(shareable=memfd_works())
+        self._gpu: GpuPool | None = None
+        self._no_gpu = ""  # why there is none; empty until it was looked for
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
         self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
         self._abandoned: list[_Abandoned] = []
+        self._is_staging_told = False
 
     @property
     def framework(self) -> str:
@@ -98,7 +108,42 @@ class RemoteSession(Session):
 
     @property
     def memory(self) -> str:
-        return self._require_link().memory
+        memory = self._require_link().memory
+        return memory if self.gpu_pool() is None else "cuda_ipc"
+
+    def gpu_pool(self) -> GpuPool | None:
+        if self._gpu is None and not self._no_gpu:
+            link = self._require_link()
+            with self._closing:
+                if self._gpu is None and not self._no_gpu and not self._is_closed:
+                    self._look_for_gpu(link)
+        return self._gpu
+
+    def _look_for_gpu(self, link: Link) -> None:
+        """Share a first slab with the worker on its GPU, or find out why that cannot be."""
+        about = link.description.gpu
+        if not about.uuid:
+            self._no_gpu = "the worker's models run on no GPU"
+            return
+        gpu: GpuPool | None = None
+        try:
+            gpu = GpuPool(device_of(about.uuid))
+            gpu.lease(1)
+            link.give_back(link.take(self.pool, None, gpu))
+        except (BridgeError, Stale) as error:
+            self._no_gpu = str(error) or "the worker went away"
+            if gpu is not None:
+                gpu.close()
+        else:
+            self._gpu = gpu
+
+    def note_staged(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes_through_host += nbytes
+            is_first, self._is_staging_told = not self._is_staging_told, True
+            self._fallbacks += is_first
+        if is_first:
+            _log.warning("tensors on a GPU travel through the host, since %s", self._no_gpu)
 
     @property
     def address(self) -> str:
@@ -122,12 +167,16 @@ class RemoteSession(Session):
             return {
                 "calls": self._calls,
                 "bytes_copied": self._bytes_copied,
-                "blocks": self.pool.live_blocks(),
-                "slab_bytes": self.pool.slab_bytes,
+                "bytes_through_host": self._bytes_through_host,
+                "blocks": sum(pool.live_blocks() for pool in self._pools()),
+                "slab_bytes": sum(pool.slab_bytes for pool in self._pools()),
                 "residuals": usage.residuals,
                 "residual_bytes": usage.residual_bytes,
                 "fallbacks": self._fallbacks,
             }
+
+    def _pools(self) -> list[Pool]:
+        return [self.pool] if self._gpu is None else [self.pool, self._gpu]
 
     def _described(self) -> Sequence[pb.Model]:
         return self._require_link().description.models
@@ -140,6 +189,8 @@ class RemoteSession(Session):
         while self._abandoned:
             self._abandoned.pop().lane.close()
         self._residuals.clear()
+        if self._gpu is not None:
+            self._gpu.close()
         self._host.close()
         _sessions.discard(self)
 
@@ -204,8 +255,9 @@ class RemoteSession(Session):
         copied: int,
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
+        stream: int | None,
     ) -> _T:
-        return self._over_link(self._run_over, program, inputs, residual, copied, timeout_s, make)
+        return self._over_link(self._run_over, program, inputs, residual, copied, timeout_s, make, stream)
 
     def _run_over(
         self,
@@ -216,17 +268,23 @@ class RemoteSession(Session):
         copied: int,
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
+        stream: int | None,
     ) -> _T:
+        kept: _Residual | None = None
         if residual:
             if not program.is_pullback:
-                self._residuals[residual] = _Residual(link, inputs)
+                self._residuals[residual] = _Residual(link, inputs, stream)
             elif (kept := self._residuals.get(residual)) is None or kept.link is not link:
                 raise ResidualGone("the residual belongs to an earlier life of the worker")
         named, name = program.name
         if named is not link:
             name = self._name_of(link, program, timeout_s)
-        lease = self.pool.lease
-        outputs = [lease(nbytes) for nbytes in program.output_nbytes]
+        gpu = None if stream is None else self._gpu
+        if gpu is None:
+            lease = self.pool.lease
+            outputs = [lease(nbytes) for nbytes in program.output_nbytes]
+        else:
+            outputs = [gpu.lease(nbytes, stream or 0) for nbytes in program.output_nbytes]
         released = self._take_dropped() if self._dropped else None
         request = pb.LaneRequest()
         run = request.run
@@ -240,8 +298,15 @@ class RemoteSession(Session):
         lane: Lane | None = None
         try:
             limit_s = timeout_s or program.timeout_s or self.timeout_s
-            lane = link.take(self.pool, limit_s)
-            made = lane.run(request, payload, outputs, limit_s, make)
+            lane = link.take(self.pool, limit_s, gpu)
+            if lane.ordering is None or stream is None:
+                made = lane.run(request, payload, outputs, limit_s, make)
+            else:
+                lane.ordering.begin(stream)
+                made = lane.run(request, payload, outputs, limit_s, make)
+                lane.ordering.end(stream)
+                if kept is not None and kept.stream not in (None, stream):
+                    lane.ordering.end(kept.stream)  # the pullback may have read the inputs of that run
         except BaseException as error:
             self._dropped.extend(released or ())
             if lane is not None:
@@ -274,7 +339,9 @@ class RemoteSession(Session):
 
     def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:
         return [
-            self.pool.view(placed.address, spec.nbytes) for placed, spec in zip(inputs, program.inputs, strict=True)
+            self.pool.view(placed.address, spec.nbytes)
+            for placed, spec in zip(inputs, program.inputs, strict=True)
+            if not is_on_gpu(placed.address)
         ]
 
     def _after_failure(self, link: Link, error: BaseException, call: _Abandoned) -> None:
@@ -354,7 +421,7 @@ _of_the_parent: list[Any] = []
 
 def _after_fork_in_child() -> None:
     for session in list(_sessions):
-        _of_the_parent.append((session._link, session._abandoned, session.pool))
+        _of_the_parent.append((session._link, session._abandoned, session.pool, session._gpu))
         session._forget_threads()
         session._start_afresh()
 

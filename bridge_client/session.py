@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 from bridge_client.programs import Program, unpin
 from bridge_wire import specs
+from bridge_wire.cuda_memory import GpuPool
 from bridge_wire.errors import CallerError, SessionClosed, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
@@ -108,7 +109,17 @@ class Session(ABC):
     @property
     @abstractmethod
     def memory(self) -> str:
-        """How tensors travel: "memfd" (shared), "inline" (by value) or "dlpack" (within this process)."""
+        """How tensors travel: "memfd" (shared), "cuda_ipc" (shared, and those on the worker's GPU stay there), "inline"
+        (by value) or "dlpack" (within this process)."""
+
+    def gpu_pool(self) -> GpuPool | None:
+        """Return the memory that is shared with the worker on its GPU; None: there is none, and tensors on a GPU must
+        travel through the host."""
+        return None
+
+    @abstractmethod
+    def note_staged(self, nbytes: int) -> None:
+        """Count bytes on a GPU that had to be brought through the host; the first time, log why."""
 
     def model(self, name: str | None) -> ModelInfo:
         """Return a hosted model; None picks the only one.
@@ -156,11 +167,15 @@ class Session(ABC):
         copied: int = 0,
         timeout_s: float | None = None,
         make: Callable[[list[Block]], Any] = _unchanged,
+        stream: int | None = None,
     ) -> Any:
         """Run a program on memory of this session; return what `make` makes of its outputs, by default the blocks.
 
         The outputs are row-major, in blocks leased to the caller; `make` is called while the model computes, before
         they have their values. `copied` bytes were copied to make the inputs, for the statistics.
+
+        With a CUDA stream, inputs may lie in `gpu_pool`, and the outputs do: whatever comes on the stream from now on
+        finds their values there.
 
         Raises:
           RemoteModelError: the model raised.
@@ -168,7 +183,7 @@ class Session(ABC):
           CallTimeout: no answer within `timeout_s` seconds, or else the session's; None waits.
           OutOfMemory: no room for the outputs; nothing was sent.
         """
-        return self._run(program, inputs, 0, copied, timeout_s, make)
+        return self._run(program, inputs, 0, copied, timeout_s, make, stream)
 
     def run_keeping(
         self,
@@ -178,6 +193,7 @@ class Session(ABC):
         copied: int = 0,
         timeout_s: float | None = None,
         make: Callable[[list[Block], int], Any] = _paired,
+        stream: int | None = None,
     ) -> Any:
         """Run a program that keeps a residual; return what `make` makes of its outputs and the residual's id, by
         default a pair of these.
@@ -186,7 +202,7 @@ class Session(ABC):
         """
         id = next(self._ids)
         try:
-            return self._run(program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id))
+            return self._run(program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id), stream)
         except BaseException:
             self.drop_residual(id)
             raise
@@ -200,13 +216,14 @@ class Session(ABC):
         copied: int = 0,
         timeout_s: float | None = None,
         make: Callable[[list[Block]], Any] = _unchanged,
+        stream: int | None = None,
     ) -> Any:
         """Run the pullback of a run that kept a residual, which stays. Otherwise as `run`.
 
         Raises:
           ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs instead.
         """
-        return self._run(program, cotangents, residual, copied, timeout_s, make)
+        return self._run(program, cotangents, residual, copied, timeout_s, make, stream)
 
     @abstractmethod
     def _run(
@@ -217,6 +234,7 @@ class Session(ABC):
         copied: int,
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
+        stream: int | None,
     ) -> _T:
         """Run a program. `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0."""
 
@@ -238,8 +256,9 @@ class Session(ABC):
 
     @abstractmethod
     def stats(self) -> Mapping[str, int]:
-        """Return counts: `calls`, `bytes_copied` (by either side), `fallbacks` to a slower path, and what is held now:
-        leased `blocks`, `slab_bytes`, `residuals` and `residual_bytes`."""
+        """Return counts: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors on a GPU),
+        `fallbacks` to a slower path, and what is held now: leased `blocks`, `slab_bytes`, `residuals` and
+        `residual_bytes`."""
 
     def close(self) -> None:
         """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid.

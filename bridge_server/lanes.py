@@ -9,12 +9,12 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
 
-from bridge_server.runtime import Program
-from bridge_server.sessions import Session, Sessions
+from bridge_server.sessions import Session, Sessions, addressed, nbytes_of
+from bridge_server.turns import Turn
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, SMALL
@@ -31,6 +31,7 @@ def serve(
 ) -> Generator[pb.LaneReply, None, None]:
     """Answer one connection's requests until the peer ends it, or breaks the contract."""
     session: Session | None = None
+    turn: Turn | None = None
     try:
         for request in requests:
             descriptors = take_descriptors()
@@ -42,12 +43,18 @@ def serve(
                     call = object()
                     sessions.begin(session, call)
                     try:
-                        session.run(request.run)
+                        session.run(request.run, turn)
                         yield _RAN
                     finally:  # after the reply has gone, so that a drain does not cut it off
                         sessions.end(call)
+                elif request.HasField("order"):
+                    if turn is not None:
+                        turn.close()
+                        turn = None
+                    turn = session.take_turns(request.order)
+                    yield pb.LaneReply(ordered=pb.Ordered(event=turn.event))
                 else:
-                    yield from _answer(request, requests, session, sessions, descriptors)
+                    yield from _answer(request, requests, session, sessions, turn, descriptors)
             except PeerError as error:
                 yield _failed(error)
                 return
@@ -68,6 +75,8 @@ def serve(
                 for fd in descriptors:
                     os.close(fd)
     finally:
+        if turn is not None:
+            turn.close()  # and only then does the client see the end of a call that it gave up
         if session is not None:
             sessions.detach(session)
 
@@ -83,34 +92,34 @@ def _answer(
     requests: Iterator[pb.LaneRequest],
     session: Session,
     sessions: Sessions,
+    turn: Turn | None,
     descriptors: list[int],
 ) -> Iterator[pb.LaneReply]:
     kind = request.WhichOneof("kind")
     if kind == "run":
-        yield from _run_inline(request.run, requests, session, sessions)
+        yield from _run_inline(request.run, requests, session, sessions, turn)
     elif kind == "release":
         session.residuals.drop(session, request.release.residuals)
         yield pb.LaneReply(usage=session.usage())
     elif kind == "peek":
         yield pb.LaneReply(peeked=session.peek(request.peek))
     elif kind == "share":
-        if len(descriptors) != 1:
-            raise ProtocolError(f"a slab comes with exactly one descriptor, not with {len(descriptors)}")
-        session.add_slab(descriptors.pop(), request.share, sessions.slab_bytes)
+        session.add_slab(descriptors, request.share, sessions.slab_bytes)
         yield _DONE
     else:
         raise ProtocolError(f"a lane takes no {kind or 'empty'!r} request here")
 
 
 def _run_inline(
-    run: pb.Run, requests: Iterator[pb.LaneRequest], session: Session, sessions: Sessions
+    run: pb.Run, requests: Iterator[pb.LaneRequest], session: Session, sessions: Sessions, turn: Turn | None
 ) -> Iterator[pb.LaneReply]:
     session.residuals.drop(session, run.released)
     program = session.program(run.program)
-    inputs = _receive_inputs(run, program, requests, session)
+    sizes = [nbytes for address, nbytes in addressed(run.inputs, nbytes_of(program.inputs)) if not address]
+    inputs = _receive_inputs(run.data, sizes, requests, session)
     with sessions.running(session):
-        outputs = session.run_inline(run, program, inputs)
-        if sum(program.output_nbytes) <= SMALL:
+        outputs = session.run_inline(run, inputs, turn)
+        if sum(block.nbytes for block in outputs) <= SMALL:
             yield pb.LaneReply(ran=pb.Ran(data=b"".join(block.buffer for block in outputs)))
             return
         yield _RAN
@@ -119,9 +128,9 @@ def _run_inline(
                 yield pb.LaneReply(chunk=bytes(block.buffer[start : start + CHUNK]))
 
 
-def _receive_inputs(run: pb.Run, program: Program, requests: Iterator[pb.LaneRequest], session: Session) -> list[Block]:
-    sizes = [spec.nbytes for spec in program.inputs]
-    data = run.data
+def _receive_inputs(
+    data: bytes, sizes: Sequence[int], requests: Iterator[pb.LaneRequest], session: Session
+) -> list[Block]:
     if data and len(data) != sum(sizes):
         raise ProtocolError(f"an inline run with {len(data)} bytes of data for inputs of {sum(sizes)} bytes")
     try:

@@ -16,6 +16,7 @@ from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, namespaces, specs
 from bridge_wire.copying import usable_cores
+from bridge_wire.cuda import Gpu
 from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
@@ -47,6 +48,7 @@ class Service(BridgeServicer):
             ],
             allocator=allocator_choice.chosen(),
             cores=usable_cores(),
+            gpu=_described_gpu(self._runtime.gpu()),
             namespaces=[pb.Namespace(kind=kind, digest=digest) for kind, digest in namespaces.digests().items()],
         )
 
@@ -140,6 +142,10 @@ def _negotiated(request: pb.OpenRequest) -> int:
             f"{oldest} to {newest}; install matching releases of torch-jax-bridge on both sides"
         )
     return chosen
+
+
+def _described_gpu(gpu: Gpu | None) -> pb.Gpu | None:
+    return None if gpu is None else pb.Gpu(uuid=gpu.uuid, name=gpu.name)
 
 
 def _described(model: Model, signatures: Sequence[tuple[Spec, ...]]) -> pb.Model:

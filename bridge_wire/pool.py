@@ -28,10 +28,11 @@ def half_of_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _configured_max_bytes() -> int:
+def configured_max_bytes(default: int) -> int:
+    """Return the most bytes that a pool's slabs may have, as BRIDGE_SLAB_MAX_BYTES says."""
     configured = os.environ.get("BRIDGE_SLAB_MAX_BYTES")
     if configured is None:
-        return half_of_memory()
+        return default
     if not configured.isdecimal():
         raise CallerError(f"BRIDGE_SLAB_MAX_BYTES={configured!r} is not a number of bytes")
     return int(configured)
@@ -66,6 +67,11 @@ class Block:
         self._returns_to.append(self.address)
 
 
+def block_class(nbytes: int) -> Any:
+    """Return the class of blocks of so many bytes."""
+    return _class_of(nbytes)[0]
+
+
 @functools.lru_cache(maxsize=1024)
 def _class_of(nbytes: int) -> tuple[Any, int]:
     """Return the class of blocks of so many bytes, and the size of the extents that serve them."""
@@ -88,8 +94,9 @@ class _Extent(NamedTuple):
     """Where a block lies."""
 
     pointer: int
-    view: memoryview  # of the slab
+    view: memoryview  # of the slab; of a device's, empty
     offset: int  # in the view
+    size: int
 
 
 class Pool:
@@ -98,16 +105,20 @@ class Pool:
     The cap is by default BRIDGE_SLAB_MAX_BYTES, or half of the machine's memory.
     """
 
+    _FIRST_BASE = PAGE  # address 0 belongs to no block
+    _ALIGNMENT = ALIGNMENT
+    _UNIT = PAGE  # of which slabs consist
+
     def __init__(self, *, max_bytes: int | None = None, shareable: bool = True) -> None:
-        self.max_bytes = _configured_max_bytes() if max_bytes is None else max_bytes
+        self.max_bytes = configured_max_bytes(half_of_memory()) if max_bytes is None else max_bytes
         self.slabs: tuple[Slab, ...] = ()
         self.shareable = shareable
-        self._next_base = PAGE  # address 0 belongs to no block
+        self._next_base = self._FIRST_BASE
         self._allocator = Allocator()
         # Every extent by its address, leased or ready for the next request of its size.
         self._extents: dict[int, _Extent] = {}
         self._count = 0  # of extents
-        self._ready: defaultdict[int, list[int]] = defaultdict(list)
+        self._ready: defaultdict[Any, list[int]] = defaultdict(list)  # by size
         self._lock = threading.Lock()
         self._is_closed = False
         # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long as its views.
@@ -133,10 +144,10 @@ class Pool:
         except IndexError:
             address = self._allocate(size)
         try:
-            pointer, view, offset = self._extents[address]
+            pointer, view, offset, _ = self._extents[address]
         except KeyError:
             returns_to.append(address)
-            raise _closed() from None
+            raise closed() from None
         block = kind.from_buffer(view, offset)
         block.address = address
         block.pointer = pointer
@@ -148,7 +159,7 @@ class Pool:
         for slab in self.slabs:
             if 0 <= pointer - slab.pointer <= slab.nbytes - nbytes:
                 address = pointer - slab.pointer + slab.base
-                return address if address % ALIGNMENT == 0 else None
+                return address if address % self._ALIGNMENT == 0 else None
         return None
 
     def view(self, address: int, nbytes: int) -> memoryview:
@@ -183,7 +194,7 @@ class Pool:
         """Make an extent for a request that no ended lease has left one for, and return its address."""
         with self._lock:
             if self._is_closed:
-                raise _closed()
+                raise closed()
             address = self._allocator.allocate(size)
             if address is None:
                 self._take_back()
@@ -194,46 +205,50 @@ class Pool:
                 assert address is not None, "a new slab has room for the request it was made for"
             slab = self._slab_of(address)
             offset = address - slab.base
-            self._extents[address] = _Extent(slab.pointer + offset, slab.view, offset)
+            self._extents[address] = _Extent(slab.pointer + offset, slab.view, offset, size)
             self._count += 1
         return address
 
     def _take_back(self) -> None:
         """Give what ended leases have left back to the allocator, which may make larger extents of it."""
-        for size, addresses in list(self._ready.items()):
+        for addresses in list(self._ready.values()):
             with contextlib.suppress(IndexError):  # other threads lease from these lists, too
                 while True:
                     address = addresses.pop()
-                    del self._extents[address]
                     self._count -= 1
-                    self._allocator.free(address, size)
+                    self._allocator.free(address, self._extents.pop(address).size)
 
     def _grow(self, size: int) -> None:
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))
-        room = self.max_bytes // PAGE * PAGE - self.slab_bytes
+        room = self.max_bytes // self._UNIT * self._UNIT - self.slab_bytes
         if size > room:
             raise OutOfMemory(
                 f"a block of {size} bytes does not fit: the slabs hold {self.slab_bytes} of at most {self.max_bytes} "
                 f"bytes, in {self._leased()} leased blocks; free tensors or raise BRIDGE_SLAB_MAX_BYTES"
             )
-        slab = create_slab(min(step, room), self._next_base, shareable=self.shareable)
+        slab = self._new_slab(min(step, room), self._next_base)
         # The gap keeps two slabs' extents from ever merging into one.
         self._next_base = slab.base + slab.nbytes + PAGE
-        if slab.fd >= 0:
-            self._descriptors.append(slab.fd)
         self.slabs = (*self.slabs, slab)
         self._allocator.add(slab.base, slab.nbytes)
+
+    def _new_slab(self, nbytes: int, base: int) -> Slab:
+        slab = create_slab(nbytes, base, shareable=self.shareable)
+        if slab.fd >= 0:
+            self._descriptors.append(slab.fd)
+        return slab
 
     def _slab_of(self, address: int) -> Slab:
         for slab in self.slabs:
             if 0 <= address - slab.base < slab.nbytes:
                 return slab
         if self._is_closed:
-            raise _closed()
+            raise closed()
         raise AssertionError(f"no slab holds the address {address}")
 
 
-def _closed() -> SessionClosed:
+def closed() -> SessionClosed:
+    """Return the error of a pool whose session was closed."""
     return SessionClosed("the session is closed; make a new one")
 
 

@@ -28,7 +28,16 @@ from tests.conftest import eventually
 from tests.torch_server import models as torch_models
 from tests.workers import Background, Gate, Worker, models, serving
 
-_STATS = {"calls", "bytes_copied", "blocks", "slab_bytes", "residuals", "residual_bytes", "fallbacks"}
+_STATS = {
+    "calls",
+    "bytes_copied",
+    "bytes_through_host",
+    "blocks",
+    "slab_bytes",
+    "residuals",
+    "residual_bytes",
+    "fallbacks",
+}
 _GIB = 1 << 30
 _HOSTED = ("square", "outer", "total", "refusing", "failing", "gated")
 _REMOTE = ("local", "grpc", "tcp", "local to torch", "grpc to torch")

@@ -76,7 +76,7 @@ class InprocSession(Session):
         self._eras = {x64: _Era(Programs(serving, models)) for x64 in (False, True)}
         self._residuals: dict[int, _Residual] = {}
         self._lock = threading.Lock()
-        self._calls = self._bytes_copied = 0
+        self._calls = self._bytes_copied = self._bytes_through_host = 0
 
     @property
     def framework(self) -> str:
@@ -104,6 +104,10 @@ class InprocSession(Session):
             self._prepared(program)
         return program
 
+    def note_staged(self, nbytes: int) -> None:
+        with self._lock:
+            self._bytes_through_host += nbytes
+
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)
 
@@ -112,6 +116,7 @@ class InprocSession(Session):
         return {
             "calls": self._calls,
             "bytes_copied": self._bytes_copied,
+            "bytes_through_host": self._bytes_through_host,
             "blocks": self.pool.live_blocks(),
             "slab_bytes": self.pool.slab_bytes,
             "residuals": len(residuals),
@@ -178,6 +183,7 @@ class InprocSession(Session):
         copied: int,
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
+        stream: int | None,
     ) -> _T:
         self._refuse_time_limit(program, timeout_s)
         with self._runtime.apart():

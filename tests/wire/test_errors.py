@@ -37,6 +37,7 @@ STATUS = {
     "StartupTimeout": "DEADLINE_EXCEEDED",
     "CallTimeout": "DEADLINE_EXCEEDED",
     "OutOfMemory": "RESOURCE_EXHAUSTED",
+    "CudaError": "UNAVAILABLE",
     "LaneUnavailable": "UNAVAILABLE",
     "ResidualGone": "DATA_LOSS",
     "InternalError": "INTERNAL",

@@ -57,6 +57,7 @@ MESSAGES: dict[str, Message] = {
         allocator="a",
         cores=2,
         namespaces=[pb.Namespace(kind="pid", digest=b"d")],
+        gpu=pb.Gpu(uuid=b"u", name="g"),
     ),
     "open": pb.OpenRequest(oldest_protocol=1, newest_protocol=2, client="c"),
     "opened": pb.OpenReply(protocol=1, session=b"\x00\xff", local_lane="/l", slab_bytes=1 << 30),
@@ -89,13 +90,16 @@ MESSAGES: dict[str, Message] = {
     "run": pb.LaneRequest(run=pb.Run(program=1, inputs=[4096, 1 << 40], outputs=[8192], residual=7, released=[5, 6])),
     "inline run": pb.LaneRequest(run=pb.Run(program=1, inline=True, data=b"\x04")),
     "release": pb.LaneRequest(release=pb.Release(residuals=[1, 300])),
+    "share on a GPU": pb.LaneRequest(share=pb.Share(base=1 << 56, nbytes=2 << 20, cuda_handle=b"h")),
     "peek": pb.LaneRequest(peek=pb.Peek(address=4096, nbytes=256)),
+    "order": pb.LaneRequest(order=pb.Order(event=b"e")),
     "chunk up": pb.LaneRequest(chunk=b"\x01\x02"),
     "done": pb.LaneReply(done=pb.Done()),
     "ran": pb.LaneReply(ran=pb.Ran()),
     "ran inline": pb.LaneReply(ran=pb.Ran(data=b"\x05")),
     "usage": pb.LaneReply(usage=pb.Usage(residuals=1, residual_bytes=2, slab_bytes=3)),
     "peeked": pb.LaneReply(peeked=b"\x04"),
+    "ordered": pb.LaneReply(ordered=pb.Ordered(event=b"e")),
     "failed": pb.LaneReply(error=ERROR),
     "chunk down": pb.LaneReply(chunk=b"\x03"),
 }
@@ -121,7 +125,7 @@ GOLDEN = {
     "described": (
         "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a2e0a01661201641a01781a017922150a"
         "08706172616d732e771207080c120302ac0218012a090a07080c120302ac024201614802520"
-        "80a03706964120164"
+        "80a037069641201645a060a0175120167"
     ),
     "open": "080110021a0163",
     "opened": "0801120200ff1a022f6c208080808004",
@@ -141,13 +145,16 @@ GOLDEN = {
     "run": "1a160801120880208080808080201a028040280732020506",
     "inline run": "1a07080120013a0104",
     "release": "22050a0301ac02",
+    "share on a GPU": "12120880808080808080800110808080011a0168",
     "peek": "3206088020108002",
+    "order": "3a030a0165",
     "chunk up": "2a020102",
     "done": "0a00",
     "ran": "1200",
     "ran inline": "12030a0105",
     "usage": "1a06080110021803",
     "peeked": "320104",
+    "ordered": "3a030a0165",
     "failed": "22140a09537065634572726f7212016d1a0174220162",
     "chunk down": "2a0103",
 }

@@ -1,0 +1,186 @@
+"""Slabs of a GPU's memory: leased from by the client that owns them, mapped by the worker that was given their handles.
+
+They are allocations of the bridge's own. Not all memory of the frameworks can be exported, and whoever opens a handle
+can reach all that lies behind it.
+"""
+
+import contextlib
+import ctypes
+import os
+import threading
+import weakref
+from collections import defaultdict
+from dataclasses import dataclass
+
+from bridge_wire.cuda import Device
+from bridge_wire.errors import CudaError
+from bridge_wire.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
+from bridge_wire.slabs import Slab
+
+# What CUDA maps into another process at once; a smaller allocation would show others that lie beside it.
+UNIT = 2 << 20
+ALIGNMENT = 256
+# Far beyond any slab of the host's: both are in one address space.
+FIRST_ADDRESS = 1 << 56
+_NO_VIEW = memoryview(b"")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuSlab(Slab):
+    """Memory of a GPU, at `pointer` there for this process. `handle` opens it in another, and is empty in that."""
+
+    handle: bytes
+
+
+class GpuPool(Pool):
+    """Leases blocks of one GPU's memory. Thread-safe.
+
+    Work on a GPU goes on after a block has died here. So its memory serves the stream again that it was leased for,
+    whose work comes in order, and any other stream only once that has been made to wait for the first.
+    """
+
+    _FIRST_BASE = FIRST_ADDRESS
+    _ALIGNMENT = ALIGNMENT
+    _UNIT = UNIT
+    slabs: tuple[GpuSlab, ...]
+
+    def __init__(self, device: Device, *, max_bytes: int | None = None) -> None:
+        """Make a pool; the cap is by default BRIDGE_SLAB_MAX_BYTES, or half of what the GPU has free now."""
+        super().__init__(max_bytes=configured_max_bytes(device.free_bytes() // 2) if max_bytes is None else max_bytes)
+        self.device = device
+        self._memory = memory = _Allocations(device)
+        self._ready = defaultdict(lambda: _Ended(memory))  # by size and stream
+        # What streams have given back to all was in use until these events; a stream waits for them once.
+        self._fences: dict[int, int] = {}
+        self._fenced: set[int] = set()
+        self._fencing = threading.Lock()
+
+    def lease(self, nbytes: int, stream: int = 0) -> Block:
+        """Return a block of `nbytes` bytes with undefined contents, to be used on a stream.
+
+        Raises:
+          OutOfMemory: it would take the slabs past their cap, or the GPU has no memory.
+        """
+        if nbytes == 0:
+            return block_at(0, 0, [])
+        size = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        returns_to = self._ready[size, stream]
+        try:
+            address = returns_to.pop()
+        except IndexError:
+            address = self._allocate(size)
+            self._fence(stream)
+        try:
+            pointer = self._extents[address].pointer
+        except KeyError:
+            returns_to.append(address)
+            raise closed() from None
+        block = block_class(nbytes).from_address(pointer)
+        block.address = address
+        block.pointer = pointer
+        block._returns_to = returns_to
+        return block
+
+    def _take_back(self) -> None:
+        with self._fencing:
+            for (_, stream), addresses in list(self._ready.items()):
+                if addresses:
+                    event = self._fences.get(stream)
+                    if event is None:
+                        event = self._fences[stream] = self._memory.new_event()
+                    self.device.record(event, stream)
+            self._fenced.clear()
+        super()._take_back()
+
+    def _fence(self, stream: int) -> None:
+        """Let a stream wait for all others that have used what it may get now."""
+        with self._fencing:
+            if stream in self._fenced:
+                return
+            for other, event in self._fences.items():
+                if other != stream:
+                    self.device.wait(event, stream)
+            self._fenced.add(stream)
+
+    def _new_slab(self, nbytes: int, base: int) -> GpuSlab:
+        nbytes = -(-nbytes // UNIT) * UNIT
+        pointer = self._memory.allocate(nbytes)
+        return GpuSlab(_NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer))
+
+
+def is_on_gpu(address: int) -> bool:
+    """Whether an address of a session is that of a GPU's memory."""
+    return address >= FIRST_ADDRESS
+
+
+def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuSlab:
+    """Return the slab behind a handle that a peer sent. It stays mapped while the slab lives.
+
+    Raises:
+      CudaError: the handle cannot be opened here, or less memory lies behind it.
+    """
+    pointer = device.open(handle, nbytes)
+    slab = _OpenedSlab(_NO_VIEW, pointer, base, nbytes, -1, b"")
+    weakref.finalize(slab, _close, device, pointer).atexit = False
+    return slab
+
+
+def copied_to_host(device: Device, pointer: int, nbytes: int) -> bytes:
+    """Return the bytes at a pointer on the GPU as they are now, whatever is under way there."""
+    found = ctypes.create_string_buffer(nbytes)
+    stream = device.new_stream()
+    try:
+        device.copy(ctypes.addressof(found), pointer, nbytes, stream)
+        device.synchronize(stream)
+    finally:
+        device.destroy_stream(stream)
+    return found.raw
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _OpenedSlab(GpuSlab):
+    pass
+
+
+class _Ended(list[int]):
+    """The addresses of blocks that have died. It keeps their memory, as every block does that returns to it."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self, memory: "_Allocations") -> None:
+        super().__init__()
+        self._memory = memory
+
+
+class _Allocations:
+    """What a pool has on the GPU, which ends with the pool and its last block; of a forked child it is the parent's."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pointers: list[int] = []
+        self._events: list[int] = []
+        weakref.finalize(self, _free, device, self._pointers, self._events, os.getpid()).atexit = False
+
+    def allocate(self, nbytes: int) -> int:
+        pointer = self._device.allocate(nbytes)
+        self._pointers.append(pointer)
+        return pointer
+
+    def new_event(self) -> int:
+        event = self._device.new_event()
+        self._events.append(event)
+        return event
+
+
+def _free(device: Device, pointers: list[int], events: list[int], pid: int) -> None:
+    if os.getpid() != pid:
+        return
+    for action, values in ((device.free, pointers), (device.destroy_event, events)):
+        for value in values:
+            with contextlib.suppress(CudaError):
+                action(value)
+
+
+def _close(device: Device, pointer: int) -> None:
+    with contextlib.suppress(CudaError):
+        device.close(pointer)
