@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from bridge_client.health import SERVING, health_of
 from bridge_client.lanes import Lane, Stale
 from bridge_client.link import Link, Terms
-from bridge_wire import __version__, exchange, host, namespaces
+from bridge_wire import __version__, exchange, gpu_checks, host, namespaces
 from bridge_wire.checks import Check, broken, ok, slow
 from bridge_wire.errors import BridgeError, CallTimeout, Unauthenticated, VersionMismatch
 from bridge_wire.pb import bridge_pb2 as pb
@@ -31,6 +31,7 @@ _NOT_THERE = "start it, or use the endpoint of its line `bridge_server ready`; w
 def examine(address: str | None, terms: Terms) -> Iterator[Check]:
     """Look at this host and, given an address, at the worker there."""
     yield from host.checks()
+    yield from gpu_checks.checks()
     if address is None:
         return
     try:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from bridge_server import allocator_choice, endpoints
-from bridge_wire import host
+from bridge_wire import gpu_checks, host
 from bridge_wire.checks import BROKEN, Check, as_json, as_table, broken, ok, slow, worst
 from bridge_wire.errors import CallerError
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
     allocator_choice.restart_with_a_good_allocator()  # as a worker does
-    checks = [*host.checks(), *_checks()]
+    checks = [*host.checks(), *gpu_checks.checks(), *_checks()]
     print(as_json(checks) if options.json else as_table(checks))
     return 1 if worst(checks) == BROKEN else 0
 

@@ -3,17 +3,19 @@
 `python -m bridge_wire.exchange FD` is the child, at the other end of the socket FD.
 """
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from bridge_wire.errors import ProtocolError, WorldError
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.slabs import PAGE, create_slab, map_received
 
 NBYTES = 256
-_CHILD_S = 60.0  # until it has started, on a busy machine
+CHILD_S = 60.0  # until it has started, on a busy machine
 
 
 def with_child() -> None:
@@ -24,12 +26,33 @@ def with_child() -> None:
       WorldError: the child did not receive it, or sees other memory.
     """
     slab = create_slab(PAGE, 0)
+    try:
+        written = os.urandom(NBYTES)
+        slab.view[:NBYTES] = written
+        with lane_to_child(__spec__.name) as lane:
+            lane.send(b"", (slab.fd,))
+            read = lane.receive(CHILD_S)
+            if read is None:
+                raise WorldError("a child did not receive the memory: it ended")
+        if read != written or slab.view[NBYTES : 2 * NBYTES] != written[::-1]:
+            raise WorldError("a child sees other memory than this process does")
+    finally:
+        slab.close()
+
+
+@contextlib.contextmanager
+def lane_to_child(module: str, *arguments: str) -> Iterator[FramedSocket]:
+    """Run `python -m MODULE FD ARGUMENTS`, with the other end of this socket as FD. It ends with the context.
+
+    Raises:
+      WorldError: the child did not start, or ended while it was spoken to.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     lane = FramedSocket(ours)
     try:
         with theirs:
             child = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, str(theirs.fileno())],
+                [sys.executable, "-m", module, str(theirs.fileno()), *arguments],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -37,27 +60,19 @@ def with_child() -> None:
             )
         with child:
             try:
-                written = os.urandom(NBYTES)
-                slab.view[:NBYTES] = written
-                lane.send(b"", (slab.fd,))
-                read = lane.receive(_CHILD_S)
+                yield lane
             finally:
                 child.kill()
-        if read is None:
-            raise WorldError("a child did not receive the memory: it ended")
-        if read != written or slab.view[NBYTES : 2 * NBYTES] != written[::-1]:
-            raise WorldError("a child sees other memory than this process does")
     except OSError as error:  # a timeout too
         raise WorldError(f"a child did not receive the memory: {error or type(error).__name__}") from error
     finally:
         lane.close()
-        slab.close()
 
 
 def _be_the_child(fd: int) -> None:
     lane = FramedSocket(socket.socket(fileno=fd), takes_descriptors=True)
     try:
-        lane.receive(_CHILD_S)
+        lane.receive(CHILD_S)
         descriptors = lane.take_descriptors()
         if len(descriptors) != 1:
             raise ProtocolError(f"one descriptor was to come, not {len(descriptors)}")
@@ -65,7 +80,7 @@ def _be_the_child(fd: int) -> None:
         read = bytes(slab.view[:NBYTES])
         slab.view[NBYTES : 2 * NBYTES] = read[::-1]
         lane.send(read)
-        lane.receive(_CHILD_S)  # until the parent has looked
+        lane.receive(CHILD_S)  # until the parent has looked
     finally:
         lane.close()
 

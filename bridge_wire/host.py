@@ -5,8 +5,6 @@ Frameworks are found by the metadata of their packages: nothing here imports the
 
 import os
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +18,7 @@ from bridge_wire.slabs import PAGE, create_slab
 
 _NEEDED = ("torch-jax-bridge", "grpcio", "grpcio-health-checking", "protobuf", "optree")
 _FRAMEWORKS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "torchax")
-_CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
+CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 _MIB = 1 << 20
 _BY_VALUE = "tensors travel by value over gRPC"
@@ -33,7 +31,7 @@ def checks() -> Iterator[Check]:
     )
     yield ok("python", platform.python_version())
     yield ok("packages", _listed(_NEEDED) or "none is installed as a package")
-    yield ok("frameworks", _listed((*_FRAMEWORKS, *_CUPY)) or "none")
+    yield ok("frameworks", _listed((*_FRAMEWORKS, *CUPY)) or "none")
     yield ok("protocol", "versions {} to {}".format(*PROTOCOLS))
     yield memfd()
     yield descriptor_passing()
@@ -41,7 +39,6 @@ def checks() -> Iterator[Check]:
     yield shared_memory_files()
     yield cores("cores", usable_cores(), _quota())
     yield namespaces()
-    yield from gpus()
 
 
 def installed(package: str) -> str | None:
@@ -113,33 +110,6 @@ def namespaces() -> Check:
         return ok("namespaces", " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS))
     except OSError:
         return ok("namespaces", "the system does not tell")
-
-
-def gpus() -> Iterator[Check]:
-    """The NVIDIA driver and its devices, by UUID; none is as it should be on a host without."""
-    name = "NVIDIA driver"
-    remedy = "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        loaded = Path("/proc/driver/nvidia/version").exists()
-        yield slow(name, "loaded, but not visible here", remedy) if loaded else ok(name, "no NVIDIA driver")
-        return
-    query = [program, "--query-gpu=uuid,name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        yield slow(name, f"nvidia-smi does not run: {error}", remedy)
-        return
-    devices = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines()]
-    if answer.returncode != 0 or not devices or any(len(device) != 3 for device in devices):
-        said = (answer.stdout + answer.stderr).strip().partition("\n")[0]
-        yield slow(name, f"nvidia-smi fails: {said or answer.returncode}", remedy)
-        return
-    yield ok(name, f"{devices[0][2]}; " + ", ".join(f"{model} {uuid}" for uuid, model, _ in devices))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    yield ok("GPUs to use", "all" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}")
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    yield ok("MPS", "its daemon's pipes are here" if pipes.exists() else "off: processes take turns on a GPU")
 
 
 def _listed(packages: tuple[str, ...]) -> str:

@@ -22,8 +22,6 @@ from bridge_wire.errors import WorldError
 from tests.conftest import ROOT, python_of
 from tests.workers import environment
 
-_UUID = "GPU-9d0a3f50-7a64-4e0b-b7c4-0123456789ab"
-
 # A child that sends back what it was sent.
 _ECHO = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.sendall(s.recv(99)); s.recv(1)"
 
@@ -195,44 +193,6 @@ def test_huge_pages_that_are_off_are_slow(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_one_core_is_slow(usable: int, quota: float | None, verdict: str) -> None:
     """A process that may use one core only, by affinity or by quota, is told that calls cost wake-ups."""
     assert host.cores("cores", usable, quota).verdict == verdict
-
-
-@pytest.mark.parametrize(
-    ("nvidia_smi", "verdict", "found"),
-    [
-        (f"echo '{_UUID}, NVIDIA L4, 580.65.06'", OK, f"580.65.06; NVIDIA L4 {_UUID}"),
-        ("echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9", SLOW, "nvidia-smi fails: NVIDIA-SMI"),
-        ("echo No devices were found", SLOW, "nvidia-smi fails: No devices"),
-    ],
-    ids=["a GPU", "no driver", "no GPU"],
-)
-def test_gpus_are_told_by_uuid(
-    nvidia_smi: str, verdict: str, found: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """What nvidia-smi lists is told with driver and UUID; that it fails is slow, since the CPU serves on."""
-    monkeypatch.setenv("PATH", str(_program(tmp_path / "bin" / "nvidia-smi", nvidia_smi).parent))
-    first = next(host.gpus())
-    assert first.verdict == verdict and first.found.startswith(found)
-
-
-def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What CUDA_VISIBLE_DEVICES leaves of the GPUs, which nvidia-smi does not know, is told."""
-    monkeypatch.setenv("PATH", str(_program(tmp_path / "nvidia-smi", f"echo '{_UUID}, NVIDIA L4, 580.65.06'").parent))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert list(host.gpus())[1] == ok("GPUs to use", "all")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert list(host.gpus())[1] == ok("GPUs to use", "CUDA_VISIBLE_DEVICES=''")
-
-
-def test_mps_is_told_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With a GPU it is told whether an MPS daemon's pipes are there; without one there is nothing to tell."""
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    assert len(list(host.gpus())) == 1
-    _program(tmp_path / "bin" / "nvidia-smi", f"echo '{_UUID}, NVIDIA L4, 580.65.06'")
-    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path / "mps"))
-    assert list(host.gpus())[-1].found.startswith("off")
-    (tmp_path / "mps").mkdir()
-    assert "daemon" in list(host.gpus())[-1].found
 
 
 # Namespaces -------------------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ _MODULES = ("fake_cuda", "cupy", "cupy.cuda")
 def environment(directory: Path, *gpus: str, nbytes: int | None = None) -> dict[str, str]:
     """Return the variables of a process that is to see the GPUs of the machine in this directory; by default it has
     one."""
+    machine = directory / "gpus"
+    machine.mkdir(exist_ok=True)
     paths = [str(FAKE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {"FAKE_CUDA_DIR": str(directory), "PYTHONPATH": os.pathsep.join(paths)}
+    variables = {"FAKE_CUDA_DIR": str(machine), "PYTHONPATH": os.pathsep.join(paths)}
     if gpus:
         variables["FAKE_CUDA_GPUS"] = ",".join(gpus)
     if nbytes is not None:

@@ -1,0 +1,187 @@
+"""What a doctor looks at where there may be GPUs: driver, devices, CuPy, settings, and a live exchange of memory.
+
+Frameworks are found by the metadata of their packages, and CuPy is imported only where there is a GPU.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from bridge_wire import cuda, cuda_exchange
+from bridge_wire.checks import OK, Check, broken, ok, slow
+from bridge_wire.cuda import Gpu
+from bridge_wire.errors import CudaError, WorldError
+from bridge_wire.exchange import NBYTES
+from bridge_wire.host import CUPY, installed
+
+BY_HOST = "tensors on the GPU travel through the host"
+
+_DRIVER = "NVIDIA driver"
+_VERSION_FILE = Path("/proc/driver/nvidia/version")
+_EXPOSE = "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
+_XLA_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_ALLOCATOR_SETTINGS = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+    *_XLA_FRACTIONS,
+    "TF_GPU_ALLOCATOR",
+)
+# What gVisor calls its kernel, on every machine.
+_GVISOR = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
+
+
+class _Told(NamedTuple):
+    """What nvidia-smi alone tells of a device."""
+
+    driver: str
+    mode: str  # of compute
+
+
+def checks() -> Iterator[Check]:
+    """Look at the driver, and at what there is behind it; a host without is as it should be."""
+    try:
+        driver = cuda.driver()
+        gpus = driver.gpus()
+    except CudaError as error:
+        yield _no_driver(error)
+        return
+    told = _nvidia_smi()
+    versions = {each.driver for each in told.values()}
+    yield ok(_DRIVER, f"{', '.join(sorted(versions)) or _kernel_s_version()}, for CUDA {driver.version()}")
+    yield _devices(gpus, told)
+    yield from _modes(gpus, told)
+    cupy = _cupy(driver.version())
+    yield cupy
+    yield _allocators(os.environ)
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    yield ok("MPS", "its daemon's pipes are here" if pipes.exists() else "off: processes take turns on a GPU")
+    if cupy.verdict == OK:
+        yield from map(exchanged, gpus)
+
+
+def exchanged(gpu: Gpu) -> Check:
+    """Whether a child opens this process's memory on the GPU, and how they wait for each other's work."""
+    name = f"memory of cuda:{gpu.ordinal}"
+    found = f"{NBYTES} random bytes crossed to a child and back"
+    try:
+        cuda_exchange.with_child(gpu.uuid, by_events=True)
+        return ok(name, f"{found}, in order by events")
+    except WorldError as error:
+        by_events = error
+    try:
+        cuda_exchange.with_child(gpu.uuid, by_events=False)
+    except WorldError as error:
+        return slow(name, f"{error}: {BY_HOST}", _remedy())
+    return slow(
+        name,
+        f"{found}, in order only by waiting for the GPU on the host ({by_events})",
+        f"each call waits for the GPU; to use events: {_remedy()}",
+    )
+
+
+def _remedy() -> str:
+    """Return what may help where a handle does not open in another process."""
+    if "microsoft" in platform.release().lower():
+        return "WSL2 has no CUDA IPC: use Linux itself"
+    if platform.version() == _GVISOR:
+        return "gVisor passes no CUDA IPC: use another container runtime"
+    return (
+        "give the processes one user, and in containers one PID and one IPC namespace (`pid: service:worker`, "
+        "`ipc: service:worker`); see docs/gpu.md"
+    )
+
+
+def _no_driver(error: CudaError) -> Check:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not isinstance(error.__cause__, OSError):  # it is there, but does not start
+        hint = "" if visible is None else f"change CUDA_VISIBLE_DEVICES={visible!r}; "
+        return slow(_DRIVER, str(error), hint + _EXPOSE)
+    if _VERSION_FILE.exists():
+        return slow(_DRIVER, "loaded, but not visible here", _EXPOSE)
+    return ok(_DRIVER, "no NVIDIA driver")
+
+
+def _kernel_s_version() -> str:
+    try:
+        found = re.search(r"Module +(?:for \S+ +)?([\d.]+)", _VERSION_FILE.read_text())
+    except OSError:
+        found = None
+    return found[1] if found else "a version that is not told"
+
+
+def _nvidia_smi() -> Mapping[str, _Told]:
+    """Return what nvidia-smi tells by UUID, of hidden devices as well; nothing where it is missing or fails."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    query = [program, "--query-gpu=uuid,driver_version,compute_mode", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    rows = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines()]
+    return {row[0]: _Told(*row[1:]) for row in rows if len(row) == 3}
+
+
+def _devices(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Check:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+    hidden = told.keys() - {gpu.label for gpu in gpus}
+    listed = ", ".join(f"cuda:{gpu.ordinal} {gpu.name} {gpu.label}" for gpu in gpus)
+    return ok("GPUs", listed + setting + (f"; hidden: {', '.join(sorted(hidden))}" if hidden else ""))
+
+
+def _modes(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Iterator[Check]:
+    """A GPU that one process has for itself cannot be shared; it is told only then."""
+    for gpu in gpus:
+        mode = told[gpu.label].mode if gpu.label in told else "Default"
+        if mode != "Default":
+            yield slow(
+                f"mode of cuda:{gpu.ordinal}",
+                f"{mode}: one process may use it at a time",
+                f"as root: nvidia-smi -i {gpu.label} -c DEFAULT, or start MPS",
+            )
+
+
+def _cupy(driver: str) -> Check:
+    """Whether CuPy is installed once, and for a CUDA that the driver knows."""
+    name, package = "CuPy", "pip install torch-jax-bridge[cuda]"
+    found = {each: version for each in CUPY if (version := installed(each))}
+    listed = ", ".join(f"{each} {version}" for each, version in found.items())
+    if not found:
+        return slow(name, f"not installed: {BY_HOST}", package)
+    if len(found) > 1:
+        return slow(name, f"{listed}: they overwrite each other", f"pip uninstall {' '.join(found)}, then {package}")
+    built_for = re.search(r"cuda(\d+)x", listed)
+    if built_for and int(built_for[1]) > int(driver.partition(".")[0]):
+        return slow(
+            name,
+            f"{listed}, but the driver knows CUDA {driver}: {BY_HOST}",
+            f"install a newer driver, or cupy-cuda{driver.partition('.')[0]}x",
+        )
+    return ok(name, listed)
+
+
+def _allocators(environment: Mapping[str, str]) -> Check:
+    """The settings of torch's and JAX's allocators; the bridge works with any, by a copy on the device."""
+    name = "GPU allocators"
+    found = ", ".join(f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment)
+    if all(each in environment for each in _XLA_FRACTIONS):
+        return broken(name, f"{found}: JAX refuses to start with both", f"unset {_XLA_FRACTIONS[1]}")
+    if environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("true", "1"):
+        return slow(
+            name,
+            f"{found}: JAX takes most of the memory, which others need too",
+            "set XLA_PYTHON_CLIENT_PREALLOCATE=false; a worker does where it is not set",
+        )
+    if "XLA_PYTHON_CLIENT_PREALLOCATE" not in environment and installed("jax"):
+        found = f"{found or 'no setting'}; JAX takes 75 % of the memory when it starts, except in a worker"
+    return ok(name, found or "no setting")
