@@ -3,10 +3,7 @@
 Structures and codes are those of dlpack.h 1.1; the unversioned capsule is exported, since every consumer takes it.
 """
 
-import atexit
 import ctypes
-import sys
-import threading
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -57,49 +54,27 @@ _CODES: Mapping[tuple[int, int], DType] = MappingProxyType(
     {(dtype.dlpack_code, dtype.dlpack_bits): dtype for dtype in BY_NAME.values()}
 )
 
-# What keeps the memory of each exported tensor alive, by the tensor's address, until its consumer deletes it.
-_owners: dict[int, Any] = {}
-# The capsules that have not been seen consumed yet, by the same address.
-_unconsumed: dict[int, Any] = {}
-# Between looking at an entry and dropping it, no other thread may put a new one in its place: addresses come again.
-_collecting = threading.RLock()
-_REFERENCES_OF_OURS = 4  # the dict, the list of its items' tuple, the loop variable, the argument of getrefcount
+# Makes a capsule of an array over a buffer, which that array keeps alive; see keep_owners_by.
+_carrier: Callable[[Any], Any] | None = None
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _release(managed: int) -> None:
-    _owners.pop(managed, None)
-    _libc.free(managed)
+def keep_owners_by(carrier: Callable[[Any], Any]) -> None:
+    """Have what an exporter's owner is kept by be made by `carrier`: the DLPack capsule of some library's array over a
+    buffer. For whoever imports such a library, before anything is exported with an owner.
 
-
-_RELEASE = ctypes.cast(_release, ctypes.c_void_p).value
-
-
-def _collect_unused() -> None:
-    """Let go of what was exported in a capsule that nobody consumed: a consumer renames the capsule it takes.
-
-    Not in the capsule's destructor, which may run while an exception is being raised, where no Python code can.
+    A consumer may let go of an array anywhere: without the GIL, at the interpreter's end, and above all while an
+    exception is being raised, as when `[f(x), 1 / 0]` drops its first item. A deleter written in Python, a callback of
+    ctypes, would clear that exception, and the interpreter crash. The libraries' own deleters, in C, know all that.
     """
-    for managed, capsule in list(_unconsumed.items()):
-        if not _capsule_is(capsule, b"dltensor"):
-            _unconsumed.pop(managed, None)
-        elif sys.getrefcount(capsule) == _REFERENCES_OF_OURS:
-            _unconsumed.pop(managed, None)
-            _release(managed)
-
-
-@atexit.register
-def _let_go_at_exit() -> None:
-    # Consumers may delete their tensors after the interpreter is gone, when no callback into Python can run.
-    for managed in list(_owners):
-        _DLManagedTensor.from_address(managed).deleter = _FREE
+    global _carrier
+    _carrier = carrier
 
 
 class Exporter:
     """An array over raw memory that any DLPack consumer can import without a copy.
 
     With an `owner`, that object lives until the consumer's array dies. Without one, the memory's lifetime is the
-    caller's business, and no Python code runs when the consumer lets go.
+    caller's business.
     """
 
     __slots__ = ("_owner", "pointer", "spec")
@@ -113,36 +88,40 @@ class Exporter:
         return CPU
 
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
-        dtype, shape, _weak = self.spec
-        device_type, device_id = self.__dlpack_device__()
+        return self._alone() if self._owner is None else self._carried()
+
+    def _alone(self) -> Any:
+        """Return a capsule whose deleter frees no more than the description."""
+        shape = self.spec.shape
         header = ctypes.sizeof(_DLManagedTensor)
         managed = _libc.malloc(header + 8 * len(shape))
         if not managed:
             raise MemoryError("no memory for a DLPack header")
         (ctypes.c_int64 * len(shape)).from_address(managed + header)[:] = list(shape)
         made = _DLManagedTensor.from_address(managed)
-        made.tensor = _DLTensor(
-            # Consumers take a null pointer only for an empty array, and some do not take it even then.
-            self.pointer or managed,
-            device_type,
-            device_id,
-            len(shape),
-            dtype.dlpack_code,
-            dtype.dlpack_bits,
-            1,
-            managed + header,
-            None,
-            0,
-        )
+        made.tensor = self._described(managed + header)
         made.context = None
-        made.deleter = _FREE if self._owner is None else _RELEASE
-        capsule = _new_capsule(managed, b"dltensor", None)
-        if self._owner is not None:
-            with _collecting:
-                _collect_unused()
-                _owners[managed] = self._owner
-                _unconsumed[managed] = capsule
+        made.deleter = _FREE
+        return _new_capsule(managed, b"dltensor", None)
+
+    def _carried(self) -> Any:
+        """Return a capsule whose deleter, a library's own, also drops the owner."""
+        assert _carrier is not None, "who exports with an owner has said by what it is kept"
+        shape = self.spec.shape
+        kept = (ctypes.c_int64 * max(1, len(shape)))(*shape)
+        kept.owner = self._owner  # type: ignore[attr-defined]
+        capsule = _carrier(kept)
+        managed = _DLManagedTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+        managed.tensor = self._described(ctypes.addressof(kept))
         return capsule
+
+    def _described(self, shape: int) -> _DLTensor:
+        """Return the description of the array; `shape` is where its sizes lie, which outlive it."""
+        dtype = self.spec.dtype
+        # Consumers take a null pointer only for an empty array, and some do not take it even then.
+        pointer, ndim = self.pointer or shape, len(self.spec.shape)
+        device = self.__dlpack_device__()
+        return _DLTensor(pointer, *device, ndim, dtype.dlpack_code, dtype.dlpack_bits, 1, shape, None, 0)
 
 
 class DeviceExporter(Exporter):

@@ -16,7 +16,7 @@ from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.copying import copy
-from bridge_wire.dlpack import Exporter
+from bridge_wire.dlpack import Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
 from bridge_wire.errors import DTypeError, SpecError
 from bridge_wire.pool import Block
@@ -24,6 +24,7 @@ from bridge_wire.specs import Spec
 
 JAX_DTYPES: Mapping[DType, np.dtype] = {dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()}
 DTYPES: Mapping[np.dtype, DType] = {dtype: ours for ours, dtype in JAX_DTYPES.items()}
+keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())
 
 
 class Source(NamedTuple):

@@ -11,10 +11,12 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
-from bridge_wire.dlpack import Exporter
+from bridge_wire.dlpack import Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.specs import Spec
+
+keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())
 
 
 @functools.cache

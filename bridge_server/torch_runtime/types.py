@@ -9,9 +9,11 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from bridge_wire.copying import copy
-from bridge_wire.dlpack import Exporter
+from bridge_wire.dlpack import Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME, DType
 from bridge_wire.specs import Spec
+
+keep_owners_by(lambda buffer: torch.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))  # type: ignore[attr-defined]
 
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {dtype: getattr(torch, name) for name, dtype in BY_NAME.items()}
 DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
