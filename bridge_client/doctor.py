@@ -10,7 +10,16 @@ from bridge_client.lanes import Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_wire import __version__, exchange, gpu_checks, host, namespaces
 from bridge_wire.checks import Check, broken, ok, slow
-from bridge_wire.errors import BridgeError, CallTimeout, Unauthenticated, VersionMismatch
+from bridge_wire.cuda import device_of, label_of
+from bridge_wire.cuda_memory import UNIT, GpuPool, copy_to_device
+from bridge_wire.errors import (
+    BridgeError,
+    CallTimeout,
+    CudaError,
+    OutOfMemory,
+    Unauthenticated,
+    VersionMismatch,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Pool
 from bridge_wire.slabs import memfd_works
@@ -58,6 +67,8 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
             yield _seen_alike(bytes(block.buffer), lane.peek(block.address, block.nbytes))
         yield _latency(f"{lane.name} lane", _exchange_s(lane), _SLOW_LANE_S[lane.name])
         link.give_back(lane)
+        if link.description.gpu.uuid:
+            yield _gpu(link, pool)
     finally:
         link.close()
         pool.close()
@@ -116,6 +127,30 @@ def _seen_alike(written: bytes, seen: bytes) -> Check:
     if seen == written:
         return ok(name, f"the worker sees {len(written)} random bytes as they were written")
     return broken(name, "the worker sees other bytes than were written", "connect with lane='grpc', and report this")
+
+
+def _gpu(link: Link, pool: Pool) -> Check:
+    """Whether the worker sees what this process writes to its GPU, and how the two wait for each other."""
+    name, about = "its GPU", link.description.gpu
+    label = f"{about.name} {label_of(about.uuid)}"
+    try:
+        device = device_of(about.uuid)
+        written = os.urandom(exchange.NBYTES)
+        gpu = GpuPool(device, max_bytes=UNIT)
+        block = gpu.lease(len(written))
+        copy_to_device(device, block.pointer, written)
+        lane = link.take(pool, None, gpu)
+        seen = lane.peek(block.address, len(written))
+        has_events = lane.ordering is not None and lane.ordering.has_events
+        link.give_back(lane)
+    except (CudaError, OutOfMemory) as error:
+        return slow(name, f"{label}: {error}: {gpu_checks.BY_HOST}", gpu_checks.remedy())
+    if seen != written:
+        return broken(name, f"{label}: the worker sees other bytes than were written", "report this")
+    found = f"{label}: memory cuda_ipc; the worker sees {len(written)} random bytes as they were written"
+    if not has_events:
+        return slow(name, f"{found}, but each call waits for the GPU on the host", gpu_checks.remedy())
+    return ok(name, f"{found}, in order by events")
 
 
 def _exchange_s(lane: Lane) -> float:

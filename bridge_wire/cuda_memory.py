@@ -128,13 +128,23 @@ def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuS
 def copied_to_host(device: Device, pointer: int, nbytes: int) -> bytes:
     """Return the bytes at a pointer on the GPU as they are now, whatever is under way there."""
     found = ctypes.create_string_buffer(nbytes)
+    _copy_now(device, ctypes.addressof(found), pointer, nbytes)
+    return found.raw
+
+
+def copy_to_device(device: Device, pointer: int, data: bytes) -> None:
+    """Write bytes to a pointer on the GPU, whatever is under way there."""
+    source = ctypes.create_string_buffer(data, len(data))
+    _copy_now(device, pointer, ctypes.addressof(source), len(data))
+
+
+def _copy_now(device: Device, target: int, source: int, nbytes: int) -> None:
     stream = device.new_stream()
     try:
-        device.copy(ctypes.addressof(found), pointer, nbytes, stream)
+        device.copy(target, source, nbytes, stream)
         device.synchronize(stream)
     finally:
         device.destroy_stream(stream)
-    return found.raw
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -79,15 +79,15 @@ def exchanged(gpu: Gpu) -> Check:
     try:
         cuda_exchange.with_child(gpu.uuid, by_events=False)
     except WorldError as error:
-        return slow(name, f"{error}: {BY_HOST}", _remedy())
+        return slow(name, f"{error}: {BY_HOST}", remedy())
     return slow(
         name,
         f"{found}, in order only by waiting for the GPU on the host ({by_events})",
-        f"each call waits for the GPU; to use events: {_remedy()}",
+        f"each call waits for the GPU; to use events: {remedy()}",
     )
 
 
-def _remedy() -> str:
+def remedy() -> str:
     """Return what may help where a handle does not open in another process."""
     if "microsoft" in platform.release().lower():
         return "WSL2 has no CUDA IPC: use Linux itself"

@@ -4,22 +4,25 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge_client import doctor, spawn
 from bridge_client.cli import main
+from bridge_client.link import Terms
 from bridge_server.cli import main as bridge_server
 from bridge_wire import cuda, cuda_exchange, gpu_checks
 from bridge_wire.checks import BROKEN, OK, SLOW, Check, ok
 from bridge_wire.cuda import gpus
 from bridge_wire.errors import CudaError, WorldError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed
 
 _UUID = bytes(range(16))
+_TWO = "GPU-10111213-1415-1617-1819-1a1b1c1d1e1f"
 _MEMORY = "memory of cuda:0"
 _CROSSED = "256 random bytes crossed to a child and back"
 
@@ -75,9 +78,9 @@ def test_a_driver_that_does_not_start_is_told(fake_cuda: Any, monkeypatch: pytes
 # With one ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("doctor", [main, bridge_server], ids=["client", "worker"])
+@pytest.mark.parametrize("command", [main, bridge_server], ids=["client", "worker"])
 def test_both_doctors_find_a_gpu_well(
-    doctor: Callable[[list[str]], int],
+    command: Callable[[list[str]], int],
     fake_cuda: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -86,7 +89,7 @@ def test_both_doctors_find_a_gpu_well(
     """Driver, device, CuPy, and memory that crosses to another process."""
     monkeypatch.setenv("BRIDGE_ALLOCATOR", "system")
     _says(tmp_path / "bin", monkeypatch, f"echo '{fake_cuda.ONE}, 580.65.06, Default'")
-    assert doctor(["doctor", "--json"]) == 0
+    assert command(["doctor", "--json"]) == 0
     checks = {check["name"]: Check(**check) for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["NVIDIA driver"] == ok("NVIDIA driver", "580.65.06, for CUDA 13.0")
     assert checks["GPUs"] == ok("GPUs", f"cuda:0 Fake GPU 0 {fake_cuda.ONE}")
@@ -280,3 +283,59 @@ print(*(name for name in ("torch", "jax", "numpy", "cupy") if name in sys.module
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("cupy\n", "")
+
+
+# A worker on a GPU ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a worker that runs its models on the fake GPU, as this process's doctor sees it."""
+    with (
+        installed(tmp_path_factory.mktemp("machine")),
+        spawn(jax_model="tests.gpu.served:sine", python=python_of(".venv-jax"), cwd=ROOT) as session,
+    ):
+        yield session.address
+
+
+def _its_gpu(address: str) -> Check:
+    checks = {check.name: check for check in doctor.examine(address, Terms())}
+    assert checks["path"].verdict == checks["shared memory"].verdict == OK
+    return checks["its GPU"]
+
+
+def test_memory_on_the_workers_gpu_is_exchanged_live(worker: str) -> None:
+    """The worker sees what this process writes there, and nothing is left of it."""
+    fake = sys.modules["fake_cuda"]
+    before = fake.held()
+    said = "memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by events"
+    assert _its_gpu(worker) == ok("its GPU", f"Fake GPU 0 {fake.ONE}: {said}")
+    assert eventually(lambda: fake.held() == before)
+
+
+def test_a_worker_whose_events_do_not_open_is_slow(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call then waits for the GPU."""
+    monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenEventHandle:801")
+    check = _its_gpu(worker)
+    assert check.verdict == SLOW and "each call waits for the GPU on the host" in check.found and check.remedy
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("CUDA_VISIBLE_DEVICES", "", "cuInit with error 100"),
+        ("FAKE_CUDA_GPUS", _TWO, "cannot see GPU-0001"),
+        ("FAKE_CUDA_FAILS", "ipcGetMemHandle:801", "cudaErrorNotSupported"),
+        ("FAKE_CUDA_FAILS", "malloc:2", "has no room"),
+    ],
+)
+def test_a_gpu_that_is_the_workers_alone_is_slow(
+    variable: str, value: str, said: str, worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, and a worker that lives on."""
+    monkeypatch.setenv(variable, value)
+    cuda.driver.cache_clear()
+    cuda.device_of.cache_clear()
+    check = _its_gpu(worker)
+    assert check.verdict == SLOW and said in check.found and gpu_checks.BY_HOST in check.found
+    cuda.device_of.cache_clear()
