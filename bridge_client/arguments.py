@@ -1,10 +1,11 @@
 """The arguments of a call as the worker is told of them: what is data, and what is static. Imports no framework."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME
+from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -51,6 +52,18 @@ def marked_static(
         tuple(marked(arg, mark) for arg, mark in zip(args, is_static, strict=True)),
         {key: marked(value, key in static) for key, value in kwargs.items()},
     )
+
+
+def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names that an option was given: one, or several different ones.
+
+    Raises:
+      CallerError: it is something else.
+    """
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+        raise CallerError(f"{option}={value!r}; expected a name or several different ones")
+    return names
 
 
 def _is_slot(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from bridge_client.programs import Program, unpin
 from bridge_wire import specs
 from bridge_wire.cuda_memory import GpuPool
-from bridge_wire.errors import CallerError, SessionClosed, UnknownModel
+from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
 from bridge_wire.specs import Spec
@@ -151,8 +151,8 @@ class Session(ABC):
 
         `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is derived from it.
         """
-        inputs = specs.decode_all(call.inputs)
-        named = tuple(labels) or tuple(f"input {i}" for i in range(len(inputs)))
+        named = tuple(labels) or tuple(f"input {i}" for i in range(len(call.inputs)))
+        inputs = tuple(_decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True))
         return self.prepare(Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s))
 
     def prepare_parameters(self, model: str) -> Program:
@@ -298,6 +298,13 @@ class Session(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Let go of whatever the session holds besides its pool; called once, by `close`."""
+
+
+def _decoded(spec: pb.Spec, label: str) -> Spec:
+    try:
+        return specs.decode(spec)
+    except ProtocolError as error:  # of this side's making: what the caller passed
+        raise SpecError(f"`{label}`: {error}") from error
 
 
 def checked_limit(timeout_s: float | None) -> float | None:

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_client.arguments import NUMBERS, Slot, encode, marked_static
+from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
 from bridge_client.connecting import session_for
 from bridge_client.jax import primitives, sharding
 from bridge_client.jax.memory import as_array, from_block, has_x64, spec_of
 from bridge_client.jax.structures import (
     expand,
+    flatten,
     marked,
     path_of,
     rebuilder,
@@ -76,8 +77,9 @@ class RemoteTorchFunction:
         self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)
+        self.__name__ = self._model.name  # by which jax calls what it compiles of it
         self._passes_parameters = parameters == "client"
-        self._static_argnames = frozenset([static_argnames] if isinstance(static_argnames, str) else static_argnames)
+        self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._in_specs = in_specs
         self._out_specs = out_specs
         self._calls: dict[Hashable, _Call] = {}
@@ -102,7 +104,7 @@ class RemoteTorchFunction:
     def buffers(self, values: Mapping[str, Any]) -> None:
         self._replace(values, lambda info: not info.trainable, "buffers")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
 
         Raises:
@@ -248,7 +250,7 @@ class RemoteTorchFunction:
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, frozenset[int]]:
         """Return the leaves of a call's arguments, those that are data as arrays, and which of them are static."""
-        leaves, structure = jax.tree.flatten((args, kwargs))
+        leaves, structure = flatten((args, kwargs))
         if any(register_if_dataclass(type(leaf)) for leaf in leaves):
             return self._flatten(args, kwargs)  # those leaves have become nodes
         statics = {i for i, leaf in enumerate(leaves) if isinstance(leaf, bool | str)}
@@ -361,7 +363,12 @@ def _key_words(rng: Any) -> Any:
     Raises:
       StructureError: it is no single key.
     """
-    words = jax.random.key_data(rng) if _is_key(rng) else jnp.asarray(rng)
+    try:
+        words = jax.random.key_data(rng) if _is_key(rng) else jnp.asarray(rng)
+    except (TypeError, ValueError) as error:
+        raise StructureError(
+            f"rng is a {type(rng).__qualname__}; expected a key, as jax.random.key makes it"
+        ) from error
     if words.ndim != 1 or words.dtype != jnp.uint32 or words.shape[0] % _KEY_WORDS:
         raise StructureError(
             f"rng has dtype {words.dtype} and shape {list(words.shape)}; expected one key, as jax.random.key makes it"

@@ -171,9 +171,13 @@ def as_array(leaf: Any, path: str) -> jax.Array:
 
     Raises:
       DTypeError: jax runs without x64 and would lose precision, or an integer.
-      TypeError: it is no array.
+      TypeError: it is no array, or one that jax has nothing like.
     """
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError("its mask would be lost; fill it with .filled(...)")
     array = np.asarray(leaf)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype.name in NEEDS_X64 and not has_x64():
         narrowed = NARROWED.get(array.dtype.name)
         if narrowed is None:
@@ -184,7 +188,10 @@ def as_array(leaf: Any, path: str) -> jax.Array:
         into = np.empty(array.shape, narrowed.name)
         _convert(array, into, f"`{path}`")
         array = into
-    return jnp.asarray(array)
+    try:
+        return jnp.asarray(array)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"it has dtype {array.dtype}") from error
 
 
 def has_x64() -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.jax.errors import named
@@ -52,6 +53,7 @@ class Action(ABC):
         self._check_outputs()
         blocks = self([source_of(value) for value in values])
         made = [from_block(*each) for each in zip(blocks, self.outputs, self.labels, strict=True)]
+        _check_special(made, self.labels)
         return made if has_one_cpu() else beside(values, made)
 
     def _check_outputs(self) -> None:
@@ -96,6 +98,7 @@ class RunKeeping(Action):
         self._check_outputs()
         blocks, id, _ = self._run([source_of(value) for value in values])
         made = [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1])]
+        _check_special(made, self.labels[:-1])
         made.append(self._residuals.own(id, self.program))
         return made if has_one_cpu() else beside(values, made)
 
@@ -175,6 +178,19 @@ def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:
         raise crossing  # not from within the handler, whose exception holds the frames of the call
 
     return jax.pure_callback(callback, results, *values)
+
+
+def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
+    """Raise what jax raises of its own operations' results under `jax.debug_nans` and `jax.debug_infs`."""
+    nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
+    if not nans and not infs:
+        return
+    for array, label in zip(arrays, labels, strict=True):
+        if jnp.issubdtype(array.dtype, jnp.inexact):
+            values = np.asarray(array)
+            for name, is_wrong in (("nan", nans and np.isnan(values).any()), ("inf", infs and np.isinf(values).any())):
+                if is_wrong:
+                    raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
 
 
 def _labels_of(program: Program) -> tuple[str, ...]:

@@ -8,7 +8,20 @@ from typing import Any
 import jax
 
 from bridge_wire import trees
+from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
+
+
+def flatten(tree: Any) -> tuple[list[Any], Any]:
+    """Return a pytree's leaves and its structure.
+
+    Raises:
+      StructureError: jax cannot take it apart: keys that cannot be sorted, a structure that contains itself.
+    """
+    try:
+        return jax.tree.flatten(tree)
+    except (ValueError, TypeError, RecursionError, SystemError) as error:  # the last is how jax passes on another
+        raise StructureError(f"jax cannot take the arguments apart: {error.__cause__ or error}") from error
 
 
 def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:

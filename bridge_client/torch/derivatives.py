@@ -75,8 +75,7 @@ class _Recorded(_SingleLevelFunction):
         given = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
         gradients: list[Tensor | None] = [None] * (2 + len(inputs))
         if wrt and given:
-            # jax.vjp is linear and torch's gradient is conjugate-linear in the cotangent.
-            selected = [_conjugated(ct) for ct in cotangents if ct is not None]
+            selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
             # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
             if torch.is_grad_enabled() or any(map(_is_legacy_batch, selected)):
                 made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
@@ -140,7 +139,7 @@ def _gradients(
     given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
     gradients: list[Tensor | None] = [None] * len(inputs)
     if wrt and given:
-        selected = [_conjugated(ct) for ct in cotangents if ct is not None]
+        selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
         made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
         for i, gradient in zip(wrt, made, strict=True):
             gradients[i] = _conjugated(gradient)
@@ -170,6 +169,13 @@ def _is_wanted(ctx: Any, position: int, numbers: Sequence[Any] | None) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # of a leaf that torch.autograd.grad was asked for by name
         return True
+
+
+def _as_jaxs(cotangent: Tensor) -> Tensor:
+    """Return a cotangent as jax.vjp takes it, which is linear where torch's gradient is conjugate-linear."""
+    if cotangent.layout is not torch.strided:  # as of an output that was an embedding's table
+        cotangent = cotangent.to_dense()
+    return _conjugated(cotangent)
 
 
 def _conjugated(tensor: Tensor) -> Tensor:

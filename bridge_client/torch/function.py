@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
-from bridge_client.arguments import NUMBERS, Slot, encode, marked_static
+from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
 from bridge_client.connecting import session_for
 from bridge_client.futures import completed
 from bridge_client.programs import Program
@@ -96,8 +96,8 @@ class RemoteJaxFunction(nn.Module):
         self.timeout_s = checked_limit(timeout_s)
         self.cast_inputs = cast_inputs
         self._model = session.model(name)
-        self._static_argnames = frozenset(_names("static_argnames", static_argnames))
-        self._rngs = _names("rngs", rngs)
+        self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
+        self._rngs = names_of("rngs", rngs)
         self._is_mutable = mutable
         self._is_stateful = mutable or bool(self._rngs)
         self._buffer_positions: list[int] = []
@@ -436,17 +436,14 @@ def _draw_key() -> Tensor:
     return torch.randint(0, 2**32, (2,), dtype=torch.uint32, device="cpu")
 
 
-def _names(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
-        raise CallerError(f"{option}={value!r}; expected a name or several different ones")
-    return names
-
-
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape if type(tensor) in PLAIN else _fixed_shape_of(tensor)
 
 
 def _fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:
+    if tensor.is_nested:
+        raise StructureError(
+            "an argument is a nested tensor; pad it with .to_padded_tensor(...), or call for each of its parts"
+        )
     # A program has fixed sizes: of a symbolic one, this makes torch.compile guard the size that it has now.
     return tuple(map(int, tensor.shape))

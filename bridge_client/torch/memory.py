@@ -48,8 +48,9 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
             placed.append(block)
             continue
         dtype = DTYPES.get(value.dtype)
-        if dtype is spec.dtype and _is_dense(value):
-            pointer, nbytes = value.data_ptr(), value.nbytes
+        pointer = value.data_ptr() if dtype is spec.dtype and _is_dense(value) else 0
+        if pointer:  # none has what is empty, and the zeros without memory that forward mode makes
+            nbytes = value.nbytes
             address = pool.address_of(pointer, nbytes)
             if address is not None:
                 placed.append(_InSlab(address, value.untyped_storage()))
@@ -167,6 +168,8 @@ def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
     """Return a leaf that is no tensor, but an array of another library, as one; `path` names it in errors."""
     if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
         flags = getattr(leaf, "flags", None)
+        if hasattr(leaf, "filled"):
+            raise StructureError(f"`{path()}` is a masked array, whose mask would be lost; fill it with .filled(...)")
         if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
             leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns
         try:

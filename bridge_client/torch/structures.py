@@ -8,14 +8,22 @@ from typing import Any
 import optree
 
 from bridge_wire import trees
+from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _NAMESPACE = "torch-jax-bridge"
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Return a pytree's leaves and its structure, which is hashable."""
-    return optree.tree_flatten(tree, namespace=_NAMESPACE)
+    """Return a pytree's leaves and its structure, which is hashable.
+
+    Raises:
+      StructureError: it is nested without end, or nearly so.
+    """
+    try:
+        return optree.tree_flatten(tree, namespace=_NAMESPACE)
+    except RecursionError as error:
+        raise StructureError("the arguments are nested too deeply, or contain themselves; flatten them") from error
 
 
 def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:

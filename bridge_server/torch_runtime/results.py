@@ -77,6 +77,8 @@ class Results:
                 f"{self._label(position)} of model {self._model!r} is a tensor of {y.dtype} and {y.layout}, which has "
                 "no counterpart; return a dense tensor of another type"
             )
+        if y.device.type == "meta":
+            raise SpecError(f"{self._label(position)} of model {self._model!r} is on meta, and has no values")
 
     def _label(self, position: int) -> str:
         return [*trees.leaf_paths(self.tree, "the result"), *self._buffers][position]

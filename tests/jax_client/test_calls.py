@@ -137,6 +137,12 @@ def test_copies_and_pickles_call_the_same_model(remote: Remote) -> None:
             made.session.close()
 
 
+def _endless() -> list[Any]:
+    made: list[Any] = [X]
+    made.append(made)
+    return made
+
+
 class Foreign:
     """An array of a library whose types NumPy does not know."""
 
@@ -166,6 +172,52 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
         jax.eval_shape(f, symbolic)
     with pytest.raises(CallerError, match="in_specs and out_specs come together"):
         remote("echo", in_specs=jax.sharding.PartitionSpec())
+    with pytest.raises(CallerError, match="static_argnames=3; expected a name"):
+        remote("echo", static_argnames=3)
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        (lambda: {1: X, "a": X}, "jax cannot take the arguments apart: '<' not supported"),
+        (_endless, "jax cannot take the arguments apart: maximum recursion depth"),
+        (lambda: np.array([object()]), r"`args\[0\]` is a ndarray that jax cannot read: it has dtype object"),
+        (lambda: np.ma.array([1.0], mask=[True]), r"`args\[0\]` .* its mask would be lost; fill it"),
+        (lambda: jnp.zeros([1] * 65), r"`args\[0\]`: .* 65 dimensions; at most 64"),
+    ],
+    ids=["unsorted keys", "endless", "objects", "masked", "rank"],
+)
+def test_what_is_no_argument_is_told(remote: Remote, argument: Any, text: str) -> None:
+    """Structures that jax cannot take apart, and arrays that are none, are StructureErrors, or SpecErrors, too."""
+    with pytest.raises((StructureError, SpecError), match=text):
+        remote("echo")(argument())
+
+
+def test_any_keyword_and_byte_order(remote: Remote) -> None:
+    """A model's argument may be called self, and an array may have come from another machine."""
+    assert_same(remote("echo")(np.arange(3, dtype=">i4")), jnp.arange(3))
+    with pytest.raises(RemoteModelError, match=r"got an unexpected keyword argument 'self'"):
+        remote("echo")(self=X)
+
+
+def test_a_result_may_die_while_an_exception_is_raised(any_lane: Remote) -> None:
+    """A result that goes as an exception leaves its expression disturbs neither the exception nor the process."""
+    f = any_lane("sine")
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            [f(X), jax.vjp(f, X), 1 / 0]
+    assert holds_nothing(f.session)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
+def test_debug_nans(remote: Remote, wrap: Any) -> None:
+    """Under jax.debug_nans and jax.debug_infs, a result or a gradient that is none is jax's error, by its name."""
+    f = remote("sine")
+    for call in (f, jax.grad(lambda x: f(x).sum())):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"invalid value \(nan\) .* of .*sine"):
+            wrap(call)(jnp.array([1.0, jnp.inf]))
+    with jax.debug_infs(True), pytest.raises(FloatingPointError, match=r"\(inf\) encountered in output 0 of square"):
+        wrap(remote("square"))(jnp.array([1.0, 1e30]))
 
 
 def test_arrays_over_blocks_are_not_copied(remote: Remote, session: Session) -> None:

@@ -212,6 +212,17 @@ def test_outputs_have_memory_of_their_own(remote: Remote) -> None:
     assert torch.equal(x, kept) and torch.equal(second["b"], kept) and torch.equal(identity(x), kept)
 
 
+def test_a_sparse_cotangent(remote: Remote) -> None:
+    """An output that was an embedding's table has a sparse gradient, which the function takes."""
+    rows = torch.tensor([0, 2, 2])
+    grads = []
+    for f in (remote("sine"), lambda x: x.sin() * 2):
+        x = torch.linspace(0.1, 1.0, 12).reshape(4, 3).requires_grad_()
+        torch.nn.functional.embedding(rows, f(x), sparse=True).sum().backward()
+        grads.append(x.grad.to_dense())
+    torch.testing.assert_close(*grads)
+
+
 def test_a_gradient_can_be_changed_in_place(remote: Remote) -> None:
     """Gradients are memory of their own too: clipping one changes no other, nor what the worker keeps."""
     identity, x, y = remote("identity"), leaf(), leaf()

@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,6 +29,12 @@ def x(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def quantized() -> torch.Tensor:
     return torch.quantize_per_tensor(x(), 0.1, 0, torch.qint8)
+
+
+def _endless() -> list[Any]:
+    made: list[Any] = [x()]
+    made.append(made)
+    return made
 
 
 # How a call is wrong: the model, its arguments, the error, and what its text must contain.
@@ -90,6 +97,20 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
     "a quantized tensor": ("identity", lambda: ([quantized()],), DTypeError, r"`args\[0\]\[0\]`.*qint8"),
     "a key": ("identity", lambda: ({(1, 2): x()},), StructureError, r"args\[0\].*key"),
     "keys without an order": ("identity", lambda: ({"a": x(), 1: x()},), StructureError, "sorted"),
+    "a list that contains itself": ("identity", lambda: (_endless(),), StructureError, "contain themselves"),
+    "a masked array": (
+        "identity",
+        lambda: (np.ma.array([1.0], mask=[True]),),
+        StructureError,
+        r"`args\[0\]`.*mask.*filled",
+    ),
+    "too many dimensions": ("identity", lambda: (torch.ones([1] * 65),), SpecError, r"`args\[0\]`.*65 dimensions"),
+    "a nested tensor": (
+        "identity",
+        lambda: (torch.nested.nested_tensor([x()[0], x()[0, :1]], layout=torch.jagged),),
+        StructureError,
+        "nested tensor.*to_padded_tensor",
+    ),
     "a text of objects": ("identity", lambda: (["fine", ("also", complex)],), StructureError, r"args\[0\]\[1\]\[1\]"),
 }
 

@@ -240,6 +240,15 @@ def test_dual_tensors(case: Callable[..., Any]) -> None:
     assert_same(made, -2 * x.cos().cos() * x.sin())
 
 
+def test_tensors_that_are_just_zero(x64_remote: Remote) -> None:
+    """What forward mode makes without memory, a tensor that is known to be zero, is an argument like any other."""
+    zero = torch._efficientzerotensor(3, dtype=torch.float64)
+    sine = x64_remote("sine")
+    for x in (rand(3), zero):
+        assert_same(sine(x), 2 * x.sin())
+    assert_same(jvp(sine, (rand(3),), (zero,)), (2 * rand(3).sin(), torch.zeros(3, dtype=torch.float64)))
+
+
 def test_functions_without_forward_mode(case: Callable[..., Any]) -> None:
     """Of a custom_vjp, jacrev(jacrev) gives the Hessian; forward mode raises JAX's error, which says what to do."""
     x = rand(3)

@@ -580,6 +580,12 @@ def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
         Hosted(hosted.runtime, lambda x: None).call(rand(3))
 
 
+def test_an_output_without_values_is_named(runtime: TorchRuntime) -> None:
+    """A tensor on the device meta has nothing to send."""
+    with pytest.raises(SpecError, match=r"the result\['y'\] of model 'model' is on meta"):
+        Hosted(runtime, lambda x: {"y": x.to("meta")}).call(rand(3))
+
+
 @serving("forces")
 def test_models_that_differentiate_inside(hosted: Hosted) -> None:
     """autograd.grad works in a model, though nobody asked for a gradient; and its derivative does."""
