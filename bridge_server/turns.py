@@ -57,7 +57,8 @@ class Turn:
         self._held_bytes += nbytes
 
     def begin(self) -> None:
-        """Begin a run: let go of what earlier ones have copied by now."""
+        """Begin a run: no output is written before the client's work is done. Let go of what has been copied by now."""
+        self.wait(self.stream)
         if not self._held:
             return
         if len(self._held) > _MOST_HELD or self._held_bytes > _MOST_HELD_BYTES:
