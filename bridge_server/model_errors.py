@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bridge_wire import trees
-from bridge_wire.errors import BridgeError, RemoteModelError
+from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
 # What to do about it, by what a framework says when it refuses a transform.
 _REMEDIES = {
@@ -16,6 +16,7 @@ _REMEDIES = {
     "Reverse-mode differentiation does not work": "or use forward mode, such as jvp or jacfwd(f), or define the "
     "function with jax.custom_vjp",
 }
+_XLA_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")  # one class, by its names in different releases
 _HERE = str(Path(__file__).parent)
 
 
@@ -30,9 +31,11 @@ def model_errors(where: str) -> Iterator[None]:
         raise remote(error, where) from error
 
 
-def remote(error: Exception, where: str) -> RemoteModelError:
+def remote(error: Exception, where: str) -> BridgeError:
     """Return the error that tells a client what a model has raised, and where."""
     kind = type(error)
+    if _is_out_of_memory(error):
+        return OutOfMemory(f"the worker has no memory left for this: {kind.__name__}: {error}\n(in {where})")
     # The frames before the model's first one are the bridge's and the framework's own and tell its author nothing.
     frames = traceback.extract_tb(error.__traceback__)
     machinery = _machinery()
@@ -44,6 +47,13 @@ def remote(error: Exception, where: str) -> RemoteModelError:
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
         remote_traceback=text + "".join(traceback.format_exception_only(error)),
     )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a framework says that its device has no room, or the host none for XLA."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    return type(error).__name__ in _XLA_ERRORS and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 def _machinery() -> tuple[str, ...]:

@@ -1,4 +1,7 @@
-"""A worker whose models span several devices: the mesh, and how arrays are laid out on it.
+"""Where a worker's models run: on which device, or on a mesh of several, and how arrays are laid out on it.
+
+Programs on the host read the client's memory as it lies there. For all others it is brought to their device at each
+run: what it holds changes from one to the next.
 
 How is said beside the model: `net_shardings` in the module of `net` maps paths, as torch shows them, to PartitionSpecs.
 The model is constrained accordingly where its arguments come in; everything else, gradients and residuals included,
@@ -7,6 +10,7 @@ is XLA's to derive. So a transform needs no rule of its own.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +18,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from bridge_server.jax_runtime.transforms import replaced
 from bridge_server.runtime import Model
 from bridge_wire.errors import CallerError, TargetError
 
@@ -25,6 +31,35 @@ class Layout:
 
     def __init__(self, axes: Mapping[str, int]) -> None:
         self._mesh = _mesh(axes) if axes else None
+
+    @functools.cached_property
+    def device(self) -> jax.Device:
+        """The device that models run on; on a mesh, its first."""
+        if self._mesh is not None:
+            return self._mesh.devices.flat[0]
+        preferred = jax.config.jax_default_device  # type: ignore[attr-defined]
+        if isinstance(preferred, jax.Device):
+            return preferred
+        return jax.local_devices(backend=preferred)[0]
+
+    @functools.cached_property
+    def is_on_host(self) -> bool:
+        """Whether programs take arrays in the host's memory as they are, and leave theirs there."""
+        if self.device.platform != "cpu":
+            return False
+        return self._mesh is not None or self.device == jax.local_devices(backend="cpu")[0]
+
+    @functools.cached_property
+    def ordinal(self) -> int | None:
+        """The number, in this process, of the GPU that models run on; None for all else."""
+        is_gpu = self._mesh is None and self.device.platform == "gpu"
+        return self.device.local_hardware_id if is_gpu else None
+
+    def holding(self, model: Model) -> Model:
+        """Return the model with its own parameters on the device."""
+        if self._mesh is not None or self.is_on_host:
+            return model
+        return dataclasses.replace(model, values=jax.device_put(list(model.values), self.device))
 
     def context(self) -> AbstractContextManager[Any]:
         """Return the context in which models are traced: they may name the axes of the mesh."""
@@ -68,12 +103,24 @@ class Layout:
         # XLA's choice of layouts is told for each argument only if none is left out.
         return jax.jit(f, keep_unused=self._mesh is not None)
 
-    def placing(self, compiled: Any) -> Callable[..., Any]:
-        """Return the compiled function as one that spreads its arguments over the devices first."""
-        if self._mesh is None:
-            return compiled
-        shardings, _ = compiled.input_shardings
-        return lambda *arguments: compiled(*jax.device_put(arguments, shardings))
+    def placing(self, run: Any) -> Callable[..., Any]:
+        """Return a function, compiled if there is a mesh, as one that brings its arguments to the devices first."""
+        if self._mesh is not None:
+            shardings, _ = run.input_shardings
+            return lambda *arguments: run(*jax.device_put(arguments, shardings))
+        return run if self.is_on_host else functools.partial(_run_on, self.device, run)
+
+
+def _run_on(device: jax.Device, run: Callable[..., Any], own: Any, *arrays: Any) -> Any:
+    """Run a function on arrays of which those in the host's memory are brought to a device first."""
+    positions = [i for i, x in enumerate(arrays) if isinstance(x, np.ndarray)]
+    if not positions:
+        return run(own, *arrays)
+    brought = jax.device_put([arrays[i] for i in positions], device)
+    try:
+        return run(own, *replaced(arrays, positions, brought))
+    finally:
+        jax.block_until_ready(brought)  # from now on the client may write there again, whether or not it was used
 
 
 def _mesh(axes: Mapping[str, int]) -> Mesh:

@@ -22,20 +22,30 @@ class Program(runtime.Program):
     """Compiled code with the signature it was compiled for."""
 
     def __init__(
-        self, inputs: tuple[Spec, ...], outputs: Sequence[Any], run: Callable[[Sequence[Any], Any], Any], where: str
+        self,
+        inputs: tuple[Spec, ...],
+        outputs: Sequence[Any],
+        run: Callable[[Sequence[Any], Any], Any],
+        where: str,
+        *,
+        is_enqueued: bool = False,
     ) -> None:
+        """Make a program of a function of its inputs and a residual; `is_enqueued` says that it runs on a GPU."""
         self.inputs = inputs
         self.outputs = specs_of(outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.result = trees.flat(len(outputs))
         self.where = where
+        # What comes after a run there waits for its outputs, but where there are none to wait for.
+        self._is_awaited = not is_enqueued or not any(self.output_nbytes)
         self._run = run
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
         try:
             outputs, residual = self._run(inputs, residual)
-            for output in outputs:
-                output.block_until_ready()
+            if self._is_awaited:
+                for output in outputs:
+                    output.block_until_ready()
         except Exception as error:
             raise remote(error, self.where) from error
         return outputs, residual
@@ -54,8 +64,10 @@ class KeepingProgram(Program):
         differentiable: tuple[int, ...],
         residual_avals: Sequence[Any],
         structure: Any,
+        *,
+        is_enqueued: bool = False,
     ) -> None:
-        super().__init__(inputs, outputs, run, where)
+        super().__init__(inputs, outputs, run, where, is_enqueued=is_enqueued)
         self.wrt = wrt
         self.differentiable = differentiable
         self.residual_avals = residual_avals

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_server import runtime
+from bridge_server import devices, runtime
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
@@ -20,6 +20,7 @@ from bridge_server.jax_runtime.types import (
     check_sizes,
     expand,
     has_x64,
+    host_array,
     importer,
     is_array_like,
     is_inexact,
@@ -31,10 +32,13 @@ from bridge_server.signatures import check_differentiable, check_pullback, check
 from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.copying import copy
+from bridge_wire.cuda import Gpu
 from bridge_wire.dlpack import DeviceExporter, Exporter
-from bridge_wire.errors import CallerError, InternalError, RemoteModelError
+from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalError, RemoteModelError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
+
+_OUTPUT = "the run of a model, seen when its output was copied"
 
 
 class JaxRuntime(Runtime):
@@ -54,14 +58,13 @@ class JaxRuntime(Runtime):
         self._classes = trees.Classes(adopt=register_dataclass)
 
     def describe(self) -> Description:
-        devices = tuple(f"{device.platform}:{device.id}" for device in jax.local_devices())
-        return Description("jax", jax.__version__, has_x64(), devices)
+        return Description("jax", jax.__version__, has_x64(), tuple(map(_name_of, jax.local_devices())))
 
     def has_x64(self) -> bool:
         return has_x64()
 
     def adapt(self, name: str, target: Any) -> Model:
-        return adapt(name, target, x64=has_x64())
+        return self._layout.holding(adapt(name, target, x64=has_x64()))
 
     def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
         return self._layout.spread(model, shardings)
@@ -97,7 +100,9 @@ class JaxRuntime(Runtime):
             program: Program = yield from self._prepare_kept(composed, bound, inputs, wrt, where)
         else:
             run, outputs = yield from self._compile(composed, (bound, *avals_of(inputs)), where)
-            program = Program(inputs, outputs, lambda arrays, _: (run(bound, *arrays), None), where)
+            program = Program(
+                inputs, outputs, lambda arrays, _: (run(bound, *arrays), None), where, is_enqueued=self._is_enqueued
+            )
         if not call.transforms:
             program.result = result
         return program
@@ -117,9 +122,14 @@ class JaxRuntime(Runtime):
             run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=True), arguments, where)
         except RemoteModelError:
             run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=False), arguments, where)
-        pullback = Program(inputs, made, lambda arrays, residual: (run(residual, *arrays), None), where)
+        pullback = Program(
+            inputs, made, lambda arrays, kept: (run(kept, *arrays), None), where, is_enqueued=self._is_enqueued
+        )
         pullback.pullback_of = program
         return pullback
+
+    def gpu(self) -> Gpu | None:
+        return devices.gpu_at(self._layout.ordinal)
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if 0 in spec.shape:
@@ -127,24 +137,35 @@ class JaxRuntime(Runtime):
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
         if turn is not None:
-            return jax.dlpack.from_dlpack(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait))
-        array = importer()(Exporter(pointer, spec, owner))
+            array = _imported(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait))
+        elif self._layout.is_on_host:
+            array = importer()(Exporter(pointer, spec, owner))
+        else:
+            return host_array(pointer, spec, owner)  # which each run brings to the device
         if array.unsafe_buffer_pointer() != pointer:
             raise InternalError(f"jax {jax.__version__} copied an imported {spec} instead of viewing it")
         return array
 
     def is_usable(self, view: Any) -> bool:
-        return not view.is_deleted()
+        return isinstance(view, np.ndarray) or not view.is_deleted()
 
     def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+        if turn is not None:
+            self._write_in_turn(array, pointer, nbytes, turn)
+            return
         try:
-            source = array.unsafe_buffer_pointer()
+            source = array.unsafe_buffer_pointer() if self._layout.is_on_host else None
         except Exception:  # spread over several devices, whose parts have to be gathered first
-            array = np.ascontiguousarray(array)
+            source = None
+        if source is None:
+            with model_errors(_OUTPUT):
+                array = np.ascontiguousarray(array)
             source = array.ctypes.data
         copy(pointer, source, nbytes, array)
 
     def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
+        if not self._layout.is_on_host:
+            return super().exclusive(outputs, inputs, residual)
         taken = {_pointer(array) for array in (*inputs, *(residual or ()))}
         found: list[int | None] = []
         for output in outputs:  # row-major: that is what was compiled for
@@ -174,8 +195,29 @@ class JaxRuntime(Runtime):
 
         run, (outputs, residual) = yield from self._compile(forward, (bound, *avals_of(inputs)), where)
         return KeepingProgram(
-            inputs, outputs, lambda arrays, _: run(bound, *arrays), where, wrt, differentiable, residual, structure
+            inputs,
+            outputs,
+            lambda arrays, _: run(bound, *arrays),
+            where,
+            wrt,
+            differentiable,
+            residual,
+            structure,
+            is_enqueued=self._is_enqueued,
         )
+
+    @property
+    def _is_enqueued(self) -> bool:
+        # Operation by operation, an output may be there before the last of them has run.
+        return self._jit and self._layout.ordinal is not None
+
+    def _write_in_turn(self, array: Any, pointer: int, nbytes: int, turn: Turn) -> None:
+        # XLA's streams are its own: the copy waits for them on the turn's, and what it reads is held until it is done.
+        stream = {} if self._layout.ordinal is None else {"stream": turn.stream}
+        with model_errors(_OUTPUT):
+            capsule = array.__dlpack__(**stream)
+            source = array.unsafe_buffer_pointer()
+        turn.copy(pointer, source, nbytes, array, capsule)
 
     def _compile(self, f: Callable[..., Any], arguments: Sequence[Any], where: str) -> Generator[str, None, Any]:
         """Return the function compiled for these arguments' types, and the types of what it returns."""
@@ -184,12 +226,25 @@ class JaxRuntime(Runtime):
             traced = self._layout.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
-                return _eager(f), traced.out_info
+                return self._layout.placing(_eager(f)), traced.out_info
             lowered = traced.lower()
         yield "compiling"
         with model_errors(where):
             compiled = lowered.compile()
         return self._layout.placing(compiled), compiled.out_info
+
+
+def _name_of(device: jax.Device) -> str:
+    return str(device) if device.platform == "gpu" else f"{device.platform}:{device.id}"  # such as cuda:0, cpu:0
+
+
+def _imported(exporter: DeviceExporter) -> jax.Array:
+    try:
+        return jax.dlpack.from_dlpack(exporter)
+    except BridgeError:
+        raise
+    except Exception as error:
+        raise CudaError(f"jax {jax.__version__} cannot read memory of the GPU: {error}") from error
 
 
 def _pointer(array: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Specs as JAX's types and back, and what JAX counts as an array, a pytree node and its path."""
 
+import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -37,6 +38,13 @@ def importer() -> Callable[[Exporter], jax.Array]:
     except Exception:  # private: any release may lack it, or want other arguments
         pass
     return jax.dlpack.from_dlpack
+
+
+def host_array(pointer: int, spec: Spec, owner: Any) -> np.ndarray:
+    """Return a NumPy array over the host's memory, which the owner keeps."""
+    memory = (ctypes.c_char * spec.nbytes).from_address(pointer)
+    memory.owner = owner  # type: ignore[attr-defined]
+    return np.ndarray(spec.shape, jnp.dtype(spec.dtype.name), memory)  # type: ignore[arg-type]
 
 
 def has_x64() -> bool:
