@@ -27,9 +27,16 @@ class Call:
     """
 
     def __init__(
-        self, model: Model, call: pb.Call, inputs: tuple[Spec, ...], classes: trees.Classes, where: str
+        self,
+        model: Model,
+        call: pb.Call,
+        inputs: tuple[Spec, ...],
+        classes: trees.Classes,
+        device: torch.device,
+        where: str,
     ) -> None:
         self.inputs = inputs
+        self.device = device
         self.where = where
         self._model = model
         self._classes = classes
@@ -90,7 +97,7 @@ class Call:
         state = self._model.values
         passed = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]  # which the caller may have cast
         dtypes = [each.dtype for each in state] if self._is_bound else passed
-        return trace(self._outputs_of, state, dtypes, self.inputs[self.leaves :], where)
+        return trace(self._outputs_of, state, dtypes, self.inputs[self.leaves :], self.device, where)
 
     def _refuse_strays(self, traced: Traced) -> None:
         paths = [self._model.parameters[i].path for i in sorted(traced.strays)]

@@ -8,7 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bridge_server.torch_runtime.codes import Code, CodeOfFunction, CodeOfModule, CodeOfPair
-from bridge_server.torch_runtime.types import DTYPES
+from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
 
 
@@ -22,8 +22,13 @@ class Parts(NamedTuple):
     skips_first: bool = False  # whether that signature begins with the parameters
 
 
-def parts_of(name: str, target: Any) -> Parts | None:
-    """Return the parts of a function, a module, or a pair of either and its parameters; None for anything else."""
+def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
+    """Return the parts of a function, a module, or a pair of either and its parameters; None for anything else.
+
+    Their tensors are on the device; for another one than the host, a module is moved there.
+    """
+    if device != HOST:
+        target = _moved(target, device)
     if isinstance(target, tuple) and len(target) == 2 and callable(target[0]) and isinstance(target[1], Mapping):
         code, params = target
         return _of_module(name, code, params) if isinstance(code, nn.Module) else _of_pair(name, code, params)
@@ -34,6 +39,14 @@ def parts_of(name: str, target: Any) -> Parts | None:
     if callable(target) and not isinstance(target, type):
         return Parts(CodeOfFunction(target), {}, frozenset(), target)
     return None
+
+
+def _moved(target: Any, device: torch.device) -> Any:
+    if isinstance(target, nn.Module):
+        return target.to(device)
+    if isinstance(target, tuple):
+        return tuple(_moved(each, device) for each in target)
+    return pytree.tree_map_only(Tensor, lambda each: each.to(device), target)
 
 
 def _of_pair(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> Parts:

@@ -16,6 +16,9 @@ from bridge_wire import trees
 from bridge_wire.errors import BridgeError
 from bridge_wire.specs import Spec
 
+# Returns a program's inputs as they are on its device.
+Placing = Callable[[Sequence[Any]], Sequence[Any]]
+
 
 class Program(runtime.Program):
     """Code with its signature. `run` is what subclasses say; this calls it, with nothing recorded by autograd."""
@@ -29,7 +32,9 @@ class Program(runtime.Program):
         *,
         draws: bool = False,
         is_seeded: bool = False,
+        placing: Placing | None = None,
     ) -> None:
+        """Make a program of code; `placing` brings its inputs to where it runs, where that is not the host."""
         self.inputs = inputs
         self.outputs = outputs
         self.output_nbytes = tuple(spec.nbytes for spec in outputs)
@@ -37,11 +42,14 @@ class Program(runtime.Program):
         self.where = where
         self.draws = draws
         self._is_seeded = is_seeded
+        self._placing = placing
         self._code = code
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
         try:
             with torch.no_grad():
+                if self._placing is not None:
+                    inputs = self._placing(inputs)
                 if not self.draws:
                     return self._code(inputs, residual)
                 with drawing(is_seeded=self._is_seeded):
@@ -64,7 +72,7 @@ class KeepingProgram(Program):
 
     residual_nbytes: int = 0  # once a run has shown how much it is
 
-    def __init__(self, composed: Composed, wrt: tuple[int, ...], where: str, **how: bool) -> None:
+    def __init__(self, composed: Composed, wrt: tuple[int, ...], where: str, **how: Any) -> None:
         super().__init__(composed.inputs, composed.outputs, where, self._keep, **how)
         self.wrt = wrt
         self.differentiable = tuple(i for i, spec in enumerate(composed.outputs) if spec.dtype.is_inexact)
@@ -78,11 +86,11 @@ class KeepingProgram(Program):
             outputs = self._f(arrays)
         kept = Kept([get_gradient_edge(y) if y.requires_grad else None for y in outputs], primals)
         if not self._is_measured:
-            self.residual_nbytes = nbytes_saved(kept.outputs, [x for x in inputs if isinstance(x, Tensor)])
+            self.residual_nbytes = nbytes_saved(kept.outputs, [x for x in inputs if _is_clients(x)])
             self._is_measured = True
         return [y.detach() for y in outputs], kept
 
-    def pullback(self, wrt: Sequence[int], outputs: Sequence[int]) -> Program:
+    def pullback(self, wrt: Sequence[int], outputs: Sequence[int], placing: Placing | None) -> Program:
         """Return the program from a residual and cotangents of `outputs` to cotangents of `wrt`."""
         positions = [self.wrt.index(i) for i in wrt]
 
@@ -97,6 +105,12 @@ class KeepingProgram(Program):
             f"the VJP of {self.where}",
             pull,
             draws=self.draws,  # a checkpoint draws its numbers once more
+            placing=placing,
         )
         program.pullback_of = self
         return program
+
+
+def _is_clients(x: Any) -> bool:
+    """Whether an input lies in the client's memory: what was brought to the device has memory of torch's own."""
+    return isinstance(x, Tensor) and not x.untyped_storage().resizable()

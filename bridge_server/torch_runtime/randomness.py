@@ -47,5 +47,5 @@ def _mixed(number: int) -> int:
 
 
 def _generators() -> list[torch.Generator]:
-    # Those of CUDA devices are there once CUDA is in use.
+    # Those of CUDA devices are there once CUDA is in use, as it is where models run on one.
     return [torch.default_generator, *torch.cuda.default_generators]

@@ -1,5 +1,6 @@
 """TorchRuntime: models run eagerly by torch, their types found out once per signature."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -7,34 +8,41 @@ from typing import Any
 
 import torch
 
-from bridge_server import runtime
+from bridge_server import devices, runtime
+from bridge_server.model_errors import model_errors
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import parts_of
 from bridge_server.torch_runtime.modes import without_callers_modes
-from bridge_server.torch_runtime.programs import KeepingProgram, Program
+from bridge_server.torch_runtime.programs import KeepingProgram, Placing, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_server.turns import Turn
 from bridge_wire import trees
+from bridge_wire.cuda import Gpu
 from bridge_wire.errors import CallerError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
+
+_OUTPUT = "the run of a model, seen when its output was copied"
 
 
 class TorchRuntime(Runtime):
     """Serves torch models: eager code, differentiated by autograd and torch.func."""
 
     def __init__(self, options: Options) -> None:
+        self._device = _device(options)
+        self._is_on_host = self._device == types.HOST
         self._classes = trees.Classes()
         self._calls: dict[tuple[Model, bytes], Call] = {}
 
     def describe(self) -> Description:
-        return Description("torch", torch.__version__, x64=True, devices=("cpu:0",))
+        device = f"{self._device.type}:{self._device.index or 0}"
+        return Description("torch", torch.__version__, x64=True, devices=(device,))
 
     def adapt(self, name: str, target: Any) -> Model:
-        parts = parts_of(name, target)
+        parts = parts_of(name, target, self._device)
         if parts is None:
             raise TargetError(
                 f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a function, an "
@@ -56,7 +64,11 @@ class TorchRuntime(Runtime):
         yield "tracing"
         base = self._call(model, call)
         composed = compose(base, call.transforms, is_kept=call.HasField("keep"))
-        how = {"draws": base.draws, "is_seeded": base.key is not None}
+        how: dict[str, Any] = {
+            "draws": base.draws,
+            "is_seeded": base.key is not None,
+            "placing": self._placing(base.key),
+        }
         if any(transform.WhichOneof("kind") != "vmap" for transform in call.transforms):
             base.tell_if_unkeyed()
         program: Program
@@ -78,19 +90,38 @@ class TorchRuntime(Runtime):
         assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
         check_pullback(program, wrt, outputs)
         yield "tracing"
-        return program.pullback(wrt, outputs)
+        return program.pullback(wrt, outputs, self._placing())
 
     def apart(self) -> AbstractContextManager[object]:
         return without_callers_modes()
 
+    def gpu(self) -> Gpu | None:
+        return devices.gpu_at(self._device.index)
+
+    def stream(self) -> int | None:
+        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
+
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
+        if turn is not None:
+            return types.tensor_in_turn(pointer, spec, owner, turn)
         return types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
 
     def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
-        types.write(array, pointer, nbytes)
+        if turn is not None:
+            with model_errors(_OUTPUT):
+                types.write_in_turn(array, pointer, nbytes, turn)
+        elif self._is_on_host:
+            types.write(array, pointer, nbytes)
+        else:
+            with model_errors(_OUTPUT):
+                types.write(array, pointer, nbytes)
 
     def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
         return [types.exclusive_pointer(output) for output in outputs]
+
+    def _placing(self, key: int | None = None) -> Placing | None:
+        """Return what brings a program's inputs to the GPU; `key` is the position of one that is for the host."""
+        return None if self._is_on_host else functools.partial(types.brought_to, self._device, kept=key)
 
     def _call(self, model: Model, call: pb.Call) -> Call:
         """Return the call without its transforms, which is traced once for all programs that are derived from it."""
@@ -103,8 +134,19 @@ class TorchRuntime(Runtime):
         if known is None:
             inputs = decode_all(call.inputs)
             where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
-            known = self._calls[key] = Call(model, plain, inputs, self._classes, where)
+            known = self._calls[key] = Call(model, plain, inputs, self._classes, self._device, where)
         return known
+
+
+def _device(options: Options) -> torch.device:
+    """Return where models run. In a process of its user's, where they are: on the host, as its memory is."""
+    if options.is_guest or not torch.cuda.is_available():
+        return types.HOST
+    torch.cuda.init()
+    device = torch.device("cuda", torch.cuda.current_device())
+    if options.gpu_memory_fraction is not None:
+        torch.cuda.set_per_process_memory_fraction(options.gpu_memory_fraction, device)
+    return device
 
 
 def _running(composed: Composed, call: Call) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:

@@ -39,9 +39,14 @@ class Traced(NamedTuple):
 
 
 def trace(
-    f: Function, state: Sequence[Tensor], dtypes: Sequence[torch.dtype], inputs: Sequence[Spec], where: str
+    f: Function,
+    state: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    inputs: Sequence[Spec],
+    device: torch.device,
+    where: str,
 ) -> Traced:
-    """Call `f(state, inputs)` with tensors like these, but of these dtypes, and inputs of these types.
+    """Call `f(state, inputs)` with tensors like these, but of these dtypes, and inputs of these types on a device.
 
     Return what it does.
 
@@ -51,7 +56,7 @@ def trace(
     errors: list[Exception] = []
     for is_fake, needs_grad in ((True, False), (True, True), (False, False), (False, True)):
         try:
-            traced = _attempt(f, state, dtypes, inputs, is_fake=is_fake, needs_grad=needs_grad)
+            traced = _attempt(f, state, dtypes, inputs, device, is_fake=is_fake, needs_grad=needs_grad)
         except Exception as error:
             if isinstance(error, BridgeError) and not is_fake:  # a model may use this very package: see on zeros
                 raise
@@ -68,6 +73,7 @@ def _attempt(
     state: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
     inputs: Sequence[Spec],
+    device: torch.device,
     *,
     is_fake: bool,
     needs_grad: bool,
@@ -76,13 +82,16 @@ def _attempt(
         stack.enter_context(torch.set_grad_enabled(needs_grad))
         if is_fake:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            copies = [torch.empty(each.shape, dtype=dtype) for each, dtype in zip(state, dtypes, strict=True)]
+            copies = [
+                torch.empty(each.shape, dtype=dtype, device=each.device)
+                for each, dtype in zip(state, dtypes, strict=True)
+            ]
         else:
             stack.enter_context(
                 drawing(is_seeded=True)
             )  # what is drawn here is missed nowhere; fake tensors draw nothing
             copies = [each.detach().to(dtype, copy=True) for each, dtype in zip(state, dtypes, strict=True)]
-        arrays = [zeros(spec) for spec in inputs]
+        arrays = [zeros(spec, device) for spec in inputs]
         watch = stack.enter_context(_Watch([*copies, *arrays], originals=state))
         f(copies, arrays)
     return Traced(frozenset(watch.written), frozenset(watch.strays), watch.draws, needs_grad, is_fake)

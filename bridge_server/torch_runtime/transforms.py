@@ -20,7 +20,7 @@ from bridge_server.signatures import batched, check_differentiable, check_size
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.graphs import backward, nodes_of
-from bridge_server.torch_runtime.types import replaced, zeros
+from bridge_server.torch_runtime.types import HOST, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -201,7 +201,8 @@ def _row_by_row(
 ) -> list[Tensor]:
     rows = [of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n) for i in mapped])) for n in range(size)]
     if not rows:
-        return [zeros(spec._replace(shape=(0, *spec.shape))) for spec in of.outputs]
+        device = next((x.device for x in arrays if isinstance(x, Tensor)), HOST)
+        return [zeros(spec._replace(shape=(0, *spec.shape)), device) for spec in of.outputs]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -220,7 +221,7 @@ class _Either:
         try:
             outputs = self._functional(arrays)
             self._chosen = self._functional
-        except BridgeError:
+        except (BridgeError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             outputs = self._plain(arrays)

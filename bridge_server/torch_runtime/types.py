@@ -8,13 +8,15 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from bridge_server.turns import Turn
 from bridge_wire.copying import copy
-from bridge_wire.dlpack import Exporter, keep_owners_by
+from bridge_wire.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME, DType
 from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: torch.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))  # type: ignore[attr-defined]
 
+HOST = torch.device("cpu")
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {dtype: getattr(torch, name) for name, dtype in BY_NAME.items()}
 DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
@@ -27,11 +29,11 @@ def spec_of(tensor: Tensor) -> Spec:
     return Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
 
 
-def zeros(spec: Spec) -> Any:
+def zeros(spec: Spec, device: torch.device = HOST) -> Any:
     """Return zeros of a type; for a Python number, a number of its kind that one may divide by."""
     if spec.weak:
         return {"int64": 1, "float64": 1.0, "complex128": 1 + 0j}[spec.dtype.name]
-    return torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
+    return torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
 
 
 def number_at(pointer: int, spec: Spec) -> int | float | complex:
@@ -51,12 +53,42 @@ def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
     return torch.utils.dlpack.from_dlpack(Exporter(pointer, spec, owner))
 
 
+def tensor_in_turn(pointer: int, spec: Spec, owner: Any, turn: Turn) -> Tensor:
+    """Return a tensor over memory of a GPU that `owner` keeps alive. The turn's stream, torch's own, waits for it."""
+    if 0 in spec.shape:
+        return zeros(spec)
+    return torch.utils.dlpack.from_dlpack(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order))
+
+
+def _in_order(stream: int | None) -> None:
+    """Wait for nothing: a turn begins with a wait of the stream that torch runs on."""
+
+
+def brought_to(device: torch.device, inputs: Sequence[Any], kept: int | None) -> list[Any]:
+    """Return a program's inputs with its tensors on a device, but for one position, which the host has to read.
+
+    The host's memory has been read by then.
+    """
+    return [
+        x.to(device) if isinstance(x, Tensor) and x.device != device and i != kept else x for i, x in enumerate(inputs)
+    ]
+
+
 def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
-    """Copy a tensor's elements, row-major, to memory."""
+    """Copy a tensor's elements, row-major, to the host's memory."""
     if _is_dense(tensor):
         copy(pointer, tensor.data_ptr(), nbytes, tensor)
     else:
         tensor_at(pointer, spec_of(tensor), None).copy_(tensor.detach())
+
+
+def write_in_turn(tensor: Tensor, pointer: int, nbytes: int, turn: Turn) -> None:
+    """Copy a tensor's elements, row-major, to memory of a GPU, when the turn's stream comes to it."""
+    if tensor.is_cuda and not _is_row_major(tensor):
+        tensor_in_turn(pointer, spec_of(tensor), None, turn).copy_(tensor.detach())
+        return
+    source = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    turn.copy(pointer, source.data_ptr(), nbytes, source)
 
 
 def exclusive_pointer(tensor: Tensor) -> int | None:
@@ -69,7 +101,11 @@ def exclusive_pointer(tensor: Tensor) -> int | None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    return tensor.is_contiguous() and tensor.is_cpu and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_cpu and _is_row_major(tensor)
+
+
+def _is_row_major(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
