@@ -24,6 +24,7 @@ from bridge_wire.pool import Block
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 128
+ATTACH_S = 10.0  # a connection that has said nothing by then is ended: each holds a thread
 
 
 def serve(
@@ -221,7 +222,11 @@ class LocalLanes:
             lane = FramedSocket(connection, takes_descriptors=True)
             with self._lock:
                 self._open.add(lane)
-            threading.Thread(target=self._serve, args=(lane,), name="local-lane", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(lane,), name="local-lane", daemon=True).start()
+            except RuntimeError as error:  # there are as many threads as the system allows
+                _log.warning("a local lane could not be served: %s", error)
+                self._forget(lane)
 
     def _serve(self, lane: FramedSocket) -> None:
         try:
@@ -235,9 +240,12 @@ class LocalLanes:
         except OSError:
             pass  # the peer is gone; `serve` has let go of what it owned
         finally:
-            with self._lock:
-                self._open.discard(lane)
-            lane.close()
+            self._forget(lane)
+
+    def _forget(self, lane: FramedSocket) -> None:
+        with self._lock:
+            self._open.discard(lane)
+        lane.close()
 
     def _refuse(self, lane: FramedSocket, error: PeerError) -> None:
         _log.warning("ending a local lane: %s", error)
@@ -246,7 +254,9 @@ class LocalLanes:
 
 
 def _requests(lane: FramedSocket) -> Iterator[pb.LaneRequest]:
-    while (message := lane.receive()) is not None:
+    limit_s: float | None = ATTACH_S
+    while (message := lane.receive(limit_s)) is not None:
+        limit_s = None
         try:
             yield pb.LaneRequest.FromString(message)
         except DecodeError as error:

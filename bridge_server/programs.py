@@ -1,13 +1,17 @@
 """The worker's programs: each is traced and compiled once, whoever asks for it and however often."""
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
-from bridge_wire.errors import ProtocolError, UnknownModel
+from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+_MAX_PROGRAMS = 16384  # remembered for whoever asks next
+_MOST_TRANSFORMS = 32  # each can double the time that tracing takes
 
 
 @dataclass(slots=True, eq=False)
@@ -19,19 +23,23 @@ class _Slot:
 
 
 class Programs:
-    """Prepares programs of the hosted models and remembers them by signature. Thread-safe."""
+    """Prepares programs of the hosted models and remembers those last asked for, by signature. Thread-safe."""
 
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self.models = models
         # The arguments that were announced, and compiled for, before the first client came.
         self.signatures: dict[str, list[tuple[Spec, ...]]] = {name: [] for name in models}
         self._runtime = runtime
-        self._slots: dict[object, _Slot] = {}
+        self._slots: OrderedDict[object, _Slot] = OrderedDict()
         self._lock = threading.Lock()
 
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
         model = self._model(request.model)
+        if len(request.transforms) > _MOST_TRANSFORMS:
+            raise SpecError(
+                f"a derivative of {len(request.transforms)} steps; the worker prepares them up to {_MOST_TRANSFORMS}"
+            )
         key = request.SerializeToString(deterministic=True)
         return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
 
@@ -65,6 +73,9 @@ class Programs:
     def _once(self, key: object, prepare: Callable[[], Preparation]) -> Preparation:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
+            self._slots.move_to_end(key)
+            if len(self._slots) > _MAX_PROGRAMS:  # a session that uses the oldest still has it
+                self._slots.popitem(last=False)
         if slot.program is None:
             with slot.lock:
                 if slot.program is None:

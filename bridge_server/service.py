@@ -4,25 +4,39 @@ import contextlib
 import hmac
 import logging
 import platform
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import grpc
 
 from bridge_server import allocator_choice
-from bridge_server.lanes import serve
+from bridge_server.lanes import ATTACH_S, serve
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, namespaces, specs
 from bridge_wire.copying import usable_cores
 from bridge_wire.cuda import Gpu
-from bridge_wire.errors import BridgeError, ProtocolError, Unauthenticated, VersionMismatch, abort, encode, unexpected
+from bridge_wire.errors import (
+    BridgeError,
+    OutOfMemory,
+    ProtocolError,
+    Unauthenticated,
+    VersionMismatch,
+    abort,
+    encode,
+    unexpected,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
+
+# Each lane over gRPC holds a thread while it is open, and other calls must find one.
+MAX_LANES = 768
+MAX_THREADS = 1024
 
 
 class Service(BridgeServicer):
@@ -33,6 +47,7 @@ class Service(BridgeServicer):
         self._programs = programs
         self._sessions = sessions
         self._local_lane = local_lane
+        self._free_lanes = threading.Semaphore(MAX_LANES)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         about = self._runtime.describe()
@@ -82,7 +97,12 @@ class Service(BridgeServicer):
             yield pb.PrepareEvent(error=encode(unexpected(error)))
 
     def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
-        yield from serve(_until_gone(request_iterator), self._sessions)
+        if not self._free_lanes.acquire(blocking=False):
+            abort(context, OutOfMemory(f"the worker serves {MAX_LANES} lanes over gRPC already; try again later"))
+        try:
+            yield from serve(_until_gone(request_iterator, context), self._sessions)
+        finally:
+            self._free_lanes.release()
 
     def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
         self._sessions.close(request.session)
@@ -116,10 +136,18 @@ class TokenInterceptor(grpc.ServerInterceptor):
         )
 
 
-def _until_gone(requests: Iterator[pb.LaneRequest]) -> Iterator[pb.LaneRequest]:
-    """Yield a client's requests; one that breaks off has ended."""
+def _until_gone(requests: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneRequest]:
+    """Yield a client's requests; one that breaks off, or does not begin, has ended."""
+    limit = threading.Timer(ATTACH_S, context.cancel)
+    limit.start()
     with contextlib.suppress(grpc.RpcError):
-        yield from requests
+        try:
+            first = next(requests, None)
+        finally:
+            limit.cancel()
+        if first is not None:
+            yield first
+            yield from requests
 
 
 def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:

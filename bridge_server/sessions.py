@@ -41,6 +41,7 @@ _MAX_SESSIONS = 4096
 _MAX_SLABS = 1024
 _MAX_PROGRAMS = 16384
 _MAX_CACHED = 16384
+_MAX_RESIDUALS = 1 << 20
 _MOST_PEEKED = 4096  # bytes
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
@@ -97,7 +98,8 @@ def _is_on_gpu(place: _Place, spec: Spec) -> bool:
 class Residuals:
     """What the worker keeps between forwards and their VJPs, for all sessions within one byte budget.
 
-    Past the budget the oldest is dropped: its session is then told ResidualGone, and recomputes.
+    Past the budget, or past a number of them, since they may have no bytes at all, the oldest is dropped: its session
+    is then told ResidualGone, and recomputes.
     """
 
     def __init__(self, budget: int) -> None:
@@ -113,7 +115,7 @@ class Residuals:
                 raise ProtocolError(f"the residual {id} exists already; a residual's id is never reused")
             self._kept[session, id] = kept
             self._total += kept.nbytes
-            while self._total > self._budget:
+            while self._total > self._budget or len(self._kept) > _MAX_RESIDUALS:
                 _, oldest = self._kept.popitem(last=False)
                 self._total -= oldest.nbytes
 

@@ -17,7 +17,7 @@ from bridge_server.endpoints import Endpoint
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.runtime import Runtime
-from bridge_server.service import Service, TokenInterceptor
+from bridge_server.service import MAX_THREADS, Service, TokenInterceptor
 from bridge_server.sessions import Sessions
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -26,8 +26,6 @@ from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
 _log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
-# Each gRPC lane holds a thread while it is open. Threads start on demand, so this is only a bound.
-_MAX_THREADS = 1024
 _LAST_BYTES_S = 0.5  # for what has been handed to gRPC but not sent yet
 _OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),  # of signatures with very many leaves; tensors come in chunks
@@ -56,7 +54,7 @@ class Worker:
         self._endpoint = endpoint
         self._health = health.HealthServicer()
         interceptors: list[grpc.ServerInterceptor] = [TokenInterceptor(security.token)] if security.token else []
-        pool = futures.ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="grpc")
+        pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")  # they start on demand
         self._server = grpc.server(pool, interceptors=interceptors, options=_OPTIONS)
         add_BridgeServicer_to_server(Service(runtime, programs, sessions, endpoint.lane_path), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

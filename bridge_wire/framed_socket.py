@@ -9,6 +9,7 @@ import struct
 import time
 
 from bridge_wire.copying import usable_cores
+from bridge_wire.errors import ProtocolError
 from bridge_wire.frames import FrameDecoder, encode
 
 _BUFFER_BYTES = 64 << 10
@@ -145,4 +146,6 @@ class FramedSocket:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._descriptors.extend(fds)
+                if len(self._descriptors) > _MAX_DESCRIPTORS:  # of a message that never ends, or of many
+                    raise ProtocolError(f"more than {_MAX_DESCRIPTORS} descriptors came that no message has claimed")
         return count

@@ -13,21 +13,31 @@ import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 import bridge_client
 from bridge_client.lanes import from_rpc
+from bridge_server.lanes import LocalLanes
+from bridge_server.programs import Programs
+from bridge_server.runtime import Model
+from bridge_server.service import Service
+from bridge_server.sessions import Residuals, Sessions, _Kept
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
     BridgeError,
     InternalError,
+    OutOfMemory,
     ProtocolError,
     RemoteModelError,
     ResidualGone,
+    SpecError,
     Unauthenticated,
     UnknownModel,
     WorldError,
@@ -36,7 +46,7 @@ from bridge_wire.errors import (
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, MAX_FRAME, encode
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
+from bridge_wire.pb.bridge_pb2_grpc import BridgeStub, add_BridgeServicer_to_server
 from bridge_wire.slabs import PAGE, Slab, create_slab
 from bridge_wire.specs import Spec
 from tests.conftest import eventually
@@ -791,6 +801,12 @@ def _framed(request: pb.LaneRequest) -> bytes:
     return encode(request.SerializeToString())
 
 
+# Of a worker without any model: to these, none matters.
+SESSIONS = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
+SESSION = SESSIONS.open()
+PROGRAM: Any = None
+
+
 # What many could use up -------------------------------------------------------------------------------------------
 
 
@@ -818,3 +834,88 @@ def test_slabs_of_one_client_do_not_use_up_the_worker_s_descriptors(client: Clie
         assert client.share(base=BASE + i * SLAB).WhichOneof("kind") == "done"
     after = held_by(worker.pid)
     assert after["descriptors"] - before["descriptors"] < 10
+
+
+def test_descriptors_of_a_message_that_never_ends_are_refused(client: Client, worker: Worker) -> None:
+    """Descriptors that come with parts of a message do not use up the worker's: the lane ends after a few."""
+    before = held_by(worker.pid)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        client.lane.shout(struct.pack("<I", CHUNK))
+        for _ in range(10):
+            socket.send_fds(client.lane.socket, [b"x"], [client.slab.fd] * 4)
+    client.refused(client.lane.hear())
+    assert eventually(lambda: held_by(worker.pid)["descriptors"] <= before["descriptors"])
+
+
+def test_derivative_of_endless_order_is_refused(client: Client) -> None:
+    """A call with more transforms than anybody could wait for is refused before it is traced."""
+    with pytest.raises(SpecError, match="a derivative of 33 steps; the worker prepares them up to 32"):
+        client.prepare(transformed(*[T(jvp=T.Jvp(wrt=[0], outputs=[0]))] * 33))
+
+
+def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little each residual takes, the oldest goes when there are too many of them."""
+    monkeypatch.setattr("bridge_server.sessions._MAX_RESIDUALS", 3)
+    residuals = Residuals(1 << 20)
+    for id in range(5):
+        residuals.keep(SESSION, id, _Kept(PROGRAM, None, 0))
+    for id in (0, 1):
+        with pytest.raises(ResidualGone):
+            residuals.find(SESSION, id)
+    assert residuals.usage(SESSION) == (3, 0)
+
+
+def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker remembers so many programs, and the first to go is the one that was asked for longest ago."""
+    monkeypatch.setattr("bridge_server.programs._MAX_PROGRAMS", 2)
+    prepared: list[str] = []
+
+    class Preparing:
+        def prepare_call(self, model: Model, call: pb.Call) -> Iterator[str]:
+            yield "tracing"
+            prepared.append(call.model)
+            return object()
+
+    names = "abc"
+    programs = Programs(Preparing(), {name: object() for name in names})  # type: ignore[arg-type]
+    for name in "abacab":
+        for _ in programs.call(pb.Call(model=name)):
+            pass
+    assert "".join(prepared) == "abcb", "a was asked for again before c came"
+
+
+def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local lane without a first request holds its thread for so long only."""
+    monkeypatch.setattr("bridge_server.lanes.ATTACH_S", 0.1)
+    lanes = LocalLanes(f"{tmp_path}/w.sock.lane", SESSIONS)
+    lanes.start()
+    with contextlib.closing(lanes), contextlib.closing(LocalLane(f"unix:{tmp_path}/w.sock")) as silent:
+        assert silent.hear() is None
+
+
+def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There may be so many lanes over gRPC; other calls have threads left, and the silent ones end in time."""
+    monkeypatch.setattr("bridge_server.service.MAX_LANES", 2)
+    monkeypatch.setattr("bridge_server.service.ATTACH_S", 0.5)
+    with ThreadPoolExecutor(3) as threads:
+        server = grpc.server(threads)
+        add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
+        address = f"unix:{tmp_path}/g.sock"
+        server.add_insecure_port(address)
+        server.start()
+        with contextlib.closing(grpc.insecure_channel(address)) as channel:
+            silent = [GrpcLane(channel) for _ in range(2)]
+            refused = GrpcLane(channel)
+            with pytest.raises(grpc.RpcError) as raised:
+                refused.hear()
+            assert type(from_rpc(raised.value)) is OutOfMemory
+            token = BridgeStub(channel).Open(pb.OpenRequest(oldest_protocol=1, newest_protocol=1), timeout=20).session
+            for lane in silent:
+                with pytest.raises(grpc.RpcError):
+                    lane.hear()
+            served = GrpcLane(channel)
+            reply = served.say(pb.LaneRequest(attach=pb.Attach(session=token)))
+            assert reply is not None and reply.WhichOneof("kind") == "done"
+            for lane in (*silent, refused, served):
+                lane.close()
+        server.stop(None).wait()

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,7 +36,8 @@ class TorchRuntime(Runtime):
         self._device = _device(options)
         self._is_on_host = self._device == types.HOST
         self._classes = trees.Classes()
-        self._calls: dict[tuple[Model, bytes], Call] = {}
+        # As long as any program of the call lives.
+        self._calls: weakref.WeakValueDictionary[tuple[Model, bytes], Call] = weakref.WeakValueDictionary()
 
     def describe(self) -> Description:
         device = f"{self._device.type}:{self._device.index or 0}"
