@@ -82,7 +82,7 @@ class _Recorded(_SingleLevelFunction):
             else:
                 made = pull_back(program, (kept, wrt, given), handle, inputs, selected)
             for i, gradient in zip(wrt, made, strict=True):
-                gradients[2 + i] = _conjugated(gradient)
+                gradients[2 + i] = _as_gradient_of(inputs[i], gradient)
         return tuple(gradients)
 
 
@@ -142,7 +142,7 @@ def _gradients(
         selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
         made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
         for i, gradient in zip(wrt, made, strict=True):
-            gradients[i] = _conjugated(gradient)
+            gradients[i] = _as_gradient_of(inputs[i], gradient)
     return gradients
 
 
@@ -175,6 +175,13 @@ def _as_jaxs(cotangent: Tensor) -> Tensor:
     """Return a cotangent as jax.vjp takes it, which is linear where torch's gradient is conjugate-linear."""
     if cotangent.layout is not torch.strided:  # as of an output that was an embedding's table
         cotangent = cotangent.to_dense()
+    return _conjugated(cotangent)
+
+
+def _as_gradient_of(value: Tensor, cotangent: Tensor) -> Tensor:
+    """Return the cotangent of an input as torch's gradient of it."""
+    if not (value.is_cpu and cotangent.is_cpu) and value.device != cotangent.device:
+        cotangent = cotangent.to(value.device)  # a run's outputs are all in one place
     return _conjugated(cotangent)
 
 

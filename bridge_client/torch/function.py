@@ -23,7 +23,7 @@ from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch.derivatives import apply
-from bridge_client.torch.memory import DTYPES, as_tensor, cast_floats, from_block, spec_of
+from bridge_client.torch.memory import DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
     flatten,
@@ -37,7 +37,6 @@ from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread,
 from bridge_wire import specs, trees
 from bridge_wire.errors import BridgeError, CallerError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
@@ -314,24 +313,24 @@ class RemoteJaxFunction(nn.Module):
         What other processes share (share_memory) or other tensors view stays where it is, and is copied for each call.
         """
         nbytes = tensor.nbytes
-        if nbytes == 0 or self.session.pool.address_of(tensor.data_ptr(), nbytes) is not None:
+        pool = self.session.gpu_pool() if tensor.is_cuda else self.session.pool
+        if nbytes == 0 or pool is None or pool.address_of(tensor.data_ptr(), nbytes) is not None:
             return
         is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        if not is_ours_alone or tensor.is_shared() or tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        if not is_ours_alone or (tensor.is_cpu and tensor.is_shared()) or tensor.dtype not in DTYPES:
             return
         if torch.is_inference_mode_enabled() or tensor.is_inference():
             return
-        tensor.data = self._copied_to_slab(tensor)
-
-    def _copied_to_slab(self, tensor: Tensor) -> Tensor:
-        spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
-        return from_block(self.session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
+        moved = copied_into(self.session, tensor)
+        if moved is not None:
+            tensor.data = moved
 
     def _cloned(self, buffer: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or is_traced([buffer]):
             return buffer.clone()
-        is_sendable = buffer.device.type == "cpu" and buffer.dtype in DTYPES and buffer.layout is torch.strided
-        return self._copied_to_slab(buffer) if is_sendable else buffer
+        is_sendable = buffer.dtype in DTYPES and buffer.layout is torch.strided
+        copied = copied_into(self.session, buffer) if is_sendable else None
+        return buffer.clone() if copied is None else copied
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
+from bridge_client.torch import gpu
+from bridge_client.torch.gpu import OnGpu
 from bridge_client.torch.structures import mapped
 from bridge_wire.copying import copy
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
@@ -36,19 +38,15 @@ class _InSlab(NamedTuple):
     storage: torch.UntypedStorage
 
 
-def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
-    """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied."""
+def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu | None]:
+    """Return each input in the session's memory, as the program wants it, the bytes that had to be copied, and how the
+    run uses a GPU, if an input is on one."""
     pool = program.session.pool
     placed: list[Placed] = []
     copied = 0
     for value, spec in zip(inputs, program.inputs, strict=True):
-        if spec.weak:
-            block = pool.lease(spec.dtype.itemsize)
-            block.buffer[:] = _packed(value, program.labels[len(placed)], program.session)
-            placed.append(block)
-            continue
-        dtype = DTYPES.get(value.dtype)
-        pointer = value.data_ptr() if dtype is spec.dtype and _is_dense(value) else 0
+        is_as_wanted = not spec.weak and DTYPES.get(value.dtype) is spec.dtype and _is_dense(value)
+        pointer = value.data_ptr() if is_as_wanted else 0
         if pointer:  # none has what is empty, and the zeros without memory that forward mode makes
             nbytes = value.nbytes
             address = pool.address_of(pointer, nbytes)
@@ -57,20 +55,64 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int]:
                 continue
             block = pool.lease(nbytes)
             copy(block.pointer, pointer, nbytes, block, value)
+        elif not spec.weak and value.is_cuda:
+            return _place_beside_gpu(program, inputs)
         else:
-            _check_readable(value, program.labels[len(placed)])
-            if dtype is not spec.dtype:
-                _check_range(value, spec, program.labels[len(placed)])
-            block = pool.lease(spec.nbytes)
-            if block.nbytes:
-                from_block(block, spec).copy_(value)
+            block = _converted(value, spec, program.labels[len(placed)], program.session)
         placed.append(block)
         copied += block.nbytes
-    return placed, copied
+    return placed, copied, None
 
 
-def from_blocks(blocks: Sequence[Block], described: Sequence[Spec]) -> list[Tensor]:
-    """Return the tensors whose storages are the blocks."""
+def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
+    """Return a Python number, or a tensor of the host whose elements do not lie as they have to, in the host's pool."""
+    if spec.weak:
+        block = session.pool.lease(spec.dtype.itemsize)
+        block.buffer[:] = _packed(value, label, session)
+        return block
+    _check_readable(value, label)
+    if DTYPES.get(value.dtype) is not spec.dtype:
+        _check_range(value, spec, label)
+    block = session.pool.lease(spec.nbytes)
+    if block.nbytes:
+        from_block(block, spec).copy_(value)
+    return block
+
+
+def _place_beside_gpu(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu]:
+    """Return what `place` does, of inputs some of which are on a GPU."""
+    session = program.session
+    run = gpu.run_of(session, inputs)
+    if run.pool is None:
+        staged = [x.cpu() if isinstance(x, Tensor) and x.is_cuda else x for x in inputs]
+        placed, copied, _ = place(program, staged)
+        session.note_staged(sum(x.nbytes for x in inputs if isinstance(x, Tensor) and x.is_cuda))
+        return placed, copied, run
+    placed, copied = [], 0
+    for value, spec, label in zip(inputs, program.inputs, program.labels, strict=True):
+        if spec.weak or not value.is_cuda:
+            block = _converted(value, spec, label, session)
+        else:
+            _check_readable(value, label)
+            is_as_wanted = DTYPES.get(value.dtype) is spec.dtype
+            address = gpu.address_in(run.pool, value) if is_as_wanted and value.nbytes else None
+            if address is not None:
+                placed.append(_InSlab(address, value.untyped_storage()))
+                continue
+            if not is_as_wanted:
+                _check_range(value, spec, label)
+            block = run.pool.lease(spec.nbytes, run.stream or 0)
+            if block.nbytes:
+                run.tensor_over(block, spec).copy_(value)
+        placed.append(block)
+        copied += 0 if spec.weak else block.nbytes
+    return placed, copied, run
+
+
+def from_blocks(blocks: Sequence[Block], described: Sequence[Spec], run: OnGpu | None = None) -> list[Tensor]:
+    """Return the tensors whose storages are the blocks, of the host's memory or of that which the run uses on a GPU."""
+    if run is not None and run.pool is not None:
+        return [run.tensor_over(block, spec) for block, spec in zip(blocks, described, strict=True)]
     return [from_block(block, spec) for block, spec in zip(blocks, described, strict=True)]
 
 
@@ -82,6 +124,18 @@ def from_block(block: Block, spec: Spec) -> Tensor:
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
     flat = torch.frombuffer(block, dtype=dtype)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
+
+
+def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
+    """Return a copy of a tensor in the session's memory on its device; None where the session has none."""
+    spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
+    if tensor.is_cpu:
+        return from_block(session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
+    pool = session.gpu_pool() if tensor.is_cuda else None
+    if pool is None or pool.device.gpu.ordinal != tensor.device.index:
+        return None
+    block = pool.lease(tensor.nbytes, gpu.current_stream(pool.device.gpu.ordinal))
+    return gpu.tensor_over(pool, block, spec).copy_(tensor.detach())
 
 
 def spec_of(value: Any, path: str, x64: bool) -> Spec:
@@ -116,10 +170,8 @@ def _is_dense(value: Tensor) -> bool:
 def _check_readable(value: Tensor, path: str) -> None:
     if value.layout is not torch.strided:
         raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
-    if not value.is_cpu:
-        raise SpecError(
-            f"input `{path}` is on {value.device}, but this session's memory is the host's; move it with .cpu()"
-        )
+    if not (value.is_cpu or value.is_cuda):
+        raise SpecError(f"input `{path}` is on {value.device}; expected the host or a CUDA device: move it with .cpu()")
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:

@@ -21,8 +21,16 @@ def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
     if is_traced(inputs):
         return run_operator(program, inputs)
-    placed, copied = place(program, inputs)
-    return program.session.run(program, placed, copied=copied, make=lambda blocks: from_blocks(blocks, program.outputs))
+    placed, copied, gpu = place(program, inputs)
+    session = program.session
+    outputs: Sequence[Tensor] = session.run(
+        program,
+        placed,
+        copied=copied,
+        make=lambda blocks: from_blocks(blocks, program.outputs, gpu),
+        stream=None if gpu is None else gpu.stream,
+    )
+    return outputs if gpu is None else gpu.brought_back(outputs, session)
 
 
 def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
@@ -39,13 +47,14 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     if is_traced(inputs):
         *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
         return outputs, handle
-    placed, copied = place(program, inputs)
+    placed, copied, gpu = place(program, inputs)
     session = program.session
 
     def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
-        return from_blocks(blocks, program.outputs), _handle(session, residual)
+        return from_blocks(blocks, program.outputs, gpu), _handle(session, residual)
 
-    return session.run_keeping(program, placed, copied=copied, make=make)
+    made = session.run_keeping(program, placed, copied=copied, make=make, stream=None if gpu is None else gpu.stream)
+    return made if gpu is None else (gpu.brought_back(made[0], session), made[1])
 
 
 def pull_back(
@@ -64,13 +73,20 @@ def pull_back(
         arrays = _as_tensors([*inputs, *cotangents])
         return torch.ops.torch_jax_bridge.pull_back(handle, arrays, program.pin(), kept, wrt, given)
     pullback = program.keeping(kept).pullback(wrt, given)
+    session = program.session
     try:
-        placed, copied = place(pullback, cotangents)
-        return program.session.run_pullback(
-            pullback, int(handle), placed, copied=copied, make=lambda blocks: from_blocks(blocks, pullback.outputs)
+        placed, copied, gpu = place(pullback, cotangents)
+        gradients: Sequence[Tensor] = session.run_pullback(
+            pullback,
+            int(handle),
+            placed,
+            copied=copied,
+            make=lambda blocks: from_blocks(blocks, pullback.outputs, gpu),
+            stream=None if gpu is None else gpu.stream,
         )
     except ResidualGone:
         return run(program.vjp(wrt, given), [*inputs, *cotangents])
+    return gradients if gpu is None else gpu.brought_back(gradients, session)
 
 
 class _Handle(bytearray):
@@ -103,11 +119,11 @@ def _has_memory(value: Any) -> bool:
 
 
 def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
-    # Here and below, the session's memory is the host's, whatever torch.set_default_device says.
     return [x if isinstance(x, Tensor) else _number_as_tensor(x) for x in inputs]
 
 
 def _number_as_tensor(number: Any) -> Tensor:
+    # Numbers travel by the host's memory, whatever torch.set_default_device says.
     return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
 
 
@@ -118,14 +134,21 @@ def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
-def _empty(described: Sequence[Spec]) -> list[Tensor]:
-    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name], device="cpu") for spec in described]
+def _empty(described: Sequence[Spec], arrays: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of a run of these arrays, without values: on the GPU of the first one that is on a GPU."""
+    device = next((x.device for x in arrays if x.is_cuda), "cpu")
+    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name], device=device) for spec in described]
 
 
 # Not by torch.library.custom_op: its wrappers took 15 µs of each call (torch 2.13).
 LIBRARY = torch.library.Library("torch_jax_bridge", "DEF")
-LIBRARY.define("run(Tensor[] arrays, int program) -> Tensor[]")
-LIBRARY.define("pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) -> Tensor[]")
+# A call waits for the worker, which no CUDA graph can replay.
+_TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
+LIBRARY.define("run(Tensor[] arrays, int program) -> Tensor[]", tags=_TAGS)
+LIBRARY.define(
+    "pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) -> Tensor[]",
+    tags=_TAGS,
+)
 
 
 @torch.library.impl(LIBRARY, "run", "CompositeExplicitAutograd")
@@ -143,7 +166,7 @@ def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
 def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     known = Program.of(program)
     handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if known.keeps_residual else []
-    return _empty(known.outputs) + handle
+    return _empty(known.outputs, arrays) + handle
 
 
 @torch.library.impl(LIBRARY, "pull_back", "CompositeExplicitAutograd")
@@ -172,4 +195,4 @@ def _(
     given: Sequence[int],
 ) -> list[Tensor]:
     known = Program.of(program)
-    return _empty([known.inputs[i] for i in wrt])
+    return _empty([known.inputs[i] for i in wrt], arrays[len(known.inputs) :])

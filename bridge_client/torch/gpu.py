@@ -1,0 +1,93 @@
+"""Tensors on a GPU: over the session's memory there, used on torch's current stream. All that takes torch with CUDA.
+
+Where the worker shares no memory on a GPU, tensors go through the host; where it computes on another GPU that is seen
+here, through memory there.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bridge_client.session import Session
+from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.dtypes import BY_NAME
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+# What NumPy's protocol, and so CUDA's array interface, has a name for.
+_TYPESTRS: Mapping[str, str] = {
+    name: f"{'<' if dtype.itemsize > 1 else '|'}{kind}{dtype.itemsize}"
+    for name, dtype in BY_NAME.items()
+    for prefix, kind in (("bool", "b"), ("int", "i"), ("uint", "u"), ("float", "f"), ("complex", "c"))
+    if name.removeprefix(prefix).isdecimal() or name == prefix
+}
+_BYTES = "|u1"
+
+
+class OnGpu(NamedTuple):
+    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream there that it uses."""
+
+    device: torch.device
+    pool: GpuPool | None  # None: the run is the host's, and the tensors are brought there and back
+    stream: int | None
+
+    def tensor_over(self, block: Block, spec: Spec) -> Tensor:
+        """Return the tensor whose storage is a block of the pool: the lease ends with the storage."""
+        assert self.pool is not None, "what lies on the host is made there"
+        return tensor_over(self.pool, block, spec)
+
+    def brought_back(self, outputs: Sequence[Tensor], session: Session) -> Sequence[Tensor]:
+        """Return the outputs of the run where they belong."""
+        if self.pool is None:
+            session.note_staged(sum(y.nbytes for y in outputs))
+        elif self.device.index == self.pool.device.gpu.ordinal:
+            return outputs
+        return [y.to(self.device) for y in outputs]
+
+
+def run_of(session: Session, inputs: Sequence[Any]) -> OnGpu:
+    """Return how a run goes whose inputs are on a GPU, at least one of them. Its outputs belong beside the first."""
+    device = next(x.device for x in inputs if isinstance(x, Tensor) and not x.is_cpu)
+    pool = session.gpu_pool()
+    return OnGpu(device, pool, None if pool is None else current_stream(pool.device.gpu.ordinal))
+
+
+def current_stream(index: int) -> int:
+    """Return torch's current stream of a device, as CUDA knows it."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+def address_in(pool: GpuPool, value: Tensor) -> int | None:
+    """Return the address of a tensor that lies row-major in the pool's memory; else None."""
+    if value.device.index != pool.device.gpu.ordinal or not value.is_contiguous() or value.is_conj() or value.is_neg():
+        return None
+    return pool.address_of(value.data_ptr(), value.nbytes)
+
+
+def tensor_over(pool: GpuPool, block: Block, spec: Spec) -> Tensor:
+    """Return the tensor whose storage is a block of a pool: the lease ends with the storage."""
+    device = torch.device("cuda", pool.device.gpu.ordinal)
+    dtype = getattr(torch, spec.dtype.name)
+    if block.nbytes == 0:
+        return torch.empty(spec.shape, dtype=dtype, device=device)
+    typestr = _TYPESTRS.get(spec.dtype.name)
+    if typestr is not None:
+        return torch.as_tensor(_Array(block, spec.shape, typestr), device=device)
+    storage = torch.as_tensor(_Array(block, (block.nbytes,), _BYTES), device=device).untyped_storage()
+    return torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(spec.shape)  # autograd sees no view
+
+
+class _Array:
+    """A block as CUDA's array interface describes it. What is made of it keeps it, and so the lease."""
+
+    def __init__(self, block: Block, shape: tuple[int, ...], typestr: str) -> None:
+        self._block = block
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": typestr,
+            "data": (block.pointer, False),
+            "strides": None,
+        }
