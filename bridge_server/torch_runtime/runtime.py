@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,6 +27,8 @@ from bridge_wire.specs import Spec, decode_all
 
 _OUTPUT = "the run of a model, seen when its output was copied"
 
+_MAX_CALLS = 16384
+
 
 class TorchRuntime(Runtime):
     """Serves torch models: eager code, differentiated by autograd and torch.func."""
@@ -36,8 +37,7 @@ class TorchRuntime(Runtime):
         self._device = _device(options)
         self._is_on_host = self._device == types.HOST
         self._classes = trees.Classes()
-        # As long as any program of the call lives.
-        self._calls: weakref.WeakValueDictionary[tuple[Model, bytes], Call] = weakref.WeakValueDictionary()
+        self._calls: dict[tuple[Model, bytes], Call] = {}
 
     def describe(self) -> Description:
         device = f"{self._device.type}:{self._device.index or 0}"
@@ -137,6 +137,8 @@ class TorchRuntime(Runtime):
             inputs = decode_all(call.inputs)
             where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
             known = self._calls[key] = Call(model, plain, inputs, self._classes, self._device, where)
+            if len(self._calls) > _MAX_CALLS:  # to forget one costs no more than another trace
+                self._calls.pop(next(iter(self._calls)), None)
         return known
 
 
