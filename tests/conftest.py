@@ -14,6 +14,7 @@ from tests.contract.models import MODELS
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
+_ON_GPU = TESTS / "gpu" / "on_gpu"
 
 
 def python_of(venv: str) -> str:
@@ -30,6 +31,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PYTHON",
         help="an interpreter with lightning, transformers and accelerate beside torch: run their examples too",
     )
+    parser.addoption(
+        "--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Of a run on a GPU, where other packages may be installed, the other tests are not even imported."""
+    is_other = collection_path.is_file() and _ON_GPU not in collection_path.parents
+    return True if config.getoption("gpu") and is_other else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("gpu"):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and --gpu"))
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
@@ -95,11 +113,11 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     for name in ("jax_worker", "x64_worker", "torch_worker", "mortal_worker"):
         if name in request.fixturenames:
             request.getfixturevalue(name)
-    before = _held()
+    before = held()
     yield
 
     def is_clean() -> bool:
-        now = _held()
+        now = held()
         return all(now[kind] <= before[kind] for kind in before)
 
     def is_clean_after_collection() -> bool:
@@ -107,11 +125,12 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
         return is_clean()
 
     assert is_clean() or eventually(is_clean_after_collection), (
-        f"left behind: {before} before the test, {_held()} after it"
+        f"left behind: {before} before the test, {held()} after it"
     )
 
 
-def _held() -> dict[str, int]:
+def held() -> dict[str, int]:
+    """Return how many descriptors, threads and children this process has."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
