@@ -293,7 +293,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a worker that runs its models on the fake GPU, as this process's doctor sees it."""
     with (
         installed(tmp_path_factory.mktemp("machine")),
-        spawn(jax_model="tests.gpu.served:sine", python=python_of(".venv-jax"), cwd=ROOT) as session,
+        spawn(jax_model="tests.gpu.models:sine", python=python_of(".venv-jax"), cwd=ROOT) as session,
     ):
         yield session.address
 

@@ -122,9 +122,7 @@ def test_a_module_trains(remote: Callable[[str], RemoteJaxFunction]) -> None:
     assert losses[-1] < losses[0] / 10
 
 
-def test_compiled_code_calls_it(
-    remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compiled_code_calls_it(remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile with fullgraph."""
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # its thread would stay
     f, x = remote("sine"), _rand(64)
