@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bridge_server import doctor, endpoints, targets
+from bridge_server import devices, doctor, endpoints, targets
 from bridge_server.allocator_choice import restart_with_a_good_allocator
 from bridge_server.parent import watch_parent
 from bridge_server.programs import Programs
@@ -61,11 +61,14 @@ def _serve(options: argparse.Namespace) -> int:
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
+    # In the process that stays: a number means another device where fewer are seen.
+    devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
         watch_parent(options.parent_pid, stop.request)
 
     runtime = _runtime(options)
     models = _load(options.jax_model or options.torch_model, options.factory, runtime)
+    devices.refuse_host(options.device, runtime)
     programs = Programs(runtime, models)
     sessions = Sessions(runtime, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
     worker = Worker(runtime, programs, sessions, endpoint, security)
@@ -73,10 +76,9 @@ def _serve(options: argparse.Namespace) -> int:
         for warmup in options.warmup:
             warm_up(programs, warmup)
         worker.announce_ready()
-        devices = ",".join(runtime.describe().devices)
+        found = ",".join(runtime.describe().devices)
         print(
-            f"bridge_server ready endpoint={worker.address} models={','.join(models)} lanes=local,grpc "
-            f"devices={devices}",
+            f"bridge_server ready endpoint={worker.address} models={','.join(models)} lanes=local,grpc devices={found}",
             flush=True,
         )
         stop.wait()
@@ -92,7 +94,9 @@ def _runtime(options: argparse.Namespace) -> Runtime:
     framework = "jax" if options.jax_model else "torch"
     if options.mesh and framework != "jax":
         raise CallerError(f"--mesh is for JAX models, and these are {framework}'s")
-    how = Options(x64=options.x64, jit=not options.no_jit, mesh=options.mesh)
+    how = Options(
+        x64=options.x64, jit=not options.no_jit, mesh=options.mesh, gpu_memory_fraction=options.gpu_memory_fraction
+    )
     try:
         if options.via_xla:
             from bridge_server.torch_via_xla import XlaRuntime
@@ -192,6 +196,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
     add("--mesh", "spread JAX models over devices; their modules say how, in ATTR_shardings", type=_mesh, default={},
         metavar="AXIS=SIZE,...")  # fmt: skip
+    add("--device", "what models run on; default: the framework's choice, the first GPU if it finds one",
+        type=devices.parse_device, metavar="cpu|cuda|cuda:N|GPU-UUID")  # fmt: skip
+    add("--gpu-memory-fraction", "most of the GPU's memory that the framework may take; default: the framework's",
+        type=devices.parse_fraction, metavar="F")  # fmt: skip
     add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute",
         type=_bytes, default=half_of_memory(), metavar="BYTES")  # fmt: skip
     add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")
