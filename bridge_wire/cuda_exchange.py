@@ -99,7 +99,8 @@ def _be_the_child(fd: int, uuid: bytes) -> None:
             return
         with contextlib.ExitStack() as held:
             try:
-                answer = _DONE + _answered(device_of(uuid), request, held)
+                side = _Side(device_of(uuid), held)  # it has what it copies from, so it stays until the end
+                answer = _DONE + _answered(side, request, held)
             except CudaError as error:
                 answer = _FAILED + str(error).encode()
             lane.send(answer)
@@ -108,10 +109,9 @@ def _be_the_child(fd: int, uuid: bytes) -> None:
         lane.close()
 
 
-def _answered(device: Device, request: bytes, held: contextlib.ExitStack) -> bytes:
-    side = _Side(device, held)
-    memory = device.open(request[:HANDLE_BYTES], _ALLOCATION)
-    held.callback(device.close, memory)
+def _answered(side: _Side, request: bytes, held: contextlib.ExitStack) -> bytes:
+    memory = side.device.open(request[:HANDLE_BYTES], _ALLOCATION)
+    held.callback(side.device.close, memory)
     event = request[HANDLE_BYTES:]
     side.take_over(event)
     read = side.read(memory)
