@@ -22,6 +22,11 @@ DOCKER = ROOT / "docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INSTRUCTIONS = {"ARG", "FROM", "COPY", "RUN", "ENV", "WORKDIR", "CMD", "USER"}
 SOCKET = "unix:/run/bridge/bridge.sock"
+# Those of the Compose Specification that these files use.
+_SERVICE_KEYS = {
+    *("build", "cap_drop", "command", "depends_on", "deploy", "environment", "healthcheck", "init", "ipc"),
+    *("network_mode", "pid", "restart", "security_opt", "stop_grace_period", "user", "volumes", "working_dir"),
+}
 VENV = {"jax": ".venv-jax", "torch": ".venv-torch"}
 
 
@@ -220,8 +225,38 @@ def test_gpu_services_share_the_device_and_namespaces() -> None:
     assert services["client"]["pid"] == services["client"]["ipc"] == "service:worker"
     # Two inits in one PID namespace: only the first can reap.
     assert services["worker"]["init"] is True and services["client"]["init"] is False
-    assert services["worker"]["environment"]["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    settings = services["worker"]["environment"]
+    assert settings["BRIDGE_DEVICE"] == "cuda:0" and 0 < float(settings["BRIDGE_GPU_MEMORY_FRACTION"]) < 1
+    # A worker that CUDA has failed ends, and takes the namespace of the client with it: both come back.
+    assert all(service["restart"] == "on-failure" for service in services.values())
+    assert services["worker"]["healthcheck"] and services["client"]["depends_on"]
     assert services["client"]["environment"]["BRIDGE_ADDRESS"] == SOCKET
+
+
+def test_gpu_images_have_one_frameworks_cuda_wheels() -> None:
+    """The worker's are JAX's, the client's torch's, and each has CuPy for the same CUDA."""
+    services = compose("compose.yaml", "compose.gpu.yaml")["services"]
+    (cupy,) = PROJECT["optional-dependencies"]["cuda"]
+    (cuda,) = re.findall(r"cupy-cuda(\d+)x", cupy)
+    worker, client = (services[name]["build"]["args"] for name in ("worker", "client"))
+    assert (worker["EXTRAS"], worker["JAX"]) == ("jax,cuda", f"jax[cuda{cuda}]")
+    assert client == {"EXTRAS": "torch,cuda", "TORCH_INDEX": "https://pypi.org/simple"}
+
+
+@pytest.mark.parametrize("files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"])
+def test_settings_of_the_services_are_options_of_the_commands(files: tuple[str, ...]) -> None:
+    """Every BRIDGE_* variable is one that a command of the project reads, and other keys are Compose's."""
+    for name, service in compose(*files)["services"].items():
+        assert not set(service) - _SERVICE_KEYS
+        settings = {each for each in service.get("environment", {}) if each.startswith("BRIDGE_")}
+        assert settings <= ({"BRIDGE_ADDRESS"} if name == "client" else _worker_settings())
+
+
+def _worker_settings() -> set[str]:
+    shown = subprocess.run(
+        [python_of(".venv-jax"), "-m", "bridge_server", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    return {"BRIDGE_" + flag.upper().replace("-", "_") for flag in re.findall(r"--([a-z][a-z0-9-]+)", shown.stdout)}
 
 
 def test_commands_of_the_services_work(tmp_path: Path) -> None:
