@@ -50,6 +50,8 @@ def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tenso
 class _Recorded(_SingleLevelFunction):
     """A run that keeps a residual, and its VJP. Below torch.func's transforms, which see _Transformable instead."""
 
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
     @staticmethod
     def forward(ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any) -> tuple[Tensor, ...]:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)

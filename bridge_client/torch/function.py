@@ -122,7 +122,8 @@ class RemoteJaxFunction(nn.Module):
         if self._is_stateful and self.training:
             return self._call_stateful(own, args, kwargs)
         if torch.compiler.is_compiling():
-            return _traced_call(self._key, own, args, kwargs)
+            args, kwargs = _mapped(_hidden, (args, kwargs))
+            return _mapped(_meant, _traced_call(self._key, own, args, kwargs))
         for tensor in own:
             if type(tensor) is nn.Parameter:
                 self._keep_in_slab(tensor)
@@ -138,7 +139,8 @@ class RemoteJaxFunction(nn.Module):
         if self._rngs:
             given.append(self._key_for_call())
         if torch.compiler.is_compiling():
-            result, changed = _traced_call(self._key, given, args, kwargs, is_stateful=True)
+            args, kwargs = _mapped(_hidden, (args, kwargs))
+            result, changed = _mapped(_meant, _traced_call(self._key, given, args, kwargs, is_stateful=True))
         else:
             result, changed = self._call(given, args, kwargs, is_stateful=True)
         if self._is_mutable:
@@ -405,11 +407,63 @@ def _traced_call(
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
+    args, kwargs = _mapped(_found, (args, kwargs))
     try:
-        return _functions[key]._call(own, args, kwargs, is_stateful)
+        made = _functions[key]._call(own, args, kwargs, is_stateful)
     except BridgeError as error:
         _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
         raise
+    return _mapped(_paraphrased, made)
+
+
+# What nonstrict_trace refuses goes through it in other words: None as an argument by a text, and None, texts and
+# namedtuples of a result as the one key of a dict.
+_NONE = "torch-jax-bridge: None"
+_TEXT = "torch-jax-bridge: text "
+_CLASS = "torch-jax-bridge: class "
+_named: list[Any] = []  # the classes that results were instances of
+
+
+def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Return a pytree with the function applied to its leaves: as Dynamo can trace it, through the usual containers."""
+    if type(tree) is dict:
+        return function({key: _mapped(function, value) for key, value in tree.items()})
+    if type(tree) is list:
+        return [_mapped(function, value) for value in tree]
+    if type(tree) is tuple:
+        return tuple([_mapped(function, value) for value in tree])
+    return function(tree)
+
+
+def _hidden(leaf: Any) -> Any:
+    if hasattr(leaf, "_fields"):
+        return type(leaf)(*[_mapped(_hidden, value) for value in leaf])
+    return _NONE if leaf is None else leaf
+
+
+def _found(leaf: Any) -> Any:
+    if hasattr(leaf, "_fields"):
+        return type(leaf)(*[_mapped(_found, value) for value in leaf])
+    return None if type(leaf) is str and leaf == _NONE else leaf
+
+
+def _paraphrased(leaf: Any) -> Any:
+    if leaf is None:
+        return {_NONE: 0}
+    if isinstance(leaf, tuple):
+        if type(leaf) not in _named:
+            _named.append(type(leaf))
+        return {f"{_CLASS}{_named.index(type(leaf))}": [_mapped(_paraphrased, value) for value in leaf]}
+    return {_TEXT + leaf: 0} if type(leaf) is str else leaf
+
+
+def _meant(value: Any) -> Any:
+    key = next(iter(value), None) if type(value) is dict and len(value) == 1 else None
+    if type(key) is not str or not key.startswith("torch-jax-bridge: "):
+        return value
+    if key.startswith(_CLASS):
+        return _named[int(key[len(_CLASS) :])](*value[key])
+    return None if key == _NONE else key[len(_TEXT) :]
 
 
 def _pass_structures() -> None:

@@ -218,9 +218,9 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
 
 def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
     """Return a leaf that is no tensor, but an array of another library, as one; `path` names it in errors."""
-    if hasattr(leaf, "__dlpack__") or hasattr(leaf, "__array__"):
+    if hasattr(type(leaf), "__dlpack__") or hasattr(type(leaf), "__array__"):
         flags = getattr(leaf, "flags", None)
-        if hasattr(leaf, "filled"):
+        if hasattr(type(leaf), "filled"):
             raise StructureError(f"`{path()}` is a masked array, whose mask would be lost; fill it with .filled(...)")
         if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
             leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns

@@ -2,10 +2,11 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -128,6 +129,33 @@ def test_structures_numbers_and_static_arguments(x64_remote: Remote) -> None:
 
     x, compiled = rand(2, 3), torch.compile(run, fullgraph=True, backend="aot_eager")
     assert_same(gradients(compiled, nn.Module(), x), gradients(run, nn.Module(), x))
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+def test_none_texts_and_namedtuples(x64_remote: Remote) -> None:
+    """What torch's tracer refuses itself as an argument or a result is in compiled calls what it is in others."""
+    echo, x = x64_remote("echo"), rand(3)
+
+    def run(x: Tensor) -> Any:
+        return echo(x, None, [Pair(None, x), "text"], mask=None, pair=Pair(x, Pair(x * 2, None)))
+
+    made, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    assert pytree.tree_structure(made) == pytree.tree_structure(expected)
+    assert_same(*([leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)] for y in (made, expected)))
+    assert (made["args"][1], made["args"][2][1], made["kwargs"]["mask"]) == (None, "text", None)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_compiled_autograd(x64_remote: Remote) -> None:
+    """A backward pass that torch compiles as it runs calls the function's as any other does."""
+    sine, x = x64_remote("sine"), rand(3).requires_grad_()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        (sine(x) * x).sum().backward()
+    assert_same(x.grad, 2 * x.sin() + 2 * x * x.cos())
 
 
 def test_a_call_that_cannot_be_compiled_is_named(x64_remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
