@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch.derivatives import apply
-from bridge_client.torch.memory import DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
+from bridge_client.torch.memory import DTYPES, TORCH_DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
     flatten,
@@ -185,9 +185,17 @@ class RemoteJaxFunction(nn.Module):
             signature.append(structure)
             for i, leaf in enumerate(leaves):
                 kind = type(leaf)
+                if kind in _SYMBOLIC and (i in statics or kind is torch.SymBool):
+                    kind = _SYMBOLIC[kind]
+                    leaf = leaves[i] = kind(leaf)  # has torch compile anew for another value
                 if i in statics or kind is bool or kind is str:
                     signature.append((kind, leaf if kind is not float else leaf.hex()))
                     continue
+                if kind in _SYMBOLIC:
+                    kind = _SYMBOLIC[kind]
+                    leaves[i] = kind()
+                    # By arithmetic, which torch.compile can follow with a float that stays symbolic.
+                    leaf = torch.ones((), dtype=TORCH_DTYPES[NUMBERS[kind].dtype.name], device="cpu") * leaf
                 if kind in NUMBERS:
                     signature.append(kind)
                 else:
@@ -375,6 +383,8 @@ class RemoteJaxFunction(nn.Module):
 
 
 _TENSORS = {Tensor}
+# Numbers that torch.compile has found to change between calls: data of the graph, as they are of a call.
+_SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
 class _Branch(nn.Module):
@@ -436,13 +446,13 @@ def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def _hidden(leaf: Any) -> Any:
-    if hasattr(leaf, "_fields"):
+    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
         return type(leaf)(*[_mapped(_hidden, value) for value in leaf])
     return _NONE if leaf is None else leaf
 
 
 def _found(leaf: Any) -> Any:
-    if hasattr(leaf, "_fields"):
+    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
         return type(leaf)(*[_mapped(_found, value) for value in leaf])
     return None if type(leaf) is str and leaf == _NONE else leaf
 

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -147,6 +148,30 @@ def test_none_texts_and_namedtuples(x64_remote: Remote) -> None:
     assert pytree.tree_structure(made) == pytree.tree_structure(expected)
     assert_same(*([leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor)] for y in (made, expected)))
     assert (made["args"][1], made["args"][2][1], made["kwargs"]["mask"]) == (None, "text", None)
+
+
+@pytest.mark.parametrize("first", [2, 0.5], ids=["int", "float"])
+def test_numbers_that_change(x64_remote: Remote, first: float) -> None:
+    """A Python number is data in compiled calls, too: after it has changed once, further values compile nothing."""
+    case, x = x64_remote("gradient_case"), rand(2, 3)
+
+    def run(x: Tensor, n: float) -> Tensor:
+        return case("pytree", {"inner": (x, x.T), "list": [x[0]]}, n)["out"].sum() * n
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for n in (first, first + 1, first + 2, first + 3):
+        made, expected = (gradients(partial(f, n=n), nn.Module(), x) for f in (compiled, run))
+        assert_same(made, expected)
+    assert counter.frame_count == 2
+
+
+def test_static_numbers_that_change(x64_remote: Remote) -> None:
+    """A static number, as a size, is part of the program: another value compiles anew."""
+    power, x = x64_remote("power", static_argnames="exponent"), rand(3)
+    compiled = torch.compile(lambda x, n: power(x, exponent=n), fullgraph=True, backend="aot_eager")
+    for n in (1, 2, 3):
+        assert_same([compiled(x, n)], [x**n])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo")
