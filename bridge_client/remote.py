@@ -143,7 +143,8 @@ class RemoteSession(Session):
             is_first, self._is_staging_told = not self._is_staging_told, True
             self._fallbacks += is_first
         if is_first:
-            _log.warning("tensors on a GPU travel through the host, since %s", self._no_gpu)
+            why = self._no_gpu or "they are not on the worker's GPU, or change their type on the way"
+            _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     @property
     def address(self) -> str:

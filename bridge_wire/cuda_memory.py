@@ -81,16 +81,26 @@ class GpuPool(Pool):
         block._returns_to = returns_to
         return block
 
+    def let_wait(self, stream: int, other: int) -> None:
+        """Let what comes on a stream wait for all that is on another one now."""
+        with self._fencing:
+            self.device.wait(self._recorded(other), stream)
+
     def _take_back(self) -> None:
         with self._fencing:
             for (_, stream), addresses in list(self._ready.items()):
                 if addresses:
-                    event = self._fences.get(stream)
-                    if event is None:
-                        event = self._fences[stream] = self._memory.new_event()
-                    self.device.record(event, stream)
+                    self._recorded(stream)
             self._fenced.clear()
         super()._take_back()
+
+    def _recorded(self, stream: int) -> int:
+        """Return the stream's event, which stands for all that is on the stream now."""
+        event = self._fences.get(stream)
+        if event is None:
+            event = self._fences[stream] = self._memory.new_event()
+        self.device.record(event, stream)
+        return event
 
     def _fence(self, stream: int) -> None:
         """Let a stream wait for all others that have used what it may get now."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.arguments import NUMBERS
+from bridge_client.jax.gpu import OnGpu
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.copying import copy
@@ -33,6 +34,7 @@ class Source(NamedTuple):
     pointer: int
     dtype: np.dtype
     owner: Any = None
+    gpu: OnGpu | None = None  # whose memory it is; None: the host's
 
 
 # The blocks that arrays lie in: of an input, a callback learns no more than where it is.
@@ -55,8 +57,13 @@ def place(program: Program, sources: Sequence[Source], *, lasting: bool = False)
     placed: list[Placed] = []
     copied = 0
     for i, (source, spec) in enumerate(zip(sources, program.inputs, strict=True)):
-        pointer, dtype, owner = source
+        pointer, dtype, owner, gpu = source
         nbytes = spec.nbytes
+        if gpu is not None:
+            block, nbytes = _placed_on(gpu, pointer, nbytes, owner, lasting)
+            placed.append(block)
+            copied += nbytes
+            continue
         if DTYPES[dtype] is spec.dtype:
             address = pool.address_of(pointer, nbytes) if nbytes else None
             if address is not None:
@@ -76,6 +83,20 @@ def place(program: Program, sources: Sequence[Source], *, lasting: bool = False)
     return placed, copied
 
 
+def _placed_on(gpu: OnGpu, pointer: int, nbytes: int, owner: Any, lasting: bool) -> tuple[Placed, int]:
+    """Return an input on the GPU in the memory that is shared there, and the bytes that had to be copied."""
+    assert gpu.pool is not None, "what else lies on a GPU is brought to the host"
+    address = gpu.pool.address_of(pointer, nbytes) if nbytes else None
+    if address is not None:
+        owner = _blocks.get(pointer, owner)
+        if owner is not None or not lasting:
+            return _InSlab(address, owner), 0
+    block = gpu.lease(nbytes)
+    if nbytes:
+        gpu.copy(block.pointer, pointer, nbytes)
+    return block, nbytes
+
+
 def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -> None:
     """Copy an output to memory of a dtype, which may be narrower than its own; see dtype_of."""
     if block.nbytes == 0:
@@ -86,8 +107,11 @@ def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -
         _convert(_of_block(block, spec), _view(pointer, dtype, spec.shape), label)
 
 
-def source_of(value: Any) -> Source:
-    """Return where the elements of a concrete array, or of a Python number, lie."""
+def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
+    """Return where the elements of a concrete array, or of a Python number, lie: those of an array on this GPU are left
+    there, all others brought to the host."""
+    if gpu is not None and gpu.holds(value) and _is_row_major(value):
+        return Source(gpu.pointer_of(value), value.dtype, value, gpu)
     if isinstance(value, jax.Array) and _is_plain(value):
         value.block_until_ready()
         return Source(value.unsafe_buffer_pointer(), value.dtype, value)
@@ -109,6 +133,26 @@ def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
     return jax.device_put(array)
+
+
+def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.Device) -> jax.Array:
+    """Return the array over a block on the GPU, whose lease ends with it; a copy where jax has a narrower type only."""
+    dtype = dtype_of(spec, label)
+    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and _is_importable(dtype):
+        _blocks[block.pointer] = block
+        return gpu.array_over(block, spec)
+    return jax.device_put(fetched(gpu, block, spec, dtype, label), device)
+
+
+def fetched(gpu: OnGpu | None, block: Block, spec: Spec, dtype: np.dtype, label: str) -> np.ndarray:
+    """Return an output as an array on the host, of a dtype that may be narrower than its own; see dtype_of."""
+    made = np.empty(spec.shape, dtype)
+    if gpu is None:
+        write(block, spec, made.ctypes.data, dtype, label)
+    else:
+        (found,) = gpu.to_host([block.pointer], [JAX_DTYPES[spec.dtype]], [spec.shape])
+        _convert(found, made, label)
+    return made
 
 
 def beside(inputs: Sequence[Any], outputs: list[jax.Array]) -> list[jax.Array]:
@@ -209,6 +253,10 @@ def _is_plain(array: Any) -> bool:
     """Whether an array's elements lie row-major in the memory of the host."""
     if not has_one_cpu() and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
         return False
+    return _is_row_major(array)
+
+
+def _is_row_major(array: Any) -> bool:
     layout = array.format.layout
     return layout is not None and layout.major_to_minor == tuple(range(array.ndim))
 

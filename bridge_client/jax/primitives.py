@@ -11,6 +11,7 @@ a primitive to it, and all compositions follow.
 `keep` and `pull_back` take the place of a run and of the vjp program in first-order reverse mode.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,16 +23,17 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bridge_client.jax.effects import MAY_FAIL
+from bridge_client.jax.gpu import HAS_BUFFERS
 from bridge_client.jax.memory import dtype_of
 from bridge_client.jax.residuals import HANDLE
 from bridge_client.jax.runs import (
-    HAS_BUFFERS,
     Action,
     PullBack,
     Run,
     RunKeeping,
     call_back_on_arrays,
     call_back_on_buffers,
+    call_back_on_gpu,
 )
 from bridge_client.programs import Program
 from bridge_wire.specs import Spec
@@ -112,22 +114,36 @@ def _(
     return _avals([program.inputs[i] for i in wrt], avals, program), MAY_FAIL
 
 
-def _executed_as(primitive: Any, action_of: Callable[..., Action]) -> None:
-    """Have a primitive run at once where its inputs are concrete, and as a callback in compiled code."""
+_actions: dict[Any, Callable[..., Action]] = {
+    run_p: Run,
+    keep_p: lambda program, wrt: RunKeeping(program.keeping(wrt)),
+    pull_back_p: PullBack,
+}
+
+
+def _run_at_once(primitive: Any, action_of: Callable[..., Action]) -> None:
     primitive.def_impl(lambda *values, **params: action_of(**params).at_once(values))
 
-    def lowering(call_back: Callable[..., Sequence[Any]]) -> Any:
-        traced = lambda *values, **params: call_back(action_of(**params), *values)  # noqa: E731
-        return mlir.lower_fun(traced, multiple_results=True)
 
-    mlir.register_lowering(primitive, lowering(call_back_on_arrays))
-    if HAS_BUFFERS:
-        mlir.register_lowering(primitive, lowering(call_back_on_buffers), platform="cpu")
+def lower_as(call_back: Callable[..., Sequence[Any]], platform: str | None = None) -> None:
+    """Have runs in compiled code be callbacks of this kind, on a platform or on all that have no kind of their own."""
+    for primitive, action_of in _actions.items():
+        mlir.register_lowering(primitive, _lowering(call_back, action_of), platform=platform)
 
 
-_executed_as(run_p, Run)
-_executed_as(keep_p, lambda program, wrt: RunKeeping(program.keeping(wrt)))
-_executed_as(pull_back_p, PullBack)
+def _lowering(call_back: Callable[..., Sequence[Any]], action_of: Callable[..., Action]) -> Any:
+    traced = lambda *values, **params: call_back(action_of(**params), *values)  # noqa: E731
+    return mlir.lower_fun(traced, multiple_results=True)
+
+
+for primitive, action_of in _actions.items():
+    _run_at_once(primitive, action_of)
+lower_as(call_back_on_arrays)
+if HAS_BUFFERS:
+    lower_as(call_back_on_buffers, "cpu")
+    lower_as(call_back_on_gpu, "cuda")
+else:
+    lower_as(functools.partial(call_back_on_arrays, is_staged=True), "cuda")
 
 
 def _push_forward(*values: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions) -> Sequence[Any]:

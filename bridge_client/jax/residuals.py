@@ -5,6 +5,7 @@ a number is forgotten: there the first pullback takes the residual with it, and 
 dropped. Whoever comes later, with a handle whose residual is gone, recomputes from the inputs.
 """
 
+import ctypes
 import threading
 import weakref
 from collections import OrderedDict
@@ -17,7 +18,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone
-from bridge_wire.pool import Block
+from bridge_wire.pool import Block, block_at
 from bridge_wire.specs import Spec
 
 HANDLE = Spec(BY_NAME["uint32"], (2,))
@@ -32,6 +33,22 @@ class _Kept(NamedTuple):
     nbytes: int
 
 
+class _Words:
+    """Where the handles of residuals lie, each until many more have come: a GPU copies them when it gets to that."""
+
+    def __init__(self) -> None:
+        self._words = (ctypes.c_uint64 * _MOST_UNCLAIMED)()
+
+    def holding(self, id: int) -> Block:
+        """Return the handle of a residual in memory."""
+        slot = id % _MOST_UNCLAIMED
+        self._words[slot] = id
+        return block_at(ctypes.addressof(self._words) + HANDLE.nbytes * slot, HANDLE.nbytes, self)
+
+    def append(self, address: int) -> None:
+        """A block has died; its memory stays."""
+
+
 class Residuals:
     """The residuals of one session that JAX holds handles of. Thread-safe."""
 
@@ -41,8 +58,7 @@ class Residuals:
         self._owned: dict[int, _Kept] = {}
         self._unclaimed: OrderedDict[int, _Kept] = OrderedDict()
         self._unclaimed_nbytes = 0
-        # A quarter of the memory for what may never be asked for.
-        self._most_nbytes = session.pool.max_bytes // 4
+        self._words = _Words()
 
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
@@ -52,10 +68,10 @@ class Residuals:
         weakref.finalize(handle, self._disown, id).atexit = False
         return handle
 
-    def leave(self, id: int, program: Program, nbytes: int) -> Block:
+    def leave(self, id: int, program: Program, nbytes: int, max_bytes: int) -> Block:
         """Keep a residual until it is claimed or too many others came; return its handle, for compiled code to hold.
 
-        `nbytes` is the size of the memory here that it keeps from being used otherwise.
+        `nbytes` is the size of the memory here that it keeps from being used otherwise, `max_bytes` all there is.
         """
         kept = _Kept(program.key, nbytes)
         dropped: list[int] = []
@@ -63,16 +79,15 @@ class Residuals:
             self._unclaimed[id] = kept
             self._unclaimed_nbytes += kept.nbytes
             while len(self._unclaimed) > 1 and (
-                len(self._unclaimed) > _MOST_UNCLAIMED or self._unclaimed_nbytes > self._most_nbytes
+                # A quarter of the memory for what may never be asked for.
+                len(self._unclaimed) > _MOST_UNCLAIMED or self._unclaimed_nbytes > max_bytes // 4
             ):
                 oldest, entry = self._unclaimed.popitem(last=False)
                 self._unclaimed_nbytes -= entry.nbytes
                 dropped.append(oldest)
         for oldest in dropped:
             program.session.drop_residual(oldest)
-        handle = program.session.pool.lease(HANDLE.nbytes)
-        handle.buffer[:] = id.to_bytes(HANDLE.nbytes, "little")
-        return handle
+        return self._words.holding(id)
 
     def check(self, id: int, program: Program) -> None:
         """Raise ResidualGone unless a residual of this very program is kept under the id."""

@@ -1,5 +1,7 @@
 """Runs of programs: at once, or as callbacks from compiled code, by whichever kind of callback there is.
 
+Arrays on the worker's GPU stay there; those on any other travel through the host.
+
 No jax function is called while a callback runs: that could wait for the very computation which waits for the callback.
 """
 
@@ -8,27 +10,46 @@ import contextlib
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.jax.errors import named
-from bridge_client.jax.memory import Source, beside, dtype_of, from_block, has_one_cpu, place, source_of, write
+from bridge_client.jax.gpu import (
+    HAS_BUFFERS,
+    OnGpu,
+    gpu_for,
+    gpu_of_callback,
+    is_committed,
+    ordinal_of,
+    uncommitted,
+)
+from bridge_client.jax.memory import (
+    DTYPES,
+    JAX_DTYPES,
+    Source,
+    beside,
+    dtype_of,
+    fetched,
+    from_block,
+    from_block_on,
+    has_one_cpu,
+    place,
+    source_of,
+    write,
+)
 from bridge_client.jax.residuals import HANDLE, residuals_of
 from bridge_client.programs import Program
+from bridge_client.session import Session
 from bridge_wire.dlpack import data_pointer
 from bridge_wire.errors import ResidualGone
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
-try:
+if HAS_BUFFERS:
     from jax.experimental.buffer_callback import buffer_callback
-except ImportError:  # jax may move it: it is marked experimental
-    HAS_BUFFERS = False
-else:
-    HAS_BUFFERS = True
 
 
 @atexit.register
@@ -41,20 +62,64 @@ def _finish() -> None:
 class Action(ABC):
     """What happens when a primitive runs: from inputs in memory to outputs in blocks."""
 
+    session: Session
+    inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
     labels: tuple[str, ...]
 
-    @abstractmethod
-    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
-        """Run on inputs that are valid during the call."""
+    def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
+        """Run on inputs that are valid during the call; with a GPU, where some of them may be and the outputs will."""
+        return self._run(sources, gpu).blocks
 
     def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
         """Run on concrete arrays and Python numbers; return arrays over the blocks."""
         self._check_outputs()
-        blocks = self([source_of(value) for value in values])
-        made = [from_block(*each) for each in zip(blocks, self.outputs, self.labels, strict=True)]
+        if has_one_cpu():
+            ran = self._run([source_of(value) for value in values], None)
+            made = list(map(from_block, ran.blocks, self.outputs, self.labels))
+        else:
+            ran, made = self._beside(values)
         _check_special(made, self.labels)
-        return made if has_one_cpu() else beside(values, made)
+        if ran.residual:
+            made.append(residuals_of(self.session).own(ran.residual, ran.program))
+        return made
+
+    def is_for_host(self, position: int) -> bool:
+        """Whether an input is read by a host, here or on the worker."""
+        return self.inputs[position].weak
+
+    @abstractmethod
+    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> "_Ran": ...
+
+    def _beside(self, values: Sequence[Any]) -> tuple["_Ran", list[jax.Array]]:
+        """Run where there are more devices than the host, and return the outputs on the device of the inputs."""
+        gpu = gpu_for(self.session, values)
+        if gpu is not None:
+            ran = self._run(self._sources_on(gpu, values), gpu)
+            return ran, self._arrays_on(gpu, ran.blocks, values)
+        ran = self._run([source_of(value) for value in values], None)
+        made = beside(values, list(map(from_block, ran.blocks, self.outputs, self.labels)))
+        staged = [x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None]
+        if staged:
+            self.session.note_staged(sum(x.nbytes for x in (*staged, *made)))
+        return ran, made
+
+    def _sources_on(self, gpu: OnGpu, values: Sequence[Any]) -> list[Source]:
+        described = enumerate(zip(values, self.inputs, strict=True))
+        return [
+            source_of(value) if self.is_for_host(i) else source_of(widened(value, spec), gpu)
+            for i, (value, spec) in described
+        ]
+
+    def _arrays_on(self, gpu: OnGpu, blocks: Sequence[Block], values: Sequence[Any]) -> list[jax.Array]:
+        device = next(next(iter(x.devices())) for x in values if gpu.holds(x))
+        made = [from_block_on(gpu, *each, device) for each in zip(blocks, self.outputs, self.labels, strict=False)]
+        narrowed = [
+            spec.nbytes for spec, y in zip(self.outputs, made, strict=False) if DTYPES[y.dtype] is not spec.dtype
+        ]
+        if narrowed:
+            self.session.note_staged(sum(narrowed))
+        return made if is_committed(values) else list(map(uncommitted, made))
 
     def _check_outputs(self) -> None:
         """Raise DTypeError, before anything runs, for an output that jax cannot hold."""
@@ -68,44 +133,50 @@ class Action(ABC):
         return [jax.ShapeDtypeStruct(spec.shape, dtype_of(spec, label)) for spec, label in described]
 
 
+class _Ran(NamedTuple):
+    """What a run has made: blocks, and a residual if its program keeps one; and the bytes that were copied for it."""
+
+    program: Program
+    blocks: Sequence[Block]
+    copied: int
+    residual: int = 0
+
+
 class Run(Action):
     """A run of a program."""
 
     def __init__(self, program: Program) -> None:
+        self.session = program.session
         self.program = program
+        self.inputs = program.inputs
         self.outputs = program.outputs
         self.labels = _labels_of(program)
 
-    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources)
-        return self.program.session.run(self.program, placed, copied=copied)
+        return _Ran(self.program, self.session.run(self.program, placed, copied=copied, stream=_stream_of(gpu)), copied)
 
 
 class RunKeeping(Action):
     """A run of a program that keeps a residual, whose handle is the last output."""
 
     def __init__(self, program: Program) -> None:
+        self.session = program.session
         self.program = program
+        self.inputs = program.inputs
         self.outputs = (*program.outputs, HANDLE)
         self.labels = (*_labels_of(program), "the handle")
         self._residuals = residuals_of(program.session)
 
-    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
-        blocks, id, copied = self._run(sources)
-        return [*blocks, self._residuals.leave(id, self.program, copied)]
+    def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
+        ran = self._run(sources, gpu)
+        pool = self.session.pool if gpu is None or gpu.pool is None else gpu.pool
+        return [*ran.blocks, self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes)]
 
-    def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
-        self._check_outputs()
-        blocks, id, _ = self._run([source_of(value) for value in values])
-        made = [*map(from_block, blocks, self.outputs[:-1], self.labels[:-1])]
-        _check_special(made, self.labels[:-1])
-        made.append(self._residuals.own(id, self.program))
-        return made if has_one_cpu() else beside(values, made)
-
-    def _run(self, sources: Sequence[Source]) -> tuple[Sequence[Block], int, int]:
+    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources, lasting=True)
-        blocks, id = self.program.session.run_keeping(self.program, placed, copied=copied)
-        return blocks, id, copied
+        blocks, id = self.session.run_keeping(self.program, placed, copied=copied, stream=_stream_of(gpu))
+        return _Ran(self.program, blocks, copied, id)
 
 
 class PullBack(Action):
@@ -117,21 +188,31 @@ class PullBack(Action):
         self._afresh: Callable[[], Program] = lambda: program.vjp(wrt, given)
         self._count = len(program.inputs)
         self._residuals = residuals_of(program.session)
+        self.session = program.session
+        self.inputs = (HANDLE, *program.inputs, *self._pullback.inputs)
         self.outputs = self._pullback.outputs
         self.labels = _labels_of(self._pullback)
 
-    def __call__(self, sources: Sequence[Source]) -> Sequence[Block]:
+    def is_for_host(self, position: int) -> bool:
+        return position == 0 or super().is_for_host(position)
+
+    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         id = ctypes.c_uint64.from_address(sources[0].pointer).value
         pullback = self._pullback
         try:
             self._residuals.check(id, self._keeping)
             placed, copied = place(pullback, sources[1 + self._count :])
-            blocks: Sequence[Block] = pullback.session.run_pullback(pullback, id, placed, copied=copied)
+            stream = _stream_of(gpu)
+            blocks = self.session.run_pullback(pullback, id, placed, copied=copied, stream=stream)
         except ResidualGone:
-            blocks = Run(self._afresh())(sources[1:])
+            return Run(self._afresh())._run(sources[1:], gpu)
         finally:
             self._residuals.claim(id)
-        return blocks
+        return _Ran(pullback, blocks, copied)
+
+
+def _stream_of(gpu: OnGpu | None) -> int | None:
+    return None if gpu is None else gpu.stream
 
 
 def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
@@ -158,8 +239,73 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
     return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
 
 
-def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:
-    """Return what an action makes of traced values, by a callback that sees copies on the host."""
+def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
+    """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own buffers there.
+
+    It puts everything on XLA's stream and waits for nothing, but for what a host has to read: handles of residuals,
+    Python numbers, and outputs that jax has a narrower type for. Where the worker's GPU is another one, or shares no
+    memory, all goes through the host.
+    """
+    results = action.result_types
+    if not results:
+        return []
+    if action.session.gpu_pool() is None:
+        return call_back_on_arrays(action, *values, is_staged=True)
+    widths = enumerate(zip(values, action.inputs, strict=True))
+    values = tuple(x if action.is_for_host(i) else widened(x, spec) for i, (x, spec) in widths)
+    passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in values]
+    result_dtypes = [result.dtype for result in results]
+
+    def callback(context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+        try:
+            gpu = gpu_of_callback(action.session, context, [*outputs, *inputs])
+            sources = _sources_in(gpu, action, [data_pointer(x) for x in inputs], passed)
+            blocks = action(sources, None if gpu.pool is None else gpu)
+            _deliver(gpu, action, blocks, [data_pointer(x) for x in outputs], result_dtypes)
+        except Exception as error:
+            crossing = named(error)
+        else:
+            return
+        raise crossing
+
+    is_empty = not any(result.size for result in results)
+    return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
+
+
+def _sources_in(
+    gpu: OnGpu, action: Action, pointers: Sequence[int], passed: Sequence[tuple[np.dtype, tuple[int, ...]]]
+) -> list[Source]:
+    """Return a callback's inputs on a GPU; on the host what is read there, and everything if the run is the host's."""
+    sources = [Source(pointer, dtype, None, gpu) for pointer, (dtype, _) in zip(pointers, passed, strict=True)]
+    wanted = [i for i in range(len(sources)) if gpu.pool is None or action.is_for_host(i)]
+    if wanted:
+        arrays = gpu.to_host([pointers[i] for i in wanted], *zip(*(passed[i] for i in wanted), strict=True))
+        for i, array in zip(wanted, arrays, strict=True):
+            sources[i] = Source(array.ctypes.data, array.dtype, array)
+        if gpu.pool is None:
+            action.session.note_staged(sum(array.nbytes for array in arrays))
+    return sources
+
+
+def _deliver(
+    gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequence[int], dtypes: Sequence[np.dtype]
+) -> None:
+    """Put the outputs of a run where XLA wants them on a GPU."""
+    arrays: dict[int, np.ndarray] = {}
+    for block, spec, label, pointer, dtype in zip(blocks, action.outputs, action.labels, pointers, dtypes, strict=True):
+        if spec is HANDLE or (gpu.pool is not None and DTYPES[dtype] is spec.dtype):
+            if block.nbytes:
+                gpu.copy(pointer, block.pointer, block.nbytes)
+        else:
+            arrays[pointer] = fetched(gpu if gpu.pool is not None else None, block, spec, dtype, label)
+    if arrays:
+        gpu.from_host(list(arrays), list(arrays.values()))
+        action.session.note_staged(sum(array.nbytes for array in arrays.values()))
+
+
+def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Sequence[Any]:
+    """Return what an action makes of traced values, by a callback that sees copies on the host: `is_staged` says that
+    they are of memory on a GPU."""
     results = action.result_types
     if not results:
         return []
@@ -171,6 +317,8 @@ def call_back_on_arrays(action: Action, *values: Any) -> Sequence[Any]:
             made = [np.empty(result.shape, result.dtype) for result in results]
             for block, spec, label, array in zip(blocks, action.outputs, action.labels, made, strict=True):
                 write(block, spec, array.ctypes.data, array.dtype, label)
+            if is_staged:
+                action.session.note_staged(sum(array.nbytes for array in (*arrays, *made)))
         except Exception as error:
             crossing = named(error)
         else:
@@ -191,6 +339,18 @@ def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
             for name, is_wrong in (("nan", nans and np.isnan(values).any()), ("inf", infs and np.isinf(values).any())):
                 if is_wrong:
                     raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
+
+
+def widened(value: Any, spec: Spec) -> Any:
+    """Return an array on a GPU, traced or not, with the dtype that its program wants, which jax may not have itself.
+
+    Only integers ever differ: int32 arrays go to a torch model as int64.
+    """
+    dtype = JAX_DTYPES[spec.dtype]
+    if not isinstance(value, jax.Array) or value.dtype == dtype:
+        return value
+    with jax.enable_x64(True):
+        return jax.lax.convert_element_type(value, dtype)
 
 
 def _labels_of(program: Program) -> tuple[str, ...]:

@@ -84,7 +84,7 @@ def test_residuals_never_asked_for_are_bounded(
     monkeypatch.setattr(residuals, "_MOST_UNCLAIMED", 3)
     pulls = [begin(X + i)[1] for i in range(5)]
     assert kept(session) == 3
-    monkeypatch.setattr(residuals.residuals_of(session), "_most_nbytes", 100 * X.nbytes)
+    monkeypatch.setattr(session.pool, "max_bytes", 400 * X.nbytes)
     begin(jnp.ones(99 * 4))
     assert kept(session) == 2  # the large one, and one beside it
     for i, pull in enumerate(pulls):

@@ -1,0 +1,156 @@
+"""Arrays on a GPU: how they are read, made and waited for. All that knows XLA's streams is here.
+
+XLA's computations on a GPU come one after the other on one stream, and XLA lets go of memory, also of others', in the
+order of that stream: a computation may still be about to read it. So everything is done on XLA's own stream. There, a
+copy finds what was computed before, a block serves again after its last reader, and no host waits.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bridge_client.session import Session
+from bridge_wire.cuda import Device, device_of, gpus
+from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.dlpack import DeviceExporter
+from bridge_wire.errors import CudaError
+from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
+
+try:
+    from jax.experimental.buffer_callback import buffer_callback
+except ImportError:  # jax may move it: it is marked experimental
+    HAS_BUFFERS = False
+else:
+    HAS_BUFFERS = True
+
+
+class OnGpu(NamedTuple):
+    """XLA's stream on a GPU, and the memory there that is shared with the worker; None: its models run elsewhere."""
+
+    device: Device
+    stream: int
+    pool: GpuPool | None
+
+    def lease(self, nbytes: int) -> Block:
+        """Return a block for use on the stream."""
+        assert self.pool is not None, "only what runs on the GPU has memory there"
+        return self.pool.lease(nbytes, self.stream)
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Put a copy on the stream: from the GPU or the host, to either."""
+        self.device.copy(target, source, nbytes, self.stream)
+
+    def to_host(self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Sequence[Any]) -> list[np.ndarray]:
+        """Return what will lie at some places on the GPU once the stream comes to this; the one wait of the host."""
+        arrays = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        for array, pointer in zip(arrays, pointers, strict=True):
+            if array.nbytes:
+                self.copy(array.ctypes.data, pointer, array.nbytes)
+        self.device.synchronize(self.stream)
+        return arrays
+
+    def from_host(self, pointers: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
+        """Write arrays to places on the GPU, and wait until that is done."""
+        for pointer, array in zip(pointers, arrays, strict=True):
+            if array.nbytes:
+                self.copy(pointer, array.ctypes.data, array.nbytes)
+        self.device.synchronize(self.stream)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is an array in this GPU's memory."""
+        return isinstance(value, jax.Array) and ordinal_of(value) == self.device.gpu.ordinal
+
+    def pointer_of(self, array: jax.Array) -> int:
+        """Return where an array lies; what comes on the stream finds its value there."""
+        array.__dlpack__(stream=self.stream)  # type: ignore[call-arg]
+        return array.unsafe_buffer_pointer()
+
+    def array_over(self, block: Block, spec: Spec) -> jax.Array:
+        """Return the array over a block whose value is there for what comes on the stream."""
+        return jax.dlpack.from_dlpack(
+            DeviceExporter(block.pointer, spec, block, self.device.dlpack_device, self._let_wait)
+        )
+
+    def _let_wait(self, stream: int | None) -> None:
+        if stream is None:
+            self.device.synchronize(self.stream)
+        elif stream != self.stream:
+            assert self.pool is not None, "only what runs on the GPU leaves blocks there"
+            self.pool.let_wait(stream, self.stream)
+
+
+def gpu_for(session: Session, values: Sequence[Any]) -> OnGpu | None:
+    """Return where a run on concrete arrays takes place, if one of them is on the worker's GPU; else None."""
+    ordinals = {ordinal_of(value): value for value in values if isinstance(value, jax.Array)}
+    ordinals.pop(None, None)
+    pool = session.gpu_pool() if ordinals and HAS_BUFFERS else None
+    array = None if pool is None else ordinals.get(pool.device.gpu.ordinal)
+    if pool is None or array is None:
+        return None
+    return OnGpu(pool.device, stream_of(next(iter(array.devices()))), pool)
+
+
+def gpu_of_callback(session: Session, context: Any, buffers: Sequence[Any]) -> OnGpu:
+    """Return where a callback's buffers lie, which must not be none."""
+    _, ordinal = buffers[0].__dlpack_device__()
+    pool = session.gpu_pool()
+    if pool is not None and pool.device.gpu.ordinal == ordinal:
+        return OnGpu(pool.device, stream_of_callback(context), pool)
+    return OnGpu(_device_at(ordinal), stream_of_callback(context), None)
+
+
+def ordinal_of(array: jax.Array) -> int | None:
+    """Return the number, in this process, of the GPU in whose memory an array lies, as a whole; else None."""
+    devices = array.devices()
+    device = next(iter(devices))
+    if len(devices) > 1 or device.platform != "gpu" or array.sharding.memory_kind not in ("device", None):
+        return None
+    return device.local_hardware_id
+
+
+@functools.cache
+def stream_of(device: jax.Device) -> int:
+    """Return XLA's stream on a GPU, which only a callback is told."""
+    found: list[int] = []
+    called = buffer_callback(
+        lambda context, _, x: found.append(stream_of_callback(context)),
+        jax.ShapeDtypeStruct((1,), np.float32),
+        has_side_effect=True,
+    )
+    with jax.ensure_compile_time_eval():
+        jax.block_until_ready(jax.jit(called)(jax.device_put(np.zeros(1, np.float32), device)))
+    return found[0]
+
+
+def stream_of_callback(context: Any) -> int:
+    """Return the stream on which XLA's computation has come to a callback."""
+    return int(context.stream)
+
+
+def is_committed(values: Sequence[Any]) -> bool:
+    """Whether jax may not move what is made of these values to the device of others."""
+    return any(isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values)
+
+
+def uncommitted(array: jax.Array) -> jax.Array:
+    """Return an array that jax may move to the device of others, if there are any; what is imported never is."""
+    if jax.local_device_count() == 1:
+        return array
+    try:
+        from jax._src.array import ArrayImpl
+
+        return ArrayImpl(array.aval, array.sharding, [array], committed=False)  # type: ignore[list-item]
+    except (ImportError, TypeError):
+        return array
+
+
+@functools.cache
+def _device_at(ordinal: int) -> Device:
+    gpu = next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
+    if gpu is None:
+        raise CudaError(f"an array is on the GPU {ordinal}, but CUDA knows none of that number in this process")
+    return device_of(gpu.uuid)
