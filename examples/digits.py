@@ -39,11 +39,12 @@ REFRESH_EVERY = 20
 def main() -> int:
     options = parse_options()
     torch.manual_seed(0)
-    train, test = digits()
+    train, test = digits(options.device)
     models = {"model": "examples.digits_head:model", "environment": "examples.digits_head:environment"}
-    with spawn(jax_model=models, python=ROOT / ".venv-jax/bin/python", cwd=ROOT, lane=options.lane) as session:
+    worker = {"python": options.worker_python, "args": ["--device", options.device]}
+    with spawn(jax_model=models, cwd=ROOT, lane=options.lane, **worker) as session:
         print_environments(RemoteJaxFunction(session, name="environment")())
-        network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model"))
+        network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model")).to(options.device)
         losses, bytes_per_step = fit(network, batches(train, options.steps), options.steps, session)
         accuracy = accuracy_of(network, *test)
         save_losses(losses, options.losses)
@@ -55,6 +56,12 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a torch encoder and a Flax head on handwritten digits.")
     parser.add_argument("--lane", choices=("local", "grpc"), help="how calls reach the worker; default: the best")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of both halves (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--worker-python", type=Path, default=ROOT / ".venv-jax/bin/python", help="default: that of .venv-jax"
+    )
     parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
     parser.add_argument("--losses", type=Path, metavar="FILE", help="write the loss of each step, one a line")
     return parser.parse_args()
@@ -63,13 +70,13 @@ def parse_options() -> argparse.Namespace:
 # The task ------------------------------------------------------------------------------------------------------
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def digits(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return 1437 images of 8x8 pixels with their labels to train on, and 360 to test with."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
     train_x, test_x = (torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16 for part in split[:2])
-    train_y, test_y = (torch.tensor(part) for part in split[2:])
-    return (train_x, train_y), (test_x, test_y)
+    train_y, test_y = (torch.tensor(part, device=device) for part in split[2:])
+    return (train_x.to(device), train_y), (test_x.to(device), test_y)
 
 
 def batches(data: tuple[Tensor, Tensor], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -139,7 +146,8 @@ def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
         layer = nn.Linear(*kernel.shape)
         layer.load_state_dict({"weight": kernel.detach().T, "bias": bias.detach()})
         layers.append(layer)
-    return nn.Sequential(copy.deepcopy(network[0]), nn.Sequential(layers[0], nn.ReLU(), layers[1]))
+    twin = nn.Sequential(copy.deepcopy(network[0]), nn.Sequential(layers[0], nn.ReLU(), layers[1]))
+    return twin.to(weights["params.Dense_0.bias"].device)
 
 
 def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
@@ -176,6 +184,8 @@ def print_summary(session: Session, accuracy: float, bytes_per_step: float, brid
     print(f"test accuracy:    {accuracy:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
     print(f"lane and memory:  {session.lane}, {session.memory}")
     print(f"copied per step:  {bytes_per_step / 1024:.0f} KiB")
+    if session.memory == "cuda_ipc":
+        print(f"through the host: {session.stats()['bytes_through_host']} bytes of tensors on the GPU")
     print(
         f"time per step:    {bridged_s * 1e3:.2f} ms; the same model entirely in torch {native_s * 1e3:.2f} ms "
         f"(ratio {bridged_s / native_s:.2f})"
