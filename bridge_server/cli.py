@@ -70,7 +70,12 @@ def _serve(options: argparse.Namespace) -> int:
     models = _load(options.jax_model or options.torch_model, options.factory, runtime)
     devices.refuse_host(options.device, runtime)
     programs = Programs(runtime, models)
-    sessions = Sessions(runtime, residual_bytes=options.residual_bytes, slab_bytes=options.session_slab_bytes)
+    sessions = Sessions(
+        runtime,
+        residual_bytes=options.residual_bytes,
+        slab_bytes=options.session_slab_bytes,
+        on_failure=stop.give_up,
+    )
     worker = Worker(runtime, programs, sessions, endpoint, security)
     try:
         for warmup in options.warmup:
@@ -82,11 +87,14 @@ def _serve(options: argparse.Namespace) -> int:
             flush=True,
         )
         stop.wait()
-        _log.info("draining: no new work; waiting for the calls under way")
-        if not worker.drain(_DRAIN_S):
-            _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
+        if not stop.has_given_up:
+            _log.info("draining: no new work; waiting for the calls under way")
+            if not worker.drain(_DRAIN_S):
+                _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
     finally:
         worker.close()
+    if stop.has_given_up:
+        os._exit(FAILED)  # what frameworks tear down at the interpreter's end may wait for the GPU, or crash
     return OK
 
 
@@ -151,12 +159,18 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self._requested = threading.Event()
+        self.has_given_up = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.request())
 
     def request(self) -> None:
         if self._requested.is_set():
             os._exit(FAILED)
+        self._requested.set()
+
+    def give_up(self) -> None:
+        """Ask for an end without a drain: nothing can be computed here any more."""
+        self.has_given_up = True
         self._requested.set()
 
     def wait(self) -> None:

@@ -60,13 +60,17 @@ def serve(
                 yield _failed(error)
                 return
             except BridgeError as error:
-                yield _failed(error)
+                with sessions.examined(error) as found:
+                    yield _failed(found)
+                if sessions.has_failed:
+                    return
             except MemoryError as error:
                 yield _failed(unexpected(error))
                 return
             except Exception as error:
                 _log.exception("a request failed unexpectedly")
-                yield _failed(unexpected(error))
+                with sessions.examined(unexpected(error)) as found:
+                    yield _failed(found)
                 return
             except GeneratorExit:  # nobody is there to take the answer
                 if session is not None and request.HasField("run"):

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bridge_wire import trees
@@ -47,6 +47,15 @@ def remote(error: Exception, where: str) -> BridgeError:
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
         remote_traceback=text + "".join(traceback.format_exception_only(error)),
     )
+
+
+def is_refused(work: Callable[[], object]) -> bool:
+    """Whether a device does not even do this little work, and not for want of memory."""
+    try:
+        work()
+    except Exception as error:
+        return not _is_out_of_memory(error)
+    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -154,6 +154,11 @@ class Runtime(ABC):
         """Return the CUDA stream that models run on in this thread; None where each has streams of its own."""
         return None
 
+    def has_failed(self) -> bool:
+        """Whether the GPU takes no more work of this process, as after an illegal access: then none but another can use
+        it. To be asked after an error."""
+        return False
+
     @abstractmethod
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the Python number there.

@@ -91,10 +91,12 @@ class Service(BridgeServicer):
                 )
             )
         except BridgeError as error:
-            yield pb.PrepareEvent(error=encode(error))
+            with self._sessions.examined(error) as found:
+                yield pb.PrepareEvent(error=encode(found))
         except Exception as error:
             _log.exception("a preparation failed unexpectedly")
-            yield pb.PrepareEvent(error=encode(unexpected(error)))
+            with self._sessions.examined(unexpected(error)) as found:
+                yield pb.PrepareEvent(error=encode(found))
 
     def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
         if not self._free_lanes.acquire(blocking=False):

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,9 +22,12 @@ from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.cuda import Device, device_of
 from bridge_wire.cuda_memory import GpuSlab, copied_to_host, open_received
 from bridge_wire.errors import (
+    BridgeError,
     CudaError,
+    InternalError,
     OutOfMemory,
     ProtocolError,
+    RemoteModelError,
     ResidualGone,
     SessionClosed,
     Unauthenticated,
@@ -43,6 +46,7 @@ _MAX_PROGRAMS = 16384
 _MAX_CACHED = 16384
 _MAX_RESIDUALS = 1 << 20
 _MOST_PEEKED = 4096  # bytes
+_OF_THE_GPU = (RemoteModelError, OutOfMemory, CudaError, InternalError)  # what its failure may be told by
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
@@ -367,10 +371,15 @@ class Session:
 class Sessions:
     """All sessions of a worker."""
 
-    def __init__(self, runtime: Runtime, *, residual_bytes: int, slab_bytes: int) -> None:
+    def __init__(
+        self, runtime: Runtime, *, residual_bytes: int, slab_bytes: int, on_failure: Callable[[], None] = lambda: None
+    ) -> None:
+        """Begin without any. `on_failure` is called once the worker's GPU takes no more work of this process."""
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
         self.is_draining = False
+        self.has_failed = False
+        self._on_failure = on_failure
         self._runtime = runtime
         self._by_token: dict[bytes, Session] = {}
         self._running: set[object] = set()
@@ -465,6 +474,22 @@ class Sessions:
     def end(self, call: object) -> None:
         """Note that a call has finished."""
         self._running.discard(call)
+
+    @contextlib.contextmanager
+    def examined(self, error: BridgeError) -> Iterator[BridgeError]:
+        """Give the error to answer a request with. If the GPU has failed, the worker ends when that has been sent."""
+        if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
+            yield error
+            return
+        self.has_failed = self.is_draining = True
+        _log.critical("the GPU takes no more work of this process, which ends for another to take its place: %s", error)
+        try:
+            yield CudaError(
+                "the worker's GPU has failed, and takes no more work of that process. It ends; a spawned or supervised "
+                f"one is started anew, and serves the next call: {error.args[0]}"
+            )
+        finally:
+            self._on_failure()
 
     def drain(self, grace_s: float) -> bool:
         """Take no more work, and wait for the calls under way; return whether all have finished."""

@@ -26,7 +26,7 @@ from bridge_server.jax_runtime.types import (
     is_inexact,
     register_dataclass,
 )
-from bridge_server.model_errors import model_errors
+from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature
 from bridge_server.turns import Turn
@@ -130,6 +130,11 @@ class JaxRuntime(Runtime):
 
     def gpu(self) -> Gpu | None:
         return devices.gpu_at(self._layout.ordinal)
+
+    def has_failed(self) -> bool:
+        if self._layout.is_on_host:
+            return False
+        return is_refused(lambda: jax.device_put(np.zeros(1, np.float32), self._layout.device).block_until_ready())
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if 0 in spec.shape:

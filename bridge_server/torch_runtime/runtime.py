@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bridge_server import devices, runtime
-from bridge_server.model_errors import model_errors
+from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
 from bridge_server.torch_runtime import types
@@ -99,6 +99,9 @@ class TorchRuntime(Runtime):
 
     def gpu(self) -> Gpu | None:
         return devices.gpu_at(self._device.index)
+
+    def has_failed(self) -> bool:
+        return not self._is_on_host and is_refused(lambda: torch.zeros(1).to(self._device).cpu())
 
     def stream(self) -> int | None:
         return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
