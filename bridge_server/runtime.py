@@ -81,6 +81,7 @@ class Options:
     x64: bool = False
     jit: bool = True
     is_guest: bool = False
+    device: str = "cpu"  # where a guest's torch models are; all else is told by the environment
     mesh: Mapping[str, int] = field(default_factory=dict)  # the sizes of its axes; without any, one device
     gpu_memory_fraction: float | None = None  # of the GPU, that the framework may take; None leaves it to the framework
 

@@ -6,6 +6,7 @@ from typing import Any
 from bridge_client.session import Placed
 from bridge_server.runtime import Runtime
 from bridge_wire.allocator import ALIGNMENT
+from bridge_wire.cuda_memory import FIRST_ADDRESS, is_on_gpu
 from bridge_wire.pool import Block, Pool, block_at
 from bridge_wire.specs import Spec
 
@@ -71,4 +72,6 @@ class Views:
 
 def pointer_of(placed: Placed) -> int:
     """Return where an input lies in this process."""
-    return placed.pointer if isinstance(placed, Block) else placed.address
+    if isinstance(placed, Block):
+        return placed.pointer
+    return placed.address - FIRST_ADDRESS if is_on_gpu(placed.address) else placed.address

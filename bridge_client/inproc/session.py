@@ -1,11 +1,13 @@
 """Sessions with models of this very process: the worker's runtime is called directly. Imports no framework itself."""
 
+import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
-from bridge_client.inproc.memory import ProcessMemory, Views
+from bridge_client.inproc.gpu import NearTurn, ProcessGpuMemory, Turns
+from bridge_client.inproc.memory import ProcessMemory, Views, pointer_of
 from bridge_client.programs import Program
 from bridge_client.progress import logged_when_slow
 from bridge_client.session import Placed, Session, closed
@@ -13,28 +15,35 @@ from bridge_server import runtime
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_wire import specs
-from bridge_wire.errors import CallerError, ProtocolError, ResidualGone
+from bridge_wire.cuda import device_of
+from bridge_wire.cuda_memory import GpuPool, is_on_gpu
+from bridge_wire.errors import BridgeError, CallerError, ProtocolError, ResidualGone
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
+from bridge_wire.specs import Spec
 
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
 def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
     """Return a session with models of this process: no worker, no thread, and no copy where memory can be shared.
 
+    JAX models run on JAX's default device, and torch models where their tensors are.
+
     Args:
       jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params), a flax or equinox
         module; or a dict of these by name.
       torch_model: likewise of `--torch-model`.
     Raises:
-      TargetError: a model is none of these.
+      TargetError: a model is none of these, or torch models are on several devices.
       CallerError: models of both frameworks were given, or of neither.
     """
     if (jax_model is None) == (torch_model is None):
         raise CallerError("host takes either jax_model= or torch_model=: a session's models are of one framework")
-    serving, model = (_torch_runtime(), torch_model) if jax_model is None else (_jax_runtime(), jax_model)
+    model = torch_model if jax_model is None else jax_model
     targets = model if isinstance(model, dict) else {_name_of(model): model}
+    serving = _torch_runtime(targets.values()) if jax_model is None else _jax_runtime()
     return InprocSession(serving, {name: serving.adapt(name, target) for name, target in targets.items()})
 
 
@@ -58,6 +67,7 @@ class _Residual:
     program: runtime.Program
     value: Any
     inputs: Sequence[Placed]  # which the value may alias
+    stream: int | None  # on which their memory is used
 
 
 class InprocSession(Session):
@@ -77,6 +87,9 @@ class InprocSession(Session):
         self._residuals: dict[int, _Residual] = {}
         self._lock = threading.Lock()
         self._calls = self._bytes_copied = self._bytes_through_host = 0
+        self._gpu: ProcessGpuMemory | None = None
+        self._turns: Turns | None = None
+        self._no_gpu = ""  # why there is none; empty until it was looked for
 
     @property
     def framework(self) -> str:
@@ -104,21 +117,44 @@ class InprocSession(Session):
             self._prepared(program)
         return program
 
+    def gpu_pool(self) -> GpuPool | None:
+        if self._gpu is None and not self._no_gpu:
+            with self._closing:
+                if self._gpu is None and not self._no_gpu and not self._is_closed:
+                    self._look_for_gpu()
+        return self._gpu
+
+    def _look_for_gpu(self) -> None:
+        gpu = self._runtime.gpu()
+        if gpu is None:
+            self._no_gpu = "the models run on no GPU; move them there, or make one jax's default device"
+            return
+        try:
+            device = device_of(gpu.uuid)
+            self._turns, self._gpu = Turns(device), ProcessGpuMemory(device)
+        except BridgeError as error:
+            self._no_gpu = str(error)
+
     def note_staged(self, nbytes: int) -> None:
         with self._lock:
+            is_first = not self._bytes_through_host
             self._bytes_through_host += nbytes
+        if is_first:
+            why = self._no_gpu or "they are not on the models' GPU, or change their type on the way"
+            _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)
 
     def stats(self) -> Mapping[str, int]:
         residuals = list(self._residuals.values())
+        pools = [self.pool] if self._gpu is None else [self.pool, self._gpu]
         return {
             "calls": self._calls,
             "bytes_copied": self._bytes_copied,
             "bytes_through_host": self._bytes_through_host,
-            "blocks": self.pool.live_blocks(),
-            "slab_bytes": self.pool.slab_bytes,
+            "blocks": sum(pool.live_blocks() for pool in pools),
+            "slab_bytes": sum(pool.slab_bytes for pool in pools),
             "residuals": len(residuals),
             "residual_bytes": sum(kept.program.residual_nbytes or 0 for kept in residuals),
             "fallbacks": 0,
@@ -133,6 +169,11 @@ class InprocSession(Session):
 
     def _release(self) -> None:
         self._residuals.clear()
+        (turns, self._turns), (gpu, self._gpu) = (self._turns, None), (self._gpu, None)
+        if turns is not None:
+            turns.close()
+        if gpu is not None:
+            gpu.close()
 
     def _refuse_if_closed(self) -> None:
         if self._is_closed:
@@ -187,16 +228,47 @@ class InprocSession(Session):
     ) -> _T:
         self._refuse_time_limit(program, timeout_s)
         with self._runtime.apart():
-            blocks = self._run_apart(program, inputs, residual, copied)
+            if stream is None:
+                blocks = self._run_apart(program, inputs, residual, copied)
+            else:
+                blocks = self._run_in_turn(program, inputs, residual, copied, stream)
         return make(blocks)
+
+    def _run_in_turn(
+        self, program: Program, inputs: Sequence[Placed], residual: int, copied: int, stream: int
+    ) -> list[Block]:
+        """Run a program on the GPU: on memory there and on the host, with the outputs in slabs there."""
+        gpu, turns = self._gpu, self._turns
+        if gpu is None or turns is None:
+            raise closed() if self._is_closed else ProtocolError("a run names a stream, but no gpu_pool was asked for")
+        prepared = self._prepared(program)
+        kept = self._kept(prepared, residual) if program.is_pullback else None
+        with turns.taken(self._runtime.stream(), stream) as turn:
+            arrays = [self._view(*each, turn) for each in zip(inputs, prepared.inputs, strict=True)]
+            outputs, value = prepared.run(arrays, None if kept is None else kept.value)
+            blocks = [gpu.lease(nbytes, stream) for nbytes in prepared.output_nbytes]
+            for output, block in zip(outputs, blocks, strict=True):
+                if block.nbytes:
+                    self._runtime.write(output, block.pointer, block.nbytes, turn)
+        if kept is not None and kept.stream not in (None, stream):
+            turn.precede(kept.stream)  # the pullback may have read the inputs of that run
+        if residual and kept is None:
+            self._residuals[residual] = _Residual(prepared, value, inputs, stream)
+        self._count(copied + sum(prepared.output_nbytes))
+        return blocks
+
+    def _view(self, placed: Placed, spec: Spec, turn: NearTurn) -> Any:
+        if is_on_gpu(placed.address):
+            return self._runtime.view(pointer_of(placed), spec, placed, turn)
+        return self._views.of(placed, spec)
 
     def _run_apart(self, program: Program, inputs: Sequence[Placed], residual: int, copied: int) -> list[Block]:
         prepared = self._prepared(program)
-        read = self._read(prepared, residual) if program.is_pullback else None
+        read = self._kept(prepared, residual).value if program.is_pullback else None
         arrays = list(map(self._views.of, inputs, prepared.inputs))
         outputs, value = prepared.run(arrays, read)
         if residual and not program.is_pullback:
-            self._residuals[residual] = _Residual(prepared, value, inputs)
+            self._residuals[residual] = _Residual(prepared, value, inputs, None)
         # The worker's own parameters are handed out as copies: whoever trains them must not change the model.
         is_model_state = program.request.HasField("parameters")
         pointers = [None] * len(outputs) if is_model_state else self._runtime.exclusive(outputs, arrays, value)
@@ -210,16 +282,19 @@ class InprocSession(Session):
                 self._runtime.write(output, block.pointer, nbytes)
                 copied += nbytes
             blocks.append(block)
+        self._count(copied)
+        return blocks
+
+    def _count(self, copied: int) -> None:
         with self._lock:
             self._calls += 1
             self._bytes_copied += copied
-        return blocks
 
-    def _read(self, pullback: runtime.Program, residual: int) -> Any:
+    def _kept(self, pullback: runtime.Program, residual: int) -> _Residual:
         kept = self._residuals.get(residual)
         if kept is None or kept.program is not pullback.pullback_of:
             raise ResidualGone("the residual was dropped, or kept under another setting of x64")
-        return kept.value
+        return kept
 
 
 def _name_of(target: Any) -> str:
@@ -233,7 +308,8 @@ def _jax_runtime() -> Runtime:
     return JaxRuntime(Options(is_guest=True))
 
 
-def _torch_runtime() -> Runtime:
+def _torch_runtime(targets: Iterable[Any]) -> Runtime:
+    from bridge_client.inproc.devices import torch_device_of
     from bridge_server.torch_runtime import TorchRuntime
 
-    return TorchRuntime(Options(is_guest=True))
+    return TorchRuntime(Options(is_guest=True, device=torch_device_of(targets)))

@@ -146,8 +146,10 @@ class TorchRuntime(Runtime):
 
 
 def _device(options: Options) -> torch.device:
-    """Return where models run. In a process of its user's, where they are: on the host, as its memory is."""
-    if options.is_guest or not torch.cuda.is_available():
+    """Return where models run: those of a worker on the GPU if there is one, and a guest's where they are."""
+    if options.is_guest:
+        return torch.device(options.device)
+    if not torch.cuda.is_available():
         return types.HOST
     torch.cuda.init()
     device = torch.device("cuda", torch.cuda.current_device())

@@ -1,33 +1,12 @@
 """Torch models for workers whose GPU is none: they run on the host, whose memory is the GPU's. Run in .venv-torch."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from bridge_server.torch_runtime import TorchRuntime
-from bridge_wire.cuda import gpus
+from tests.gpu import posing_torch
 
-_view, _write = TorchRuntime.view, TorchRuntime.write
-
-
-def _view_in_turn(self: TorchRuntime, pointer: int, spec: Any, owner: Any, turn: Any = None) -> Any:
-    if turn is not None:
-        turn.wait(None)
-    return _view(self, pointer, spec, owner)
-
-
-def _write_in_turn(self: TorchRuntime, array: Any, pointer: int, nbytes: int, turn: Any = None) -> None:
-    if turn is None:
-        _write(self, array, pointer, nbytes)
-    else:
-        source = array.detach().contiguous()
-        turn.copy(pointer, source.data_ptr(), nbytes, source)
-
-
-TorchRuntime.gpu = lambda self: gpus()[0]  # type: ignore[method-assign]
-TorchRuntime.view = _view_in_turn  # type: ignore[method-assign]
-TorchRuntime.write = _write_in_turn  # type: ignore[method-assign]
+posing_torch.pose(setattr, TorchRuntime)
 
 
 def scaled(x: Tensor, y: Tensor, *, by: float = 1.0) -> Tensor:
