@@ -27,6 +27,7 @@ from bridge_server.programs import Programs
 from bridge_server.runtime import Description, Model, Preparation, Program, Runtime
 from bridge_server.service import Service
 from bridge_server.sessions import Sessions
+from bridge_server.turns import Turn
 from bridge_wire import errors, frames, specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import BridgeError, PeerError, ProtocolError
@@ -309,12 +310,12 @@ class EchoRuntime(Runtime):
         yield "compiling"
         return EchoPullback(program, wrt, outputs)
 
-    def view(self, pointer: int, spec: Spec, owner: Any) -> Any:
+    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         view = (ctypes.c_ubyte * spec.nbytes).from_address(pointer) if spec.nbytes else (ctypes.c_ubyte * 0)()
         view._owner = owner
         return view
 
-    def write(self, array: Any, pointer: int, nbytes: int) -> None:
+    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         if len(array) != nbytes:
             raise Fault(f"an output of {len(array)} bytes goes where {nbytes} have room")
         ctypes.memmove(pointer, array, nbytes)
@@ -353,7 +354,7 @@ class Stream:
         else:
             self._descriptors.extend(descriptors)
 
-    def receive(self) -> bytes | None:
+    def receive(self, timeout_s: float | None = None) -> bytes | None:
         message = self._decoder.next()
         while message is None:
             if not self._pieces:
