@@ -72,7 +72,7 @@ def _serve(options: argparse.Namespace) -> int:
     programs = Programs(runtime, models)
     sessions = Sessions(
         runtime,
-        residual_bytes=options.residual_bytes,
+        residual_bytes=_residual_bytes(options, runtime),
         slab_bytes=options.session_slab_bytes,
         on_failure=stop.give_up,
     )
@@ -120,6 +120,13 @@ def _runtime(options: argparse.Namespace) -> Runtime:
     except ImportError as error:
         needed = "jax and torchax beside torch" if options.via_xla else framework
         raise CallerError(f"--{framework}-model needs {needed} in the worker's environment: {error}") from error
+
+
+def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:
+    if options.residual_bytes is not None:
+        return int(options.residual_bytes)
+    of_device = runtime.memory_bytes()
+    return half_of_memory() if of_device is None else of_device // 2
 
 
 def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
@@ -214,8 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         type=devices.parse_device, metavar="cpu|cuda|cuda:N|GPU-UUID")  # fmt: skip
     add("--gpu-memory-fraction", "most of the GPU's memory that the framework may take; default: the framework's",
         type=devices.parse_fraction, metavar="F")  # fmt: skip
-    add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute",
-        type=_bytes, default=half_of_memory(), metavar="BYTES")  # fmt: skip
+    add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
+        "default: half of the memory, of the host or the GPU", type=_bytes, metavar="BYTES")  # fmt: skip
     add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")
     add("--warmup", "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
         metavar="[NAME=]DTYPE[SHAPE],...", **listed)  # fmt: skip

@@ -155,6 +155,10 @@ class Runtime(ABC):
         """Return the CUDA stream that models run on in this thread; None where each has streams of its own."""
         return None
 
+    def memory_bytes(self) -> int | None:
+        """Return the most of its device's memory that the framework takes; None on the host, or if it does not say."""
+        return None
+
     def has_failed(self) -> bool:
         """Whether the GPU takes no more work of this process, as after an illegal access: then none but another can use
         it. To be asked after an error."""

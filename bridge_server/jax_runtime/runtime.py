@@ -22,6 +22,7 @@ from bridge_server.jax_runtime.types import (
     has_x64,
     host_array,
     importer,
+    importer_on,
     is_array_like,
     is_inexact,
     register_dataclass,
@@ -131,6 +132,10 @@ class JaxRuntime(Runtime):
     def gpu(self) -> Gpu | None:
         return devices.gpu_at(self._layout.ordinal)
 
+    def memory_bytes(self) -> int | None:
+        stats = self._layout.device.memory_stats()  # None for the host, and under some allocators
+        return stats.get("bytes_limit") if stats else None
+
     def has_failed(self) -> bool:
         if self._layout.is_on_host:
             return False
@@ -142,7 +147,7 @@ class JaxRuntime(Runtime):
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
         if turn is not None:
-            array = _imported(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait))
+            array = self._imported(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait))
         elif self._layout.is_on_host:
             array = importer()(Exporter(pointer, spec, owner))
         else:
@@ -216,6 +221,14 @@ class JaxRuntime(Runtime):
         # Operation by operation, an output may be there before the last of them has run.
         return self._jit and self._layout.ordinal is not None
 
+    def _imported(self, exporter: DeviceExporter) -> jax.Array:
+        try:
+            return importer_on(self._layout.device)(exporter)
+        except BridgeError:
+            raise
+        except Exception as error:
+            raise CudaError(f"jax {jax.__version__} cannot read memory of the GPU: {error}") from error
+
     def _write_in_turn(self, array: Any, pointer: int, nbytes: int, turn: Turn) -> None:
         # XLA's streams are its own: the copy waits for them on the turn's, and what it reads is held until it is done.
         stream = {} if self._layout.ordinal is None else {"stream": turn.stream}
@@ -241,15 +254,6 @@ class JaxRuntime(Runtime):
 
 def _name_of(device: jax.Device) -> str:
     return str(device) if device.platform == "gpu" else f"{device.platform}:{device.id}"  # such as cuda:0, cpu:0
-
-
-def _imported(exporter: DeviceExporter) -> jax.Array:
-    try:
-        return jax.dlpack.from_dlpack(exporter)
-    except BridgeError:
-        raise
-    except Exception as error:
-        raise CudaError(f"jax {jax.__version__} cannot read memory of the GPU: {error}") from error
 
 
 def _pointer(array: Any) -> int | None:

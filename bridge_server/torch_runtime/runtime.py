@@ -100,6 +100,12 @@ class TorchRuntime(Runtime):
     def gpu(self) -> Gpu | None:
         return devices.gpu_at(self._device.index)
 
+    def memory_bytes(self) -> int | None:
+        if self._is_on_host:
+            return None
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return int(total * torch.cuda.get_per_process_memory_fraction(self._device))
+
     def has_failed(self) -> bool:
         return not self._is_on_host and is_refused(lambda: torch.zeros(1).to(self._device).cpu())
 
