@@ -27,11 +27,12 @@ _BYTES = "|u1"
 
 
 class OnGpu(NamedTuple):
-    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream there that it uses."""
+    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream that it uses."""
 
     device: torch.device
     pool: GpuPool | None  # None: the run is the host's, and the tensors are brought there and back
     stream: int | None
+    stays: bool  # whether the pool is on that device
 
     def tensor_over(self, block: Block, spec: Spec) -> Tensor:
         """Return the tensor whose storage is a block of the pool: the lease ends with the storage."""
@@ -40,18 +41,26 @@ class OnGpu(NamedTuple):
 
     def brought_back(self, outputs: Sequence[Tensor], session: Session) -> Sequence[Tensor]:
         """Return the outputs of the run where they belong."""
+        if self.stays:
+            return outputs
         if self.pool is None:
             session.note_staged(sum(y.nbytes for y in outputs))
-        elif self.device.index == self.pool.device.gpu.ordinal:
-            return outputs
         return [y.to(self.device) for y in outputs]
 
 
 def run_of(session: Session, inputs: Sequence[Any]) -> OnGpu:
     """Return how a run goes whose inputs are on a GPU, at least one of them. Its outputs belong beside the first."""
-    device = next(x.device for x in inputs if isinstance(x, Tensor) and not x.is_cpu)
+    first = next(x for x in inputs if isinstance(x, Tensor) and x.is_cuda)
     pool = session.gpu_pool()
-    return OnGpu(device, pool, None if pool is None else current_stream(pool.device.gpu.ordinal))
+    if pool is None:
+        return OnGpu(first.device, None, None, stays=False)
+    stream = current_stream(pool.device.gpu.ordinal)
+    return OnGpu(first.device, pool, stream, stays=index_of(first) == pool.device.gpu.ordinal)
+
+
+def index_of(tensor: Tensor) -> int:
+    """Return the number of the GPU that a tensor is on."""
+    return tensor.get_device()
 
 
 def current_stream(index: int) -> int:
@@ -61,7 +70,7 @@ def current_stream(index: int) -> int:
 
 def address_in(pool: GpuPool, value: Tensor) -> int | None:
     """Return the address of a tensor that lies row-major in the pool's memory; else None."""
-    if value.device.index != pool.device.gpu.ordinal or not value.is_contiguous() or value.is_conj() or value.is_neg():
+    if index_of(value) != pool.device.gpu.ordinal or not value.is_contiguous() or value.is_conj() or value.is_neg():
         return None
     return pool.address_of(value.data_ptr(), value.nbytes)
 

@@ -132,7 +132,7 @@ def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
     if tensor.is_cpu:
         return from_block(session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
     pool = session.gpu_pool() if tensor.is_cuda else None
-    if pool is None or pool.device.gpu.ordinal != tensor.device.index:
+    if pool is None or pool.device.gpu.ordinal != gpu.index_of(tensor):
         return None
     block = pool.lease(tensor.nbytes, gpu.current_stream(pool.device.gpu.ordinal))
     return gpu.tensor_over(pool, block, spec).copy_(tensor.detach())
