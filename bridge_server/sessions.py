@@ -20,7 +20,7 @@ from bridge_server.runtime import Program, Runtime
 from bridge_server.turns import Turn
 from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.cuda import Device, device_of
-from bridge_wire.cuda_memory import GpuSlab, copied_to_host, open_received
+from bridge_wire.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
 from bridge_wire.errors import (
     BridgeError,
     CudaError,
@@ -366,6 +366,7 @@ class Session:
         self.programs.clear()
         self.slabs = ()
         self.scratch.close()
+        end_what_is_left()
 
 
 class Sessions:

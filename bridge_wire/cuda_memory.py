@@ -9,7 +9,8 @@ import ctypes
 import os
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bridge_wire.cuda import Device
@@ -112,10 +113,32 @@ class GpuPool(Pool):
                     self.device.wait(event, stream)
             self._fenced.add(stream)
 
+    def close(self) -> None:
+        """End the leasing. Once no block is left the memory is freed: now, or when other such memory is made or freed."""
+        super().close()
+        self._ready = defaultdict(list)
+        self._memory = _Allocations(self.device)
+        end_what_is_left()
+
     def _new_slab(self, nbytes: int, base: int) -> GpuSlab:
+        end_what_is_left()
         nbytes = -(-nbytes // UNIT) * UNIT
         pointer = self._memory.allocate(nbytes)
         return GpuSlab(_NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer))
+
+
+# What is nobody's any more, and how to end it. A finalizer only adds to it: it may run in the middle of anything, and
+# CUDA waits for the GPU before it frees memory.
+_left: deque[tuple[Callable[[int], None], int]] = deque()
+
+
+def end_what_is_left() -> None:
+    """Free, unmap and destroy what has lost its last user."""
+    with contextlib.suppress(IndexError):  # other threads may be at it
+        while True:
+            end, value = _left.popleft()
+            with contextlib.suppress(CudaError):
+                end(value)
 
 
 def is_on_gpu(address: int) -> bool:
@@ -129,9 +152,10 @@ def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuS
     Raises:
       CudaError: the handle cannot be opened here, or less memory lies behind it.
     """
+    end_what_is_left()
     pointer = device.open(handle, nbytes)
     slab = _OpenedSlab(_NO_VIEW, pointer, base, nbytes, -1, b"")
-    weakref.finalize(slab, _close, device, pointer).atexit = False
+    weakref.finalize(slab, _left.append, (device.close, pointer)).atexit = False
     return slab
 
 
@@ -179,7 +203,7 @@ class _Allocations:
         self._device = device
         self._pointers: list[int] = []
         self._events: list[int] = []
-        weakref.finalize(self, _free, device, self._pointers, self._events, os.getpid()).atexit = False
+        weakref.finalize(self, _leave, device, self._pointers, self._events, os.getpid()).atexit = False
 
     def allocate(self, nbytes: int) -> int:
         pointer = self._device.allocate(nbytes)
@@ -192,15 +216,7 @@ class _Allocations:
         return event
 
 
-def _free(device: Device, pointers: list[int], events: list[int], pid: int) -> None:
-    if os.getpid() != pid:
-        return
-    for action, values in ((device.free, pointers), (device.destroy_event, events)):
-        for value in values:
-            with contextlib.suppress(CudaError):
-                action(value)
-
-
-def _close(device: Device, pointer: int) -> None:
-    with contextlib.suppress(CudaError):
-        device.close(pointer)
+def _leave(device: Device, pointers: list[int], events: list[int], pid: int) -> None:
+    if os.getpid() == pid:
+        _left.extend((device.free, pointer) for pointer in pointers)
+        _left.extend((device.destroy_event, event) for event in events)
