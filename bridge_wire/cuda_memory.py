@@ -114,7 +114,7 @@ class GpuPool(Pool):
             self._fenced.add(stream)
 
     def close(self) -> None:
-        """End the leasing. Once no block is left the memory is freed: now, or when other such memory is made or freed."""
+        """End the leasing. Memory without a block is freed now, the rest when other such memory is made or freed."""
         super().close()
         self._ready = defaultdict(list)
         self._memory = _Allocations(self.device)

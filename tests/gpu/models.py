@@ -1,8 +1,13 @@
 """The JAX models of workers whose GPU is none: they run on the host, whose memory the GPU's is. Runs in .venv-jax."""
 
+import time
+
+import fake_cuda
+import jax
 import jax.numpy as jnp
 
 from bridge_server.jax_runtime import JaxRuntime
+from bridge_server.turns import Turn
 from bridge_wire.cuda import gpus
 
 JaxRuntime.gpu = lambda self: gpus()[0]
@@ -13,6 +18,51 @@ def sine(x):
     return jnp.sin(x) * 2
 
 
-def scaled(x, y, *, by=1.0):
+def scaled(x, y, by=1.0):
     """A product that needs all of its inputs, also the number."""
     return x * y * by
+
+
+def refusing(x):
+    """Raises while it runs."""
+
+    def refuse(_):
+        raise ValueError("not today")
+
+    return jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+
+_lateness_s = 0.0
+
+
+def late(x):
+    """The input plus one, whose way to the client takes a while."""
+
+    def delay(value):
+        global _lateness_s
+        _lateness_s = 0.3
+        return value
+
+    return jax.pure_callback(delay, jax.ShapeDtypeStruct(x.shape, x.dtype), x) + 1
+
+
+def _copy_late(self, target, source, nbytes, *owners):
+    global _lateness_s
+    if _lateness_s:
+        fake_cuda.sleep(self.stream, _lateness_s)
+        _lateness_s = 0.0
+    _copy(self, target, source, nbytes, *owners)
+
+
+_copy, Turn.copy = Turn.copy, _copy_late
+
+
+def gated(x):
+    """The input, once the file beside this machine's memory exists."""
+
+    def wait(value):
+        while not (fake_cuda.directory() / "gate").exists():
+            time.sleep(0.01)
+        return value
+
+    return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
