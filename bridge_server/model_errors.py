@@ -64,7 +64,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Whether a framework says that its device has no room, or the host none for XLA."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    return type(error).__name__ in _XLA_ERRORS and str(error).startswith("RESOURCE_EXHAUSTED")
+    return type(error).__name__ in _XLA_ERRORS and "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
 
 
 def _machinery() -> tuple[str, ...]:

@@ -204,7 +204,8 @@ class JaxRuntimeError(RuntimeError):
     [
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
         (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."), OutOfMemory),
-        (JaxRuntimeError("INTERNAL: something else"), RemoteModelError),
+        (JaxRuntimeError("INTERNAL: Error Execute: RESOURCE_EXHAUSTED: Out of memory"), OutOfMemory),
+        (JaxRuntimeError("INTERNAL: CpuCallback error:\nRESOURCE_EXHAUSTED: says a model"), RemoteModelError),
         (ValueError("RESOURCE_EXHAUSTED: says a model"), RemoteModelError),
     ],
 )
