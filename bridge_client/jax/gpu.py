@@ -53,13 +53,6 @@ class OnGpu(NamedTuple):
         self.device.synchronize(self.stream)
         return arrays
 
-    def from_host(self, pointers: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
-        """Write arrays to places on the GPU, and wait until that is done."""
-        for pointer, array in zip(pointers, arrays, strict=True):
-            if array.nbytes:
-                self.copy(pointer, array.ctypes.data, array.nbytes)
-        self.device.synchronize(self.stream)
-
     def holds(self, value: Any) -> bool:
         """Whether a value is an array in this GPU's memory."""
         return isinstance(value, jax.Array) and ordinal_of(value) == self.device.gpu.ordinal
@@ -118,11 +111,11 @@ def stream_of(device: jax.Device) -> int:
     found: list[int] = []
     called = buffer_callback(
         lambda context, _, x: found.append(stream_of_callback(context)),
-        jax.ShapeDtypeStruct((1,), np.float32),
+        jax.ShapeDtypeStruct((1,), np.int32),
         has_side_effect=True,
     )
     with jax.ensure_compile_time_eval():
-        jax.block_until_ready(jax.jit(called)(jax.device_put(np.zeros(1, np.float32), device)))
+        jax.block_until_ready(jax.jit(called)(jax.device_put(np.zeros(1, np.int32), device)))
     return found[0]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from bridge_client.arguments import NUMBERS
 from bridge_client.jax.gpu import OnGpu
+from bridge_client.jax.widths import check_range, extremes, narrowed
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.copying import copy
@@ -127,7 +128,7 @@ def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
     """
     dtype = dtype_of(spec, label)
     # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
-    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and _is_importable(dtype):
+    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and is_importable(dtype):
         _blocks[block.pointer] = block
         return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
     array = np.empty(spec.shape, dtype)
@@ -136,23 +137,21 @@ def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
 
 
 def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.Device) -> jax.Array:
-    """Return the array over a block on the GPU, whose lease ends with it; a copy where jax has a narrower type only."""
-    dtype = dtype_of(spec, label)
-    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and _is_importable(dtype):
+    """Return the array over a block on the GPU, whose lease ends with it.
+
+    It is a copy there where jax has only a narrower type, whose range the host has then checked.
+    """
+    dtype, wide = dtype_of(spec, label), JAX_DTYPES[spec.dtype]
+    if not block.nbytes or not is_importable(wide):
+        (found,) = gpu.to_host([block.pointer], [wide], [spec.shape])
+        return jax.device_put(found.astype(dtype), device)
+    if dtype == wide:
         _blocks[block.pointer] = block
         return gpu.array_over(block, spec)
-    return jax.device_put(fetched(gpu, block, spec, dtype, label), device)
-
-
-def fetched(gpu: OnGpu | None, block: Block, spec: Spec, dtype: np.dtype, label: str) -> np.ndarray:
-    """Return an output as an array on the host, of a dtype that may be narrower than its own; see dtype_of."""
-    made = np.empty(spec.shape, dtype)
-    if gpu is None:
-        write(block, spec, made.ctypes.data, dtype, label)
-    else:
-        (found,) = gpu.to_host([block.pointer], [JAX_DTYPES[spec.dtype]], [spec.shape])
-        _convert(found, made, label)
-    return made
+    with jax.enable_x64(True):
+        array = gpu.array_over(block, spec)
+    check_range(np.asarray(extremes(array)), wide, dtype, label)
+    return narrowed(array, dtype)
 
 
 def beside(inputs: Sequence[Any], outputs: list[jax.Array]) -> list[jax.Array]:
@@ -262,7 +261,7 @@ def _is_row_major(array: Any) -> bool:
 
 
 @functools.cache
-def _is_importable(dtype: np.dtype) -> bool:
+def is_importable(dtype: np.dtype) -> bool:
     """Whether jax takes arrays of the dtype through DLPack."""
     memory = np.zeros(64, np.uint8)
     try:
@@ -279,13 +278,7 @@ def _convert(source: np.ndarray, into: np.ndarray, label: str) -> None:
       DTypeError: an integer does not fit.
     """
     if into.dtype.kind in "iu" and into.dtype.itemsize < source.dtype.itemsize and source.size:
-        low, high = int(source.min()), int(source.max())
-        bounds = np.iinfo(into.dtype)
-        if low < bounds.min or high > bounds.max:
-            raise DTypeError(
-                f"{label} has dtype {source.dtype} and values from {low} to {high}, which {into.dtype} cannot hold: "
-                "run both jax and the worker with x64"
-            )
+        check_range((source.min(), source.max()), source.dtype, into.dtype, label)
     into[...] = source
 
 

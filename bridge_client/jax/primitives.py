@@ -22,19 +22,12 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bridge_client.jax.callbacks import call_back_on_arrays, call_back_on_buffers, call_back_on_gpu
 from bridge_client.jax.effects import MAY_FAIL
 from bridge_client.jax.gpu import HAS_BUFFERS
 from bridge_client.jax.memory import dtype_of
 from bridge_client.jax.residuals import HANDLE
-from bridge_client.jax.runs import (
-    Action,
-    PullBack,
-    Run,
-    RunKeeping,
-    call_back_on_arrays,
-    call_back_on_buffers,
-    call_back_on_gpu,
-)
+from bridge_client.jax.runs import Action, PullBack, Run, RunKeeping
 from bridge_client.programs import Program
 from bridge_wire.specs import Spec
 

@@ -1,8 +1,6 @@
-"""Runs of programs: at once, or as callbacks from compiled code, by whichever kind of callback there is.
+"""Runs of programs: what happens in one, and how it is made at once, on concrete arrays.
 
 Arrays on the worker's GPU stay there; those on any other travel through the host.
-
-No jax function is called while a callback runs: that could wait for the very computation which waits for the callback.
 """
 
 import atexit
@@ -16,40 +14,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_client.jax.errors import named
 from bridge_client.jax.gpu import (
     HAS_BUFFERS,
     OnGpu,
     gpu_for,
-    gpu_of_callback,
     is_committed,
     ordinal_of,
     uncommitted,
 )
 from bridge_client.jax.memory import (
-    DTYPES,
     JAX_DTYPES,
     Source,
     beside,
     dtype_of,
-    fetched,
     from_block,
     from_block_on,
     has_one_cpu,
+    is_importable,
     place,
     source_of,
-    write,
 )
 from bridge_client.jax.residuals import HANDLE, residuals_of
+from bridge_client.jax.widths import widened
 from bridge_client.programs import Program
 from bridge_client.session import Session
-from bridge_wire.dlpack import data_pointer
 from bridge_wire.errors import ResidualGone
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 if HAS_BUFFERS:
-    from jax.experimental.buffer_callback import buffer_callback
+    pass
 
 
 @atexit.register
@@ -107,18 +101,18 @@ class Action(ABC):
     def _sources_on(self, gpu: OnGpu, values: Sequence[Any]) -> list[Source]:
         described = enumerate(zip(values, self.inputs, strict=True))
         return [
-            source_of(value) if self.is_for_host(i) else source_of(widened(value, spec), gpu)
+            source_of(value) if self.is_for_host(i) else source_of(widened(value, JAX_DTYPES[spec.dtype]), gpu)
             for i, (value, spec) in described
         ]
 
     def _arrays_on(self, gpu: OnGpu, blocks: Sequence[Block], values: Sequence[Any]) -> list[jax.Array]:
         device = next(next(iter(x.devices())) for x in values if gpu.holds(x))
         made = [from_block_on(gpu, *each, device) for each in zip(blocks, self.outputs, self.labels, strict=False)]
-        narrowed = [
-            spec.nbytes for spec, y in zip(self.outputs, made, strict=False) if DTYPES[y.dtype] is not spec.dtype
-        ]
-        if narrowed:
-            self.session.note_staged(sum(narrowed))
+        staged = sum(
+            y.nbytes for y, spec in zip(made, self.outputs, strict=False) if not is_importable(JAX_DTYPES[spec.dtype])
+        )
+        if staged:
+            self.session.note_staged(staged)
         return made if is_committed(values) else list(map(uncommitted, made))
 
     def _check_outputs(self) -> None:
@@ -215,119 +209,6 @@ def _stream_of(gpu: OnGpu | None) -> int | None:
     return None if gpu is None else gpu.stream
 
 
-def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
-    """Return what an action makes of traced values, by a callback that sees XLA's own buffers."""
-    results, into = action.result_types, list(zip(action.outputs, action.labels, strict=True))
-    if not results:
-        return []
-    dtypes = [np.dtype(value.dtype) for value in values]
-    result_dtypes = [result.dtype for result in results]
-
-    def callback(_: Any, outputs: Sequence[Any], *inputs: Any) -> None:
-        try:
-            blocks = action([Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)])
-            for block, (spec, label), output, dtype in zip(blocks, into, outputs, result_dtypes, strict=True):
-                write(block, spec, data_pointer(output), dtype, label)
-        except Exception as error:
-            crossing = named(error)
-        else:
-            return
-        raise crossing
-
-    # XLA leaves out what makes empty arrays only; but the model may raise, or return another shape now.
-    is_empty = not any(result.size for result in results)
-    return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
-
-
-def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
-    """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own buffers there.
-
-    It puts everything on XLA's stream and waits for nothing, but for what a host has to read: handles of residuals,
-    Python numbers, and outputs that jax has a narrower type for. Where the worker's GPU is another one, or shares no
-    memory, all goes through the host.
-    """
-    results = action.result_types
-    if not results:
-        return []
-    if action.session.gpu_pool() is None:
-        return call_back_on_arrays(action, *values, is_staged=True)
-    widths = enumerate(zip(values, action.inputs, strict=True))
-    values = tuple(x if action.is_for_host(i) else widened(x, spec) for i, (x, spec) in widths)
-    passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in values]
-    result_dtypes = [result.dtype for result in results]
-
-    def callback(context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
-        try:
-            gpu = gpu_of_callback(action.session, context, [*outputs, *inputs])
-            sources = _sources_in(gpu, action, [data_pointer(x) for x in inputs], passed)
-            blocks = action(sources, None if gpu.pool is None else gpu)
-            _deliver(gpu, action, blocks, [data_pointer(x) for x in outputs], result_dtypes)
-        except Exception as error:
-            crossing = named(error)
-        else:
-            return
-        raise crossing
-
-    is_empty = not any(result.size for result in results)
-    return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
-
-
-def _sources_in(
-    gpu: OnGpu, action: Action, pointers: Sequence[int], passed: Sequence[tuple[np.dtype, tuple[int, ...]]]
-) -> list[Source]:
-    """Return a callback's inputs on a GPU; on the host what is read there, and everything if the run is the host's."""
-    sources = [Source(pointer, dtype, None, gpu) for pointer, (dtype, _) in zip(pointers, passed, strict=True)]
-    wanted = [i for i in range(len(sources)) if gpu.pool is None or action.is_for_host(i)]
-    if wanted:
-        arrays = gpu.to_host([pointers[i] for i in wanted], *zip(*(passed[i] for i in wanted), strict=True))
-        for i, array in zip(wanted, arrays, strict=True):
-            sources[i] = Source(array.ctypes.data, array.dtype, array)
-        if gpu.pool is None:
-            action.session.note_staged(sum(array.nbytes for array in arrays))
-    return sources
-
-
-def _deliver(
-    gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequence[int], dtypes: Sequence[np.dtype]
-) -> None:
-    """Put the outputs of a run where XLA wants them on a GPU."""
-    arrays: dict[int, np.ndarray] = {}
-    for block, spec, label, pointer, dtype in zip(blocks, action.outputs, action.labels, pointers, dtypes, strict=True):
-        if spec is HANDLE or (gpu.pool is not None and DTYPES[dtype] is spec.dtype):
-            if block.nbytes:
-                gpu.copy(pointer, block.pointer, block.nbytes)
-        else:
-            arrays[pointer] = fetched(gpu if gpu.pool is not None else None, block, spec, dtype, label)
-    if arrays:
-        gpu.from_host(list(arrays), list(arrays.values()))
-        action.session.note_staged(sum(array.nbytes for array in arrays.values()))
-
-
-def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Sequence[Any]:
-    """Return what an action makes of traced values, by a callback that sees copies on the host: `is_staged` says that
-    they are of memory on a GPU."""
-    results = action.result_types
-    if not results:
-        return []
-
-    def callback(*inputs: Any) -> list[np.ndarray]:
-        try:
-            arrays = [np.asarray(x, order="C") for x in inputs]
-            blocks = action([Source(array.ctypes.data, array.dtype, array) for array in arrays])
-            made = [np.empty(result.shape, result.dtype) for result in results]
-            for block, spec, label, array in zip(blocks, action.outputs, action.labels, made, strict=True):
-                write(block, spec, array.ctypes.data, array.dtype, label)
-            if is_staged:
-                action.session.note_staged(sum(array.nbytes for array in (*arrays, *made)))
-        except Exception as error:
-            crossing = named(error)
-        else:
-            return made
-        raise crossing  # not from within the handler, whose exception holds the frames of the call
-
-    return jax.pure_callback(callback, results, *values)
-
-
 def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
     """Raise what jax raises of its own operations' results under `jax.debug_nans` and `jax.debug_infs`."""
     nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
@@ -339,18 +220,6 @@ def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
             for name, is_wrong in (("nan", nans and np.isnan(values).any()), ("inf", infs and np.isinf(values).any())):
                 if is_wrong:
                     raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
-
-
-def widened(value: Any, spec: Spec) -> Any:
-    """Return an array on a GPU, traced or not, with the dtype that its program wants, which jax may not have itself.
-
-    Only integers ever differ: int32 arrays go to a torch model as int64.
-    """
-    dtype = JAX_DTYPES[spec.dtype]
-    if not isinstance(value, jax.Array) or value.dtype == dtype:
-        return value
-    with jax.enable_x64(True):
-        return jax.lax.convert_element_type(value, dtype)
 
 
 def _labels_of(program: Program) -> tuple[str, ...]:

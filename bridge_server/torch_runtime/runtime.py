@@ -154,7 +154,10 @@ class TorchRuntime(Runtime):
 def _device(options: Options) -> torch.device:
     """Return where models run: those of a worker on the GPU if there is one, and a guest's where they are."""
     if options.is_guest:
-        return torch.device(options.device)
+        device = torch.device(options.device)
+        if device != types.HOST:
+            torch.cuda.init()
+        return device
     if not torch.cuda.is_available():
         return types.HOST
     torch.cuda.init()

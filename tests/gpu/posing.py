@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from bridge_client.jax import gpu, memory, primitives, runs
+from bridge_client.jax import callbacks, gpu, memory, primitives, runs
 from bridge_wire.cuda import device_of, gpus
 
 
@@ -24,7 +24,7 @@ def jax_on_gpu() -> Iterator[int]:
     """
     device = device_of(gpus()[0].uuid)
     stream = device.new_stream()
-    deliver = runs._deliver
+    deliver = callbacks._deliver
 
     def delivered(*arguments: Any) -> None:
         deliver(*arguments)
@@ -38,11 +38,11 @@ def jax_on_gpu() -> Iterator[int]:
         patch.setattr(gpu, "stream_of", lambda device: stream)
         patch.setattr(gpu, "stream_of_callback", lambda context: stream)
         patch.setattr(gpu.OnGpu, "pointer_of", _pointer_of)
-        patch.setattr(runs, "_deliver", delivered)
-        primitives.lower_as(runs.call_back_on_gpu, "cpu")
+        patch.setattr(callbacks, "_deliver", delivered)
+        primitives.lower_as(callbacks.call_back_on_gpu, "cpu")
         try:
             yield stream
         finally:
-            primitives.lower_as(runs.call_back_on_buffers, "cpu")
+            primitives.lower_as(callbacks.call_back_on_buffers, "cpu")
             device.synchronize(stream)
             device.destroy_stream(stream)

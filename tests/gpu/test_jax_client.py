@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bridge_client import Session, spawn
-from bridge_client.jax import RemoteTorchFunction, gpu, runs
+from bridge_client.jax import RemoteTorchFunction, callbacks, gpu, runs
 from bridge_wire import cuda
 from bridge_wire.dlpack import DeviceExporter
 from bridge_wire.dtypes import BY_NAME
@@ -119,7 +119,7 @@ def test_a_loop_in_compiled_code(scaled: RemoteTorchFunction, session: Session, 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) -> None:
-    """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are checked on the way back."""
+    """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are checked and narrowed."""
     wrapped = jax.jit if is_compiled else lambda f: f
     scaled, picked = (RemoteTorchFunction(session, name=name) for name in ("scaled", "picked"))
     np.testing.assert_allclose(wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y), 3 * np.asarray(_same(X, Y)), rtol=1e-6)
@@ -127,7 +127,7 @@ def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) 
     rows, columns = wrapped(picked)(X, jnp.array([1, -2, 1]))
     np.testing.assert_allclose(rows, 2 * X[jnp.array([1, -2, 1])], rtol=1e-6)
     assert columns.dtype == jnp.int32 and list(columns) == [2, 2, 2]
-    assert _staged(session) > before
+    assert _staged(session) == before
     with pytest.raises(Exception, match="which int32 cannot hold"):
         jax.block_until_ready(wrapped(RemoteTorchFunction(session, name="large"))(X))
     np.testing.assert_allclose(wrapped(scaled)(X, Y), _same(X, Y), rtol=1e-6)
@@ -177,9 +177,11 @@ def test_a_callback_waits_for_nothing(
     scaled(X, Y)
     (call,) = scaled._calls.values()
     found: list[Any] = []
-    monkeypatch.setattr(runs, "buffer_callback", lambda called, *_, **__: found.append(called) or (lambda *xs: xs))
-    monkeypatch.setattr(runs, "_deliver", inspect.getclosurevars(runs._deliver).nonlocals["deliver"])
-    runs.call_back_on_gpu(runs.Run(call.program), X, Y)
+    monkeypatch.setattr(
+        callbacks, "buffer_callback", lambda called, *_, **__: found.append(called) or (lambda *xs: xs[:1])
+    )
+    monkeypatch.setattr(callbacks, "_deliver", inspect.getclosurevars(callbacks._deliver).nonlocals["deliver"])
+    callbacks.call_back_on_gpu(runs.Run(call.program), X, Y)
     pool = session.gpu_pool()
     assert pool is not None
     blocks = [pool.device.allocate(X.nbytes) for _ in range(3)]
@@ -216,7 +218,7 @@ def test_arrays_on_another_gpu_travel_through_the_host(
     np.testing.assert_allclose(scaled(X, Y), _same(X, Y), rtol=1e-6)
     assert _staged(session) - before == 3 * X.nbytes
     own = gpu.gpu_of_callback
-    monkeypatch.setattr(runs, "gpu_of_callback", lambda *args: own(*args)._replace(pool=None))
+    monkeypatch.setattr(callbacks, "gpu_of_callback", lambda *args: own(*args)._replace(pool=None))
     np.testing.assert_allclose(jax.jit(scaled)(X, Y), _same(X, Y), rtol=1e-6)
     assert _staged(session) - before == 6 * X.nbytes
     loss = lambda f: lambda x: f(x, Y).sum()  # noqa: E731

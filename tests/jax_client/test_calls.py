@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bridge_client import Session
-from bridge_client.jax import runs, structures
+from bridge_client.jax import callbacks, primitives, structures
 from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, SpecError, StructureError
 from tests.jax_client.conftest import Remote, holds_nothing
 
@@ -252,9 +252,13 @@ def test_layouts_other_than_row_major(remote: Remote) -> None:
 def test_without_buffer_callback(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is no callback on buffers, pure_callback does the same."""
     f = remote("embedded")
-    monkeypatch.setattr(runs, "call_back_on_buffers", runs.call_back_on_arrays)
+    monkeypatch.setattr(callbacks, "buffer_callback", None)
     loss = lambda table: f(table, jnp.array([0, 2]))["rows"][0].sum()  # noqa: E731
-    value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.eye(3) + 1)
+    primitives.lower_as(callbacks.call_back_on_arrays, "cpu")
+    try:
+        value, gradient = jax.jit(jax.value_and_grad(loss))(jnp.eye(3) + 1)
+    finally:
+        primitives.lower_as(callbacks.call_back_on_buffers, "cpu")
     assert value == 4.0
     np.testing.assert_array_equal(gradient, [[1, 1, 1], [0, 0, 0], [0, 0, 0]])
 
