@@ -21,6 +21,7 @@ import os
 import struct
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +173,8 @@ class _File:
             self.pointer = _libc.mmap(None, self.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
         finally:
             os.close(fd)
+        # Not at exit: what is on a stream may use it until the very end.
+        weakref.finalize(self, _libc.munmap, self.pointer, self.nbytes).atexit = False
         self.name = name
         if name != source:
             (directory() / name).touch()
@@ -180,10 +183,6 @@ class _File:
         """This process holds it no longer. What is on a stream still may use it."""
         with contextlib.suppress(FileNotFoundError):
             (directory() / self.name).unlink()
-
-    def __del__(self) -> None:
-        if hasattr(self, "pointer"):
-            _libc.munmap(self.pointer, self.nbytes)
 
 
 class _Memory:
