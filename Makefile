@@ -27,8 +27,8 @@ check: setup ## Check format, lint, types, the import rule and the generated cod
 	$(BOTH)/lint-imports
 	$(BOTH)/python tools/generate_proto.py --check
 
-bench: setup ## Measure against the performance budget
-	$(BOTH)/python -m bench
+bench: setup ## Measure against the performance budget; GPU=1: calls on a GPU
+	$(BOTH)/python -m bench$(if $(GPU),.gpu)
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz

@@ -88,12 +88,12 @@ class Workbench:
         x = x.view(-1, WIDTH) if function == "mlp" else x
         cotangent = torch.randn_like(x)
         steps: dict[str, Callable[[], None]] = {
-            "native": _native(function, x, cotangent),
-            "jax2torch": _jax2torch(function, x, cotangent),
-            "local": _remote(self._local, function, x, cotangent),
-            "slab": _remote(self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)),
-            "grpc": _remote(self._grpc, function, x, cotangent),
-            "inproc": _inproc(function, x, cotangent),
+            "native": native(function, x, cotangent),
+            "jax2torch": jax2torch(function, x, cotangent),
+            "local": remote(self._local, function, x, cotangent),
+            "slab": remote(self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)),
+            "grpc": remote(self._grpc, function, x, cotangent),
+            "inproc": inproc(function, x, cotangent),
             "ping": self._ping,
         }
         return steps
@@ -132,7 +132,7 @@ _NATIVE: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def _native(function: str, x: Tensor, cotangent: Tensor) -> Step:
+def native(function: str, x: Tensor, cotangent: Tensor) -> Step:
     parameters = _parameters(models.flat(function)[1])
     return Step(lambda x: _NATIVE[function](x, *parameters), x, cotangent, parameters)
 
@@ -157,7 +157,7 @@ class _Jax2Torch(torch.autograd.Function):
         return None, *map(_to_torch, ctx.pullback(_to_jax(cotangent)))
 
 
-def _jax2torch(function: str, x: Tensor, cotangent: Tensor) -> Step:
+def jax2torch(function: str, x: Tensor, cotangent: Tensor) -> Step:
     jitted, arrays = models.flat(function)
     parameters = _parameters(arrays)
     return Step(lambda x: _Jax2Torch.apply(jitted, x, *parameters), x, cotangent, parameters)
@@ -174,12 +174,12 @@ def _to_torch(array: jax.Array) -> Tensor:
 # This project ----------------------------------------------------------------------------------------------------
 
 
-def _inproc(function: str, x: Tensor, cotangent: Tensor) -> Step:
+def inproc(function: str, x: Tensor, cotangent: Tensor) -> Step:
     module = RemoteJaxFunction(getattr(models, function))
     return Step(module, x, cotangent, list(module.parameters()))
 
 
-def _remote(session: Session, function: str, x: Tensor, cotangent: Tensor) -> Step:
+def remote(session: Session, function: str, x: Tensor, cotangent: Tensor) -> Step:
     module = RemoteJaxFunction(session, name=function)
     return Step(module, x, cotangent, list(module.parameters()), session)
 

@@ -1,0 +1,197 @@
+"""What a call costs between two processes on one GPU: `make bench GPU=1`, or `python -m bench.gpu`.
+
+Forward and VJP of one function, in turns: by a worker; in this process by DLPack; and by the same worker, staged
+through the host. This process has both frameworks. Ends with status 1 when a limit is missed, and with 0 where there
+is no GPU.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from bench import ROOT
+from bench.gpu_probe import described
+from bench.measure import KIB, MIB, Plan, interleave
+from bridge_wire.cuda import gpus
+
+GIB = 1 << 30
+_PLAN = Plan(functions=("sine",), sizes=(KIB, 64 * MIB, GIB), rounds=15, turn_s=0.1)
+_REHEARSAL = Plan(functions=("sine",), sizes=(KIB, MIB), rounds=3, turn_s=0.01)
+_WORKER = ROOT / ".venv-jax/bin/python"
+_COPIES = 20
+
+Rounds = Mapping[str, Sequence[Sequence[float]]]
+
+
+class Size(NamedTuple):
+    """What was found at one size: seconds of each call by way and round, and the bytes that the bridge has copied in
+    one step, for each byte of input, output, cotangent and gradient."""
+
+    rounds: Rounds
+    copied: float
+
+    def p50_s(self, way: str) -> float:
+        return statistics.median(seconds for turn in self.rounds[way] for seconds in turn)
+
+    def ratio(self, way: str, other: str) -> float:
+        """Return by what factor a way takes longer: the median, over the rounds, of the quotient of both medians."""
+        pairs = zip(self.rounds[way], self.rounds[other], strict=True)
+        return statistics.median(statistics.median(turn) / statistics.median(others) for turn, others in pairs)
+
+
+class Limit(NamedTuple):
+    """One line of the budget."""
+
+    work: str
+    nbytes: int
+    most: float
+    value: Callable[[Size], float]
+
+
+def _two_to_one(size: Size) -> float:
+    return size.ratio("worker", "one process")
+
+
+LIMITS = (
+    Limit("forward + VJP, 1 KiB, two processes / one process by DLPack", KIB, 2.5, _two_to_one),
+    Limit("the same at 64 MiB", 64 * MIB, 1.3, _two_to_one),
+    Limit("the same at 1 GiB", GIB, 1.1, _two_to_one),
+    Limit(
+        "64 MiB by the worker / staged through the host", 64 * MIB, 0.05, lambda size: size.ratio("worker", "staged")
+    ),
+    Limit("bytes copied at 64 MiB / bytes of one copy in and one out", 64 * MIB, 1.0, lambda size: size.copied),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the tables, and judge."""
+    options = _parser().parse_args(argv)
+    if not gpus() and not options.rehearse:
+        print("there is no GPU here that CUDA's driver would show: nothing was measured")
+        return 0
+    python = options.worker_python or (_WORKER if _WORKER.exists() else Path(sys.executable))
+    plan, device = (_REHEARSAL, "cpu") if options.rehearse else (_PLAN, "cuda")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sizes = measured(plan, device, python)
+    if not options.rehearse:
+        print(f"{described()}\nA copy of 1 GiB on the device: {_copy_bandwidth() / 1e9:.0f} GB/s\n")
+    print("\n".join(tables(sizes)))
+    missed = [line for line in judged(sizes) if line.endswith("MISSED |")]
+    return 1 if missed and not options.rehearse else 0
+
+
+def tables(sizes: Mapping[int, Size]) -> list[str]:
+    """Return the tables of what was found, as Markdown."""
+    ways = list(next(iter(sizes.values())).rounds)
+    times = [
+        f"| {_named(nbytes)} | "
+        + " | ".join(f"{size.p50_s(way) * 1e3:.3f} ms" for way in ways)
+        + f" | {size.copied:.2f} |"
+        for nbytes, size in sizes.items()
+    ]
+    return [
+        f"| forward + VJP, p50 | {' | '.join(ways)} | copied |",
+        "|---" * (len(ways) + 2) + "|",
+        *times,
+        "",
+        "| work | limit | found | |",
+        "|---|---|---|---|",
+        *judged(sizes),
+    ]
+
+
+def judged(sizes: Mapping[int, Size]) -> list[str]:
+    """Return a row for each limit whose size was measured."""
+    rows = []
+    for work, nbytes, most, value in LIMITS:
+        if nbytes in sizes:
+            found = value(sizes[nbytes])
+            rows.append(f"| {work} | {most:g} | {found:.3f} | {'met' if found <= most else 'MISSED'} |")
+    return rows
+
+
+def measured(plan: Plan, device: str, python: Path) -> dict[int, Size]:
+    """Return what is found at each size."""
+    from bridge_client import spawn
+
+    found = {}
+    worker: dict[str, Any] = {"python": python, "args": ["--device", device], "cwd": ROOT}
+    with spawn(jax_model={"sine": "bench.models:sine"}, **worker) as session:
+        for nbytes in tqdm(plan.sizes, leave=False):
+            found[nbytes] = _at(session, nbytes, plan, device)
+        if device == "cuda" and (staged := session.stats()["bytes_through_host"]):
+            raise RuntimeError(f"{staged} bytes of tensors on the GPU went through the host: {session.memory}")
+    return found
+
+
+def _at(session: Any, nbytes: int, plan: Plan, device: str) -> Size:
+    import torch
+
+    from bench import ways
+
+    x = torch.randn(nbytes // 4, device=device)
+    cotangent = torch.randn_like(x)
+    worker = ways.remote(session, "sine", x, cotangent)
+    steps: dict[str, Any] = {
+        "native": ways.native("sine", x, cotangent),
+        "one process": ways.inproc("sine", x, cotangent),
+        "jax2torch": ways.jax2torch("sine", x, cotangent),
+        "worker": worker,
+        "staged": ways.Step(lambda x: worker.call(x.cpu()).to(x.device), x, cotangent),
+    }
+    ways.check_agreement(steps)
+    copied = worker.bytes_copied() or 0.0
+    waiting = {way: _until_done(step, device) for way, step in steps.items()}
+    return Size(interleave(waiting, plan), copied / (2 * worker.bytes_made()))
+
+
+def _until_done(step: Callable[[], object], device: str) -> Callable[[], None]:
+    import torch
+
+    def run() -> None:
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def _copy_bandwidth() -> float:
+    """Return the bytes per second that a copy on the device moves, read and written counted once."""
+    import torch
+
+    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    seconds = []
+    for _ in range(_COPIES):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+    return GIB / statistics.median(seconds)
+
+
+def _named(nbytes: int) -> str:
+    return next(
+        f"{nbytes // unit} {name}" for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")) if nbytes >= unit
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("bench.gpu", description="Measure calls between two processes on one GPU.")
+    parser.add_argument("--worker-python", type=Path, help="default: that of .venv-jax, or else this one")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="small arrays on the host: shows that the program works, and no figure"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
