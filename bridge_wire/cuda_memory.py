@@ -12,11 +12,14 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from bridge_wire.cuda import Device
 from bridge_wire.errors import CudaError
 from bridge_wire.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
 from bridge_wire.slabs import Slab
+
+_T = TypeVar("_T")
 
 # What CUDA maps into another process at once; a smaller allocation would show others that lie beside it.
 UNIT = 2 << 20
@@ -129,7 +132,12 @@ class GpuPool(Pool):
 
 # What is nobody's any more, and how to end it. A finalizer only adds to it: it may run in the middle of anything, and
 # CUDA waits for the GPU before it frees memory.
-_left: deque[tuple[Callable[[int], None], int]] = deque()
+_left: deque[tuple[Callable[[Any], None], Any]] = deque()
+
+
+def leave(end: Callable[[_T], None], value: _T) -> None:
+    """Have something be ended soon, but not now. For finalizers."""
+    _left.append((end, value))
 
 
 def end_what_is_left() -> None:
@@ -155,7 +163,7 @@ def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuS
     end_what_is_left()
     pointer = device.open(handle, nbytes)
     slab = _OpenedSlab(_NO_VIEW, pointer, base, nbytes, -1, b"")
-    weakref.finalize(slab, _left.append, (device.close, pointer)).atexit = False
+    weakref.finalize(slab, leave, device.close, pointer).atexit = False
     return slab
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bridge_server.turns import Turn
 from bridge_wire.cuda import Device
-from bridge_wire.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool
+from bridge_wire.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool, end_what_is_left, leave
 
 
 class ProcessGpuMemory(GpuPool):
@@ -50,7 +50,7 @@ class Turns:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._idle: defaultdict[int | None, list[NearTurn]] = defaultdict(list)
-        weakref.finalize(self, _close_all, self._idle).atexit = False
+        weakref.finalize(self, _leave_all, self._idle).atexit = False
 
     @contextlib.contextmanager
     def taken(self, models_stream: int | None, stream: int) -> Iterator[NearTurn]:
@@ -74,10 +74,11 @@ class Turns:
 
     def close(self) -> None:
         """Wait for what is under way, and let go of the streams and events."""
-        _close_all(self._idle)
+        _leave_all(self._idle)
+        end_what_is_left()
 
 
-def _close_all(turns: Mapping[Any, list[NearTurn]]) -> None:
+def _leave_all(turns: Mapping[Any, list[NearTurn]]) -> None:
     for idle in turns.values():
         while idle:
-            idle.pop().close()
+            leave(NearTurn.close, idle.pop())

@@ -20,6 +20,7 @@ from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.torch_runtime import TorchRuntime
 from bridge_wire import specs, trees
 from bridge_wire.cuda import device_of, gpus
+from bridge_wire.cuda_memory import end_what_is_left
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -194,3 +195,15 @@ def test_torch_models_run_where_their_tensors_are(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Layout, "ordinal", 1)
     assert torch_device_of([torch.sin]) == "cuda:1"
     assert torch_device_of([torch.nn.Linear(1, 1)]) == "cpu"
+
+
+def test_a_forgotten_session_gives_everything_back(on_gpu: Any) -> None:
+    """When something else is allocated or freed: a finalizer must not wait for the GPU."""
+    session = host(jax_model=lambda x: jnp.sin(x) * x)
+    stream = device_of(gpus()[0].uuid).new_stream()
+    session.run(_call(session), [_block(session, stream, X)], stream=stream)
+    del session
+    gc.collect()
+    end_what_is_left()
+    assert set(on_gpu.held()) == {"stream"} and on_gpu.held()["stream"] == 1
+    device_of(gpus()[0].uuid).destroy_stream(stream)
