@@ -61,7 +61,7 @@ def serve(
                 return
             except BridgeError as error:
                 with sessions.examined(error) as found:
-                    yield _failed(found)
+                    yield pb.LaneReply(error=found)
                 if sessions.has_failed:
                     return
             except MemoryError as error:
@@ -70,7 +70,7 @@ def serve(
             except Exception as error:
                 _log.exception("a request failed unexpectedly")
                 with sessions.examined(unexpected(error)) as found:
-                    yield _failed(found)
+                    yield pb.LaneReply(error=found)
                 return
             except GeneratorExit:  # nobody is there to take the answer
                 if session is not None and request.HasField("run"):

@@ -25,7 +25,6 @@ from bridge_wire.errors import (
     Unauthenticated,
     VersionMismatch,
     abort,
-    encode,
     unexpected,
 )
 from bridge_wire.pb import bridge_pb2 as pb
@@ -92,11 +91,11 @@ class Service(BridgeServicer):
             )
         except BridgeError as error:
             with self._sessions.examined(error) as found:
-                yield pb.PrepareEvent(error=encode(found))
+                yield pb.PrepareEvent(error=found)
         except Exception as error:
             _log.exception("a preparation failed unexpectedly")
             with self._sessions.examined(unexpected(error)) as found:
-                yield pb.PrepareEvent(error=encode(found))
+                yield pb.PrepareEvent(error=found)
 
     def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
         if not self._free_lanes.acquire(blocking=False):

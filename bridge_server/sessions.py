@@ -32,6 +32,7 @@ from bridge_wire.errors import (
     SessionClosed,
     Unauthenticated,
     WorkerDraining,
+    encode,
 )
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
@@ -477,17 +478,22 @@ class Sessions:
         self._running.discard(call)
 
     @contextlib.contextmanager
-    def examined(self, error: BridgeError) -> Iterator[BridgeError]:
-        """Give the error to answer a request with. If the GPU has failed, the worker ends when that has been sent."""
+    def examined(self, error: BridgeError) -> Iterator[pb.Error]:
+        """Give the error to answer a request with. If the GPU has failed, the worker ends when that has been sent.
+
+        As a message: a variable with the error itself would hold, by the traceback, all that the call has used.
+        """
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
-            yield error
+            yield encode(error)
             return
         self.has_failed = self.is_draining = True
         _log.critical("the GPU takes no more work of this process, which ends for another to take its place: %s", error)
         try:
-            yield CudaError(
-                "the worker's GPU has failed, and takes no more work of that process. It ends; a spawned or supervised "
-                f"one is started anew, and serves the next call: {error.args[0]}"
+            yield encode(
+                CudaError(
+                    "the worker's GPU has failed, and takes no more work of that process. It ends; a spawned or "
+                    f"supervised one is started anew, and serves the next call: {error.args[0]}"
+                )
             )
         finally:
             self._on_failure()
