@@ -6,6 +6,7 @@ copy finds what was computed before, a block serves again after its last reader,
 """
 
 import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,12 +69,27 @@ class OnGpu(NamedTuple):
             DeviceExporter(block.pointer, spec, block, self.device.dlpack_device, self._let_wait)
         )
 
+    def keep_from_donation(self, array: jax.Array) -> None:
+        """Have an array over a block never be donated: XLA would end the process rather than take memory not its own.
+
+        It donates no array whose memory somebody else refers to.
+        """
+        weakref.finalize(array, _let_go, self._reference_to(array)).atexit = False
+
+    def _reference_to(self, array: jax.Array) -> Any:
+        # By another object than the array itself, which it must not keep alive.
+        return array.addressable_data(0).__dlpack__(stream=self.stream)  # type: ignore[call-arg]
+
     def _let_wait(self, stream: int | None) -> None:
         if stream is None:
             self.device.synchronize(self.stream)
         elif stream != self.stream:
             assert self.pool is not None, "only what runs on the GPU leaves blocks there"
             self.pool.let_wait(stream, self.stream)
+
+
+def _let_go(reference: Any) -> None:
+    """A reference has been dropped."""
 
 
 def gpu_for(session: Session, values: Sequence[Any]) -> OnGpu | None:

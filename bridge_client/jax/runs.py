@@ -113,7 +113,11 @@ class Action(ABC):
         )
         if staged:
             self.session.note_staged(staged)
-        return made if is_committed(values) else list(map(uncommitted, made))
+        made = made if is_committed(values) else list(map(uncommitted, made))
+        for block, array in zip(blocks, made, strict=True):
+            if block.nbytes and array.unsafe_buffer_pointer() == block.pointer:
+                gpu.keep_from_donation(array)
+        return made
 
     def _check_outputs(self) -> None:
         """Raise DTypeError, before anything runs, for an output that jax cannot hold."""

@@ -81,6 +81,16 @@ def test_what_a_call_has_made_is_passed_on_as_it_lies(
     assert session.stats()["bytes_copied"] - before == made.nbytes
 
 
+def test_what_a_call_has_made_is_not_donated(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
+    """XLA copies it instead: it may not take the memory, and on a GPU would end the process."""
+    made = scaled(X, Y)
+    np.testing.assert_allclose(jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6)
+    np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6)
+    blocks = session.stats()["blocks"]
+    del made
+    assert eventually(lambda: gc.collect() >= 0 and session.stats()["blocks"] < blocks)
+
+
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_derivatives(is_compiled: bool, scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
     """Gradients, forward-mode derivatives and batches, at once and compiled, with nothing through the host."""
