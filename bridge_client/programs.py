@@ -2,9 +2,9 @@
 
 import itertools
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError
@@ -64,6 +64,14 @@ class Program:
         """Keep this program, which a graph is going to name, until its session is closed; return its key."""
         _pinned[self.key] = self
         return self.key
+
+    def at(self, arrays: Sequence[Any]) -> "Program":
+        """Return the program that runs on these inputs: this one, save where it stands for those of all sizes."""
+        return self
+
+    def output_shapes(self, arrays: Sequence[Any]) -> Sequence[tuple[Any, ...]]:
+        """Return the shapes of the outputs for these inputs."""
+        return [spec.shape for spec in self.outputs]
 
     @property
     def plain(self) -> "Program":
@@ -170,6 +178,11 @@ def unpin(session: "Session") -> None:
     for key, program in list(_pinned.items()):
         if program.session is session:
             _pinned.pop(key, None)
+
+
+def shapes_of(call: pb.Call, inputs: Sequence[Sequence[str]]) -> pb.Shapes:
+    """Return the question for the shapes of a call's outputs, whose inputs have these."""
+    return pb.Shapes(call=call, inputs=[pb.Shape(sizes=sizes) for sizes in inputs])
 
 
 def _cotangents_of(outputs: tuple[int, ...]) -> tuple[str, ...]:

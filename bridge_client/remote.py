@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
-from bridge_client.programs import Program
+from bridge_client.programs import Program, shapes_of
 from bridge_client.session import Placed, Session, checked_limit, closed
 from bridge_wire.cuda import device_of
 from bridge_wire.cuda_memory import GpuPool, is_on_gpu
@@ -154,6 +154,12 @@ class RemoteSession(Session):
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         self._over_link(self._name_of, program, timeout_s)
         return program
+
+    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        request = pb.PrepareRequest(shapes=shapes_of(call, inputs))
+        what = f"shapes of model {call.model!r}"
+        prepared = self._over_link(lambda link: link.prepare(request, what, self.timeout_s))
+        return [tuple(shape.sizes) for shape in prepared.shapes]
 
     def drop_residual(self, id: int) -> None:
         if self._residuals.pop(id, None) is not None:

@@ -155,6 +155,16 @@ class Session(ABC):
         inputs = tuple(_decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True))
         return self.prepare(Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s))
 
+    @abstractmethod
+    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        """Return the shape of each output of a call, for all sizes that have names in these shapes of its inputs.
+
+        Sizes are as in the protocol's `Shape`; of the outputs, `sizes.formula` reads them.
+
+        Raises:
+          BridgeError: the shapes depend on more, or the framework cannot tell.
+        """
+
     def prepare_parameters(self, model: str) -> Program:
         """Prepare the program without inputs whose outputs are a model's parameters."""
         return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()))

@@ -1,5 +1,6 @@
 """The worker's programs: each is traced and compiled once, whoever asks for it and however often."""
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _MAX_PROGRAMS = 16384  # remembered for whoever asks next
+_SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
 _MOST_TRANSFORMS = 32  # each can double the time that tracing takes
 
 
@@ -52,6 +54,18 @@ class Programs:
             return self._runtime.prepare_parameters(model)
 
         return (yield from self._once((model, "parameters"), prepare))
+
+    def shapes(self, request: pb.Shapes) -> list[pb.Shape]:
+        """Return the shapes of a call's outputs, for all sizes that have names in those of its inputs."""
+        model = self._model(request.call.model)
+        inputs = [tuple(shape.sizes) for shape in request.inputs]
+        if [len(sizes) for sizes in inputs] != [len(spec.shape) for spec in request.call.inputs]:
+            raise ProtocolError("a question for shapes has others for its inputs than the call that it is asked of")
+        if not all(_SIZE.fullmatch(size) for sizes in inputs for size in sizes):
+            raise ProtocolError("a question for shapes has a size that is neither a number nor a name")
+        if request.call.transforms or request.call.HasField("keep"):
+            raise ProtocolError("a question for shapes is asked of a plain call")
+        return [pb.Shape(sizes=sizes) for sizes in self._runtime.shapes(model, request.call, inputs)]
 
     def pullback(self, program: Program, request: pb.Pullback) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge_server.turns import Turn
 from bridge_wire.cuda import Gpu
-from bridge_wire.errors import CallerError
+from bridge_wire.errors import CallerError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
 
@@ -134,6 +134,14 @@ class Runtime(ABC):
           CallerError: the signature cannot be served.
           RemoteModelError: the model raised while it was traced.
         """
+
+    def shapes(self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        """Return the shape of each output of a call whose inputs have these, of numbers and names of unknown sizes.
+
+        Raises:
+          SpecError: they cannot be told for all sizes.
+        """
+        raise SpecError("models of this framework are traced for known sizes only")
 
     @abstractmethod
     def prepare_parameters(self, model: Model) -> Program:

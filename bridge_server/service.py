@@ -81,6 +81,10 @@ class Service(BridgeServicer):
         try:
             session = self._sessions.find(request.session)
             with self._sessions.running(session):
+                if request.HasField("shapes"):
+                    yield pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="tracing"))
+                    yield pb.PrepareEvent(prepared=pb.Prepared(shapes=self._programs.shapes(request.shapes)))
+                    return
                 program = yield from _as_events(self._preparation(request, session.program))
             yield pb.PrepareEvent(
                 prepared=pb.Prepared(

@@ -663,6 +663,27 @@ def test_unknown_model_is_refused_without_a_trace_of_paths(client: Client) -> No
             client.prepare(parameters=pb.Parameters(model=name))
 
 
+@pytest.mark.parametrize(
+    ("call", "sizes", "kind"),
+    [
+        (SINE, [], ProtocolError),
+        (SINE, [["d0", "d1"]], ProtocolError),
+        (SINE, [["-1"]], ProtocolError),
+        (SINE, [["d0 + 1"]], ProtocolError),
+        (SINE, [["__import__('os')"]], ProtocolError),
+        (KEPT_SINE, [["d0"]], ProtocolError),
+        (transformed(T(vjp=T.Vjp(wrt=[0], outputs=[0]))), [["d0"]], ProtocolError),
+        (call_of(ARRAY, model="nobody"), [["d0"]], UnknownModel),
+    ],
+)
+def test_impossible_question_for_shapes_is_refused(
+    client: Client, call: pb.Call, sizes: list[list[str]], kind: type[BridgeError]
+) -> None:
+    """Shapes are told of a plain call of a hosted model whose inputs have sizes that are numbers or names."""
+    with pytest.raises(kind):
+        client.prepare(shapes=pb.Shapes(call=call, inputs=[pb.Shape(sizes=each) for each in sizes]))
+
+
 def test_preparation_of_nothing_is_refused(client: Client) -> None:
     """A Prepare that names nothing is a ProtocolError."""
     with pytest.raises(ProtocolError):

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeVar
 
 from bridge_client.inproc.gpu import NearTurn, ProcessGpuMemory, Turns
 from bridge_client.inproc.memory import ProcessMemory, Views, pointer_of
-from bridge_client.programs import Program
+from bridge_client.programs import Program, shapes_of
 from bridge_client.progress import logged_when_slow
 from bridge_client.session import Placed, Session, closed
 from bridge_server import runtime
@@ -134,6 +134,12 @@ class InprocSession(Session):
             self._turns, self._gpu = Turns(device), ProcessGpuMemory(device)
         except BridgeError as error:
             self._no_gpu = str(error)
+
+    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        self._refuse_if_closed()
+        with self._runtime.apart():
+            era = self._eras[self._runtime.has_x64()]
+            return [tuple(shape.sizes) for shape in era.programs.shapes(shapes_of(call, inputs))]
 
     def note_staged(self, nbytes: int) -> None:
         with self._lock:

@@ -198,8 +198,8 @@ def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[T
 
 
 def _differentiate_run(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    program = Program.of(ctx.program).plain
     arrays = ctx.saved_tensors
+    program = Program.of(ctx.program).at(arrays).plain
     inputs = as_values(program, arrays)
     needed = [x.requires_grad for x in arrays]
     return _gradients(program, inputs, needed, cotangents[: len(program.outputs)]), None
@@ -217,8 +217,9 @@ def _save_pull_back(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor])
 
 def _differentiate_pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
     key, wrt, given = ctx.call
-    program = Program.of(key).vjp(wrt, given)  # makes the same of the same arrays, and can be derived from
     arrays = ctx.saved_tensors
+    # Makes the same of the same arrays, and can be derived from.
+    program = Program.of(key).at(arrays).vjp(wrt, given)
     needed = [x.requires_grad for x in arrays]
     return None, _gradients(program, as_values(program, arrays), needed, cotangents), None, None, None, None
 

@@ -15,6 +15,7 @@ import optree
 import torch
 from torch import Tensor, nn
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec
 
 from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
@@ -23,6 +24,7 @@ from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch.derivatives import apply
+from bridge_client.torch.families import Seen, for_all_sizes, seen
 from bridge_client.torch.memory import DTYPES, TORCH_DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
@@ -35,7 +37,7 @@ from bridge_client.torch.structures import (
 )
 from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread, thread_state
 from bridge_wire import specs, trees
-from bridge_wire.errors import BridgeError, CallerError, StructureError
+from bridge_wire.errors import BridgeError, CallerError, SpecError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _log = logging.getLogger(__name__)
@@ -157,9 +159,17 @@ class RemoteJaxFunction(nn.Module):
         return key if function is self and key is not None else _draw_key()
 
     def _call(
-        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
+        self,
+        own: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        is_stateful: bool = False,
+        is_sized: bool = True,
     ) -> Any:
-        """Call the model with these parameters (and key). Return the result, of a stateful call with its buffers."""
+        """Call the model with these parameters (and key). Return the result, of a stateful call with its buffers.
+
+        Not `is_sized`: symbolic sizes stay so, if the worker can tell the shapes of the outputs for all of them.
+        """
         if self.cast_inputs is not None and autocast_is_on():
             cast, args, kwargs = cast_floats((own, args, kwargs), self.cast_inputs)
             for i in self._buffer_positions:  # statistics would lose what a step adds to them
@@ -167,7 +177,7 @@ class RemoteJaxFunction(nn.Module):
             own = cast
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
         is_jit_tracing = torch._C._get_tracing_state() is not None  # then sizes are tensors
-        shape_of = _fixed_shape_of if is_jit_tracing else _shape_of
+        shape_of = _fixed_shape_of if is_jit_tracing else _shape_of if is_sized else _seen_shape_of
         signature: list[Any] = []
         for tensor in own:
             signature.append(tensor.dtype)
@@ -201,7 +211,7 @@ class RemoteJaxFunction(nn.Module):
                 else:
                     if kind is not Tensor and not isinstance(leaf, Tensor):
                         if register_if_dataclass(kind):
-                            return self._call(own, args, kwargs, is_stateful)  # that leaf has become a node
+                            return self._call(own, args, kwargs, is_stateful, is_sized)  # that leaf is a node now
                         leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                     signature.append(leaf.dtype)
                     signature.append(shape_of(leaf))
@@ -213,7 +223,7 @@ class RemoteJaxFunction(nn.Module):
         if call is None:
             if structure is None:
                 structure = flatten((args, kwargs))[1]
-            call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful)
+            call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful, shape_of)
         outputs = apply(call.program, inputs)
         if is_stateful:
             results = len(outputs) - call.program.changed
@@ -354,6 +364,7 @@ class RemoteJaxFunction(nn.Module):
         statics: frozenset[int],
         own: Sequence[Tensor],
         is_stateful: bool,
+        shape_of: Callable[[Tensor], tuple[Any, ...]],
     ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
         slots = [leaf if i in statics or isinstance(leaf, bool | str) else Slot(i) for i, leaf in enumerate(leaves)]
@@ -366,7 +377,9 @@ class RemoteJaxFunction(nn.Module):
         paths += ["the key"] * bool(rngs) + trees.argument_paths(arguments)
         inputs = [*own, *(leaves[i] for i in order)]
         x64 = self.session.x64
-        described = [spec_of(value, path, x64) for value, path in zip(inputs, paths, strict=True)]
+        shapes = [shape_of(value) if isinstance(value, Tensor) else () for value in inputs]
+        now = [tuple([getattr(size, "now", size) for size in shape]) for shape in shapes]
+        described = [spec_of(value, path, x64, shape) for value, path, shape in zip(inputs, paths, now, strict=True)]
         program = self.session.prepare_call(
             pb.Call(
                 model=self._model.name,
@@ -379,7 +392,20 @@ class RemoteJaxFunction(nn.Module):
             labels=paths,
             timeout_s=self.timeout_s,
         )
+        if any(isinstance(size, Seen) for shape in shapes for size in shape):
+            program = for_all_sizes(program, shapes)
         return _Call(program, rebuilder(program.result, self._classes))
+
+    def _call_traced(
+        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool
+    ) -> Any:
+        """Call with symbolic sizes, as torch.compile traces them; if that cannot be, with those that they have now."""
+        if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+            try:
+                return self._call(own, args, kwargs, is_stateful, is_sized=False)
+            except SpecError as error:
+                _log.debug("a call is compiled for its present sizes, since %s", error)
+        return self._call(own, args, kwargs, is_stateful)
 
 
 _TENSORS = {Tensor}
@@ -419,7 +445,7 @@ def _traced_call(
         _pass_structures()
     args, kwargs = _mapped(_found, (args, kwargs))
     try:
-        made = _functions[key]._call(own, args, kwargs, is_stateful)
+        made = _functions[key]._call_traced(own, args, kwargs, is_stateful)
     except BridgeError as error:
         _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
         raise
@@ -501,6 +527,10 @@ def _draw_key() -> Tensor:
 
 def _shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tensor.shape if type(tensor) in PLAIN else _fixed_shape_of(tensor)
+
+
+def _seen_shape_of(tensor: Tensor) -> tuple[int | Seen, ...]:
+    return tensor.shape if type(tensor) in PLAIN else tuple(map(seen, tensor.shape))
 
 
 def _fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -138,8 +138,8 @@ def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
     return gpu.tensor_over(pool, block, spec).copy_(tensor.detach())
 
 
-def spec_of(value: Any, path: str, x64: bool) -> Spec:
-    """Return the type that a value has on the worker.
+def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
+    """Return the type that a value has on the worker; `shape` is that of a tensor.
 
     Raises:
       DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
@@ -158,7 +158,7 @@ def spec_of(value: Any, path: str, x64: bool) -> Spec:
                 f"or {TURN_ON_X64}"
             )
         dtype = narrowed
-    return Spec(dtype, tuple(map(int, value.shape)))
+    return Spec(dtype, shape)
 
 
 def _is_dense(value: Tensor) -> bool:

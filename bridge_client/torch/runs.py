@@ -134,10 +134,11 @@ def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
-def _empty(described: Sequence[Spec], arrays: Sequence[Tensor]) -> list[Tensor]:
+def _empty(described: Sequence[Spec], shapes: Sequence[Any], arrays: Sequence[Tensor]) -> list[Tensor]:
     """Return the outputs of a run of these arrays, without values: on the GPU of the first one that is on a GPU."""
     device = next((x.device for x in arrays if x.is_cuda), "cpu")
-    return [torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype.name], device=device) for spec in described]
+    dtypes = [TORCH_DTYPES[spec.dtype.name] for spec in described]
+    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 # Not by torch.library.custom_op: its wrappers took 15 µs of each call (torch 2.13).
@@ -154,7 +155,7 @@ LIBRARY.define(
 @torch.library.impl(LIBRARY, "run", "CompositeExplicitAutograd")
 def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     """Run a program; one that keeps a residual has the residual's handle as its last output."""
-    known = Program.of(program)
+    known = Program.of(program).at(arrays)
     inputs = as_values(known, arrays)
     if not known.keeps_residual:
         return list(run(known, inputs))
@@ -166,7 +167,7 @@ def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
 def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     known = Program.of(program)
     handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if known.keeps_residual else []
-    return _empty(known.outputs, arrays) + handle
+    return _empty(known.outputs, known.output_shapes(arrays), arrays) + handle
 
 
 @torch.library.impl(LIBRARY, "pull_back", "CompositeExplicitAutograd")
@@ -179,7 +180,7 @@ def _pull_back_operator(
     given: Sequence[int],
 ) -> list[Tensor]:
     """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of; see pull_back."""
-    known = Program.of(program)
+    known = Program.of(program).at(arrays)
     count = len(known.inputs)
     which = (tuple(kept), tuple(wrt), tuple(given))
     return list(pull_back(known, which, handle, as_values(known, arrays[:count]), arrays[count:]))
@@ -195,4 +196,5 @@ def _(
     given: Sequence[int],
 ) -> list[Tensor]:
     known = Program.of(program)
-    return _empty([known.inputs[i] for i in wrt], arrays[len(known.inputs) :])
+    shapes = [tuple(arrays[i].shape) for i in wrt]
+    return _empty([known.inputs[i] for i in wrt], shapes, arrays[len(known.inputs) :])

@@ -1,11 +1,13 @@
 """JaxRuntime: models traced and compiled once per signature, run by XLA."""
 
+import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 from bridge_server import devices, runtime
 from bridge_server.jax_runtime.meshes import Layout
@@ -74,24 +76,9 @@ class JaxRuntime(Runtime):
         inputs = decode_all(call.inputs)
         called = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=has_x64())}"
         where = " of ".join([*(str(t.WhichOneof("kind")) for t in reversed(call.transforms)), called])
-        own = len(model.parameters) if call.parameters else 0
-        first_leaf = own + bool(call.rngs)
-        result = trees.flat(0)
-        own_paths = [parameter.path for parameter in model.parameters]
-        leaf_paths = trees.argument_paths(call.arguments)
-
-        def f(bound: Sequence[Any], *arrays: Any) -> list[Any]:
-            nonlocal result
-            leaves = self._layout.constrained(arrays[first_leaf:], leaf_paths, model)
-            args, kwargs = trees.build(call.arguments, leaves, self._classes)
-            values = self._layout.constrained(arrays[:own] if call.parameters else bound, own_paths, model)
-            streams = streams_of(arrays[own], call.rngs) if call.rngs else {}
-            value, changed = model.apply(values, args, kwargs, streams, call.mutable)
-            result, made = trees.encode(value, is_array_like, self._classes, expand=expand, root="the result")
-            return [as_output(leaf, i) for i, leaf in enumerate(made)] + changed
-
         bound = () if call.parameters else tuple(model.values)
-        composed: Flat = f
+        found: list[pb.Tree] = []
+        composed = self._flat(model, call, found)
         for transform in call.transforms:
             with self._layout.context():
                 composed, inputs = compose(composed, bound, inputs, transform, where)
@@ -105,8 +92,21 @@ class JaxRuntime(Runtime):
                 inputs, outputs, lambda arrays, _: (run(bound, *arrays), None), where, is_enqueued=self._is_enqueued
             )
         if not call.transforms:
-            program.result = result
+            program.result = found[-1]
         return program
+
+    def shapes(self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+        specs = decode_all(call.inputs)
+        where = f"model {model.name!r} called with {check_signature(model, call, specs, x64=has_x64())}"
+        scope = export.SymbolicScope()
+        named = [
+            jax.ShapeDtypeStruct(export.symbolic_shape(",".join(sizes), scope=scope), aval.dtype) if sizes else aval
+            for aval, sizes in zip(avals_of(specs), inputs, strict=True)
+        ]
+        bound = () if call.parameters else tuple(model.values)
+        with model_errors(where), self._layout.context():
+            made = jax.eval_shape(functools.partial(self._flat(model, call, []), bound), *named)
+        return [[str(size) for size in aval.shape] for aval in made]
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = [aval_of(parameter.spec) for parameter in model.parameters]
@@ -183,6 +183,26 @@ class JaxRuntime(Runtime):
             found.append(None if pointer in taken else pointer)
             taken.add(pointer)
         return found
+
+    def _flat(self, model: Model, call: pb.Call, found: list[pb.Tree]) -> Flat:
+        """Return a call as a function of its values and flat arrays; when it is traced, it adds its result's structure
+        to those found."""
+        own = len(model.parameters) if call.parameters else 0
+        first_leaf = own + bool(call.rngs)
+        own_paths = [parameter.path for parameter in model.parameters]
+        leaf_paths = trees.argument_paths(call.arguments)
+
+        def f(bound: Sequence[Any], *arrays: Any) -> list[Any]:
+            leaves = self._layout.constrained(arrays[first_leaf:], leaf_paths, model)
+            args, kwargs = trees.build(call.arguments, leaves, self._classes)
+            values = self._layout.constrained(arrays[:own] if call.parameters else bound, own_paths, model)
+            streams = streams_of(arrays[own], call.rngs) if call.rngs else {}
+            value, changed = model.apply(values, args, kwargs, streams, call.mutable)
+            tree, made = trees.encode(value, is_array_like, self._classes, expand=expand, root="the result")
+            found.append(tree)
+            return [as_output(leaf, i) for i, leaf in enumerate(made)] + changed
+
+        return f
 
     def _prepare_kept(
         self, f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], wrt: tuple[int, ...], where: str

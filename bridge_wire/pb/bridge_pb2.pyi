@@ -248,16 +248,18 @@ class CloseReply(_message.Message):
     def __init__(self) -> None: ...
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("session", "call", "parameters", "pullback")
+    __slots__ = ("session", "call", "parameters", "pullback", "shapes")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CALL_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     PULLBACK_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
     session: bytes
     call: Call
     parameters: Parameters
     pullback: Pullback
-    def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ...) -> None: ...
+    shapes: Shapes
+    def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
     __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable")
@@ -347,15 +349,31 @@ class PrepareEvent(_message.Message):
     error: Error
     def __init__(self, progress: _Optional[_Union[PrepareEvent.Progress, _Mapping]] = ..., prepared: _Optional[_Union[Prepared, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ...) -> None: ...
 
+class Shapes(_message.Message):
+    __slots__ = ("call", "inputs")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    call: Call
+    inputs: _containers.RepeatedCompositeFieldContainer[Shape]
+    def __init__(self, call: _Optional[_Union[Call, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ...) -> None: ...
+
+class Shape(_message.Message):
+    __slots__ = ("sizes",)
+    SIZES_FIELD_NUMBER: _ClassVar[int]
+    sizes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sizes: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Prepared(_message.Message):
-    __slots__ = ("program", "result", "outputs")
+    __slots__ = ("program", "result", "outputs", "shapes")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    SHAPES_FIELD_NUMBER: _ClassVar[int]
     program: int
     result: Tree
     outputs: _containers.RepeatedCompositeFieldContainer[Spec]
-    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ...) -> None: ...
+    shapes: _containers.RepeatedCompositeFieldContainer[Shape]
+    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
     __slots__ = ("attach", "share", "run", "release", "chunk", "peek", "order")

@@ -54,6 +54,17 @@ def power(x, exponent):
     return result
 
 
+def halved(x):
+    """The mean of each pair of rows; of an odd number, all but the last."""
+    half = x.shape[0] // 2
+    return (x[: 2 * half : 2] + x[1::2][:half]) / 2
+
+
+def long_or_short(x):
+    """Python branches on a size."""
+    return x * 2 if x.shape[0] > 4 else x
+
+
 def branch(x, flag, mode=None):
     """Python branches on the flag and on the mode."""
     scaled = x * 2 if flag else x

@@ -110,14 +110,44 @@ def test_a_compiled_forward_keeps_one_residual_until_backward(x64_session: Sessi
     assert x64_session.stats()["residuals"] == 0
 
 
-def test_dynamic_shapes(x64_remote: Remote) -> None:
-    """With dynamic=True each size is compiled for, since a program on the worker has fixed sizes."""
-    sine = x64_remote("sine")
-    compiled = torch.compile(lambda x: sine(x).sum(), fullgraph=True, dynamic=True, backend="aot_eager")
-    for size in (3, 5, 7, 5):
-        x = rand(size).requires_grad_()
-        compiled(x).backward()
-        assert_same(x.grad, 2 * x.detach().cos())
+@pytest.mark.parametrize(
+    ("name", "dynamic", "shapes"),
+    [
+        ("sine", None, [[(n,)] for n in (3, 5, 7, 5)]),
+        ("affine", True, [[(n, 3)] for n in (4, 5, 7)]),
+        ("product", True, [[(n, 2), (n, 2)] for n in (3, 5, 7)]),
+        ("halved", True, [[(n, 2)] for n in (4, 5, 7)]),
+    ],
+)
+def test_dynamic_shapes(x64_remote: Remote, name: str, dynamic: bool | None, shapes: list[Any]) -> None:
+    """What was compiled for one size serves the others, as soon as torch has seen that it changes."""
+    remote = x64_remote(name).double()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *xs: remote(*xs).tanh(), fullgraph=True, dynamic=dynamic, backend=counter)
+    for sizes in shapes:
+        xs = [rand(*size).requires_grad_() for size in sizes]
+        made, expected = compiled(*xs), remote(*xs).tanh()
+        assert_same([made, *torch.autograd.grad(made.sum(), xs)], [expected, *torch.autograd.grad(expected.sum(), xs)])
+    assert counter.frame_count <= 2
+
+
+def test_sizes_that_a_model_looks_at(x64_remote: Remote) -> None:
+    """A model whose code depends on a size is compiled anew for each, as one of torch would be."""
+    remote = x64_remote("long_or_short")
+    compiled = torch.compile(remote, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 5, 7):
+        x = rand(size)
+        assert_same([compiled(x)], [remote(x)])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported_for_all_sizes(x64_remote: Remote, strict: bool) -> None:
+    """An exported module takes all sizes that it was exported for, and is differentiable."""
+    module, dim = Sandwich(x64_remote("sine")), torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(module, (rand(4, 3),), dynamic_shapes={"x": {0: dim}}, strict=strict)
+    for size in (2, 7, 64):
+        x = rand(size, 3)
+        assert_same(gradients(exported.module(), module, x), gradients(module, module, x))
 
 
 def test_structures_numbers_and_static_arguments(x64_remote: Remote) -> None:
