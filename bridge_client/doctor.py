@@ -1,5 +1,6 @@
 """What `bridge_client doctor` looks at: this host and environment, and a worker with the way to it."""
 
+import contextlib
 import os
 import statistics
 import time
@@ -56,7 +57,7 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
         yield _latency("gRPC ping", health.latency_s(), _SLOW_PING_S)
     fallbacks: list[str] = []
     link = Link(address, terms, fallbacks.append)
-    pool = Pool(shareable=memfd_works())
+    pool, held = Pool(shareable=memfd_works()), contextlib.ExitStack()
     try:
         yield from _described(link.description)
         yield _path(link, fallbacks)
@@ -68,9 +69,10 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
         yield _latency(f"{lane.name} lane", _exchange_s(lane), _SLOW_LANE_S[lane.name])
         link.give_back(lane)
         if link.description.gpu.uuid:
-            yield _gpu(link, pool)
+            yield _gpu(link, pool, held)
     finally:
-        link.close()
+        link.close()  # the worker unmaps what is freed after that
+        held.close()
         pool.close()
 
 
@@ -129,14 +131,18 @@ def _seen_alike(written: bytes, seen: bytes) -> Check:
     return broken(name, "the worker sees other bytes than were written", "connect with lane='grpc', and report this")
 
 
-def _gpu(link: Link, pool: Pool) -> Check:
-    """Whether the worker sees what this process writes to its GPU, and how the two wait for each other."""
+def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
+    """Whether the worker sees what this process writes to its GPU, and how the two wait for each other.
+
+    What this takes on the GPU is given back by `held`.
+    """
     name, about = "its GPU", link.description.gpu
     label = f"{about.name} {label_of(about.uuid)}"
     try:
         device = device_of(about.uuid)
         written = os.urandom(exchange.NBYTES)
         gpu = GpuPool(device, max_bytes=UNIT)
+        held.callback(gpu.close)
         block = gpu.lease(len(written))
         copy_to_device(device, block.pointer, written)
         lane = link.take(pool, None, gpu)

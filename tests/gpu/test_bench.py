@@ -64,4 +64,4 @@ def test_it_runs_on_the_host_to_show_that_it_works() -> None:
         [sys.executable, "-m", "bench.gpu", "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "\n| 1 MiB | " in done.stdout and "one process by DLPack" in done.stdout
+    assert "\n| 1 KiB | " in done.stdout and "one process by DLPack" in done.stdout

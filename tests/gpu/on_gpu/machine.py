@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def _nvml() -> tuple[Any, Any]:
 def _checked(status: int) -> None:
     if status:
         raise RuntimeError(f"NVML answers with error {status}")
+
+
+def settled_bytes() -> int:
+    """Return how much of the GPU's memory is in use once that has stayed the same for a while."""
+    last = -1
+
+    def is_settled() -> bool:
+        nonlocal last
+        before, last = last, used_bytes()
+        time.sleep(0.5)
+        return before == last
+
+    assert eventually(is_settled, 20.0), "the GPU's memory in use keeps changing"
+    return last
 
 
 def returns_to(used: int, slack: int = 32 * MIB, within_s: float = 20.0) -> bool:
