@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from bridge_client.programs import Program, unpin
 from bridge_wire import specs
 from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.dlpack import DeviceExporter, Exporter
 from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
@@ -116,6 +117,28 @@ class Session(ABC):
         """Return the memory that is shared with the worker on its GPU; None: there is none, and tensors on a GPU must
         travel through the host."""
         return None
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, device: str = "cpu") -> Exporter:
+        """Return an array with undefined contents in memory that is shared with the worker, for from_dlpack of any
+        framework: what lies in its memory is passed without a copy.
+
+        `dtype` is a name, or a dtype of a framework. `device` is "cpu", or "cuda" for the worker's GPU: to be used on
+        the default stream. The memory lives as long as what was made of it.
+
+        Raises:
+          SpecError, DTypeError: there is no such array.
+          CallerError: no memory on such a device is shared.
+          OutOfMemory: there is no room for it.
+        """
+        spec = specs.of(dtype, shape)
+        if device == "cpu":
+            block = self.pool.lease(spec.nbytes)
+            return Exporter(block.pointer, spec, block)
+        pool = self.gpu_pool() if device == "cuda" else None
+        if pool is None:
+            raise CallerError(f"device={device!r}; expected 'cpu' or, where memory on a GPU is shared, 'cuda'")
+        block = pool.lease(spec.nbytes)
+        return DeviceExporter(block.pointer, spec, block, pool.device.dlpack_device, lambda _: None)
 
     @abstractmethod
     def note_staged(self, nbytes: int) -> None:

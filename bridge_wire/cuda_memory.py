@@ -54,6 +54,7 @@ class GpuPool(Pool):
         self.device = device
         self._memory = memory = _Allocations(device)
         self._ready = defaultdict(lambda: _Ended(memory))  # by size and stream
+        self._adopted: list[object] = []
         # What streams have given back to all was in use until these events; a stream waits for them once.
         self._fences: dict[int, int] = {}
         self._fenced: set[int] = set()
@@ -116,11 +117,28 @@ class GpuPool(Pool):
                     self.device.wait(event, stream)
             self._fenced.add(stream)
 
+    def adopt(self, pointer: int, nbytes: int, owner: object) -> None:
+        """Share memory that was allocated by others, as a slab that nothing is leased from; the owner keeps it.
+
+        It is the base of an allocation of whole units. What has been adopted already stays so.
+
+        Raises:
+          CudaError: it cannot be exported.
+        """
+        with self._lock:
+            if any(slab.pointer == pointer for slab in self.slabs):
+                return
+            slab = GpuSlab(_NO_VIEW, pointer, self._next_base, nbytes, -1, self.device.handle_of(pointer))
+            self._next_base = slab.base + nbytes + UNIT
+            self._adopted.append(owner)
+            self.slabs = (*self.slabs, slab)
+
     def close(self) -> None:
         """End the leasing. Memory without a block is freed now, the rest when other such memory is made or freed."""
         super().close()
         self._ready = defaultdict(list)
         self._memory = _Allocations(self.device)
+        self._adopted.clear()
         end_what_is_left()
 
     def _new_slab(self, nbytes: int, base: int) -> GpuSlab:

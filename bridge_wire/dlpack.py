@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from bridge_wire.dtypes import BY_NAME, DType
-from bridge_wire.errors import StructureError
+from bridge_wire.errors import CallerError, StructureError
 from bridge_wire.specs import Spec
 
 CPU = (1, 0)  # kDLCPU, device 0
@@ -106,7 +106,8 @@ class Exporter:
 
     def _carried(self) -> Any:
         """Return a capsule whose deleter, a library's own, also drops the owner."""
-        assert _carrier is not None, "who exports with an owner has said by what it is kept"
+        if _carrier is None:
+            raise CallerError("import bridge_client.torch or bridge_client.jax first, which know how to keep an array")
         shape = self.spec.shape
         kept = (ctypes.c_int64 * max(1, len(shape)))(*shape)
         kept.owner = self._owner  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bridge_wire.dtypes import BY_NAME, BY_WIRE, DType
-from bridge_wire.errors import CallerError, ProtocolError
+from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _MAX_NBYTES = 2**63 - 1
@@ -31,6 +31,24 @@ class Spec(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+
+
+def of(dtype: object, shape: int | Sequence[int]) -> Spec:
+    """Return the type of an array of a dtype, by name or a framework's own, and a shape.
+
+    Raises:
+      DTypeError, SpecError: there is none.
+    """
+    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+    known = BY_NAME.get(name)
+    if known is None:
+        raise DTypeError(f"there is no dtype {dtype!r}; expected one of {', '.join(BY_NAME)}")
+    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    if len(sizes) > _MAX_RANK or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise SpecError(f"{shape!r} is no shape; expected at most {_MAX_RANK} sizes, none of them negative")
+    if math.prod(size or 1 for size in sizes) * known.itemsize > _MAX_NBYTES:
+        raise SpecError(f"an array of shape {shape!r} and dtype {name} does not fit in memory")
+    return Spec(known, sizes)
 
 
 def encode(spec: Spec) -> pb.Spec:

@@ -8,5 +8,6 @@ the node saved.
 
 from bridge_client.futures import gather
 from bridge_client.torch.function import RemoteJaxFunction
+from bridge_client.torch.gpu import allocate_in
 
-__all__ = ["RemoteJaxFunction", "gather"]
+__all__ = ["RemoteJaxFunction", "allocate_in", "gather"]

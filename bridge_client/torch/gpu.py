@@ -4,7 +4,9 @@ Where the worker shares no memory on a GPU, tensors go through the host; where i
 here, through memory there.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,11 @@ from torch import Tensor
 from bridge_client.session import Session
 from bridge_wire.cuda_memory import GpuPool
 from bridge_wire.dtypes import BY_NAME
+from bridge_wire.errors import CallerError, CudaError
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 # What NumPy's protocol, and so CUDA's array interface, has a name for.
 _TYPESTRS: Mapping[str, str] = {
@@ -61,6 +66,30 @@ def run_of(session: Session, inputs: Sequence[Any]) -> OnGpu:
 def index_of(tensor: Tensor) -> int:
     """Return the number of the GPU that a tensor is on."""
     return tensor.get_device()
+
+
+@contextlib.contextmanager
+def allocate_in(session: Session) -> Iterator[None]:
+    """Let torch allocate the CUDA tensors that this thread makes inside in memory that the session shares with its
+    worker. They are passed without a copy from when the context ends. Memory once used so stays for such tensors until
+    the session is closed.
+
+    As torch.cuda.use_mem_pool, which it is, and on the worker's GPU only.
+
+    Raises:
+      CallerError: the session shares no memory on a GPU.
+    """
+    shared = session.gpu_pool()
+    if shared is None:
+        raise CallerError("this session shares no memory on a GPU; look at session.memory, or connect with require=")
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool, shared.device.gpu.ordinal):
+        yield
+    try:
+        for segment in pool.snapshot():
+            shared.adopt(segment["address"], segment["total_size"], pool)
+    except CudaError as error:  # as of expandable segments, which have no handle
+        _log.warning("tensors made in allocate_in are copied for each call after all, since %s", error)
 
 
 def current_stream(index: int) -> int:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
@@ -14,10 +15,13 @@ from bridge_client.torch import gpu
 from bridge_client.torch.gpu import OnGpu
 from bridge_client.torch.structures import mapped
 from bridge_wire.copying import copy
+from bridge_wire.dlpack import keep_owners_by
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
+
+keep_owners_by(lambda buffer: to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
 DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}

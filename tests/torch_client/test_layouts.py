@@ -1,6 +1,7 @@
 """The memory of arguments: layouts, views, sizes and arrays of other libraries."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bridge_client import Session
+from bridge_wire.errors import DTypeError, SpecError
 from tests.torch_client.conftest import Remote
 
 
@@ -107,6 +109,27 @@ def test_an_output_is_passed_on_without_a_copy(remote: Remote, session: Session)
     before = session.stats()["bytes_copied"]
     sine(y)
     assert session.stats()["bytes_copied"] - before == y.nbytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32, np.float32, np.dtype("float32")])
+def test_an_array_of_the_session_is_passed_without_a_copy(remote: Remote, session: Session, dtype: object) -> None:
+    """session.empty gives memory that the worker sees already; it is leased until the tensor dies."""
+    x = torch.from_dlpack(session.empty((10, 100), dtype)).fill_(0.5)
+    before = session.stats()["bytes_copied"]
+    torch.testing.assert_close(remote("sine")(x), 2 * x.sin())
+    assert session.stats()["bytes_copied"] - before == x.nbytes
+    del x
+    assert session.stats()["blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [(-1, "float32", SpecError), ((2, 1.5), "float32", SpecError), (2**61, "float64", SpecError), (3, "f", DTypeError)],
+)
+def test_an_array_that_cannot_be_is_refused(session: Session, shape: Any, dtype: str, kind: type[Exception]) -> None:
+    """Before any memory is asked for."""
+    with pytest.raises(kind):
+        session.empty(shape, dtype)
 
 
 def test_a_view_of_an_output_is_passed_on(remote: Remote) -> None:
