@@ -1,5 +1,7 @@
 """A JAX program and a torch worker on one GPU. Run by test_jax_client, in a process of its own that has no torch."""
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,12 +14,12 @@ import pytest
 from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction
 from bridge_client.ordering import Ordering
-from bridge_wire.errors import BridgeError, OutOfMemory
+from bridge_wire.errors import BridgeError, DTypeError, OutOfMemory
 from tests.conftest import eventually
 from tests.gpu.on_gpu import machine
 from tests.gpu.on_gpu.machine import MEMORY, needs_cuda
 
-SERVED = ("sine", "unchanged", "outer", "late", "linear")
+SERVED = ("sine", "unchanged", "outer", "late", "linear", "largest", "far")
 _SIZE = 1 << 20
 
 
@@ -74,6 +76,57 @@ def test_every_dtype_arrives_as_it_is(dtype: str, session: Session) -> None:
     """Bit by bit."""
     x = jnp.arange(300).astype(dtype)
     assert jnp.array_equal(RemoteTorchFunction(session, name="unchanged")(x), x)
+
+
+def test_integers_are_converted_on_the_gpu(session: Session) -> None:
+    """Both ways, at once and under jit; what does not fit in 32 bits is an error, and the next call works."""
+    x = jax.random.uniform(jax.random.key(3), (50, 7))
+    for wrapped in (lambda f: f, jax.jit):
+        places = wrapped(RemoteTorchFunction(session, name="largest"))(x, jnp.arange(-50, 0))
+        assert places.dtype == jnp.int32 and jnp.array_equal(places, x.argmax(-1))
+        with pytest.raises(DTypeError, match="values from 1099511627776 to 1099511627776"):
+            jax.block_until_ready(wrapped(RemoteTorchFunction(session, name="far"))(x))
+
+
+@needs_cuda
+def test_calls_pass_on_what_they_have_made(session: Session) -> None:
+    """Without a copy; and it is never donated."""
+    f, x = RemoteTorchFunction(session, name="sine"), jnp.linspace(0.0, 1.0, _SIZE)
+    y = f(x)
+    before = session.stats()["bytes_copied"]
+    _close(f(y), 2 * jnp.sin(2 * jnp.sin(x)))
+    assert session.stats()["bytes_copied"] - before == y.nbytes
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _close(jax.jit(lambda y: y + 1, donate_argnums=0)(y), 2 * jnp.sin(x) + 1)
+    _close(f(x), 2 * jnp.sin(x))
+
+
+@needs_cuda
+def test_memory_is_not_used_again_before_xla_has_read_it(session: Session) -> None:
+    """An array dies while a computation is still about to read it, and its memory is that of the next results."""
+    from tests.gpu.on_gpu.jax_models import late
+
+    f, slow, x = RemoteTorchFunction(session, name="sine"), jax.jit(late), jnp.ones(_SIZE)
+    slow(x).block_until_ready()
+    for _ in range(3):
+        made = slow(f(x))
+        for _ in range(4):
+            f(jnp.zeros(_SIZE))
+        _close(made, 2 * jnp.sin(x) + 1)
+
+
+def test_many_calls_leave_nothing(session: Session) -> None:
+    """Neither blocks nor residuals, at once and under jit, and slabs do not grow."""
+    f, x = RemoteTorchFunction(session, name="sine"), jnp.linspace(0.0, 1.0, 1000)
+    loss = lambda x: f(x).sum()  # noqa: E731
+    steps = [f, jax.grad(loss), jax.jit(jax.grad(loss))]
+    sizes = []
+    for _ in range(100):
+        for step in steps:
+            step(x).block_until_ready()
+        sizes.append(session.stats()["slab_bytes"])
+    assert sizes[-1] == sizes[10]
+    assert eventually(lambda: gc.collect() >= 0 and session.stats()["residuals"] == 0)
 
 
 def test_a_module_trains(session: Session) -> None:

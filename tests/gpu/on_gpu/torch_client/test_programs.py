@@ -33,7 +33,17 @@ assert y.is_cuda and torch.allclose(y, 2 * x.sin(), atol=1e-5) and torch.allclos
 array = to_jax(x.detach())
 assert array.unsafe_buffer_pointer() == x.data_ptr() and to_torch(array).data_ptr() == x.data_ptr()
 g = RemoteTorchFunction(lambda x: torch.sin(x) * 2)
-assert jnp.allclose(jax.jit(jax.grad(lambda x: g(x).sum()))(array), 2 * jnp.cos(array), atol=1e-5)
+for wrapped in (lambda g: g, jax.jit):
+    assert jnp.allclose(wrapped(g)(array), 2 * jnp.sin(array), atol=1e-5)
+    assert jnp.allclose(wrapped(jax.grad(lambda x: g(x).sum()))(array), 2 * jnp.cos(array), atol=1e-5)
+    assert jnp.allclose(wrapped(jax.vmap(jax.grad(g)))(array[:100]), 2 * jnp.cos(array[:100]), atol=1e-5)
+linear = torch.nn.Linear(4, 3, device="cuda")
+h, rows = RemoteTorchFunction(linear), array[:40].reshape(10, 4)
+expected = to_jax(linear(to_torch(rows)).detach())
+assert h.session.gpu_pool() is not None and jnp.allclose(h(rows), expected, atol=1e-5)
+assert jnp.allclose(jax.jit(h.apply)(jax.device_put(h.params), rows), expected, atol=1e-5)
+for session in (f.session, g.session, h.session):
+    assert session.stats()["bytes_through_host"] == 0, session.framework
 print("right")
 """
 
