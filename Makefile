@@ -27,8 +27,9 @@ check: setup ## Check format, lint, types, the import rule and the generated cod
 	$(BOTH)/lint-imports
 	$(BOTH)/python tools/generate_proto.py --check
 
-bench: setup ## Measure against the performance budget; GPU=1: calls on a GPU
-	$(BOTH)/python -m bench$(if $(GPU),.gpu)
+# On a GPU, PYTHON=... names an interpreter that has both frameworks for CUDA already.
+bench: $(if $(and $(GPU),$(PYTHON)),,setup) ## Measure against the performance budget; GPU=1: calls on a GPU
+	$(if $(GPU),$(or $(PYTHON),$(BOTH)/python) -m bench.gpu,$(BOTH)/python -m bench)
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz

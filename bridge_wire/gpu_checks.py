@@ -24,12 +24,14 @@ BY_HOST = "tensors on the GPU travel through the host"
 _DRIVER = "NVIDIA driver"
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 _EXPOSE = "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
+_PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+_OFF = ("", "false", "False", "0")  # all else is on, as XLA's client reads it
 _XLA_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _ALLOCATOR_SETTINGS = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "PYTORCH_NO_CUDA_MEMORY_CACHING",
-    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    _PREALLOCATE,
     "XLA_PYTHON_CLIENT_ALLOCATOR",
     *_XLA_FRACTIONS,
     "TF_GPU_ALLOCATOR",
@@ -176,12 +178,12 @@ def _allocators(environment: Mapping[str, str]) -> Check:
     found = ", ".join(f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment)
     if all(each in environment for each in _XLA_FRACTIONS):
         return broken(name, f"{found}: JAX refuses to start with both", f"unset {_XLA_FRACTIONS[1]}")
-    if environment.get("XLA_PYTHON_CLIENT_PREALLOCATE", "").lower() in ("true", "1"):
+    if environment.get(_PREALLOCATE, "") not in _OFF:
         return slow(
             name,
             f"{found}: JAX takes most of the memory, which others need too",
-            "set XLA_PYTHON_CLIENT_PREALLOCATE=false; a worker does where it is not set",
+            f"set {_PREALLOCATE}=false; a worker does where it is not set",
         )
-    if "XLA_PYTHON_CLIENT_PREALLOCATE" not in environment and installed("jax"):
+    if not environment.get(_PREALLOCATE) and installed("jax"):
         found = f"{found or 'no setting'}; JAX takes 75 % of the memory when it starts, except in a worker"
     return ok(name, found or "no setting")

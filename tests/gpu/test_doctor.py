@@ -181,6 +181,7 @@ def test_without_cupy_nothing_is_exchanged(fake_cuda: Any, monkeypatch: pytest.M
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, OK, "XLA_PYTHON_CLIENT_PREALLOCATE=false"),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, OK, "expandable_segments:True"),
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, SLOW, "a worker does where it is not set"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "no"}, SLOW, "XLA_PYTHON_CLIENT_PREALLOCATE=no: JAX takes most"),
         ({"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, BROKEN, "refuses to start"),
     ],
 )
