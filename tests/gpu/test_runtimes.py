@@ -191,6 +191,18 @@ def test_torch_models_run_where_their_runtime_says(monkeypatch: pytest.MonkeyPat
     assert gradient.shape == (1, 3)
 
 
+def test_what_was_brought_to_the_gpu_counts_as_residual() -> None:
+    """Unlike the client's own memory, which a graph on the host holds: there it is the worker's."""
+    x = placed(np.ones(128, np.float32))
+    kept = []
+    for runtime in (TorchRuntime(Options()), _ElsewhereTorch()):
+        hosted = Hosted(runtime, lambda x: x * x)
+        program = hosted.call(x, keep=[0])
+        hosted.run_keeping(program, x)
+        kept.append(program.residual_nbytes)
+    assert kept == [0, x.nbytes]
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 
