@@ -152,6 +152,26 @@ def test_a_gpu_is_known_by_its_number_in_this_process(fake_cuda: Any) -> None:
     assert TorchRuntime(Options()).stream() is None
 
 
+def test_torch_runs_on_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch, fake_cuda: Any) -> None:
+    """Within the fraction of its memory that was allowed; a guest stays where its user's tensors are."""
+    limits: list[Any] = []
+
+    class Stream:
+        cuda_stream = 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    runtime = TorchRuntime(Options(gpu_memory_fraction=0.5))
+    assert limits == [(0.5, torch.device("cuda", 0))]
+    assert runtime.gpu() == gpus()[0]
+    assert runtime.stream() == 0  # torch's stream, which a turn must not take for none
+    assert runtime.describe().devices == ("cuda:0",)
+    assert TorchRuntime(Options(is_guest=True)).gpu() is None
+
+
 class _ElsewhereTorch(TorchRuntime):
     """As on a GPU: by another name than the tensors of the host."""
 
