@@ -121,19 +121,21 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
     return Source(array.ctypes.data, array.dtype, array)
 
 
-def from_block(block: Block, spec: Spec, label: str) -> jax.Array:
-    """Return the array over the block, whose lease ends with it.
+def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = None) -> jax.Array:
+    """Return the array over the block, whose lease ends with it, where an array belongs on the host: always if that is
+    the only device, and else if it is its home.
 
-    It is a copy where jax can only hold a narrower type, and where there are more devices than the host.
+    It is a copy on any other device, and where jax can only hold a narrower type.
     """
     dtype = dtype_of(spec, label)
     # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
-    if block.nbytes and dtype == JAX_DTYPES[spec.dtype] and has_one_cpu() and is_importable(dtype):
+    is_imported = block.nbytes and dtype == JAX_DTYPES[spec.dtype] and (has_one_cpu() or home is _host())
+    if is_imported and is_importable(dtype):
         _blocks[block.pointer] = block
         return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
-    return jax.device_put(array)
+    return jax.device_put(array, home)
 
 
 def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.Device) -> jax.Array:
@@ -154,12 +156,12 @@ def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.
     return narrowed(array, dtype)
 
 
-def beside(inputs: Sequence[Any], outputs: list[jax.Array]) -> list[jax.Array]:
-    """Return the outputs on the device that an input is committed to, if any is."""
+def home_of(inputs: Sequence[Any]) -> jax.Device | None:
+    """Return the device that an input is committed to, where outputs belong; None if none is."""
     for value in inputs:
         if isinstance(value, jax.Array) and getattr(value, "committed", True) and len(value.devices()) == 1:
-            return jax.device_put(outputs, next(iter(value.devices())))
-    return outputs
+            return next(iter(value.devices()))
+    return None
 
 
 def dtype_of(spec: Spec, label: str) -> np.dtype:
@@ -246,6 +248,11 @@ def has_x64() -> bool:
 def has_one_cpu() -> bool:
     """Whether the only device is the host's."""
     return jax.default_backend() == "cpu" and jax.local_device_count() == 1
+
+
+@functools.cache
+def _host() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
 
 
 def _is_plain(array: Any) -> bool:

@@ -25,11 +25,11 @@ from bridge_client.jax.gpu import (
 from bridge_client.jax.memory import (
     JAX_DTYPES,
     Source,
-    beside,
     dtype_of,
     from_block,
     from_block_on,
     has_one_cpu,
+    home_of,
     is_importable,
     place,
     source_of,
@@ -91,8 +91,8 @@ class Action(ABC):
         if gpu is not None:
             ran = self._run(self._sources_on(gpu, values), gpu)
             return ran, self._arrays_on(gpu, ran.blocks, values)
-        ran = self._run([source_of(value) for value in values], None)
-        made = beside(values, list(map(from_block, ran.blocks, self.outputs, self.labels)))
+        home, ran = home_of(values), self._run([source_of(value) for value in values], None)
+        made = [from_block(*each, home) for each in zip(ran.blocks, self.outputs, self.labels, strict=False)]
         staged = [x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None]
         if staged:
             self.session.note_staged(sum(x.nbytes for x in (*staged, *made)))

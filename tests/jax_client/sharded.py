@@ -97,9 +97,17 @@ def state_and_keys(session: Session, mesh: Mesh) -> None:
 
 
 def on_another_device(session: Session, mesh: Mesh) -> None:
-    f, x = RemoteTorchFunction(session, name="square"), jax.device_put(rows(3), jax.devices()[2])
-    made, pull = jax.vjp(f, x)
-    assert made.devices() == pull(made)[0].devices() == {jax.devices()[2]}
+    f = RemoteTorchFunction(session, name="square")
+    for device in jax.devices()[::2]:
+        x, before = jax.device_put(rows(64), device), session.stats()
+        made, pull = jax.vjp(f, x)
+        pulled = pull(made)[0]
+        assert made.devices() == pulled.devices() == {device}
+        np.testing.assert_allclose(pulled, 2 * x**3)
+        after = session.stats()
+        assert after["calls"] - before["calls"] == 2  # from the residual
+        is_shared = session.pool.address_of(made.unsafe_buffer_pointer(), made.nbytes) is not None
+        assert is_shared == (device is jax.devices()[0])
     assert not f(rows(3)).committed
 
 
