@@ -129,7 +129,7 @@ class _Transformable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], program: Program, *inputs: Any) -> tuple[Any, Any]:
         axes = tuple(-1 if dim is None else dim for dim in in_dims[1:])
-        outputs = apply(program.vmap(axes, info.batch_size), inputs)
+        outputs = apply(program.vmap(axes, int(info.batch_size)), inputs)  # guarded, if it is symbolic
         return tuple(outputs), (0,) * len(outputs)
 
 

@@ -164,11 +164,11 @@ class RemoteJaxFunction(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         is_stateful: bool = False,
-        is_sized: bool = True,
+        shape_of: "Callable[[Tensor], tuple[Any, ...]] | None" = None,
     ) -> Any:
         """Call the model with these parameters (and key). Return the result, of a stateful call with its buffers.
 
-        Not `is_sized`: symbolic sizes stay so, if the worker can tell the shapes of the outputs for all of them.
+        `shape_of` says which of the sizes that are symbolic may stay so; None: there are none.
         """
         if self.cast_inputs is not None and autocast_is_on():
             cast, args, kwargs = cast_floats((own, args, kwargs), self.cast_inputs)
@@ -176,14 +176,15 @@ class RemoteJaxFunction(nn.Module):
                 cast[i] = own[i]
             own = cast
         statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
-        is_jit_tracing = torch._C._get_tracing_state() is not None  # then sizes are tensors
-        shape_of = _fixed_shape_of if is_jit_tracing else _shape_of if is_sized else _seen_shape_of
+        if shape_of is None:
+            is_jit_tracing = torch._C._get_tracing_state() is not None  # then sizes are tensors
+            shape_of = _fixed_shape_of if is_jit_tracing else _shape_of
         signature: list[Any] = []
         for tensor in own:
             signature.append(tensor.dtype)
             signature.append(shape_of(tensor))
         inputs: list[Any] = list(own)
-        if not kwargs and not statics and not is_jit_tracing and _TENSORS.issuperset(map(type, args)):
+        if not kwargs and not statics and shape_of is _shape_of and _TENSORS.issuperset(map(type, args)):
             for tensor in args:  # the usual call
                 signature.append(tensor.dtype)
                 signature.append(tensor.shape)
@@ -211,7 +212,7 @@ class RemoteJaxFunction(nn.Module):
                 else:
                     if kind is not Tensor and not isinstance(leaf, Tensor):
                         if register_if_dataclass(kind):
-                            return self._call(own, args, kwargs, is_stateful, is_sized)  # that leaf is a node now
+                            return self._call(own, args, kwargs, is_stateful, shape_of)  # that leaf is a node now
                         leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                     signature.append(leaf.dtype)
                     signature.append(shape_of(leaf))
@@ -402,10 +403,10 @@ class RemoteJaxFunction(nn.Module):
         """Call with symbolic sizes, as torch.compile traces them; if that cannot be, with those that they have now."""
         if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
             try:
-                return self._call(own, args, kwargs, is_stateful, is_sized=False)
+                return self._call(own, args, kwargs, is_stateful, _seen_shape_of)
             except SpecError as error:
                 _log.debug("a call is compiled for its present sizes, since %s", error)
-        return self._call(own, args, kwargs, is_stateful)
+        return self._call(own, args, kwargs, is_stateful, _fixed_shape_of)
 
 
 _TENSORS = {Tensor}
@@ -530,7 +531,7 @@ def _shape_of(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _seen_shape_of(tensor: Tensor) -> tuple[int | Seen, ...]:
-    return tensor.shape if type(tensor) in PLAIN else tuple(map(seen, tensor.shape))
+    return tuple(map(seen, tensor.shape))
 
 
 def _fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:

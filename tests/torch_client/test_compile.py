@@ -140,6 +140,16 @@ def test_sizes_that_a_model_looks_at(x64_remote: Remote) -> None:
         assert_same([compiled(x)], [remote(x)])
 
 
+def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:
+    """Batches and derivatives of torch.func within compiled code are compiled anew for each size."""
+    sine = x64_remote("sine")
+    run = torch.func.vmap(torch.func.grad(lambda x: sine(x).sum()))
+    compiled = torch.compile(lambda x: run(x), fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (3, 5):
+        x = rand(size, 2)
+        assert_same([compiled(x)], [2 * x.cos()])
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported_for_all_sizes(x64_remote: Remote, strict: bool) -> None:
     """An exported module takes all sizes that it was exported for, and is differentiable."""
