@@ -172,6 +172,23 @@ def test_arrays_of_jax_and_a_torch_module() -> None:
     f.session.close()
 
 
+def test_models_on_the_host_and_arrays_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They go through the host, are counted, and the log says why, once."""
+    monkeypatch.setattr(TorchRuntime, "gpu", lambda self: None)
+    f = RemoteTorchFunction(torch.sin)
+    with jax_on_gpu():
+        for wrapped in (lambda f: f, jax.jit):
+            np.testing.assert_allclose(wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6)
+    assert f.session.stats()["bytes_through_host"] == 4 * X.nbytes
+    assert [record.message for record in caplog.records if "through the host" in record.message] == [
+        "tensors on a GPU travel through the host, since the models run on no GPU; move them there, or make one jax's "
+        "default device"
+    ]
+    f.session.close()
+
+
 class _OnGpu(torch.nn.Module):
     """A module that says that it is on another device."""
 
