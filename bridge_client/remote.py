@@ -264,6 +264,11 @@ class RemoteSession(Session):
         make: Callable[[list[Block]], _T],
         stream: int | None,
     ) -> _T:
+        if (link := self._link) is not None:
+            try:
+                return self._run_over(link, program, inputs, residual, copied, timeout_s, make, stream)
+            except Stale:
+                self._forget(link)
         return self._over_link(self._run_over, program, inputs, residual, copied, timeout_s, make, stream)
 
     def _run_over(

@@ -177,18 +177,14 @@ def _as_jaxs(cotangent: Tensor) -> Tensor:
     """Return a cotangent as jax.vjp takes it, which is linear where torch's gradient is conjugate-linear."""
     if cotangent.layout is not torch.strided:  # as of an output that was an embedding's table
         cotangent = cotangent.to_dense()
-    return _conjugated(cotangent)
+    return cotangent.conj() if cotangent.is_complex() else cotangent
 
 
 def _as_gradient_of(value: Tensor, cotangent: Tensor) -> Tensor:
     """Return the cotangent of an input as torch's gradient of it."""
     if not (value.is_cpu and cotangent.is_cpu) and value.device != cotangent.device:
         cotangent = cotangent.to(value.device)  # a run's outputs are all in one place
-    return _conjugated(cotangent)
-
-
-def _conjugated(tensor: Tensor) -> Tensor:
-    return tensor.conj() if tensor.is_complex() else tensor
+    return cotangent.conj() if cotangent.is_complex() else cotangent
 
 
 def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[Tensor]) -> None:

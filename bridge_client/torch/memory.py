@@ -49,9 +49,16 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, O
     placed: list[Placed] = []
     copied = 0
     for value, spec in zip(inputs, program.inputs, strict=True):
-        is_as_wanted = not spec.weak and DTYPES.get(value.dtype) is spec.dtype and _is_dense(value)
-        pointer = value.data_ptr() if is_as_wanted else 0
-        if pointer:  # none has what is empty, and the zeros without memory that forward mode makes
+        # The pointer last: none has what is empty, and the zeros without memory that forward mode makes.
+        if (
+            not spec.weak
+            and value.is_cpu
+            and value.layout is torch.strided
+            and DTYPES.get(value.dtype) is spec.dtype
+            and value.is_contiguous()
+            and not (value.is_conj() or value.is_neg())
+            and (pointer := value.data_ptr())
+        ):
             nbytes = value.nbytes
             address = pool.address_of(pointer, nbytes)
             if address is not None:
@@ -163,12 +170,6 @@ def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
             )
         dtype = narrowed
     return Spec(dtype, shape)
-
-
-def _is_dense(value: Tensor) -> bool:
-    """Whether a tensor's elements lie in the host's memory as they are, row-major and without gaps."""
-    is_readable = value.is_cpu and value.layout is torch.strided
-    return is_readable and value.is_contiguous() and not value.is_conj() and not value.is_neg()
 
 
 def _check_readable(value: Tensor, path: str) -> None:
