@@ -12,6 +12,7 @@ import torch
 
 from bridge_client.inproc import host
 from bridge_client.inproc.devices import torch_device_of
+from bridge_client.inproc.gpu import NearTurn
 from bridge_client.inproc.session import InprocSession
 from bridge_client.jax import RemoteTorchFunction
 from bridge_client.programs import Program
@@ -87,17 +88,44 @@ def _value(session: InprocSession, stream: int, block: Block) -> np.ndarray:
     return found
 
 
-def test_a_run_comes_in_the_order_of_the_callers_stream(session: InprocSession, stream: int, on_gpu: Any) -> None:
-    """It reads what was put there before it, late as it may be, and its outputs are there for what comes after it."""
+@pytest.fixture
+def is_late(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models' stream is always late."""
+    begin = NearTurn.begin
+
+    def begin_late(self: NearTurn) -> None:
+        begin(self)
+        on_gpu.sleep(self.stream, 0.05)
+
+    monkeypatch.setattr(NearTurn, "begin", begin_late)
+
+
+def _run_late(session: InprocSession, stream: int, on_gpu: Any) -> np.ndarray:
+    """Return what a run makes of an input that is late, too."""
     block = _block(session, stream, np.zeros_like(X))
     on_gpu.sleep(stream, 0.05)
     pool = session.gpu_pool()
     assert pool is not None
     pool.device.copy(block.pointer, X.ctypes.data, X.nbytes, stream)
     (made,) = session.run(_call(session), [block], stream=stream)
-    assert pool.address_of(made.pointer, made.nbytes)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6)
+    return _value(session, stream, made)
+
+
+@pytest.mark.usefixtures("is_late")
+def test_a_run_comes_in_the_order_of_the_callers_stream(session: InprocSession, stream: int, on_gpu: Any) -> None:
+    """It reads what was put there before it, late as it may be, and its outputs are there for what comes after it."""
+    np.testing.assert_allclose(_run_late(session, stream, on_gpu), np.sin(X) * X, rtol=1e-6)
     assert session.stats()["bytes_through_host"] == 0
+
+
+@pytest.mark.usefixtures("is_late")
+@pytest.mark.parametrize("order", ["follow", "precede"])
+def test_without_its_events_it_comes_too_early(
+    order: str, session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The test above can fail."""
+    monkeypatch.setattr(NearTurn, order, lambda self, stream: None)
+    assert not np.allclose(_run_late(session, stream, on_gpu), np.sin(X) * X)
 
 
 def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> None:
