@@ -88,44 +88,51 @@ def _value(session: InprocSession, stream: int, block: Block) -> np.ndarray:
     return found
 
 
-@pytest.fixture
-def is_late(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The models' stream is always late."""
-    begin = NearTurn.begin
-
-    def begin_late(self: NearTurn) -> None:
-        begin(self)
-        on_gpu.sleep(self.stream, 0.05)
-
-    monkeypatch.setattr(NearTurn, "begin", begin_late)
-
-
-def _run_late(session: InprocSession, stream: int, on_gpu: Any) -> np.ndarray:
-    """Return what a run makes of an input that is late, too."""
+def test_a_run_comes_in_the_order_of_the_callers_stream(
+    session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads what was put there before it, late as it may be, and its outputs, late too, are there for what comes
+    after it."""
+    program, begin = _call(session), NearTurn.begin
+    monkeypatch.setattr(NearTurn, "begin", lambda self: (begin(self), on_gpu.sleep(self.stream, 0.05)))
     block = _block(session, stream, np.zeros_like(X))
     on_gpu.sleep(stream, 0.05)
-    pool = session.gpu_pool()
-    assert pool is not None
-    pool.device.copy(block.pointer, X.ctypes.data, X.nbytes, stream)
-    (made,) = session.run(_call(session), [block], stream=stream)
-    return _value(session, stream, made)
-
-
-@pytest.mark.usefixtures("is_late")
-def test_a_run_comes_in_the_order_of_the_callers_stream(session: InprocSession, stream: int, on_gpu: Any) -> None:
-    """It reads what was put there before it, late as it may be, and its outputs are there for what comes after it."""
-    np.testing.assert_allclose(_run_late(session, stream, on_gpu), np.sin(X) * X, rtol=1e-6)
+    _overwrite(session, stream, block)
+    (made,) = session.run(program, [block], stream=stream)
+    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6)
     assert session.stats()["bytes_through_host"] == 0
 
 
-@pytest.mark.usefixtures("is_late")
-@pytest.mark.parametrize("order", ["follow", "precede"])
-def test_without_its_events_it_comes_too_early(
-    order: str, session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+def test_without_the_callers_event_its_write_is_missed(
+    session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The test above can fail."""
-    monkeypatch.setattr(NearTurn, order, lambda self, stream: None)
-    assert not np.allclose(_run_late(session, stream, on_gpu), np.sin(X) * X)
+    program, block = _call(session), _block(session, stream, np.zeros_like(X))
+    device_of(gpus()[0].uuid).synchronize(stream)
+    monkeypatch.setattr(NearTurn, "follow", lambda self, stream: None)
+    held = on_gpu.hold(stream)
+    _overwrite(session, stream, block)
+    (made,) = session.run(program, [block], stream=stream)
+    held.set()
+    assert not _value(session, stream, made).any()
+
+
+def test_without_the_models_event_its_result_is_missed(
+    session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the other direction, too."""
+    program, begin, held = _call(session), NearTurn.begin, []
+    monkeypatch.setattr(NearTurn, "begin", lambda self: (begin(self), held.append(on_gpu.hold(self.stream))))
+    monkeypatch.setattr(NearTurn, "precede", lambda self, stream: None)
+    (made,) = session.run(program, [_block(session, stream, X)], stream=stream)
+    assert not np.allclose(_value(session, stream, made), np.sin(X) * X)
+    held[0].set()
+
+
+def _overwrite(session: InprocSession, stream: int, block: Block) -> None:
+    pool = session.gpu_pool()
+    assert pool is not None
+    pool.device.copy(block.pointer, X.ctypes.data, X.nbytes, stream)
 
 
 def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> None:
