@@ -164,7 +164,9 @@ def _most_general(
     def names_of(sizes: Sequence[int]) -> dict[Any, str]:
         return {size: f"d{sizes.index(size.now)}" for size in symbolic if size.now in sizes}
 
-    found = attempt({size: f"d{i}" for i, size in enumerate(symbolic)}) or attempt(names_of(different))
+    found = attempt({size: f"d{i}" for i, size in enumerate(symbolic)})
+    if found is None and len(different) < len(symbolic):
+        found = attempt(names_of(different))
     if found is None and len(different) > 1:
         alone = [size for size in different if attempt(names_of([size]))]
         found = attempt(names_of(alone)) if alone else None
