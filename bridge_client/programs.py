@@ -1,6 +1,8 @@
 """Programs as the client sees them: what was asked for, what it returns, and the programs derived from it."""
 
+import hashlib
 import itertools
+import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -42,13 +44,13 @@ class Program:
     keeps_residual: bool = field(init=False)
     takes_numbers: bool = field(init=False)  # whether an input is a Python number, and not an array
     key: int = field(default_factory=_keys.__next__)  # names it in this process
+    number: int = 0  # names it in graphs; 0: it is in none
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.is_pullback = self.request.HasField("pullback")
         self.keeps_residual = self.request.call.HasField("keep")
         self.takes_numbers = any(spec.weak for spec in self.inputs)
-        _by_key[self.key] = self
 
     def __repr__(self) -> str:
         call = self.request.call
@@ -56,14 +58,31 @@ class Program:
         return "/".join([call.model or str(self.request.WhichOneof("what")), *map(str, steps)])
 
     @staticmethod
-    def of(key: int) -> "Program":
-        """Return the program of a key, by which code that torch has compiled names it."""
-        return _pinned.get(key) or _by_key[key]
+    def of(number: int) -> "Program":
+        """Return the program that a graph names so."""
+        return _pinned.get(number) or _numbered[number]
 
     def pin(self) -> int:
-        """Keep this program, which a graph is going to name, until its session is closed; return its key."""
-        _pinned[self.key] = self
-        return self.key
+        """Keep this program, which a graph is going to name, until its session is closed; return the number for that.
+
+        It follows from what the program takes and returns: torch keeps compiled code on disk, and finds it again, in
+        another process, by what the graph looks like. No two programs of one process ever have the same.
+        """
+        with _pinning:
+            if not self.number:
+                number = int.from_bytes(hashlib.sha256(self.described()).digest()[:7], "little") + 1
+                while number in _given:
+                    number += 1
+                _given.add(number)
+                self.number = number
+                _numbered[number] = self
+            _pinned[self.number] = self
+        return self.number
+
+    def described(self) -> bytes:
+        """Return the call, and the types of its outputs."""
+        outputs = ", ".join(map(str, self.outputs))
+        return self.request.SerializeToString(deterministic=True) + outputs.encode()
 
     def at(self, arrays: Sequence[Any]) -> "Program":
         """Return the program that runs on these inputs: this one, save where it stands for those of all sizes."""
@@ -166,18 +185,18 @@ class Program:
         return self._derived.setdefault(key, self.session.prepare(derived))
 
 
-_by_key: "weakref.WeakValueDictionary[int, Program]" = weakref.WeakValueDictionary()
-
-
-# What graphs name, which hold a number only.
+# What graphs name, which hold a number only: kept, and all that are alive; and every number ever given.
 _pinned: dict[int, Program] = {}
+_numbered: "weakref.WeakValueDictionary[int, Program]" = weakref.WeakValueDictionary()
+_given: set[int] = set()
+_pinning = threading.Lock()
 
 
 def unpin(session: "Session") -> None:
     """Let go of the programs of a session that is being closed."""
-    for key, program in list(_pinned.items()):
+    for number, program in list(_pinned.items()):
         if program.session is session:
-            _pinned.pop(key, None)
+            _pinned.pop(number, None)
 
 
 def shapes_of(call: pb.Call, inputs: Sequence[Sequence[str]]) -> pb.Shapes:

@@ -30,6 +30,7 @@ class Family(Program):
 
     named: Named = ()  # the inputs' shapes
     formulas: Formulas = ()  # of the sizes of each output
+    told: Sequence[Sequence[str]] = ()  # the formulas of the call's outputs, as they came
     make: Callable[[tuple[Shape, ...]], Program] | None = None
     _members: dict[tuple[Shape, ...], Program] = field(default_factory=dict)
 
@@ -55,6 +56,9 @@ class Family(Program):
                     raise InternalError(f"{self!r} is run on sizes that it was not compiled for")
         return [tuple([size(sizes) for size in output]) for output in self.formulas]
 
+    def described(self) -> bytes:
+        return Program.described(self) + repr((self.named, self.told)).encode()
+
     def keeping(self, wrt: tuple[int, ...]) -> Program:
         return self._family(("keep", wrt), lambda program: Program.keeping(program, wrt), self.formulas)
 
@@ -74,7 +78,7 @@ class Family(Program):
         if known is None:
             count = len(self.inputs)
             make = lambda shapes: derive(self._member(shapes[:count]))  # noqa: E731
-            known = self._derived[key, "of all sizes"] = _family_of(derive(self), self.named, formulas, make)
+            known = self._derived[key, "of all sizes"] = _family_of(derive(self), self.named, formulas, self.told, make)
         return known
 
     def _member(self, shapes: tuple[Shape, ...]) -> Program:
@@ -89,12 +93,13 @@ def _family_of(
     example: Program,
     named: Named,
     formulas: Formulas,
+    told: Sequence[Sequence[str]],
     make: Callable[[tuple[Shape, ...]], Program],
 ) -> Family:
     """Return the family of which a program is an example; `make` makes those for other shapes of the inputs."""
-    own = ("key", "_derived")
+    own = ("key", "number", "_derived")
     given = {each.name: getattr(example, each.name) for each in fields(Program) if each.init and each.name not in own}
-    return Family(**given, named=named, formulas=formulas, make=make)
+    return Family(**given, named=named, formulas=formulas, told=told, make=make)
 
 
 class Seen(str):
@@ -123,13 +128,12 @@ def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) ->
     # Graphs hold the family until the session is closed: so it must not hold the function that was called.
     session, call = example.session, example.request.call
 
-    def ask(named: Named) -> Formulas | None:
+    def ask(named: Named) -> Sequence[Sequence[str]] | None:
         try:
-            told = session.shapes(call, [tuple(map(str, shape)) for shape in named])
+            return session.shapes(call, [tuple(map(str, shape)) for shape in named])
         except BridgeError as error:
             _log.debug("the shapes of %r cannot be told for %s: %s", example, named, error)
             return None
-        return tuple([tuple(map(_size_of, sizes)) for sizes in told])
 
     found = _most_general(shapes, ask)
     if found is None:
@@ -142,12 +146,13 @@ def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) ->
             spec.shape[:] = shape
         return session.prepare_call(sized, labels=example.labels, timeout_s=example.timeout_s)
 
-    return _family_of(example, *found, make)
+    named, told = found
+    return _family_of(example, named, tuple([tuple(map(_size_of, sizes)) for sizes in told]), told, make)
 
 
 def _most_general(
-    shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Formulas | None]
-) -> tuple[Named, Formulas] | None:
+    shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Sequence[Sequence[str]] | None]
+) -> tuple[Named, Sequence[Sequence[str]]] | None:
     """Return the most general of these shapes that there are formulas for, in which unknown sizes have names.
 
     First each symbolic size is one of its own, then those are one that are equal now, then only those stay unknown that
@@ -156,10 +161,10 @@ def _most_general(
     symbolic = list(dict.fromkeys(size for shape in shapes for size in shape if isinstance(size, Seen)))
     different = list(dict.fromkeys(size.now for size in symbolic))
 
-    def attempt(names: Mapping[Any, str]) -> tuple[Named, Formulas] | None:
+    def attempt(names: Mapping[Any, str]) -> tuple[Named, Sequence[Sequence[str]]] | None:
         named = tuple([tuple([names.get(size, getattr(size, "now", size)) for size in shape]) for shape in shapes])
-        formulas = ask(named)
-        return None if formulas is None else (named, formulas)
+        told = ask(named)
+        return None if told is None else (named, told)
 
     def names_of(sizes: Sequence[int]) -> dict[Any, str]:
         return {size: f"d{sizes.index(size.now)}" for size in symbolic if size.now in sizes}

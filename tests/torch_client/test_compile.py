@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridge_client import Session
+from bridge_client.programs import Program
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import RemoteModelError
 from tests.torch_client.conftest import Remote
@@ -138,6 +139,22 @@ def test_sizes_that_a_model_looks_at(x64_remote: Remote) -> None:
     for size in (3, 5, 7):
         x = rand(size)
         assert_same([compiled(x)], [remote(x)])
+
+
+def test_graphs_of_different_programs_differ(x64_remote: Remote) -> None:
+    """What names a program in a graph follows from its call and its outputs' types, since torch finds compiled code of
+    other processes again on disk by its graph; and no two programs here have the same name."""
+
+    def number_of(name: str) -> int:
+        graph = make_fx(x64_remote(name))(rand(3)).graph
+        [node] = [node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default]
+        return node.args[1]
+
+    sine, again, outer = number_of("sine"), number_of("sine"), number_of("outer")
+    programs = [Program.of(number) for number in (sine, again, outer)]
+    assert programs[0].described() == programs[1].described() != programs[2].described()
+    assert sine < again < sine + 1000, "the same, and then the next that is free"
+    assert programs[2].described().endswith(b"float64[3,3]")
 
 
 def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:
