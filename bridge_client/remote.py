@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import logging
+import operator
 import os
 import threading
 import weakref
@@ -32,6 +33,7 @@ from bridge_wire.slabs import memfd_works
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MOST_UNCOUNTED = 1000
+_address_of = operator.attrgetter("address")
 
 
 class Host(Protocol):
@@ -293,16 +295,15 @@ class RemoteSession(Session):
             name = self._name_of(link, program, timeout_s)
         gpu = None if stream is None else self._gpu
         if gpu is None:
-            lease = self.pool.lease
-            outputs = [lease(nbytes) for nbytes in program.output_nbytes]
+            outputs = list(map(self.pool.lease, program.output_nbytes))
         else:
             outputs = [gpu.lease(nbytes, stream or 0) for nbytes in program.output_nbytes]
         released = self._take_dropped() if self._dropped else None
         request = pb.LaneRequest()
         run = request.run
         run.program = name
-        run.inputs.extend([placed.address for placed in inputs])
-        run.outputs.extend([block.address for block in outputs])
+        run.inputs.extend(map(_address_of, inputs))
+        run.outputs.extend(map(_address_of, outputs))
         run.residual = residual
         if released:
             run.released.extend(released)

@@ -124,7 +124,7 @@ def from_blocks(blocks: Sequence[Block], described: Sequence[Spec], run: OnGpu |
     """Return the tensors whose storages are the blocks, of the host's memory or of that which the run uses on a GPU."""
     if run is not None and run.pool is not None:
         return [run.tensor_over(block, spec) for block, spec in zip(blocks, described, strict=True)]
-    return [from_block(block, spec) for block, spec in zip(blocks, described, strict=True)]
+    return list(map(from_block, blocks, described))
 
 
 def from_block(block: Block, spec: Spec) -> Tensor:
