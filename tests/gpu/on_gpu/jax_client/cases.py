@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,7 +211,7 @@ def test_a_context_that_breaks_ends_the_worker_and_the_next_call_starts_another(
 )
 def test_every_allocator_of_a_torch_worker_works(settings: dict[str, str]) -> None:
     """By one copy on the device."""
-    with machine.torch_worker("sine", env=os.environ | settings) as session:
+    with machine.torch_worker("sine", env=settings) as session:
         x = jnp.linspace(0, 1, _SIZE)
         _close(jax.grad(lambda x: RemoteTorchFunction(session)(x).sum())(x), 2 * jnp.cos(x))
         assert session.memory == MEMORY and session.stats()["bytes_through_host"] == 0

@@ -122,12 +122,15 @@ def test_a_module_trains(remote: Callable[[str], RemoteJaxFunction]) -> None:
     assert losses[-1] < losses[0] / 10
 
 
-def test_compiled_code_calls_it(remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the latter needs a compiler for C on the machine
+def test_compiled_code_calls_it(
+    backend: str, remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch.compile with fullgraph."""
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # its thread would stay
     f, x = remote("sine"), _rand(64)
     with torch._inductor.config.patch(compile_threads=1):
-        compiled = torch.compile(lambda x: f(x * 2) + 1, fullgraph=True)
+        compiled = torch.compile(lambda x: f(x * 2) + 1, fullgraph=True, backend=backend)
         _close(compiled(x), _native(x * 2) + 1)
     torch._dynamo.reset()
 
