@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -103,18 +104,24 @@ def test_inputs_are_read_anew() -> None:
 def test_views_go_before_their_memory() -> None:
     """JAX keeps no array over a tensor's memory when that has died; and arrays that somebody deletes are made anew."""
     f = RemoteJaxFunction(sine)
-    f(torch.zeros(64))  # what is made when it is compiled stays
-    gc.collect()
-    before = len(jax.live_arrays())
     x = torch.zeros(64)
     f(x)
-    for array in jax.live_arrays():
-        if array.is_fully_addressable and array.unsafe_buffer_pointer() == x.data_ptr():
-            array.delete()
+    for array in _arrays_over(x):
+        array.delete()
     assert float(f(x).sum()) == 0.0
-    del x
+    views = list(map(weakref.ref, _arrays_over(x)))
+    assert views
+    del x, array
     gc.collect()
-    assert len(jax.live_arrays()) <= before
+    assert not any(view() for view in views)
+
+
+def _arrays_over(tensor: torch.Tensor) -> list[jax.Array]:
+    return [
+        array
+        for array in jax.live_arrays()
+        if array.is_fully_addressable and array.unsafe_buffer_pointer() == tensor.data_ptr()
+    ]
 
 
 def test_parameters_are_trained_in_place() -> None:
