@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
 
-from bridge_server.sessions import Session, Sessions, addressed, nbytes_of
+from bridge_server.session import Session, addressed, nbytes_of
+from bridge_server.sessions import Sessions
 from bridge_server.turns import Turn
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket

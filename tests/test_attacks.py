@@ -25,9 +25,10 @@ import bridge_client
 from bridge_client.lanes import from_rpc
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
+from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Model
 from bridge_server.service import Service
-from bridge_server.sessions import Residuals, Sessions, _Kept
+from bridge_server.sessions import Sessions
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
@@ -876,10 +877,10 @@ def test_derivative_of_endless_order_is_refused(client: Client) -> None:
 
 def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little each residual takes, the oldest goes when there are too many of them."""
-    monkeypatch.setattr("bridge_server.sessions._MAX_RESIDUALS", 3)
+    monkeypatch.setattr("bridge_server.residuals._MOST", 3)
     residuals = Residuals(1 << 20)
     for id in range(5):
-        residuals.keep(SESSION, id, _Kept(PROGRAM, None, 0))
+        residuals.keep(SESSION, id, Kept(PROGRAM, None, 0))
     for id in (0, 1):
         with pytest.raises(ResidualGone):
             residuals.find(SESSION, id)

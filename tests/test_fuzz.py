@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge_server.sessions import Residuals, Session
+from bridge_server.residuals import Residuals
+from bridge_server.session import Session
 from bridge_wire import frames, specs, trees
 from tests import fuzz
 

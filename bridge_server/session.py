@@ -1,0 +1,285 @@
+"""One client's session on the worker: its memory, programs and views, and its runs."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from bridge_server.residuals import Kept, Residuals
+from bridge_server.runtime import Program, Runtime
+from bridge_server.turns import Turn
+from bridge_wire.allocator import ALIGNMENT
+from bridge_wire.cuda import Device, device_of
+from bridge_wire.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
+from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block, Pool
+from bridge_wire.slabs import Slab, map_received
+from bridge_wire.specs import Spec
+
+_MAX_SLABS = 1024
+_MAX_PROGRAMS = 16384
+_MAX_CACHED = 16384
+_MOST_PEEKED = 4096  # bytes
+
+
+class _Place(NamedTuple):
+    """Where an array lies in this process, in memory that the owner keeps. An empty one lies nowhere."""
+
+    pointer: int
+    nbytes: int
+    owner: Slab | Block | None
+    is_on_gpu: bool
+
+
+_NOWHERE = _Place(0, 0, None, False)
+
+
+class _Plan(NamedTuple):
+    """A checked run: where its arrays lie, and views of those inputs that are in host memory."""
+
+    program: Program
+    inputs: Sequence[_Place]
+    views: Sequence[Any]
+    outputs: Sequence[_Place]
+    is_on_gpu: bool
+
+
+def addressed(named: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the address and the size of each array of an inline run; 0 is the address of what travels by value."""
+    if named and len(named) != len(sizes):
+        raise ProtocolError(f"an inline run names {len(named)} addresses; its program has {len(sizes)} such arrays")
+    return list(zip(named or [0] * len(sizes), sizes, strict=True))
+
+
+def nbytes_of(specs: Sequence[Spec]) -> list[int]:
+    """Return the sizes of arrays."""
+    return [spec.nbytes for spec in specs]
+
+
+def _is_on_gpu(place: _Place, spec: Spec) -> bool:
+    if place.is_on_gpu and spec.weak:
+        raise ProtocolError("a Python number lies in GPU memory, where the host cannot read it")
+    return place.is_on_gpu
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's slabs, programs and views. Its lanes are served side by side, each by a thread of its own."""
+
+    token: bytes
+    runtime: Runtime
+    residuals: Residuals
+    created: float = field(default_factory=time.monotonic)
+    lanes: int = 0
+    is_closed: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)  # nothing of it is left
+    slabs: tuple[Slab, ...] = ()
+    programs: dict[int, Program] = field(default_factory=dict)
+    # Where the bytes of inline calls go; a client whose tensors come by address never uses it.
+    scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
+    _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
+    _plans: dict[tuple[int, tuple[int, ...], tuple[int, ...]], "_Plan"] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add_slab(self, descriptors: list[int], share: pb.Share, max_bytes: int) -> None:
+        """Map a slab that the client hands over: by a handle, or by a descriptor, which is taken off the list."""
+        if share.cuda_handle:
+            slab: Slab = open_received(self._device("memory"), share.cuda_handle, share.nbytes, share.base)
+        elif len(descriptors) == 1:
+            slab = map_received(descriptors.pop(), share.nbytes, share.base)
+        else:
+            raise ProtocolError(f"a slab comes with a handle or exactly one descriptor, not with {len(descriptors)}")
+        with self._lock:
+            if len(self.slabs) >= _MAX_SLABS or slab.nbytes > max_bytes - sum(s.nbytes for s in self.slabs):
+                raise OutOfMemory(f"a session may share at most {max_bytes} bytes in {_MAX_SLABS} slabs here")
+            if slab.base > 2**63 - slab.nbytes:
+                raise ProtocolError("a slab lies beyond the end of the address space")
+            for other in self.slabs:
+                if slab.base < other.base + other.nbytes and other.base < slab.base + slab.nbytes:
+                    raise ProtocolError("a slab overlaps another one of this session")
+            self.slabs = (*self.slabs, slab)
+
+    def take_turns(self, order: pb.Order) -> Turn:
+        """Return how a lane takes turns with the client on the GPU; it must be closed."""
+        return Turn(self._device("work"), order.event, self.runtime.stream())
+
+    def _device(self, what: str) -> Device:
+        gpu = self.runtime.gpu()
+        if gpu is None:
+            raise CudaError(f"the models of this worker run on no GPU, so that it shares no {what} there")
+        return device_of(gpu.uuid)
+
+    def add_program(self, program: Program) -> int:
+        """Return this session's name for a program."""
+        with self._lock:
+            if len(self.programs) >= _MAX_PROGRAMS:
+                raise OutOfMemory(f"a session may prepare at most {_MAX_PROGRAMS} programs; pad to fewer shapes")
+            id = len(self.programs) + 1
+            self.programs[id] = program
+        return id
+
+    def program(self, id: int) -> Program:
+        program = self.programs.get(id)
+        if program is None:
+            raise ProtocolError(f"this session has prepared no program {id}")
+        return program
+
+    def run(self, request: pb.Run, turn: Turn | None) -> None:
+        """Run a program on the client's blocks. Those on a GPU take the lane's turn there."""
+        if request.released:
+            self.residuals.drop(self, request.released)
+        # A training loop names the same few combinations of blocks again and again.
+        key = (request.program, tuple(request.inputs), tuple(request.outputs))
+        plan = self._plans.get(key) or self._plan(*key)
+        if plan.is_on_gpu:
+            self._run_in_turn(plan, request.residual, turn)
+        else:
+            self._run(plan.program, request.residual, plan.views, plan.outputs, None)
+
+    def take_back(self, request: pb.Run) -> None:
+        """Drop what a run has kept. For one that the client has given up: it may have released the residual before."""
+        program = self.programs.get(request.program)
+        if program is not None and program.residual_nbytes is not None:
+            self.residuals.drop(self, [request.residual])
+
+    def run_inline(self, request: pb.Run, received: Sequence[Block], turn: Turn | None) -> list[Block]:
+        """Run a program on what was received by value, in blocks of `scratch`, and on the client's blocks on a GPU.
+
+        Return the outputs that go by value, in blocks of `scratch`. A residual that aliases an input keeps its block.
+        """
+        program = self.program(request.program)
+        named = addressed(request.outputs, program.output_nbytes)
+        leaving = [self.scratch.lease(nbytes) for address, nbytes in named if not address]
+        sources = self._places(addressed(request.inputs, nbytes_of(program.inputs)), received)
+        targets = self._places(named, leaving)
+        views = [
+            None if _is_on_gpu(place, spec) else self.runtime.view(place.pointer, spec, place.owner)
+            for place, spec in zip(sources, program.inputs, strict=True)
+        ]
+        plan = _Plan(program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets)))
+        if plan.is_on_gpu:
+            self._run_in_turn(plan, request.residual, turn)
+        else:
+            self._run(program, request.residual, views, targets, None)
+        return leaving
+
+    def _run_in_turn(self, plan: _Plan, residual: int, turn: Turn | None) -> None:
+        if turn is None:
+            raise ProtocolError("a lane must send `order` before it runs a program on GPU memory")
+        turn.begin()
+        try:
+            views = [
+                self.runtime.view(place.pointer, spec, place.owner, turn) if place.is_on_gpu else view
+                for place, spec, view in zip(plan.inputs, plan.program.inputs, plan.views, strict=True)
+            ]
+            self._run(plan.program, residual, views, plan.outputs, turn)
+            turn.end()
+        except BaseException:
+            turn.finish()  # on hearing of the error, the client takes its blocks back
+            raise
+
+    def _run(
+        self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[_Place], turn: Turn | None
+    ) -> None:
+        """Run a program on views, and write its outputs to their places."""
+        read = None
+        if program.pullback_of is not None:
+            kept = self.residuals.find(self, residual)
+            if kept.program is not program.pullback_of:
+                raise ProtocolError(f"the residual {residual} was kept by another program")
+            read = kept.value
+        outputs, value = program.run(inputs, read)
+        write = self.runtime.write
+        for output, (pointer, nbytes, _, is_on_gpu) in zip(outputs, targets, strict=True):
+            if nbytes:
+                write(output, pointer, nbytes, turn if is_on_gpu else None)
+        if (kept_nbytes := program.residual_nbytes) is not None:
+            if residual == 0:
+                raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
+            self.residuals.keep(self, residual, Kept(program, value, kept_nbytes))
+
+    def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Plan:
+        """Check a run's addresses, and return what it comes to."""
+        program = self.program(name)
+        if len(inputs) != len(program.inputs) or len(outputs) != len(program.outputs):
+            raise ProtocolError(
+                f"a run names {len(inputs)} inputs and {len(outputs)} outputs; "
+                f"its program has {len(program.inputs)} and {len(program.outputs)}"
+            )
+        sources = [self._locate(address, spec.nbytes) for address, spec in zip(inputs, program.inputs, strict=True)]
+        views = [self._view(*named) for named in zip(inputs, sources, program.inputs, strict=True)]
+        targets = [self._locate(*named) for named in zip(outputs, program.output_nbytes, strict=True)]
+        plan = _Plan(program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets)))
+        if not any(spec.weak for spec in program.inputs):  # a number must be read anew at each run
+            if len(self._plans) >= _MAX_CACHED:
+                self._plans.clear()
+            self._plans[name, inputs, outputs] = plan
+        return plan
+
+    def _view(self, address: int, place: _Place, spec: Spec) -> Any:
+        """Return the view of an input in host memory; of one on a GPU each run makes its own."""
+        if _is_on_gpu(place, spec):
+            return None
+        view = self._views.get((address, spec))
+        if view is None:
+            view = self.runtime.view(place.pointer, spec, place.owner)
+            if not spec.weak:
+                if len(self._views) >= _MAX_CACHED:
+                    self._views.clear()
+                self._views[address, spec] = view
+        return view
+
+    def _places(self, named: Sequence[tuple[int, int]], by_value: Sequence[Block]) -> list[_Place]:
+        """Return where arrays lie: those that have an address on the GPU, and the others in these blocks."""
+        blocks = iter(by_value)
+        places = []
+        for address, nbytes in named:
+            if address:
+                places.append(self._locate(address, nbytes))
+                if not places[-1].is_on_gpu:
+                    raise ProtocolError("an inline run names an address in host memory")
+            else:
+                block = next(blocks)
+                places.append(_Place(block.pointer, nbytes, block, False))
+        return places
+
+    def _locate(self, address: int, nbytes: int) -> _Place:
+        """Return where a block of the client lies in this process."""
+        if nbytes == 0:
+            return _NOWHERE
+        if address % ALIGNMENT:
+            raise ProtocolError(f"a block is not aligned to {ALIGNMENT} bytes")
+        for slab in self.slabs:
+            # In this order nothing can overflow or wrap, whatever the numbers.
+            if slab.base <= address and nbytes <= slab.nbytes and address - slab.base <= slab.nbytes - nbytes:
+                return _Place(slab.pointer + (address - slab.base), nbytes, slab, isinstance(slab, GpuSlab))
+        raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
+
+    def peek(self, request: pb.Peek) -> bytes:
+        """Return what this process sees in a few bytes of the client's."""
+        if request.nbytes > _MOST_PEEKED:
+            raise ProtocolError(f"{request.nbytes} bytes are too many to peek at; at most {_MOST_PEEKED}")
+        place = self._locate(request.address, request.nbytes)
+        if place.is_on_gpu:
+            return copied_to_host(self._device("memory"), place.pointer, place.nbytes)
+        return ctypes.string_at(place.pointer, place.nbytes)
+
+    def usage(self) -> pb.Usage:
+        """Return what the worker holds for this session."""
+        count, nbytes = self.residuals.usage(self)
+        shared = sum(slab.nbytes for slab in self.slabs) + self.scratch.slab_bytes
+        return pb.Usage(residuals=count, residual_bytes=nbytes, slab_bytes=shared)
+
+    def discard(self) -> None:
+        """Let go of everything. Only when no lane is attached any more."""
+        self.is_closed = True
+        self.residuals.drop_all(self)
+        self._plans.clear()
+        self._views.clear()
+        self.programs.clear()
+        self.slabs = ()
+        self.scratch.close()
+        end_what_is_left()
