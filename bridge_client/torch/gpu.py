@@ -93,7 +93,16 @@ def allocate_in(session: Session) -> Iterator[None]:
 
 
 def current_stream(index: int) -> int:
-    """Return torch's current stream of a device, as CUDA knows it."""
+    """Return torch's current stream of a device, as CUDA knows it.
+
+    Raises:
+      CallerError: what is done there is being captured.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise CallerError(
+            "a CUDA graph is being captured, and no graph can replay a call, which a worker answers; leave the call "
+            "out of the capture"
+        )
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 

@@ -102,6 +102,13 @@ def test_what_lies_in_the_slab_is_not_copied(session: Session) -> None:
         assert session.stats()["bytes_copied"] - before == 1024
 
 
+def test_no_cuda_graph_can_hold_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before CUDA itself says so, which ends the capture with an error that names no call."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(CallerError, match="out of the capture"):
+        gpu.current_stream(0)
+
+
 def test_a_tensor_of_the_host_and_a_number_come_along(session: Session) -> None:
     """Each input travels by the memory it is in; the gradient of one on the host comes there."""
     f = RemoteJaxFunction(session, name="scaled")

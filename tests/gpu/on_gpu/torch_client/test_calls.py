@@ -11,7 +11,7 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import LaneUnavailable
+from bridge_wire.errors import CallerError, LaneUnavailable
 from tests.gpu.on_gpu import machine
 from tests.gpu.on_gpu.machine import DEVICE, MEMORY, needs_cuda
 
@@ -133,6 +133,16 @@ def test_compiled_code_calls_it(
         compiled = torch.compile(lambda x: f(x * 2) + 1, fullgraph=True, backend=backend)
         _close(compiled(x), _native(x * 2) + 1)
     torch._dynamo.reset()
+
+
+@needs_cuda
+def test_a_cuda_graph_refuses_a_call(remote: Callable[[str], RemoteJaxFunction]) -> None:
+    """With a clear error; the next call works."""
+    f, x = remote("sine"), _rand(64)
+    f(x)
+    with pytest.raises(CallerError, match="out of the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        f(x)
+    _close(f(x), _native(x))
 
 
 @needs_cuda
