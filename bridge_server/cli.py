@@ -69,6 +69,7 @@ def _serve(options: argparse.Namespace) -> int:
     runtime = _runtime(options)
     models = _load(options.jax_model or options.torch_model, options.factory, runtime)
     devices.refuse_host(options.device, runtime)
+    devices.make_ready(runtime)
     programs = Programs(runtime, models)
     sessions = Sessions(
         runtime,

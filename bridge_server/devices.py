@@ -4,6 +4,7 @@
 """
 
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from bridge_server.runtime import Runtime
-from bridge_wire.cuda import Gpu, gpus
-from bridge_wire.errors import CallerError
+from bridge_wire.cuda import Gpu, device_of, gpus
+from bridge_wire.errors import CallerError, CudaError
+
+_log = logging.getLogger(__name__)
 
 CPU, CUDA = "cpu", "cuda"
 _ONE_OF_THEM = re.compile(r"cuda:\d+|GPU-[0-9A-Fa-f-]+")
@@ -76,6 +79,17 @@ def choose(device: str | None, fraction: float | None, *, is_spread: bool) -> No
 def gpu_at(ordinal: int | None) -> Gpu | None:
     """Return the GPU that frameworks in this process know by that number; None if there is none, as of the host."""
     return None if ordinal is None else next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
+
+
+def make_ready(runtime: Runtime) -> None:
+    """Prepare to share memory on the GPU, if models run on one: to load CuPy takes longer than a client may wait."""
+    gpu = runtime.gpu()
+    if gpu is None:
+        return
+    try:
+        device_of(gpu.uuid)
+    except CudaError as error:
+        _log.warning("clients' tensors on the GPU will travel through the host, since %s", error)
 
 
 def refuse_host(device: str | None, runtime: Runtime) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from bridge_server import devices
+from bridge_wire.cuda import device_of, gpus
 from bridge_wire.errors import CallerError
 from tests.conftest import ROOT, python_of
 from tests.gpu.faking import environment, installed
@@ -120,6 +121,19 @@ def test_a_fraction_of_no_gpu_is_refused(choose: Choose) -> None:
     """There is nothing to take."""
     with pytest.raises(CallerError, match="leave out one"):
         choose("cpu", 0.5)
+
+
+def test_a_worker_on_a_gpu_is_ready_to_share_it_before_a_client_asks(
+    two_gpus: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CuPy is loaded when it starts; where that fails, models are served all the same."""
+    runtime: Any = type("OnGpu", (), {"gpu": lambda self: gpus()[1]})()
+    devices.make_ready(runtime)
+    assert device_of.cache_info().currsize == 1 and not caplog.records
+    device_of.cache_clear()
+    monkeypatch.setenv("FAKE_CUDA_FAILS", "memGetInfo:100")
+    devices.make_ready(runtime)
+    assert "travel through the host" in caplog.text and "NoDevice" in caplog.text
 
 
 def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables: str) -> str:
