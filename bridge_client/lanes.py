@@ -294,7 +294,7 @@ class GrpcLane(Lane):
             return self._exchange(iter([request]))
 
     def abandon(self) -> bool:
-        self.close()
+        self._end_stream()
         # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it lets go.
         return self.ordering is not None
 
@@ -303,6 +303,9 @@ class GrpcLane(Lane):
 
     def close(self) -> None:
         super().close()
+        self._end_stream()
+
+    def _end_stream(self) -> None:
         if not self._is_closed:
             self._is_closed = True
             self._outgoing.put(None)

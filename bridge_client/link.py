@@ -3,6 +3,7 @@
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from bridge_wire.slabs import memfd_works
 _CONNECT_S = 10.0
 _GOODBYE_S = 1.0
 _UNMAPPED_S = 3.0
+_GPU_S, _GPU_POLL_S = 30.0, 0.001
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -165,6 +167,7 @@ class Link:
         patience_s = _GOODBYE_S
         if self._shared_on_gpu:
             patience_s = _UNMAPPED_S
+            self._wait_for_gpu()
             _close(self._idle)  # the worker unmaps when no lane is left
         with contextlib.suppress(grpc.RpcError, Stale):
             self._stub.Close(pb.CloseRequest(session=self.token), timeout=patience_s)
@@ -173,6 +176,15 @@ class Link:
     def abort(self) -> None:
         """End every connection without a word."""
         self._end()
+
+    def _wait_for_gpu(self) -> None:
+        """Wait until what the worker waits for on the GPU is done: it must not wait for a process that has ended."""
+        deadline = time.monotonic() + _GPU_S
+        for lane in list(self._idle):
+            while lane.ordering is not None and not lane.ordering.is_done and not lane.has_ended():
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(_GPU_POLL_S)
 
     def _refuse_if_ended(self) -> None:
         if not self._end.alive:

@@ -1,10 +1,10 @@
 """Ordering: how a lane's calls wait for this process's work on the GPU, and that work for the calls."""
 
-import contextlib
 import logging
 from collections.abc import Callable
 
-from bridge_wire.cuda import Device
+from bridge_wire.cuda import Device, driver
+from bridge_wire.cuda_memory import leave_event
 from bridge_wire.errors import CudaError
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -57,13 +57,17 @@ class Ordering:
         if self._theirs is not None:
             self._device.wait(self._theirs, stream)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last call, and with it what it waited for, is done on the GPU."""
+        return self._theirs is None or driver().has_passed(self._theirs)
+
     def close(self) -> None:
-        """Let go of the events."""
-        for event in (self._ours, self._theirs):
+        """Let go of the events, when nobody waits for them any more. For finalizers, too."""
+        events, self._ours, self._theirs = (self._ours, self._theirs), None, None
+        for event in events:
             if event is not None:
-                with contextlib.suppress(CudaError):
-                    self._device.destroy_event(event)
-        self._ours = self._theirs = None
+                leave_event(self._device, event)
 
 
 def _order(event: bytes) -> pb.LaneRequest:

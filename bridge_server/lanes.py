@@ -25,6 +25,7 @@ from bridge_wire.pool import Block
 _log = logging.getLogger(__name__)
 
 _BACKLOG = 128
+STUCK_S = 60.0  # far more than a client has on its GPU when it ends, or gives a call up
 ATTACH_S = 10.0  # a connection that has said nothing by then is ended: each holds a thread
 
 
@@ -81,10 +82,13 @@ def serve(
                 for fd in descriptors:
                     os.close(fd)
     finally:
-        if turn is not None:
-            turn.close()  # and only then does the client see the end of a call that it gave up
-        if session is not None:
-            sessions.detach(session)
+        if turn is not None and turn.is_stuck(STUCK_S):
+            sessions.give_up("a client has ended on which the GPU waits")
+        else:
+            if turn is not None:
+                turn.close()  # and only then does the client see the end of a call that it gave up
+            if session is not None:
+                sessions.detach(session)
 
 
 def _attach(request: pb.LaneRequest, sessions: Sessions) -> Session:

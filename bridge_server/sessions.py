@@ -155,8 +155,7 @@ class Sessions:
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
             yield encode(error)
             return
-        self.has_failed = self.is_draining = True
-        _log.critical("the GPU takes no more work of this process, which ends for another to take its place: %s", error)
+        self._note_failure(str(error))
         try:
             yield encode(
                 CudaError(
@@ -166,6 +165,17 @@ class Sessions:
             )
         finally:
             self._on_failure()
+
+    def give_up(self, reason: str) -> None:
+        """Have the worker end: its GPU will do no more for this process."""
+        self._note_failure(reason)
+        self._on_failure()
+
+    def _note_failure(self, reason: str) -> None:
+        self.has_failed = self.is_draining = True
+        _log.critical(
+            "the GPU takes no more work of this process, which ends for another to take its place: %s", reason
+        )
 
     def drain(self, grace_s: float) -> bool:
         """Take no more work, and wait for the calls under way; return whether all have finished."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from typing import Any
 
 from bridge_wire.cuda import Device, driver
@@ -12,6 +13,7 @@ _log = logging.getLogger(__name__)
 # Past either, a lane waits for the GPU rather than hold more of what it has still to copy.
 _MOST_HELD = 64
 _MOST_HELD_BYTES = 256 << 20
+_POLL_S = 0.002
 
 
 class Turn:
@@ -77,6 +79,19 @@ class Turn:
         """Wait until all that this lane has put on the GPU is done."""
         self.device.synchronize(self.stream)
         self._let_go()
+
+    def is_stuck(self, patience_s: float) -> bool:
+        """Whether this lane's work waits for a client that has ended, and has done so for that long.
+
+        CUDA has nobody record the event of a process that was killed before its GPU came to it. What waits for that,
+        and all that comes behind it on the stream, waits forever.
+        """
+        deadline = time.monotonic() + patience_s
+        while self._ready is not None and not driver().has_passed(self._ready) and self.device.is_busy(self.stream):
+            if time.monotonic() > deadline:
+                return True
+            time.sleep(_POLL_S)
+        return False
 
     def close(self) -> None:
         """Finish, and let go of everything. Where the GPU has failed, there is nothing left to wait for."""

@@ -23,6 +23,7 @@ _EVENT_INTERPROCESS = 0x04
 _STREAM_NON_BLOCKING = 0x01
 _COPY_DEFAULT = 4  # cudaMemcpyDefault: the addresses say where they are
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 
 
 class Gpu(NamedTuple):
@@ -77,10 +78,15 @@ class Driver:
         self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
         return base.value + size.value - pointer
 
+    # These two not by the runtime: torch would take its "not ready" for an error of its own.
+
     def has_passed(self, event: int) -> bool:
         """Whether all that was before the event's last record is done. Never blocks."""
-        # Not by the runtime: torch would take its "not ready" for an error of its own.
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == 0)
+
+    def is_busy(self, stream: int) -> bool:
+        """Whether something on a stream has still to be done. Never blocks. Needs the context of the stream."""
+        return bool(self._library.cuStreamQuery(ctypes.c_void_p(stream)) == _NOT_READY)
 
     def _gpu(self, ordinal: int) -> Gpu:
         device, uuid, name = ctypes.c_int(), (ctypes.c_ubyte * UUID_BYTES)(), ctypes.create_string_buffer(256)
@@ -154,7 +160,8 @@ class Device:
             raise CudaError(f"a handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
         pointer = self._do(self._runtime.ipcOpenMemHandle, handle)
         try:
-            size = driver().size_of(pointer)
+            with self._current():
+                size = driver().size_of(pointer)
             if size < nbytes:
                 raise CudaError(f"the memory behind a handle has {size} bytes, but {nbytes} were announced")
         except BaseException:
@@ -210,6 +217,11 @@ class Device:
     def synchronize(self, stream: int) -> None:
         """Wait until all that is on the stream is done."""
         self._do(self._runtime.streamSynchronize, stream)
+
+    def is_busy(self, stream: int) -> bool:
+        """Whether something on the stream has still to be done. Never blocks; a GPU that has failed does nothing."""
+        with self._current():
+            return driver().is_busy(stream)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Put a copy on the stream: from this device or the host, to either."""

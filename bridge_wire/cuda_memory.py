@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bridge_wire.cuda import Device
+from bridge_wire.cuda import Device, driver
 from bridge_wire.errors import CudaError
 from bridge_wire.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
 from bridge_wire.slabs import Slab
@@ -161,10 +161,24 @@ def leave(end: Callable[[_T], None], value: _T) -> None:
 def end_what_is_left() -> None:
     """Free, unmap and destroy what has lost its last user."""
     with contextlib.suppress(IndexError):  # other threads may be at it
-        while True:
+        for _ in range(len(_left)):  # and what cannot be ended yet comes back
             end, value = _left.popleft()
             with contextlib.suppress(CudaError):
                 end(value)
+
+
+def leave_event(device: Device, event: int) -> None:
+    """Have an event of this process be destroyed, once it has passed. CUDA lets whoever waits for one that is destroyed
+    before wait forever, if that is another process (pytorch#15974)."""
+    leave(_end_event, (device, event))
+
+
+def _end_event(left: tuple[Device, int]) -> None:
+    device, event = left
+    if driver().has_passed(event):
+        device.destroy_event(event)
+    else:
+        leave(_end_event, left)
 
 
 def is_on_gpu(address: int) -> bool:

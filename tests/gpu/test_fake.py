@@ -138,7 +138,7 @@ sys.stdin.readline()
 
 
 def test_another_process_sees_the_memory_and_waits_for_the_event(fake_cuda: Any, stream: int, tmp_path: Path) -> None:
-    """Both by their handles; and a process that dies holds nothing, and nobody up."""
+    """Both by their handles; a process that dies holds nothing, and never comes to what it has recorded."""
     memory, event = _filled(fake_cuda, b"-"), fake_cuda.eventCreateWithFlags(_ASYNC)
     handles = fake_cuda.ipcGetMemHandle(memory).hex(), fake_cuda.ipcGetEventHandle(event).hex()
     with subprocess.Popen(
@@ -158,10 +158,8 @@ def test_another_process_sees_the_memory_and_waits_for_the_event(fake_cuda: Any,
         print("wait", file=child.stdin, flush=True)
         assert child.stdout.readline() == "b'a'\n"
         assert child.stdout.readline() == "recorded\n"
-        assert not _passed(fake_cuda, event)
-        fake_cuda.streamWaitEvent(stream, event)
         child.kill()
-    fake_cuda.streamSynchronize(stream)
+    assert not _passed(fake_cuda, event)
     assert eventually(lambda: not fake_cuda.held()["openmem"] and not fake_cuda.held()["openevent"])
 
 

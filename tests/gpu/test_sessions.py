@@ -1,6 +1,10 @@
 """Calls on GPU memory between a client and a worker, on a GPU that is none: handles, order, and what is left behind."""
 
 import ctypes
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +28,7 @@ from bridge_wire.errors import (
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
-from tests.conftest import ROOT, python_of
+from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import environment, installed
 
 FOUR = Spec(BY_NAME["float32"], (4,))
@@ -228,6 +232,48 @@ def test_a_closed_session_has_been_unmapped_by_the_worker_before_its_memory_is_f
     on_gpu.session.close()
     after = on_gpu.fake.held()
     assert after["openmem"] == before["openmem"] - 1 and after["bytes"] < before["bytes"]
+
+
+_DYING = """
+import os, signal, sys
+import fake_cuda
+from bridge_client import connect
+from tests.gpu.test_sessions import FOUR, prepared
+
+session = connect(sys.argv[1], require="cuda_ipc")
+pool, program = session.gpu_pool(), prepared(session, "sine", FOUR)
+stream = pool.device.new_stream()
+fake_cuda.hold(stream)
+session.run(program, [session.pool.lease(16)], stream=stream)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_client_killed_while_the_gpu_waits_for_it_ends_the_worker(machine: Any, caplog: Any) -> None:
+    """What waits for the dead on a stream waits forever, and so does all behind it: another process takes over."""
+    _, directory, _ = machine
+    models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
+    with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
+        address = session.address  # type: ignore[attr-defined]
+        done = subprocess.run([sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env)
+        assert done.returncode == -signal.SIGKILL
+        assert eventually(session._host.has_ended)  # type: ignore[attr-defined]
+        (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
+        assert len(bytes(made)) == 16
+
+
+def test_a_session_is_closed_when_the_gpu_is_done_with_it(on_gpu: Machine) -> None:
+    """The worker waits on the GPU for this process, which must not end before, nor destroy what is waited for."""
+    program = prepared(on_gpu.session, "sine", FOUR)
+    busy = on_gpu.fake.hold(on_gpu.stream)
+    (made,) = on_gpu.run(program, on_gpu.session.pool.lease(16))
+    closing = threading.Thread(target=on_gpu.session.close)
+    closing.start()
+    closing.join(0.2)
+    assert closing.is_alive()
+    busy.set()
+    closing.join()
+    assert made.nbytes == 16 and eventually(lambda: not on_gpu.fake.held()["openevent"])
 
 
 BAD_HANDLES = {

@@ -196,27 +196,25 @@ class _Event:
 
     def __init__(self, file: _File, device: bytes, flags: int, handle: bytes) -> None:
         self.file, self.device, self.flags, self.handle = file, device, flags, handle
-        self._words = (ctypes.c_uint64 * (2 + _SLOTS)).from_address(file.pointer)
+        self._words = (ctypes.c_uint64 * (1 + _SLOTS)).from_address(file.pointer)
 
     def record(self) -> int:
         with _lock:
             self._words[0] += 1
-            self._words[1] = os.getpid()
             return int(self._words[0])
 
     def arrive(self, record: int) -> None:
-        self._words[2 + record % _SLOTS] = record
+        self._words[1 + record % _SLOTS] = record
 
     @property
     def recorded(self) -> int:
         return int(self._words[0])
 
     def has_passed(self, record: int) -> bool:
-        return bool(self._words[2 + record % _SLOTS] >= record)
+        return bool(self._words[1 + record % _SLOTS] >= record)
 
     def wait(self, record: int) -> None:
-        # What a dead process had on the GPU is over.
-        while not self.has_passed(record) and _lives(int(self._words[1])):
+        while not self.has_passed(record):  # forever, if the process that was to come to it is dead
             time.sleep(_POLL_S)
 
 
@@ -242,6 +240,10 @@ class _Stream:
             threading.Thread(target=self._run, daemon=True, name="fake-cuda").start()
         except RuntimeError:  # the interpreter ends
             self._run()
+
+    @property
+    def is_busy(self) -> bool:
+        return self._is_running
 
     def synchronize(self) -> None:
         done = threading.Event()
@@ -414,7 +416,7 @@ def eventCreateWithFlags(flags: int) -> int:
         raise CUDARuntimeError(_INVALID_VALUE)
     number, device = next(_numbers), _current()
     name = f"event-{os.getpid()}-{number}-{device.hex()}"
-    file = _File(name, name, 8 * (2 + _SLOTS))
+    file = _File(name, name, 8 * (1 + _SLOTS))
     _events[number] = _Event(file, device, flags, _handle.pack(b"evnt", os.getpid(), number, device))
     return number
 
@@ -546,6 +548,9 @@ class Library:
         if found is None:
             return _INVALID_HANDLE
         return 0 if found.has_passed(found.recorded) else _NOT_READY
+
+    def cuStreamQuery(self, stream: Any) -> int:
+        return _NOT_READY if _stream(stream.value or 0).is_busy else 0
 
 
 _CDLL = ctypes.CDLL
