@@ -8,13 +8,18 @@ calls of other threads see them.
 import contextlib
 import copy
 import logging
+import operator
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+
+from bridge_wire.errors import CallerError
 
 _log = logging.getLogger(__name__)
 
@@ -85,7 +90,9 @@ class CodeOfModule(Code):
     ) -> tuple[Any, Sequence[Tensor]]:
         if self._one_at_a_time is not None:
             with self._one_at_a_time:
-                return self._original.call(self._values if values is None else values, self._own, args, kwargs)
+                if values is None:
+                    return self._original.call(self._values, self._own, args, kwargs)
+                return self._original.call_alone(values, self._own, args, kwargs)
         if values is None:
             return self._resting.module(*args, **kwargs), ()
         with self._leased() as leased:
@@ -108,7 +115,8 @@ class CodeOfModule(Code):
         try:
             yield leased
         finally:
-            self._idle.append(leased)
+            if not leased.is_held:
+                self._idle.append(leased)
 
     def _copied(self) -> "_Refillable":
         # What is in the memo already is not copied: the copy has these tensors where the module has its own.
@@ -132,17 +140,45 @@ class _Refillable:
         ]
         self._first = {i: (held, name) for held, name, i in reversed(self._places)}
         self._recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+        self._parts = list(module.modules())
+        # Whether a graph that the last call has left may call the module again, as torch.utils.checkpoint has it do:
+        # then it must find that call's values, and the module goes with the graph. (Or with an exception.)
+        self.is_held = False
 
     def call(
         self, values: Sequence[Tensor], afterwards: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Sequence[Tensor]]:
-        """Call the module with these values, and leave others in it."""
+        """Call the module with these values, and leave others in it, unless it is held."""
+        references = list(map(sys.getrefcount, self._parts))
         self._fill(values)
         try:
             result = self.module(*args, **kwargs)
             return result, [held[name] for held, name in (self._first[i] for i in range(len(values)))]
         finally:
-            self._fill(afterwards)
+            now = map(sys.getrefcount, self._parts)
+            self.is_held = torch.is_grad_enabled() and any(map(operator.gt, now, references))
+            if not self.is_held:
+                self._fill(afterwards)
+
+    def call_alone(
+        self, values: Sequence[Tensor], afterwards: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """Call the module with these values, and leave others in it.
+
+        Raises:
+          CallerError: the call has left a graph that would call the module again, and find those others.
+        """
+        try:
+            called = self.call(values, afterwards, args, kwargs)
+            if self.is_held:
+                raise CallerError(
+                    f"{type(self.module).__name__} runs parts of itself again in its backward pass, as under "
+                    "torch.utils.checkpoint, and cannot be copied: let it be copied, or do without"
+                )
+            return called
+        finally:
+            if self.is_held:
+                self._fill(afterwards)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
         for held, name, i in self._places:

@@ -76,9 +76,14 @@ def pull_back(
     """
     gradients = _gradients(outputs, primals, list(map(_conjugated, cotangents)), **how)
     return [
-        torch.zeros_like(x) if gradient is None else _conjugated(gradient)
+        torch.zeros_like(x) if gradient is None else _conjugated(_dense(gradient))
         for x, gradient in zip(primals, gradients, strict=True)
     ]
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient that may be sparse, as that of an `nn.Embedding(sparse=True)`."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 # What the transforms are to their inputs and outputs ---------------------------------------------------------------

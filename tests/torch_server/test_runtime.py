@@ -580,6 +580,53 @@ def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
         Hosted(hosted.runtime, lambda x: None).call(rand(3))
 
 
+class Checkpointed(nn.Module):
+    """Recomputes its activations in the backward pass."""
+
+    def __init__(self, *uncopyable: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+        self.uncopyable = uncopyable
+
+    def part(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
+
+
+def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRuntime) -> None:
+    """A backward pass that calls parts of the module again finds the weights of its own forward, whatever was called
+    since, also within one program; modules that serve such calls go with their graphs."""
+    module = Checkpointed()
+    hosted, x, (weight, bias) = Hosted(runtime, module), rand(4, 3), values_of(module)
+    leaves = [torch.tensor(each, requires_grad=True) for each in (2 * weight, 2 * bias, x)]
+    expected = torch.autograd.grad(torch.tanh(nn.functional.linear(leaves[2], *leaves[:2])).sum(), leaves)
+    ones = np.ones((4, 2))
+
+    program = hosted.call(x, parameters=True, keep=[0, 1, 2])
+    kept = [hosted.run_keeping(program, k * weight, k * bias, x)[1] for k in (2, 3, 1)]
+    assert_same(hosted.run(hosted.pullback(program, [0, 1, 2]), ones, residual=kept[0]), expected)
+    at_once = hosted.call(x, parameters=True, transforms=[vjp([2])])
+    assert_same(hosted.run(at_once, 2 * weight, 2 * bias, x, ones), expected[2:])
+
+    alone = Hosted(runtime, Checkpointed(lock := threading.Lock()))
+    assert not lock.locked()
+    with pytest.raises(CallerError, match="Checkpointed runs parts of itself again in its backward pass"):
+        alone.run_keeping(alone.call(x, parameters=True, keep=[2]), weight, bias, x)
+    assert_same(alone.run(alone.call(x, parameters=True), weight, bias, x), [np.tanh(x @ weight.T + bias)])
+
+
+def test_sparse_gradients_are_made_dense(runtime: TorchRuntime) -> None:
+    """The gradient of an `nn.Embedding(sparse=True)` is sent as any other."""
+    embedding = nn.Embedding(3, 2, sparse=True, dtype=torch.float64)
+    hosted, rows = Hosted(runtime, embedding), np.array([1, 1, 2])
+    program = hosted.call(rows, parameters=True, keep=[0])
+    kept = hosted.run_keeping(program, values_of(embedding)[0], rows)[1]
+    made = hosted.run(hosted.pullback(program, [0]), np.ones((3, 2)), residual=kept)
+    assert_same(made, [np.array([[0.0, 0.0], [2.0, 2.0], [1.0, 1.0]])])
+
+
 def test_an_output_without_values_is_named(runtime: TorchRuntime) -> None:
     """A tensor on the device meta has nothing to send."""
     with pytest.raises(SpecError, match=r"the result\['y'\] of model 'model' is on meta"):
