@@ -78,6 +78,10 @@ class Driver:
         self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
         return base.value + size.value - pointer
 
+    def unmap(self, pointer: int) -> None:
+        """Unmap another process's allocation. Needs the context that it was opened in."""
+        self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
+
     # These two not by the runtime: torch would take its "not ready" for an error of its own.
 
     def has_passed(self, event: int) -> bool:
@@ -171,7 +175,11 @@ class Device:
 
     def close(self, pointer: int) -> None:
         """Unmap another process's allocation."""
-        self._do(self._runtime.ipcCloseMemHandle, pointer)
+        # Not by CuPy, which keeps the GIL meanwhile: CUDA may wait for the whole device (tensorpipe#321), and that for a
+        # model's callback in Python.
+        with self._current():
+            self._do(self._runtime.setDevice, self.gpu.ordinal)  # the driver looks for this thread's context
+            driver().unmap(pointer)
 
     def new_event(self) -> int:
         """Return an event that another process can open."""

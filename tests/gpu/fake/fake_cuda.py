@@ -549,6 +549,13 @@ class Library:
             return _INVALID_HANDLE
         return 0 if found.has_passed(found.recorded) else _NOT_READY
 
+    def cuIpcCloseMemHandle(self, pointer: Any) -> int:
+        try:
+            ipcCloseMemHandle(pointer.value)
+        except CUDARuntimeError as error:
+            return error.status
+        return 0
+
     def cuStreamQuery(self, stream: Any) -> int:
         return _NOT_READY if _stream(stream.value or 0).is_busy else 0
 
