@@ -38,6 +38,7 @@ _FLOATS = Spec(BY_NAME["float32"], (_COUNT,))
 _REPEATS = 20
 _SIDE, _STEPS = 4096, 200  # products of such matrices keep a GPU busy for some tenths of a second
 _COPIES = 2000  # and so do copies of 256 MiB
+_REST_S = 15.0
 _PACKAGES = ("jax", "jaxlib", "torch", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -302,6 +303,66 @@ def _busy(device: Device, stream: int) -> None:
         device.copy(target, source, 256 * MIB, stream)
 
 
+# Events of processes that end ---------------------------------------------------------------------------------------
+
+
+def _dead_events() -> str:
+    """What becomes of a stream that waits for an event to which its process, or its owner, will never come."""
+    found = [f"{how}: {_waiting_for(how)}" for how in ("killed", "destroyed")]
+    print("; ".join(found), flush=True)
+    os._exit(0)  # with streams that may never be done, CUDA need not come to an end
+
+
+def _waiting_for(how: str) -> str:
+    device = _device()
+    stream, other = device.new_stream(), device.new_stream()
+    program = f"from {_MODULE} import record_late; record_late({how == 'destroyed'})"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        event = device.open_event(bytes.fromhex(process.stdout.readline()))
+        print("record", file=process.stdin, flush=True)
+        assert process.stdout.readline() == "recorded\n"
+        device.wait(event, stream)
+        is_late = device.is_busy(stream)
+        if how == "killed":
+            process.kill()
+        else:
+            print("destroy", file=process.stdin, flush=True)
+            assert process.stdout.readline() == "destroyed\n"
+        if not is_late:
+            return "not told: the event had passed too soon"
+        if _comes_to_rest(device, stream):
+            return "the stream goes on"
+        device.record(event, other)
+        helps = "goes on" if _comes_to_rest(device, stream) else "stands still"
+        process.kill()
+    return f"the stream stands still; when this process records the event, it {helps}"
+
+
+def _comes_to_rest(device: Device, stream: int) -> bool:
+    deadline = time.monotonic() + _REST_S
+    while device.is_busy(stream) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not device.is_busy(stream)
+
+
+def record_late(is_destroyed: bool) -> None:
+    """Record an event behind some work, having told its handle; then destroy it, or wait to be killed."""
+    device = _device()
+    stream, event = device.new_stream(), device.new_event()
+    print(device.event_handle_of(event).hex(), flush=True)
+    sys.stdin.readline()
+    _busy(device, stream)
+    device.record(event, stream)
+    print("recorded", flush=True)
+    sys.stdin.readline()
+    if is_destroyed:
+        device.destroy_event(event)
+        print("destroyed", flush=True)
+        sys.stdin.readline()
+
+
 # What things cost, and what is left behind ------------------------------------------------------------------------
 
 
@@ -412,6 +473,11 @@ QUESTIONS: Mapping[str, Question] = {
     "deleter": Question("Does the deleter of an imported buffer run before the GPU has read it?", _deleter),
     "events": Question(
         "Are interprocess events to be had, and does JAX wait for them through `__dlpack__(stream)`?", _events
+    ),
+    "dead": Question(
+        "Does a stream go on that waits for an event, when the process that recorded it is killed or destroys it "
+        "before its GPU has come to that?",
+        _dead_events,
     ),
     "mps": Question("What does MPS do when only one of two processes uses it?", _mixed_mps),
     "costs": Question("What does a copy on the device cost, against exporting the worker's memory?", _costs),

@@ -175,8 +175,8 @@ class Device:
 
     def close(self, pointer: int) -> None:
         """Unmap another process's allocation."""
-        # Not by CuPy, which keeps the GIL meanwhile: CUDA may wait for the whole device (tensorpipe#321), and that for a
-        # model's callback in Python.
+        # Not by CuPy, which keeps the GIL meanwhile: CUDA may wait for the whole device (tensorpipe#321), and that for
+        # a model's callback in Python.
         with self._current():
             self._do(self._runtime.setDevice, self.gpu.ordinal)  # the driver looks for this thread's context
             driver().unmap(pointer)
