@@ -1,6 +1,7 @@
 """What holds for every test on a GPU: there is one, and no thread is left behind."""
 
 import gc
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -9,6 +10,17 @@ import pytest
 from bridge_wire.cuda import gpus
 from tests.conftest import eventually, held
 from tests.gpu.on_gpu.machine import REHEARSED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Nobody interrupts what waits for a GPU, and it may wait for another process for good: that ends the run, soon
+    after pytest has told where it is."""
+    if item.config.getoption("gpu"):
+        signal.alarm(int(float(item.config.getini("faulthandler_timeout"))) + 10)
+    result = yield
+    signal.alarm(0)
+    return result
 
 
 @pytest.fixture(autouse=True, scope="session")
