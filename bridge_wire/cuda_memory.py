@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,13 +91,12 @@ class GpuPool(Pool):
         with self._fencing:
             self.device.wait(self._recorded(other), stream)
 
-    def _take_back(self) -> None:
+    def _before_reuse(self, keys: Collection[Any]) -> None:
+        # What dies from now on may be in use until later: it stays on its list.
         with self._fencing:
-            for (_, stream), addresses in list(self._ready.items()):
-                if addresses:
-                    self._recorded(stream)
+            for stream in {stream for _, stream in keys}:
+                self._recorded(stream)
             self._fenced.clear()
-        super()._take_back()
 
     def _recorded(self, stream: int) -> int:
         """Return the stream's event, which stands for all that is on the stream now."""

@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
 from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
@@ -211,12 +212,23 @@ class Pool:
 
     def _take_back(self) -> None:
         """Give what ended leases have left back to the allocator, which may make larger extents of it."""
-        for addresses in list(self._ready.values()):
+        taken: list[tuple[Any, int]] = []
+        for key, addresses in list(self._ready.items()):
             with contextlib.suppress(IndexError):  # other threads lease from these lists, too
                 while True:
-                    address = addresses.pop()
-                    self._count -= 1
-                    self._allocator.free(address, self._extents.pop(address).size)
+                    taken.append((key, addresses.pop()))
+        try:
+            self._before_reuse({key for key, _ in taken})
+        except BaseException:
+            for key, address in taken:
+                self._ready[key].append(address)
+            raise
+        self._count -= len(taken)
+        for _, address in taken:
+            self._allocator.free(address, self._extents.pop(address).size)
+
+    def _before_reuse(self, keys: Collection[Any]) -> None:
+        """Prepare for other use what was taken from the lists with these keys."""
 
     def _grow(self, size: int) -> None:
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))

@@ -53,6 +53,23 @@ def test_a_block_serves_its_own_stream_first(device: Device, fake_cuda: Any) -> 
     assert pool.lease(1024, one).address == address
 
 
+def test_a_block_that_dies_while_others_are_taken_back_is_not_among_them(device: Device, fake_cuda: Any) -> None:
+    """What its stream is still to do with it may come after the event that other streams wait for."""
+    pool = GpuPool(device, max_bytes=UNIT)
+    one, two = device.new_stream(), device.new_stream()
+    blocks, record = [pool.lease(UNIT // 2, one) for _ in range(2)], device.record
+
+    def record_and_die(event: int, stream: int) -> None:
+        record(event, stream)
+        blocks.clear()
+
+    blocks.pop()
+    device.record = record_and_die  # type: ignore[method-assign]
+    with pytest.raises(OutOfMemory):
+        pool.lease(UNIT, two)
+    assert not blocks and pool.lease(UNIT, two).nbytes == UNIT
+
+
 def test_another_stream_waits_for_the_one_that_used_the_memory(device: Device, fake_cuda: Any) -> None:
     """A full pool gives a stream what another has left, and the stream comes to it only when that is done."""
     pool = GpuPool(device, max_bytes=UNIT)
