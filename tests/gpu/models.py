@@ -1,5 +1,6 @@
 """The JAX models of workers whose GPU is none: they run on the host, whose memory the GPU's is. Runs in .venv-jax."""
 
+import threading
 import time
 
 import fake_cuda
@@ -35,26 +36,36 @@ def refusing(x):
     return jax.pure_callback(refuse, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
-_lateness_s = 0.0
+_is_late = False
 
 
 def late(x):
-    """The input plus one, whose way to the client takes a while."""
+    """The input plus one, which is on its way to the client until the file beside this machine's memory exists."""
 
     def delay(value):
-        global _lateness_s
-        _lateness_s = 0.3
+        global _is_late
+        _is_late = True
         return value
 
     return jax.pure_callback(delay, jax.ShapeDtypeStruct(x.shape, x.dtype), x) + 1
 
 
 def _copy_late(self, target, source, nbytes, *owners):
-    global _lateness_s
-    if _lateness_s:
-        fake_cuda.sleep(self.stream, _lateness_s)
-        _lateness_s = 0.0
+    global _is_late
+    if _is_late:
+        threading.Thread(target=_release, args=(fake_cuda.hold(self.stream),), daemon=True).start()
+        _is_late = False
     _copy(self, target, source, nbytes, *owners)
+
+
+def _release(held):
+    _wait_for_gate()
+    held.set()
+
+
+def _wait_for_gate():
+    while not (fake_cuda.directory().parent / "gate").exists():
+        time.sleep(0.01)
 
 
 _copy, Turn.copy = Turn.copy, _copy_late
@@ -64,8 +75,7 @@ def gated(x):
     """The input, once the file beside this machine's memory exists."""
 
     def wait(value):
-        while not (fake_cuda.directory() / "gate").exists():
-            time.sleep(0.01)
+        _wait_for_gate()
         return value
 
     return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)

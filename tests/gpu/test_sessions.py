@@ -148,25 +148,34 @@ def test_a_residual_keeps_its_inputs_on_the_gpu(on_gpu: Machine) -> None:
     assert on_gpu.session.stats()["blocks"] == 0
 
 
-def _finds_late_input(machine: Machine) -> bool:
-    """Whether a call finds what is still on its way to its input when it is made."""
+def _finds_late_input(machine: Machine, *, is_awaited: bool = True) -> bool:
+    """Whether a call finds what is still on its way to its input when it is made; for as long as it is not awaited."""
     program = prepared(machine.session, "sine", FOUR)
     x = machine.put(0, 0, 0, 0)
     machine.run(program, x)
     busy = machine.fake.hold(machine.stream)
     machine.write(x, 1, 1, 1, 1)
-    threading.Timer(0.2, busy.set).start()
+    if is_awaited:
+        threading.Timer(0.2, busy.set).start()
     (made,) = machine.run(program, x)
     busy.set()
     return machine.read(made) == pytest.approx([1.682942] * 4, abs=1e-5)
 
 
-def _finds_late_output(machine: Machine) -> bool:
+def _finds_late_output(machine: Machine, *, is_awaited: bool = True) -> bool:
     """Whether what comes on the stream after a call finds outputs that were still on their way at the reply."""
+    gate = machine.fake.directory().parent / "gate"
     program = prepared(machine.session, "late", FOUR)
     x = machine.put(1, 2, 3, 4)
-    (made,) = machine.run(program, x)
-    return machine.read(made) == [2, 3, 4, 5]
+    if is_awaited:
+        threading.Timer(0.2, gate.touch).start()
+    try:
+        (made,) = machine.run(program, x)
+        return machine.read(made) == [2, 3, 4, 5]
+    finally:
+        gate.touch()
+        assert eventually(lambda: machine.read(made) == [2, 3, 4, 5])
+        gate.unlink()
 
 
 def test_a_call_waits_for_the_clients_work(on_gpu: Machine) -> None:
@@ -177,7 +186,7 @@ def test_a_call_waits_for_the_clients_work(on_gpu: Machine) -> None:
 def test_without_the_clients_event_a_call_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above sees what it is meant to see."""
     monkeypatch.setattr(Ordering, "begin", lambda self, stream: None)
-    assert not _finds_late_input(on_gpu)
+    assert not _finds_late_input(on_gpu, is_awaited=False)
 
 
 def test_the_clients_work_waits_for_a_call(on_gpu: Machine) -> None:
@@ -188,7 +197,7 @@ def test_the_clients_work_waits_for_a_call(on_gpu: Machine) -> None:
 def test_without_the_workers_event_the_client_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above sees what it is meant to see."""
     monkeypatch.setattr(Ordering, "end", lambda self, stream: None)
-    assert not _finds_late_output(on_gpu)
+    assert not _finds_late_output(on_gpu, is_awaited=False)
 
 
 @pytest.mark.parametrize("refused", ["ipcGetEventHandle", "ipcOpenEventHandle"])
