@@ -20,6 +20,7 @@ from bridge_wire.cuda import device_of
 from bridge_wire.cuda_memory import GpuPool, is_on_gpu
 from bridge_wire.errors import (
     BridgeError,
+    CallTimeout,
     LaneUnavailable,
     PeerError,
     ResidualGone,
@@ -115,14 +116,17 @@ class RemoteSession(Session):
 
     def gpu_pool(self) -> GpuPool | None:
         if self._gpu is None and not self._no_gpu:
-            link = self._require_link()
-            with self._closing:
-                if self._gpu is None and not self._no_gpu and not self._is_closed:
-                    self._look_for_gpu(link)
+            self._over_link(self._look_for_gpu_once)
         return self._gpu
 
+    def _look_for_gpu_once(self, link: Link) -> None:
+        with self._closing:
+            if self._gpu is None and not self._no_gpu and not self._is_closed:
+                self._look_for_gpu(link)
+
     def _look_for_gpu(self, link: Link) -> None:
-        """Share a first slab with the worker on its GPU, or find out why that cannot be."""
+        """Share a first slab with the worker on its GPU, or find out why that cannot be, but for a worker that is gone:
+        another one may take its place."""
         about = link.description.gpu
         if not about.uuid:
             self._no_gpu = "the worker's models run on no GPU"
@@ -133,9 +137,11 @@ class RemoteSession(Session):
             gpu.lease(1)
             link.give_back(link.take(self.pool, None, gpu))
         except (BridgeError, Stale) as error:
-            self._no_gpu = str(error) or "the worker went away"
             if gpu is not None:
                 gpu.close()
+            if isinstance(error, Stale | WorkerUnavailable | CallTimeout):
+                raise
+            self._no_gpu = str(error)
         else:
             self._gpu = gpu
 

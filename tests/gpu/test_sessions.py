@@ -267,6 +267,7 @@ def test_a_client_killed_while_the_gpu_waits_for_it_ends_the_worker(machine: Any
         done = subprocess.run([sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env)
         assert done.returncode == -signal.SIGKILL
         assert eventually(session._host.has_ended)  # type: ignore[attr-defined]
+        assert session.gpu_pool() is not None  # of the next worker: the session had not looked for one yet
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
 
