@@ -60,7 +60,7 @@ class Ordering:
     @property
     def is_done(self) -> bool:
         """Whether the last call, and with it what it waited for, is done on the GPU."""
-        return self._theirs is None or driver().has_passed(self._theirs)
+        return self._theirs is None or not driver().is_pending(self._theirs)
 
     def close(self) -> None:
         """Let go of the events, when nobody waits for them any more. For finalizers, too."""

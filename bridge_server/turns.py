@@ -87,7 +87,7 @@ class Turn:
         and all that comes behind it on the stream, waits forever.
         """
         deadline = time.monotonic() + patience_s
-        while self._ready is not None and not driver().has_passed(self._ready) and self.device.is_busy(self.stream):
+        while self._ready is not None and driver().is_pending(self._ready) and self.device.is_busy(self.stream):
             if time.monotonic() > deadline:
                 return True
             time.sleep(_POLL_S)

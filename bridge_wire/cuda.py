@@ -82,11 +82,15 @@ class Driver:
         """Unmap another process's allocation. Needs the context that it was opened in."""
         self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
 
-    # These two not by the runtime: torch would take its "not ready" for an error of its own.
+    # These not by the runtime: torch would take its "not ready" for an error of its own.
 
     def has_passed(self, event: int) -> bool:
         """Whether all that was before the event's last record is done. Never blocks."""
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == 0)
+
+    def is_pending(self, event: int) -> bool:
+        """Whether something before the event's last record is still to be done, as far as is known. Never blocks."""
+        return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == _NOT_READY)
 
     def is_busy(self, stream: int) -> bool:
         """Whether something on a stream has still to be done. Never blocks. Needs the context of the stream."""

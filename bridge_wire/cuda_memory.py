@@ -174,10 +174,10 @@ def leave_event(device: Device, event: int) -> None:
 
 def _end_event(left: tuple[Device, int]) -> None:
     device, event = left
-    if driver().has_passed(event):
-        device.destroy_event(event)
-    else:
+    if driver().is_pending(event):
         leave(_end_event, left)
+    else:
+        device.destroy_event(event)
 
 
 def is_on_gpu(address: int) -> bool:
