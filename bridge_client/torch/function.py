@@ -3,9 +3,7 @@
 import contextlib
 import copy
 import functools
-import itertools
 import logging
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
@@ -14,15 +12,14 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.autograd import forward_ad
-from torch.utils._pytree import TreeSpec
 
 from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
 from bridge_client.connecting import session_for
 from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
+from bridge_client.torch import compiled
 from bridge_client.torch.derivatives import apply
 from bridge_client.torch.families import Seen, for_all_sizes, seen
 from bridge_client.torch.memory import DTYPES, TORCH_DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
@@ -104,7 +101,7 @@ class RemoteJaxFunction(nn.Module):
         self._buffer_positions: list[int] = []
         self._calls: dict[Hashable, _Call] = {}
         self._classes = trees.Classes(adopt=register_dataclass)
-        self._key = self._be_known()
+        self._key = compiled.name(self)
         self._owners: list[tuple[nn.Module, str]] = []
         if parameters == "client" and self._model.parameters:
             self._fetch_parameters()
@@ -124,8 +121,7 @@ class RemoteJaxFunction(nn.Module):
         if self._is_stateful and self.training:
             return self._call_stateful(own, args, kwargs)
         if torch.compiler.is_compiling():
-            args, kwargs = _mapped(_hidden, (args, kwargs))
-            return _mapped(_meant, _traced_call(self._key, own, args, kwargs))
+            return compiled.call(self._key, own, args, kwargs)
         for tensor in own:
             if type(tensor) is nn.Parameter:
                 self._keep_in_slab(tensor)
@@ -141,8 +137,7 @@ class RemoteJaxFunction(nn.Module):
         if self._rngs:
             given.append(self._key_for_call())
         if torch.compiler.is_compiling():
-            args, kwargs = _mapped(_hidden, (args, kwargs))
-            result, changed = _mapped(_meant, _traced_call(self._key, given, args, kwargs, is_stateful=True))
+            result, changed = compiled.call(self._key, given, args, kwargs, is_stateful=True)
         else:
             result, changed = self._call(given, args, kwargs, is_stateful=True)
         if self._is_mutable:
@@ -277,19 +272,13 @@ class RemoteJaxFunction(nn.Module):
         super().__setstate__(state)
         self._calls = {}
         self._classes = trees.Classes(adopt=register_dataclass)
-        self._key = self._be_known()
+        self._key = compiled.name(self)
         self._keep_all_in_slab()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RemoteJaxFunction":
         super()._apply(fn, recurse)
         self._keep_all_in_slab()
         return self
-
-    def _be_known(self) -> int:
-        """Return a number by which compiled code can name this function."""
-        key = next(_function_keys)
-        _functions[key] = self
-        return key
 
     def _fetch_parameters(self) -> None:
         """Make the model's parameters this module's own: computed by the worker into blocks that they live in."""
@@ -425,91 +414,10 @@ class _Call(NamedTuple):
     rebuild: Callable[[Sequence[Tensor]], Any]
 
 
-# By which number compiled code names a function.
-_functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.WeakValueDictionary()
-
-
-_function_keys = itertools.count()
-
 # The function whose submitted call runs in this thread, and the key that was drawn for it.
 _submitted: "ContextVar[tuple[RemoteJaxFunction | None, Tensor | None]]" = ContextVar(
     "_submitted", default=(None, None)
 )
-
-
-@torch._dynamo.nonstrict_trace
-def _traced_call(
-    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
-) -> Any:
-    """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
-    if torch.compiler.is_exporting():
-        _pass_structures()
-    args, kwargs = _mapped(_found, (args, kwargs))
-    try:
-        made = _functions[key]._call_traced(own, args, kwargs, is_stateful)
-    except BridgeError as error:
-        _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
-        raise
-    return _mapped(_paraphrased, made)
-
-
-# What nonstrict_trace refuses goes through it in other words: None as an argument by a text, and None, texts and
-# namedtuples of a result as the one key of a dict.
-_NONE = "torch-jax-bridge: None"
-_TEXT = "torch-jax-bridge: text "
-_CLASS = "torch-jax-bridge: class "
-_named: list[Any] = []  # the classes that results were instances of
-
-
-def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return a pytree with the function applied to its leaves: as Dynamo can trace it, through the usual containers."""
-    if type(tree) is dict:
-        return function({key: _mapped(function, value) for key, value in tree.items()})
-    if type(tree) is list:
-        return [_mapped(function, value) for value in tree]
-    if type(tree) is tuple:
-        return tuple([_mapped(function, value) for value in tree])
-    return function(tree)
-
-
-def _hidden(leaf: Any) -> Any:
-    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
-        return type(leaf)(*[_mapped(_hidden, value) for value in leaf])
-    return _NONE if leaf is None else leaf
-
-
-def _found(leaf: Any) -> Any:
-    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
-        return type(leaf)(*[_mapped(_found, value) for value in leaf])
-    return None if type(leaf) is str and leaf == _NONE else leaf
-
-
-def _paraphrased(leaf: Any) -> Any:
-    if leaf is None:
-        return {_NONE: 0}
-    if isinstance(leaf, tuple):
-        if type(leaf) not in _named:
-            _named.append(type(leaf))
-        return {f"{_CLASS}{_named.index(type(leaf))}": [_mapped(_paraphrased, value) for value in leaf]}
-    return {_TEXT + leaf: 0} if type(leaf) is str else leaf
-
-
-def _meant(value: Any) -> Any:
-    key = next(iter(value), None) if type(value) is dict and len(value) == 1 else None
-    if type(key) is not str or not key.startswith("torch-jax-bridge: "):
-        return value
-    if key.startswith(_CLASS):
-        return _named[int(key[len(_CLASS) :])](*value[key])
-    return None if key == _NONE else key[len(_TEXT) :]
-
-
-def _pass_structures() -> None:
-    """Let strict export go on: it takes each constant of Dynamo's graph without a value for a tensor, even the
-    structures of arguments that nonstrict_trace puts there itself (torch 2.13)."""
-    with contextlib.suppress(AttributeError):  # in non-strict export there is no Dynamo
-        for node in InstructionTranslator.current_tx().output.graph.nodes:
-            if isinstance(node.meta.get("example_value"), TreeSpec):
-                node.meta.setdefault("val", None)
 
 
 @contextlib.contextmanager

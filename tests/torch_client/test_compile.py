@@ -246,7 +246,7 @@ def test_a_call_that_cannot_be_compiled_is_named(x64_remote: Remote, caplog: pyt
     matmul, x = x64_remote("matmul"), rand(2, 3)
     with pytest.raises(Unsupported):
         torch.compile(matmul, fullgraph=True, backend="aot_eager")(x, x)
-    logged = [record.message for record in caplog.records if record.name == "bridge_client.torch.function"]
+    logged = [record.message for record in caplog.records if record.name == "bridge_client.torch.compiled"]
     assert "'matmul' called with (args[0]: float64[2,3], args[1]: float64[2,3])" in logged[0]
     with pytest.raises(RemoteModelError, match=r"args\[0\]: float64\[2,3\]"):
         torch.compile(matmul, backend="aot_eager")(x, x)
