@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 
 from bridge_client import Session, connect
-from bridge_client.torch import RemoteJaxFunction
+from bridge_client.torch import RemoteJaxFunction, allocate_in
 from bridge_wire.errors import CallerError, LaneUnavailable
 from tests.gpu.on_gpu import machine
 from tests.gpu.on_gpu.machine import DEVICE, MEMORY, needs_cuda
@@ -133,6 +133,19 @@ def test_compiled_code_calls_it(
         compiled = torch.compile(lambda x: f(x * 2) + 1, fullgraph=True, backend=backend)
         _close(compiled(x), _native(x * 2) + 1)
     torch._dynamo.reset()
+
+
+@needs_cuda
+def test_what_is_made_in_shared_memory_is_not_copied(session: Session) -> None:
+    """By session.empty, by torch's allocator in allocate_in, and by an earlier call: the output is all that is written."""
+    f = RemoteJaxFunction(session, name="sine")
+    with allocate_in(session):
+        allocated = torch.ones(1 << 20, device=DEVICE)
+    for x in (allocated, torch.from_dlpack(session.empty(1 << 20, device="cuda")).fill_(1), f(allocated)):
+        before = session.stats()["bytes_copied"]
+        y = f(x)
+        assert session.stats()["bytes_copied"] - before == y.nbytes
+        _close(y, _native(x))
 
 
 @needs_cuda
