@@ -137,7 +137,7 @@ def test_compiled_code_calls_it(
 
 @needs_cuda
 def test_what_is_made_in_shared_memory_is_not_copied(session: Session) -> None:
-    """By session.empty, by torch's allocator in allocate_in, and by an earlier call: the output is all that is written."""
+    """By session.empty, by torch in allocate_in, and by an earlier call: the output is all that is written."""
     f = RemoteJaxFunction(session, name="sine")
     with allocate_in(session):
         allocated = torch.ones(1 << 20, device=DEVICE)
