@@ -14,10 +14,10 @@ from tests.gpu.on_gpu.machine import REHEARSED
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Nobody interrupts what waits for a GPU, and it may wait for another process for good: that ends the run, soon
-    after pytest has told where it is."""
+    """Nobody interrupts what waits for a GPU, and it may wait for another process for good: that ends the run, some
+    time after pytest has told where it is."""
     if item.config.getoption("gpu"):
-        signal.alarm(int(float(item.config.getini("faulthandler_timeout"))) + 10)
+        signal.alarm(2 * int(float(item.config.getini("faulthandler_timeout"))))
     result = yield
     signal.alarm(0)
     return result
