@@ -86,8 +86,14 @@ class Turn:
         CUDA has nobody record the event of a process that was killed before its GPU came to it. What waits for that,
         and all that comes behind it on the stream, waits forever.
         """
+        if self._ready is None or self._done is None:
+            return False
+        try:
+            self.device.record(self._done, self.stream)  # other lanes may keep a stream busy that goes on
+        except CudaError:
+            return False
         deadline = time.monotonic() + patience_s
-        while self._ready is not None and driver().is_pending(self._ready) and self.device.is_busy(self.stream):
+        while driver().is_pending(self._ready) and driver().is_pending(self._done):
             if time.monotonic() > deadline:
                 return True
             time.sleep(_POLL_S)

@@ -15,6 +15,7 @@ import pytest
 from bridge_client import Session, connect, spawn
 from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
+from bridge_server.turns import Turn
 from bridge_wire import specs, trees
 from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT, GpuPool, GpuSlab, copied_to_host
 from bridge_wire.dtypes import BY_NAME
@@ -270,6 +271,26 @@ def test_a_client_killed_while_the_gpu_waits_for_it_ends_the_worker(machine: Any
         assert session.gpu_pool() is not None  # of the next worker: the session had not looked for one yet
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
+
+
+def test_a_stream_that_goes_on_is_not_stuck(local: Machine) -> None:
+    """Also where a client is killed between its record and its request, and other lanes keep the stream busy."""
+    fake, device = local.fake, local.pool.device
+    turn = Turn(device, b"", local.stream)
+    turn._ready, turn._done = device.new_event(), device.new_event()
+    never = device.new_stream()
+    held = fake.hold(never)
+    device.record(turn._ready, never)
+    try:
+        for _ in range(8):
+            fake.sleep(local.stream, 0.05)
+        assert not turn.is_stuck(5.0)
+        device.wait(turn._ready, local.stream)
+        assert turn.is_stuck(0.1)
+    finally:
+        held.set()
+        turn.close()
+        device.destroy_stream(never)
 
 
 def test_a_session_is_closed_when_the_gpu_is_done_with_it(on_gpu: Machine) -> None:
