@@ -136,7 +136,9 @@ class GpuPool(Pool):
         """End the leasing. Memory without a block is freed now, the rest when other such memory is made or freed."""
         super().close()
         self._ready = defaultdict(list)
-        self._memory = _Allocations(self.device)
+        with self._fencing:
+            self._fences.clear()
+            self._memory = _Allocations(self.device)
         self._adopted.clear()
         end_what_is_left()
 

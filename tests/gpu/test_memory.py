@@ -117,6 +117,22 @@ def test_a_closed_pool_frees_its_memory(device: Device, fake_cuda: Any) -> None:
         pool.lease(1)
 
 
+def test_a_closed_pool_still_puts_streams_in_order(device: Device, fake_cuda: Any) -> None:
+    """For the arrays that outlive it."""
+    pool = GpuPool(device)
+    one, two = device.new_stream(), device.new_stream()
+    pool.let_wait(one, two)
+    pool.close()
+    busy = fake_cuda.hold(two)
+    pool.let_wait(one, two)
+    written, pointer = (ctypes.c_ubyte * 4)(1, 2, 3, 4), device.allocate(UNIT)
+    device.copy(pointer, ctypes.addressof(written), 4, one)
+    assert copied_to_host(device, pointer, 4) == bytes(4)
+    busy.set()
+    device.synchronize(one)
+    assert copied_to_host(device, pointer, 4) == bytes(written)
+
+
 def test_a_block_outlives_its_pool(device: Device, fake_cuda: Any) -> None:
     """Its memory is freed after it, when other memory is made or freed: a finalizer does nothing on the GPU."""
     pool = GpuPool(device)
