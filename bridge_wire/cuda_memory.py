@@ -54,7 +54,7 @@ class GpuPool(Pool):
         self.device = device
         self._memory = memory = _Allocations(device)
         self._ready = defaultdict(lambda: _Ended(memory))  # by size and stream
-        self._adopted: list[object] = []
+        self.lenders: list[Any] = []  # allocators whose memory was adopted, but those in use
         # What streams have given back to all was in use until these events; a stream waits for them once.
         self._fences: dict[int, int] = {}
         self._fenced: set[int] = set()
@@ -116,10 +116,10 @@ class GpuPool(Pool):
                     self.device.wait(event, stream)
             self._fenced.add(stream)
 
-    def adopt(self, pointer: int, nbytes: int, owner: object) -> None:
-        """Share memory that was allocated by others, as a slab that nothing is leased from; the owner keeps it.
+    def adopt(self, pointer: int, nbytes: int) -> None:
+        """Share memory of a lender's, as a slab that nothing is leased from.
 
-        It is the base of an allocation of whole units. What has been adopted already stays so.
+        It is the base of an allocation of whole units, which the lender keeps. What was adopted before stays so.
 
         Raises:
           CudaError: it cannot be exported.
@@ -129,7 +129,6 @@ class GpuPool(Pool):
                 return
             slab = GpuSlab(_NO_VIEW, pointer, self._next_base, nbytes, -1, self.device.handle_of(pointer))
             self._next_base = slab.base + nbytes + UNIT
-            self._adopted.append(owner)
             self.slabs = (*self.slabs, slab)
 
     def close(self) -> None:
@@ -139,7 +138,7 @@ class GpuPool(Pool):
         with self._fencing:
             self._fences.clear()
             self._memory = _Allocations(self.device)
-        self._adopted.clear()
+        self.lenders.clear()
         end_what_is_left()
 
     def _new_slab(self, nbytes: int, base: int) -> GpuSlab:

@@ -82,12 +82,18 @@ def allocate_in(session: Session) -> Iterator[None]:
     shared = session.gpu_pool()
     if shared is None:
         raise CallerError("this session shares no memory on a GPU; look at session.memory, or connect with require=")
-    pool = torch.cuda.MemPool()
-    with torch.cuda.use_mem_pool(pool, shared.device.gpu.ordinal):
-        yield
+    try:
+        pool = shared.lenders.pop()  # what its dead tensors have left is used again
+    except IndexError:
+        pool = torch.cuda.MemPool()
+    try:
+        with torch.cuda.use_mem_pool(pool, shared.device.gpu.ordinal):
+            yield
+    finally:
+        shared.lenders.append(pool)
     try:
         for segment in pool.snapshot():
-            shared.adopt(segment["address"], segment["total_size"], pool)
+            shared.adopt(segment["address"], segment["total_size"])
     except CudaError as error:  # as of expandable segments, which have no handle
         _log.warning("tensors made in allocate_in are copied for each call after all, since %s", error)
 

@@ -145,11 +145,20 @@ def test_parameters_on_the_gpu_live_in_the_slab(session: Session) -> None:
 
 
 def test_what_torch_allocates_in_the_session_is_not_copied(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segments of a pool of torch's own are shared when the context ends."""
+    """The segments of a pool of torch's own are shared when the context ends; the next context uses the pool again."""
     device = session.gpu_pool().device  # type: ignore[union-attr]
     pointer = device.allocate(UNIT)
     segments = [{"address": pointer, "total_size": UNIT}]
-    monkeypatch.setattr(torch.cuda, "MemPool", lambda: type("Pool", (), {"snapshot": lambda self: segments})())
+    made = []
+
+    class Pool:
+        def __init__(self) -> None:
+            made.append(self)
+
+        def snapshot(self) -> list[dict[str, int]]:
+            return segments
+
+    monkeypatch.setattr(torch.cuda, "MemPool", Pool)
     monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, index: contextlib.nullcontext())
     f = RemoteJaxFunction(session, name="sine")
     with allocate_in(session):
@@ -158,6 +167,14 @@ def test_what_torch_allocates_in_the_session_is_not_copied(session: Session, mon
     before = session.stats()["bytes_copied"]
     torch.testing.assert_close(f(x), 2 * torch.ones(256).sin())
     assert session.stats()["bytes_copied"] - before == 1024
+    slabs = len(session.gpu_pool().slabs)  # type: ignore[union-attr]
+    for _ in range(3):  # as in a training loop
+        with allocate_in(session):
+            pass
+    assert len(made) == 1 and len(session.gpu_pool().slabs) == slabs  # type: ignore[union-attr]
+    with allocate_in(session), allocate_in(session):
+        pass
+    assert len(made) == 2
     session.close()
     device.free(pointer)
 
