@@ -149,7 +149,7 @@ def aborting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Abortin
     """A gRPC server on a Unix socket that fails every call, and a channel to it."""
     path: Path = tmp_path_factory.mktemp("grpc") / "s"
     handler = Aborting()
-    server = grpc.server(futures.ThreadPoolExecutor(2), handlers=(handler,))
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=(handler,))
     server.add_insecure_port(f"unix:{path}")
     server.start()
     with contextlib.closing(grpc.insecure_channel(f"unix:{path}")) as channel:
