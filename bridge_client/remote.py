@@ -77,7 +77,7 @@ class RemoteSession(Session):
         self.timeout_s = checked_limit(timeout_s)
         self._host = host
         self._terms = terms
-        self._calls = self._bytes_copied = self._bytes_through_host = self._fallbacks = 0
+        self._calls = self._bytes_copied = self._fallbacks = 0
         self._start_afresh()
         _sessions.add(self)
         self._require_link()
@@ -88,14 +88,13 @@ class RemoteSession(Session):
     def _start_afresh(self) -> None:
         self.pool = Pool(shareable=memfd_works())
         self._gpu: GpuPool | None = None
-        self._no_gpu = ""  # why there is none; empty until it was looked for
+        self._no_gpu = ""
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
         self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
         self._abandoned: list[_Abandoned] = []
-        self._is_staging_told = False
 
     @property
     def framework(self) -> str:
@@ -145,15 +144,6 @@ class RemoteSession(Session):
         else:
             self._gpu = gpu
 
-    def note_staged(self, nbytes: int) -> None:
-        with self._lock:
-            self._bytes_through_host += nbytes
-            is_first, self._is_staging_told = not self._is_staging_told, True
-            self._fallbacks += is_first
-        if is_first:
-            why = self._no_gpu or "they are not on the worker's GPU, or change their type on the way"
-            _log.warning("tensors on a GPU travel through the host, since %s", why)
-
     @property
     def address(self) -> str:
         """Where the worker listens."""
@@ -187,7 +177,7 @@ class RemoteSession(Session):
                 "slab_bytes": sum(pool.slab_bytes for pool in self._pools()),
                 "residuals": usage.residuals,
                 "residual_bytes": usage.residual_bytes,
-                "fallbacks": self._fallbacks,
+                "fallbacks": self._fallbacks + bool(self._bytes_through_host),
             }
 
     def _pools(self) -> list[Pool]:

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecEr
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _SUBMITTED_AT_ONCE = 32
@@ -76,6 +79,8 @@ class Session(ABC):
     def __init__(self) -> None:
         self._is_closed = False
         self._ids = itertools.count(1)
+        self._bytes_through_host = 0
+        self._no_gpu = ""  # why there is no gpu_pool; empty until it was looked for
         self._forget_threads()
 
     def _forget_threads(self) -> None:
@@ -140,9 +145,14 @@ class Session(ABC):
         block = pool.lease(spec.nbytes)
         return DeviceExporter(block.pointer, spec, block, pool.device.dlpack_device, lambda _: None)
 
-    @abstractmethod
     def note_staged(self, nbytes: int) -> None:
         """Count bytes on a GPU that had to be brought through the host; the first time, log why."""
+        with self._closing:
+            is_first = not self._bytes_through_host
+            self._bytes_through_host += nbytes
+        if is_first:
+            why = self._no_gpu or "they are not on the models' GPU, or change their type on the way"
+            _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     def model(self, name: str | None) -> ModelInfo:
         """Return a hosted model; None picks the only one.

@@ -1,6 +1,5 @@
 """Sessions with models of this very process: the worker's runtime is called directly. Imports no framework itself."""
 
-import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
-_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
@@ -86,10 +84,9 @@ class InprocSession(Session):
         self._eras = {x64: _Era(Programs(serving, models)) for x64 in (False, True)}
         self._residuals: dict[int, _Residual] = {}
         self._lock = threading.Lock()
-        self._calls = self._bytes_copied = self._bytes_through_host = 0
+        self._calls = self._bytes_copied = 0
         self._gpu: ProcessGpuMemory | None = None
         self._turns: Turns | None = None
-        self._no_gpu = ""  # why there is none; empty until it was looked for
 
     @property
     def framework(self) -> str:
@@ -140,14 +137,6 @@ class InprocSession(Session):
         with self._runtime.apart():
             era = self._eras[self._runtime.has_x64()]
             return [tuple(shape.sizes) for shape in era.programs.shapes(shapes_of(call, inputs))]
-
-    def note_staged(self, nbytes: int) -> None:
-        with self._lock:
-            is_first = not self._bytes_through_host
-            self._bytes_through_host += nbytes
-        if is_first:
-            why = self._no_gpu or "they are not on the models' GPU, or change their type on the way"
-            _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)

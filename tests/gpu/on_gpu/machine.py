@@ -26,6 +26,11 @@ MEMORY = "memfd" if REHEARSED else "cuda_ipc"
 JAX = ("jax", "jaxlib", "flax", "equinox", "optax", "diffrax", "haiku")
 TORCH = ("torch", "torchax")
 MIB = 1 << 20
+TORCH_ALLOCATORS = (
+    {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+    {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
+    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+)
 
 needs_cuda = pytest.mark.skipif(REHEARSED, reason="the host has nothing like it")
 

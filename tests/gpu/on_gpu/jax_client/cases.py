@@ -18,7 +18,7 @@ from bridge_client.ordering import Ordering
 from bridge_wire.errors import DTypeError, OutOfMemory
 from tests.conftest import ROOT, eventually
 from tests.gpu.on_gpu import machine
-from tests.gpu.on_gpu.machine import MEMORY, needs_cuda
+from tests.gpu.on_gpu.machine import MEMORY, TORCH_ALLOCATORS, needs_cuda
 
 SERVED = ("sine", "unchanged", "outer", "late", "linear", "largest", "far")
 _SIZE = 1 << 20
@@ -223,15 +223,7 @@ def test_a_context_that_breaks_ends_the_worker_and_the_next_call_starts_another(
 
 
 @needs_cuda
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-        {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    ],
-    ids=lambda settings: next(iter(settings.values())),
-)
+@pytest.mark.parametrize("settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values())))
 def test_every_allocator_of_a_torch_worker_works(settings: dict[str, str]) -> None:
     """By one copy on the device."""
     with machine.torch_worker("sine", env=settings) as session:

@@ -11,7 +11,7 @@ from bridge_client import Session
 from bridge_client.torch import RemoteJaxFunction
 from tests.conftest import ROOT
 from tests.gpu.on_gpu import machine
-from tests.gpu.on_gpu.machine import DEVICE, JAX, MEMORY, needs_cuda, without
+from tests.gpu.on_gpu.machine import DEVICE, JAX, MEMORY, TORCH_ALLOCATORS, needs_cuda, without
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
@@ -31,15 +31,7 @@ print("right")
 """
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-        {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"},
-        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    ],
-    ids=lambda settings: next(iter(settings.values())),
-)
+@pytest.mark.parametrize("settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values())))
 def test_every_allocator_of_the_client_works(settings: dict[str, str], worker: Session) -> None:
     """In a process of its own, since torch reads them once."""
     done = subprocess.run(
