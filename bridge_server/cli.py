@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +50,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    stop = _StopSignals()
     if options.jax_model and options.torch_model:
         raise CallerError("--jax-model and --torch-model exclude each other: start one worker for each framework")
     if not (options.jax_model or options.torch_model):
@@ -61,6 +59,7 @@ def _serve(options: argparse.Namespace) -> int:
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
+    stop = _StopSignals()
     # In the process that stays: a number means another device where fewer are seen.
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
@@ -166,23 +165,33 @@ class _StopSignals:
     """SIGTERM and SIGINT ask for a drain; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self._requested = threading.Event()
+        self._is_requested = False
         self.has_given_up = False
+        # A pipe, which is written to wherever the signal arrives. A lock would be waited for on, if the signal came to
+        # another thread than the one that waits and runs handlers, or to that one just before it waits.
+        self._asked, self._ask = os.pipe()
+        os.set_blocking(self._ask, False)
+        signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self.request())
+            signal.signal(number, lambda *_: self._note())
 
     def request(self) -> None:
-        if self._requested.is_set():
-            os._exit(FAILED)
-        self._requested.set()
+        """Ask for a drain, from any thread."""
+        self._note()
+        os.write(self._ask, b"\0")
 
     def give_up(self) -> None:
         """Ask for an end without a drain: nothing can be computed here any more."""
         self.has_given_up = True
-        self._requested.set()
+        os.write(self._ask, b"\0")
 
     def wait(self) -> None:
-        self._requested.wait()
+        os.read(self._asked, 1)
+
+    def _note(self) -> None:
+        if self._is_requested:
+            os._exit(FAILED)
+        self._is_requested = True
 
 
 def _parser() -> argparse.ArgumentParser:

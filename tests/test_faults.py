@@ -763,6 +763,15 @@ def test_a_second_signal_ends_the_worker_at_once(start: Callable[..., Worker], g
             running.result()
 
 
+def test_a_signal_reaches_the_worker_in_any_of_its_threads(start: Callable[..., Worker]) -> None:
+    """The kernel hands a signal to any thread of a process: it ends the worker nevertheless."""
+    worker = start().wait_until_ready()
+    *_, last = sorted(int(thread) for thread in os.listdir(f"/proc/{worker.pid}/task"))
+    assert last != worker.pid
+    os.kill(last, signal.SIGTERM)
+    assert worker.wait() == 0
+
+
 def _health(channel: grpc.Channel, service: str = _SERVICE) -> int | None:
     try:
         request = health_pb2.HealthCheckRequest(service=service)
