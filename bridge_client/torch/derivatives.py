@@ -18,7 +18,7 @@ _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _are_transforms_active():
         return _Transformable.apply(program, *inputs)
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
@@ -28,6 +28,11 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
         if wrt:
             return _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
     return run(program, inputs)
+
+
+def _are_transforms_active() -> bool:
+    """Whether tensors may be those of a torch.func transform, or dual ones: with more to them than their memory."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
@@ -78,8 +83,9 @@ class _Recorded(_SingleLevelFunction):
         gradients: list[Tensor | None] = [None] * (2 + len(inputs))
         if wrt and given:
             selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
-            # With create_graph the derivative must be a program that can be derived again; in a batch, one of its kind.
-            if torch.is_grad_enabled() or any(map(_is_legacy_batch, selected)):
+            # With create_graph the derivative must be a program that can be derived again, and under a transform, such
+            # as torch.vmap around torch.autograd.grad, one that can be transformed.
+            if torch.is_grad_enabled() or _are_transforms_active() or any(map(_is_legacy_batch, selected)):
                 made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
             else:
                 made = pull_back(program, (kept, wrt, given), handle, inputs, selected)

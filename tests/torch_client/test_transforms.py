@@ -344,6 +344,24 @@ def test_double_and_batched_backward(x64_session: Session, case: Callable[..., A
     assert_same(torch.autograd.grad(first.sum(), x)[0], 2 * x.detach().cos() * x.detach().exp())
 
 
+def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[..., Any]) -> None:
+    """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of cotangents are not lost."""
+    x, rows = rand(3).requires_grad_(), rand(9, 3)
+    y = case("sine", x, x)
+
+    def pull(cotangent: Tensor) -> Tensor:
+        return torch.autograd.grad(y, x, cotangent, retain_graph=True)[0]
+
+    jacobian = jacrev(TWINS["sine"][1])(x.detach())
+    assert calls_of(x64_session, lambda: torch.vmap(pull)(rows)) == 1
+    assert_same(torch.vmap(pull)(rows), rows @ jacobian)
+    assert_same(torch.vmap(pull, chunk_size=2)(rows), rows @ jacobian)
+    assert_same(jvp(pull, (rows[0],), (rows[1],)), (rows[0] @ jacobian, rows[1] @ jacobian))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(pull(forward_ad.make_dual(rows[0], rows[1])))
+        assert_same(dual.tangent, rows[1] @ jacobian)
+
+
 @pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
 def test_autograd_functional(case: Callable[..., Any], strategy: str) -> None:
     """torch.autograd.functional's jacobian and hessian, vectorized, are torch's."""
