@@ -112,7 +112,7 @@ def encode(
         if isinstance(value, list):
             return pb.Tree(list=sequence(value, path, depth))
         if isinstance(value, Mapping):
-            keys = _ordered_keys(value)
+            keys = ordered_keys(value)
             items = [walk(value[key], f"{path}[{key!r}]", depth) for key in keys]
             return pb.Tree(dict=pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items))
         if (expanded := expand(value)) is not None:
@@ -232,7 +232,8 @@ def instantiate(cls: Callable[..., Any], fields: Sequence[str], items: Iterable[
     return instance
 
 
-def _ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
+def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
+    """Return the keys of a mapping in the order in which its items travel."""
     if isinstance(value, collections.OrderedDict):
         return list(value)
     try:

@@ -30,7 +30,7 @@ from bridge_client.torch.structures import (
     path_of,
     rebuilder,
     register_dataclass,
-    register_if_dataclass,
+    register_if_container,
 )
 from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread, thread_state
 from bridge_wire import specs, trees
@@ -195,7 +195,12 @@ class RemoteJaxFunction(nn.Module):
                     kind = _SYMBOLIC[kind]
                     leaf = leaves[i] = kind(leaf)  # has torch compile anew for another value
                 if i in statics or kind is bool or kind is str:
-                    signature.append((kind, leaf if kind is not float else leaf.hex()))
+                    if kind not in _STATIC:
+                        if register_if_container(kind):
+                            return self._call(own, args, kwargs, is_stateful, shape_of)  # that leaf is a node now
+                        raise _not_static(leaf, path_of((args, kwargs), i))
+                    # By its text a number differs from what equals it: 0.0 from -0.0.
+                    signature.append((kind, leaf if kind is str else repr(leaf)))
                     continue
                 if kind in _SYMBOLIC:
                     kind = _SYMBOLIC[kind]
@@ -206,7 +211,7 @@ class RemoteJaxFunction(nn.Module):
                     signature.append(kind)
                 else:
                     if kind is not Tensor and not isinstance(leaf, Tensor):
-                        if register_if_dataclass(kind):
+                        if register_if_container(kind):
                             return self._call(own, args, kwargs, is_stateful, shape_of)  # that leaf is a node now
                         leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                     signature.append(leaf.dtype)
@@ -399,6 +404,7 @@ class RemoteJaxFunction(nn.Module):
 
 
 _TENSORS = {Tensor}
+_STATIC = {bool, str, *NUMBERS}
 # Numbers that torch.compile has found to change between calls: data of the graph, as they are of a call.
 _SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
@@ -427,6 +433,13 @@ def _submitting(function: "RemoteJaxFunction", key: Tensor | None) -> Iterator[N
         yield
     finally:
         _submitted.reset(token)
+
+
+def _not_static(leaf: Any, path: str) -> StructureError:
+    return StructureError(
+        f"`{path}` is a {type(leaf).__module__}.{type(leaf).__qualname__}, and static; expected a number, bool, str or "
+        "None, or a dict, list, tuple, namedtuple or dataclass of these"
+    )
 
 
 def _draw_key() -> Tensor:

@@ -1,8 +1,9 @@
 """Pytrees of arguments and results. No tensors are touched here."""
 
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -33,12 +34,39 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
     return accessor[1:].codify("args" if accessor[0].entry == 0 else "kwargs")
 
 
-def register_if_dataclass(cls: type) -> bool:
-    """Make a dataclass that is met for the first time a pytree node; return whether it is one."""
-    if not dataclasses.is_dataclass(cls):
+def register_if_container(cls: type) -> bool:
+    """Make a class that is met for the first time a pytree node, if it is a container; return whether it is one.
+
+    Dataclasses are, and so is what counts as a dict, list or tuple in Python, such as torch.Size: it travels as one.
+    """
+    if dataclasses.is_dataclass(cls):
+        register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
+    elif issubclass(cls, Mapping):
+        _register(cls, _parts_of_mapping, collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict)
+    elif issubclass(cls, list | tuple):
+        _register(cls, _parts_of_sequence, list if issubclass(cls, list) else tuple)
+    else:
         return False
-    register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
     return True
+
+
+def _parts_of_mapping(value: Mapping[Any, Any]) -> Any:
+    keys = tuple(trees.ordered_keys(value))
+    return [value[key] for key in keys], keys, keys
+
+
+def _parts_of_sequence(value: Sequence[Any]) -> Any:
+    return list(value), None, tuple(range(len(value)))
+
+
+def _register(cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], Any]) -> None:
+    """Make a container's class a pytree node; put together again, it is of the plain class `like`."""
+
+    def unflatten(keys: Any, children: Any) -> Any:
+        return like(children if keys is None else zip(keys, children, strict=True))
+
+    with contextlib.suppress(ValueError):  # another thread was faster
+        optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
 
 
 def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
@@ -60,9 +88,9 @@ def marked(value: Any, mark: bool) -> Any:
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the pytree with the function applied to each leaf; also to those in dataclasses that are new here."""
+    """Return the pytree with the function applied to each leaf; also to those in containers that are new here."""
     leaves, structure = flatten(tree)
-    if any([register_if_dataclass(type(leaf)) for leaf in leaves]):
+    if any([register_if_container(type(leaf)) for leaf in leaves]):
         return mapped(function, tree)  # those leaves have become nodes
     return optree.tree_unflatten(structure, map(function, leaves))
 

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,6 +98,28 @@ def test_a_mapping_keeps_its_leaves_apart(remote: Remote) -> None:
     value = collections.OrderedDict(b=x(), a=x() + 1, c=x() + 2)
     made = remote("identity")(value)
     assert {key: made[key][0, 0].item() for key in made} == {"b": 0, "a": 1, "c": 2}
+
+
+class Settings(dict[str, Any]):
+    """A dict of a user's own, as libraries for settings have them."""
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [
+        (Settings(b=x(), a=x() + 1), {"a": x() + 1, "b": x()}),
+        (collections.UserDict(w=[x()]), {"w": [x()]}),
+        (types.MappingProxyType({"w": Settings(v=x())}), {"w": {"v": x()}}),
+        (collections.UserDict(), {}),
+        (torch.Size([2]), (torch.tensor(2, dtype=torch.int32),)),
+        (torch.max(x(), 0), (x()[1], torch.ones(3, dtype=torch.int32))),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_counts_as_a_dict_or_tuple_travels_as_one(remote: Remote, value: Any, plain: Any) -> None:
+    """So a tensor's shape, or a mapping of another library, can be passed as it is."""
+    for _ in range(2):
+        assert_same(remote("identity")(value), plain)
 
 
 def test_two_instances_of_a_signature_differ_in_data_only(remote: Remote) -> None:
@@ -211,6 +234,20 @@ def test_a_static_minus_zero_is_not_zero(remote: Remote) -> None:
     """-0.0 and 0.0 are equal in Python, but make different programs."""
     product = remote("product", static_argnames="y")
     assert [str((product(torch.ones(()), zero)).item()) for zero in (0.0, -0.0)] == ["0.0", "-0.0"]
+
+
+def test_a_static_structure_is_what_its_values_are(remote: Remote) -> None:
+    """A shape or a dataclass can be static; those whose values are equal in Python, but differ, are not the same."""
+
+    @dataclasses.dataclass(frozen=True)
+    class New:
+        number: Any
+
+    echo = remote("echo", static_argnames="static")
+    assert [int(size) for size in echo(static=x().shape)["kwargs"]["static"]] == [2, 3]
+    for number in (1, True, 1.0, 0.0, -0.0):
+        made = echo(static=New(number))["kwargs"]["static"]
+        assert type(made) is New and str(made.number.item()) == str(number)
 
 
 class Labelled(Tensor):

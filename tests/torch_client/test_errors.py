@@ -129,6 +129,15 @@ def test_a_wrong_call_is_refused_before_data_moves(session: Session, remote: Rem
     assert remote("sine")(x()).shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    "value", [np.ones(2), torch.ones(2), torch.float32, slice(1, 2)], ids=lambda v: type(v).__name__
+)
+def test_what_cannot_be_static_is_named(remote: Remote, value: Any) -> None:
+    """Also what has no hash, and what could be data."""
+    with pytest.raises(StructureError, match=r"`kwargs\['y'\]\[0\]` is a .*, and static; expected a number"):
+        remote("product", static_argnames="y")(x(), y=[value])
+
+
 @pytest.mark.parametrize("foreign", [lambda x: x.to("meta"), torch.Tensor.to_sparse, torch.Tensor.to_mkldnn])
 def test_a_tensor_without_readable_memory_is_refused_at_each_call(remote: Remote, foreign: Any) -> None:
     """Also after a call of the same shape and dtype, whose program is known."""

@@ -345,7 +345,7 @@ def test_double_and_batched_backward(x64_session: Session, case: Callable[..., A
 
 
 def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[..., Any]) -> None:
-    """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of cotangents are not lost."""
+    """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of cotangents stay."""
     x, rows = rand(3).requires_grad_(), rand(9, 3)
     y = case("sine", x, x)
 
