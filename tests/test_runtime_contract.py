@@ -170,6 +170,17 @@ def test_an_exception_of_the_model_is_its_own(serve: Serve) -> None:
     assert "in refusing" in second
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("ending", "SystemExit"), ("interrupted", "KeyboardInterrupt"), ("speechless", "Speechless")]
+)
+def test_whatever_a_model_raises_is_its_own(serve: Serve, lane: str, name: str, kind: str) -> None:
+    """Neither what ends threads without a word nor what has no text leaves a caller without an answer."""
+    is_ctrl_c = name == "interrupted" and lane == "inproc"
+    with pytest.raises(KeyboardInterrupt if is_ctrl_c else RemoteModelError) as caught:
+        serve(name).call(numbers(2))
+    assert is_ctrl_c or caught.value.remote_type.endswith(kind)  # type: ignore[union-attr]
+
+
 def test_what_is_no_model_is_refused(framework: str, runtimes: dict[str, Runtime]) -> None:
     """A target that cannot be called is a TargetError that says what it is."""
     with pytest.raises(TargetError, match=r"'model' is a builtins\.str"):

@@ -13,7 +13,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from bridge_server import runtime
 from bridge_server.jax_runtime.transforms import Flat
 from bridge_server.jax_runtime.types import specs_of
-from bridge_server.model_errors import remote
+from bridge_server.model_errors import is_models, remote
 from bridge_wire import trees
 from bridge_wire.specs import Spec
 
@@ -46,7 +46,9 @@ class Program(runtime.Program):
             if self._is_awaited:
                 for output in outputs:
                     output.block_until_ready()
-        except Exception as error:
+        except BaseException as error:
+            if not is_models(error):
+                raise
             raise remote(error, self.where) from error
         return outputs, residual
 

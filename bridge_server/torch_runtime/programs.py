@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from bridge_server import runtime
-from bridge_server.model_errors import remote
+from bridge_server.model_errors import is_models, remote
 from bridge_server.torch_runtime.graphs import nbytes_saved
 from bridge_server.torch_runtime.randomness import drawing
 from bridge_server.torch_runtime.transforms import Composed, pull_back
@@ -56,7 +56,9 @@ class Program(runtime.Program):
                     return self._code(inputs, residual)
         except BridgeError:
             raise
-        except Exception as error:
+        except BaseException as error:
+            if not is_models(error):
+                raise
             raise remote(error, self.where) from error
 
 

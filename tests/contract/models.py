@@ -9,6 +9,28 @@ def refusing(x: Any) -> Any:
     raise LookupError(f"nothing of shape {tuple(x.shape)} here")
 
 
+class Speechless(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise LookupError("what was it?")
+
+
+def speechless(x: Any) -> Any:
+    """Raises what cannot be told."""
+    raise Speechless
+
+
+def ending(x: Any) -> Any:
+    """Raises what would end a program, or a thread without a word."""
+    raise SystemExit("enough")
+
+
+def interrupted(x: Any) -> Any:
+    """Raises what Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def _weighted(np: Any) -> Any:
     params = {"inner": {"b": np.asarray([1.0, 1.0])}, "w": np.asarray([2.0, 3.0])}
     return lambda params, x: params["w"] * x + params["inner"]["b"], params
@@ -21,6 +43,9 @@ MODELS: Mapping[str, Callable[[Any], Any]] = {
     "transposed": lambda np: lambda x: (x.T, np.broadcast_to(x[0], (3, 4))),
     "nested": lambda np: lambda tree, kind: {"kept": [tree["a"] * 2, None], "sum": tree["b"][0] + len(kind)},
     "refusing": lambda np: refusing,
+    "speechless": lambda np: speechless,
+    "ending": lambda np: ending,
+    "interrupted": lambda np: interrupted,
     "dotted": lambda np: lambda x, y: np.stack([(x * y).sum(), y[0]]),
     "holomorphic": lambda np: lambda z: (z * z, np.conj(z)),
     "indexed": lambda np: lambda x, i: (x * i, i),
