@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bridge_server.runtime import Options
-from bridge_server.torch_runtime import TorchRuntime
+from bridge_server.torch_runtime import TorchRuntime, tracing
 from bridge_wire import trees
 from bridge_wire.errors import CallerError, RemoteModelError, SpecError, StructureError, TargetError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -481,6 +482,41 @@ def test_a_model_that_looks_at_values_is_run_on_zeros_first(
     batched = hosted.call(x, transforms=[vmap([0], 2)])
     rows = placed(np.stack([x, -x]))
     assert_same(run_on(hosted, batched, rows), [np.stack([3 * x + 1, -x + 1])])
+
+
+def test_a_model_that_refuses_zeros_is_run_on_other_values(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Distributions look at their parameters, and have no density at a scale of zero, or none of ones everywhere."""
+    scaled = Hosted(runtime, lambda x, s: torch.distributions.Normal(x, s).log_prob(x))
+    correlated = Hosted(runtime, lambda x, c: torch.distributions.MultivariateNormal(x, c).log_prob(x))
+    x = placed(np.full(3, 2.0))
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        programs = [scaled.call(x, x), correlated.call(x, placed(np.eye(3)))]
+    assert "was run once on ones" in caplog.text
+    assert "was run once on identity matrices" in caplog.text
+    density = -math.log(2 * math.pi) / 2
+    assert_same(run_on(scaled, programs[0], x, x), [np.full(3, density - math.log(2))])
+    assert_same(run_on(correlated, programs[1], x, placed(np.eye(3))), [np.asarray(3 * density)])
+
+
+def test_a_loop_without_an_end_on_zeros_is_left(runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that doubles its input until it is large is run on ones; one that goes on for good is an error."""
+    monkeypatch.setattr(tracing, "_MOST_OPERATORS", (100, 1000))
+
+    def doubled(x: Tensor, most: float) -> Tensor:
+        while x.abs().sum() < most:
+            try:
+                x = x * 2
+            except Exception:
+                x = x * 0
+        return x
+
+    hosted, x = Hosted(runtime, doubled), placed(np.ones(2))
+    program = hosted.call(x, 20.0)
+    assert_same(run_on(hosted, program, x, placed(np.asarray(20.0))), [np.full(2, 16.0)])
+    with pytest.raises(CallerError, match=r"did not end within 1000 operators on zeros or on ones or on identity"):
+        Hosted(runtime, lambda x: doubled(x, math.inf) if x.sum() < 1 else doubled(x * 0, 1.0)).call(x)
 
 
 def test_a_model_that_writes_now_and_then_is_found_out(runtime: TorchRuntime) -> None:
