@@ -138,6 +138,7 @@ class LocalLane(Lane):
         self._socket = FramedSocket(connected)
         try:
             self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)), _HANDSHAKE_S)
+            self._socket.offer_mailbox()
         except BaseException:
             self._socket.close()
             raise
@@ -193,6 +194,8 @@ class LocalLane(Lane):
         except OSError as error:
             raise WorkerDied("the connection to the worker broke during a call; the next call reconnects") from error
         if message is None:
+            if self._socket.has_unread():
+                raise Stale
             raise WorkerDied("the worker ended the connection during a call; the next call reconnects")
         if message == _RAN_BYTES:  # as nearly always
             return _RAN

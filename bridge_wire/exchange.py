@@ -30,7 +30,7 @@ def with_child() -> None:
         written = os.urandom(NBYTES)
         slab.view[:NBYTES] = written
         with lane_to_child(__spec__.name) as lane:
-            lane.send(b"", (slab.fd,))
+            lane.send(b"memory", (slab.fd,))
             read = lane.receive(CHILD_S)
             if read is None:
                 raise WorldError("a child did not receive the memory: it ended")

@@ -1,16 +1,26 @@
-"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both sides."""
+"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both sides.
+
+With a mailbox, messages lie there as long as both sides poll, and the socket is for waking a side that sleeps, for
+descriptors, for long messages, and for noticing the end of the peer.
+"""
 
 import array
 import contextlib
+import functools
 import os
 import select
 import socket
 import struct
 import time
+from collections.abc import Callable
+from typing import Any
 
+from bridge_wire import mailbox
 from bridge_wire.copying import usable_cores
-from bridge_wire.errors import ProtocolError
+from bridge_wire.errors import OutOfMemory, ProtocolError
 from bridge_wire.frames import FrameDecoder, encode
+from bridge_wire.mailbox import Mailbox
+from bridge_wire.slabs import create_slab, map_received
 
 _BUFFER_BYTES = 64 << 10
 # An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors come this way.
@@ -22,6 +32,9 @@ _SPIN_S = 200e-6
 # expected is a moving average of the last waits, none counted as longer than the limit.
 _SOON_S = 2 * _SPIN_S
 _LONGEST_COUNTED_S = 4 * _SOON_S
+# By then a message is seen that was put into the mailbox while this side fell asleep.
+_SETTLED_MS = 10
+_NUDGE = b""  # wakes a peer that has a mailbox, or brings it; no message of the protocol is empty
 _MAX_DESCRIPTORS = 4
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -29,6 +42,8 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 class FramedSocket:
     """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one thread.
+
+    With a mailbox, the two sides have to take turns: of two messages in a row, the second may arrive first.
 
     Descriptors that come with a message are dropped unless it `takes_descriptors`.
     """
@@ -47,6 +62,21 @@ class FramedSocket:
         poll.register(connected, select.POLLIN)
         self._poll = poll.poll
         self._descriptors: list[int] = []
+        self._use(None)
+
+    def offer_mailbox(self) -> None:
+        """Offer a mailbox to the peer, which takes descriptors. It serves as soon as the peer has mapped it."""
+        if not (self._may_spin and mailbox.is_usable()):
+            return
+        try:
+            memory = create_slab(mailbox.NBYTES, 0, name="bridge-mailbox")
+        except OutOfMemory:  # no descriptor, most likely: the socket alone does as well, if more slowly
+            return
+        try:
+            self.send(_NUDGE, (memory.fd,))
+        finally:
+            memory.close()
+        self._use(Mailbox(memory.view, is_first=True))
 
     def send(self, payload: bytes, descriptors: tuple[int, ...] = ()) -> None:
         """Send one message, and file descriptors with it.
@@ -54,11 +84,21 @@ class FramedSocket:
         Raises:
           OSError: the peer is gone; it has not received the whole message.
         """
+        if self._mailbox is not None and not descriptors:
+            peer = self._mailbox.put(payload)
+            if peer == mailbox.AWAKE:
+                return
+            if peer == mailbox.ASLEEP:
+                payload = _NUDGE
         frame = encode(payload)
         if descriptors:
             frame = frame[socket.send_fds(self._socket, [frame], descriptors) :]
         if frame:  # nothing is left to fail of what went out whole
             self._socket.sendall(frame)
+
+    def has_unread(self) -> bool:
+        """Whether the last message still lies in the mailbox; of a peer that is gone: it was never received."""
+        return self._mailbox is not None and self._mailbox.is_unread()
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
         """Return the next message, or None when the peer has ended the connection.
@@ -69,12 +109,20 @@ class FramedSocket:
           OSError: the connection broke.
         """
         message = self._decoder.next()
-        while message is None:
-            self._wait(timeout_s)
-            count = self._read()
-            if count == 0:
-                return None
-            message = self._decoder.feed(self._view[:count])
+        while not message:
+            if message is not None:
+                if self._mailbox is None and not self._takes_offer():
+                    break  # a message after all
+                message = self._decoder.next()
+                continue
+            box = self._mailbox
+            if box is not None and box.has_message():
+                return box.take()
+            if self._wait(timeout_s):
+                count = self._read()
+                if count == 0:
+                    return box.take() if box is not None and box.has_message() else None
+                message = self._decoder.feed(self._view[:count])
         return message
 
     def take_descriptors(self) -> list[int]:
@@ -109,29 +157,63 @@ class FramedSocket:
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the connection and every descriptor that came with it unclaimed. Idempotent."""
+        """Close the connection, and let go of the mailbox and of every descriptor that came unclaimed. Idempotent."""
         self._socket.close()
+        self._use(None)
         for fd in self.take_descriptors():
             os.close(fd)
 
-    def _wait(self, timeout_s: float | None) -> None:
-        """Wait until there is something to read; by polling first, where that is likely to save a wake-up."""
+    def _use(self, box: Mailbox | None) -> None:
+        self._mailbox = box
+        self._is_there: Callable[[], Any] = functools.partial(self._poll, 0) if box is None else box.has_message
+
+    def _takes_offer(self) -> bool:
+        """Take the mailbox that came with an empty message, if one did."""
+        if not self._descriptors:
+            return False
+        memory = map_received(self._descriptors.pop(), mailbox.NBYTES, 0)
+        self._use(Mailbox(memory.view, is_first=False))
+        return True
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        """Wait until there is something to read, and return True, or a message in the mailbox, and return False. By
+        polling first, where that is likely to save a wake-up."""
         # What nobody waits for is done first: once a message is there, each step delays its answer.
-        poll, clock, give_way = self._poll, time.perf_counter, os.sched_yield
+        is_there, clock, give_way = self._is_there, time.perf_counter, os.sched_yield
         self._expected_s += (min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s) / 2
         started = clock()
         if self._may_spin and self._expected_s < _SOON_S:
             deadline = started + _SPIN_S
-            while not poll(0):
+            while not is_there():
                 if clock() > deadline:
                     break
                 give_way()  # where both sides share a core, the peer must run first
             else:
                 self._waited_s = clock() - started
-                return
-        if not poll(None if timeout_s is None else timeout_s * 1000):
-            raise TimeoutError
+                return self._mailbox is None
+        is_readable = self._sleep(timeout_s)
         self._waited_s = clock() - started
+        return is_readable
+
+    def _sleep(self, timeout_s: float | None) -> bool:
+        """Wait as `_wait` does, without polling."""
+        box, left_ms = self._mailbox, None if timeout_s is None else timeout_s * 1000
+        if box is not None:
+            box.sleep()
+            try:
+                if box.has_message():
+                    return False
+                if self._poll(_SETTLED_MS if left_ms is None else min(_SETTLED_MS, left_ms)):
+                    return True
+                if box.has_message():
+                    return False
+                if self._poll(None if left_ms is None else max(0, left_ms - _SETTLED_MS)):
+                    return True
+            finally:
+                box.wake()
+        elif self._poll(left_ms):
+            return True
+        raise TimeoutError
 
     def _read(self) -> int:
         """Read what is there, or else wait for it; return the number of bytes."""

@@ -49,8 +49,10 @@ class Slab:
             os.close(self.fd)
 
 
-def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
+def create_slab(nbytes: int, base: int, *, shareable: bool = True, name: str = "bridge-slab") -> Slab:
     """Return a new slab of at least `nbytes` bytes, with every page present: a fault costs more than the write.
+
+    `name` is what /proc/PID/maps shows.
 
     Raises:
       OutOfMemory: the kernel has no memory, or no file descriptor, for it.
@@ -62,7 +64,7 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True) -> Slab:
     fd = -1
     try:
         if shareable:
-            fd = os.memfd_create("bridge-slab", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(fd, nbytes)
             os.posix_fallocate(fd, 0, nbytes)  # an early error instead of a late SIGBUS
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

@@ -359,6 +359,81 @@ def test_silent_connections_cost_nothing_lasting(worker: Worker) -> None:
         lane.close()
 
 
+# The mailbox ------------------------------------------------------------------------------------------------------
+
+
+def raw_slot(memory: Slab, message: bytes, *, number: int = 1, length: int | None = None) -> None:
+    """Leave a message for the worker, or what is none."""
+    words = memory.view[:4096].cast("Q")
+    memory.view[128 : 128 + len(message)] = message
+    words[1] = len(message) if length is None else length
+    words[0] = number
+
+
+@pytest.fixture
+def mailbox(client: Client) -> Iterator[Slab]:
+    """The memory of a mailbox that the worker has taken from the client."""
+    memory = create_slab(8192, 0)
+    socket.send_fds(client.lane.socket, [encode(b"")], [memory.fd])
+    memory.close()
+    assert eventually(lambda: memory.view[72] != 0)
+    yield memory
+
+
+RELEASE = pb.LaneRequest(release=pb.Release(residuals=[1])).SerializeToString()
+
+
+def test_mailbox_serves_like_the_socket(client: Client, mailbox: Slab) -> None:
+    """A request that lies in the mailbox is answered, over the socket where the client never looks there."""
+    raw_slot(mailbox, RELEASE)
+    client.lane.shout(encode(b""))
+    reply = client.lane.hear()
+    assert reply is not None and reply.WhichOneof("kind") == "usage"
+
+
+@pytest.mark.parametrize("length", [4096, 2**31, 2**63, 2**64 - 1])
+def test_mailbox_with_a_wrong_length_is_refused(client: Client, mailbox: Slab, length: int) -> None:
+    """A message longer than a slot is a ProtocolError, and the lane ends."""
+    raw_slot(mailbox, RELEASE, length=length)
+    client.lane.shout(encode(b""))
+    client.refused(client.lane.hear())
+    assert client.lane.hear() is None
+
+
+@pytest.mark.parametrize("number", [2, 2**63, 2**64 - 1])
+def test_mailbox_with_a_wrong_number_has_a_message(client: Client, mailbox: Slab, number: int) -> None:
+    """Numbers are compared and nothing else: a wrong one is a message like any other."""
+    raw_slot(mailbox, RELEASE, number=number)
+    client.lane.shout(encode(b""))
+    reply = client.lane.hear()
+    assert reply is not None and reply.WhichOneof("kind") == "usage"
+
+
+def test_mailbox_of_random_bytes_ends_the_lane(opened: Opened) -> None:
+    """Random bytes all over the mailbox give a ProtocolError or the lane's end, no more."""
+    for seed in range(10):
+        memory = create_slab(8192, 0)
+        memory.view[:] = random.Random(seed).randbytes(8192)
+        with opened("local") as client:
+            socket.send_fds(client.lane.socket, [encode(b"")], [memory.fd])
+            memory.close()
+            client.lane.shout(encode(b""))
+            client.lane.end()
+            while (reply := client.lane.hear()) is not None:
+                client.refused(reply)
+
+
+@pytest.mark.parametrize("nbytes", [0, 4096, 1 << 20])
+def test_mailbox_of_another_size_is_refused(client: Client, nbytes: int) -> None:
+    """A descriptor that comes with an empty frame is a sealed memfd of 8192 bytes, or a ProtocolError."""
+    fd = os.memfd_create("other")
+    os.ftruncate(fd, nbytes)
+    socket.send_fds(client.lane.socket, [encode(b"")], [fd])
+    os.close(fd)
+    client.refused(client.lane.hear())
+    assert client.lane.hear() is None
+
+
 # Sessions ---------------------------------------------------------------------------------------------------------
 
 

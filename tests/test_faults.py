@@ -202,6 +202,20 @@ def test_a_spawned_worker_is_started_again(lane: str) -> None:
     assert children() == before
 
 
+def test_a_call_that_a_dead_worker_never_took_is_made_by_the_next() -> None:
+    """What still lay before a worker when it died was not computed, and is asked of the one that takes its place."""
+    before = children()
+    with _spawn() as session:
+        program = prepare(session, "square", floats(1))
+        inputs = [placed(session, [3.0])]
+        assert values(*session.run(program, inputs)) == [9.0]
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGSTOP)
+        running = Background(lambda: values(*session.run(program, inputs)))
+        os.kill(pid, signal.SIGKILL)
+        assert running.result() == [9.0]
+
+
 # The worker hangs --------------------------------------------------------------------------------------------------
 
 
