@@ -282,9 +282,11 @@ def test_a_timed_out_backward_can_be_repeated(worker: Worker, gate: Gate, lane: 
     """A backward past its time raises CallTimeout, and gives the right gradient later."""
     with connect(worker.address, lane=lane) as session:
         x = _numbers()
-        y = RemoteJaxFunction(session, name="gated", timeout_s=0.3)(x, str(gate), when="backward")
+        y = RemoteJaxFunction(session, name="gated")(x, str(gate), when="backward")
+        session.timeout_s = 0.3
         with pytest.raises(CallTimeout):
             y.sum().backward(retain_graph=True)
+        session.timeout_s = None
         gate.open()
         y.sum().backward()
         assert torch.equal(x.grad, torch.full((3,), 2.0))
@@ -293,8 +295,9 @@ def test_a_timed_out_backward_can_be_repeated(worker: Worker, gate: Gate, lane: 
 def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> None:
     """Calls and preparations of a worker that does nothing at all end after timeout_s, and later ones work."""
     worker = start().wait_until_ready()
-    with connect(worker.address, lane=lane, timeout_s=0.3) as session:
+    with connect(worker.address, lane=lane) as session:
         program = prepare(session, "square", floats(2))
+        session.timeout_s = 0.3
         worker.process.send_signal(signal.SIGSTOP)
         with pytest.raises(CallTimeout, match=r"0\.3 s"):
             Background(lambda: session.run(program, [placed(session, [1.0, 2.0])])).result()
