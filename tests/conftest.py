@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -137,3 +138,11 @@ def held() -> dict[str, int]:
         "threads": sum(not thread.name.startswith("ThreadPool-copy") for thread in threading.enumerate()),
         "children": len(children.read_text().split()) if children.exists() else 0,
     }
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Has SIGINT raise KeyboardInterrupt, also where a shell that started this in the background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -309,14 +309,6 @@ def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> 
         assert _blocks_return(session)
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Has SIGINT raise KeyboardInterrupt, also where a shell that started this in the background had it ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_call_can_be_interrupted(worker: Worker, gate: Gate, lane: str, ctrl_c: None) -> None:
     """Ctrl-C ends a call with KeyboardInterrupt; the session works on, and no block is lost."""
     with connect(worker.address, lane=lane) as session:

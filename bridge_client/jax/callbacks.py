@@ -34,7 +34,7 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
             blocks = action([Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)])
             for block, (spec, label), output, dtype in zip(blocks, into, outputs, result_dtypes, strict=True):
                 write(block, spec, data_pointer(output), dtype, label)
-        except Exception as error:  # as in _crossing, without another call
+        except (Exception, KeyboardInterrupt) as error:  # as in _crossing, without another call
             crossing = named(error)
         else:
             return
@@ -127,7 +127,7 @@ def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
     def called(*arguments: Any) -> Any:
         try:
             return callback(*arguments)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             crossing = named(error)
         raise crossing  # not from within the handler, whose exception holds the frames of the call
 

@@ -3,7 +3,7 @@
 XLA knows texts only: whatever a callback raises comes out as a JaxRuntimeError whose message quotes it. So the callback
 leaves the exception here under a number that the message names, and JaxRuntimeError, when jax makes one with such a
 message, becomes an instance that is the exception's type too: `except RemoteModelError` and `except JaxRuntimeError`
-both catch it.
+both catch it. So does Ctrl-C while a call in compiled code is under way.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ _MOST_PENDING = 64
 _MARK = re.compile(r"torch-jax-bridge error #(\d+)#")
 
 _numbers = itertools.count(1)
-_pending: OrderedDict[int, BridgeError] = OrderedDict()
+_pending: OrderedDict[int, BridgeError | KeyboardInterrupt] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -31,12 +31,13 @@ class Crossing(Exception):
     """Names an exception to XLA."""
 
 
-def named(error: Exception) -> Crossing:
+def named(error: BaseException) -> Crossing:
     """Return what a callback must raise for this exception to come out of the compiled code."""
-    known = error if isinstance(error, BridgeError) else unexpected(error)
+    known = error if isinstance(error, BridgeError | KeyboardInterrupt) else unexpected(error)
     number = next(_numbers)
+    # Without its frames, and those of what led to it, which hold the call's memory.
+    known.__cause__ = known.__context__ = None
     with _lock:
-        # Without its frames, which hold the call's memory.
         _pending[number] = known.with_traceback(None)
         while len(_pending) > _MOST_PENDING:
             _pending.popitem(last=False)
@@ -52,7 +53,7 @@ def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeErr
     return _plain_new(cls, *args, **kwargs)
 
 
-def _surfaced(error: BridgeError) -> JaxRuntimeError:
+def _surfaced(error: BridgeError | KeyboardInterrupt) -> JaxRuntimeError:
     kind = _kind(cast(Hashable, type(error)))
     made = cast(Any, type(error).__new__(kind, *error.args))
     made.args = error.args

@@ -10,7 +10,7 @@ import numpy as np
 from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
 from bridge_client.connecting import session_for
 from bridge_client.jax import primitives, sharding
-from bridge_client.jax.memory import as_array, from_block, has_x64, spec_of
+from bridge_client.jax.memory import as_array, dtype_of, from_block, has_x64, spec_of
 from bridge_client.jax.structures import (
     expand,
     flatten,
@@ -142,7 +142,7 @@ class RemoteTorchFunction:
             buffers = self.buffers
         _check_names(buffers, [info.path for info in self._model.parameters if not info.trainable], "buffers")
         state.update(buffers)
-        own = [self._as_leaf(state[info.path], info.path) for info in self._model.parameters]
+        own = [self._as_parameter(state[info.path], info) for info in self._model.parameters]
         key = None if rng is None else _key_words(rng)
         result, changed = self._anywhere(_Way(own, key, mutable), args, kwargs)
         return (result, changed) if mutable else result
@@ -177,8 +177,9 @@ class RemoteTorchFunction:
         return self._state
 
     def _replace(self, values: Mapping[str, Any], is_wanted: Callable[[ParameterInfo], bool], what: str) -> None:
-        _check_names(values, [info.path for info in self._model.parameters if is_wanted(info)], what)
-        self._state = {**self._all(), **{name: self._as_leaf(value, name) for name, value in values.items()}}
+        wanted = [info for info in self._model.parameters if is_wanted(info)]
+        _check_names(values, [info.path for info in wanted], what)
+        self._state = {**self._all(), **{info.path: self._as_parameter(values[info.path], info) for info in wanted}}
         self._passes_parameters = True
 
     # Calls -----------------------------------------------------------------------------------------------------
@@ -287,6 +288,11 @@ class RemoteTorchFunction:
             f"`{name}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected an array, a number, bool, str "
             "or None, or a pytree of these" + ("; a key is passed as rng= of apply" if _is_key(leaf) else "")
         )
+
+    def _as_parameter(self, value: Any, info: ParameterInfo) -> Any:
+        """Return a parameter as an array of jax; a Python number takes the type that the model's has."""
+        leaf = self._as_leaf(value, info.path)
+        return jnp.asarray(leaf, dtype_of(info.spec, f"parameter `{info.path}`")) if type(leaf) in NUMBERS else leaf
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""

@@ -218,7 +218,7 @@ def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
     nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
     if not nans and not infs:
         return
-    for array, label in zip(arrays, labels, strict=True):
+    for array, label in zip(arrays, labels, strict=False):  # a handle has a label only
         if jnp.issubdtype(array.dtype, jnp.inexact):
             values = np.asarray(array)
             for name, is_wrong in (("nan", nans and np.isnan(values).any()), ("inf", infs and np.isinf(values).any())):

@@ -216,6 +216,8 @@ def test_debug_nans(remote: Remote, wrap: Any) -> None:
     for call in (f, jax.grad(lambda x: f(x).sum())):
         with jax.debug_nans(True), pytest.raises(FloatingPointError, match=r"invalid value \(nan\) .* of .*sine"):
             wrap(call)(jnp.array([1.0, jnp.inf]))
+        with jax.debug_nans(True):
+            assert np.isfinite(wrap(call)(jnp.ones(2))).all()
     with jax.debug_infs(True), pytest.raises(FloatingPointError, match=r"\(inf\) encountered in output 0 of square"):
         wrap(remote("square"))(jnp.array([1.0, 1e30]))
 

@@ -1,5 +1,7 @@
 """Errors in compiled code arrive with their types, and a worker that dies is an error at once."""
 
+import signal
+import threading
 from pathlib import Path
 
 import jax
@@ -15,6 +17,11 @@ from tests.jax_client.conftest import Remote, holds_nothing, kill
 from tests.workers import Background, Gate, run_program
 
 X = jnp.linspace(0.1, 1.0, 4)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
 
 
 def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session: Session) -> None:
@@ -94,15 +101,35 @@ def test_a_worker_that_nobody_starts_again(mortal_worker: Session) -> None:
     RemoteTorchFunction(mortal_worker, name="sine")(X)
 
 
-def test_a_call_that_takes_too_long(torch_worker: Session, tmp_path: Path) -> None:
-    """timeout_s holds in compiled code too."""
-    gate = Gate(tmp_path / "gate")
+def test_a_call_that_takes_too_long(torch_worker: Session, gate: Gate) -> None:
+    """timeout_s holds in compiled code too; the memory of such a call comes back when the worker has let go of it."""
     with connect(torch_worker.address) as session:
+        jax.eval_shape(lambda x: RemoteTorchFunction(session, name="gated")(x, str(gate)), X)  # traced without a limit
         f = RemoteTorchFunction(session, name="gated", timeout_s=1.0)
         with pytest.raises(CallTimeout, match=r"no answer within 1\.0 s"):
             jax.jit(lambda x: f(x, str(gate)))(X).block_until_ready()
         gate.open()
         np.testing.assert_array_equal(jax.jit(lambda x: f(x, str(gate)))(X), 2 * X)
+        assert holds_nothing(session)
+
+
+def test_a_call_in_compiled_code_can_be_interrupted(remote: Remote, session: Session, gate: Gate, ctrl_c: None) -> None:
+    """Ctrl-C ends it with KeyboardInterrupt, the first time as later, and no block is lost."""
+    f = jax.jit(lambda x: remote("gated")(x, str(gate)))
+
+    def interrupt() -> None:
+        gate.wait_for_a_caller()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    for _ in range(2):
+        gate.shut()
+        interrupting = Background(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            jax.block_until_ready(f(X))
+        interrupting.result()
+    gate.open()
+    np.testing.assert_array_equal(f(X), 2 * X)
+    assert holds_nothing(session)
 
 
 def test_a_program_may_end_while_calls_are_under_way(torch_worker: Session) -> None:

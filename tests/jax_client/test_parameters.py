@@ -149,6 +149,8 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
         f.apply([x], x)  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"):
         jax.eval_shape(f.apply, {**params, "0.bias": jnp.ones(7)}, x)
+    with pytest.raises(SpecError, match=r"parameter `0.bias` has shape \[\]; the model's has \[8\]"):
+        f.apply({**params, "0.bias": 0.0}, x)
     with pytest.raises(DTypeError, match=r"parameter `0.weight` has dtype float64, .*set jax_enable_x64"):
         _ = remote("perceptron").params
     with pytest.raises(StructureError, match=r"rng has dtype float32 and shape \[2\]; expected one key"):
@@ -162,6 +164,7 @@ def test_buffers_and_random_numbers(remote: Remote) -> None:
     call = lambda buffers, key: f.apply(params, x, buffers=buffers, mutable=True, rng=key)  # noqa: E731
     key = jax.random.key(1)
     made, changed = call(buffers, key)
+    assert call({**buffers, "1.num_batches_tracked": 3}, key)[1]["1.num_batches_tracked"] == 4
     module = torch_models._made(lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
     module(torch.tensor(np.asarray(x)))
     for name, value in module.named_buffers():
