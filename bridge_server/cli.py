@@ -1,14 +1,16 @@
 """The command `bridge_server`. Flags come before BRIDGE_* variables, and those before the defaults."""
 
 import argparse
+import contextlib
 import io
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ _log = logging.getLogger("bridge_server")
 
 OK, FAILED, USAGE = 0, 1, 2
 _DRAIN_S = 30.0
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_LAST_S = 5.0  # for what models do when the interpreter ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,16 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a model prints is for whoever reads the log now
     try:
-        return _serve(options)
+        _serve(options)
+    except _Stopped:
+        pass
     except CallerError as error:
         print(f"bridge_server: {error}", file=sys.stderr)
         return USAGE
     except BridgeError as error:
         print(f"bridge_server: {error}", file=sys.stderr)
         return FAILED
+    _end_at_the_latest(_LAST_S)
+    return OK
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> None:
     if options.jax_model and options.torch_model:
         raise CallerError("--jax-model and --torch-model exclude each other: start one worker for each framework")
     if not (options.jax_model or options.torch_model):
@@ -59,16 +67,21 @@ def _serve(options: argparse.Namespace) -> int:
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
+    if endpoint.is_exposed and not security.is_any:
+        _log.warning("INSECURE: anyone who can reach %s can run this worker's models", endpoint.address)
     stop = _StopSignals()
     # In the process that stays: a number means another device where fewer are seen.
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
-        watch_parent(options.parent_pid, stop.request)
+        watch_parent(options.parent_pid, lambda: _end_as_orphan(endpoint, stop))
+    # As it is before models are imported, which may replace it or close it.
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w") if sys.stdout else None
 
-    runtime = _runtime(options)
-    models = _load(options.jax_model or options.torch_model, options.factory, runtime)
-    devices.refuse_host(options.device, runtime)
-    devices.make_ready(runtime)
+    with stop.at_once():
+        runtime = _runtime(options)
+        models = _load(options.jax_model or options.torch_model, options.factory, runtime)
+        devices.refuse_host(options.device, runtime)
+        devices.make_ready(runtime)
     programs = Programs(runtime, models)
     sessions = Sessions(
         runtime,
@@ -77,25 +90,53 @@ def _serve(options: argparse.Namespace) -> int:
         on_failure=stop.give_up,
     )
     worker = Worker(runtime, programs, sessions, endpoint, security)
+    is_drained = False
     try:
-        for warmup in options.warmup:
-            warm_up(programs, warmup)
+        with stop.at_once():
+            for warmup in options.warmup:
+                warm_up(programs, warmup)
         worker.announce_ready()
         found = ",".join(runtime.describe().devices)
         print(
             f"bridge_server ready endpoint={worker.address} models={','.join(models)} lanes=local,grpc devices={found}",
+            file=stdout,
             flush=True,
         )
         stop.wait()
         if not stop.has_given_up:
             _log.info("draining: no new work; waiting for the calls under way")
-            if not worker.drain(_DRAIN_S):
+            is_drained = worker.drain(_DRAIN_S)
+            if not is_drained:
                 _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
     finally:
         worker.close()
-    if stop.has_given_up:
-        os._exit(FAILED)  # what frameworks tear down at the interpreter's end may wait for the GPU, or crash
-    return OK
+    if not is_drained:
+        # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the interpreter
+        # itself would wait for the calls.
+        os._exit(FAILED)
+
+
+def _end_as_orphan(endpoint: endpoints.Endpoint, stop: "_StopSignals") -> None:
+    """Ask for a drain, and remove what the parent has made for the sockets: nobody else does any more."""
+    for path in (endpoint.address.removeprefix("unix:"), endpoint.lane_path):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    with contextlib.suppress(OSError):  # it holds other things: not a directory of `spawn`
+        os.rmdir(os.path.dirname(endpoint.lane_path))
+    stop.request()
+
+
+def _end_at_the_latest(limit_s: float) -> None:
+    """End this process after that time, if it has not by then: threads that models have started may go on for ever."""
+
+    def end() -> None:
+        others = [thread.name for thread in threading.enumerate() if not thread.daemon]
+        _log.warning("ending without waiting any longer for what the models do at the end; threads: %s", others)
+        os._exit(OK)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
@@ -136,7 +177,10 @@ def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[s
         if target.name in models:
             raise CallerError(f"two models are named {target.name!r}; write NAME={text}")
         value = targets.load(target)
-        model = runtime.adapt(target.name, value() if is_factory else value)
+        if is_factory:
+            with targets.no_exit(f"the factory {text!r}"):
+                value = value()
+        model = runtime.adapt(target.name, value)
         shardings = targets.shardings_beside(target)
         models[target.name] = runtime.spread(model, shardings) if shardings else model
     return models
@@ -146,19 +190,33 @@ def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Secu
     if bool(options.tls_cert) != bool(options.tls_key):
         raise CallerError("--tls-cert and --tls-key go together")
     try:
-        token = Path(options.token_file).read_text().strip() if options.token_file else os.environ.get("BRIDGE_TOKEN")
+        token = _token(options.token_file)
         certificate = Path(options.tls_cert).read_bytes() if options.tls_cert else None
         key = Path(options.tls_key).read_bytes() if options.tls_key else None
     except OSError as error:
         raise CallerError(f"cannot read {error.filename}: {error.strerror}") from error
-    if endpoint.is_exposed and not (token or certificate):
-        if not options.insecure:
-            raise CallerError(
-                f"{endpoint.address} can be reached from other hosts: set --token-file (or BRIDGE_TOKEN) or --tls-cert "
-                "and --tls-key, listen on a loopback address or a unix: socket, or accept the risk with --insecure"
-            )
-        _log.warning("INSECURE: anyone who can reach %s can run this worker's models", endpoint.address)
-    return Security(token, certificate, key)
+    security = Security(token, certificate, key)
+    if endpoint.is_exposed and not security.is_any and not options.insecure:
+        raise CallerError(
+            f"{endpoint.address} can be reached from other hosts: set --token-file (or BRIDGE_TOKEN) or --tls-cert "
+            "and --tls-key, listen on a loopback address or a unix: socket, or accept the risk with --insecure"
+        )
+    return security
+
+
+def _token(file: str | None) -> str | None:
+    """Return the token that clients must present, if there is one."""
+    token = Path(file).read_text(errors="replace").strip() if file else os.environ.get("BRIDGE_TOKEN", "").strip()
+    if file and not token:
+        raise CallerError(f"the token file {file} is empty; write a token to it, or leave --token-file out")
+    # gRPC carries nothing else in a header.
+    if not (token.isascii() and token.isprintable()):
+        raise CallerError("a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints")
+    return token or None
+
+
+class _Stopped(KeyboardInterrupt):
+    """The worker was told to end while it was starting: there is nothing to drain."""
 
 
 class _StopSignals:
@@ -166,6 +224,7 @@ class _StopSignals:
 
     def __init__(self) -> None:
         self._is_requested = False
+        self._is_at_once = False
         self.has_given_up = False
         # A pipe, which is written to wherever the signal arrives. A lock would be waited for on, if the signal came to
         # another thread than the one that waits and runs handlers, or to that one just before it waits.
@@ -177,8 +236,22 @@ class _StopSignals:
 
     def request(self) -> None:
         """Ask for a drain, from any thread."""
-        self._note()
-        os.write(self._ask, b"\0")
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that a signal breaks off: imports and compilations may take minutes.
+
+        Raises:
+          _Stopped: a signal came.
+        """
+        self._is_at_once = True
+        try:
+            self._stop_if_requested()
+            yield
+            self._stop_if_requested()  # a module may have caught it
+        finally:
+            self._is_at_once = False
 
     def give_up(self) -> None:
         """Ask for an end without a drain: nothing can be computed here any more."""
@@ -192,6 +265,12 @@ class _StopSignals:
         if self._is_requested:
             os._exit(FAILED)
         self._is_requested = True
+        if self._is_at_once:
+            raise _Stopped
+
+    def _stop_if_requested(self) -> None:
+        if self._is_requested:
+            raise _Stopped
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -253,14 +332,21 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for action in parser._actions:
         flag = action.option_strings[-1]
         value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
-        if value is None or flag == "--version" or any(word.partition("=")[0] == flag for word in argv):
+        if value is None or flag in ("--version", "--help") or any(word.partition("=")[0] == flag for word in argv):
             continue
         if action.nargs == 0:
-            from_variables += [flag] if value.lower() in ("1", "true", "yes", "on") else []
+            from_variables += [flag] if _is_on(parser, flag, value) else []
         else:
             values = value.split() if isinstance(action.default, list) else [value]
             from_variables += [f"{flag}={each}" for each in values]
     return parser.parse_args([*from_variables, *argv])
+
+
+def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
+    word = value.strip().lower()
+    if word not in (*_ON, *_OFF):
+        parser.error(f"the variable for {flag} is {value!r}; expected 1 or 0")
+    return word in _ON
 
 
 def _bytes(text: str) -> int:

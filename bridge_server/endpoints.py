@@ -10,6 +10,7 @@ from pathlib import Path
 from bridge_wire.errors import CallerError
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
+_LAST_PORT = 65535
 LANE_SUFFIX = ".lane"
 
 
@@ -35,6 +36,8 @@ def parse(listen: str | None) -> Endpoint:
     host, colon, port = listen.rpartition(":")
     if not (colon and host and port.isdecimal()):
         raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
+    if int(port) > _LAST_PORT:
+        raise CallerError(f"--listen {listen!r} has a port beyond {_LAST_PORT}")
     directory = _runtime_directory()
     _remove_lanes_of_the_dead(directory)
     # A name per process: several workers may listen on TCP side by side.
@@ -56,9 +59,14 @@ def _unix(path: Path) -> Endpoint:
 
 def _runtime_directory() -> Path:
     """Return a directory that only this user can enter."""
-    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    parent = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.access(parent, os.W_OK | os.X_OK):  # also after su, and in containers, it names what is not there
+        parent = tempfile.gettempdir()
     directory = Path(parent) / f"torch-jax-bridge-{os.geteuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise CallerError(f"{directory} cannot be made ({error.strerror}); name a --listen unix:PATH") from error
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise CallerError(f"{directory} is not a directory of mode 0700 of this user; remove it or name a --listen")

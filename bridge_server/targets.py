@@ -1,12 +1,14 @@
 """Finds what `mod:attr` on the command line names. The only place where code is imported by name."""
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
 import os
 import pkgutil
 import sys
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from bridge_wire.errors import TargetError
@@ -38,16 +40,20 @@ def load(target: Target) -> Any:
     if "" not in sys.path and os.getcwd() not in sys.path:  # a console script does not have it, `python -m` does
         sys.path.insert(0, os.getcwd())
     try:
-        value = importlib.import_module(target.module)
+        with no_exit(f"importing {target.module!r}"):
+            value = importlib.import_module(target.module)
+    except TargetError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is None or not f"{target.module}.".startswith(f"{error.name}."):
-            raise TargetError(f"importing {target.module!r} failed: {error}") from error
+            raise TargetError(f"importing {target.module!r} failed: {error}{_trail(error)}") from error
         raise TargetError(
             f"there is no module {error.name!r}, which {target.module}:{target.attribute} names"
             f"{_near(error.name, _sibling_modules(error.name))}"
         ) from error
     except Exception as error:
-        raise TargetError(f"importing {target.module!r} failed: {type(error).__name__}: {error}") from error
+        said = f"{type(error).__name__}: {error}"
+        raise TargetError(f"importing {target.module!r} failed: {said}{_trail(error)}") from error
     seen = target.module
     for part in target.attribute.split("."):
         try:
@@ -56,6 +62,15 @@ def load(target: Target) -> Any:
             raise TargetError(f"{seen!r} has no attribute {part!r}{_near(part, dir(value))}") from error
         seen = f"{seen}.{part}"
     return value
+
+
+@contextlib.contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Raise TargetError where the code of a model, which does `what`, would end the process without a word."""
+    try:
+        yield
+    except SystemExit as error:
+        raise TargetError(f"{what} has called sys.exit({error.code!r}){_trail(error)}") from error
 
 
 def shardings_beside(target: Target) -> Mapping[str, Any]:
@@ -71,6 +86,13 @@ def shardings_beside(target: Target) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise TargetError(f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict of path: sharding")
     return found
+
+
+def _trail(error: BaseException) -> str:
+    """Return the way through the modules to where they raised, as lines of text."""
+    ours = (__file__, contextlib.__file__, importlib.__file__, "<frozen importlib")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return "".join(f"\n{line.rstrip()}" for line in traceback.format_list(frames))
 
 
 def near_matches(word: str, choices: list[str]) -> list[str]:

@@ -43,6 +43,10 @@ class Security:
     certificate: bytes | None = None
     key: bytes | None = None
 
+    @property
+    def is_any(self) -> bool:
+        return bool(self.token or self.certificate)
+
 
 class Worker:
     """Serves one runtime's models at one endpoint."""
@@ -93,14 +97,16 @@ class Worker:
         address = self._endpoint.address
         if address.startswith("unix:"):
             _remove_stale_socket(address.removeprefix("unix:"))
+        reasons = "another program may listen there, or it is no address of this host"
         try:
             if security.certificate and security.key:
+                reasons += ", or --tls-cert and --tls-key are no certificate and key in PEM form"
                 credentials = grpc.ssl_server_credentials([(security.key, security.certificate)])
                 port = self._server.add_secure_port(address, credentials)
             else:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise CallerError(f"cannot listen on {address}: is another worker there? ({error})") from error
+            raise CallerError(f"cannot listen on {address}: {reasons} ({error})") from error
         return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
 
 

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bridge_client import connect
 from bridge_client.link import Tls
+from bridge_server import endpoints
 from bridge_wire import __version__
 from bridge_wire.errors import Unauthenticated, WorkerUnavailable
 from tests.calls import floats, prepare, squares
@@ -120,6 +121,7 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--listen", "nowhere"], "'nowhere' is neither unix:PATH nor HOST:PORT", id="no endpoint"),
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
+        pytest.param(["--listen", "localhost:65536"], "a port beyond 65535", id="too large a port"),
         pytest.param(["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"),
         pytest.param(["--listen", f"unix:/{'x' * 120}"], "bytes: /xxx", id="too long a path"),
         pytest.param(["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"),
@@ -129,12 +131,39 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--listen", "example.org:0"], "--insecure", id="exposed by name"),
         pytest.param(["--tls-cert", "README.md"], "--tls-cert and --tls-key go together", id="half a certificate"),
         pytest.param(["--token-file", "/no/such/token"], "/no/such/token", id="no token file"),
+        pytest.param(["--token-file", "/dev/null"], "the token file /dev/null is empty", id="no token"),
     ],
 )
 def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> None:
     """What is wrong on the command line is named on stderr, and the status is 2."""
     served = [] if args == [] or args[0] == "--jax-m" else models("square")
     assert said in _refusal(*served, *args)
+
+
+def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
+    """What switches something on or off says so in words that are known; nothing is off by a mistake."""
+    assert "the variable for --x64 is 'maybe'; expected 1 or 0" in _refusal(*models("square"), BRIDGE_X64="maybe")
+
+
+def test_a_token_that_no_header_can_carry_is_refused() -> None:
+    """A token is printable ASCII: no client could present another one."""
+    assert "printable ASCII" in _refusal(*models("square"), BRIDGE_TOKEN="sésame")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("raise OSError('no licence')", "importing 'untidy' failed: OSError: no licence"),
+        ("import no_such_package", "importing 'untidy' failed: No module named 'no_such_package'"),
+        ("raise SystemExit(0)", "importing 'untidy' has called sys.exit(0)"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(tmp_path: Path, line: str, said: str) -> None:
+    """The error tells what the module raised, and its file and line; a module's sys.exit() is an error too."""
+    (tmp_path / "untidy.py").write_text(f"\n{line}\n")
+    told = _refusal("--jax-model", "untidy:model", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    assert said in told
+    assert f'File "{tmp_path}/untidy.py", line 2' in told
 
 
 @pytest.mark.parametrize(
@@ -299,6 +328,15 @@ def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path, runtime_
         worker.terminate()
         assert worker.wait() == 0
         assert not list(path.parent.iterdir())
+
+
+def test_a_runtime_directory_that_is_not_there_is_done_without(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where XDG_RUNTIME_DIR names no directory, as after `su`, a worker listens below the temporary directory."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/no/such/directory")
+    monkeypatch.setattr(tempfile, "tempdir", str(runtime_directory))
+    assert endpoints.parse(None).address.startswith(f"unix:{runtime_directory}/torch-jax-bridge-")
 
 
 def test_a_runtime_directory_that_others_may_enter_is_refused(tmp_path: Path) -> None:

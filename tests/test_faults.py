@@ -720,14 +720,46 @@ _PARENT = """
 """
 
 
-def test_a_spawned_worker_ends_with_a_killed_parent() -> None:
-    """When its parent is killed, a spawned worker ends by itself."""
-    with start_program(_PARENT, python_of(".venv-jax")) as parent:
+def test_a_spawned_worker_ends_with_a_killed_parent(temporary: Path) -> None:
+    """When its parent is killed, a spawned worker ends by itself, and removes what the parent has left."""
+    with start_program(_PARENT, python_of(".venv-jax"), TMPDIR=str(temporary)) as parent:
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
         parent.kill()
         parent.wait()
     assert eventually(lambda: not is_running(pid))
+    assert not list(temporary.iterdir())
+
+
+_UNTIDY_MODULE = """
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "60"])
+with open("child.pid", "w") as file:
+    file.write(str(child.pid))
+print("no end of line", end="", flush=True)
+sys.stdout.close()
+identity = abs
+"""
+
+
+def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what a module prints, nor a process that it leaves, nor a long TMPDIR, nor variables that are meant for
+    another worker keep `spawn` from starting a worker, or `close` from ending it."""
+    (tmp_path / "untidy.py").write_text(_UNTIDY_MODULE)
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    for name in ("TOKEN", "TOKEN_FILE", "FACTORY"):
+        monkeypatch.setenv(f"BRIDGE_{name}", "1")
+    session = spawn("untidy:identity", python=python_of(".venv-jax"), cwd=tmp_path)
+    try:
+        assert list(session.models) == ["identity"]
+        session.close()
+    finally:
+        os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
+    assert not list(long.iterdir())
 
 
 # The worker is told to end -----------------------------------------------------------------------------------------
@@ -770,6 +802,46 @@ def test_a_second_signal_ends_the_worker_at_once(start: Callable[..., Worker], g
         assert worker.wait() == 1
         with pytest.raises(WorkerDied):
             running.result()
+
+
+def test_a_signal_ends_a_worker_that_is_starting(start: Callable[..., Worker], gate: Gate, tmp_path: Path) -> None:
+    """A worker that imports or compiles has nothing to drain: SIGTERM ends it at once, with status 0, and its sockets
+    go."""
+    worker = start("--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate))
+    gate.wait_for_a_caller()
+    worker.terminate()
+    assert worker.wait() == 0
+    assert not worker.is_ready
+    assert not list(tmp_path.glob("*.sock*"))
+
+
+_IMPATIENT = """
+    import sys, threading
+    from bridge_server import cli
+    cli._DRAIN_S = cli._LAST_S = 0.1
+    threading.Thread(target=threading.Event().wait, name="for ever").start()
+    sys.exit(cli.main(["--jax-model=tests.models:gated_while_traced", "--listen", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
+def test_what_never_ends_does_not_keep_a_worker(gate: Gate, tmp_path: Path, is_busy: bool) -> None:
+    """A drained worker does not wait for threads that models have started, with status 0; past the time for draining
+    it ends without the calls, with status 1."""
+    address = f"unix:{tmp_path}/worker.sock"
+    with start_program(_IMPATIENT, address, venv=".venv-jax", BRIDGE_TEST_GATE=str(gate)) as program:
+        assert "ready" in program.stdout.readline()
+        with connect(address) as session:
+            calling = Background(lambda: prepare(session, "gated_while_traced", floats(1))) if is_busy else None
+            if calling is not None:
+                gate.wait_for_a_caller()
+            program.terminate()
+            said = program.stderr.read()
+            assert program.wait(30) == is_busy
+            assert ("gave up on calls" if is_busy else "threads: ['MainThread', 'for ever']") in said
+            if calling is not None:
+                with pytest.raises(WorkerDied):
+                    calling.result()
 
 
 def test_a_signal_reaches_the_worker_in_any_of_its_threads(start: Callable[..., Worker]) -> None:
