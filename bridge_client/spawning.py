@@ -24,6 +24,16 @@ _worker_log = logging.getLogger("bridge_client.worker")
 
 _LAST_LINES = 30
 _STOP_S = 10.0
+_LONGEST_PATH = 107  # of a Unix socket: sun_path of sockaddr_un, less the final NUL
+# What tells a worker which models to serve, and to whom. Those of this process are meant for another one: itself, if it
+# is a worker, or the one that it connects to. The choice of an allocator is a worker's own.
+_NOT_INHERITED = frozenset(
+    f"BRIDGE_{name}"
+    for name in (
+        *("JAX_MODEL", "TORCH_MODEL", "FACTORY", "VIA_XLA", "MESH", "WARMUP"),
+        *("TOKEN", "TOKEN_FILE", "TLS_CERT", "TLS_KEY", "ALLOCATOR"),
+    )
+)
 
 Target = str | Mapping[str, str]
 
@@ -49,7 +59,8 @@ def spawn(
     Args:
       jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
       python: the interpreter; its environment must have torch-jax-bridge installed.
-      env: variables on top of this process's.
+      env: variables on top of this process's; of these, the worker does not see those that say which models another
+        one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.
       cwd: the worker's directory, from which modules are imported.
       args: more arguments of `bridge_server`, such as ["--x64"].
       startup_timeout_s: seconds until the worker must be ready.
@@ -88,12 +99,11 @@ class _Child:
         startup_timeout_s: float,
     ) -> None:
         self._command = command
-        # The worker's own choice of allocator must not be inherited from a worker that spawns another one.
-        inherited = {key: value for key, value in os.environ.items() if key != "BRIDGE_ALLOCATOR"}
+        inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
         self._env = inherited | dict(env)
         self._cwd = cwd
         self._startup_timeout_s = startup_timeout_s
-        self._directory = tempfile.mkdtemp(prefix="bridge-")  # mode 0700
+        self._directory = _directory_for("worker.sock.lane")
         self._process: subprocess.Popen[str] | None = None
         self._owner = os.getpid()
         self._threads: list[threading.Thread] = []
@@ -152,7 +162,8 @@ class _Child:
         def read_stdout() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("bridge_server ready "):
+                # Not necessarily at its beginning: a model may have printed something without an end.
+                if f"bridge_server ready endpoint={address} " in line:
                     is_ready.append(True)
                     ready.set()
                 else:
@@ -201,9 +212,19 @@ class _Child:
             process.wait()
         for thread in self._threads:
             thread.join(timeout=1.0)
-        for stream in (process.stdout, process.stderr):
-            if stream is not None:
+        for thread, stream in zip(self._threads, (process.stdout, process.stderr), strict=True):
+            # A process that the model has started may hold the other end: to close ours would wait for it.
+            if stream is not None and not thread.is_alive():
                 stream.close()
+
+
+def _directory_for(name: str) -> str:
+    """Return a new directory of mode 0700 for a socket of that name."""
+    directory = tempfile.mkdtemp(prefix="bridge-")
+    if len(os.fsencode(os.path.join(directory, name))) <= _LONGEST_PATH:
+        return directory
+    os.rmdir(directory)
+    return tempfile.mkdtemp(prefix="bridge-", dir="/tmp")
 
 
 def _parse_log_line(line: str) -> tuple[int, str]:
