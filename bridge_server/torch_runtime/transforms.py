@@ -8,7 +8,6 @@ derivative that no batch and no forward-mode derivative is made of is always pla
 
 import functools
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from bridge_server.signatures import batched, check_differentiable, check_size
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.calls import Call
+from bridge_server.torch_runtime.forward_mode import pushed_again, pushed_forward
 from bridge_server.torch_runtime.graphs import backward, nodes_of
 from bridge_server.torch_runtime.types import HOST, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
@@ -53,7 +53,7 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
             plain = _vmap(plain, transform.vmap, inputs, _row_by_row)
         elif kind == "jvp":
             _check(kind, transform.jvp, plain)
-            functional = _jvp(functional, transform.jvp, _pushed_forward)
+            functional = _jvp(functional, transform.jvp, pushed_again if "jvp" in kinds[:i] else pushed_forward)
             plain = _jvp(plain, transform.jvp, _pushed_by_two_pullbacks)
         elif kind == "vjp":
             _check(kind, transform.vjp, plain)
@@ -140,9 +140,6 @@ def _restricted(f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequen
     return restricted
 
 
-# torch has one level of forward mode for all threads: another thread's jvp would end it in the middle of this one's.
-_pushing = threading.RLock()
-
 # By torch.func -----------------------------------------------------------------------------------------------------
 
 
@@ -153,13 +150,6 @@ def _pulled_back_within(f: _Selected, primals: list[Tensor], cotangents: Sequenc
     return [_conjugated(gradient) for gradient in pull(tuple(map(_conjugated, cotangents)))]
 
 
-def _pushed_forward(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    if not primals:
-        return [torch.zeros_like(y) for y in f(primals)]
-    with _pushing:
-        return list(torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1])
-
-
 def _batched(
     of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int, *, randomness: str
 ) -> list[Tensor]:
@@ -167,7 +157,9 @@ def _batched(
         return tuple(of.f(replaced(arrays, mapped, values)))
 
     dims = tuple(axes[i] for i in mapped)
-    return list(torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped)))
+    # What such a hook is asked for later would be computed outside of the batch, as torch.utils.checkpoint does.
+    with torch.autograd.graph.disable_saved_tensors_hooks("a batch cannot be computed again"):
+        return list(torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped)))
 
 
 # By autograd alone -------------------------------------------------------------------------------------------------

@@ -653,6 +653,18 @@ def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRun
     assert_same(alone.run(alone.call(x, parameters=True), weight, bias, x), [np.tanh(x @ weight.T + bias)])
 
 
+def test_a_batch_of_what_is_computed_again(runtime: TorchRuntime) -> None:
+    """Its rows are computed one by one, since no batch can be taken up later."""
+    module = Checkpointed()
+    hosted, x, (weight, bias) = Hosted(runtime, module), rand(2, 4, 3), values_of(module)
+    program = hosted.call(x[0], parameters=True, transforms=[vmap([-1, -1, 0], 2)], keep=[2])
+    made, kept = hosted.run_keeping(program, weight, bias, x)
+    expected = np.tanh(x @ weight.T + bias)
+    assert_same(made, [expected])
+    gradient = hosted.run(hosted.pullback(program, [2]), np.ones_like(expected), residual=kept)
+    assert_same(gradient, [(1 - expected**2) @ weight])
+
+
 def test_sparse_gradients_are_made_dense(runtime: TorchRuntime) -> None:
     """The gradient of an `nn.Embedding(sparse=True)` is sent as any other."""
     embedding = nn.Embedding(3, 2, sparse=True, dtype=torch.float64)
@@ -724,6 +736,59 @@ def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime)
     assert_same(hosted.run(hosted.call(x, transforms=[vjp([0])]), x, x), [2 * x * x])
     with pytest.raises(RemoteModelError, match="once_differentiable"):
         hosted.run(hosted.call(x, transforms=[vjp([0]), vjp([0])]), x, x, x)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [[jvp([0])], [vjp([0])], [jvp([0]), jvp([0])], [vjp([0]), jvp([0])], [jvp([0]), vjp([0])], [vjp([0]), vjp([0])]],
+    ids=["jvp", "vjp", "jvp of jvp", "jvp of vjp", "vjp of jvp", "vjp of vjp"],
+)
+def test_no_grad_stops_both_modes(runtime: TorchRuntime, transforms: list[pb.Transform]) -> None:
+    """What is computed under no_grad is a constant for each derivative, and what enable_grad takes back is not."""
+
+    def partly(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x**3
+            with torch.enable_grad():
+                square = x**2
+        return scale * x + square
+
+    hosted, x = Hosted(runtime, partly), rand(3)
+    program = hosted.call(x, transforms=transforms)
+    ones = [np.ones(3)] * (len(program.inputs) - 1)
+    assert_same(hosted.run(program, x, *ones), [x**3 + 2 * x if len(transforms) == 1 else np.full(3, 2.0)])
+
+
+def test_second_forward_mode_derivatives_of_functions_with_a_rule_of_their_own(runtime: TorchRuntime) -> None:
+    """They are not zero, as in torch, also in a batch."""
+
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx: Any, ct: Tensor) -> Tensor:
+            return 3 * ctx.saved_tensors[0] ** 2 * ct
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return 3 * ctx.saved_tensors[0] ** 2 * tangent
+
+        @staticmethod
+        def vmap(info: Any, dims: Any, x: Tensor) -> Any:
+            return Cube.apply(x), dims[0]
+
+    hosted, x, one = Hosted(runtime, lambda x: Cube.apply(x)), rand(3), np.ones(3)
+    twice = [jvp([0]), jvp([0])]
+    assert_same(hosted.run(hosted.call(x, transforms=twice), x, one, one), [6 * x])
+    assert_same(hosted.run(hosted.call(x[0], transforms=[*twice, vmap([0, 0, 0], 3)]), x, one, one), [6 * x])
+    assert_same(hosted.run(hosted.call(x, transforms=[*twice, jvp([0])]), x, one, one, one), [np.full(3, 6.0)])
 
 
 # Residuals ---------------------------------------------------------------------------------------------------------
