@@ -24,7 +24,7 @@ class _NoGradStopsBoth(TorchFunctionMode):
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function is torch._C._set_grad_enabled:
-            torch._C._set_fwd_grad_enabled(*args)  # type: ignore[attr-defined]
+            torch._C._set_fwd_grad_enabled(*args)
         return function(*args, **(kwargs or {}))
 
 
@@ -44,7 +44,7 @@ def pushed_again(f: Function, primals: Sequence[Tensor], tangents: Sequence[Tens
     """
     if not primals:
         return [torch.zeros_like(y) for y in f(primals)]
-    outputs, pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)
-    _, push = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))
+    outputs, pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)[:2]
+    push = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1]
     (pushed,) = push(tuple(tangents))
     return list(pushed)
