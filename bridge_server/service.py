@@ -6,7 +6,7 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
@@ -33,9 +33,14 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
-# Each lane over gRPC holds a thread while it is open, and other calls must find one.
+# Each lane over gRPC holds a thread while it is open, as do some probes, and other calls must find one.
 MAX_LANES = 768
-MAX_THREADS = 1024
+MAX_PROBES = 128
+MAX_THREADS = 1152
+
+_BRIDGE, _HEALTH = "/bridge.v1.Bridge/", "/grpc.health.v1.Health/"
+_T = TypeVar("_T")
+_Behavior = Callable[[Iterator[Any], grpc.ServicerContext], Any]  # of a method whose requests are a stream
 
 
 class Service(BridgeServicer):
@@ -105,7 +110,7 @@ class Service(BridgeServicer):
         if not self._free_lanes.acquire(blocking=False):
             abort(context, OutOfMemory(f"the worker serves {MAX_LANES} lanes over gRPC already; try again later"))
         try:
-            yield from serve(_until_gone(request_iterator, context), self._sessions)
+            yield from serve(request_iterator, self._sessions)
         finally:
             self._free_lanes.release()
 
@@ -124,26 +129,73 @@ class Service(BridgeServicer):
         raise ProtocolError("a Prepare request names nothing to prepare")
 
 
-class TokenInterceptor(grpc.ServerInterceptor):
-    """Lets in only calls that carry the worker's token; health probes pass without it."""
+class Entrance(grpc.ServerInterceptor):
+    """Lets in calls that carry the worker's token, if it has one. Health probes pass without it.
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+    gRPC gives a call a thread when its headers have come. So that whoever sends no more than these, or holds a probe
+    open, keeps nobody else from being served, a call must go on within ATTACH_S, and there may be so many probes.
+    """
+
+    def __init__(self, token: str | None) -> None:
+        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._free_probes = threading.Semaphore(MAX_PROBES)
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
-        given = str(dict(details.invocation_metadata).get("authorization", ""))
-        if details.method.startswith("/grpc.health.v1.Health/") or hmac.compare_digest(given.encode(), self._expected):
-            return continuation(details)
-        return grpc.unary_unary_rpc_method_handler(
-            lambda request, context: abort(
-                context, Unauthenticated("the worker's token is missing or wrong; pass token=")
-            )
+        if not (details.method.startswith(_HEALTH) or self._is_known(details)):
+            return _REFUSAL
+        handler = continuation(details)
+        if handler is None:  # there is no such method
+            return None
+        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else _UNARY_RESPONSE
+        serve = self._prompt(handler)
+        return make(
+            serve if details.method.startswith(_BRIDGE) else self._counted(serve),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
         )
 
+    def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
+        given = str(dict(details.invocation_metadata).get("authorization", ""))
+        return self._expected is None or hmac.compare_digest(given.encode(), self._expected)
 
-def _until_gone(requests: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneRequest]:
+    def _prompt(self, handler: grpc.RpcMethodHandler) -> _Behavior:
+        """Return what a handler does with a stream of requests, of which the first must come in time."""
+        kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        serve = next(filter(None, kinds))
+
+        def prompt(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            if handler.request_streaming:
+                return serve(_until_gone(requests, context), context)
+            request = next(_until_gone(requests, context), None)
+            if request is None:
+                abort(context, ProtocolError("a call has ended without a request"))
+            return serve(request, context)
+
+        return prompt
+
+    def _counted(self, serve: _Behavior) -> _Behavior:
+        def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            if not self._free_probes.acquire(blocking=False):
+                abort(context, OutOfMemory(f"the worker answers {MAX_PROBES} probes already; try again later"))
+            if not context.add_callback(self._free_probes.release):
+                self._free_probes.release()  # the call has ended already
+            return serve(requests, context)
+
+        return counted
+
+
+def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+    abort(context, Unauthenticated("the worker's token is missing or wrong; pass token="))
+
+
+_UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
+_REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # of a stream, so as to wait for no request
+
+
+def _until_gone(requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
     """Yield a client's requests; one that breaks off, or does not begin, has ended."""
     limit = threading.Timer(ATTACH_S, context.cancel)
+    limit.daemon = True
     limit.start()
     with contextlib.suppress(grpc.RpcError):
         try:

@@ -17,7 +17,7 @@ from bridge_server.endpoints import Endpoint
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.runtime import Runtime
-from bridge_server.service import MAX_THREADS, Service, TokenInterceptor
+from bridge_server.service import MAX_THREADS, Entrance, Service
 from bridge_server.sessions import Sessions
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -57,9 +57,8 @@ class Worker:
         self._sessions = sessions
         self._endpoint = endpoint
         self._health = health.HealthServicer()
-        interceptors: list[grpc.ServerInterceptor] = [TokenInterceptor(security.token)] if security.token else []
         pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")  # they start on demand
-        self._server = grpc.server(pool, interceptors=interceptors, options=_OPTIONS)
+        self._server = grpc.server(pool, interceptors=[Entrance(security.token)], options=_OPTIONS)
         add_BridgeServicer_to_server(Service(runtime, programs, sessions, endpoint.lane_path), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)

@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
 from bridge_client.lanes import from_rpc
@@ -27,7 +28,7 @@ from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Model
-from bridge_server.service import Service
+from bridge_server.service import Entrance, Service
 from bridge_server.sessions import Sessions
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
@@ -995,7 +996,7 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
     monkeypatch.setattr("bridge_server.service.MAX_LANES", 2)
     monkeypatch.setattr("bridge_server.service.ATTACH_S", 0.5)
     with ThreadPoolExecutor(3) as threads:
-        server = grpc.server(threads)
+        server = grpc.server(threads, interceptors=[Entrance(None)])
         add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
         address = f"unix:{tmp_path}/g.sock"
         server.add_insecure_port(address)
@@ -1015,4 +1016,38 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
             assert reply is not None and reply.WhichOneof("kind") == "done"
             for lane in (*silent, refused, served):
                 lane.close()
+        server.stop(None).wait()
+
+
+def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of calls that stop after their headers, those without the token end at once, there may be so many probes, and
+    all end in time."""
+    monkeypatch.setattr("bridge_server.service.MAX_PROBES", 1)
+    monkeypatch.setattr("bridge_server.service.ATTACH_S", 1.0)
+    opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
+    known = (("authorization", "Bearer known"),)
+    with ThreadPoolExecutor(3) as threads:
+        server = grpc.server(threads, interceptors=[Entrance("known")])
+        add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
+        address = f"unix:{tmp_path}/g.sock"
+        server.add_insecure_port(address)
+        server.start()
+        unheard: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        with contextlib.closing(grpc.insecure_channel(address)) as channel:
+
+            def begun(method: str, metadata: Any = ()) -> Any:
+                return channel.stream_unary(method).future(iter(unheard.get, None), metadata=metadata)
+
+            for _ in range(5):
+                assert type(from_rpc(begun(opening).exception(20))) is Unauthenticated
+            probe = begun(checking)
+            assert eventually(lambda: type(from_rpc(begun(checking).exception(20))) is OutOfMemory)
+            silent = begun(opening, known)
+            request = pb.OpenRequest(oldest_protocol=1, newest_protocol=1)
+            assert BridgeStub(channel).Open(request, metadata=known, timeout=20).session
+            for call in (probe, silent):
+                assert call.exception(20).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+            for _ in range(20):
+                unheard.put(None)
         server.stop(None).wait()
