@@ -7,13 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
+from bridge_wire import trees
 from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _MAX_PROGRAMS = 16384  # remembered for whoever asks next
 _SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
-_MOST_TRANSFORMS = 32  # each can double the time that tracing takes
+_MOST_TRANSFORMS = 32
+_MOST_DERIVATIVES = 16  # each can double the time that tracing takes
+_MOST_INPUTS = 16384  # XLA takes a second for each thousand, and memory that grows with the square
+_MOST_NODES = 1 << 17  # of the tree of a call's arguments
 
 
 @dataclass(slots=True, eq=False)
@@ -38,10 +42,7 @@ class Programs:
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
         model = self._model(request.model)
-        if len(request.transforms) > _MOST_TRANSFORMS:
-            raise SpecError(
-                f"a derivative of {len(request.transforms)} steps; the worker prepares them up to {_MOST_TRANSFORMS}"
-            )
+        _check_extent(request)
         key = request.SerializeToString(deterministic=True)
         return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
 
@@ -58,6 +59,7 @@ class Programs:
     def shapes(self, request: pb.Shapes) -> list[pb.Shape]:
         """Return the shapes of a call's outputs, for all sizes that have names in those of its inputs."""
         model = self._model(request.call.model)
+        _check_extent(request.call)
         inputs = [tuple(shape.sizes) for shape in request.inputs]
         if [len(sizes) for sizes in inputs] != [len(spec.shape) for spec in request.call.inputs]:
             raise ProtocolError("a question for shapes has others for its inputs than the call that it is asked of")
@@ -99,3 +101,17 @@ class Programs:
                         if slot.program is None:  # those who wait try for themselves, later ones with a new slot
                             self._slots.pop(key, None)
         return slot.program
+
+
+def _check_extent(call: pb.Call) -> None:
+    """Raise SpecError for a call that would take the worker's time and memory from everybody else."""
+    derivatives = sum(transform.WhichOneof("kind") != "vmap" for transform in call.transforms)
+    for count, most, what in (
+        (derivatives, _MOST_DERIVATIVES, f"a derivative of {derivatives} steps"),
+        (len(call.transforms), _MOST_TRANSFORMS, f"a call with {len(call.transforms)} transforms"),
+        (len(call.inputs), _MOST_INPUTS, f"a call with {len(call.inputs)} arrays"),
+    ):
+        if count > most:
+            raise SpecError(f"{what}; the worker prepares them up to {most}")
+    if trees.count_nodes(call.arguments, _MOST_NODES + 1) > _MOST_NODES:
+        raise SpecError(f"arguments of more than {_MOST_NODES} containers and values; the worker prepares no such call")

@@ -13,6 +13,8 @@ from bridge_wire.pb import bridge_pb2 as pb
 # Protobuf parsers stop at 100 nested messages, and one level of a tree takes two.
 MAX_DEPTH = 40
 _MAX_CLASSES = 1000
+_MAX_FIELDS = 1000  # the time to make a class grows with their square
+_MAX_NAME = 255  # characters
 
 # Says what a class instance consists of: the class's name, field names and children. None: not a container.
 Expand = Callable[[Any], tuple[str, tuple[str, ...], list[Any]] | None]
@@ -59,9 +61,11 @@ class Classes:
             del self._known[next(iter(self._known))]
 
     def _make(self, kind: str, name: str, fields: tuple[str, ...]) -> type:
+        if len(fields) > _MAX_FIELDS:
+            raise ProtocolError(f"a tree names a class of {len(fields)} fields; at most {_MAX_FIELDS} are allowed")
         for word in (name, *fields):
             is_special = word.startswith("__") and word.endswith("__")  # would replace the class's own machinery
-            if not word.isidentifier() or keyword.iskeyword(word) or is_special:
+            if not word.isidentifier() or keyword.iskeyword(word) or is_special or len(word) > _MAX_NAME:
                 raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is no plain identifier")
         try:
             if kind == "namedtuple":
@@ -189,6 +193,18 @@ def argument_values(tree: pb.Tree) -> list[tuple[str, Any]]:
     args, kwargs = tree.tuple.items
     ends = (*_ends(args, "args"), *_ends(kwargs, "kwargs"))
     return [(path, decode_value(end.value)) for path, end in ends if end.WhichOneof("kind") == "value"]
+
+
+def count_nodes(tree: pb.Tree, most: int) -> int:
+    """Return the number of a tree's containers, values and leaves, but count no further than `most`."""
+    pending, count = [tree], 0
+    while pending and count < most:
+        node = pending.pop()
+        count += 1
+        kind = node.WhichOneof("kind")
+        if kind is not None and kind not in ("leaf", "value"):
+            pending += getattr(node, kind).items[: most - count]
+    return count
 
 
 def flat(count: int) -> pb.Tree:

@@ -945,10 +945,34 @@ def test_descriptors_of_a_message_that_never_ends_are_refused(client: Client, wo
     assert eventually(lambda: held_by(worker.pid)["descriptors"] <= before["descriptors"])
 
 
-def test_derivative_of_endless_order_is_refused(client: Client) -> None:
-    """A call with more transforms than anybody could wait for is refused before it is traced."""
-    with pytest.raises(SpecError, match="a derivative of 33 steps; the worker prepares them up to 32"):
-        client.prepare(transformed(*[T(jvp=T.Jvp(wrt=[0], outputs=[0]))] * 33))
+VMAP, JVP = T(vmap=T.Vmap(axes=[-1], size=1)), T(jvp=T.Jvp(wrt=[0], outputs=[0]))
+CONSTANT = pb.Tree(value=pb.Value(none=True))
+ENDLESS = {
+    "a derivative of 17 steps; the worker prepares them up to 16": transformed(*[JVP] * 17),
+    "a call with 33 transforms; the worker prepares them up to 32": transformed(*[VMAP] * 33),
+    "a call with 16385 arrays; the worker prepares them up to 16384": call_of(*[ARRAY] * 16385),
+    "arguments of more than 131072 containers and values": call_of(
+        arguments=trees.arguments(
+            pb.Tree(tuple=pb.Tree.Sequence(items=[CONSTANT] * 131072)), pb.Tree(dict=pb.Tree.Mapping())
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize(("said", "call"), ENDLESS.items(), ids=["derivative", "transforms", "arrays", "arguments"])
+def test_call_that_would_take_all_time_and_memory_is_refused(client: Client, said: str, call: pb.Call) -> None:
+    """A call that nobody could wait for, or that would end the worker, is refused before it is traced."""
+    with pytest.raises(SpecError, match=said):
+        client.prepare(call)
+
+
+@pytest.mark.parametrize(("name", "fields"), [("x" * 256, []), ("C", [f"f{i}" for i in range(1001)])])
+def test_class_of_endless_size_is_refused(client: Client, name: str, fields: list[str]) -> None:
+    """A class whose name, or whose making, would take the worker's memory or time is a ProtocolError."""
+    record = pb.Tree(namedtuple=pb.Tree.Record(name=name, fields=fields, items=[LEAF] * len(fields)))
+    arguments = trees.arguments(pb.Tree(tuple=pb.Tree.Sequence(items=[record])), pb.Tree(dict=pb.Tree.Mapping()))
+    with pytest.raises(ProtocolError, match="a tree names a class"):
+        client.prepare(call_of(*[ARRAY] * len(fields), model="identity", arguments=arguments))
 
 
 def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
