@@ -14,9 +14,11 @@ import grpc
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
 from bridge_client.progress import logged_when_slow
 from bridge_wire import PROTOCOLS, __version__
+from bridge_wire.addresses import is_loopback
 from bridge_wire.cuda_memory import GpuPool
 from bridge_wire.errors import (
     BridgeError,
+    CallerError,
     CudaError,
     LaneUnavailable,
     OutOfMemory,
@@ -77,8 +79,8 @@ class Link:
         self._shared: set[int] = set()  # by their bases, the host's slabs
         self._shared_on_gpu: set[int] = set()
         self._share_lock = threading.Lock()
+        self._metadata = _authorization(terms.token)
         self._channel = open_channel(address, terms.tls)
-        self._metadata = (("authorization", f"Bearer {terms.token}"),) if terms.token else ()
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
         try:
             self.description: pb.DescribeReply = self._unary(self._stub.Describe, pb.DescribeRequest())
@@ -302,7 +304,19 @@ def _close(lanes: list[Lane]) -> None:
 
 def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
     """Return a channel to a worker, which connects by itself when it is used."""
+    options = list(_CHANNEL_OPTIONS)
+    if is_loopback(address.rpartition(":")[0]):
+        options.append(("grpc.enable_http_proxy", 0))  # that of http_proxy would look for the worker on its own host
     if tls is None:
-        return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
-    return grpc.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def _authorization(token: str | None) -> tuple[tuple[str, str], ...]:
+    """Return the headers that present a token, without the line's end that it may have in its file."""
+    if token is None or not (token := token.strip()):
+        return ()
+    if not (token.isascii() and token.isprintable()):  # gRPC would say that no worker answers
+        raise CallerError("the token has characters that are not printable ASCII, as no worker's has")
+    return (("authorization", f"Bearer {token}"),)

@@ -1,12 +1,12 @@
 """Where a worker listens: parsing, defaults, and what may be exposed to whom."""
 
-import ipaddress
 import os
 import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge_wire.addresses import is_loopback
 from bridge_wire.errors import CallerError
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
@@ -42,7 +42,7 @@ def parse(listen: str | None) -> Endpoint:
     _remove_lanes_of_the_dead(directory)
     # A name per process: several workers may listen on TCP side by side.
     lane = directory / f"{os.getpid()}{LANE_SUFFIX}"
-    return Endpoint(listen, str(lane), is_exposed=not _is_loopback(host.strip("[]")))
+    return Endpoint(listen, str(lane), is_exposed=not is_loopback(host))
 
 
 def _unix(path: Path) -> Endpoint:
@@ -79,12 +79,3 @@ def _remove_lanes_of_the_dead(directory: Path) -> None:
         pid = lane.name.removesuffix(LANE_SUFFIX)
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
             lane.unlink(missing_ok=True)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

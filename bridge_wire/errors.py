@@ -43,6 +43,7 @@ TRAILER = "bridge-error-bin"
 # gRPC drops a call's whole trailers past 8 KiB, and writes each byte of the details that is no ASCII as three.
 _MAX_TRAILER = 4096
 _MAX_DETAILS = 512
+_MAX_TEXT = 1 << 18  # characters of one text: an error has to fit in a frame
 
 
 class BridgeError(Exception):
@@ -215,7 +216,10 @@ def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Return text that can be sent: what a model says may hold lone surrogates."""
+    """Return text that can be sent: what a model says may hold lone surrogates, or all of its data."""
+    if len(text) > _MAX_TEXT:
+        half = _MAX_TEXT // 2
+        text = f"{text[:half]}\n[{len(text) - 2 * half} characters are left out here]\n{text[-half:]}"
     return text.encode("utf-8", "backslashreplace").decode()
 
 

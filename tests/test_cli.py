@@ -18,7 +18,7 @@ from bridge_client import connect
 from bridge_client.link import Tls
 from bridge_server import endpoints
 from bridge_wire import __version__
-from bridge_wire.errors import Unauthenticated, WorkerUnavailable
+from bridge_wire.errors import CallerError, Unauthenticated, WorkerUnavailable
 from tests.calls import floats, prepare, squares
 from tests.conftest import ROOT, python_of
 from tests.workers import Worker, environment, models, serving
@@ -86,10 +86,10 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_version() -> None:
-    """--version prints the version and ends with status 0, for both commands."""
+    """--version prints the version and ends with status 0, for both commands, also as modules of an interpreter."""
     for command in ("bridge_server", "bridge_client"):
-        done = _run("--version", command=command)
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{command} {__version__}\n", "")
+        for run in (_run("--version", command=command), _run("-m", command, "--version", command="python")):
+            assert (run.returncode, run.stdout, run.stderr) == (0, f"{command} {__version__}\n", "")
 
 
 def test_help_names_every_flag() -> None:
@@ -367,6 +367,17 @@ def test_describe_takes_a_token(tokened_worker: Worker) -> None:
     assert "square(x)" in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
     done = _run("describe", address, command="bridge_client")
     assert (done.returncode, done.stdout) == (1, "")
+
+
+def test_a_token_may_have_the_end_of_its_line(tokened_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client presents a token as it stands in its file, says which cannot be one, and asks no proxy for its own
+    host."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    address = f"127.0.0.1:{tokened_worker.address.rpartition(':')[2]}"
+    with connect(address, token=f"{_TOKEN}\n") as session:
+        assert squares(session, 3.0) == [9.0]
+    with pytest.raises(CallerError, match="not printable ASCII"):
+        connect(address, token="sésame")
 
 
 def test_health_needs_no_token(tokened_worker: Worker) -> None:

@@ -12,6 +12,7 @@ import pytest
 from bridge_client.lanes import from_rpc
 from bridge_wire import errors
 from bridge_wire.errors import BridgeError, RemoteModelError
+from bridge_wire.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
 STATUS = {
@@ -130,6 +131,15 @@ def test_text_that_utf_8_cannot_carry_still_arrives(kind: type[BridgeError]) -> 
     received = travelled(kind("bad name: \udcff.npy"))
     assert type(received) is kind
     assert str(received).startswith("bad name: ") and str(received).endswith(".npy")
+
+
+def test_endless_text_fits_in_a_frame() -> None:
+    """Of a text of any length, as of a model that shows its data, the beginning and the end arrive."""
+    endless = "first" + "é" * (4 << 20) + "last"
+    error = errors.encode(RemoteModelError(endless, remote_traceback=endless))
+    assert len(error.SerializeToString()) < MAX_FRAME
+    assert error.message.startswith("first") and error.message.endswith("last")
+    assert "characters are left out here" in error.traceback
 
 
 # Over gRPC --------------------------------------------------------------------------------------------------------
