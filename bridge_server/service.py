@@ -189,7 +189,7 @@ def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
 
 
 _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
-_REFUSAL = grpc.stream_stream_rpc_method_handler(_refuse)  # of a stream, so as to wait for no request
+_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # of a stream, so as to wait for no request
 
 
 def _until_gone(requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
