@@ -77,7 +77,7 @@ class Service(BridgeServicer):
             session = self._sessions.open()
         except BridgeError as error:
             abort(context, error)
-        _log.debug("opened a session for %s", request.client[:200])
+        _log.debug("opened a session for %r", request.client[:200])
         return pb.OpenReply(
             protocol=protocol, session=session.token, local_lane=self._local_lane, slab_bytes=self._sessions.slab_bytes
         )

@@ -62,7 +62,7 @@ class Sessions:
         with self._lock:
             self._forget_unattached()
             if len(self._by_token) >= _MAX_SESSIONS:
-                raise OutOfMemory(f"the worker has {_MAX_SESSIONS} sessions already")
+                raise OutOfMemory(f"the worker has {_MAX_SESSIONS} sessions already, each with a lane")
             session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
             session.scratch.limit(self.slab_bytes)
             self._by_token[session.token] = session
@@ -186,7 +186,13 @@ class Sessions:
         return not self._running
 
     def _forget_unattached(self) -> None:
+        """Forget the sessions that nobody has attached to in time; where there are too many, the oldest of these.
+
+        Else whoever opens one after the other would leave none for others.
+        """
         now = time.monotonic()
-        for token, session in list(self._by_token.items()):
-            if session.lanes == 0 and now - session.created > _UNATTACHED_S:
-                del self._by_token[token]
+        waiting = [session for session in list(self._by_token.values()) if session.lanes == 0 and not session.is_closed]
+        surplus = len(self._by_token) - _MAX_SESSIONS + 1
+        for i, session in enumerate(waiting):  # the oldest first
+            if i < surplus or now - session.created > _UNATTACHED_S:
+                del self._by_token[session.token]

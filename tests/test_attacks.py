@@ -975,6 +975,24 @@ def test_class_of_endless_size_is_refused(client: Client, name: str, fields: lis
         client.prepare(call_of(*[ARRAY] * len(fields), model="identity", arguments=arguments))
 
 
+def test_sessions_that_nobody_attaches_to_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are as many sessions as there may be, a new one takes the place of the oldest without a lane; those
+    with a lane stay."""
+    monkeypatch.setattr("bridge_server.sessions._MAX_SESSIONS", 3)
+    sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
+    first, second = sessions.open(), sessions.open()
+    sessions.attach(first.token)
+    third, fourth = sessions.open(), sessions.open()
+    for session in (first, third, fourth):
+        assert sessions.find(session.token) is session
+    with pytest.raises(Unauthenticated):
+        sessions.attach(second.token)
+    for session in (third, fourth):
+        sessions.attach(session.token)
+    with pytest.raises(OutOfMemory, match="3 sessions already"):
+        sessions.open()
+
+
 def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little each residual takes, the oldest goes when there are too many of them."""
     monkeypatch.setattr("bridge_server.residuals._MOST", 3)
