@@ -3,11 +3,13 @@
 Dynamo does not look into it (nonstrict_trace), and lets only some values through; the others go in other words.
 """
 
+import collections
 import contextlib
+import dataclasses
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
+from bridge_wire import trees
 from bridge_wire.errors import BridgeError
 
 if TYPE_CHECKING:
@@ -38,8 +41,8 @@ def call(
     key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
 ) -> Any:
     """Call the function of that number; its runs become operators of the graph."""
-    args, kwargs = _mapped(_hidden, (args, kwargs))
-    return _mapped(_meant, _traced_call(key, own, args, kwargs, is_stateful))
+    args, kwargs = _paraphrased((args, kwargs))
+    return _meant(_traced_call(key, own, args, kwargs, is_stateful))
 
 
 @torch._dynamo.nonstrict_trace
@@ -49,63 +52,72 @@ def _traced_call(
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
-    args, kwargs = _mapped(_found, (args, kwargs))
+    args, kwargs = _meant((args, kwargs))
     try:
         made = _functions[key]._call_traced(own, args, kwargs, is_stateful)
     except BridgeError as error:
         _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
         raise
-    return _mapped(_paraphrased, made)
+    return _paraphrased(made)
 
 
-# What nonstrict_trace refuses goes through it in other words: None as an argument by a text, and None, texts and
-# namedtuples of a result as the one key of a dict.
+# What nonstrict_trace refuses goes through it in other words, as the one key of a dict.
 _NONE = "torch-jax-bridge: None"
 _TEXT = "torch-jax-bridge: text "
 _CLASS = "torch-jax-bridge: class "
-_named: list[Any] = []  # the classes that results were instances of
+_named: list[Any] = []  # the namedtuples and dataclasses that were met
 
 
-def _mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return a pytree with the function applied to its leaves: as Dynamo can trace it, through the usual containers."""
-    if type(tree) is dict:
-        return function({key: _mapped(function, value) for key, value in tree.items()})
-    if type(tree) is list:
-        return [_mapped(function, value) for value in tree]
-    if type(tree) is tuple:
-        return tuple([_mapped(function, value) for value in tree])
-    return function(tree)
-
-
-def _hidden(leaf: Any) -> Any:
-    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
-        return type(leaf)(*[_mapped(_hidden, value) for value in leaf])
-    return _NONE if leaf is None else leaf
-
-
-def _found(leaf: Any) -> Any:
-    if isinstance(leaf, tuple) and hasattr(leaf, "_fields"):
-        return type(leaf)(*[_mapped(_found, value) for value in leaf])
-    return None if type(leaf) is str and leaf == _NONE else leaf
-
-
-def _paraphrased(leaf: Any) -> Any:
-    if leaf is None:
+def _paraphrased(value: Any) -> Any:
+    """Return a pytree in words that nonstrict_trace lets through. Dynamo traces it, and `_meant`."""
+    if value is None:
         return {_NONE: 0}
-    if isinstance(leaf, tuple):
-        if type(leaf) not in _named:
-            _named.append(type(leaf))
-        return {f"{_CLASS}{_named.index(type(leaf))}": [_mapped(_paraphrased, value) for value in leaf]}
-    return {_TEXT + leaf: 0} if type(leaf) is str else leaf
+    if type(value) is str:
+        return {_TEXT + value: 0}
+    if (fields := _fields_of(type(value))) is not None:
+        return {f"{_CLASS}{_number_of(type(value))}": [_paraphrased(getattr(value, field)) for field in fields]}
+    if isinstance(value, list):
+        return [_paraphrased(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple([_paraphrased(item) for item in value])
+    if isinstance(value, Mapping):
+        items = [(key, _paraphrased(value[key])) for key in value]
+        return collections.OrderedDict(items) if isinstance(value, collections.OrderedDict) else dict(items)
+    return value
 
 
 def _meant(value: Any) -> Any:
-    key = next(iter(value), None) if type(value) is dict and len(value) == 1 else None
-    if type(key) is not str or not key.startswith("torch-jax-bridge: "):
+    """Return the pytree that was paraphrased so."""
+    if type(value) is list:
+        return [_meant(item) for item in value]
+    if type(value) is tuple:
+        return tuple([_meant(item) for item in value])
+    if not isinstance(value, dict):
         return value
+    key = next(iter(value)) if len(value) == 1 else None
+    if type(key) is not str or not key.startswith("torch-jax-bridge: "):
+        return type(value)([(key, _meant(item)) for key, item in value.items()])
     if key.startswith(_CLASS):
-        return _named[int(key[len(_CLASS) :])](*value[key])
+        cls = _named[int(key[len(_CLASS) :])]
+        return trees.instantiate(cls, _fields_of(cls) or (), [_meant(item) for item in value[key]])
     return None if key == _NONE else key[len(_TEXT) :]
+
+
+# Dynamo sees of these two what they return: they look at classes only, and a class that is met has its number at once.
+@torch.compiler.assume_constant_result
+def _fields_of(cls: type) -> tuple[str, ...] | None:
+    """Return the names of the fields of a dataclass or a namedtuple; of any other class, None."""
+    if dataclasses.is_dataclass(cls):
+        return tuple([field.name for field in dataclasses.fields(cls)])
+    return getattr(cls, "_fields", None) if issubclass(cls, tuple) else None
+
+
+@torch.compiler.assume_constant_result
+def _number_of(cls: type) -> int:
+    """Return by which number a class is named."""
+    if cls not in _named:
+        _named.append(cls)
+    return _named.index(cls)
 
 
 def _pass_structures() -> None:
