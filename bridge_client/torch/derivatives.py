@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import CGradInterpreterPtr, TransformType
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
@@ -13,12 +14,16 @@ from bridge_client.torch.runs import LIBRARY, as_values, pull_back, run, run_kee
 
 # What a pullback of torch.func has kept from its level, it hands over after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+_transforms = torch._C._functorch.get_interpreter_stack
+_level_of, _unwrap = torch._C._functorch.maybe_get_level, torch._C._functorch.get_unwrapped
 _is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
 def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, recorded by autograd where a gradient can be asked for, and seen by torch.func's transforms."""
     if _are_transforms_active():
+        if (level := _unrecorded_level()) is not None:
+            inputs = [_as_in_no_grad(x, level) for x in inputs]
         return _Transformable.apply(program, *inputs)
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
@@ -33,6 +38,29 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
 def _are_transforms_active() -> bool:
     """Whether tensors may be those of a torch.func transform, or dual ones: with more to them than their memory."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _unrecorded_level() -> int | None:
+    """Return from which level of torch.func's transforms downwards torch.no_grad forbids to record; None: from none."""
+    is_enabled = torch.is_grad_enabled()
+    for transform in reversed(_transforms() or ()):
+        if not is_enabled:
+            return int(transform.level())
+        if transform.key() == TransformType.Grad:
+            is_enabled = CGradInterpreterPtr(transform).prevGradMode()  # as it was around this transform
+    return None if is_enabled else 0
+
+
+def _as_in_no_grad(value: Any, level: int) -> Any:
+    """Return a value that has no history from this level downwards, where a Function would be recorded by all levels
+    but the first (torch 2.13): itself, or a copy, since to copy is an operator, which is recorded as it should be."""
+    inner = value
+    while isinstance(inner, Tensor):
+        depth = _level_of(inner)
+        if depth <= level and inner.requires_grad:
+            return value.clone()
+        inner = _unwrap(inner) if depth > 0 else None
+    return value
 
 
 def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:

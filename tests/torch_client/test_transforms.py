@@ -344,6 +344,21 @@ def test_double_and_batched_backward(x64_session: Session, case: Callable[..., A
     assert_same(torch.autograd.grad(first.sum(), x)[0], 2 * x.detach().cos() * x.detach().exp())
 
 
+def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
+    """What torch.no_grad holds constant is so for each transform around it, and not only for the innermost."""
+
+    def weighted(f: Function, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            value, slope = f(x), grad(lambda x: f(x).sum())(x)
+        return (f(x) * value * slope).sum()
+
+    remote, local = (functools.partial(weighted, f) for f in (lambda x: case("sine", x, x), TWINS["sine"][1]))
+    assert_same(jacrev(jacrev(remote))(rand(3)), jacrev(jacrev(local))(rand(3)))
+    assert_same(vmap(hessian(remote))(rand(2, 3)), vmap(hessian(local))(rand(2, 3)))
+    with torch.no_grad():
+        assert_same(hessian(remote)(rand(3).requires_grad_()), hessian(local)(rand(3)))
+
+
 def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[..., Any]) -> None:
     """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of cotangents stay."""
     x, rows = rand(3).requires_grad_(), rand(9, 3)
