@@ -5,6 +5,8 @@ import hmac
 import logging
 import platform
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -139,6 +141,7 @@ class Entrance(grpc.ServerInterceptor):
     def __init__(self, token: str | None) -> None:
         self._expected = None if token is None else f"Bearer {token}".encode()
         self._free_probes = threading.Semaphore(MAX_PROBES)
+        self._awaited = _Awaited()
 
     def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         if not (details.method.startswith(_HEALTH) or self._is_known(details)):
@@ -165,8 +168,8 @@ class Entrance(grpc.ServerInterceptor):
 
         def prompt(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             if handler.request_streaming:
-                return serve(_until_gone(requests, context), context)
-            request = next(_until_gone(requests, context), None)
+                return serve(self._awaited.all_of(requests, context), context)
+            request = self._awaited.first_of(requests, context)
             if request is None:
                 abort(context, ProtocolError("a call has ended without a request"))
             return serve(request, context)
@@ -192,19 +195,50 @@ _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
 _REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # of a stream, so as to wait for no request
 
 
-def _until_gone(requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
-    """Yield a client's requests; one that breaks off, or does not begin, has ended."""
-    limit = threading.Timer(ATTACH_S, context.cancel)
-    limit.daemon = True
-    limit.start()
-    with contextlib.suppress(grpc.RpcError):
+class _Awaited:
+    """The calls whose first request is awaited, for ATTACH_S at most. One thread watches them all, while there are any.
+
+    Not a timer for each, which would start a thread for each: that takes as long as the call itself.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[float, list[grpc.ServicerContext]]] = deque()  # the oldest first
+        self._is_watched = False
+        self._lock = threading.Lock()
+
+    def first_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> _T | None:
+        """Return a call's first request, or None if it has ended without one; end it if none comes in time."""
+        awaited = [context]
+        with self._lock:
+            self._calls.append((time.monotonic() + ATTACH_S, awaited))
+            if not self._is_watched:
+                threading.Thread(target=self._watch, name="awaited-requests", daemon=True).start()
+                self._is_watched = True
         try:
-            first = next(requests, None)
+            return next(requests, None)
+        except grpc.RpcError:
+            return None
         finally:
-            limit.cancel()
+            awaited.clear()
+
+    def all_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
+        """Yield a client's requests, the first of them in time; one that breaks off has ended."""
+        first = self.first_of(requests, context)
         if first is not None:
             yield first
-            yield from requests
+            with contextlib.suppress(grpc.RpcError):
+                yield from requests
+
+    def _watch(self) -> None:
+        while True:
+            with self._lock:
+                if not self._calls:
+                    self._is_watched = False
+                    return
+                deadline, awaited = self._calls.popleft()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+            for context in list(awaited):
+                context.cancel()
 
 
 def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:
