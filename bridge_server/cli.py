@@ -1,16 +1,13 @@
 """The command `bridge_server`. Flags come before BRIDGE_* variables, and those before the defaults."""
 
 import argparse
-import contextlib
 import io
 import json
 import logging
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from bridge_server.parent import watch_parent
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_server.sessions import Sessions
+from bridge_server.stopping import Stopped, StopSignals, end_as_orphan, end_at_the_latest
 from bridge_server.warmup import warm_up
 from bridge_server.worker import Security, Worker
 from bridge_wire import __version__
@@ -43,18 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     _set_up_logging(options.log_level)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # what a model prints is for whoever reads the log now
+    status = FAILED
     try:
         _serve(options)
-    except _Stopped:
-        pass
-    except CallerError as error:
-        print(f"bridge_server: {error}", file=sys.stderr)
-        return USAGE
+        status = OK
+    except Stopped:
+        status = OK
     except BridgeError as error:
         print(f"bridge_server: {error}", file=sys.stderr)
-        return FAILED
-    _end_at_the_latest(_LAST_S)
-    return OK
+        status = USAGE if isinstance(error, CallerError) else FAILED
+    finally:
+        end_at_the_latest(_LAST_S, status)
+    return status
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -69,11 +67,11 @@ def _serve(options: argparse.Namespace) -> None:
     restart_with_a_good_allocator()
     if endpoint.is_exposed and not security.is_any:
         _log.warning("INSECURE: anyone who can reach %s can run this worker's models", endpoint.address)
-    stop = _StopSignals()
+    stop = StopSignals()
     # In the process that stays: a number means another device where fewer are seen.
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
-        watch_parent(options.parent_pid, lambda: _end_as_orphan(endpoint, stop))
+        watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
     # As it is before models are imported, which may replace it or close it.
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w") if sys.stdout else None
 
@@ -114,29 +112,6 @@ def _serve(options: argparse.Namespace) -> None:
         # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the interpreter
         # itself would wait for the calls.
         os._exit(FAILED)
-
-
-def _end_as_orphan(endpoint: endpoints.Endpoint, stop: "_StopSignals") -> None:
-    """Ask for a drain, and remove what the parent has made for the sockets: nobody else does any more."""
-    for path in (endpoint.address.removeprefix("unix:"), endpoint.lane_path):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-    with contextlib.suppress(OSError):  # it holds other things: not a directory of `spawn`
-        os.rmdir(os.path.dirname(endpoint.lane_path))
-    stop.request()
-
-
-def _end_at_the_latest(limit_s: float) -> None:
-    """End this process after that time, if it has not by then: threads that models have started may go on for ever."""
-
-    def end() -> None:
-        others = [thread.name for thread in threading.enumerate() if not thread.daemon]
-        _log.warning("ending without waiting any longer for what the models do at the end; threads: %s", others)
-        os._exit(OK)
-
-    timer = threading.Timer(limit_s, end)
-    timer.daemon = True
-    timer.start()
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:
@@ -213,64 +188,6 @@ def _token(file: str | None) -> str | None:
     if not (token.isascii() and token.isprintable()):
         raise CallerError("a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints")
     return token or None
-
-
-class _Stopped(KeyboardInterrupt):
-    """The worker was told to end while it was starting: there is nothing to drain."""
-
-
-class _StopSignals:
-    """SIGTERM and SIGINT ask for a drain; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self._is_requested = False
-        self._is_at_once = False
-        self.has_given_up = False
-        # A pipe, which is written to wherever the signal arrives. A lock would be waited for on, if the signal came to
-        # another thread than the one that waits and runs handlers, or to that one just before it waits.
-        self._asked, self._ask = os.pipe()
-        os.set_blocking(self._ask, False)
-        signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._note())
-
-    def request(self) -> None:
-        """Ask for a drain, from any thread."""
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A block that a signal breaks off: imports and compilations may take minutes.
-
-        Raises:
-          _Stopped: a signal came.
-        """
-        self._is_at_once = True
-        try:
-            self._stop_if_requested()
-            yield
-            self._stop_if_requested()  # a module may have caught it
-        finally:
-            self._is_at_once = False
-
-    def give_up(self) -> None:
-        """Ask for an end without a drain: nothing can be computed here any more."""
-        self.has_given_up = True
-        os.write(self._ask, b"\0")
-
-    def wait(self) -> None:
-        os.read(self._asked, 1)
-
-    def _note(self) -> None:
-        if self._is_requested:
-            os._exit(FAILED)
-        self._is_requested = True
-        if self._is_at_once:
-            raise _Stopped
-
-    def _stop_if_requested(self) -> None:
-        if self._is_requested:
-            raise _Stopped
 
 
 def _parser() -> argparse.ArgumentParser:
