@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -19,11 +19,14 @@ from torch.utils import _pytree as torch_pytree
 from torch.utils._mode_utils import no_dispatch
 
 from bridge_server.jax_runtime.types import has_x64
+from bridge_server.torch_via_xla.aliases import Aliases, is_permuted, named_in, refuse_stale
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError
 
 _OF_VALUES = {torch.tensor, torch.as_tensor}  # what makes tensors of Python's values, whose range is checked
+# Methods of torchax's tensors that are no views, as torch's own are, or change the tensor itself.
+_NOT_TORCHS = ("detach", "flatten", "type_as")
 _LOSSY = {torch.float64, torch.complex128}
 
 _loading = threading.Lock()
@@ -49,7 +52,9 @@ def _made_environment() -> Any:
         except ImportError as error:
             raise CallerError(f"tracing torch code needs torchax: pip install torchax ({error})") from error
         # A device that any torch has, unlike torchax's "jax": a traced tensor has no memory here.
-        tensor.Tensor.device = property(lambda _: torch.device("meta"))
+        for name in _NOT_TORCHS:
+            delattr(tensor.Tensor, name)
+        tensor.Tensor.device = tensor.View.device = property(lambda _: torch.device("meta"))
 
         class Bridge(Environment):
             """An environment that takes tensors of torch's own for constants, and loses nothing in silence."""
@@ -63,7 +68,17 @@ def _made_environment() -> Any:
                             *args, **{name: value for name, value in (kwargs or {}).items() if name != "device"}
                         )
                     return self._constant(made)
-                return super().dispatch(func, types, args, kwargs)
+                if func is torch.tensor:
+                    kwargs = _with_dtype(args, kwargs or {})
+                refuse_stale(named_in((args, kwargs)))
+                if func is torch.Tensor.contiguous and is_permuted(args[0]):
+                    return self.j2t_iso(args[0]._elem)
+                made = super().dispatch(func, types, args, kwargs)
+                with no_dispatch(), torch._C.DisableTorchFunction():
+                    self.param.aliases.note_views(func, args, kwargs or {}, made)
+                if not torch.is_grad_enabled():
+                    _stop_gradients(made)
+                return made
 
             def _should_use_torchax_tensor(self, device: Any) -> bool:
                 return device is None or torch.device(device).type != "cpu"
@@ -81,6 +96,7 @@ def _made_environment() -> Any:
 
             def unwrapped(self, tree: Any) -> Any:
                 """Return a pytree with each of its tensors as an array."""
+                refuse_stale(named_in(tree))
                 return torch_pytree.tree_map_only(Tensor, self.t2j_iso, tree)
 
             @contextlib.contextmanager
@@ -97,6 +113,7 @@ def _made_environment() -> Any:
                     raise
                 finally:
                     self._property.content = before
+                    mine.aliases.clear()
 
             def _refuse_lossy(self, func: Any, args: Any, kwargs: Any) -> None:
                 for value in torch_pytree.tree_leaves((args, kwargs)):
@@ -129,6 +146,10 @@ def _made_environment() -> Any:
 
             refusal: DTypeError | None = None
 
+            def __init__(self, *how: Any) -> None:
+                super().__init__(*how)
+                self.aliases = Aliases()
+
             def get_and_rotate_prng_key(self) -> jax.Array:
                 if self.prng is None:
                     raise CallerError("the torch code draws random numbers: pass rng=, a key of jax.random.key")
@@ -137,6 +158,7 @@ def _made_environment() -> Any:
 
         env = Bridge()
     _let_masks_be_traced(tensor.Tensor)
+    env.override_op_definition(torch.ops.aten.detach, _detach)
     env.override_op_definition(functional.batch_norm, _batch_norm)
     env.override_op_definition(functional.instance_norm, _instance_norm)
     return env
@@ -144,6 +166,23 @@ def _made_environment() -> Any:
 
 def _holds_tensors(tree: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in torch_pytree.tree_leaves(tree))
+
+
+def _stop_gradients(made: Any) -> None:
+    """Make constants of what was computed; a slice remains one, for it may be written into."""
+    for leaf in torch_pytree.tree_leaves(made):
+        if isinstance(leaf, Tensor) and hasattr(leaf, "_elem"):
+            leaf._elem = jax.lax.stop_gradient(leaf._elem)
+
+
+def _with_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `torch.tensor` with the dtype that torch would find in its data, partly traced."""
+    if kwargs.get("dtype") is not None:
+        return dict(kwargs)
+    leaves = torch_pytree.tree_leaves(args[:1] or kwargs.get("data"))
+    with no_dispatch(), torch._C.DisableTorchFunction():
+        dtypes = [leaf.dtype if isinstance(leaf, Tensor) else torch.tensor(leaf).dtype for leaf in leaves]
+        return {**kwargs, "dtype": functools.reduce(torch.promote_types, dtypes)}
 
 
 def _let_masks_be_traced(kind: type[Tensor]) -> None:
@@ -185,6 +224,10 @@ def _as_torchax_expects() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _detach(x: Tensor) -> Tensor:
+    return x.apply_jax(jax.lax.stop_gradient)  # type: ignore[attr-defined]
 
 
 # What torchax computes without writing the statistics back -------------------------------------------------------

@@ -100,6 +100,90 @@ def test_in_place_code_changes_nothing_outside() -> None:
     np.testing.assert_allclose(jax.jit(jax.jacrev(trace_torch(f)))(x), np.diag([1.0, 4.0, 0.0]))
 
 
+def _through_view(y: Tensor) -> Tensor:
+    y.view(-1)[3] = 5
+    return y
+
+
+def _through_transpose(y: Tensor) -> Tensor:
+    y.t()[0].mul_(2)
+    return y
+
+
+def _through_half(y: Tensor) -> Tensor:
+    y.chunk(2)[0].add_(1)
+    return y
+
+
+def _through_detached(y: Tensor) -> Tensor:
+    y.detach().add_(1)
+    return y
+
+
+def _before_it_changes(y: Tensor) -> Tensor:
+    z = y.unsqueeze(0)
+    y.add_(1)
+    return z
+
+
+@pytest.mark.parametrize(
+    "change", [_through_view, _through_transpose, _through_half, _through_detached, _before_it_changes]
+)
+def test_writes_that_tracing_cannot_follow_are_refused(change: Callable[[Tensor], Tensor]) -> None:
+    """What is written by one name of memory, and read by another, is an error and no old value."""
+    with pytest.raises(CallerError, match="writes into a view, and then reads the same memory by another name"):
+        trace_torch(lambda x: change(x.clone()))(jnp.ones((4, 4)))
+
+
+def test_writes_into_views_that_nothing_else_shows() -> None:
+    """They are followed: into slices, rows and reshaped tensors, parts of a chunk, and copies of transposed ones."""
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.zeros(3, 4)
+        for i in range(3):
+            rows[i].copy_(x[i])
+        flat = (x * 2).view(-1)
+        flat.add_(1)
+        first, second = x.clone().chunk(2)
+        first.mul_(3)
+        turned = x.t().contiguous()
+        turned.sub_(1)
+        other = x.t().reshape(-1)
+        other.sub_(1)
+        as_ints = x.type_as(torch.ones(1, dtype=torch.int32))
+        return rows, flat, first + second, turned, other, x + 0.5, as_ints
+
+    x = np.linspace(0, 3, 16, dtype=np.float32).reshape(4, 4)
+    for seen, expected in zip(jax.jit(trace_torch(f))(jnp.asarray(x)), f(torch.tensor(x)), strict=True):
+        assert_same(seen, expected, 1e-6)
+
+
+def test_tensors_of_traced_values() -> None:
+    """torch.tensor of traced values has the dtype that torch finds in them."""
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.tensor([x[0], 2.5]), torch.tensor(x.argmax()), torch.as_tensor(x.int())
+
+    made = trace_torch(f)(jnp.asarray([1.0, 3.0]))
+    assert [str(each.dtype) for each in made] == ["float32", "int32", "int32"]
+    assert [each.tolist() for each in made] == [[1.0, 2.5], 1, [1, 3]]
+
+
+def test_no_gradient_goes_through_no_grad() -> None:
+    """What is computed under no_grad, or detached, is a constant in every mode, as in torch."""
+
+    def f(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x**2
+            with torch.enable_grad():
+                cube = x**3
+        return (scale * x + cube + x.detach() * x).sum()
+
+    x = jnp.asarray([1.0, 2.0])
+    for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.jacrev(f))):
+        np.testing.assert_allclose(derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6)
+
+
 def test_structures_numbers_and_keywords_pass() -> None:
     """Pytrees, integers, bools, numbers, strings and keyword arguments arrive as torch's."""
 
