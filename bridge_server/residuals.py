@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from bridge_server.runtime import Program
@@ -50,10 +50,11 @@ class Residuals:
             raise ResidualGone("the residual is not here any more; run the vjp program on the inputs instead")
         return kept
 
-    def drop(self, owner: object, ids: Sequence[int]) -> None:
+    def drop(self, owner: object, ids: Iterable[int]) -> None:
         """Forget residuals; unknown ones were evicted before."""
+        known = [id for id in ids if (owner, id) in self._kept]  # a client may name any number of others
         with self._lock:
-            for id in ids:
+            for id in known:
                 kept = self._kept.pop((owner, id), None)
                 if kept is not None:
                     self._total -= kept.nbytes

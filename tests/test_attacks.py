@@ -1005,6 +1005,20 @@ def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) 
     assert residuals.usage(SESSION) == (3, 0)
 
 
+def test_residuals_that_are_not_there_hold_nobody_up() -> None:
+    """A client that releases what it never had, without end, does so while others keep and drop theirs."""
+    residuals = Residuals(1 << 20)
+    residuals.keep(SESSION, 7, Kept(PROGRAM, None, 5))
+
+    def ids() -> Iterator[int]:
+        for id in range(10):
+            assert not residuals._lock.locked()
+            yield id
+
+    residuals.drop(SESSION, ids())
+    assert residuals.usage(SESSION) == (0, 0)
+
+
 def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker remembers so many programs, and the first to go is the one that was asked for longest ago."""
     monkeypatch.setattr("bridge_server.programs._MAX_PROGRAMS", 2)
