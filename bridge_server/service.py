@@ -35,10 +35,11 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
-# Each lane over gRPC holds a thread while it is open, as do some probes, and other calls must find one.
+# Each of these holds a thread while it is open or under way, and other calls must find one.
 MAX_LANES = 768
+MAX_PREPARATIONS = 256
 MAX_PROBES = 128
-MAX_THREADS = 1152
+MAX_THREADS = 1280
 
 _BRIDGE, _HEALTH = "/bridge.v1.Bridge/", "/grpc.health.v1.Health/"
 _T = TypeVar("_T")
@@ -54,6 +55,7 @@ class Service(BridgeServicer):
         self._sessions = sessions
         self._local_lane = local_lane
         self._free_lanes = threading.Semaphore(MAX_LANES)
+        self._free_preparations = threading.Semaphore(MAX_PREPARATIONS)
 
     def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
         about = self._runtime.describe()
@@ -85,6 +87,14 @@ class Service(BridgeServicer):
         )
 
     def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> Iterator[pb.PrepareEvent]:
+        if not self._free_preparations.acquire(blocking=False):
+            abort(context, OutOfMemory(f"the worker prepares {MAX_PREPARATIONS} programs already; try again later"))
+        try:
+            yield from self._prepared(request)
+        finally:
+            self._free_preparations.release()
+
+    def _prepared(self, request: pb.PrepareRequest) -> Iterator[pb.PrepareEvent]:
         try:
             session = self._sessions.find(request.session)
             with self._sessions.running(session):

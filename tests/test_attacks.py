@@ -1077,8 +1077,9 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
 
 def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of calls that stop after their headers, those without the token end at once, there may be so many probes, and
-    all end in time."""
+    all end in time. There may be so many preparations, too."""
     monkeypatch.setattr("bridge_server.service.MAX_PROBES", 1)
+    monkeypatch.setattr("bridge_server.service.MAX_PREPARATIONS", 0)
     monkeypatch.setattr("bridge_server.service.ATTACH_S", 1.0)
     opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
     known = (("authorization", "Bearer known"),)
@@ -1102,6 +1103,9 @@ def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeyp
             silent = begun(opening, known)
             request = pb.OpenRequest(oldest_protocol=1, newest_protocol=1)
             assert BridgeStub(channel).Open(request, metadata=known, timeout=20).session
+            with pytest.raises(grpc.RpcError) as raised:
+                next(BridgeStub(channel).Prepare(pb.PrepareRequest(), metadata=known, timeout=20))
+            assert type(from_rpc(raised.value)) is OutOfMemory
             for call in (probe, silent):
                 assert call.exception(20).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
             for _ in range(20):
