@@ -1,6 +1,7 @@
 """Where a worker listens: parsing, defaults, and what may be exposed to whom."""
 
 import os
+import socket
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from bridge_wire.errors import CallerError
 
 _LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
 _LAST_PORT = 65535
+_DEFAULT = "bridge.sock"
 LANE_SUFFIX = ".lane"
 
 
@@ -30,7 +32,7 @@ def parse(listen: str | None) -> Endpoint:
       CallerError: the value is malformed, or the socket's path is too long or taken by something else.
     """
     if listen is None:
-        return _unix(_runtime_directory() / "bridge.sock")
+        return _unix(_runtime_directory() / _DEFAULT)
     if listen.startswith("unix:"):
         return _unix(Path(listen.removeprefix("unix:")))
     host, colon, port = listen.rpartition(":")
@@ -47,7 +49,7 @@ def parse(listen: str | None) -> Endpoint:
 
 def _unix(path: Path) -> Endpoint:
     path = path.absolute()
-    if len(os.fsencode(path)) + len(LANE_SUFFIX) > _LONGEST_SOCKET_PATH:
+    if not _fits(path):
         raise CallerError(f"the socket's path has over {_LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}")
     if not path.parent.is_dir():
         raise CallerError(f"the socket's directory does not exist: {path.parent}")
@@ -57,16 +59,33 @@ def _unix(path: Path) -> Endpoint:
     return Endpoint(f"unix:{path}", f"{path}{LANE_SUFFIX}", is_exposed=False)
 
 
+def listens(path: str) -> bool:
+    """Whether somebody listens on a Unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:  # so many wait already
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def _fits(path: Path) -> bool:
+    return len(os.fsencode(path)) + len(LANE_SUFFIX) <= _LONGEST_SOCKET_PATH
+
+
 def _runtime_directory() -> Path:
     """Return a directory that only this user can enter."""
-    parent = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not os.access(parent, os.W_OK | os.X_OK):  # also after su, and in containers, it names what is not there
-        parent = tempfile.gettempdir()
-    directory = Path(parent) / f"torch-jax-bridge-{os.geteuid()}"
-    try:
-        directory.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise CallerError(f"{directory} cannot be made ({error.strerror}); name a --listen unix:PATH") from error
+    name = f"torch-jax-bridge-{os.geteuid()}"
+    # After su, and in containers, XDG_RUNTIME_DIR may name what is not there; on clusters TMPDIR may be very long.
+    parents = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    usable = (Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK))
+    directory = next((directory for directory in usable if _fits(directory / _DEFAULT)), None)
+    if directory is None:
+        raise CallerError(f"no directory for sockets: none of {', '.join(filter(None, parents))} can be written to")
+    directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise CallerError(f"{directory} is not a directory of mode 0700 of this user; remove it or name a --listen")
@@ -77,5 +96,6 @@ def _remove_lanes_of_the_dead(directory: Path) -> None:
     """Remove the sockets of killed TCP workers, whose names nobody would meet again."""
     for lane in directory.glob(f"*{LANE_SUFFIX}"):
         pid = lane.name.removesuffix(LANE_SUFFIX)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+        # In another PID namespace, as a container's, there may be such a process.
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not listens(str(lane)):
             lane.unlink(missing_ok=True)

@@ -3,17 +3,15 @@
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from concurrent import futures
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from bridge_server.endpoints import Endpoint
+from bridge_server.endpoints import Endpoint, listens
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.runtime import Runtime
@@ -120,12 +118,7 @@ def _private_files() -> Iterator[None]:
 
 def _remove_stale_socket(path: str) -> None:
     """Remove a socket that a killed worker has left behind, but never one that a worker listens on."""
-    if not Path(path).exists():
-        return
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            os.unlink(path)
-            return
-    raise CallerError(f"another worker listens at {path}")
+    if listens(path):
+        raise CallerError(f"another worker listens at {path}")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

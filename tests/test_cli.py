@@ -330,13 +330,34 @@ def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path, runtime_
         assert not list(path.parent.iterdir())
 
 
-def test_a_runtime_directory_that_is_not_there_is_done_without(
-    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("listen", [None, "127.0.0.1:0"], ids=["unix", "tcp"])
+@pytest.mark.parametrize("is_there", [False, True], ids=["missing", "long"])
+def test_a_runtime_directory_that_no_socket_can_be_in_is_done_without(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch, listen: str | None, is_there: bool
 ) -> None:
-    """Where XDG_RUNTIME_DIR names no directory, as after `su`, a worker listens below the temporary directory."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", "/no/such/directory")
+    """Where XDG_RUNTIME_DIR names no directory, as after `su`, or one whose path is too long, a worker's sockets lie
+    below the temporary directory."""
+    named = runtime_directory / ("x" * 100)
+    if is_there:
+        named.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(named))
     monkeypatch.setattr(tempfile, "tempdir", str(runtime_directory))
-    assert endpoints.parse(None).address.startswith(f"unix:{runtime_directory}/torch-jax-bridge-")
+    lane = Path(endpoints.parse(listen).lane_path)
+    assert lane.parent == runtime_directory / f"torch-jax-bridge-{os.geteuid()}"
+
+
+def test_a_lane_of_another_container_stays(runtime_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A TCP worker removes the lanes of those that were killed, but none on which somebody listens: where containers
+    share the directory, its process may be in another PID namespace."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_directory))
+    directory = Path(endpoints.parse("127.0.0.1:0").lane_path).parent
+    taken, left = directory / "99999998.lane", directory / "99999999.lane"
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as left_behind:
+        listening.bind(str(taken))
+        listening.listen(0)
+        left_behind.bind(str(left))
+        endpoints.parse("127.0.0.1:0")
+        assert taken.exists() and not left.exists()
 
 
 def test_a_runtime_directory_that_others_may_enter_is_refused(tmp_path: Path) -> None:
