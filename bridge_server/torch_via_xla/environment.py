@@ -21,6 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 from bridge_server.jax_runtime.types import has_x64
 from bridge_server.torch_via_xla.aliases import Aliases, is_permuted, named_in, refuse_stale
 from bridge_server.torch_via_xla.arrays import to_jax
+from bridge_server.torch_via_xla.functions import applied, apply_plainly, taken_over
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError
 
@@ -114,6 +115,30 @@ def _made_environment() -> Any:
                 finally:
                     self._property.content = before
                     mine.aliases.clear()
+
+            @contextlib.contextmanager
+            def within(self, rng: jax.Array | None) -> Iterator[None]:
+                """Trace code with random numbers from this key: a part of what is traced already, or by itself."""
+                with contextlib.ExitStack() as stack:
+                    is_part = self._is_tracing()
+                    stack.enter_context(self.drawing_from(rng))
+                    if not is_part:
+                        stack.enter_context(torch.enable_grad())
+                        stack.enter_context(taken_over(self._apply))
+                        stack.enter_context(self)
+                    yield
+
+            def key_for_a_part(self) -> jax.Array | None:
+                """Return a key for what a part of the code draws, if there is one for the code."""
+                return None if self.param.prng is None else self.param.get_and_rotate_prng_key()
+
+            def _is_tracing(self) -> bool:
+                return isinstance(self.param, _Trace)
+
+            def _apply(self, function: Any, args: Sequence[Any]) -> Any:
+                if self._is_tracing() and any(hasattr(x, "jax") for x in args):
+                    return applied(self, function, args)
+                return apply_plainly(function, args)
 
             def _refuse_lossy(self, func: Any, args: Any, kwargs: Any) -> None:
                 for value in torch_pytree.tree_leaves((args, kwargs)):

@@ -120,7 +120,7 @@ def _tracing(rng: jax.Array | None) -> Iterator[Any]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it computes on the memory that these tensors do not have
     try:
-        with torch.enable_grad(), env.drawing_from(rng), env:
+        with env.within(rng):
             yield env
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -182,6 +183,66 @@ def test_no_gradient_goes_through_no_grad() -> None:
     x = jnp.asarray([1.0, 2.0])
     for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.jacrev(f))):
         np.testing.assert_allclose(derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds; its derivative is a number that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: float) -> Tensor:
+        ctx.slope = slope
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor) -> tuple[Tensor, None]:
+        return ctx.slope * ct, None
+
+
+class _Parts(torch.autograd.Function):
+    """Several results, one an integer; draws; its derivative is ten times the right one."""
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, ...]:
+        return x**3, x.argmax(), torch.rand_like(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(outputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, ct: Tensor, *others: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 30 * x**2 * ct
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
+def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> None:
+    """An autograd.Function has the derivative that it defines, also a second time, in batches, and where it draws."""
+    x = jnp.asarray([0.3, 1.7])
+    rounded = trace_torch(lambda x: _StraightThrough.apply(x * 2, 5.0).sum())
+    value, gradient = wrap(jax.value_and_grad(rounded))(x)
+    assert (value, gradient.tolist()) == (4.0, [10.0, 10.0])
+    assert wrap(jax.vmap(jax.grad(rounded)))(x[:, None]).tolist() == [[10.0], [10.0]]
+
+    f, key = trace_torch(lambda x: _Parts.apply(x)), jax.random.key(0)
+    cubed, index, drawn = wrap(lambda x: f(x, rng=key))(x)
+    np.testing.assert_allclose(cubed, x**3, rtol=1e-6)
+    assert index == 1
+    assert ((drawn > 0) & (drawn < 1)).all()
+    slope = jax.grad(lambda x: f(x, rng=key)[0].sum())
+    np.testing.assert_allclose(wrap(slope)(x), 30 * x**2, rtol=1e-6)
+    np.testing.assert_allclose(wrap(jax.grad(lambda x: slope(x).sum()))(x), 60 * x, rtol=1e-6)
+    leaf = torch.tensor([0.3], requires_grad=True)
+    _StraightThrough.apply(leaf, 2.0).backward()
+    assert leaf.grad is not None and leaf.grad.item() == 2.0  # torch's own are what they were
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_checkpoints_have_gradients(is_reentrant: bool) -> None:
+    """What torch.utils.checkpoint wraps has its derivative when traced."""
+    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, torch.sin, use_reentrant=is_reentrant)
+    np.testing.assert_allclose(jax.grad(lambda x: trace_torch(checkpoint)(x).sum())(jnp.ones(2)), jnp.cos(jnp.ones(2)))
 
 
 def test_structures_numbers_and_keywords_pass() -> None:
