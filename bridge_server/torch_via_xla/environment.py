@@ -135,10 +135,10 @@ def _made_environment() -> Any:
             def _is_tracing(self) -> bool:
                 return isinstance(self.param, _Trace)
 
-            def _apply(self, function: Any, args: Sequence[Any]) -> Any:
+            def _apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
                 if self._is_tracing() and any(hasattr(x, "jax") for x in args):
-                    return applied(self, function, args)
-                return apply_plainly(function, args)
+                    return applied(self, function, args, kwargs)
+                return apply_plainly(function, args, kwargs)
 
             def _refuse_lossy(self, func: Any, args: Any, kwargs: Any) -> None:
                 for value in torch_pytree.tree_leaves((args, kwargs)):

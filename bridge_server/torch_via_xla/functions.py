@@ -1,8 +1,9 @@
 """autograd.Functions in traced code: their backward passes are custom derivatives of JAX."""
 
 import contextlib
+import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,13 +22,13 @@ _users = 0
 
 
 @contextlib.contextmanager
-def taken_over(apply: Callable[[type, Sequence[Any]], Any]) -> Iterator[None]:
-    """Have `SomeFunction.apply(*args)` call `apply(SomeFunction, args)`, in every thread."""
+def taken_over(apply: Callable[..., Any]) -> Iterator[None]:
+    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every thread."""
     global _users
     with _lock:
         _users += 1
         if _users == 1:
-            Function.apply = classmethod(lambda cls, *args: apply(cls, args))  # type: ignore[assignment, method-assign]
+            Function.apply = classmethod(lambda cls, *args, **kwargs: apply(cls, args, kwargs))  # type: ignore
     try:
         yield
     finally:
@@ -37,15 +38,20 @@ def taken_over(apply: Callable[[type, Sequence[Any]], Any]) -> Iterator[None]:
                 Function.apply = _plain_apply  # type: ignore[method-assign]
 
 
-def apply_plainly(function: Any, args: Sequence[Any]) -> Any:
+def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Apply an autograd.Function as torch does."""
-    return _plain_apply.__get__(None, function)(*args)
+    return _plain_apply.__get__(None, function)(*args, **kwargs)
 
 
-def applied(env: Any, function: Any, args: Sequence[Any]) -> Any:
+def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Apply an autograd.Function to arguments of which some are traced tensors of the environment."""
     if function is CheckpointFunction:  # XLA decides itself what is computed again
         return args[0](*args[2:])
+    has_setup = function.setup_context is not Function.setup_context
+    if has_setup:
+        bound = inspect.signature(function.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
     positions = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
     others = _without_tensors(args)
     arrays = env.unwrapped([args[i] for i in positions])
@@ -56,10 +62,8 @@ def applied(env: Any, function: Any, args: Sequence[Any]) -> Any:
         with env.within(key), torch.enable_grad():  # a second derivative goes through what it saves
             given = _filled(env, others, arrays)
             context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in given])
-            if function.setup_context is Function.setup_context:
-                output = function.forward(context, *given)
-            else:
-                output = function.forward(*given)
+            output = function.forward(*([] if has_setup else [context]), *given, **kwargs)
+            if has_setup:
                 function.setup_context(context, tuple(given), output)
             outputs, left["result"] = pytree.tree_flatten(output)
             kept, left["structure"] = pytree.tree_flatten(context.__dict__)

@@ -202,18 +202,19 @@ class _Parts(torch.autograd.Function):
     """Several results, one an integer; draws; its derivative is ten times the right one."""
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, ...]:
-        return x**3, x.argmax(), torch.rand_like(x)
+    def forward(x: Tensor, power: int = 3) -> tuple[Tensor, ...]:
+        return x**power, x.argmax(), torch.rand_like(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, outputs: Any) -> None:
-        ctx.save_for_backward(*inputs)
+        x, ctx.power = inputs
+        ctx.save_for_backward(x)
         ctx.mark_non_differentiable(outputs[1])
 
     @staticmethod
-    def backward(ctx: Any, ct: Tensor, *others: Any) -> Tensor:
+    def backward(ctx: Any, ct: Tensor, *others: Any) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return 30 * x**2 * ct
+        return 10 * ctx.power * x**2 * ct, None
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
