@@ -34,6 +34,7 @@ from bridge_wire.slabs import memfd_works
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MOST_UNCOUNTED = 1000
+_MOST_RELEASED = 100_000  # by one message, which has to fit in a frame
 _address_of = operator.attrgetter("address")
 
 
@@ -378,7 +379,7 @@ class RemoteSession(Session):
 
     def _take_dropped(self) -> list[int]:
         taken: list[int] = []
-        while self._dropped:
+        while self._dropped and len(taken) < _MOST_RELEASED:
             taken.append(self._dropped.popleft())
         return taken
 

@@ -29,6 +29,7 @@ from bridge_wire.errors import (
     abort,
     unexpected,
 )
+from bridge_wire.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
 from bridge_wire.specs import Spec
@@ -163,7 +164,7 @@ class Entrance(grpc.ServerInterceptor):
         serve = self._prompt(handler)
         return make(
             serve if details.method.startswith(_BRIDGE) else self._counted(serve),
-            request_deserializer=handler.request_deserializer,
+            request_deserializer=_lane_request if details.method == f"{_BRIDGE}Lane" else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
@@ -199,6 +200,12 @@ class Entrance(grpc.ServerInterceptor):
 
 def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
     abort(context, Unauthenticated("the worker's token is missing or wrong; pass token="))
+
+
+def _lane_request(message: bytes) -> pb.LaneRequest:
+    if len(message) > MAX_FRAME:
+        raise ProtocolError(f"a lane's message of {len(message)} bytes; the limit is {MAX_FRAME}, as of a frame")
+    return pb.LaneRequest.FromString(message)
 
 
 _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
 _LAST_BYTES_S = 0.5  # for what has been handed to gRPC but not sent yet
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 64 << 20),  # of signatures with very many leaves; tensors come in chunks
+    ("grpc.max_receive_message_length", 16 << 20),  # of signatures with very many leaves; tensors come in chunks
     ("grpc.keepalive_time_ms", 60_000),  # finds out about clients whose host has vanished
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),  # a second worker on the port must fail, not share it

@@ -339,7 +339,15 @@ def test_random_bytes_end_the_lane(opened: Opened) -> None:
                 assert client.lane.hear() is None
 
 
-@pytest.mark.parametrize("payload", [b"\xff" * 40, b"\x0a\xff", bytes(65 << 20)], ids=["random", "cut", "oversized"])
+NO_REQUESTS = {
+    "random": b"\xff" * 40,
+    "cut": b"\x0a\xff",
+    "longer than a frame": pb.LaneRequest(release=pb.Release(residuals=[5] * MAX_FRAME)).SerializeToString(),
+    "oversized": bytes(65 << 20),
+}
+
+
+@pytest.mark.parametrize("payload", NO_REQUESTS.values(), ids=NO_REQUESTS)
 def test_no_message_on_the_grpc_lane_ends_it(opened: Opened, payload: bytes) -> None:
     """What is no LaneRequest, or is larger than a message may be, ends a gRPC lane with gRPC's own error."""
     with opened("grpc") as client:

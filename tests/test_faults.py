@@ -577,6 +577,15 @@ def test_without_what_only_linux_has_the_bytes_travel_inline(worker: Worker) -> 
     assert done.returncode == 0, done.stderr
 
 
+def test_very_many_dropped_residuals_fit_in_what_is_sent(worker: Worker, lane: str) -> None:
+    """However many residuals a program has let go of since its last call, the next calls tell the worker."""
+    with connect(worker.address, lane=lane) as session:
+        session._dropped.extend(range(2**60, 2**60 + 300_000))
+        for _ in range(3):
+            assert squares(session, 2.0) == [4.0]
+        assert not session._dropped
+
+
 # Forks -------------------------------------------------------------------------------------------------------------
 
 _FORKING = """
