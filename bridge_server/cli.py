@@ -78,6 +78,7 @@ def _serve(options: argparse.Namespace) -> None:
     with stop.at_once():
         runtime = _runtime(options)
         models = _load(options.jax_model or options.torch_model, options.factory, runtime)
+        _let_loggers_speak()
         devices.refuse_host(options.device, runtime)
         devices.make_ready(runtime)
     programs = Programs(runtime, models)
@@ -292,6 +293,13 @@ def _set_up_logging(level: str) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("bridge_server", "bridge_wire"):
         logging.getLogger(name).setLevel(level.upper())
+
+
+def _let_loggers_speak() -> None:
+    """Turn the worker's loggers on again: a module that calls logging.config turns off all that it does not name."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
+            logger.disabled = False
 
 
 class _JsonFormatter(logging.Formatter):

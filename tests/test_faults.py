@@ -741,7 +741,9 @@ def test_a_spawned_worker_ends_with_a_killed_parent(temporary: Path) -> None:
 
 
 _UNTIDY_MODULE = """
-import os, subprocess, sys
+import logging.config, os, subprocess, sys
+stderr = {"class": "logging.StreamHandler"}
+logging.config.dictConfig({"version": 1, "handlers": {"e": stderr}, "root": {"handlers": ["e"], "level": "INFO"}})
 child = subprocess.Popen(["sleep", "60"])
 with open("child.pid", "w") as file:
     file.write(str(child.pid))
@@ -752,10 +754,11 @@ identity = abs
 
 
 def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither what a module prints, nor a process that it leaves, nor a long TMPDIR, nor variables that are meant for
-    another worker keep `spawn` from starting a worker, or `close` from ending it."""
+    """Neither what a module prints, nor how it sets up logging, nor a process that it leaves, nor a long TMPDIR, nor
+    variables that are meant for another worker keep `spawn` from starting a worker, or `close` from ending it."""
+    caplog.set_level(logging.INFO, logger="bridge_client.worker")
     (tmp_path / "untidy.py").write_text(_UNTIDY_MODULE)
     long = tmp_path / ("t" * 100)
     long.mkdir()
@@ -769,6 +772,7 @@ def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     finally:
         os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
     assert not list(long.iterdir())
+    assert "draining" in caplog.text
 
 
 # The worker is told to end -----------------------------------------------------------------------------------------
