@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 from unittest.mock import patch
 
@@ -21,6 +21,7 @@ from torch.utils._mode_utils import no_dispatch
 from bridge_server.jax_runtime.types import has_x64
 from bridge_server.torch_via_xla.aliases import Aliases, is_permuted, named_in, refuse_stale
 from bridge_server.torch_via_xla.arrays import to_jax
+from bridge_server.torch_via_xla.derivatives import OPERATORS
 from bridge_server.torch_via_xla.functions import applied, apply_plainly, taken_over
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError
@@ -183,6 +184,8 @@ def _made_environment() -> Any:
 
         env = Bridge()
     _let_masks_be_traced(tensor.Tensor)
+    for operator, f in OPERATORS.items():
+        env.override_op_definition(operator, _of_tensors(env, f))
     env.override_op_definition(torch.ops.aten.detach, _detach)
     env.override_op_definition(functional.batch_norm, _batch_norm)
     env.override_op_definition(functional.instance_norm, _instance_norm)
@@ -249,6 +252,16 @@ def _as_torchax_expects() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _of_tensors(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of arrays as one of tensors."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = env.t2j_iso((args, kwargs))
+        return env.j2t_iso(f(*args, **kwargs))
+
+    return called
 
 
 def _detach(x: Tensor) -> Tensor:

@@ -239,6 +239,34 @@ def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> No
     assert leaf.grad is not None and leaf.grad.item() == 2.0  # torch's own are what they were
 
 
+_ON_BORDERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
+    "abs": (torch.abs, [0, -1, 2, 0]),
+    "atan2": (lambda x: torch.atan2(x, -x), [0, 1, -2, 0]),
+    "cdist": (lambda x: torch.cdist(x.view(2, 2), x.view(2, 2)), [0, 1, 2, 3]),
+    "clamp": (lambda x: x.clamp(0, 1) + x.clamp(min=2), [0, 1, 2, -1]),
+    "leaky_relu": (functional.leaky_relu, [0, -1, 1, 0]),
+    "max": (lambda x: x.view(2, 2).max(1).values + x.view(2, 2).min(0, keepdim=True)[0], [1, 1, 0, 0]),
+    "norm": (lambda x: x.norm() + torch.linalg.vector_norm(x.view(2, 2), ord=3, dim=1).sum(), [0, 0, 0, 0]),
+    "normalize": (lambda x: functional.normalize(x.view(2, 2)), [3, 4, 0, 0]),
+    "relu6": (functional.relu6, [0, 6, 1, 7]),
+    "sinc": (torch.sinc, [0, 1, 0.5, 0]),
+    "softplus": (functional.softplus, [0, 100, 1000, -1000]),
+}
+
+
+@pytest.mark.parametrize("name", _ON_BORDERS)
+def test_derivatives_on_borders_are_torchs(name: str) -> None:
+    """At zero, at the ends of a clamp, among equal maxima, and far out, where JAX's would be others, or none."""
+    f, values = _ON_BORDERS[name]
+    leaf = torch.tensor(values, dtype=torch.float32, requires_grad=True)
+    expected = f(leaf)
+    (gradient,) = torch.autograd.grad(expected.sum(), leaf)
+    h = trace_torch(f)
+    x = jnp.asarray(values, jnp.float32)
+    assert_same(jax.jit(h)(x), expected.detach(), 1e-6)
+    assert_same(jax.jit(jax.grad(lambda x: h(x).sum()))(x), gradient, 1e-5)
+
+
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_checkpoints_have_gradients(is_reentrant: bool) -> None:
     """What torch.utils.checkpoint wraps has its derivative when traced."""
