@@ -111,6 +111,14 @@ class Program:
         )
         self.name = (link, prepared.program)
 
+    def prepare_keeping(self, wrt: tuple[int, ...]) -> "Program":
+        """Prepare the program whose runs also keep a residual, before this one, whose outputs it has: this one is
+        prepared, and compiled, when it is first run, if it ever is. Return this one."""
+        kept = self.keeping(wrt)
+        self.outputs, self.output_nbytes, self.outputs_nbytes = kept.outputs, kept.output_nbytes, kept.outputs_nbytes
+        self.discrete_outputs, self.changed, self.result = kept.discrete_outputs, kept.changed, kept.result
+        return self
+
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
         """Return the program whose runs also keep a residual for the pullback to the inputs `wrt`."""
         key = ("keep", wrt)

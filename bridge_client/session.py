@@ -179,14 +179,18 @@ class Session(ABC):
           WorkerUnavailable: no worker answers.
         """
 
-    def prepare_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
-        """Prepare an untransformed call of a model.
+    def described_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
+        """Return the program of an untransformed call of a model, which is not prepared yet.
 
         `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is derived from it.
         """
         named = tuple(labels) or tuple(f"input {i}" for i in range(len(call.inputs)))
         inputs = tuple(_decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True))
-        return self.prepare(Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s))
+        return Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s)
+
+    def prepare_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
+        """Prepare an untransformed call of a model; the arguments are those of `described_call`."""
+        return self.prepare(self.described_call(call, labels, timeout_s))
 
     @abstractmethod
     def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:

@@ -28,11 +28,21 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     if torch._C._get_tracing_state() is not None:  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
-    if torch.is_grad_enabled():
-        wrt = tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
-        if wrt:
-            return _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
+        return _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
     return run(program, inputs)
+
+
+def prepared(program: Program, inputs: Sequence[Any]) -> Program:
+    """Prepare a program, as far as its run on these inputs is going to need it."""
+    is_recorded = torch.is_grad_enabled() and not _are_transforms_active() and torch._C._get_tracing_state() is None
+    if is_recorded and (wrt := _requiring_grad(inputs)):
+        return program.prepare_keeping(wrt)
+    return program.session.prepare(program)
+
+
+def _requiring_grad(inputs: Sequence[Any]) -> tuple[int, ...]:
+    return tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
 
 
 def _are_transforms_active() -> bool:

@@ -20,7 +20,7 @@ from bridge_client.futures import completed
 from bridge_client.programs import Program
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch import compiled
-from bridge_client.torch.derivatives import apply
+from bridge_client.torch.derivatives import apply, prepared
 from bridge_client.torch.families import Seen, for_all_sizes, seen
 from bridge_client.torch.memory import DTYPES, TORCH_DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
 from bridge_client.torch.runs import PLAIN, is_traced
@@ -375,7 +375,7 @@ class RemoteJaxFunction(nn.Module):
         shapes = [shape_of(value) if isinstance(value, Tensor) else () for value in inputs]
         now = [tuple([getattr(size, "now", size) for size in shape]) for shape in shapes]
         described = [spec_of(value, path, x64, shape) for value, path, shape in zip(inputs, paths, now, strict=True)]
-        program = self.session.prepare_call(
+        program = self.session.described_call(
             pb.Call(
                 model=self._model.name,
                 arguments=arguments,
@@ -387,6 +387,7 @@ class RemoteJaxFunction(nn.Module):
             labels=paths,
             timeout_s=self.timeout_s,
         )
+        program = prepared(program, inputs)
         if any(isinstance(size, Seen) for shape in shapes for size in shape):
             program = for_all_sizes(program, shapes)
         return _Call(program, rebuilder(program.result, self._classes))

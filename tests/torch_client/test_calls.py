@@ -206,6 +206,13 @@ def test_a_static_number_makes_a_program_per_value(remote: Remote) -> None:
     assert numbers[0] == numbers[2] and len({int(number) for number in numbers}) == 3
 
 
+def test_a_call_under_grad_makes_one_program(remote: Remote) -> None:
+    """The forward pass that keeps a residual; the one that keeps none is made when it is first run."""
+    model = remote("program_number")
+    recorded = model(torch.rand(5, 7).requires_grad_(), 1.0)[1]
+    assert model(torch.rand(5, 7), 1.0)[1] == recorded + 1
+
+
 @pytest.mark.parametrize("static_argnames", ["exponent", ["exponent"]])
 def test_python_can_count_with_a_static_number(remote: Remote, static_argnames: Any) -> None:
     """A static number is a Python number in the model, given by position or by keyword."""
