@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bridge_server import devices, doctor, endpoints, targets
 from bridge_server.allocator_choice import restart_with_a_good_allocator
@@ -72,8 +72,7 @@ def _serve(options: argparse.Namespace) -> None:
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
         watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
-    # As it is before models are imported, which may replace it or close it.
-    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w") if sys.stdout else None
+    stdout = _copy_of_stdout()
 
     with stop.at_once():
         runtime = _runtime(options)
@@ -113,6 +112,14 @@ def _serve(options: argparse.Namespace) -> None:
         # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the interpreter
         # itself would wait for the calls.
         os._exit(FAILED)
+
+
+def _copy_of_stdout() -> TextIO:
+    """Return this process's stdout as it is before models are imported, which may replace it or close it."""
+    try:
+        return os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    except (AttributeError, OSError):  # there is none, or one without a descriptor
+        return sys.stdout
 
 
 def _runtime(options: argparse.Namespace) -> Runtime:

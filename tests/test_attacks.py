@@ -535,7 +535,10 @@ def test_session_sees_nothing_of_another(opened: Opened) -> None:
 # Memory -----------------------------------------------------------------------------------------------------------
 
 
-def memfd(nbytes: int = SLAB, seals: int = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL) -> int:
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def memfd(nbytes: int = SLAB, seals: int = SEALS) -> int:
     fd = os.memfd_create("attack", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, nbytes)
     if seals:
@@ -560,6 +563,7 @@ NO_SLABS: dict[str, Callable[[], list[int]]] = {
     "two descriptors": lambda: [memfd(), memfd()],
     "unsealed memfd": lambda: [memfd(seals=0)],
     "memfd that may shrink": lambda: [memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)],
+    "memfd that nobody may write to": lambda: [memfd(seals=SEALS | fcntl.F_SEAL_WRITE)],
     "memfd of another size": lambda: [memfd(2 * SLAB)],
     "empty memfd": lambda: [memfd(0)],
     "pipe": lambda: [pipe()],
