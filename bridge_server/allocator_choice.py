@@ -30,8 +30,8 @@ def restart_with_a_good_allocator() -> None:
         theirs = os.environ.get("GLIBC_TUNABLES", "")
         ours = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs]
         tunables = ":".join(filter(None, [theirs, *ours]))
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # a process may have been started without
+            stream.flush()
         environment = os.environ | {"GLIBC_TUNABLES": tunables, _MARK: "glibc with huge pages"}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     _log.debug("allocator: %s", chosen())
