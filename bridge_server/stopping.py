@@ -12,6 +12,7 @@ from bridge_server.endpoints import Endpoint
 _log = logging.getLogger(__name__)
 
 _FAILED = 1  # the exit status
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
@@ -30,7 +31,7 @@ class StopSignals:
         self._asked, self._ask = os.pipe()
         os.set_blocking(self._ask, False)
         signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: self._note())
 
     def request(self) -> None:
@@ -59,7 +60,8 @@ class StopSignals:
         os.write(self._ask, b"\0")
 
     def wait(self) -> None:
-        os.read(self._asked, 1)
+        while os.read(self._asked, 1)[0] not in (0, *_SIGNALS):
+            pass  # a signal that a model handles
 
     def _note(self) -> None:
         if self._is_requested:

@@ -741,7 +741,9 @@ def test_a_spawned_worker_ends_with_a_killed_parent(temporary: Path) -> None:
 
 
 _UNTIDY_MODULE = """
-import logging.config, os, subprocess, sys
+import logging.config, os, signal, subprocess, sys
+signal.signal(signal.SIGUSR1, lambda *_: None)
+os.kill(os.getpid(), signal.SIGUSR1)
 stderr = {"class": "logging.StreamHandler"}
 logging.config.dictConfig({"version": 1, "handlers": {"e": stderr}, "root": {"handlers": ["e"], "level": "INFO"}})
 child = subprocess.Popen(["sleep", "60"])
@@ -756,8 +758,9 @@ identity = abs
 def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither what a module prints, nor how it sets up logging, nor a process that it leaves, nor a long TMPDIR, nor
-    variables that are meant for another worker keep `spawn` from starting a worker, or `close` from ending it."""
+    """Neither what a module prints, nor how it sets up logging, nor its own signals, nor a process that it leaves, nor
+    a long TMPDIR, nor variables that are meant for another worker keep `spawn` from starting a worker, or `close` from
+    ending it."""
     caplog.set_level(logging.INFO, logger="bridge_client.worker")
     (tmp_path / "untidy.py").write_text(_UNTIDY_MODULE)
     long = tmp_path / ("t" * 100)
@@ -768,6 +771,7 @@ def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     session = spawn("untidy:identity", python=python_of(".venv-jax"), cwd=tmp_path)
     try:
         assert list(session.models) == ["identity"]
+        assert values(*session.run(prepare(session, "identity", floats(1)), [placed(session, [-1.0])])) == [1.0]
         session.close()
     finally:
         os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)

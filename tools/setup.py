@@ -189,7 +189,8 @@ def create(environment: Environment, base: Interpreter, key: str) -> None:
     environment.folder.mkdir()
     # A PYTHONPATH would make pip believe that packages are installed already.
     settings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    settings |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    # With pip's `user` set, as some people's configuration has it, it refuses virtual environments.
+    settings |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0"}
     with environment.log.open("w") as log:
         for command in creation_steps(environment, base):
             print("$", *command, file=log, flush=True)
