@@ -37,14 +37,14 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
 def register_if_container(cls: type) -> bool:
     """Make a class that is met for the first time a pytree node, if it is a container; return whether it is one.
 
-    Dataclasses are, and so is what counts as a dict, list or tuple in Python, such as torch.Size: it travels as one.
+    What counts as a dict, list or tuple in Python, such as torch.Size, travels as one; and dataclasses are containers.
     """
-    if dataclasses.is_dataclass(cls):
-        register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
-    elif issubclass(cls, Mapping):
+    if issubclass(cls, Mapping):
         _register(cls, _parts_of_mapping, collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict)
     elif issubclass(cls, list | tuple):
         _register(cls, _parts_of_sequence, list if issubclass(cls, list) else tuple)
+    elif dataclasses.is_dataclass(cls):
+        register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
     else:
         return False
     return True

@@ -104,9 +104,21 @@ class Settings(dict[str, Any]):
     """A dict of a user's own, as libraries for settings have them."""
 
 
+@dataclasses.dataclass
+class ModelOutput(collections.OrderedDict[str, Any]):
+    """A dataclass that is a dict of its fields, as transformers' models return them."""
+
+    logits: Any
+    loss: Any = None
+
+    def __post_init__(self) -> None:
+        self["logits"] = self.logits
+
+
 @pytest.mark.parametrize(
     ("value", "plain"),
     [
+        (ModelOutput(x()), {"logits": x()}),
         (Settings(b=x(), a=x() + 1), {"a": x() + 1, "b": x()}),
         (collections.UserDict(w=[x()]), {"w": [x()]}),
         (types.MappingProxyType({"w": Settings(v=x())}), {"w": {"v": x()}}),
