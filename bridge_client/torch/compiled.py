@@ -106,7 +106,7 @@ def _meant(value: Any) -> Any:
 # Dynamo sees of these two what they return: they look at classes only, and a class that is met has its number at once.
 @torch.compiler.assume_constant_result
 def _fields_of(cls: type) -> tuple[str, ...] | None:
-    """Return the names of the fields of a namedtuple or a dataclass; None of any other class, a dict that is one too."""
+    """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; of any other class, None."""
     if issubclass(cls, tuple):
         return getattr(cls, "_fields", None)
     if not dataclasses.is_dataclass(cls) or issubclass(cls, Mapping | list):
