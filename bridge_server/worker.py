@@ -12,10 +12,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from bridge_server.endpoints import Endpoint, listens
+from bridge_server.entrance import Entrance
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.runtime import Runtime
-from bridge_server.service import MAX_THREADS, Entrance, Service
+from bridge_server.service import MAX_THREADS, Service
 from bridge_server.sessions import Sessions
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb

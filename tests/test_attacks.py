@@ -24,11 +24,12 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
 from bridge_client.lanes import from_rpc
+from bridge_server.entrance import Entrance
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs
 from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Model
-from bridge_server.service import Entrance, Service
+from bridge_server.service import Service
 from bridge_server.sessions import Sessions
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
@@ -1062,7 +1063,7 @@ def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pyte
 def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be so many lanes over gRPC; other calls have threads left, and the silent ones end in time."""
     monkeypatch.setattr("bridge_server.service.MAX_LANES", 2)
-    monkeypatch.setattr("bridge_server.service.ATTACH_S", 0.5)
+    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 0.5)
     with ThreadPoolExecutor(3) as threads:
         server = grpc.server(threads, interceptors=[Entrance(None)])
         add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
@@ -1090,9 +1091,9 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
 def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of calls that stop after their headers, those without the token end at once, there may be so many probes, and
     all end in time. There may be so many preparations, too."""
-    monkeypatch.setattr("bridge_server.service.MAX_PROBES", 1)
+    monkeypatch.setattr("bridge_server.entrance.MAX_PROBES", 1)
     monkeypatch.setattr("bridge_server.service.MAX_PREPARATIONS", 0)
-    monkeypatch.setattr("bridge_server.service.ATTACH_S", 1.0)
+    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 1.0)
     opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
     known = (("authorization", "Bearer known"),)
     with ThreadPoolExecutor(3) as threads:
