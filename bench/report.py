@@ -76,7 +76,7 @@ Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make b
 - *native torch*: the same function in torch.
 - *jax2torch-style*: an `autograd.Function` whose forward calls `jax.vjp` of a jitted function each time, with DLPack
   both ways; torch and JAX in one process and one environment. The baseline of the budget.
-- *local lane*: a worker in another process and environment, shared memory, a Unix socket for the signals. With
+- *local lane*: a worker in another process and environment; tensors and signals in shared memory. With
   *inputs in a slab* the input and the cotangent lie in shared memory already, as what another remote call has
   returned does.
 - *gRPC inline*: the same worker, over the same host's Unix socket, the bytes sent in gRPC messages.

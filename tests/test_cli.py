@@ -360,12 +360,12 @@ def test_a_lane_of_another_container_stays(runtime_directory: Path, monkeypatch:
         assert taken.exists() and not left.exists()
 
 
-def test_a_runtime_directory_that_others_may_enter_is_refused(tmp_path: Path) -> None:
+def test_a_runtime_directory_that_others_may_enter_is_refused(runtime_directory: Path) -> None:
     """A worker does not listen in a directory that somebody else may have prepared."""
-    directory = tmp_path / f"torch-jax-bridge-{os.geteuid()}"
+    directory = runtime_directory / f"torch-jax-bridge-{os.geteuid()}"
     directory.mkdir(mode=0o755)
     directory.chmod(0o755)
-    assert "0700" in _refusal(*models("square"), XDG_RUNTIME_DIR=str(tmp_path))
+    assert "0700" in _refusal(*models("square"), XDG_RUNTIME_DIR=str(runtime_directory))
 
 
 def test_a_worker_beyond_loopback_asks_for_its_token(tokened_worker: Worker) -> None:
