@@ -1063,15 +1063,17 @@ def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pyte
 def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be so many lanes over gRPC; other calls have threads left, and the silent ones end in time."""
     monkeypatch.setattr("bridge_server.service.MAX_LANES", 2)
-    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 0.5)
+    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 3.0)
     with ThreadPoolExecutor(3) as threads:
         server = grpc.server(threads, interceptors=[Entrance(None)])
-        add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
+        service = Service(None, None, SESSIONS, "")  # type: ignore[arg-type]
+        add_BridgeServicer_to_server(service, server)
         address = f"unix:{tmp_path}/g.sock"
         server.add_insecure_port(address)
         server.start()
         with contextlib.closing(grpc.insecure_channel(address)) as channel:
             silent = [GrpcLane(channel) for _ in range(2)]
+            assert eventually(lambda: service._free_lanes._value == 0)
             refused = GrpcLane(channel)
             with pytest.raises(grpc.RpcError) as raised:
                 refused.hear()
@@ -1093,7 +1095,7 @@ def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeyp
     all end in time. There may be so many preparations, too."""
     monkeypatch.setattr("bridge_server.entrance.MAX_PROBES", 1)
     monkeypatch.setattr("bridge_server.service.MAX_PREPARATIONS", 0)
-    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 1.0)
+    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 3.0)
     opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
     known = (("authorization", "Bearer known"),)
     with ThreadPoolExecutor(3) as threads:

@@ -1,4 +1,4 @@
-"""Attention whose derivatives have derivatives: the fused operators have a first reverse-mode one only.
+"""Attention by plain operators: the fused ones have a first reverse-mode derivative only, and need tensors with memory.
 
 torch's switch is one for the whole process. While it is off, calls of other threads take a little longer, and return
 the same.
@@ -23,7 +23,7 @@ _users = 0
 
 @contextlib.contextmanager
 def simple_attention() -> Iterator[None]:
-    """Compute attention by operators that have every derivative. May be nested, and used in several threads."""
+    """Compute attention by operators that have every derivative and can be traced. May be nested, also in threads."""
     global _users
     with _lock:
         if not _users:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as torch_pytree
 from torch.utils._mode_utils import no_dispatch
 
 from bridge_server.jax_runtime.types import has_x64
+from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_via_xla.aliases import Aliases, is_permuted, named_in, refuse_stale
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.derivatives import OPERATORS
@@ -231,7 +232,7 @@ def _as_torchax_expects() -> Iterator[None]:
     not matter what stands for them.
     """
     packet = torch._ops.OpOverloadPacket
-    original, fast_path = packet.__getattr__, torch.backends.mha.get_fastpath_enabled()
+    original = packet.__getattr__
 
     def with_stand_ins(self: Any, key: str) -> Any:
         try:
@@ -241,17 +242,15 @@ def _as_torchax_expects() -> Iterator[None]:
                 raise
             return f"{self}.{key}, which this torch lacks"
 
-    try:
-        with (
-            patch.object(packet, "__getattr__", with_stand_ins),
-            # With a device named "jax", for which torch has no code, torch.compile fails, whatever it compiles.
-            patch.object(torch.utils, "rename_privateuse1_backend"),
-            patch.object(torch, "_register_device_module"),
-            patch.dict(os.environ),
-        ):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with (
+        simple_attention(),  # torchax turns fused attention off for good
+        patch.object(packet, "__getattr__", with_stand_ins),
+        # With a device named "jax", for which torch has no code, torch.compile fails, whatever it compiles.
+        patch.object(torch.utils, "rename_privateuse1_backend"),
+        patch.object(torch, "_register_device_module"),
+        patch.dict(os.environ),
+    ):
+        yield
 
 
 def _of_tensors(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:

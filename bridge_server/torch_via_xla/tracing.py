@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.environment import environment
 from bridge_wire.errors import CallerError, StructureError
@@ -117,10 +118,6 @@ def _checked(what: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> dic
 @contextlib.contextmanager
 def _tracing(rng: jax.Array | None) -> Iterator[Any]:
     env = environment()
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # it computes on the memory that these tensors do not have
-    try:
-        with env.within(rng):
-            yield env
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    # Fused attention computes on the memory that these tensors do not have.
+    with simple_attention(), env.within(rng):
+        yield env

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -328,6 +329,29 @@ def test_threads_trace_at_once() -> None:
     expected = [float(f(jnp.ones(64), rng=key)) for key in keys]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda key: float(f(jnp.ones(64), rng=key)), keys)) == expected
+
+
+def test_traces_side_by_side_leave_torch_as_it_was() -> None:
+    """What tracing switches off for the whole process is on again after the last of several traces."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(x: Tensor) -> Tensor:
+        begun.set()
+        assert go_on.wait(30)
+        return x * 2
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def quick(x: Tensor) -> Tensor:
+            running.append(pool.submit(trace_torch(slow), jnp.ones(2)))
+            assert begun.wait(30)
+            return x + 1
+
+        running: list[Any] = []
+        assert trace_torch(quick)(jnp.ones(2)).tolist() == [2, 2]
+        go_on.set()
+        assert running[0].result().tolist() == [2, 2]
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_tied_weights_stay_tied() -> None:
