@@ -1,10 +1,11 @@
 """Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only traces."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import TracingContext
 
 from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
@@ -35,7 +36,7 @@ def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
 
 def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program as an operator, which a graph can name."""
-    return torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
+    return _operators().run(_as_tensors(inputs), program.pin())
 
 
 def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
@@ -45,7 +46,7 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     hook may make, still names it, or nothing at all.
     """
     if is_traced(inputs):
-        *outputs, handle = torch.ops.torch_jax_bridge.run(_as_tensors(inputs), program.pin())
+        *outputs, handle = run_operator(program, inputs)
         return outputs, handle
     placed, copied, gpu = place(program, inputs)
     session = program.session
@@ -71,7 +72,7 @@ def pull_back(
     kept, wrt, given = which
     if is_traced([handle, *cotangents]):
         arrays = _as_tensors([*inputs, *cotangents])
-        return torch.ops.torch_jax_bridge.pull_back(handle, arrays, program.pin(), kept, wrt, given)
+        return _operators().pull_back(handle, arrays, program.pin(), kept, wrt, given)
     pullback = program.keeping(kept).pullback(wrt, given)
     session = program.session
     try:
@@ -141,18 +142,47 @@ def _empty(described: Sequence[Spec], shapes: Sequence[Any], arrays: Sequence[Te
     return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
+def _operators() -> Any:
+    """Return the operators that a graph is going to name: in code that torch.compile makes, those without derivatives.
+
+    It has derived its graphs when they run, and an operator that has a derivative looks for whatever records it at each
+    run: 15 µs of a forward and VJP (torch 2.13).
+    """
+    is_derived = TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    return torch.ops.torch_jax_bridge_derived if is_derived else torch.ops.torch_jax_bridge
+
+
 # Not by torch.library.custom_op: its wrappers took 15 µs of each call (torch 2.13).
 LIBRARY = torch.library.Library("torch_jax_bridge", "DEF")
+_DERIVED = torch.library.Library("torch_jax_bridge_derived", "DEF")
 # A call waits for the worker, which no CUDA graph can replay.
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
-LIBRARY.define("run(Tensor[] arrays, int program) -> Tensor[]", tags=_TAGS)
-LIBRARY.define(
-    "pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) -> Tensor[]",
-    tags=_TAGS,
-)
 
 
-@torch.library.impl(LIBRARY, "run", "CompositeExplicitAutograd")
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function an operator of both libraries."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for library in (LIBRARY, _DERIVED):
+            library.define(schema, tags=_TAGS)
+            library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function what an operator of both libraries does with tensors that have types only."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        for library in (LIBRARY, _DERIVED):
+            torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
+        return function
+
+    return register
+
+
+@_operator("run(Tensor[] arrays, int program) -> Tensor[]")
 def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     """Run a program; one that keeps a residual has the residual's handle as its last output."""
     known = Program.of(program).at(arrays)
@@ -163,14 +193,14 @@ def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     return [*outputs, handle]
 
 
-@torch.library.register_fake("torch_jax_bridge::run", lib=LIBRARY)
+@_fake("run")
 def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     known = Program.of(program)
     handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if known.keeps_residual else []
     return _empty(known.outputs, known.output_shapes(arrays), arrays) + handle
 
 
-@torch.library.impl(LIBRARY, "pull_back", "CompositeExplicitAutograd")
+@_operator("pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) -> Tensor[]")
 def _pull_back_operator(
     handle: Tensor,
     arrays: Sequence[Tensor],
@@ -186,7 +216,7 @@ def _pull_back_operator(
     return list(pull_back(known, which, handle, as_values(known, arrays[:count]), arrays[count:]))
 
 
-@torch.library.register_fake("torch_jax_bridge::pull_back", lib=LIBRARY)
+@_fake("pull_back")
 def _(
     handle: Tensor,
     arrays: Sequence[Tensor],

@@ -9,10 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridge_client import Session
@@ -309,6 +312,23 @@ def test_compiled_code_casts_under_autocast(x64_remote: Remote) -> None:
     with torch.autocast("cpu"):
         assert torch.equal(compiled(x), model(x))
     assert compiled(x).dtype is torch.float32
+
+
+def test_compiled_code_looks_for_no_derivatives(x64_remote: Remote) -> None:
+    """Graphs of torch.compile name operators that have none, since they are derived; what is exported may yet be."""
+    sine, x = x64_remote("sine"), rand(3).requires_grad_()
+    named: list[Any] = []
+
+    def noting(graph: GraphModule, _: Any) -> Any:
+        named.extend(node.target for node in graph.graph.nodes if "torch_jax_bridge" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    y = torch.compile(sine, fullgraph=True, backend=aot_autograd(fw_compiler=noting))(x)
+    assert_same(torch.autograd.grad(y.sum(), x)[0], 2 * x.detach().cos())
+    derived = torch.ops.torch_jax_bridge_derived
+    assert named == [derived.run.default, derived.pull_back.default]
+    exported = torch.export.export(sine, (rand(3),)).graph
+    assert torch.ops.torch_jax_bridge.run.default in {node.target for node in exported.nodes}
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
