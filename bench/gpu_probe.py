@@ -27,6 +27,7 @@ from bridge_wire.cuda import HANDLE_BYTES, Device, device_of, driver, gpus
 from bridge_wire.dlpack import DeviceExporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CudaError, WorldError
+from bridge_wire.gpu_checks import has_mps
 from bridge_wire.host import installed
 from bridge_wire.specs import Spec
 
@@ -167,8 +168,7 @@ def _python(folder: Path, prefix: str) -> Any:
 
 
 def _mixed_mps() -> str:
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    if not pipes.exists():
+    if not has_mps():
         return "not asked: there is no MPS daemon here"
     with tempfile.TemporaryDirectory() as folder:
         without = f"env CUDA_MPS_PIPE_DIRECTORY={folder}/none"

@@ -63,10 +63,14 @@ def checks() -> Iterator[Check]:
     cupy = _cupy(driver.version())
     yield cupy
     yield _allocators(os.environ)
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
-    yield ok("MPS", "its daemon's pipes are here" if pipes.exists() else "off: processes take turns on a GPU")
+    yield ok("MPS", "its daemon's pipes are here" if has_mps() else "off: processes take turns on a GPU")
     if cupy.verdict == OK:
         yield from map(exchanged, gpus)
+
+
+def has_mps() -> bool:
+    """Whether the pipes of an MPS daemon are there: where it is told to make them, or at CUDA's default."""
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
 
 
 def exchanged(gpu: Gpu) -> Check:
