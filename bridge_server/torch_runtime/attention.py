@@ -4,11 +4,11 @@ torch's switch is one for the whole process. While it is off, calls of other thr
 the same.
 """
 
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch.backends import cuda, mha  # for every device, in spite of the name
+
+from bridge_server.switches import Switch
 
 _SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], object]], ...] = (
     (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
@@ -16,26 +16,19 @@ _SWITCHES: tuple[tuple[Callable[[], bool], Callable[[bool], object]], ...] = (
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
     (mha.get_fastpath_enabled, mha.set_fastpath_enabled),  # nn.TransformerEncoderLayer in eval mode
 )
-_lock = threading.Lock()
-_before: list[bool] = []
-_users = 0
 
 
-@contextlib.contextmanager
-def simple_attention() -> Iterator[None]:
-    """Compute attention by operators that have every derivative and can be traced. May be nested, also in threads."""
-    global _users
-    with _lock:
-        if not _users:
-            _before[:] = [is_enabled() for is_enabled, _ in _SWITCHES]
-            for _, enable in _SWITCHES:
-                enable(False)
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                for (_, enable), was in zip(_SWITCHES, _before, strict=True):
-                    enable(was)
+def _turn_off() -> Callable[[], None]:
+    before = [is_enabled() for is_enabled, _ in _SWITCHES]
+    for _, enable in _SWITCHES:
+        enable(False)
+
+    def turn_back() -> None:
+        for (_, enable), was in zip(_SWITCHES, before, strict=True):
+            enable(was)
+
+    return turn_back
+
+
+# Computes attention by operators that have every derivative and can be traced.
+simple_attention = Switch(_turn_off)

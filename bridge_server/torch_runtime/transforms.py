@@ -273,7 +273,7 @@ def _conjugated(tensor: Tensor) -> Tensor:
 
 def _with_simple_attention(f: Flat) -> Flat:
     def simple(arrays: Sequence[Any]) -> list[Tensor]:
-        with simple_attention():
+        with simple_attention:
             return f(arrays)
 
     return simple

@@ -19,11 +19,12 @@ from torch.utils import _pytree as torch_pytree
 from torch.utils._mode_utils import no_dispatch
 
 from bridge_server.jax_runtime.types import has_x64
+from bridge_server.switches import Switch
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_via_xla.aliases import Aliases, is_permuted, named_in, refuse_stale
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.derivatives import OPERATORS
-from bridge_server.torch_via_xla.functions import applied, apply_plainly, taken_over
+from bridge_server.torch_via_xla.functions import applied, apply_plainly, take_over
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError
 
@@ -126,7 +127,7 @@ def _made_environment() -> Any:
                     stack.enter_context(self.drawing_from(rng))
                     if not is_part:
                         stack.enter_context(torch.enable_grad())
-                        stack.enter_context(taken_over(self._apply))
+                        stack.enter_context(taken_over)
                         stack.enter_context(self)
                     yield
 
@@ -184,6 +185,7 @@ def _made_environment() -> Any:
                 return key
 
         env = Bridge()
+        taken_over = Switch(functools.partial(take_over, env._apply))
     _let_masks_be_traced(tensor.Tensor)
     for operator, f in OPERATORS.items():
         env.override_op_definition(operator, _of_tensors(env, f))
@@ -243,7 +245,7 @@ def _as_torchax_expects() -> Iterator[None]:
             return f"{self}.{key}, which this torch lacks"
 
     with (
-        simple_attention(),  # torchax turns fused attention off for good
+        simple_attention,  # torchax turns fused attention off for good
         patch.object(packet, "__getattr__", with_stand_ins),
         # With a device named "jax", for which torch has no code, torch.compile fails, whatever it compiles.
         patch.object(torch.utils, "rename_privateuse1_backend"),

@@ -1,9 +1,7 @@
 """autograd.Functions in traced code: their backward passes are custom derivatives of JAX."""
 
-import contextlib
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,25 +15,17 @@ from torch.utils.checkpoint import CheckpointFunction
 from bridge_wire.errors import CallerError
 
 _plain_apply = Function.__dict__["apply"]
-_lock = threading.Lock()
-_users = 0
 
 
-@contextlib.contextmanager
-def taken_over(apply: Callable[..., Any]) -> Iterator[None]:
-    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every thread."""
-    global _users
-    with _lock:
-        _users += 1
-        if _users == 1:
-            Function.apply = classmethod(lambda cls, *args, **kwargs: apply(cls, args, kwargs))  # type: ignore
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if not _users:
-                Function.apply = _plain_apply  # type: ignore[method-assign]
+def take_over(apply: Callable[..., Any]) -> Callable[[], None]:
+    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every thread. Return what
+    ends that."""
+
+    def give_back() -> None:
+        Function.apply = _plain_apply  # type: ignore[method-assign]
+
+    Function.apply = classmethod(lambda cls, *args, **kwargs: apply(cls, args, kwargs))  # type: ignore
+    return give_back
 
 
 def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -119,5 +119,5 @@ def _checked(what: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> dic
 def _tracing(rng: jax.Array | None) -> Iterator[Any]:
     env = environment()
     # Fused attention computes on the memory that these tensors do not have.
-    with simple_attention(), env.within(rng):
+    with simple_attention, env.within(rng):
         yield env
