@@ -25,6 +25,17 @@ def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
         b.close()
 
 
+@pytest.fixture(params=["socket", "mailbox"])
+def either_pair(request: pytest.FixtureRequest) -> Iterator[tuple[FramedSocket, FramedSocket]]:
+    """The same, without a mailbox and, where the machine has one to offer, with it."""
+    with pair() as (a, b):
+        if request.param == "mailbox":
+            a.offer_mailbox()
+            a.send(b"hello")
+            assert b.receive(5) == b"hello"
+        yield a, b
+
+
 @contextlib.contextmanager
 def raw_pair() -> Iterator[tuple[socket.socket, FramedSocket]]:
     """A plain socket, and the end under test connected to it."""
@@ -113,14 +124,14 @@ def test_oversized_frame_is_a_protocol_error_at_the_receiver() -> None:
 # Time-outs and ends -----------------------------------------------------------------------------------------------
 
 
-def test_silence_is_a_timeout_and_costs_nothing() -> None:
+def test_silence_is_a_timeout_and_costs_nothing(either_pair: tuple[FramedSocket, FramedSocket]) -> None:
     """Nothing within the time is TimeoutError, and what comes later is received whole."""
-    with pair() as (a, b):
-        for timeout_s in (0, 0.02):
-            with pytest.raises(TimeoutError):
-                b.receive(timeout_s)
-        a.send(b"late")
-        assert b.receive(5) == b"late"
+    a, b = either_pair
+    for timeout_s in (0, 0.02):
+        with pytest.raises(TimeoutError):
+            b.receive(timeout_s)
+    a.send(b"late")
+    assert b.receive(5) == b"late"
 
 
 def test_receive_without_a_timeout_waits() -> None:
@@ -141,14 +152,14 @@ def test_receive_without_a_timeout_waits() -> None:
         assert received == [b"at last"]
 
 
-def test_end_of_the_peer_is_none() -> None:
+def test_end_of_the_peer_is_none(either_pair: tuple[FramedSocket, FramedSocket]) -> None:
     """When the peer closes, what it had sent is received first, and then None, again and again."""
-    with pair() as (a, b):
-        a.send(b"last words")
-        a.close()
-        assert b.receive(5) == b"last words"
-        assert b.receive(5) is None
-        assert b.receive() is None
+    a, b = either_pair
+    a.send(b"last words")
+    a.close()
+    assert b.receive(5) == b"last words"
+    assert b.receive(5) is None
+    assert b.receive() is None
 
 
 def test_end_within_a_message_gives_no_message() -> None:
@@ -266,17 +277,17 @@ def test_peer_s_user_is_known() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_descriptors_come_with_their_message(count: int) -> None:
+def test_descriptors_come_with_their_message(either_pair: tuple[FramedSocket, FramedSocket], count: int) -> None:
     """Descriptors arrive in order with the message, close on exec, and belong to whoever takes them."""
-    with pair() as (a, b):
-        sent = some_descriptors(count)
-        a.send(b"here", tuple(sent))
-        assert b.receive(5) == b"here"
-        taken = b.take_descriptors()
-        assert [os.fstat(fd).st_ino for fd in taken] == [os.fstat(fd).st_ino for fd in sent]
-        assert not any(os.get_inheritable(fd) for fd in taken)
-        assert b.take_descriptors() == []
-        close_all(sent + taken)
+    a, b = either_pair
+    sent = some_descriptors(count)
+    a.send(b"here", tuple(sent))
+    assert b.receive(5) == b"here"
+    taken = b.take_descriptors()
+    assert [os.fstat(fd).st_ino for fd in taken] == [os.fstat(fd).st_ino for fd in sent]
+    assert not any(os.get_inheritable(fd) for fd in taken)
+    assert b.take_descriptors() == []
+    close_all(sent + taken)
 
 
 def test_descriptors_are_dropped_where_none_are_taken() -> None:
