@@ -208,7 +208,8 @@ def encode(error: BridgeError) -> pb.Error:
             remote_type=_utf8(error.remote_type),
             traceback=_utf8(error.remote_traceback),
         )
-    return pb.Error(kind=type(error).__name__, message=_utf8(str(error)))
+    kind = next(each.__name__ for each in type(error).__mro__ if each.__name__ in _BY_KIND)
+    return pb.Error(kind=kind, message=_utf8(str(error)))
 
 
 def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:

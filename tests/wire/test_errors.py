@@ -197,3 +197,12 @@ def test_long_traceback_does_not_cost_the_error_its_kind(length: int, aborting: 
     assert status is grpc.StatusCode.ABORTED
     assert received.args[0].startswith("boom: é") and received.remote_type == "builtins.ValueError"
     assert "frame" in received.remote_traceback
+
+
+def test_an_error_of_a_class_of_ones_own_arrives_as_the_bridges() -> None:
+    """A subclass that only one side knows travels under the name of the class that both know."""
+
+    class Special(errors.SpecError):
+        pass
+
+    assert type(errors.decode(errors.encode(Special("odd")))) is errors.SpecError
