@@ -1,7 +1,8 @@
 """A model's call as a function of a flat list of arrays: what every transform starts from."""
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from bridge_server.runtime import Model
 from bridge_server.torch_runtime.randomness import seed
 from bridge_server.torch_runtime.results import Results
-from bridge_server.torch_runtime.tracing import Traced, trace
+from bridge_server.torch_runtime.tracing import Traced, Trial
 from bridge_server.torch_runtime.types import TORCH_DTYPES
 from bridge_wire import trees
 from bridge_wire.errors import CallerError
@@ -51,14 +52,19 @@ class Call:
         self._is_traced = False
         self._is_told = False
         self.is_opaque = False  # whether torch.func was seen to fail on it
-        traced = self._trace(where)
+        traced = self._trial().trace()
         if traced.strays and model.apply.work_on_the_original():
-            traced = self._trace(where)
+            traced = self._trial().trace()
+        if traced.reads_kept:
+            model.apply.take_turns(where)
+        if traced.overwrites:
+            model.apply.use_copies_once()
         if traced.strays and call.parameters:
             self._refuse_strays(traced)
         self._is_traced = True
         self.result, self.outputs = self._results.tree, self._results.specs
         self.draws = traced.draws or self.key is not None
+        self.draws_by_layout = traced.draws_by_layout
         self._needs_grad = traced.needs_grad
         written = self._written(traced)
         self._written_state = [i for i in written if i < len(model.values)]
@@ -76,8 +82,8 @@ class Call:
             seed(arrays[self.key])
         if self._needs_grad:
             with torch.enable_grad():
-                return self._outputs_of(state, leaves)
-        return self._outputs_of(state, leaves)
+                return self._outputs_of(state, leaves, self._model.apply)
+        return self._outputs_of(state, leaves, self._model.apply)
 
     def tell_if_unkeyed(self) -> None:
         """Say, once, if a derivative that runs the call again cannot be that of the value."""
@@ -89,15 +95,22 @@ class Call:
                 self.where,
             )
 
-    def protect_leaves(self) -> None:
-        """Give the model copies of all leaves from now on: a trace cannot show what depends on Python's state."""
+    def protect_inputs(self) -> None:
+        """Give the model copies of all inputs from now on: a trace cannot show writes that depend on Python's state."""
+        self._written_state = list(range(len(self._model.values)))
         self._written_leaves = [i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak]
 
-    def _trace(self, where: str) -> Traced:
+    @functools.cached_property
+    def has_custom_functions(self) -> bool:
+        """Whether derivatives of the call pass an autograd.Function, as far as can be told."""
+        return self._trial().has_custom_functions()
+
+    def _trial(self) -> Trial:
         state = self._model.values
         passed = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]  # which the caller may have cast
         dtypes = [each.dtype for each in state] if self._is_bound else passed
-        return trace(self._outputs_of, state, dtypes, self.inputs[self.leaves :], self.device, where)
+        inputs, snapshot = self.inputs[self.leaves :], self._model.apply.python_state
+        return Trial(self._isolated, state, dtypes, inputs, self.device, self.where, snapshot)
 
     def _refuse_strays(self, traced: Traced) -> None:
         paths = [self._model.parameters[i].path for i in sorted(traced.strays)]
@@ -118,9 +131,14 @@ class Call:
             written |= {len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak}
         return written
 
-    def _outputs_of(self, state: Sequence[Tensor] | None, leaves: Sequence[Any]) -> list[Tensor]:
+    def _isolated(self) -> Callable[[Sequence[Tensor] | None, Sequence[Any]], list[Tensor]]:
+        return functools.partial(self._outputs_of, apply=self._model.apply.isolated())
+
+    def _outputs_of(
+        self, state: Sequence[Tensor] | None, leaves: Sequence[Any], apply: Callable[..., tuple[Any, Any]]
+    ) -> list[Tensor]:
         args, kwargs = (tuple(leaves), {}) if self._is_flat else trees.build(self._arguments, leaves, self._classes)
-        value, after = self._model.apply(state, args, kwargs)
+        value, after = apply(state, args, kwargs)
         buffers = [after[i].detach() for i in self._changing]  # no gradient goes through state
         return self._results.take(value, buffers) if self._is_traced else self._results.learn(value, buffers)
 
