@@ -1,11 +1,14 @@
 """What autograd's graphs consist of."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
@@ -37,6 +40,51 @@ def backward(
             outputs, inputs, weights, retain_graph=keep, create_graph=create_graph, allow_unused=True
         )
     return _engine(tuple(outputs), tuple(weights), keep, create_graph, tuple(inputs), True, accumulate_grad=False)
+
+
+@contextlib.contextmanager
+def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
+    """Raise NotImplementedError in a backward pass that is to be differentiated, where it cannot be.
+
+    An autograd.Function whose backward runs under torch.no_grad, or detaches, returns gradients that depend on their
+    cotangents and do not say so: autograd would take the next derivative for zero.
+    """
+    nodes = [node for node in nodes_of([_edge(y) for y in outputs]) if isinstance(node, BackwardCFunction)]
+    handles = [node.register_hook(functools.partial(_refuse_lost, node)) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _edge(output: Any) -> GradientEdge | None:
+    if not isinstance(output, Tensor):
+        return output
+    return get_gradient_edge(output) if output.requires_grad else None
+
+
+def _refuse_lost(node: Any, gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> None:
+    if not any(ct is not None and ct.requires_grad for ct in cotangents):
+        return
+    lost = [i for i, gradient in enumerate(gradients) if gradient is not None and not gradient.requires_grad]
+    if not lost:
+        return
+    if all(_is_zero(gradients[i]) for i in lost):  # of a zero cotangent, perhaps
+        with torch.no_grad():
+            probed = node.apply(*(ct if ct is None else torch.ones_like(ct) for ct in cotangents))
+        gradients = probed if isinstance(probed, tuple) else (probed,)
+        if all(_is_zero(gradients[i]) for i in lost):
+            return
+    raise NotImplementedError(
+        f"a second derivative, or a forward-mode one, of an autograd.Function whose backward ({node.name()}) is not "
+        "differentiable, as under torch.no_grad; write that backward in differentiable operators, or take first "
+        "derivatives in reverse mode only"
+    )
+
+
+def _is_zero(gradient: Tensor | None) -> bool:
+    return gradient is None or not gradient.any()
 
 
 def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:

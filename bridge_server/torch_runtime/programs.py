@@ -1,6 +1,7 @@
 """What runs: a composed call, a call that keeps its graph, and the pullback along such a graph."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -9,15 +10,19 @@ from torch.autograd.graph import get_gradient_edge
 
 from bridge_server import runtime
 from bridge_server.model_errors import is_models, remote
+from bridge_server.torch_runtime.attention import no_fast_path
+from bridge_server.torch_runtime.border import Border
 from bridge_server.torch_runtime.graphs import nbytes_saved
 from bridge_server.torch_runtime.randomness import drawing
 from bridge_server.torch_runtime.transforms import Composed, pull_back
 from bridge_wire import trees
-from bridge_wire.errors import BridgeError
+from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
 # Returns a program's inputs as they are on its device.
 Placing = Callable[[Sequence[Any]], Sequence[Any]]
+
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Program(runtime.Program):
@@ -32,9 +37,15 @@ class Program(runtime.Program):
         *,
         draws: bool = False,
         is_seeded: bool = False,
+        draws_in_row_major_order: bool = False,
         placing: Placing | None = None,
+        protect: Callable[[], None] = lambda: None,
     ) -> None:
-        """Make a program of code; `placing` brings its inputs to where it runs, where that is not the host."""
+        """Make a program of code.
+
+        `placing` brings its inputs to where it runs, where that is not the host. `protect` makes later runs get copies
+        of their inputs: it is called when a run has written to them.
+        """
         self.inputs = inputs
         self.outputs = outputs
         self.output_nbytes = tuple(spec.nbytes for spec in outputs)
@@ -42,24 +53,40 @@ class Program(runtime.Program):
         self.where = where
         self.draws = draws
         self._is_seeded = is_seeded
+        self._draws_in_row_major_order = draws_in_row_major_order
         self._placing = placing
+        self._protect = protect
         self._code = code
+        self._border = Border(outputs, where)
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), no_fast_path, self._random():
                 if self._placing is not None:
                     inputs = self._placing(inputs)
-                if not self.draws:
-                    return self._code(inputs, residual)
-                with drawing(is_seeded=self._is_seeded):
-                    return self._code(inputs, residual)
+                before = _versions(inputs)
+                outputs, kept = self._code(inputs, residual)
+                if _versions(inputs) != before:
+                    self._refuse_writes()
+                return self._border.checked(outputs), kept
         except BridgeError:
             raise
         except BaseException as error:
             if not is_models(error):
                 raise
             raise remote(error, self.where) from error
+
+    def _random(self) -> AbstractContextManager[None]:
+        if not self.draws:
+            return _NOTHING
+        return drawing(is_seeded=self._is_seeded, in_row_major_order=self._draws_in_row_major_order)
+
+    def _refuse_writes(self) -> None:
+        self._protect()
+        raise CallerError(
+            f"{self.where} wrote into its arguments, which it did not do when the call was prepared: the caller's "
+            "arrays may have changed. From now on it gets copies"
+        )
 
 
 class Kept(NamedTuple):
@@ -107,10 +134,16 @@ class KeepingProgram(Program):
             f"the VJP of {self.where}",
             pull,
             draws=self.draws,  # a checkpoint draws its numbers once more
+            draws_in_row_major_order=self._draws_in_row_major_order,
             placing=placing,
         )
         program.pullback_of = self
         return program
+
+
+def _versions(tensors: Sequence[Any]) -> list[int]:
+    """Return how often each tensor has been written to: a detached alias counts for its original."""
+    return [x._version for x in tensors if isinstance(x, Tensor)]
 
 
 def _is_clients(x: Any) -> bool:

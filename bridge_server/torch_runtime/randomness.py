@@ -2,21 +2,28 @@
 
 So calls that draw run one after the other: then a call with a key of its own has its numbers to itself, and leaves the
 others' as they were.
+
+torch draws in the order of memory, and a derivative or a batch of a call may lay a tensor out in another way than the
+call itself. Where that can be, numbers are drawn in row-major order, so that one key drops the same elements in all.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _drawing = threading.RLock()  # the backward pass of a checkpoint draws again, inside of a call that draws
 
 
 @contextlib.contextmanager
-def drawing(*, is_seeded: bool) -> Iterator[None]:
+def drawing(*, is_seeded: bool, in_row_major_order: bool = False) -> Iterator[None]:
     """Let one call at a time draw; what a seeded one does to the generators ends with it."""
-    with _drawing:
+    with _drawing, RowMajorDraws() if in_row_major_order else contextlib.nullcontext():
         if not is_seeded:
             yield
             return
@@ -26,6 +33,37 @@ def drawing(*, is_seeded: bool) -> Iterator[None]:
         finally:
             for generator, state in before:
                 generator.set_state(state)
+
+
+class RowMajorDraws(TorchDispatchMode):
+    """Has operators that draw see row-major tensors only, whatever the layout of those that they are given."""
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not is_random(operator):
+            return operator(*args, **kwargs)
+        drawn_args, drawn_kwargs = pytree.tree_map_only(Tensor, _row_major, (args, kwargs))
+        outputs = operator(*drawn_args, **drawn_kwargs)
+        for i, argument in enumerate(operator._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given, drawn = (
+                    (args[i], drawn_args[i]) if i < len(args) else (kwargs[argument.name], drawn_kwargs[argument.name])
+                )
+                if drawn is not given:
+                    given.copy_(drawn)
+                    outputs = given if outputs is drawn else outputs
+        return outputs
+
+
+def is_random(operator: Any) -> bool:
+    """Whether an operator draws numbers. Attention bears torch's tag with and without dropout."""
+    return torch.Tag.nondeterministic_seeded in operator.tags
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    return tensor.contiguous() if tensor.layout is torch.strided else tensor
 
 
 def seed(key: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.types import DTYPES, spec_of
 from bridge_wire import trees
 from bridge_wire.errors import SpecError, StructureError
@@ -37,6 +38,7 @@ class Results:
         self.tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
         self._take = _taker_of(self.tree)
         outputs = [*leaves, *buffers]
+        leaves.clear()  # a reference cycle of the encoder holds it until the next collection
         if not outputs:
             raise StructureError(f"the result of model {self._model!r} holds no tensor; does it return one?")
         for i, y in enumerate(outputs):
@@ -62,16 +64,14 @@ class Results:
         for i, (y, spec) in enumerate(zip(outputs, self.specs, strict=True)):
             if not isinstance(y, Tensor) or y.shape != spec.shape or DTYPES.get(y.dtype) is not spec.dtype:
                 raise SpecError(
-                    f"{self._label(i)} of model {self._model!r} is now {_described(y)}, and was {spec} when the call "
+                    f"{self._label(i)} of model {self._model!r} is now {described(y)}, and was {spec} when the call "
                     "was prepared; a model's outputs must have the same types whenever its inputs have"
                 )
         return outputs
 
     def _check(self, position: int, y: Any) -> None:
         if not isinstance(y, Tensor):
-            raise StructureError(
-                f"{self._label(position)} of model {self._model!r} is {_described(y)}; return a tensor"
-            )
+            raise StructureError(f"{self._label(position)} of model {self._model!r} is {described(y)}; return a tensor")
         if y.layout is not torch.strided or y.dtype not in DTYPES:
             raise SpecError(
                 f"{self._label(position)} of model {self._model!r} is a tensor of {y.dtype} and {y.layout}, which has "
@@ -150,9 +150,3 @@ def _is_leaf(value: Any) -> bool:
         return True
     is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)
     return value is not None and not is_container
-
-
-def _described(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__module__}.{type(value).__qualname__}"
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -21,7 +21,7 @@ from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.cuda import Gpu
-from bridge_wire.errors import CallerError, TargetError
+from bridge_wire.errors import TargetError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -66,12 +66,16 @@ class TorchRuntime(Runtime):
         yield "tracing"
         base = self._call(model, call)
         composed = compose(base, call.transforms, is_kept=call.HasField("keep"))
+        kinds = {transform.WhichOneof("kind") for transform in call.transforms}
         how: dict[str, Any] = {
             "draws": base.draws,
             "is_seeded": base.key is not None,
+            # A forward-mode derivative or a batch may lay out tensors as the call does not; vjp runs the call.
+            "draws_in_row_major_order": base.draws_by_layout or bool(kinds - {"vjp"}),
             "placing": self._placing(base.key),
+            "protect": base.protect_inputs,
         }
-        if any(transform.WhichOneof("kind") != "vmap" for transform in call.transforms):
+        if kinds - {"vmap"}:
             base.tell_if_unkeyed()
         program: Program
         if call.HasField("keep"):
@@ -171,19 +175,6 @@ def _running(composed: Composed, call: Call) -> Callable[[Sequence[Any], Any], t
     def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
         # The model gets tensors of its own, over the same memory: a session's views are there for every call.
         own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[call.leaves :]]
-        before = _versions(own)
-        outputs = [y.detach() for y in composed.f([*arrays[: call.leaves], *own])]
-        if _versions(own) != before:
-            call.protect_leaves()
-            raise CallerError(
-                f"{call.where} wrote into its arguments, which it did not do when the call was prepared: the caller's "
-                "arrays may have changed. From now on it gets copies"
-            )
-        return outputs, None
+        return [y.detach() for y in composed.f([*arrays[: call.leaves], *own])], None
 
     return run
-
-
-def _versions(tensors: Sequence[Any]) -> list[int]:
-    """Return how often each tensor has been written to."""
-    return [x._version for x in tensors if isinstance(x, torch.Tensor)]

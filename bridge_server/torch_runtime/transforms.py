@@ -17,10 +17,11 @@ from torch.autograd.graph import get_gradient_edge
 
 from bridge_server.signatures import batched, check_differentiable, check_size
 from bridge_server.torch_runtime.attention import simple_attention
+from bridge_server.torch_runtime.border import dense
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.forward_mode import pushed_again, pushed_forward
-from bridge_server.torch_runtime.graphs import backward, nodes_of
-from bridge_server.torch_runtime.types import HOST, replaced, zeros
+from bridge_server.torch_runtime.graphs import backward, nodes_of, refusing_dead_ends
+from bridge_server.torch_runtime.types import HOST, TORCH_DTYPES, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -61,9 +62,11 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
             plain = _vjp(plain, transform.vjp, _pulled_back)
         else:
             raise ProtocolError("a transform has no kind")
-    # torch.func has no generator for each row.
-    f = plain.f if last < 0 or is_keyed_by_row else _Either(functional.f, plain.f, call)
-    is_higher = "jvp" in kinds or kinds.count("vjp") + is_kept > 1
+    order = len(kinds) - kinds.count("vmap") + is_kept
+    # torch.func has no generator for each row, and takes the derivative of an undifferentiable backward for zero.
+    is_plain = last < 0 or is_keyed_by_row or (order > 1 and call.has_custom_functions)
+    f = plain.f if is_plain else _Either(functional.f, plain.f, call)
+    is_higher = "jvp" in kinds or order > 1
     return plain._replace(f=_with_simple_attention(f) if is_higher else f)
 
 
@@ -76,14 +79,9 @@ def pull_back(
     """
     gradients = _gradients(outputs, primals, list(map(_conjugated, cotangents)), **how)
     return [
-        torch.zeros_like(x) if gradient is None else _conjugated(_dense(gradient))
+        torch.zeros_like(x) if gradient is None else _conjugated(dense(gradient))
         for x, gradient in zip(primals, gradients, strict=True)
     ]
-
-
-def _dense(gradient: Tensor) -> Tensor:
-    """Return a gradient that may be sparse, as that of an `nn.Embedding(sparse=True)`."""
-    return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
 # What the transforms are to their inputs and outputs ---------------------------------------------------------------
@@ -105,12 +103,17 @@ def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Ten
 def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Tensor]]) -> Composed:
     wrt, selected, count = tuple(transform.wrt), tuple(transform.outputs), len(of.inputs)
 
+    outputs = tuple(of.outputs[i] for i in selected)
+    dtypes = [TORCH_DTYPES[spec.dtype] for spec in outputs]
+
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
         xs, tangents = arrays[:count], arrays[count:]
-        return push(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents)
+        pushed = push(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents)
+        # torch.func.jvp of a float32 scalar and a Python number returns a float64 tangent.
+        return [tangent.to(dtype) for tangent, dtype in zip(pushed, dtypes, strict=True)]
 
     tangents = tuple(of.inputs[i] for i in wrt)
-    return Composed(transformed, of.inputs + tangents, tuple(of.outputs[i] for i in selected))
+    return Composed(transformed, of.inputs + tangents, outputs)
 
 
 def _vmap(
@@ -172,7 +175,9 @@ def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tenso
         if not is_differentiated:
             return pull_back(f(xs), xs, cotangents)
         # As variables too: else a backward that can be differentiated once only does not notice the second time.
-        made = pull_back(f(xs), xs, [_as_variable(ct) for ct in cotangents], create_graph=True)
+        ys = f(xs)
+        with refusing_dead_ends(ys):
+            made = pull_back(ys, xs, [_as_variable(ct) for ct in cotangents], create_graph=True)
         _refuse_dead_ends(made)
         return made
 
@@ -187,7 +192,8 @@ def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequ
         xs = [_as_variable(x) for x in primals]
         ys = f(xs)
         probes = [torch.zeros_like(y).requires_grad_() for y in ys]
-        pulled = _gradients(ys, xs, probes, create_graph=True)
+        with refusing_dead_ends(ys):
+            pulled = _gradients(ys, xs, probes, create_graph=True)
         _refuse_dead_ends(pulled)
         pushed = _gradients(pulled, probes, tangents, create_graph=is_differentiated)
     return [torch.zeros_like(y) if tangent is None else tangent for y, tangent in zip(ys, pushed, strict=True)]
