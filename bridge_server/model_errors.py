@@ -10,14 +10,10 @@ from pathlib import Path
 from bridge_wire import trees
 from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
-# What to do about it, by what a framework says when it refuses a transform.
+# What to do about it, by what a framework says.
 _REMEDIES = {
-    "forward-mode autodiff (jvp) to a custom_vjp": "use reverse mode, such as jacrev(jacrev(f)) instead of hessian(f), "
-    "or define the function with jax.custom_jvp",
     "Expected all tensors to be on the same device": "models run on the worker's GPU: make tensors on the device of an "
     "argument, as in torch.zeros(3, device=x.device), keep constants as buffers, or start the worker with --device cpu",
-    "Reverse-mode differentiation does not work": "or use forward mode, such as jvp or jacfwd(f), or define the "
-    "function with jax.custom_vjp",
 }
 _XLA_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")  # one class, by its names in different releases
 _HERE = str(Path(__file__).parent)

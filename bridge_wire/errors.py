@@ -103,6 +103,11 @@ class RemoteModelError(BridgeError):
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
 
+    def with_advice(self, advice: str) -> "RemoteModelError":
+        """Return this error with advice for the caller below its message."""
+        message = f"{self.args[0]}\n{advice}"
+        return RemoteModelError(message, remote_type=self.remote_type, remote_traceback=self.remote_traceback)
+
     def __str__(self) -> str:
         text = super().__str__()
         return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text

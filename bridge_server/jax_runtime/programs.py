@@ -15,11 +15,14 @@ from bridge_server.jax_runtime.transforms import Flat
 from bridge_server.jax_runtime.types import specs_of
 from bridge_server.model_errors import is_models, remote
 from bridge_wire import trees
+from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 
 class Program(runtime.Program):
     """Compiled code with the signature it was compiled for."""
+
+    called: tuple[runtime.Model, pb.Call]  # unset for parameters and pullbacks
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import numpy as np
 from jax import export
 
 from bridge_server import devices, runtime
+from bridge_server.jax_runtime.advice import for_call
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Program
@@ -78,19 +79,23 @@ class JaxRuntime(Runtime):
         where = " of ".join([*(str(t.WhichOneof("kind")) for t in reversed(call.transforms)), called])
         bound = () if call.parameters else tuple(model.values)
         found: list[pb.Tree] = []
-        composed = self._flat(model, call, found)
-        for transform in call.transforms:
-            with self._layout.context():
-                composed, inputs = compose(composed, bound, inputs, transform, where)
-        if call.HasField("keep"):
-            wrt = tuple(call.keep.inputs)
-            check_differentiable("keep", wrt, inputs)
-            program: Program = yield from self._prepare_kept(composed, bound, inputs, wrt, where)
-        else:
-            run, outputs = yield from self._compile(composed, (bound, *avals_of(inputs)), where)
-            program = Program(
-                inputs, outputs, lambda arrays, _: (run(bound, *arrays), None), where, is_enqueued=self._is_enqueued
-            )
+        try:
+            composed = self._flat(model, call, found)
+            for transform in call.transforms:
+                with self._layout.context():
+                    composed, inputs = compose(composed, bound, inputs, transform, where)
+            if call.HasField("keep"):
+                wrt = tuple(call.keep.inputs)
+                check_differentiable("keep", wrt, inputs)
+                program: Program = yield from self._prepare_kept(composed, bound, inputs, wrt, where)
+            else:
+                run, outputs = yield from self._compile(composed, (bound, *avals_of(inputs)), where)
+                program = Program(
+                    inputs, outputs, lambda arrays, _: (run(bound, *arrays), None), where, is_enqueued=self._is_enqueued
+                )
+        except RemoteModelError as error:
+            raise self._advised(error, model, call) from error.__cause__
+        program.called = model, call
         if not call.transforms:
             program.result = found[-1]
         return program
@@ -122,7 +127,10 @@ class JaxRuntime(Runtime):
             # Leaves out the work for outputs that did not matter, in ways that not every release of jax has.
             run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=True), arguments, where)
         except RemoteModelError:
-            run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=False), arguments, where)
+            try:
+                run, made = yield from self._compile(program.pullback(wrt, outputs, is_pruned=False), arguments, where)
+            except RemoteModelError as error:
+                raise self._advised(error, *program.called) from error.__cause__
         pullback = Program(
             inputs, made, lambda arrays, kept: (run(kept, *arrays), None), where, is_enqueued=self._is_enqueued
         )
@@ -183,6 +191,16 @@ class JaxRuntime(Runtime):
             found.append(None if pointer in taken else pointer)
             taken.add(pointer)
         return found
+
+    def _advised(self, error: RemoteModelError, model: Model, call: pb.Call) -> RemoteModelError:
+        """Return the error with what the caller can do, where a derivative of the call is at fault."""
+        if not call.transforms and not call.HasField("keep"):
+            return error
+        keep = call.keep if call.HasField("keep") else None
+        bound = () if call.parameters else tuple(model.values)
+        with self._layout.context():
+            advice = for_call(self._flat(model, call, []), bound, decode_all(call.inputs), call.transforms, keep)
+        return error.with_advice(advice) if advice else error
 
     def _flat(self, model: Model, call: pb.Call, found: list[pb.Tree]) -> Flat:
         """Return a call as a function of its values and flat arrays; when it is traced, it adds its result's structure

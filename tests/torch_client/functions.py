@@ -76,6 +76,27 @@ def doubled_until_ten(x):
     return jax.lax.while_loop(lambda y: y.sum() < 10, lambda y: y * 2, x)
 
 
+def windowed(x):
+    """Sums of windows: no reverse rule, since the sums start at one."""
+    return jax.lax.reduce_window(x, jnp.ones((), x.dtype), jax.lax.add, (2,), (1,), "VALID")
+
+
+def next_after(x):
+    """The floats above: no derivative in either mode."""
+    return jnp.nextafter(x, x + 1)
+
+
+@jax.custom_jvp
+def forward_only(x):
+    """The input; its tangent goes through a loop that cannot be transposed."""
+    return x
+
+
+@forward_only.defjvp
+def _forward_only_jvp(primals, tangents):
+    return primals[0], jax.lax.while_loop(lambda t: t.sum() < 10, lambda t: t * 2, tangents[0])
+
+
 def sine_and_square(x):
     return jnp.sin(x), x**2
 

@@ -255,7 +255,7 @@ def test_functions_without_forward_mode(case: Callable[..., Any]) -> None:
     expected = hessian(lambda x: (x.exp().log1p() * x).sum())(x)
     assert_same(jacrev(jacrev(lambda x: case("custom_vjp", x).sum()))(x), expected)
     for refused in (lambda f: jvp(f, (x,), (x,)), lambda f: hessian(f)(x)):
-        with pytest.raises(RemoteModelError, match=r"(?s)forward-mode autodiff.*jacrev\(jacrev\(f\)\).*in .*jvp of "):
+        with pytest.raises(RemoteModelError, match=r"(?s)forward-mode autodiff.*in .*jvp of .*jacrev\(jacrev\(f\)\)"):
             refused(lambda x: case("custom_vjp", x).sum())
 
 
@@ -264,8 +264,47 @@ def test_functions_without_reverse_mode(x64_remote: Remote) -> None:
     doubled, x = x64_remote("doubled_until_ten"), rand(3)
     made = jacfwd(doubled)(x)
     assert_same(made, torch.diag(doubled(x) / x))
-    with pytest.raises(RemoteModelError, match=r"(?s)Reverse-mode differentiation.*jacfwd\(f\).*in vjp of model"):
+    with pytest.raises(RemoteModelError, match=r"(?s)Reverse-mode differentiation.*in vjp of model.*jacfwd\(f\)"):
         jacrev(doubled)(x)
+
+
+_ADVICE = {
+    "windowed": r"forward mode works: use torch\.func\.jvp or jacfwd\(f\)",
+    "next_after": r"neither reverse nor forward mode works",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", _ADVICE)
+def test_a_call_without_reverse_rule_says_what_works(
+    any_lane: Remote, x64_remote: Remote, name: str, dtype: torch.dtype
+) -> None:
+    """Where an input requires a gradient that JAX cannot give, the error names torch.no_grad, detach and, where it
+    works, forward mode; all of these do work."""
+    made, x = (any_lane if dtype == torch.float32 else x64_remote)(name), rand(3, dtype=dtype).requires_grad_()
+    advice = rf"(?s)torch\.no_grad\(\).*x\.detach\(\).*{_ADVICE[name]}"
+    with pytest.raises(RemoteModelError, match=advice):
+        made(x)
+    with torch.no_grad():
+        assert_same(made(x), made(x.detach()))
+    if name == "windowed":
+        assert_same(jvp(made, (x.detach(),), (x.detach(),))[1], x.detach()[1:] + x.detach()[:-1])
+
+
+def test_a_pullback_without_rule_says_that_forward_mode_works(any_lane: Remote) -> None:
+    """Where only the backward pass fails, its error recommends forward mode, which works."""
+    made, x = any_lane("forward_only"), torch.ones(3, requires_grad=True)
+    y = made(x)
+    with pytest.raises(RemoteModelError, match=r"(?s)in the VJP of model.*forward mode works"):
+        y.sum().backward()
+    assert_same(jvp(made, (x.detach(),), (torch.ones(3),))[1], torch.full((3,), 4.0))
+
+
+def test_a_model_that_raises_gets_no_advice_about_derivatives(any_lane: Remote) -> None:
+    """An error of the model itself is passed on without a word about derivatives."""
+    with pytest.raises(RemoteModelError) as caught:
+        any_lane("branch")(torch.ones(3, requires_grad=True), True, mode="none")
+    assert "no_grad" not in str(caught.value)
 
 
 def test_integers_are_refused_as_in_torch(x64_remote: Remote) -> None:
