@@ -48,13 +48,14 @@ class ParameterInfo:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What is known of a model: its docstring, positional arguments' names, parameters by path, and the arguments that
-    a worker was told of by --warmup."""
+    a worker was told of by --warmup, and whether it has a training and an inference mode."""
 
     name: str
     doc: str
     arguments: tuple[str, ...]
     parameters: tuple[ParameterInfo, ...]
     signatures: tuple[tuple[Spec, ...], ...] = ()
+    has_modes: bool = False
 
 
 def _unchanged(blocks: list[Block]) -> list[Block]:
@@ -373,4 +374,4 @@ def closed() -> SessionClosed:
 def _model_info(model: pb.Model) -> ModelInfo:
     parameters = tuple(ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters)
     signatures = tuple(specs.decode_all(signature.inputs) for signature in model.signatures)
-    return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters, signatures)
+    return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters, signatures, model.modes)

@@ -41,12 +41,15 @@ class Model:
     apply: Any
     # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*` stands for anything.
     shardings: Mapping[str, Any] = field(default_factory=dict)
+    has_modes: bool = False  # whether a call can put it into training or inference mode
 
     @property
     def description(self) -> pb.Model:
         """What a client is told of it."""
         parameters = [pb.Parameter(path=p.path, spec=encode(p.spec), trainable=p.trainable) for p in self.parameters]
-        return pb.Model(name=self.name, doc=self.doc, arguments=self.arguments, parameters=parameters)
+        return pb.Model(
+            name=self.name, doc=self.doc, arguments=self.arguments, parameters=parameters, modes=self.has_modes
+        )
 
 
 class Program(ABC):

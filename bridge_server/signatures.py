@@ -69,6 +69,8 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
         _check_streams(call.rngs, inputs[len(own)])
     if call.mutable:
         _check_mutable(model, call)
+    if call.mode not in pb.Mode.values():
+        raise ProtocolError(f"a call names the mode {call.mode}, which is none of {pb.Mode.keys()}")
     statics = [(path, value) for path, value in trees.argument_values(call.arguments) if value is not None]
     shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
     shown += [f"{path}={reprlib.repr(value)}" for path, value in statics]

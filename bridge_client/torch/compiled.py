@@ -38,23 +38,23 @@ def name(function: "RemoteJaxFunction") -> int:
 
 
 def call(
-    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
+    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], mode: int, is_stateful: bool = False
 ) -> Any:
     """Call the function of that number; its runs become operators of the graph."""
     args, kwargs = _paraphrased((args, kwargs))
-    return _meant(_traced_call(key, own, args, kwargs, is_stateful))
+    return _meant(_traced_call(key, own, args, kwargs, mode, is_stateful))
 
 
 @torch._dynamo.nonstrict_trace
 def _traced_call(
-    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool = False
+    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], mode: int, is_stateful: bool = False
 ) -> Any:
     """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
     args, kwargs = _meant((args, kwargs))
     try:
-        made = _functions[key]._call_traced(own, args, kwargs, is_stateful)
+        made = _functions[key]._call_traced(own, args, kwargs, mode, is_stateful)
     except BridgeError as error:
         _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
         raise

@@ -98,6 +98,7 @@ class RemoteJaxFunction(nn.Module):
         self._rngs = names_of("rngs", rngs)
         self._is_mutable = mutable
         self._is_stateful = mutable or bool(self._rngs)
+        self._mode = int(pb.MODE_UNSPECIFIED)
         self._buffer_positions: list[int] = []
         self._calls: dict[Hashable, _Call] = {}
         self._classes = trees.Classes(adopt=register_dataclass)
@@ -107,6 +108,17 @@ class RemoteJaxFunction(nn.Module):
             self._fetch_parameters()
         if mutable and all(info.trainable for info in self._model.parameters):
             raise CallerError(f"mutable=True, but the model {self._model.name!r} has no buffers that could change")
+
+    def train(self, mode: bool = True) -> "RemoteJaxFunction":
+        """Set training mode, in which calls draw keys and change buffers, or leave it.
+
+        A flax.nnx or equinox model is put into that mode at each later call. Before the first `train` or `eval`, of
+        this module or one that contains it, such a model has the mode in which it was loaded.
+        """
+        super().train(mode)
+        if self._model.has_modes:
+            self._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -121,11 +133,11 @@ class RemoteJaxFunction(nn.Module):
         if self._is_stateful and self.training:
             return self._call_stateful(own, args, kwargs)
         if torch.compiler.is_compiling():
-            return compiled.call(self._key, own, args, kwargs)
+            return compiled.call(self._key, own, args, kwargs, self._mode)
         for tensor in own:
             if type(tensor) is nn.Parameter:
                 self._keep_in_slab(tensor)
-        return self._call(own, args, kwargs)
+        return self._call(own, args, kwargs, self._mode)
 
     def _call_stateful(self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model in training mode: with a new key, and with buffers that change."""
@@ -137,9 +149,9 @@ class RemoteJaxFunction(nn.Module):
         if self._rngs:
             given.append(self._key_for_call())
         if torch.compiler.is_compiling():
-            result, changed = compiled.call(self._key, given, args, kwargs, is_stateful=True)
+            result, changed = compiled.call(self._key, given, args, kwargs, self._mode, is_stateful=True)
         else:
-            result, changed = self._call(given, args, kwargs, is_stateful=True)
+            result, changed = self._call(given, args, kwargs, self._mode, is_stateful=True)
         if self._is_mutable:
             with torch.no_grad():
                 for i, value in zip(self._buffer_positions, changed, strict=True):
@@ -158,6 +170,7 @@ class RemoteJaxFunction(nn.Module):
         own: Sequence[Tensor],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        mode: int,
         is_stateful: bool = False,
         shape_of: "Callable[[Tensor], tuple[Any, ...]] | None" = None,
     ) -> Any:
@@ -197,7 +210,7 @@ class RemoteJaxFunction(nn.Module):
                 if i in statics or kind is bool or kind is str:
                     if kind not in _STATIC:
                         if register_if_container(kind):
-                            return self._call(own, args, kwargs, is_stateful, shape_of)  # that leaf is a node now
+                            return self._call(own, args, kwargs, mode, is_stateful, shape_of)  # that leaf is a node now
                         raise _not_static(leaf, path_of((args, kwargs), i))
                     # By its text a number differs from what equals it: 0.0 from -0.0.
                     signature.append((kind, leaf if kind is str else repr(leaf)))
@@ -212,19 +225,21 @@ class RemoteJaxFunction(nn.Module):
                 else:
                     if kind is not Tensor and not isinstance(leaf, Tensor):
                         if register_if_container(kind):
-                            return self._call(own, args, kwargs, is_stateful, shape_of)  # that leaf is a node now
+                            return self._call(own, args, kwargs, mode, is_stateful, shape_of)  # that leaf is a node now
                         leaf = leaves[i] = as_tensor(leaf, functools.partial(path_of, (args, kwargs), i))
                     signature.append(leaf.dtype)
                     signature.append(shape_of(leaf))
                 inputs.append(leaf)
         if is_stateful:
             signature.append("stateful")
+        if mode:
+            signature.append(mode)
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
             if structure is None:
                 structure = flatten((args, kwargs))[1]
-            call = self._calls[key] = self._prepare(structure, leaves, statics, own, is_stateful, shape_of)
+            call = self._calls[key] = self._prepare(structure, leaves, statics, own, mode, is_stateful, shape_of)
         outputs = apply(call.program, inputs)
         if is_stateful:
             results = len(outputs) - call.program.changed
@@ -358,6 +373,7 @@ class RemoteJaxFunction(nn.Module):
         leaves: Sequence[Any],
         statics: frozenset[int],
         own: Sequence[Tensor],
+        mode: int,
         is_stateful: bool,
         shape_of: Callable[[Tensor], tuple[Any, ...]],
     ) -> "_Call":
@@ -383,6 +399,7 @@ class RemoteJaxFunction(nn.Module):
                 parameters=bool(self._owners),
                 rngs=rngs,
                 mutable=is_stateful and self._is_mutable,
+                mode=mode,  # type: ignore[arg-type]
             ),
             labels=paths,
             timeout_s=self.timeout_s,
@@ -393,15 +410,15 @@ class RemoteJaxFunction(nn.Module):
         return _Call(program, rebuilder(program.result, self._classes))
 
     def _call_traced(
-        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], is_stateful: bool
+        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], mode: int, is_stateful: bool
     ) -> Any:
         """Call with symbolic sizes, as torch.compile traces them; if that cannot be, with those that they have now."""
         if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
             try:
-                return self._call(own, args, kwargs, is_stateful, _seen_shape_of)
+                return self._call(own, args, kwargs, mode, is_stateful, _seen_shape_of)
             except SpecError as error:
                 _log.debug("a call is compiled for its present sizes, since %s", error)
-        return self._call(own, args, kwargs, is_stateful, _fixed_shape_of)
+        return self._call(own, args, kwargs, mode, is_stateful, _fixed_shape_of)
 
 
 _TENSORS = {Tensor}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
 from bridge_server.runtime import Model, Parameter
@@ -29,14 +30,16 @@ class Parts(NamedTuple):
     """A target taken apart: a pure function of its state, which alone holds arrays.
 
     `call(state, args, kwargs, streams, changes)` returns the result and the state after the call, which is of interest
-    if `changes` is set. It raises CallerError for a stream or a change that the model does not have.
+    if `changes` is set. It raises CallerError for a stream or a change that the model does not have. For a model with
+    modes, `call` also takes `training`: the mode for this call, or None for the model's own.
     """
 
-    call: Callable[[Any, Sequence[Any], dict[str, Any], Streams, bool], tuple[Any, Any]]
+    call: Callable[..., tuple[Any, Any]]
     state: Any
     documented: Any  # the callable whose docstring and signature describe the model
     skips_first: bool = False  # whether that signature begins with the parameters
     is_trainable: Callable[[str], bool] = lambda label: True
+    has_modes: bool = False
 
 
 def adapt(name: str, target: Any, *, x64: bool) -> Model:
@@ -66,13 +69,19 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
     )
 
     def apply(
-        values: Sequence[Any], args: Sequence[Any], kwargs: dict[str, Any], streams: Streams, changes: bool
+        values: Sequence[Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        streams: Streams,
+        changes: bool,
+        training: bool | None = None,
     ) -> tuple[Any, list[Any]]:
         full = list(state)
         for i, value in zip(sent, values, strict=True):
             full[i] = value
         before = jax.tree_util.tree_unflatten(structure, full)
-        result, after = parts.call(before, args, kwargs, streams, changes)
+        mode = {"training": training} if parts.has_modes else {}
+        result, after = parts.call(before, args, kwargs, streams, changes, **mode)
         return result, _buffers(parameters, values, after) if changes else []
 
     return Model(
@@ -82,6 +91,7 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         parameters=parameters,
         values=[jnp.asarray(state[i]) for i in sent],
         apply=apply,
+        has_modes=parts.has_modes,
     )
 
 
@@ -184,41 +194,93 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
     trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
     tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
 
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
-        if missing := streams.keys() - tags:
-            raise CallerError(
-                f"the model has no random streams {sorted(missing)}; those of its nnx.Rngs are {sorted(tags)}"
-            )
+    def run(state: Any, args: Any, kwargs: Any, streams: Streams, training: bool | None) -> tuple[Any, Any]:
         merged = nnx.merge(graph, state)
+        if training is not None:
+            (merged.train if training else merged.eval)()
         if streams:
             nnx.reseed(merged, policy="match_shape", **streams)
         result = merged(*args, **kwargs)
         return result, nnx.split(merged)[1]
 
-    return Parts(call, state, module.__call__, is_trainable=trainable.__contains__)
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+    ) -> tuple[Any, Any]:
+        if missing := streams.keys() - tags:
+            raise CallerError(
+                f"the model has no random streams {sorted(missing)}; those of its nnx.Rngs are {sorted(tags)}"
+            )
+        if changes or training is False:  # the counts advance with the state; inference may draw the same each time
+            return run(state, args, kwargs, streams, training)
+        fresh = jax.tree.map(lambda leaf: leaf, state)  # a call changes the variables of the state that it is given
+        result, after = run(state, args, kwargs, streams, training)
+        read = _streams_read(nnx, fresh, after, lambda state: run(state, args, kwargs, streams, training)[0])
+        if repeated := sorted(read - streams.keys()):
+            raise CallerError(
+                f"the model draws from its nnx.Rngs streams {repeated}, and each call would draw the same; pass "
+                f"rngs={repeated}, or mutable=True so that their counts advance, or call .eval() for inference"
+            )
+        return result, after
+
+    return Parts(call, state, module.__call__, is_trainable=trainable.__contains__, has_modes=True)
+
+
+def _streams_read(nnx: Any, before: Any, after: Any, run: Callable[[Any], Any]) -> set[str]:
+    """Return the tags of the random streams that the result of a call depends on."""
+    flat, later = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(after))
+    counts = {path: count for path, count in flat.items() if isinstance(count, nnx.RngCount)}
+    if all(_leaf(later[path]) is _leaf(count) for path, count in counts.items()):
+        return set()
+    # Transforms such as nnx.scan replace counts that nothing has advanced: see whether the result depends on the keys.
+    keys = {path: key for path, key in flat.items() if isinstance(key, nnx.RngKey)}
+
+    def result_of(values: Sequence[Any]) -> list[Any]:
+        changed = [
+            jax.tree.unflatten(jax.tree.structure(key), [v]) for key, v in zip(keys.values(), values, strict=True)
+        ]
+        full = nnx.from_flat_state({**flat, **dict(zip(keys, changed, strict=True))})
+        state = jax.tree.map(lambda leaf: leaf, full)
+        return [jnp.asarray(leaf) for leaf in jax.tree.leaves(run(state))]
+
+    jaxpr = jax.make_jaxpr(result_of)(list(map(_leaf, keys.values()))).jaxpr
+    _, are_read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return {key.tag for key, is_read in zip(keys.values(), are_read, strict=True) if is_read}
+
+
+def _leaf(variable: Any) -> Any:
+    (leaf,) = jax.tree.leaves(variable)
+    return leaf
 
 
 def _equinox_parts(equinox: Any, module: Any) -> Parts:
     arrays, rest = equinox.partition(module, equinox.is_array)
 
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
-        whole = equinox.combine(state, rest)
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+    ) -> tuple[Any, Any]:
+        whole = _in_equinox_mode(equinox, equinox.combine(state, rest), training)
         return whole(*args, **_with_keys(module.__call__, kwargs, streams)), state
 
-    return Parts(call, arrays, module.__call__)
+    return Parts(call, arrays, module.__call__, has_modes=True)
 
 
 def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
     """Of what equinox.nn.make_with_state returns; the module takes `state=` and returns its result and the new one."""
     arrays, rest = equinox.partition({"model": module, "state": state}, equinox.is_array)
 
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+    ) -> tuple[Any, Any]:
         whole = equinox.combine(state, rest)
         keyed = _with_keys(module.__call__, kwargs, streams)
-        result, after = whole["model"](*args, **keyed, state=whole["state"])
+        result, after = _in_equinox_mode(equinox, whole["model"], training)(*args, **keyed, state=whole["state"])
         return result, {"state": after}
 
-    return Parts(call, arrays, module.__call__, is_trainable=lambda label: label.startswith("model."))
+    return Parts(call, arrays, module.__call__, is_trainable=lambda label: label.startswith("model."), has_modes=True)
+
+
+def _in_equinox_mode(equinox: Any, module: Any, training: bool | None) -> Any:
+    return module if training is None else equinox.nn.inference_mode(module, value=not training)
 
 
 def _haiku_parts(transformed: Any, params: Any) -> Parts:

@@ -43,6 +43,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
 _OUTPUT = "the run of a model, seen when its output was copied"
+_TRAINING = {pb.MODE_UNSPECIFIED: None, pb.MODE_TRAINING: True, pb.MODE_INFERENCE: False}
 
 
 class JaxRuntime(Runtime):
@@ -215,7 +216,7 @@ class JaxRuntime(Runtime):
             args, kwargs = trees.build(call.arguments, leaves, self._classes)
             values = self._layout.constrained(arrays[:own] if call.parameters else bound, own_paths, model)
             streams = streams_of(arrays[own], call.rngs) if call.rngs else {}
-            value, changed = model.apply(values, args, kwargs, streams, call.mutable)
+            value, changed = model.apply(values, args, kwargs, streams, call.mutable, _TRAINING[call.mode])
             tree, made = trees.encode(value, is_array_like, self._classes, expand=expand, root="the result")
             found.append(tree)
             return [as_output(leaf, i) for i, leaf in enumerate(made)] + changed

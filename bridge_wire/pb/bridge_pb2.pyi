@@ -30,6 +30,12 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_FLOAT8_E5M2: _ClassVar[DType]
     DTYPE_FLOAT8_E5M2FNUZ: _ClassVar[DType]
     DTYPE_FLOAT8_E8M0FNU: _ClassVar[DType]
+
+class Mode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MODE_UNSPECIFIED: _ClassVar[Mode]
+    MODE_TRAINING: _ClassVar[Mode]
+    MODE_INFERENCE: _ClassVar[Mode]
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_INT8: DType
@@ -51,6 +57,9 @@ DTYPE_FLOAT8_E4M3FNUZ: DType
 DTYPE_FLOAT8_E5M2: DType
 DTYPE_FLOAT8_E5M2FNUZ: DType
 DTYPE_FLOAT8_E8M0FNU: DType
+MODE_UNSPECIFIED: Mode
+MODE_TRAINING: Mode
+MODE_INFERENCE: Mode
 
 class Spec(_message.Message):
     __slots__ = ("dtype", "shape", "weak")
@@ -186,18 +195,20 @@ class Namespace(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "doc", "arguments", "parameters", "signatures")
+    __slots__ = ("name", "doc", "arguments", "parameters", "signatures", "modes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOC_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     SIGNATURES_FIELD_NUMBER: _ClassVar[int]
+    MODES_FIELD_NUMBER: _ClassVar[int]
     name: str
     doc: str
     arguments: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
     signatures: _containers.RepeatedCompositeFieldContainer[Signature]
-    def __init__(self, name: _Optional[str] = ..., doc: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ...) -> None: ...
+    modes: bool
+    def __init__(self, name: _Optional[str] = ..., doc: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ..., modes: bool = ...) -> None: ...
 
 class Signature(_message.Message):
     __slots__ = ("inputs",)
@@ -262,7 +273,7 @@ class PrepareRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable")
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +282,7 @@ class Call(_message.Message):
     KEEP_FIELD_NUMBER: _ClassVar[int]
     RNGS_FIELD_NUMBER: _ClassVar[int]
     MUTABLE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     model: str
     arguments: Tree
     inputs: _containers.RepeatedCompositeFieldContainer[Spec]
@@ -279,7 +291,8 @@ class Call(_message.Message):
     keep: Wrt
     rngs: _containers.RepeatedScalarFieldContainer[str]
     mutable: bool
-    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ...) -> None: ...
+    mode: Mode
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
 
 class Wrt(_message.Message):
     __slots__ = ("inputs",)

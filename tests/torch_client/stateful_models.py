@@ -104,3 +104,79 @@ def two_noises(x, left, right):
 
 noisy_pair = (lambda params, x, *, key: params["w"] * noise(x, key), {"w": np.float32(3)})
 counting = (lambda params, x: x * params["count"], {"count": np.int32(2)})
+
+
+# Models whose mode is an attribute: no argument of a call says how they are used -----------------------------------
+
+
+class Regular(nnx.Module):
+    """BatchNorm and dropout as nnx models are usually written."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(x))
+
+
+class Repeated(nnx.Module):
+    """Dropout in a scan, which replaces all variables whether or not anything is drawn."""
+
+    def __init__(self, rngs):
+        self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry), out_axes=nnx.Carry, length=2)
+        def step(module, x):
+            return module.dropout(x) * 2
+
+        return step(self, x)
+
+
+class Inferring(equinox.Module):
+    """Dropout as equinox models are usually written."""
+
+    dropout: equinox.nn.Dropout
+
+    def __init__(self):
+        self.dropout = equinox.nn.Dropout(0.5)
+
+    def __call__(self, x, key=None):
+        return self.dropout(x, key=key)
+
+
+class InferringNormed(equinox.Module):
+    """Likewise with running statistics."""
+
+    norm: equinox.nn.BatchNorm
+
+    def __init__(self):
+        self.norm = equinox.nn.BatchNorm(3, axis_name="batch", mode="ema")
+
+    def __call__(self, x, state):
+        return jax.vmap(self.norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, state)
+
+
+def regular():
+    return Regular(nnx.Rngs(0))
+
+
+def regular_in_eval():
+    model = Regular(nnx.Rngs(0))
+    model.eval()
+    return model
+
+
+def repeated():
+    return Repeated(nnx.Rngs(0))
+
+
+def inferring():
+    return Inferring()
+
+
+def inferring_normed():
+    module, state = equinox.nn.make_with_state(InferringNormed)()
+    x = jnp.arange(12.0).reshape(4, 3)
+    return module, module(x, state)[1]  # the statistics of one batch

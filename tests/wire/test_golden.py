@@ -52,6 +52,7 @@ MESSAGES: dict[str, Message] = {
                 arguments=["x", "y"],
                 parameters=[pb.Parameter(path="params.w", spec=SPEC, trainable=True)],
                 signatures=[pb.Signature(inputs=[SPEC])],
+                modes=True,
             )
         ],
         allocator="a",
@@ -78,6 +79,7 @@ MESSAGES: dict[str, Message] = {
             keep=pb.Wrt(inputs=[0, 7]),
             rngs=["dropout"],
             mutable=True,
+            mode=pb.MODE_INFERENCE,
         ),
     ),
     "prepare parameters": pb.PrepareRequest(session=b"s", parameters=pb.Parameters(model="f")),
@@ -127,8 +129,8 @@ GOLDEN = {
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (
-        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a2e0a01661201641a01781a017922150a"
-        "08706172616d732e771207080c120302ac0218012a090a07080c120302ac024201614802520"
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a300a01661201641a01781a017922150a"
+        "08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230014201614802520"
         "80a037069641201645a060a0175120167"
     ),
     "open": "080110021a0163",
@@ -136,8 +138,8 @@ GOLDEN = {
     "close": "0a0173",
     "closed": "",
     "prepare call": (
-        "0a017312430a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
-        "010004100532040a0200073a0764726f706f75744001"
+        "0a017312450a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
+        "010004100532040a0200073a0764726f706f757440014802"
     ),
     "prepare parameters": "0a01731a030a0166",
     "prepare pullback": "0a0173220908091201011a020002",
