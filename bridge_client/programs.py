@@ -38,6 +38,7 @@ class Program:
     outputs_nbytes: int = 0  # of all together
     discrete_outputs: tuple[int, ...] = ()  # those without a derivative: integers, bools, and new buffers
     changed: int = 0  # how many of the outputs, at their end, are the new values of buffers
+    # Of the call without transforms. Changed in place when another worker prepares: it names that worker's classes.
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
     is_pullback: bool = field(init=False)
@@ -102,7 +103,8 @@ class Program:
         self.outputs = specs.decode_all(prepared.outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.outputs_nbytes = sum(self.output_nbytes)
-        self.result = prepared.result
+        if self.result != prepared.result:
+            self.result.CopyFrom(prepared.result)
         if self.request.call.mutable and not self.request.call.transforms:
             self.changed = len(self.outputs) - len(trees.leaf_paths(self.result, ""))
         results = len(self.outputs) - self.changed
@@ -116,7 +118,7 @@ class Program:
         prepared, and compiled, when it is first run, if it ever is. Return this one."""
         kept = self.keeping(wrt)
         self.outputs, self.output_nbytes, self.outputs_nbytes = kept.outputs, kept.output_nbytes, kept.outputs_nbytes
-        self.discrete_outputs, self.changed, self.result = kept.discrete_outputs, kept.changed, kept.result
+        self.discrete_outputs, self.changed = kept.discrete_outputs, kept.changed
         return self
 
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
@@ -126,7 +128,7 @@ class Program:
             return known
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
-        return self._derive(key, request, self.inputs, self.labels, origin=self, changed=self.changed)
+        return self._derive(key, request, self.inputs, self.labels, self, changed=self.changed, result=self.result)
 
     def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
@@ -188,8 +190,10 @@ class Program:
         labels: tuple[str, ...],
         origin: "Program | None" = None,
         changed: int = 0,
+        result: pb.Tree | None = None,
     ) -> "Program":
         derived = Program(self.session, request, inputs, labels, self.timeout_s, origin, changed=changed)
+        derived.result = result or derived.result
         return self._derived.setdefault(key, self.session.prepare(derived))
 
 

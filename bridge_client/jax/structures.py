@@ -41,27 +41,36 @@ def register_if_dataclass(cls: type) -> bool:
 def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node; static fields travel as values."""
 
-    def flatten(value: Any) -> tuple[list[Any], None]:
-        return [getattr(value, field) for field in fields], None
+    def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        return [getattr(value, field) for field in fields], trees.attributes_beyond(value, fields)
 
-    def flatten_with_keys(value: Any) -> tuple[list[Any], None]:
-        return [(jax.tree_util.GetAttrKey(field), getattr(value, field)) for field in fields], None
+    def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[str, ...]]:
+        children, beyond = flatten(value)
+        return [(jax.tree_util.GetAttrKey(field), child) for field, child in zip(fields, children, strict=True)], beyond
 
-    def unflatten(_: None, children: Iterable[Any]) -> Any:
-        return trees.instantiate(cls, fields, children)
+    def unflatten(beyond: tuple[str, ...], children: Iterable[Any]) -> Any:
+        return trees.instantiate(cls, fields, children, without=beyond)
 
     with contextlib.suppress(ValueError):  # another thread was faster
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
-def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
+def expand(value: Any) -> trees.Node | None:
     """Return what a dataclass, or any other pytree node that jax knows, consists of."""
-    if (expanded := trees.expand_dataclass(value)) is not None:
-        return expanded
-    children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
-    if len(children) == 1 and children[0][1] is value:
+    if (node := trees.expand_dataclass(value)) is not None:
+        return node
+    structure: Any
+    children, structure = jax.tree.flatten(value, is_leaf=lambda x: x is not value)
+    if len(children) == 1 and children[0] is value:
         return None
-    return type(value).__name__, tuple(f"item{i}" for i in range(len(children))), [child for _, child in children]
+    return trees.structured(
+        type(value),
+        tuple(f"item{i}" for i in range(len(children))),
+        children,
+        structure=structure,
+        static=structure.node_data()[1],
+        unflatten=jax.tree_util.tree_unflatten,
+    )
 
 
 def marked(value: Any, mark: bool) -> Any:

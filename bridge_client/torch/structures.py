@@ -73,10 +73,10 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node here; static fields travel as values."""
 
     def parts_of(value: Any) -> Any:
-        return [getattr(value, field) for field in fields], None, fields
+        return [getattr(value, field) for field in fields], trees.attributes_beyond(value, fields), fields
 
-    def unflatten(_: Any, children: Any) -> Any:
-        return trees.instantiate(cls, fields, children)
+    def unflatten(beyond: Any, children: Any) -> Any:
+        return trees.instantiate(cls, fields, children, without=beyond)
 
     with contextlib.suppress(ValueError):  # another thread was faster
         optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
+from bridge_wire import trees
 from bridge_wire.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
@@ -108,15 +109,23 @@ def number_to_array(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
 
 
-def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
+def expand(value: Any) -> trees.Node | None:
     """Return what any pytree node that jax knows consists of."""
-    children = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)[0]
+    structure: Any
+    children, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)
     if len(children) == 1 and children[0][1] is value:
         return None
     names = [path_step(path[0]) for path, _ in children]
     if not all(name.isidentifier() for name in names):
         names = [f"item{i}" for i in range(len(children))]
-    return type(value).__name__, tuple(names), [child for _, child in children]
+    return trees.structured(
+        type(value),
+        tuple(names),
+        [child for _, child in children],
+        structure=structure,
+        static=structure.node_data()[1],
+        unflatten=jax.tree_util.tree_unflatten,
+    )
 
 
 def path_step(step: Any) -> str:

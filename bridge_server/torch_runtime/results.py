@@ -36,7 +36,7 @@ class Results:
           StructureError, SpecError: something in it is no tensor, or one that cannot be sent.
         """
         self.tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
-        self._take = _taker_of(self.tree)
+        self._take = _taker_of(self.tree, value)
         outputs = [*leaves, *buffers]
         leaves.clear()  # a reference cycle of the encoder holds it until the next collection
         if not outputs:
@@ -88,8 +88,8 @@ class _Different(Exception):
     """A result has another structure than the first one had."""
 
 
-def _taker_of(tree: pb.Tree) -> _Taker:
-    """Return what takes apart the values of a tree.
+def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
+    """Return what takes apart the values of a tree, of which `value` is the first.
 
     `trees.encode` would do, but it takes longer, and what it leaves behind holds the leaves until the next collection.
     """
@@ -99,15 +99,19 @@ def _taker_of(tree: pb.Tree) -> _Taker:
     if kind == "value":
         return _take_none
     node = getattr(tree, kind or "")
-    takers = [_taker_of(item) for item in node.items]
     if kind == "dict":
         keys = [trees.decode_value(key) for key in node.keys]
+        takers = [_taker_of(item, value[key]) for key, item in zip(keys, node.items, strict=True)]
         return lambda value, leaves: _take_items(value, keys, takers, leaves)
     if kind == "dataclass":
         fields = list(node.fields)
-        return lambda value, leaves: _take_fields(value, fields, takers, leaves)
+        takers = [_taker_of(item, getattr(value, field)) for field, item in zip(fields, node.items, strict=True)]
+        cls, beyond = type(value), trees.attributes_beyond(value, fields)
+        return lambda value, leaves: _take_fields(value, cls, beyond, fields, takers, leaves)
+    takers = [_taker_of(item, each) for each, item in zip(value, node.items, strict=True)]
+    named: type | None = type(value) if kind == "namedtuple" else None
     container: type[Sequence[Any]] = list if kind == "list" else tuple
-    return lambda value, leaves: _take_sequence(value, container, takers, leaves)
+    return lambda value, leaves: _take_sequence(value, container, named, takers, leaves)
 
 
 def _take_leaf(value: Any, leaves: list[Any]) -> None:
@@ -121,8 +125,12 @@ def _take_none(value: Any, leaves: list[Any]) -> None:
         raise _Different
 
 
-def _take_sequence(value: Any, container: type[Sequence[Any]], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+def _take_sequence(
+    value: Any, container: type[Sequence[Any]], named: type | None, takers: Sequence[_Taker], leaves: list[Any]
+) -> None:
     if not isinstance(value, container) or len(value) != len(takers):
+        raise _Different
+    if type(value) is not named and (named is not None or hasattr(value, "_fields")):  # of another namedtuple's class
         raise _Different
     for take, item in zip(takers, value, strict=True):
         take(item, leaves)
@@ -137,7 +145,16 @@ def _take_items(value: Any, keys: Sequence[Any], takers: Sequence[_Taker], leave
         take(value[key], leaves)
 
 
-def _take_fields(value: Any, fields: Sequence[str], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+def _take_fields(
+    value: Any,
+    cls: type,
+    beyond: tuple[str, ...],
+    fields: Sequence[str],
+    takers: Sequence[_Taker],
+    leaves: list[Any],
+) -> None:
+    if type(value) is not cls or trees.attributes_beyond(value, fields) != beyond:
+        raise _Different
     for take, field in zip(takers, fields, strict=True):
         if not hasattr(value, field):
             raise _Different

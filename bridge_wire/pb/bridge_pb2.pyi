@@ -112,14 +112,18 @@ class Tree(_message.Message):
         items: _containers.RepeatedCompositeFieldContainer[Tree]
         def __init__(self, keys: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
     class Record(_message.Message):
-        __slots__ = ("name", "fields", "items")
+        __slots__ = ("name", "fields", "items", "origin", "returned")
         NAME_FIELD_NUMBER: _ClassVar[int]
         FIELDS_FIELD_NUMBER: _ClassVar[int]
         ITEMS_FIELD_NUMBER: _ClassVar[int]
+        ORIGIN_FIELD_NUMBER: _ClassVar[int]
+        RETURNED_FIELD_NUMBER: _ClassVar[int]
         name: str
         fields: _containers.RepeatedScalarFieldContainer[str]
         items: _containers.RepeatedCompositeFieldContainer[Tree]
-        def __init__(self, name: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
+        origin: str
+        returned: str
+        def __init__(self, name: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., origin: _Optional[str] = ..., returned: _Optional[str] = ...) -> None: ...
     LEAF_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     TUPLE_FIELD_NUMBER: _ClassVar[int]

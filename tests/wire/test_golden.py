@@ -36,6 +36,8 @@ MESSAGES: dict[str, Message] = {
     "dict": T(dict=T.Mapping(keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())])),
     "namedtuple": T(namedtuple=POINT),
     "dataclass": T(dataclass=POINT),
+    "the sender's class": T(dataclass=T.Record(name="P", origin="m.P")),
+    "the receiver's class": T(dataclass=T.Record(name="P", returned="m.P")),
     "error": ERROR,
     "describe": pb.DescribeRequest(),
     "described": pb.DescribeReply(
@@ -126,6 +128,8 @@ GOLDEN = {
     "dict": "2a110a032a016b0a02180212020a0012021a00",
     "namedtuple": "320a0a01501201781a020a00",
     "dataclass": "3a0a0a01501201781a020a00",
+    "the sender's class": "3a080a015022036d2e50",
+    "the receiver's class": "3a080a01502a036d2e50",
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (

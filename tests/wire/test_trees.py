@@ -4,9 +4,10 @@ import builtins
 import collections
 import dataclasses
 import enum
+import functools
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -56,10 +57,15 @@ def is_array(value: object) -> bool:
 
 
 def send(value: Any, sender: Classes | None = None, receiver: Classes | None = None) -> Any:
-    """Return the value as the receiver rebuilds it. By default sender and receiver are the same process."""
-    sender = sender or Classes()
-    tree, leaves = trees.encode(value, is_array, sender)
-    return trees.build(pb.Tree.FromString(tree.SerializeToString()), leaves, receiver or sender)
+    """Return the value as a peer rebuilds it."""
+    tree, leaves = trees.encode(value, is_array, sender or Classes())
+    return trees.build(pb.Tree.FromString(tree.SerializeToString()), leaves, receiver or Classes())
+
+
+def returned(value: Any) -> Any:
+    """Return the value as it comes back from a peer."""
+    here, there = Classes(), Classes()
+    return send(send(value, here, there), there, here)
 
 
 def leaves_of(value: Any) -> list[Any]:
@@ -133,7 +139,7 @@ def test_nan_comes_back_as_nan() -> None:
 )
 def test_container_comes_back_as_it_was(value: Any) -> None:
     """Dicts, lists, tuples, namedtuples and None, in any nesting, come back equal and of the same types."""
-    received = send(value)
+    received = returned(value)
     assert received == value
     assert type(received) is type(value)
 
@@ -141,14 +147,14 @@ def test_container_comes_back_as_it_was(value: Any) -> None:
 @pytest.mark.parametrize("value", [Model(A, 0.1), Frozen([A, B])], ids=["plain", "frozen with slots"])
 def test_dataclass_comes_back_as_its_own_class(value: Any) -> None:
     """A dataclass that this process sent comes back as an instance of that very class."""
-    received = send(value)
+    received = returned(value)
     assert type(received) is type(value)
     assert received == value
 
 
 def test_dataclass_is_rebuilt_without_its_init() -> None:
     """A field that __init__ does not take is restored too, and __post_init__ does not run again."""
-    received = send(Computed(A), classes := Classes(), classes)
+    received = returned(Computed(A))
     assert (received.total, received.half) == (A, "a")
 
 
@@ -202,9 +208,9 @@ values = st.recursive(
 @settings(deadline=None)
 @given(values)
 def test_any_structure_comes_back_equal(value: Any) -> None:
-    """Whatever the nesting, what is rebuilt equals what was sent, and has one path for each leaf."""
-    tree, leaves = trees.encode(value, is_array, classes := Classes())
-    assert trees.build(tree, leaves, classes) == value
+    """Whatever the nesting, what comes back equals what was sent, and has one path for each leaf."""
+    tree, leaves = trees.encode(value, is_array, Classes())
+    assert returned(value) == value
     assert len(trees.leaf_paths(tree, "x")) == len(leaves)
 
 
@@ -426,12 +432,143 @@ def test_class_that_was_sent_comes_back_from_the_peer() -> None:
     assert type(returned) is Model and type(returned.rate) is Point
 
 
-def test_newest_class_of_a_name_is_used() -> None:
-    """When a class is defined anew, as in a notebook, the one that was sent last comes back."""
-    classes = Classes()
-    older, newer = (collections.namedtuple("Redefined", "x y") for _ in range(2))
-    for cls in (older, newer):
-        assert type(send(cls(A, B), classes)) is cls
+@pytest.mark.parametrize("make", [collections.namedtuple, dataclasses.make_dataclass])
+def test_classes_of_one_name_are_told_apart(make: Callable[..., Any]) -> None:
+    """Of several classes with the same module, name and fields, as in a notebook, each comes back as itself."""
+    classes = [make("Redefined", ["x", "y"]) for _ in range(3)]
+    here, there = Classes(), Classes()
+    at_the_peer = [send(cls(A, B), here, there) for cls in classes]
+    assert len(set(map(type, at_the_peer))) == 3
+    assert [type(send(value, there, here)) for value in at_the_peer] == classes
+
+
+def test_a_class_of_the_peer_is_none_of_this_process() -> None:
+    """A class that the peer calls as one of this process is another one."""
+    returned(Model(A))
+    assert type(send(Model(A, B))) is not Model
+
+
+def test_attributes_that_are_no_fields_are_not_lost_in_silence() -> None:
+    """An instance with attributes besides its fields is sent, and refused when it comes back; caches do not count."""
+    model = Model(A)
+    model.more = B  # type: ignore[attr-defined]
+    at_the_peer = send(model)
+    assert at_the_peer.weights is A
+    with pytest.raises(StructureError, match=r"Model.*\['more'\] are no fields.*dict or tuple"):
+        send(at_the_peer)
+    cached = Cached(A)
+    assert cached.name == "a"
+    assert type(returned(cached)) is Cached
+
+
+def test_attributes_of_a_namedtuple_are_not_lost_in_silence() -> None:
+    """Likewise for a subclass of a namedtuple."""
+    point = Marked(A, B)
+    assert type(returned(point)) is Marked
+    point.mark = 1  # type: ignore[attr-defined]
+    with pytest.raises(StructureError, match=r"\['mark'\]"):
+        returned(point)
+
+
+def test_a_class_that_was_never_sent_is_refused() -> None:
+    """An origin that this process does not know, as after a restart, is a StructureError that says what to do."""
+    tree = record("dataclass", "Model", ["weights", "rate"])
+    tree.dataclass.returned = "other.Model"
+    with pytest.raises(
+        StructureError, match=r"'other.Model' is not known here.*call the function that returns it again"
+    ):
+        trees.build(tree, [A, B], Classes())
+
+
+def test_a_returned_class_has_the_fields_and_kind_that_were_sent() -> None:
+    """A peer that returns an origin with another kind, or with other fields, is refused."""
+    tree, _ = trees.encode(Model(A, B), is_array, Classes())
+    for kind, fields in (("dataclass", ["rate", "weights"]), ("namedtuple", ["weights", "rate"])):
+        changed = record(kind, "Model", fields)
+        getattr(changed, kind).returned = tree.dataclass.origin
+        with pytest.raises(ProtocolError, match="other fields"):
+            trees.build(changed, [A, B], Classes())
+
+
+def test_a_record_of_an_older_peer_is_not_guessed() -> None:
+    """A record without origin makes a class, but where this process has sent such a class it is refused."""
+    plain = record("dataclass", "Fresh", ["x"])
+    assert type(trees.build(plain, [A], Classes())).__name__ == "Fresh"
+    fresh = dataclasses.make_dataclass("Fresh", ["x"])
+    send(fresh(A))
+    with pytest.raises(StructureError, match=r"without the origin.*same version"):
+        trees.build(plain, [A], Classes())
+
+
+def test_an_origin_has_a_bounded_length() -> None:
+    """A peer that names an origin by too many characters is refused."""
+    tree = record("dataclass", "D", ["x"])
+    tree.dataclass.origin = "o" * 1001
+    with pytest.raises(ProtocolError, match="1001 characters"):
+        trees.build(tree, [A], Classes())
+
+
+@dataclasses.dataclass
+class Cached:
+    array: Any
+
+    @functools.cached_property
+    def name(self) -> Any:
+        return self.array.name
+
+
+class Marked(Point):
+    pass
+
+
+def structured(value: Any) -> trees.Node | None:
+    """Take a Static apart as a framework does: its number is a static part."""
+    if not isinstance(value, Static):
+        return None
+    return trees.structured(
+        Static,
+        ("x",),
+        [value.x],
+        structure=value.number,
+        static=(value.number,),
+        unflatten=unflattened,
+    )
+
+
+def unflattened(number: Any, items: Any) -> "Static":
+    return Static(items[0], number)
+
+
+@dataclasses.dataclass
+class Static:
+    x: Any
+    number: Any
+
+
+@pytest.mark.parametrize("number", [0, False, 0.0, -0.0, 1, True, 1.0], ids=repr)
+def test_static_parts_come_back(number: Any) -> None:
+    """An instance comes back with its very static parts, also where they equal those of another instance."""
+    for other in (0, False, 0.0, -0.0, 1, True, 1.0):
+        trees.encode(Static(A, other), is_array, Classes(), expand=structured)
+    tree, leaves = trees.encode(Static(A, number), is_array, Classes(), expand=structured)
+    back = send(trees.build(tree, leaves, Classes()))
+    assert (type(back), type(back.number), repr(back.number)) == (Static, type(number), repr(number))
+
+
+def test_static_parts_have_origins_that_cannot_be_guessed() -> None:
+    """The origin of a class with static parts tells nothing of them; equal instances have the same one."""
+    first, second, other = (
+        trees.encode(Static(A, n), is_array, Classes(), expand=structured)[0].dataclass.origin for n in (5, 5, 6)
+    )
+    assert first == second != other
+    assert len(first.rpartition("#")[2]) == 32
+
+
+def test_static_parts_without_hash_are_refused_when_they_come_back() -> None:
+    """Static parts that cannot be compared are sent once; an instance that comes back is refused."""
+    tree, leaves = trees.encode(Static(A, []), is_array, Classes(), expand=structured)
+    with pytest.raises(StructureError, match=r"Static.*static parts cannot be compared"):
+        send(trees.build(tree, leaves, Classes()))
 
 
 @pytest.mark.parametrize("name", ["Popen", "SystemExit", "Point", "dict"])
@@ -449,9 +586,9 @@ def test_made_dataclasses_are_adopted_once() -> None:
     adopted: list[tuple[type, tuple[str, ...]]] = []
     classes = Classes(adopt=lambda cls, fields: adopted.append((cls, fields)))
     for _ in range(2):
-        made = trees.build(record("dataclass", "D", ["x"]), [A], classes)
+        made = trees.build(record("dataclass", "Adopted", ["x"]), [A], classes)
         trees.build(record("namedtuple", "N", ["x"]), [A], classes)
-        send(Model(A), classes)
+        send(made, classes)
     assert adopted == [(type(made), ("x",))]
 
 
@@ -469,10 +606,13 @@ def test_oldest_classes_are_forgotten() -> None:
 def test_class_s_own_expansion_is_used() -> None:
     """`expand` decides what an instance consists of, for types that are no dataclasses."""
 
-    def expand(value: Any) -> tuple[str, tuple[str, ...], list[Any]] | None:
-        return ("Range", ("start", "stop"), [value.start, value.stop]) if isinstance(value, range) else None
+    def expand(value: Any) -> trees.Node | None:
+        if not isinstance(value, range):
+            return None
+        return trees.Node(range, ("start", "stop"), [value.start, value.stop], lambda items: range(*items))
 
     tree, leaves = trees.encode({"r": range(2, 5)}, is_array, classes := Classes(), expand=expand)
     received = trees.build(tree, leaves, classes)
     assert isinstance(received, Mapping)
     assert (received["r"].start, received["r"].stop) == (2, 5)
+    assert send(received) == {"r": range(2, 5)}
