@@ -7,6 +7,7 @@ stream's name (haiku: as its one key).
 
 import functools
 import inspect
+import logging
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +15,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
+from bridge_server.held_arrays import arrays_held
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
 from bridge_server.runtime import Model, Parameter
 from bridge_server.signatures import positional_names
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, SpecError, TargetError
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 Streams = Mapping[str, Any]
 
@@ -40,6 +45,7 @@ class Parts(NamedTuple):
     skips_first: bool = False  # whether that signature begins with the parameters
     is_trainable: Callable[[str], bool] = lambda label: True
     has_modes: bool = False
+    is_function: bool = False  # whether it is called as it is, without a state
 
 
 def adapt(name: str, target: Any, *, x64: bool) -> Model:
@@ -55,6 +61,7 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
             "(apply, params), a flax.linen module with its variables, a flax.nnx module, an equinox module or a pair "
             "(module, state), or a haiku transform with its parameters (and state)"
         )
+    _warn_of_constants(name, target, parts)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
     state = [leaf if hasattr(leaf, "dtype") else number_to_array(leaf) for _, leaf in leaves]
     # What is no array of a type we know, such as a PRNG key, stays with the worker.
@@ -93,6 +100,34 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         apply=apply,
         has_modes=parts.has_modes,
     )
+
+
+def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
+    """Log which arrays cannot be trained although they look like parameters, and which are trained like parameters."""
+    if parts.is_function and (paths := arrays_held(parts.documented, _is_array)):
+        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        _log.warning(
+            "model %r is served without parameters, but holds %d arrays (%s): they are constants, which no client can "
+            "train; to train them serve a pair (apply, params), whose apply(params, *args) uses these arrays, or a "
+            "flax or equinox module",
+            name,
+            len(paths),
+            shown,
+        )
+    elif parts.skips_first and isinstance(parts.state, Mapping) and "params" in parts.state:
+        others = sorted(str(key) for key in parts.state if key != "params")
+        moving = [key for key in others if any(map(_is_array, jax.tree.leaves(parts.state[key])))]
+        if moving:
+            _log.warning(
+                "model %r is a pair (apply, params), so that the collections %s are trained like parameters; serve the "
+                "pair (flax.linen module, variables) to have them as buffers, or close over them in apply",
+                name,
+                moving,
+            )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray) and value.ndim > 0
 
 
 def _buffers(parameters: Sequence[Parameter], before: Sequence[Any], state: Any) -> list[Any]:
@@ -156,7 +191,7 @@ def _function_parts(function: Callable[..., Any]) -> Parts:
     def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
         return function(*args, **_with_keys(function, kwargs, streams)), state
 
-    return Parts(call, (), function)
+    return Parts(call, (), function, is_function=True)
 
 
 def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:

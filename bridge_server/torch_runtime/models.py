@@ -1,5 +1,6 @@
 """What may be served, taken apart into code and state."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -7,9 +8,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from bridge_server.held_arrays import arrays_held
 from bridge_server.torch_runtime.codes import Code, CodeOfFunction, CodeOfModule, CodeOfPair
 from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
+
+_log = logging.getLogger(__name__)
 
 
 class Parts(NamedTuple):
@@ -37,8 +41,22 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
     if callable(target) and not isinstance(target, type):
+        _warn_of_constants(name, target)
         return Parts(CodeOfFunction(target), {}, frozenset(), target)
     return None
+
+
+def _warn_of_constants(name: str, function: Callable[..., Any]) -> None:
+    """Log which tensors look like parameters and cannot be trained."""
+    if paths := arrays_held(function, lambda value: isinstance(value, Tensor) and value.ndim > 0):
+        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        _log.warning(
+            "model %r is served without parameters, but holds %d tensors (%s): they are constants, which no client can "
+            "train; to train them serve the nn.Module itself, or a pair (function, params)",
+            name,
+            len(paths),
+            shown,
+        )
 
 
 def _moved(target: Any, device: torch.device) -> Any:
