@@ -3,6 +3,8 @@
 Tests import it too, for what torch itself says.
 """
 
+import dataclasses
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -104,3 +106,45 @@ class Transformer(nn.Module):
 
 
 transformer = _made(lambda: Transformer().double())
+
+
+# Classes -----------------------------------------------------------------------------------------------------------
+
+
+def _state_class():
+    """A class; all of these have one name and the same fields."""
+
+    @dataclasses.dataclass
+    class State:
+        x: torch.Tensor
+        y: torch.Tensor
+
+    return State
+
+
+FirstState, SecondState = _state_class(), _state_class()
+
+
+def first_state(x):
+    return FirstState(x, 2 * x)
+
+
+def second_state(x):
+    return SecondState(x, 3 * x)
+
+
+def class_of_state(state):
+    """Which of the classes an instance has: 1 or 2; 0: neither."""
+    return state.x.new_tensor(isinstance(state, FirstState) + 2 * isinstance(state, SecondState))
+
+
+def state_with_more(x):
+    """An instance with an attribute that is no field."""
+    state = FirstState(x, x)
+    state.more = 3
+    return state
+
+
+def some_state(x):
+    """An instance of another class where the values say so."""
+    return FirstState(x, x) if x.sum() > 0 else SecondState(x, x)
