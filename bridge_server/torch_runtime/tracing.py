@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge_server.model_errors import is_models, remote, text_of
 from bridge_server.torch_runtime.attention import no_fast_path
+from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import drawing, is_random
@@ -98,11 +99,11 @@ class Trial:
             edges = [get_gradient_edge(y) for y in outputs if y.requires_grad]
             return any(isinstance(node, BackwardCFunction) for node in nodes_of(edges))
         except Exception as error:
-            traceback.clear_frames(error.__traceback__)
+            _forget_frames(error)
             return True
         finally:
             f = outputs = edges = None  # type: ignore[assignment]
-            _take_back((watch,), before, self.where)
+            _take_back((watch,), before)
 
     def _traced_on_values(self, why: BaseException) -> Traced:
         """Make the call on whichever values it takes; on fake tensors it has failed with `why`."""
@@ -150,11 +151,17 @@ class Trial:
             self._run(f, watch, filling, needs_grad)
             reads_kept = bool(watch.survivors()) and self._reads_kept(f, watch, again, filling, needs_grad)
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)
-            raise
-        finally:
             del f
-            _take_back((watch, again), before, self.where)
+            _forget_frames(error)
+            _take_back((watch, again), before)
+            raise
+        del f
+        if left := _take_back((watch, again), before):
+            raise _LeftBehind(
+                f"{self.where} keeps tensors ({left}) that it made of its arguments or parameters in an object that "
+                "the bridge cannot put back, so a later call would return another call's values; keep them in an attribute "
+                "of the module, or do not keep them"
+            )
         return Traced(
             frozenset(watch.written),
             frozenset(watch.strays),
@@ -175,7 +182,7 @@ class Trial:
         try:
             self._run(f, again, filling, needs_grad)
         except Exception as error:  # it works once only, so it depends on what was kept
-            traceback.clear_frames(error.__traceback__)
+            _forget_frames(error)
             return True
         return again.reads_kept or not again.survivors()
 
@@ -208,26 +215,31 @@ def _as_variable(x: Any) -> Any:
     return x.requires_grad_().clone() if is_inexact else x
 
 
-def _take_back(watches: Sequence["_Watch"], before: PythonState, where: str) -> None:
-    """Take away the tensors made of the state or the inputs that have outlived their calls.
+def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
+    """Take away the tensors made of the state or the inputs that have outlived their calls; return which cannot be.
 
-    Raises:
-      _LeftBehind: they cannot be taken away.
+    Those raise from now on where they are fake.
     """
     if not any(watch.survivors() for watch in watches):
-        return
+        return ""
     before.restore_tensors()
-    if left := set().union(*(watch.survivors() for watch in watches)):
-        kept = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and _storage(each) in left]
-        for each in kept:
-            if isinstance(each, FakeTensor):
-                each.__class__ = _Left
-        shown = ", ".join(f"{str(each.dtype).removeprefix('torch.')}{list(each.shape)}" for each in kept[:3])
-        raise _LeftBehind(
-            f"{where} keeps tensors ({shown or 'in a graph'}) that it made of its arguments or parameters in an object "
-            "that the bridge cannot put back, so a later call would return another call's values; keep them in an "
-            "attribute of the module, or do not keep them"
-        )
+    left = set().union(*(watch.survivors() for watch in watches))
+    if not left:
+        return ""
+    kept = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and _storage(each) in left]
+    for each in kept:
+        if isinstance(each, FakeTensor):
+            each.__class__ = _Left
+    return ", ".join(map(described, kept[:3])) or "in a graph"
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Drop the variables of the frames that an error, and those that led to it, have passed."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _LeftBehind(CallerError):
