@@ -35,6 +35,22 @@ def drawing(*, is_seeded: bool, in_row_major_order: bool = False) -> Iterator[No
                 generator.set_state(state)
 
 
+class StreamAside:
+    """A stream of random numbers of its own: it begins as torch's stands now, and torch's goes on as if unused."""
+
+    def __init__(self) -> None:
+        self._states: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def drawing(self) -> Iterator[None]:
+        with drawing(is_seeded=True):
+            generators = _generators()
+            for generator, state in zip(generators, self._states, strict=False):
+                generator.set_state(state)
+            yield
+            self._states = [generator.get_state() for generator in generators]
+
+
 class RowMajorDraws(TorchDispatchMode):
     """Has operators that draw see row-major tensors only, whatever the layout of those that they are given."""
 

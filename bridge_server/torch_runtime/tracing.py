@@ -10,7 +10,7 @@ import logging
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,12 +27,13 @@ from bridge_server.torch_runtime.attention import no_fast_path
 from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.python_state import PythonState
-from bridge_server.torch_runtime.randomness import drawing, is_random
+from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
 from bridge_server.torch_runtime.types import zeros
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
+_NOTHING: AbstractContextManager[None] = nullcontext()
 
 # Operators that keep statistics write these arguments, and their schemas do not say so.
 _STATISTICS = frozenset({"running_mean", "running_var"})
@@ -159,8 +160,8 @@ class Trial:
         if left := _take_back((watch, again), before):
             raise _LeftBehind(
                 f"{self.where} keeps tensors ({left}) that it made of its arguments or parameters in an object that "
-                "the bridge cannot put back, so a later call would return another call's values; keep them in an attribute "
-                "of the module, or do not keep them"
+                "the bridge cannot put back, so a later call would return another call's values; keep them in an "
+                "attribute of the module, or do not keep them"
             )
         return Traced(
             frozenset(watch.written),
@@ -298,6 +299,7 @@ class _Watch(TorchDispatchMode):
         self._left = most_operators
         self.draws = False
         self.draws_by_layout = False
+        self._stream = StreamAside()
         self.reads_kept = False
         self.kept: Set[int] = frozenset()  # storages that an earlier call has kept
         self.written: set[int] = set()
@@ -349,12 +351,15 @@ class _Watch(TorchDispatchMode):
         _note(foreign, self.overwritten)
         # Real tensors into which fake ones were written have other values than they should; and what the call has not
         # made, it must not change.
-        is_unreal = is_followed or is_random(operator) or any(_storage(x) in self.overwritten for x in read)
-        if self.fake is None or not is_unreal or any(isinstance(x, FakeTensor) for x in read):
-            outputs = operator(*args, **kwargs)
+        is_unreal = is_followed or any(_storage(x) in self.overwritten for x in read)
+        if self.fake is None or any(isinstance(x, FakeTensor) for x in read):
+            context: AbstractContextManager[object] = _NOTHING
+        elif is_unreal:
+            context = self.fake
         else:
-            with self.fake:
-                outputs = operator(*args, **kwargs)
+            context = self._stream.drawing() if is_random(operator) else _NOTHING
+        with context:
+            outputs = operator(*args, **kwargs)
         made = _tensors_in(outputs)
         is_followed |= any(isinstance(x, FakeTensor) for x in made)
         _note([*written, *made] if is_followed else made, self._followed if is_followed else self._made)

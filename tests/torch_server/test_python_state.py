@@ -299,6 +299,26 @@ def test_tables_stay_cached(runtime: TorchRuntime, caplog: pytest.LogCaptureFixt
     assert type(table(3)) is Tensor and table(3).tolist() == [0, 1, 2]
 
 
+@functools.lru_cache
+def projection(size: int) -> Tensor:
+    return torch.randn(2, size) @ torch.randn(size, size)
+
+
+def test_a_random_table_is_drawn_once(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
+    """A random table that a cache keeps is the same in each call, and its draw leaves torch's own stream alone."""
+    projection.cache_clear()
+    hosted, x = Hosted(runtime, lambda x: projection(3) @ x), np.ones(3, np.float32)
+    torch.manual_seed(0)
+    program = hosted.call(x)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    first, second = (hosted.run(program, x)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    torch.manual_seed(0)
+    expected = torch.randn(2, 3) @ torch.randn(3, 3) @ torch.ones(3)
+    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    assert not caplog.records
+
+
 def test_a_module_imported_within_a_call(
     runtime: TorchRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
