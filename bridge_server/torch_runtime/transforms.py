@@ -202,7 +202,8 @@ def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequ
 def _row_by_row(
     of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int
 ) -> list[Tensor]:
-    rows = [of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n) for i in mapped])) for n in range(size)]
+    # A row has memory of its own, as outside of a batch: as_strided counts from where the memory begins.
+    rows = [of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped])) for n in range(size)]
     if not rows:
         device = next((x.device for x in arrays if isinstance(x, Tensor)), HOST)
         return [zeros(spec._replace(shape=(0, *spec.shape)), device) for spec in of.outputs]

@@ -196,6 +196,15 @@ def test_a_forward_that_writes_only_now_and_then_is_found_out(runtime: TorchRunt
         program.run([view], None)
 
 
+def test_rows_lie_where_single_calls_do(runtime: TorchRuntime) -> None:
+    """A batch that runs row by row gives operators that count from the memory's beginning what a single call gives."""
+    hosted = Hosted(runtime, lambda x: torch.as_strided_scatter(x, 2 * x[:2], (2,), (2,), 0))
+    x = numbers(np.float64, 3, 4)
+    single = [hosted.run(hosted.call(row), row)[0] for row in x]
+    rows = hosted.run(hosted.call(x[0], transforms=[vmap([0], 3)]), x)[0]
+    np.testing.assert_array_equal(rows, np.stack(single))
+
+
 # Forward mode that would be silently zero --------------------------------------------------------------------------
 
 
