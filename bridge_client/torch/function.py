@@ -22,7 +22,16 @@ from bridge_client.session import Session, checked_limit
 from bridge_client.torch import compiled
 from bridge_client.torch.derivatives import apply, prepared
 from bridge_client.torch.families import Seen, for_all_sizes, seen
-from bridge_client.torch.memory import DTYPES, TORCH_DTYPES, as_tensor, cast_floats, copied_into, from_block, spec_of
+from bridge_client.torch.memory import (
+    DTYPES,
+    TORCH_DTYPES,
+    as_tensor,
+    cast_floats,
+    copied_into,
+    from_block,
+    is_sole_owner,
+    spec_of,
+)
 from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.structures import (
     flatten,
@@ -319,12 +328,16 @@ class RemoteJaxFunction(nn.Module):
 
     def _own_tensors(self) -> list[Tensor]:
         tensors: list[Tensor] = []
+        refreshed: list[nn.Module] = []
         for owner, name in self._owners:
             if (tensor := owner._parameters.get(name)) is not None:
                 tensors.append(tensor)
             elif (buffer := owner._buffers.get(name)) is not None:
                 tensors.append(buffer)
-            else:  # torch.nn.utils.parametrize has made it a property
+            else:  # a property, by torch.nn.utils.parametrize, or an attribute that hooks set before each call
+                if owner is not self and owner not in refreshed:
+                    refreshed.append(owner)
+                    owner()
                 tensors.append(getattr(owner, name))
         return tensors
 
@@ -340,14 +353,17 @@ class RemoteJaxFunction(nn.Module):
     def _keep_in_slab(self, tensor: Tensor) -> None:
         """Move a tensor's memory into the slab if it is elsewhere: after deepcopy, to(dtype), unpickling, a fork.
 
-        What other processes share (share_memory) or other tensors view stays where it is, and is copied for each call.
+        Memory that anything else uses stays where it is, and is copied for each call: other processes (share_memory),
+        views, and owners that write into the storage later, such as FSDP2's all-gather.
         """
         nbytes = tensor.nbytes
         pool = self.session.gpu_pool() if tensor.is_cuda else self.session.pool
         if nbytes == 0 or pool is None or pool.address_of(tensor.data_ptr(), nbytes) is not None:
             return
-        is_ours_alone = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
-        if not is_ours_alone or (tensor.is_cpu and tensor.is_shared()) or tensor.dtype not in DTYPES:
+        is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
+        if not is_whole or (tensor.is_cpu and tensor.is_shared()) or tensor.dtype not in DTYPES:
+            return
+        if not is_sole_owner(tensor):
             return
         if torch.is_inference_mode_enabled() or tensor.is_inference():
             return
@@ -428,7 +444,10 @@ _SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torc
 
 
 class _Branch(nn.Module):
-    """A node of the parameters' tree."""
+    """A node of the parameters' tree. A call runs its hooks, of which pruning and weight_norm have theirs."""
+
+    def forward(self) -> None:
+        """Do nothing: the worker uses the parameters."""
 
 
 class _Call(NamedTuple):

@@ -1,6 +1,7 @@
 """Tensors and the session's memory: placed in it as inputs, made of it as outputs."""
 
 import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ keep_owners_by(lambda buffer: to_dlpack(torch.frombuffer(buffer, dtype=torch.uin
 TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
 DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
 
+
+# Tensors that are no subclass's: their storage is as large as it says.
+_WITH_MEMORY = {Tensor, torch.nn.Parameter}
 
 # A Python number as bytes, in the type that its spec names.
 _PACK: Mapping[type, Callable[[Any], bytes]] = {
@@ -64,6 +68,7 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, O
             if address is not None:
                 placed.append(_InSlab(address, value.untyped_storage()))
                 continue
+            _check_memory(value, program.labels[len(placed)])
             block = pool.lease(nbytes)
             copy(block.pointer, pointer, nbytes, block, value)
         elif not spec.weak and value.is_cuda:
@@ -82,6 +87,7 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
         block.buffer[:] = _packed(value, label, session)
         return block
     _check_readable(value, label)
+    _check_memory(value, label)
     if DTYPES.get(value.dtype) is not spec.dtype:
         _check_range(value, spec, label)
     block = session.pool.lease(spec.nbytes)
@@ -105,6 +111,7 @@ def _place_beside_gpu(program: Program, inputs: Sequence[Any]) -> tuple[list[Pla
             block = _converted(value, spec, label, session)
         else:
             _check_readable(value, label)
+            _check_memory(value, label)
             is_as_wanted = DTYPES.get(value.dtype) is spec.dtype
             address = gpu.address_in(run.pool, value) if is_as_wanted and value.nbytes else None
             if address is not None:
@@ -149,6 +156,25 @@ def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
     return gpu.tensor_over(pool, block, spec).copy_(tensor.detach())
 
 
+def is_sole_owner(tensor: Tensor) -> bool:
+    """Whether nothing but this tensor uses its storage: no view, no exporter, no Python object that keeps the storage.
+
+    False where this torch does not tell.
+    """
+    return _SOLE_OWNER is not None and _owners_of(tensor) == _SOLE_OWNER
+
+
+def _owners_of(tensor: Tensor) -> tuple[int, int] | None:
+    storage = tensor.untyped_storage()
+    try:
+        return torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
+    except AttributeError:  # private: any release may lack it
+        return None
+
+
+_SOLE_OWNER = _owners_of(torch.empty(1, device="cpu"))
+
+
 def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
     """Return the type that a value has on the worker; `shape` is that of a tensor.
 
@@ -177,6 +203,19 @@ def _check_readable(value: Tensor, path: str) -> None:
         raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
     if not (value.is_cpu or value.is_cuda):
         raise SpecError(f"input `{path}` is on {value.device}; expected the host or a CUDA device: move it with .cpu()")
+
+
+def _check_memory(value: Tensor, path: str) -> None:
+    """Raise SpecError unless the storage holds each element: torch itself would read beyond its end, or crash."""
+    if value.numel() == 0 or type(value) not in _WITH_MEMORY or value._is_zerotensor():
+        return
+    last = value.storage_offset() + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    needed, there = (last + 1) * value.itemsize, value.untyped_storage().nbytes()
+    if there < needed:
+        raise SpecError(
+            f"input `{path}` has a storage of {there} bytes, and needs {needed}: the storage was resized, as sharding "
+            "and offloading do between uses; bring its values back before the call"
+        )
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:

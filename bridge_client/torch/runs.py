@@ -1,5 +1,6 @@
 """Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only traces."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
-from bridge_wire.errors import ResidualGone
+from bridge_wire.errors import ResidualGone, StructureError
 from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
@@ -36,6 +37,7 @@ def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
 
 def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program as an operator, which a graph can name."""
+    _refuse_sharded(program, inputs)
     return _operators().run(_as_tensors(inputs), program.pin())
 
 
@@ -117,6 +119,20 @@ def is_traced(inputs: Sequence[Any]) -> bool:
 def _has_memory(value: Any) -> bool:
     """Whether a value is what its class in C++ says: so are numbers, and tensors of most classes of a user's own."""
     return type(value) in PLAIN or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _refuse_sharded(program: Program, inputs: Sequence[Any]) -> None:
+    """Raise StructureError for a DTensor: its memory holds this rank's shard."""
+    sharding = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
+    if sharding is None:
+        return
+    for value, label in zip(inputs, program.labels, strict=False):
+        if isinstance(value, sharding.DTensor):
+            raise StructureError(
+                f"input `{label}` is a DTensor with placements {value.placements}; expected a whole tensor: pass "
+                "value.full_tensor(), or for parameters apply fully_shard to the RemoteJaxFunction or a module around "
+                "it, and call that module, whose hooks gather them"
+            )
 
 
 def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
