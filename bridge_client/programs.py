@@ -18,6 +18,31 @@ if TYPE_CHECKING:
 
 
 _keys = itertools.count(1)
+_TAG_BITS = 23  # an id has 63 bits, so that it is also an int64; 40 of them count
+_COUNT_BITS = 40
+
+
+def residual_id(count: int, fingerprint: bytes) -> int:
+    """Return the id of a residual, from which `tag_of` tells which model has made it: wherever the id is copied to."""
+    return model_tag(fingerprint) << _COUNT_BITS | count
+
+
+def model_tag(fingerprint: bytes) -> int:
+    """Return a model's tag, a short form of its fingerprint; 0 where the worker told none."""
+    return 1 + int.from_bytes(fingerprint, "little") % (2**_TAG_BITS - 1) if fingerprint else 0
+
+
+def tag_of(residual: int) -> int:
+    """Return the tag of the model that has made a residual; 0 where the worker told no fingerprint."""
+    return residual >> _COUNT_BITS
+
+
+@dataclass(slots=True)
+class _Identity:
+    """The model that a call and its derivatives were last prepared with."""
+
+    link: object = None
+    fingerprint: bytes = b""
 
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
@@ -46,6 +71,9 @@ class Program:
     takes_numbers: bool = field(init=False)  # whether an input is a Python number, and not an array
     key: int = field(default_factory=_keys.__next__)  # names it in this process
     number: int = 0  # names it in graphs; 0: it is in none
+    fingerprint: bytes = b""  # of the model, as it was when this program was last prepared
+    identity: _Identity = field(default_factory=_Identity)  # shared with what is derived from it
+    tag: int = 0  # of the only model that this program may run on; 0: any
     _derived: dict[Hashable, "Program"] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,14 +139,33 @@ class Program:
         self.discrete_outputs = tuple(
             i for i, spec in enumerate(self.outputs) if i >= results or not spec.dtype.is_inexact
         )
+        if prepared.fingerprint:
+            self.fingerprint = prepared.fingerprint
+            self.identity.link, self.identity.fingerprint = link, prepared.fingerprint
         self.name = (link, prepared.program)
 
     def prepare_keeping(self, wrt: tuple[int, ...]) -> "Program":
         """Prepare the program whose runs also keep a residual, before this one, whose outputs it has: this one is
         prepared, and compiled, when it is first run, if it ever is. Return this one."""
-        kept = self.keeping(wrt)
-        self.outputs, self.output_nbytes, self.outputs_nbytes = kept.outputs, kept.output_nbytes, kept.outputs_nbytes
-        self.discrete_outputs, self.changed = kept.discrete_outputs, kept.changed
+        return self._with_outputs_of(self.keeping(wrt))
+
+    def on_model(self, tag: int) -> "Program":
+        """Return this program, not prepared, as one that runs on the model of this tag only, and so do its derivatives.
+
+        These raise ModelChanged when they are prepared with another model.
+        """
+        if tag in (0, self.tag):
+            return self
+        key = ("on model", tag)
+        if known := self._derived.get(key):
+            return known
+        held = Program(self.session, self.request, self.inputs, self.labels, self.timeout_s, identity=self.identity)
+        held.tag, held.result = tag, self.result
+        return self._derived.setdefault(key, held._with_outputs_of(self))
+
+    def _with_outputs_of(self, other: "Program") -> "Program":
+        self.outputs, self.output_nbytes, self.outputs_nbytes = other.outputs, other.output_nbytes, other.outputs_nbytes
+        self.discrete_outputs, self.changed = other.discrete_outputs, other.changed
         return self
 
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
@@ -192,7 +239,17 @@ class Program:
         changed: int = 0,
         result: pb.Tree | None = None,
     ) -> "Program":
-        derived = Program(self.session, request, inputs, labels, self.timeout_s, origin, changed=changed)
+        derived = Program(
+            self.session,
+            request,
+            inputs,
+            labels,
+            self.timeout_s,
+            origin,
+            changed=changed,
+            identity=self.identity,
+            tag=self.tag,
+        )
         derived.result = result or derived.result
         return self._derived.setdefault(key, self.session.prepare(derived))
 

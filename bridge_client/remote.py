@@ -14,22 +14,28 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
-from bridge_client.programs import Program, shapes_of
+from bridge_client.programs import Program, model_tag, shapes_of
 from bridge_client.session import Placed, Session, checked_limit, closed
 from bridge_wire.cuda import device_of
 from bridge_wire.cuda_memory import GpuPool, is_on_gpu
 from bridge_wire.errors import (
     BridgeError,
     CallTimeout,
+    DTypeError,
     LaneUnavailable,
+    ModelChanged,
     PeerError,
     ResidualGone,
+    SpecError,
+    StructureError,
+    UnknownModel,
     WorkerDied,
     WorkerUnavailable,
 )
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block, Pool
 from bridge_wire.slabs import memfd_works
+from bridge_wire.specs import decode_all
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -96,6 +102,7 @@ class RemoteSession(Session):
         self._dropped: deque[int] = deque()
         self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
         self._abandoned: list[_Abandoned] = []
+        self._changed_models: set[str] = set()  # which were reported
 
     @property
     def framework(self) -> str:
@@ -344,8 +351,42 @@ class RemoteSession(Session):
             request.pullback.program = self._name_of(link, program.origin, timeout_s)
         model = request.call.model or request.parameters.model
         what = f"model {model!r}" if model else "a pullback"
-        program.adopt(link, link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s))
+        is_known = program.identity.link not in (None, link)
+        try:
+            prepared = link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s)
+        except (SpecError, DTypeError, StructureError, UnknownModel) as error:
+            if is_known:
+                raise ModelChanged(f"{what} has served such calls before the worker was restarted: {error}") from error
+            raise
+        if prepared.fingerprint:
+            self._check_model(program, prepared, what, is_known=is_known)
+        program.adopt(link, prepared)
         return program.name[1]
+
+    def _check_model(self, program: Program, prepared: pb.Prepared, what: str, *, is_known: bool) -> None:
+        """Compare what a restarted worker serves to what it has served before.
+
+        Raises:
+          ModelChanged: the program is tied to the model of an earlier call, or the outputs have other types.
+        """
+        if program.tag and model_tag(prepared.fingerprint) != program.tag:
+            raise ModelChanged(
+                f"the worker serves another {what} than the one that ran this call's forward, so it cannot compute the "
+                "gradient; call the function again"
+            )
+        outputs = decode_all(prepared.outputs)
+        if program.outputs and (outputs, prepared.result) != (program.outputs, program.result):
+            raise ModelChanged(
+                f"{what} returned {', '.join(map(str, program.outputs))} before the worker was restarted, and now "
+                f"returns {', '.join(map(str, outputs))} or another structure; make a new function of it"
+            )
+        if not is_known or prepared.fingerprint == program.identity.fingerprint:
+            return
+        with self._lock:
+            is_reported = what in self._changed_models
+            self._changed_models.add(what)
+        if not is_reported:
+            _log.warning("%s is another one since the worker was restarted: results differ from earlier calls", what)
 
     def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:
         return [

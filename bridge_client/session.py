@@ -14,7 +14,7 @@ from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
 
-from bridge_client.programs import Program, unpin
+from bridge_client.programs import Program, residual_id, unpin
 from bridge_wire import specs
 from bridge_wire.cuda_memory import GpuPool
 from bridge_wire.dlpack import DeviceExporter, Exporter
@@ -248,7 +248,7 @@ class Session(ABC):
 
         The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise as `run`.
         """
-        id = next(self._ids)
+        id = residual_id(next(self._ids), program.fingerprint)
         try:
             return self._run(program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id), stream)
         except BaseException:

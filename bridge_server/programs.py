@@ -37,6 +37,7 @@ class Programs:
         self.signatures: dict[str, list[tuple[Spec, ...]]] = {name: [] for name in models}
         self._runtime = runtime
         self._slots: OrderedDict[object, _Slot] = OrderedDict()
+        self._fingerprints: dict[bytes, bytes] = {}
         self._lock = threading.Lock()
 
     def call(self, request: pb.Call) -> Preparation:
@@ -45,6 +46,20 @@ class Programs:
         _check_extent(request)
         key = request.SerializeToString(deterministic=True)
         return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
+
+    def fingerprint(self, request: pb.Call) -> bytes:
+        """Return the fingerprint of a call that was prepared: that of the call without its transforms."""
+        plain = pb.Call()
+        plain.CopyFrom(request)
+        plain.ClearField("transforms")
+        plain.ClearField("keep")
+        key = plain.SerializeToString(deterministic=True)
+        known = self._fingerprints.get(key)
+        if known is None:
+            known = self._fingerprints[key] = self._runtime.fingerprint(self._model(request.model), plain)
+            if len(self._fingerprints) > _MAX_PROGRAMS:
+                self._fingerprints.pop(next(iter(self._fingerprints)), None)
+        return known
 
     def parameters(self, request: pb.Parameters) -> Preparation:
         """Prepare the program whose outputs are a model's parameters."""

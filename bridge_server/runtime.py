@@ -39,6 +39,8 @@ class Model:
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
     apply: Any
+    # What to look through for the code that decides the results: see fingerprints.py.
+    source: Any = None
     # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*` stands for anything.
     shardings: Mapping[str, Any] = field(default_factory=dict)
     has_modes: bool = False  # whether a call can put it into training or inference mode
@@ -145,6 +147,11 @@ class Runtime(ABC):
           SpecError: they cannot be told for all sizes.
         """
         raise SpecError("models of this framework are traced for known sizes only")
+
+    def fingerprint(self, model: Model, call: pb.Call) -> bytes:
+        """Return a digest of what decides the results of an untransformed call that can be prepared: see
+        fingerprints.py. Empty where nothing is known; the same in each process that serves the same model."""
+        return b""
 
     @abstractmethod
     def prepare_parameters(self, model: Model) -> Program:

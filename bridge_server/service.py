@@ -93,11 +93,13 @@ class Service(BridgeServicer):
                     yield pb.PrepareEvent(prepared=pb.Prepared(shapes=self._programs.shapes(request.shapes)))
                     return
                 program = yield from _as_events(self._preparation(request, session.program))
+                fingerprint = self._programs.fingerprint(request.call) if request.HasField("call") else b""
             yield pb.PrepareEvent(
                 prepared=pb.Prepared(
                     program=session.add_program(program),
                     result=program.result,
                     outputs=[specs.encode(spec) for spec in program.outputs],
+                    fingerprint=fingerprint,
                 )
             )
         except BridgeError as error:

@@ -33,6 +33,7 @@ def warm_up(programs: Programs, text: str) -> None:
     floats = [i for i, spec in enumerate(arrays, len(parameters)) if spec.dtype.is_inexact]
     _log.info("warming up %s", text)
     _finish(programs, call)
+    programs.fingerprint(call)
     for wrt in (trainable, trainable + floats) if trainable else (floats,):
         kept = pb.Call()
         kept.CopyFrom(call)

@@ -23,6 +23,7 @@ BridgeError
 │   ├── CallTimeout        no answer within timeout_s
 │   ├── OutOfMemory        no room for a block: the slabs' cap, the kernel or the GPU said no
 │   ├── CudaError          CUDA, or a handle for it, does not work here
+│   ├── ModelChanged       the worker now has another model than the one that an earlier call used
 │   └── LaneUnavailable    the lane or memory kind that was required cannot be had
 ├── ResidualGone           the worker no longer has the residual; the caller recomputes
 └── InternalError          a bug of the bridge
@@ -177,6 +178,12 @@ class OutOfMemory(WorldError, MemoryError):
 
 class CudaError(WorldError):
     """CUDA does not work here, or refused what was asked of it, such as to open a handle."""
+
+
+class ModelChanged(WorldError):
+    """The worker was restarted with another model than the one that an earlier call used."""
+
+    status = _Status.FAILED_PRECONDITION
 
 
 class LaneUnavailable(WorldError):

@@ -91,9 +91,14 @@ class Residuals:
 
     def check(self, id: int, program: Program) -> None:
         """Raise ResidualGone unless a residual of this very program is kept under the id."""
-        kept = self._owned.get(id) or self._unclaimed.get(id)
+        kept = self._kept(id)
         if kept is None or kept.program != program.key:
             raise ResidualGone("no residual of this program has this handle")
+
+    def is_of_another(self, id: int, program: Program) -> bool:
+        """Whether a residual of another program is kept under the id."""
+        kept = self._kept(id)
+        return kept is not None and kept.program != program.key
 
     def claim(self, id: int) -> None:
         """Let go of a residual whose handle nobody owns: its pullback has run."""
@@ -103,6 +108,9 @@ class Residuals:
                 return
             self._unclaimed_nbytes -= entry.nbytes
         self._drop(id)
+
+    def _kept(self, id: int) -> _Kept | None:
+        return self._owned.get(id) or self._unclaimed.get(id)
 
     def _disown(self, id: int) -> None:
         """Let go of a residual whose handle is gone. For finalizers: no lock is taken."""

@@ -36,7 +36,7 @@ from bridge_client.jax.memory import (
 )
 from bridge_client.jax.residuals import HANDLE, residuals_of
 from bridge_client.jax.widths import widened
-from bridge_client.programs import Program
+from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_wire.errors import ResidualGone
 from bridge_wire.pool import Block
@@ -183,7 +183,7 @@ class PullBack(Action):
     def __init__(self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]) -> None:
         self._keeping = program.keeping(kept)
         self._pullback = self._keeping.pullback(wrt, given)
-        self._afresh: Callable[[], Program] = lambda: program.vjp(wrt, given)
+        self._afresh: Callable[[int], Program] = lambda tag: program.on_model(tag).vjp(wrt, given)
         self._count = len(program.inputs)
         self._residuals = residuals_of(program.session)
         self.session = program.session
@@ -203,7 +203,8 @@ class PullBack(Action):
             stream = _stream_of(gpu)
             blocks = self.session.run_pullback(pullback, id, placed, copied=copied, stream=stream)
         except ResidualGone:
-            return Run(self._afresh())._run(sources[1:], gpu)
+            tag = 0 if self._residuals.is_of_another(id, self._keeping) else tag_of(id)
+            return Run(self._afresh(tag))._run(sources[1:], gpu)
         finally:
             self._residuals.claim(id)
         return _Ran(pullback, blocks, copied)

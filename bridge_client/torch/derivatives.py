@@ -9,8 +9,8 @@ from torch._C._functorch import CGradInterpreterPtr, TransformType
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from bridge_client.programs import Program
-from bridge_client.torch.runs import LIBRARY, as_values, pull_back, run, run_keeping, run_operator
+from bridge_client.programs import Program, model_tag, tag_of
+from bridge_client.torch.runs import LIBRARY, as_values, is_traced, pull_back, run, run_keeping, run_operator
 
 # What a pullback of torch.func has kept from its level, it hands over after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
@@ -124,7 +124,8 @@ class _Recorded(_SingleLevelFunction):
             # With create_graph the derivative must be a program that can be derived again, and under a transform, such
             # as torch.vmap around torch.autograd.grad, one that can be transformed.
             if torch.is_grad_enabled() or _are_transforms_active() or any(map(_is_legacy_batch, selected)):
-                made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
+                made_by = program if is_traced([handle]) else program.on_model(tag_of(int(handle)))
+                made = _apply_derivative(made_by.vjp(wrt, given), [*inputs, *selected])
             else:
                 made = pull_back(program, (kept, wrt, given), handle, inputs, selected)
             for i, gradient in zip(wrt, made, strict=True):
@@ -144,6 +145,7 @@ class _Transformable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         program, *values = inputs
+        ctx.tag = model_tag(program.fingerprint)
         numbers = [None if isinstance(x, Tensor) else x for x in values]
         tensors = [x for x in values if isinstance(x, Tensor)]
         ctx.call = (program, numbers)
@@ -155,7 +157,9 @@ class _Transformable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         program, numbers = ctx.call
         needed = ctx.needs_input_grad[1:]
-        return (None, *_gradients(program, _merged(numbers, ctx.saved_tensors), needed, cotangents))
+        inputs = _merged(numbers, ctx.saved_tensors)
+        made_by = program if is_traced(inputs) else program.on_model(ctx.tag)
+        return (None, *_gradients(made_by, inputs, needed, cotangents))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._guards import TracingContext
 
 from bridge_client.arguments import NUMBERS
-from bridge_client.programs import Program
+from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
 from bridge_wire.errors import ResidualGone, StructureError
@@ -88,7 +88,8 @@ def pull_back(
             stream=None if gpu is None else gpu.stream,
         )
     except ResidualGone:
-        return run(program.vjp(wrt, given), [*inputs, *cotangents])
+        made_by = program.on_model(tag_of(int(handle)))
+        return run(made_by.vjp(wrt, given), [*inputs, *cotangents])
     return gradients if gpu is None else gpu.brought_back(gradients, session)
 
 

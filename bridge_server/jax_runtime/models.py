@@ -99,6 +99,7 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         values=[jnp.asarray(state[i]) for i in sent],
         apply=apply,
         has_modes=parts.has_modes,
+        source=(target, parts.documented),
     )
 
 

@@ -1,6 +1,7 @@
 """JaxRuntime: models traced and compiled once per signature, run by XLA."""
 
 import functools
+import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from jax import export
 
 from bridge_server import devices, runtime
+from bridge_server.fingerprints import Fingerprint, Values, code_of
 from bridge_server.jax_runtime.advice import for_call
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
@@ -42,6 +44,8 @@ from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalErro
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
+_log = logging.getLogger(__name__)
+
 _OUTPUT = "the run of a model, seen when its output was copied"
 _TRAINING = {pb.MODE_UNSPECIFIED: None, pb.MODE_TRAINING: True, pb.MODE_INFERENCE: False}
 
@@ -61,6 +65,7 @@ class JaxRuntime(Runtime):
                 "--mesh spreads compiled programs over devices, and --no-jit compiles none; leave out one"
             )
         self._classes = trees.Classes(adopt=register_dataclass)
+        self._values = Values(_bytes_of)
 
     def describe(self) -> Description:
         return Description("jax", jax.__version__, has_x64(), tuple(map(_name_of, jax.local_devices())))
@@ -113,6 +118,22 @@ class JaxRuntime(Runtime):
         with model_errors(where), self._layout.context():
             made = jax.eval_shape(functools.partial(self._flat(model, call, []), bound), *named)
         return [[str(size) for size in aval.shape] for aval in made]
+
+    def fingerprint(self, model: Model, call: pb.Call) -> bytes:
+        made = Fingerprint()
+        made.add("jax", jax.__version__, has_x64(), code_of(model), call.SerializeToString(deterministic=True))
+        made.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
+        if not call.parameters:
+            made.add(self._values.of(model))
+        bound = () if call.parameters else tuple(model.values)
+        arguments = (bound, *avals_of(decode_all(call.inputs)))
+        try:
+            with self._layout.context():
+                # Without debug information, which has names of files. Constants are part of the text, in full.
+                made.add(self._layout.jit(self._flat(model, call, [])).trace(*arguments).lower().as_text())
+        except Exception as error:  # as of operations that --no-jit has for one at a time
+            _log.debug("model %r has no lowered program for its fingerprint: %s", model.name, error)
+        return made.digest()
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = [aval_of(parameter.spec) for parameter in model.parameters]
@@ -293,6 +314,10 @@ class JaxRuntime(Runtime):
 
 def _name_of(device: jax.Device) -> str:
     return str(device) if device.platform == "gpu" else f"{device.platform}:{device.id}"  # such as cuda:0, cpu:0
+
+
+def _bytes_of(value: Any) -> memoryview:
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def _pointer(array: Any) -> int | None:

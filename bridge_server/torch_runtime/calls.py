@@ -63,6 +63,7 @@ class Call:
             self._refuse_strays(traced)
         self._is_traced = True
         self.result, self.outputs = self._results.tree, self._results.specs
+        self.operators = traced.operators
         self.draws = traced.draws or self.key is not None
         self.draws_by_layout = traced.draws_by_layout
         self._needs_grad = traced.needs_grad

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from bridge_server import devices, runtime
+from bridge_server.fingerprints import Fingerprint, Values, code_of
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
@@ -37,6 +38,7 @@ class TorchRuntime(Runtime):
         self._device = _device(options)
         self._is_on_host = self._device == types.HOST
         self._classes = trees.Classes()
+        self._values = Values(types.bytes_of)
         self._calls: dict[tuple[Model, bytes], Call] = {}
 
     def describe(self) -> Description:
@@ -60,6 +62,7 @@ class TorchRuntime(Runtime):
             parameters=tuple(parameters),
             values=[tensor.detach() for tensor in parts.state.values()],
             apply=parts.code,
+            source=(target, parts.documented),
         )
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
@@ -87,6 +90,15 @@ class TorchRuntime(Runtime):
         if not call.transforms:
             program.result = base.result
         return program
+
+    def fingerprint(self, model: Model, call: pb.Call) -> bytes:
+        made = Fingerprint()
+        made.add("torch", torch.__version__, code_of(model), call.SerializeToString(deterministic=True))
+        made.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
+        if not call.parameters:
+            made.add(self._values.of(model))
+        made.add(self._call(model, call).operators)
+        return made.digest()
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = tuple(parameter.spec for parameter in model.parameters)

@@ -20,15 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bridge_server.fingerprints import Fingerprint
 from bridge_server.model_errors import is_models, remote, text_of
 from bridge_server.torch_runtime.attention import no_fast_path
 from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
-from bridge_server.torch_runtime.types import zeros
+from bridge_server.torch_runtime.types import bytes_of, zeros
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
@@ -58,6 +60,7 @@ class Traced(NamedTuple):
     overwrites: bool  # whether tensors were written that are neither state nor inputs nor made in the call
     needs_grad: bool  # whether it works only while autograd records, as a model does that differentiates inside
     is_fake: bool  # whether it holds whatever the values are
+    operators: bytes  # a digest of the operators that depend on state, inputs or draws, and of their other arguments
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,7 @@ class Trial:
             bool(watch.overwritten),
             needs_grad,
             is_fake,
+            watch.ran.digest(),
         )
 
     def _reads_kept(self, f: Function, watch: "_Watch", again: "_Watch", filling: Filling, needs_grad: bool) -> bool:
@@ -309,11 +313,14 @@ class _Watch(TorchDispatchMode):
         self._followed: dict[int, StorageWeakRef] = {}
         self._made: dict[int, StorageWeakRef] = {}  # in this call, of nothing that is followed
         self.overwritten: dict[int, StorageWeakRef] = {}  # was there before, and is neither state nor input
+        self.ran = Fingerprint()
+        self._numbers: dict[int | None, int] = {}  # of the storages that operators in the fingerprint have made
 
     def follow(self, tensors: Sequence[Any]) -> None:
         """Follow these, the state and the inputs, which are written by position."""
         self._positions = {_storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
         _note([x for x in tensors if isinstance(x, Tensor)], self._followed)
+        self._numbers = dict(self._positions)
 
     def survivors(self) -> set[int]:
         """Return the storages that are followed and still there, once what only cycles hold is gone."""
@@ -346,6 +353,10 @@ class _Watch(TorchDispatchMode):
         if is_random(operator) and given.get("dropout_p") != 0:
             self.draws = True
             self.draws_by_layout |= not all(each.layout is torch.strided and each.is_contiguous() for each in read)
+        # Constants count by their values: whether they are made in this call or were kept by an earlier one.
+        is_recorded = is_random(operator) or any(_storage(x) in self._numbers for x in read)
+        if is_recorded:
+            self.ran.add(operator, *(f"{name}={self._named(value)}" for name, value in given.items()))
         is_followed = any(map(self._is_followed, read))
         foreign = [x for x in written if not self._is_followed(x) and _storage(x) not in self._made]
         _note(foreign, self.overwritten)
@@ -361,9 +372,26 @@ class _Watch(TorchDispatchMode):
         with context:
             outputs = operator(*args, **kwargs)
         made = _tensors_in(outputs)
+        if is_recorded:
+            for x in (*written, *made):
+                self._numbers.setdefault(_storage(x), len(self._numbers))
         is_followed |= any(isinstance(x, FakeTensor) for x in made)
         _note([*written, *made] if is_followed else made, self._followed if is_followed else self._made)
         return outputs
+
+    def _named(self, value: Any) -> str:
+        return str(pytree.tree_map_only(Tensor, self._name, value))
+
+    def _name(self, x: Tensor) -> str:
+        """Return which tensor this is: of the call, by the number of its storage; of the model, by its values."""
+        storage = _storage(x)
+        number = self._numbers.get(storage)
+        where = f"{x.dtype}{list(x.shape)}"
+        if number is None and (number := self._originals.get(storage)) is None:
+            values = Fingerprint()
+            values.add("" if isinstance(x, FakeTensor) else bytes_of(x))
+            return f"{where} {values.digest().hex()}"
+        return f"{number} {where} {(x.stride(), x.storage_offset()) if storage is not None else ''}"
 
     def _is_followed(self, tensor: Tensor) -> bool:
         return isinstance(tensor, FakeTensor) or _storage(tensor) in self._followed

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from bridge_server.turns import Turn
 from bridge_wire.copying import copy
@@ -27,6 +28,16 @@ _USERS_OF_ITS_OWN = 2  # of a storage: its one tensor, and the object by which P
 def spec_of(tensor: Tensor) -> Spec:
     """Return the type of a tensor whose dtype is one of ours."""
     return Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Return the elements of a tensor, row-major, as bytes; of one that has no dense memory, its text."""
+    with _disable_current_modes():
+        try:
+            dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            return ctypes.string_at(dense.data_ptr(), dense.nbytes)
+        except Exception:  # sparse, quantized, of another library
+            return repr(tensor)
 
 
 def zeros(spec: Spec, device: torch.device = HOST) -> Any:

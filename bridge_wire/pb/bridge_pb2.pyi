@@ -381,16 +381,18 @@ class Shape(_message.Message):
     def __init__(self, sizes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("program", "result", "outputs", "shapes")
+    __slots__ = ("program", "result", "outputs", "shapes", "fingerprint")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     SHAPES_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     program: int
     result: Tree
     outputs: _containers.RepeatedCompositeFieldContainer[Spec]
     shapes: _containers.RepeatedCompositeFieldContainer[Shape]
-    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ...) -> None: ...
+    fingerprint: bytes
+    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
     __slots__ = ("attach", "share", "run", "release", "chunk", "peek", "order")

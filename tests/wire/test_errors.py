@@ -39,6 +39,7 @@ STATUS = {
     "CallTimeout": "DEADLINE_EXCEEDED",
     "OutOfMemory": "RESOURCE_EXHAUSTED",
     "CudaError": "UNAVAILABLE",
+    "ModelChanged": "FAILED_PRECONDITION",
     "LaneUnavailable": "UNAVAILABLE",
     "ResidualGone": "DATA_LOSS",
     "InternalError": "INTERNAL",
