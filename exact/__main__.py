@@ -1,0 +1,103 @@
+"""The command `python -m exact`: run the databases' cases, sum up, write docs/coverage.md."""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from exact import ROOT
+from exact.cases import Entry, parse_entry, share
+from exact.pool import Pool
+from exact.results import Results
+
+WAYS = ("inproc", "worker", "traced", "torch-client")
+_OUT = ROOT / "out" / "exact"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and return 1 if a case has a fault that known.toml does not list."""
+    options = _parser().parse_args(argv)
+    results = Results(options.out)
+    if not options.summary:
+        for way in options.ways:
+            for x64 in (False, True):
+                _run(way, x64, options, results)
+    return _report(results, options)
+
+
+def _run(way: str, x64: bool, options: Any, results: Results) -> None:
+    done = set() if options.again else results.done()
+    listed = [e for e in listing(way, options) if e.is_wide == x64 and (way, str(e)) not in done]
+    chosen = [e for e in share(listed, options.share, options.seed) if re.search(options.only, str(e))]
+    chosen = chosen[: options.limit]
+    if not chosen:
+        return
+    begun, count = time.monotonic(), 0
+
+    def record(message: dict[str, Any]) -> None:
+        nonlocal count
+        results.add(way, message)
+        if "done" in message:
+            count += 1
+            if count % 50 == 0:
+                print(f"{way}: {count} of {len(chosen)} entries, {time.monotonic() - begun:.0f} s", flush=True)
+
+    arguments = ["--way", way, "--samples", str(options.samples), "--checks", options.checks]
+    arguments += ["--x64"] if x64 else []
+    pool = Pool(arguments, options.timeout_s, options.out.parent, record, begun + options.deadline_s, options.jobs)
+    pool.run(chosen)
+
+
+def listing(way: str, options: Any) -> list[Entry]:
+    """Return the entries of the way's databases, from a process of its own: this one imports no framework."""
+    text = subprocess.run(
+        [sys.executable, "-m", "exact.listing", way, options.dtypes, options.kinds],
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ).stdout
+    return [parse_entry(line) for line in text.splitlines() if line.count("/") >= 3]
+
+
+def _report(results: Results, options: Any) -> int:
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for record in results.read():
+        for check, (status, detail) in record.get("checks", {}).items():
+            counts.setdefault((record["way"], check), Counter())[status] += 1
+            if options.verbose and status not in ("right", "as torch", "as jax", "beyond"):
+                print(f"{record['way']} {check} {record['case']}: {status}: {detail}")
+    for (way, check), counter in sorted(counts.items()):
+        print(f"{way:12} {check:9}", ", ".join(f"{n} {status}" for status, n in counter.most_common()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("exact", description=__doc__)
+    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS))
+    parser.add_argument("--dtypes", default="float32,float64,complex64,complex128")
+    parser.add_argument("--kinds", default="plain,strided,inplace,train,eval,harness")
+    parser.add_argument("--checks", default="", help="all of them by default")
+    parser.add_argument("--samples", type=int, default=1, help="how many of each operator's samples")
+    parser.add_argument("--share", type=float, default=1.0, help="of the entries, drawn with --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="at most so many entries for each way")
+    parser.add_argument("--only", default="", metavar="REGEX", help="entries that match, as op/sin/float32/plain")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="for one check")
+    parser.add_argument("--deadline-s", type=float, default=1e9, help="for a way; what is left runs next time")
+    parser.add_argument("--out", type=Path, default=_OUT / "results.jsonl")
+    parser.add_argument("--again", action="store_true", help="also run what has a result already")
+    parser.add_argument("--summary", action="store_true", help="run nothing")
+    parser.add_argument("--verbose", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

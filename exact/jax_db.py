@@ -1,0 +1,127 @@
+"""JAX's primitive harnesses, and what JAX itself makes of them. Imports jax, never torch."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.internal_test_util import test_harnesses
+
+from exact.cases import Entry, seed_of
+from exact.compare import Refusal, attempt
+
+Leaves = list[np.ndarray]
+
+
+class Unusable(Exception):
+    """A harness that no torch program can pass: the message says why."""
+
+
+@functools.cache
+def harnesses() -> dict[str, Any]:
+    # Some are made from sets, whose order varies from process to process.
+    return {h.fullname: h for h in sorted(test_harnesses.all_harnesses, key=lambda h: h.fullname)}
+
+
+def entries() -> Iterator[Entry]:
+    for name, harness in harnesses().items():
+        yield Entry("jax", name, np.dtype(harness.dtype).name, "harness")
+
+
+@dataclass
+class Case:
+    """A harness's inputs and, by name of the check, JAX's answer or Refusal.
+
+    wrt: positions of the inputs that are differentiated. outputs: positions of the results that are.
+    """
+
+    function: Callable[..., Any]
+    inputs: Leaves
+    batch: Leaves
+    wrt: list[int]
+    outputs: list[int]
+    weights: Leaves
+    tangents: Leaves
+    answers: dict[str, Any]
+
+
+def case_of(name: str) -> Case:
+    """Return a harness with JAX's own answers.
+
+    Raises:
+      Unusable: an argument is no array.
+    """
+    harness = harnesses()[name]
+    seed = seed_of(name)
+    one, two = (harness.dyn_args_maker(np.random.RandomState(seed + i)) for i in (0, 1))
+    if any(not isinstance(x, np.ndarray) for x in one):
+        raise Unusable("an argument is no array")
+
+    def function(*args: Any) -> Any:
+        return harness.dyn_fun(*args)
+
+    alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True))
+    batch = [np.stack([a, b if alike else a]) for a, b in zip(one, two, strict=True)]
+    case = Case(function, list(one), batch, [], [], [], [], {})
+    case.answers["value"] = value = attempt(lambda: _leaves(jax.jit(function)(*one)))
+    if one:
+        case.answers["vmap"] = attempt(lambda: _leaves(jax.jit(jax.vmap(function))(*batch)))
+    if not isinstance(value, Refusal):
+        case.wrt = [i for i, x in enumerate(one) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        case.outputs = [i for i, y in enumerate(value) if jnp.issubdtype(y.dtype, jnp.inexact)]
+        if case.wrt and case.outputs:
+            _differentiate(case, value, np.random.RandomState(seed ^ 1))
+    return case
+
+
+def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> None:
+    case.weights = weights = [_noise(rng, value[i]) for i in case.outputs]
+    case.tangents = tangents = [_noise(rng, case.inputs[i]) for i in case.wrt]
+    positions = tuple(range(len(case.wrt)))
+
+    def restricted(*xs: Any) -> tuple[list[Any], list[Any]]:
+        args = list(case.inputs)
+        for i, x in zip(case.wrt, xs, strict=True):
+            args[i] = x
+        ys = jax.tree.leaves(case.function(*args))
+        return [ys[i] for i in case.outputs], ys
+
+    def forward(*xs: Any) -> Any:
+        _, pullback, ys = jax.vjp(restricted, *xs, has_aux=True)
+        return ys, pullback
+
+    def gradient() -> Leaves:
+        # In two programs, as in training: XLA rounds some derivatives in another way where both are one program.
+        _, pullback = jax.jit(forward)(*xs)
+        found = jax.jit(lambda pullback, cts: pullback(cts))(pullback, list(map(np.conj, weights)))
+        return [np.conj(g) for g in _leaves(found)]  # torch's convention
+
+    def total(*xs: Any) -> Any:
+        ys, _ = restricted(*xs)
+        return sum(jnp.sum(jnp.real(jnp.conj(w) * y)) for w, y in zip(weights, ys, strict=True))
+
+    def jvp(*xs: Any) -> Any:
+        return jax.jvp(lambda *xs: restricted(*xs)[0], xs, tuple(map(jnp.asarray, tangents)))[1]
+
+    def hvp(*xs: Any) -> Any:
+        return jax.jvp(jax.grad(total, positions), xs, tuple(map(jnp.asarray, tangents)))[1]
+
+    xs = [jnp.asarray(case.inputs[i]) for i in case.wrt]
+    case.answers["gradient"] = attempt(gradient)
+    case.answers["jvp"] = attempt(lambda: _leaves(jax.jit(jvp)(*xs)))
+    if all(x.dtype.kind == "f" and x.dtype.itemsize > 1 for x in map(np.asarray, xs)):
+        case.answers["hvp"] = attempt(lambda: _leaves(jax.jit(hvp)(*xs)))
+
+
+def _leaves(tree: Any) -> Leaves:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def _noise(rng: np.random.RandomState, like: np.ndarray) -> np.ndarray:
+    z = rng.standard_normal(like.shape)
+    if np.issubdtype(like.dtype, np.complexfloating):
+        return np.asarray(z + 1j * rng.standard_normal(like.shape)).astype(like.dtype)
+    return np.asarray(z).astype(like.dtype)
