@@ -47,7 +47,7 @@ def _torch_runner(options: Any) -> Callable[[Entry, int, Say], None]:
     import jax
     import torch
 
-    from exact import torch_db, ways
+    from exact import subjects, ways
     from exact.torch_checks import CHECKS, Checks
     from exact.torch_reference import quiet
 
@@ -58,7 +58,7 @@ def _torch_runner(options: Any) -> Callable[[Entry, int, Say], None]:
 
     def run(entry: Entry, skip: int, say: Say) -> None:
         say({"at": [0, "samples"]})
-        count = len(torch_db.samples(entry))
+        count = subjects.count(entry)
         for position, index in enumerate(chosen_samples(count, options.samples, entry.seed)):
             if position < skip:
                 continue
@@ -93,7 +93,7 @@ def _checked(make: Callable[[], Any], wanted: Any, position: int, say: Say) -> d
 
 
 def _module_names(options: Any) -> list[str]:
-    from exact import torch_db, ways
+    from exact import subjects, torch_db, ways
 
     if options.way != "worker":
         return []
@@ -103,7 +103,7 @@ def _module_names(options: Any) -> list[str]:
         for entry in torch_db.entries("module", dtypes):
             try:
                 for index in chosen_samples(len(torch_db.samples(entry)), options.samples, entry.seed):
-                    torch_db.subject(entry, index)
+                    torch_db.as_function(subjects.subject(entry, index).target)  # a lazy module has no parameters yet
                     yield ways.module_name(entry, index)
             except Exception:
                 continue

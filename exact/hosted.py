@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from exact.cases import Entry, parse_entry
-from exact.torch_db import Subject, subject
+from exact.subjects import subject
+from exact.torch_db import Subject
 
 _MODULE = re.compile(r"m_(\w+)_(float\d+|complex\d+)_(train|eval)_(\d+)")
 

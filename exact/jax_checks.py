@@ -1,5 +1,6 @@
 """The checks of one of JAX's harnesses, called from torch in this process. Imports both frameworks."""
 
+import functools
 import gc
 import time
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import BridgeError
 from exact.cases import WIDE, Entry
-from exact.compare import Refusal, Verdict, attempt, judge_refusal, one_line
+from exact.compare import Refusal, Verdict, attempt, judge_refusal, judge_values, one_line
 from exact.jax_db import Case, Leaves, Unusable, case_of
 
 Say = Callable[[dict[str, Any]], None]
@@ -33,7 +34,7 @@ def run(entry: Entry, _: int, say: Say) -> None:
     begun = time.monotonic()
     record: dict[str, Any] = {}
     try:
-        case = case_of(entry.name)
+        case = case_of(entry)
         _refuse_absent_types(case)
     except Unusable as error:
         record["unusable"] = str(error)
@@ -41,7 +42,7 @@ def run(entry: Entry, _: int, say: Say) -> None:
         record["unusable"] = f"the harness itself: {one_line(error)}"
     else:
         verdicts: dict[str, list[str]] = {}
-        for name, check in _Checks(case).named().items():
+        for name, check in _Checks(case, bits=entry.database == "jax").named().items():
             say({"at": [0, name], "so far": verdicts})
             verdict = check()
             verdicts[name] = [verdict.status, verdict.detail]
@@ -64,8 +65,9 @@ def _refuse_absent_types(case: Case) -> None:
 
 
 class _Checks:
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, *, bits: bool) -> None:
         self._case = case
+        self._compare = _same if bits else functools.partial(judge_values, spread=list)
         self._remote = RemoteJaxFunction(case.function)
         self._inputs = list(map(_tensor, case.inputs))
 
@@ -156,7 +158,7 @@ class _Checks:
             return judge_refusal(got, want, (BridgeError, NotImplementedError), "jax")
         if isinstance(want, Refusal):
             return Verdict("beyond", one_line(want.error))
-        return _same(list(map(_array, got)), want)
+        return self._compare(list(map(_array, got)), want)
 
 
 def _same(got: Leaves, want: Leaves) -> Verdict:
@@ -177,11 +179,11 @@ def _same(got: Leaves, want: Leaves) -> Verdict:
 
 
 def _tensor(x: np.ndarray) -> Tensor:
-    x = np.ascontiguousarray(x)
+    x = np.array(x, order="C")  # not ascontiguousarray, which gives a scalar a dimension
     dtype = getattr(torch, x.dtype.name)
     if x.dtype.kind in "biufc" and not hasattr(ml_dtypes, x.dtype.name):
-        return torch.from_numpy(x.copy())
-    return torch.from_numpy(x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1").copy()).view(dtype)
+        return torch.from_numpy(x)
+    return torch.from_numpy(x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1")).view(dtype)
 
 
 def _array(t: Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src.internal_test_util import test_harnesses
 
+from exact import graphs
 from exact.cases import Entry, seed_of
 from exact.compare import Refusal, attempt
 
@@ -48,14 +49,17 @@ class Case:
     answers: dict[str, Any]
 
 
-def case_of(name: str) -> Case:
-    """Return a harness with JAX's own answers.
+def case_of(entry: Entry) -> Case:
+    """Return a harness, or a random program, with JAX's own answers.
 
     Raises:
       Unusable: an argument is no array.
     """
-    harness = harnesses()[name]
-    seed = seed_of(name)
+    if entry.database == "graph":
+        graph = graphs.graph_of(entry)
+        return _answered(graph.function(), graph.inputs(entry.seed), graph.inputs(entry.seed + 1), entry.seed)
+    harness = harnesses()[entry.name]
+    seed = seed_of(entry.name)
     one, two = (harness.dyn_args_maker(np.random.RandomState(seed + i)) for i in (0, 1))
     if any(not isinstance(x, np.ndarray) for x in one):
         raise Unusable("an argument is no array")
@@ -63,9 +67,13 @@ def case_of(name: str) -> Case:
     def function(*args: Any) -> Any:
         return harness.dyn_fun(*args)
 
+    return _answered(function, list(one), list(two), seed)
+
+
+def _answered(function: Callable[..., Any], one: Leaves, two: Leaves, seed: int) -> Case:
     alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True))
     batch = [np.stack([a, b if alike else a]) for a, b in zip(one, two, strict=True)]
-    case = Case(function, list(one), batch, [], [], [], [], {})
+    case = Case(function, one, batch, [], [], [], [], {})
     case.answers["value"] = value = attempt(lambda: _leaves(jax.jit(function)(*one)))
     if one:
         case.answers["vmap"] = attempt(lambda: _leaves(jax.jit(jax.vmap(function))(*batch)))

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 from exact.cases import MODULE_KINDS, OPERATOR_KINDS, Entry
 
+# The database seeds random operators within their call; here the caller's key does.
+common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
 _OPERATORS = {op.full_name: op for op in op_db}
 assert len(_OPERATORS) == len(op_db)
 _MODULES = {info.name.removeprefix("nn."): info for info in module_db}
@@ -31,11 +34,13 @@ class Subject:
 
     target: a function or an nn.Module of the inputs, positional; its result is any pytree.
     wrt: positions of the inputs that are differentiated.
+    draws: whether it draws random numbers; None: to be found out.
     """
 
     target: Callable[..., Any]
     inputs: Sequence[Tensor]
     wrt: Sequence[int]
+    draws: bool | None = None
 
     @property
     def is_module(self) -> bool:
@@ -74,7 +79,7 @@ def samples(entry: Entry, seed: int | None = None) -> list[Any]:
     )
 
 
-def subject(entry: Entry, index: int) -> Subject:
+def subject_of_sample(entry: Entry, index: int) -> Subject:
     """Return a sample as a function and its inputs.
 
     Raises:
@@ -84,9 +89,9 @@ def subject(entry: Entry, index: int) -> Subject:
     return _module_subject(sample, entry) if entry.database == "module" else _operator_subject(sample, entry)
 
 
-def batch(entry: Entry, index: int) -> list[Tensor]:
+def batch_of_sample(entry: Entry, index: int) -> list[Tensor]:
     """Return the sample's inputs stacked with other values of the same types, or with themselves."""
-    one = subject(entry, index).inputs
+    one = subject_of_sample(entry, index).inputs
     try:
         two = subject_inputs(samples(entry, entry.seed + 1)[index], entry)
     except Exception:

@@ -133,7 +133,7 @@ class Reference:
     def _restricted(self, xs: Sequence[Tensor], outputs: Sequence[int]) -> list[Tensor]:
         values = _fresh(self.inputs)
         for i, x in zip(self.wrt, xs, strict=True):
-            values[i] = x.view_as(x)  # a function may write into its inputs, but not into leaves
+            values[i] = x.clone()  # a function may write into its inputs, but not into leaves
         ys = self.run(*values)
         return [ys[i] for i in outputs]
 

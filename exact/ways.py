@@ -47,7 +47,8 @@ class Traced:
     def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
         traced = trace_torch(subject.target)
         if isinstance(subject.target, nn.Module):
-            names, buffers = list(traced.params), list(traced.buffers)
+            names = [name for name, _ in subject.target.named_parameters()]  # in the order of the values
+            buffers = [name for name, _ in subject.target.named_buffers()]
 
             def module(*values: Any) -> list[Any]:
                 params, state, args = _split(values, names, buffers)
