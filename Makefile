@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz proto clean distclean
+.PHONY: help setup demo test check bench fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -33,6 +33,11 @@ bench: $(if $(and $(GPU),$(PYTHON)),,setup) ## Measure against the performance b
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz
+
+# WAYS=inproc,worker,traced,torch-client LIMIT=50 ONLY=linalg SHARE=0.1; `make exact EXACT_ARGS=--write-docs` for the page.
+exact: setup ## Compare with the frameworks' operator databases; WAYS=inproc LIMIT=50 ONLY=linalg
+	$(BOTH)/python -m exact $(if $(WAYS),--ways $(WAYS)) $(if $(LIMIT),--limit $(LIMIT)) $(if $(ONLY),--only '$(ONLY)') \
+	  $(if $(SHARE),--share $(SHARE)) $(EXACT_ARGS)
 
 proto: setup ## Generate bridge_wire/pb from proto/bridge/v1/bridge.proto
 	$(BOTH)/python tools/generate_proto.py

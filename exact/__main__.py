@@ -5,12 +5,11 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from exact import ROOT
+from exact import ROOT, page, summary
 from exact.cases import Entry, parse_entry, share
 from exact.pool import Pool
 from exact.results import Results
@@ -20,7 +19,7 @@ _OUT = ROOT / "out" / "exact"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return 1 if a case has a fault that known.toml does not list."""
+    """Run, and return 1 if there is a fault that exact/known.toml does not list."""
     options = _parser().parse_args(argv)
     results = Results(options.out)
     if not options.summary:
@@ -67,15 +66,18 @@ def listing(way: str, options: Any) -> list[Entry]:
 
 
 def _report(results: Results, options: Any) -> int:
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for record in results.read():
-        for check, (status, detail) in record.get("checks", {}).items():
-            counts.setdefault((record["way"], check), Counter())[status] += 1
-            if options.verbose and status not in ("right", "as torch", "as jax", "beyond"):
-                print(f"{record['way']} {check} {record['case']}: {status}: {detail}")
-    for (way, check), counter in sorted(counts.items()):
-        print(f"{way:12} {check:9}", ", ".join(f"{n} {status}" for status, n in counter.most_common()))
-    return 0
+    """Print what a run comes to; return 1 if there is a fault."""
+    found = summary.summarise(results.read(), summary.Known())
+    for way, checks in found["counts"].items():
+        for check, counts in checks.items():
+            text = ", ".join(f"{n} {status}" for status, n in sorted(counts.items(), key=lambda item: -item[1]))
+            print(f"{way:12} {check:11} {summary.share_right(counts):6.2f} %: {text}")
+    for row in found["listed"] if options.verbose else summary.faults(found):
+        print(f"{row['way']} {row['entry']} {', '.join(row['checks'])}: {row['status']}: {row['detail']}")
+    if options.write_docs:
+        summary.write(found)
+        page.PATH.write_text(page.page(found))
+    return int(bool(summary.faults(found)))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=_OUT / "results.jsonl")
     parser.add_argument("--again", action="store_true", help="also run what has a result already")
     parser.add_argument("--summary", action="store_true", help="run nothing")
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="print all that is not right, not only faults")
+    parser.add_argument("--write-docs", action="store_true", help="write exact/summary.json and docs/coverage.md")
     return parser
 
 

@@ -59,6 +59,8 @@ def one_line(error: BaseException, length: int = 240) -> str:
 
 
 def judge_refusal(got: Refusal, want: Any, typed: tuple[type[BaseException], ...], framework: str) -> Verdict:
+    if isinstance(want, Refusal) and type(got.error) is type(want.error):
+        return Verdict(f"as {framework}", one_line(got.error))  # traced code raises in the caller's process
     if not isinstance(got.error, typed):
         return Verdict("untyped", one_line(got.error))
     return Verdict(f"as {framework}" if isinstance(want, Refusal) else "refused", one_line(got.error))

@@ -19,6 +19,7 @@ from exact.cases import Entry
 
 # A fresh process now and then bounds what compiled programs and caches take.
 _ENTRIES_PER_PROCESS = 300
+_COMMAND = [sys.executable, "-m", "exact.child"]
 
 
 @dataclass
@@ -102,7 +103,7 @@ class Pool:
         with (self.log / f"child-{'-'.join(self.arguments[:3]).strip('-')}-{number}.log").open("a") as log:
             child = _Child(
                 subprocess.Popen(
-                    [sys.executable, "-m", "exact.child", *self.arguments],
+                    [*_COMMAND, *self.arguments],
                     cwd=ROOT,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
