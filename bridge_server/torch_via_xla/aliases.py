@@ -1,111 +1,305 @@
-"""Tensors that share memory in torch, and not when they are traced. Imports torch only.
+"""Views and in-place writes of traced tensors, for which JAX's arrays have no counterpart. Imports both frameworks.
 
-torchax writes through slices, and through no other view: what is written into `x.view(-1)` or `x.t()` would not
-be seen in `x`. So each write is noted, and whoever reads the same memory by another name afterwards is refused.
+A traced tensor is a base, which holds an array, or a view, which knows how to read its parent's array and how that
+array looks after a write into the view. `_elem`, torchax's attribute for a tensor's array, becomes a property: a read
+of a view reads its parent again if the memory was written since, and a write into a view goes up to the base.
+
+As in torch, a write under no_grad, or through a detached tensor, changes the value and leaves the derivative.
 """
 
-import functools
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from bridge_wire.errors import CallerError
 
-_ATTRIBUTE = "_bridge_name"
-# Which torchax takes before they reach an operator whose schema says that it makes a view.
-_VIEWS = frozenset({torch.Tensor.detach, torch.detach})
+aten = torch.ops.aten
+
+Array = Any
 
 
-class Aliases:
-    """The names of memory in one trace: tensors that are the same memory, or parts of it."""
+class View(NamedTuple):
+    """How a view reads its parent's array, and how the parent's array looks after a write into the view."""
 
-    def __init__(self) -> None:
-        self._memories: list[list[_Name]] = []
-
-    def note_views(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], made: Any) -> None:
-        """Note which tensors an operator has made as further names of its first argument's memory."""
-        base, views = named_in(args[:1]), named_in(made)
-        if not base or not views or not _makes_views(function) or views[0] is base[0]:
-            return
-        name = getattr(base[0], _ATTRIBUTE, None)
-        if name is None:
-            name = _Name(base[0], torch.empty(base[0].shape, dtype=base[0].dtype, device="meta"), [], {})
-            self._memories.append(name.memory)
-        try:
-            laid_out = function(name.layout, *args[1:], **kwargs)
-        except RuntimeError:  # there is no such view of this layout, so that torch has made a copy
-            return
-        call = object()
-        for part, (view, layout) in enumerate(zip(views, pytree.tree_leaves(laid_out), strict=True)):
-            _Name(view, layout, name.memory, {**name.parts, call: part})
-
-    def clear(self) -> None:
-        """Forget the tensors, so that none outlives the trace."""
-        for memory in self._memories:
-            memory.clear()
+    read: Callable[[Array], Array]
+    written: Callable[[Array, Array], Array]
 
 
-class _Name:
-    """A tensor as a name of memory, in which it has a layout."""
+class Place:
+    """The array of a tensor: a base, or a view of its parent's array."""
 
-    def __init__(self, tensor: Any, layout: Tensor, memory: "list[_Name]", parts: Mapping[object, int]) -> None:
-        self.tensor = tensor
-        self.layout = layout  # a tensor without elements, as it would lie in torch
-        self.memory = memory  # all of its names
-        self.parts = parts  # which result it stems from, of each operator on the way from the first name
-        self._shown = tensor._elem  # when all names showed the same
-        memory.append(self)
-        setattr(tensor, _ATTRIBUTE, self)
+    def __init__(
+        self, value: Array, parent: "Place | None" = None, view: View | None = None, is_detached: bool = False
+    ) -> None:
+        self.parent = parent
+        self.view = view
+        self.is_detached = is_detached  # whether it has a derivative of its own, and only the value in common
+        self.base: Place = self if parent is None else parent.base
+        self._value = value
+        self._version = 0  # of a base, how often its memory was written
+        self._seen = self.base._version
 
-    def is_written(self) -> bool:
-        """Whether something was written by this name."""
-        return self.tensor._elem is not self._shown
+    @classmethod
+    def of_view(cls, parent: "Place", view: View, *, is_detached: bool) -> "Place":
+        """Return the place of a view."""
+        value = view.read(parent.read())
+        return cls(jax.lax.stop_gradient(value) if is_detached else value, parent, view, is_detached)
 
-    def overlaps(self, other: "_Name") -> bool:
-        """Whether both show the same elements: results of one operator, such as a chunk, do not."""
-        return all(other.parts.get(call, part) == part for call, part in self.parts.items())
+    def read(self) -> Array:
+        """Return the array, as it is after all writes."""
+        if self.view is not None and self.parent is not None and self._seen != self.base._version:
+            value = self.view.read(self.parent.read())
+            self._value = _overwritten(self._value, value) if self.is_detached else value
+            self._seen = self.base._version
+        return self._value
 
+    def end(self) -> None:
+        """Forget the array, when the trace has ended to which it belongs."""
+        self.parent, self.view, self.is_detached = Place(None), _ENDED, False
+        self._value, self._seen = None, -1  # so that a read asks the view
 
-def named_in(tree: Any) -> list[Any]:
-    """Return the traced tensors in a pytree; for a slice, the tensor that it is one of."""
-    found = []
-    for leaf in pytree.tree_leaves(tree):
-        while isinstance(leaf, Tensor) and hasattr(leaf, "parent"):
-            leaf = leaf.parent
-        if isinstance(leaf, Tensor) and hasattr(leaf, "_elem"):
-            found.append(leaf)
-    return found
-
-
-def refuse_stale(tensors: Iterable[Any]) -> None:
-    """Raise CallerError for a tensor whose memory was written by another name."""
-    for tensor in tensors:
-        name = getattr(tensor, _ATTRIBUTE, None)
-        if name is None:
-            continue
-        if any(other is not name and other.is_written() and other.overlaps(name) for other in name.memory):
-            raise CallerError(
-                "the torch code writes into a view, and then reads the same memory by another name, of shape "
-                f"{list(tensor.shape)}: tracing follows writes into tensors and slices such as x[:, 1:], but not into "
-                "other views of them, such as x.view(-1) or x.t(). Write into the tensor itself, as in x[0] = y, or "
-                "run the code by RemoteTorchFunction"
-            )
+    def write(self, value: Array, *, has_derivative: bool) -> None:
+        """Replace the array, and with it what all views of this memory show."""
+        own = value if has_derivative else _overwritten(self.read(), value)
+        if self.view is None or self.parent is None:
+            self._version += 1
+        else:
+            after = self.view.written(self.parent.read(), value)
+            self.parent.write(after, has_derivative=has_derivative and not self.is_detached)
+        self._value, self._seen = own, self.base._version
 
 
-def is_permuted(tensor: Any) -> bool:
-    """Whether torch would copy the tensor to make it contiguous."""
-    name = getattr(tensor, _ATTRIBUTE, None)
-    return name is not None and not name.layout.is_contiguous()
+def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
+    """Make `_elem` of torchax's tensors a property that follows views and writes. Note each tensor that is made."""
+
+    def read(tensor: Any) -> Array:
+        return tensor.place.read()
+
+    def write(tensor: Any, value: Array) -> None:
+        if "place" in tensor.__dict__:
+            tensor.place.write(value, has_derivative=torch.is_grad_enabled())
+        else:
+            tensor.place = Place(value)
+            note(tensor)
+
+    kind._elem = property(read, write)  # type: ignore[attr-defined]
 
 
-@functools.cache
-def _makes_views(function: Any) -> bool:
-    if function in _VIEWS:
-        return True
-    schema = getattr(function, "_schema", None)
+def _overwritten(old: Array, new: Array) -> Array:
+    """Return the new value with the old one's derivative."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return jax.lax.stop_gradient(new)
+    return _with_value(old, jax.lax.stop_gradient(new)) if jnp.issubdtype(old.dtype, jnp.inexact) else new
+
+
+@jax.custom_jvp
+def _with_value(old: Array, new: Array) -> Array:
+    return new
+
+
+@_with_value.defjvp
+def _with_value_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _with_value(*primals), tangents[0]
+
+
+# The views of ATen ------------------------------------------------------------------------------------------------
+
+
+def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[View] | None:
+    """Return the views that an operator makes of its first argument, or None if it makes none."""
+    make = _VIEWS.get(operator)
+    if make is None:
+        return None
+    arguments = {each.name: each.default_value for each in operator._schema.arguments} | dict(kwargs)
+    arguments.update(zip((each.name for each in operator._schema.arguments), args, strict=False))
+    x, *others = arguments.values()
+    made = make(x, *others)
+    return made if isinstance(made, list) else [made]
+
+
+def makes_views(operator: Any) -> bool:
+    """Whether an operator's schema says that its result shares memory with an argument that it does not write."""
+    schema = getattr(operator, "_schema", None)
     return schema is not None and any(
         each.alias_info is not None and not each.alias_info.is_write for each in schema.returns
     )
+
+
+def indexed(index: Any) -> View:
+    """Return the view of the elements at an index, which has each element once."""
+    return View(lambda x: x[index], lambda x, value: x.at[index].set(value))
+
+
+def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> View:
+    """Return what `torch.as_strided` makes of a tensor that is contiguous and the base of its memory."""
+    positions = np.full(tuple(size), offset or 0)
+    for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
+        shape = [1] * len(size)
+        shape[axis] = length
+        positions = positions + (np.arange(length) * step).reshape(shape)
+    is_distinct = np.unique(positions).size == positions.size
+
+    def written(x: Array, value: Array) -> Array:
+        if not is_distinct:
+            _refuse_overlap()
+        return x.reshape(-1).at[positions].set(value).reshape(x.shape)
+
+    return View(lambda x: x.reshape(-1)[positions], written)
+
+
+def _whole(read: Callable[[Array], Array]) -> View:
+    """Return a view that has each element of its parent, in another order or shape."""
+    return View(read, lambda x, value: _transposed(read, x, value))
+
+
+def _part(read: Callable[[Array], Array]) -> View:
+    """Return a view that has some of its parent's elements, each once."""
+
+    def written(x: Array, value: Array) -> Array:
+        is_seen = _transposed(read, jnp.zeros(x.shape, jnp.int32), jnp.ones(value.shape, jnp.int32)) > 0
+        return jnp.where(is_seen, _transposed(read, x, value), x)
+
+    return View(read, written)
+
+
+def _transposed(read: Callable[[Array], Array], x: Array, value: Array) -> Array:
+    """Return the array of which `read` is this value, with zeros where it reads nothing."""
+    if value.dtype == jnp.bool_:
+        return _transposed(read, x.astype(jnp.int8), value.astype(jnp.int8)).astype(jnp.bool_)
+    (made,) = jax.linear_transpose(read, jax.ShapeDtypeStruct(x.shape, value.dtype))(value)
+    return made
+
+
+def _refuse_overlap() -> None:
+    raise CallerError(
+        "the torch code writes into a tensor of which several elements are the same memory, such as one that expand "
+        "has made; torch refuses this too: write into a .clone() of it"
+    )
+
+
+def _expand(x: Tensor, size: Sequence[int], implicit: bool = False) -> View:
+    lead = len(size) - x.ndim
+    shape = [*size[:lead], *(own if new == -1 else new for own, new in zip(x.shape, size[lead:], strict=True))]
+    if math.prod(shape) == x.numel():
+        return _whole(lambda x: jnp.reshape(x, shape))
+    return View(lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap())
+
+
+def _permuted(order: Sequence[int]) -> View:
+    return _whole(lambda x: jnp.transpose(x, order))
+
+
+def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
+    return _whole(lambda x: jnp.swapaxes(x, dim0, dim1) if x.ndim else x)
+
+
+def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
+    return indexed((slice(None),) * (dim % x.ndim) + (slice(start, end, step),))
+
+
+def _split(x: Tensor, size: int | Sequence[int], dim: int = 0) -> list[View]:
+    length = x.shape[dim]
+    if isinstance(size, int):
+        sizes = [min(size, length - start) for start in range(0, length, size)] if length else [0]
+    else:
+        sizes = list(size)
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [_slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _unbind(x: Tensor, dim: int = 0) -> list[View]:
+    return [_select(x, dim, i) for i in range(x.shape[dim])]
+
+
+def _select(x: Tensor, dim: int, index: int) -> View:
+    return indexed((slice(None),) * (dim % x.ndim) + (int(index),))
+
+
+def _squeeze(x: Tensor, dim: int | Sequence[int] | None = None) -> View:
+    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    axes = tuple({d % x.ndim for d in dims if x.shape[d] == 1} if x.ndim else ())
+    return _whole(lambda x: jnp.squeeze(x, axes))
+
+
+def _unfold(x: Tensor, dimension: int, size: int, step: int) -> View:
+    dim = dimension % max(x.ndim, 1)
+    if not x.ndim:
+        return _whole(lambda x: jnp.reshape(x, (1,))[:size])
+    count = (x.shape[dim] - size) // step + 1
+    windows = np.arange(count)[:, None] * step + np.arange(size)
+
+    def read(x: Array) -> Array:
+        return jnp.moveaxis(jnp.take(x, windows, dim), dim + 1, -1)
+
+    return _part(read) if step >= size else View(read, lambda x, value: _refuse_overlap())
+
+
+def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
+    return _part(lambda x: jnp.diagonal(x, offset, dim1, dim2))
+
+
+def _as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> View:
+    return strided(x, size, stride, storage_offset)
+
+
+def _view_as_real(x: Tensor) -> View:
+    return View(
+        lambda x: jnp.stack([x.real, x.imag], -1), lambda x, value: jax.lax.complex(value[..., 0], value[..., 1])
+    )
+
+
+def _view_as_complex(x: Tensor) -> View:
+    return View(
+        lambda x: jax.lax.complex(x[..., 0], x[..., 1]), lambda x, value: jnp.stack([value.real, value.imag], -1)
+    )
+
+
+def _view_as_dtype(x: Tensor, dtype: torch.dtype) -> View:
+    new, old = (getattr(jnp, str(each).removeprefix("torch.")) for each in (dtype, x.dtype))
+    return View(lambda x: x.view(new), lambda x, value: value.view(old))
+
+
+def _refuse_ended(*arrays: Array) -> Array:
+    raise CallerError(
+        "the torch code uses a tensor that an earlier call of traced code has made and kept, in a closure, a class, a "
+        "global or a cache: make it again in each call, or keep it in an attribute of the traced module"
+    )
+
+
+_ENDED = View(_refuse_ended, _refuse_ended)
+_SAME = View(lambda x: x, lambda x, value: value)
+
+_VIEWS: Mapping[Any, Callable[..., View | list[View]]] = {
+    aten._conj.default: lambda x: View(jnp.conj, lambda x, value: jnp.conj(value)),
+    aten._neg_view.default: lambda x: View(jnp.negative, lambda x, value: -value),
+    aten._reshape_alias.default: lambda x, size, stride: _whole(lambda x: jnp.reshape(x, size)),
+    aten.alias.default: lambda x: _SAME,
+    aten.as_strided.default: _as_strided,
+    aten.detach.default: lambda x: _SAME,
+    aten.diagonal.default: _diagonal,
+    aten.expand.default: _expand,
+    aten.lift_fresh.default: lambda x: _SAME,
+    aten.permute.default: lambda x, dims: _permuted(dims),
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze,
+    aten.squeeze.dims: _squeeze,
+    aten.t.default: lambda x: _whole(jnp.transpose),
+    aten.transpose.int: _transpose,
+    aten.unbind.int: _unbind,
+    aten.unfold.default: _unfold,
+    aten.unsqueeze.default: lambda x, dim: _whole(lambda x: jnp.expand_dims(x, dim)),
+    aten.view.default: lambda x, size: _whole(lambda x: jnp.reshape(x, size)),
+    aten.view.dtype: _view_as_dtype,
+    aten.view_as_complex.default: _view_as_complex,
+    aten.view_as_real.default: _view_as_real,
+}

@@ -48,26 +48,34 @@ def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, A
     dtypes = [x.dtype for x in arrays]
     left: dict[str, Any] = {}  # by the latest trace of the forward pass, which the backward pass is never older than
 
+    def traced_forward(arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+        given = _filled(env, others, arrays)
+        context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in given])
+        output = function.forward(*([] if has_setup else [context]), *given, **kwargs)
+        if has_setup:
+            function.setup_context(context, tuple(given), output)
+        outputs, left["result"] = pytree.tree_flatten(output)
+        kept, left["structure"] = pytree.tree_flatten(context.__dict__)
+        left["outputs"], left["kept"] = _without_tensors(outputs), _without_tensors(kept)
+        return _arrays_in(env, outputs), _arrays_in(env, kept)
+
+    def traced_backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        context = _Context([])
+        kept = _filled(env, left["kept"], residuals)
+        context.__dict__.update(pytree.tree_unflatten(kept, left["structure"]))
+        given = _filled(env, left["outputs"], list(map(_materialized, cotangents)))
+        made = function.backward(context, *(x if isinstance(x, Tensor) else None for x in given))
+        gradients: list[Any] = env.unwrapped(list(made) if isinstance(made, tuple) else [made])
+        return gradients
+
+    # When a trace ends, no tensor of it may be left: so they live in calls of their own.
     def forward(key: Any, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
         with env.within(key), torch.enable_grad():  # a second derivative goes through what it saves
-            given = _filled(env, others, arrays)
-            context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in given])
-            output = function.forward(*([] if has_setup else [context]), *given, **kwargs)
-            if has_setup:
-                function.setup_context(context, tuple(given), output)
-            outputs, left["result"] = pytree.tree_flatten(output)
-            kept, left["structure"] = pytree.tree_flatten(context.__dict__)
-            left["outputs"], left["kept"] = _without_tensors(outputs), _without_tensors(kept)
-            return _arrays_in(env, outputs), _arrays_in(env, kept)
+            return traced_forward(arrays)
 
     def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[None, list[Any]]:
         with env.within(None), torch.enable_grad():
-            context = _Context([])
-            kept = _filled(env, left["kept"], residuals)
-            context.__dict__.update(pytree.tree_unflatten(kept, left["structure"]))
-            given = _filled(env, left["outputs"], list(map(_materialized, cotangents)))
-            made = function.backward(context, *(x if isinstance(x, Tensor) else None for x in given))
-            gradients = env.unwrapped(list(made) if isinstance(made, tuple) else [made])
+            gradients = traced_backward(residuals, cotangents)
         return None, [_gradient(gradients[i], dtype) for i, dtype in zip(positions, dtypes, strict=True)]
 
     call = jax.custom_vjp(lambda key, arrays: forward(key, arrays)[0])

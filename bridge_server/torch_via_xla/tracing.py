@@ -14,6 +14,7 @@ from torch.func import functional_call
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.environment import environment
+from bridge_server.torch_via_xla.python_state import put_back
 from bridge_wire.errors import CallerError, StructureError
 
 
@@ -46,8 +47,7 @@ class TracedFunction:
     def __call__(self, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
         """Call the function; `rng` is the key of what it draws at random."""
         with _tracing(rng) as env:
-            args, kwargs = env.wrapped((args, kwargs))
-            return env.unwrapped(self._function(*args, **kwargs))
+            return _called(env, self._function, args, kwargs)
 
 
 class TracedModule:
@@ -89,13 +89,17 @@ class TracedModule:
           DTypeError: the code computes in 64 bits, but JAX runs without x64.
         """
         state = {**_checked("params", params, self.params), **_checked("buffers", buffers, self.buffers)}
-        with _tracing(rng) as env:
-            args, kwargs, state = env.wrapped((args, kwargs, state))
-            named = {f"module.{name}": tensor for name, tensor in state.items()}
-            result, after = env.unwrapped(functional_call(self._whole, named, args, kwargs))
+        with _tracing(rng) as env, put_back(self.module):
+            result, after = _called(env, functools.partial(self._call, env), (state, *args), kwargs)
         return (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}) if mutable else result
 
     apply = __call__
+
+    def _call(self, env: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        for name, original in {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}.items():
+            env.param.stand_in(original, state[name])
+        named = {f"module.{name}": tensor for name, tensor in state.items()}
+        return functional_call(self._whole, named, args, kwargs)
 
 
 class _Whole(nn.Module):
@@ -113,6 +117,12 @@ def _checked(what: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> dic
     if unknown := given.keys() - own.keys():
         raise CallerError(f"the module has no {what} named {sorted(unknown)}; it has {sorted(own)}")
     return {**own, **given}
+
+
+def _called(env: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call torch code with arrays, and return arrays. No traced tensor is left in the caller's variables."""
+    args, kwargs = env.wrapped((args, kwargs))
+    return env.unwrapped(function(*args, **kwargs))
 
 
 @contextlib.contextmanager

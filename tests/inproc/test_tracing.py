@@ -102,39 +102,199 @@ def test_in_place_code_changes_nothing_outside() -> None:
     np.testing.assert_allclose(jax.jit(jax.jacrev(trace_torch(f)))(x), np.diag([1.0, 4.0, 0.0]))
 
 
-def _through_view(y: Tensor) -> Tensor:
-    y.view(-1)[3] = 5
-    return y
+_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda y: y,
+    "select": lambda y: y[1],
+    "slice": lambda y: y[1:2],
+    "steps": lambda y: y[:, ::2],
+    "transpose": lambda y: y.t(),
+    "permute": lambda y: y.permute(1, 0)[1:],
+    "view": lambda y: y.view(-1),
+    "reshape": lambda y: y.reshape(8, 2)[3],
+    "diagonal": lambda y: y.diagonal(1),
+    "unbind": lambda y: y.unbind(1)[1],
+    "split": lambda y: y.split([1, 3])[1],
+    "chunk": lambda y: y.chunk(2)[0],
+    "squeeze": lambda y: y[:1].squeeze(0),
+    "unsqueeze_": lambda y: y.view(16).unsqueeze_(0),
+    "unfold": lambda y: y.unfold(0, 2, 2),
+    "as_strided": lambda y: y[1:].as_strided((2, 3), (4, 1)),
+    "movedim": lambda y: y.movedim(0, 1).narrow(0, 1, 2),
+    "detach": lambda y: y.detach(),
+    "data": lambda y: y.data[1],
+    "copy by index": lambda y: y[[0, 2]],
+    "copy by contiguous": lambda y: y.t().contiguous(),
+}
 
 
-def _through_transpose(y: Tensor) -> Tensor:
-    y.t()[0].mul_(2)
-    return y
+def _write_in_many_ways(v: Tensor, x: Tensor) -> None:
+    v[:1].zero_()
+    v.add_(x[0, 0], alpha=2)
+    v.mul_(x[1, 1])
+    v.sin_()
+    v.clamp_(-0.9, 0.9)
+    v.masked_fill_(v > 0.7, 0.5)
+    v.index_put_((torch.tensor([0]),), x[2, 2])
+    v.index_add_(0, torch.tensor([0]), torch.ones_like(v[:1]) * x[0, 0])
+    v.lerp_(x[0, 0].expand_as(v), 0.3)
+    v[-1] = x[3, 3]
+    v.select(0, 0).copy_(x[0, 1])
+    v[:1].fill_(x[1, 0])
 
 
-def _through_half(y: Tensor) -> Tensor:
-    y.chunk(2)[0].add_(1)
-    return y
+# torch reads none of several views that an operator has made at once after a write into one.
+_OF_SEVERAL = ("unbind", "split", "chunk")
 
 
-def _through_detached(y: Tensor) -> Tensor:
-    y.detach().add_(1)
-    return y
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("name", "is_recorded"),
+    [(name, True) for name in _VIEWS if name not in _OF_SEVERAL] + [(name, False) for name in _VIEWS],
+)
+def test_writes_into_views_are_torchs(name: str, is_recorded: bool, dtype: torch.dtype) -> None:
+    """In-place operators on each kind of view give torch's values and derivatives, of the view and of its base."""
+
+    def f(x: Tensor) -> Tensor:
+        y = x.sin() + 0.1
+        view = _VIEWS[name](y)
+        with torch.set_grad_enabled(is_recorded):
+            view.mul_(x[1, 1]) if name in _OF_SEVERAL else _write_in_many_ways(view, x)
+        weights = torch.arange(1.0, 17.0, dtype=y.dtype).view(4, 4)
+        return (y * weights).sum() + (0 if name in _OF_SEVERAL else (view * view).sum())
+
+    values = torch.linspace(-1, 2, 16, dtype=dtype).view(4, 4)
+    leaf = values.clone().requires_grad_()
+    expected = f(leaf)
+    (gradient,) = torch.autograd.grad(expected, leaf)
+    with jax.enable_x64(dtype is torch.float64):
+        x = to_jax(values)
+        seen, pull = jax.vjp(jax.jit(trace_torch(f)), x)
+        _, slope = jax.jvp(jax.jit(trace_torch(f)), (x,), (jnp.ones_like(x),))
+        assert_same(
+            [seen, *pull(jnp.ones_like(seen)), slope], [expected.detach(), gradient, gradient.sum()], TOLERANCE[dtype]
+        )
 
 
-def _before_it_changes(y: Tensor) -> Tensor:
-    z = y.unsqueeze(0)
-    y.add_(1)
-    return z
+@pytest.mark.parametrize("write", [torch.sin, torch.cumsum], ids=["sin", "cumsum"])
+def test_results_go_into_out(write: Callable[..., Tensor]) -> None:
+    """The out= form of an operator writes into the tensor, a part of it, or one without elements."""
+
+    def f(x: Tensor) -> Tensor:
+        more = (0,) if write is torch.cumsum else ()
+        y, empty = torch.zeros(2, 3), torch.empty(0)
+        write(x, *more, out=y[1])
+        write(x, *more, out=empty)
+        return torch.cat([y.view(-1), empty])
+
+    x = torch.linspace(0, 1, 3)
+    assert_same(jax.jit(trace_torch(f))(to_jax(x)), f(x), 1e-6)
+
+
+def test_expanded_tensors_are_not_written() -> None:
+    """A write into elements that share memory is refused, as by torch."""
+    with pytest.raises(CallerError, match=r"\.clone\(\)"):
+        trace_torch(lambda x: x.expand(4, 3).add_(1))(jnp.ones(3))
+
+
+def test_positions_may_be_traced() -> None:
+    """Elements at traced positions are read and written, with derivatives."""
+
+    def f(x: Tensor, i: Tensor) -> Tensor:
+        y = x * 2
+        y[i] = y[i + 1] * 3
+        y[[0]] += 1
+        return y
+
+    x = jnp.asarray([1.0, 2.0, 4.0])
+    h = trace_torch(f)
+    assert jax.jit(h)(x, 1).tolist() == [3, 24, 8]
+    assert jax.jit(jax.grad(lambda x: h(x, 1).sum()))(x).tolist() == [2, 0, 8]
+    with pytest.raises(CallerError, match="slice whose bounds are traced"):
+        jax.jit(trace_torch(lambda x, i: x[i:]))(x, 1)
+
+
+class _Holding(nn.Module):
+    """Reads its parameter and its buffer by other references, keeps what it computes, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 4.0))
+        self.register_buffer("scale", torch.ones(3))
+        self.in_a_list = [self.weight]
+        self.view = self.weight[1:]
+        self.in_a_tuple = (self.scale,)
+        self.grid: Tensor | None = None
+        self.squares: list[Tensor] = []
+        self.seen: dict[str, Tensor] = {}
+        self.calls = torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.arange(3.0)
+        if not self.squares:
+            self.squares.append(self.in_a_list[0] * self.weight)
+        self.seen["x"] = x
+        self.calls += 1
+        return (self.squares[0] * x + self.grid).sum() * self.in_a_tuple[0].sum() + self.view.square().sum()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
+def test_a_module_is_a_function_of_its_parameters_alone(wrap: Callable[..., Any]) -> None:
+    """A parameter is replaced and differentiated by each reference to it, and a call leaves no attribute changed."""
+    module, x = _Holding(), torch.tensor([1.0, 2.0, 3.0])
+    h = trace_torch(module)
+    for scale in (1, 2):
+        twin = _Holding()
+        with torch.no_grad():
+            twin.weight.mul_(scale)
+        expected = twin(x)
+        (gradient,) = torch.autograd.grad(expected, twin.weight)
+        params = {"weight": h.params["weight"] * scale}
+        value, gradients = wrap(jax.value_and_grad(h))(params, to_jax(x))
+        assert_same([value, gradients["weight"]], [expected.detach(), gradient], 1e-6)
+        assert (module.grid, module.squares, module.seen, module.calls.item()) == (None, [], {}, 0)
+    doubled = h(h.params, to_jax(x), buffers={"scale": 2 * h.buffers["scale"]})
+    assert doubled - h(h.params, to_jax(x)) == 3 * 39
+
+
+class _Keeping:
+    kept: Tensor | None = None
+
+
+@functools.lru_cache
+def _cached(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float32)
+
+
+def _keep_in_a_class(x: Tensor) -> Tensor:
+    _Keeping.kept = x * 2 if _Keeping.kept is None else _Keeping.kept
+    return x * _Keeping.kept
 
 
 @pytest.mark.parametrize(
-    "change", [_through_view, _through_transpose, _through_half, _through_detached, _before_it_changes]
+    ("f", "where"),
+    [(_keep_in_a_class, "class _Keeping, as 'kept'"), (lambda x: x * _cached(3), "cache of _cached")],
+    ids=["class", "cache"],
 )
-def test_writes_that_tracing_cannot_follow_are_refused(change: Callable[[Tensor], Tensor]) -> None:
-    """What is written by one name of memory, and read by another, is an error and no old value."""
-    with pytest.raises(CallerError, match="writes into a view, and then reads the same memory by another name"):
-        trace_torch(lambda x: change(x.clone()))(jnp.ones((4, 4)))
+def test_tensors_that_outlive_a_trace_are_refused(f: Callable[[Tensor], Tensor], where: str) -> None:
+    """A traced tensor that the code keeps elsewhere is named, and refused if it is used later."""
+    try:
+        with pytest.raises(CallerError, match=where):
+            jax.jit(trace_torch(f))(jnp.ones(3))
+        with pytest.raises(CallerError, match="an earlier call"):
+            trace_torch(f)(jnp.ones(3))
+    finally:
+        _Keeping.kept = None
+        _cached.cache_clear()
+
+
+def test_constants_take_no_traced_values() -> None:
+    """A tensor that the code holds is not written with traced values, and keeps its value after the call."""
+    held = torch.zeros(3)
+    with pytest.raises(CallerError, match="as a constant"):
+        trace_torch(lambda x: held.add_(x))(jnp.ones(3))
+    assert trace_torch(lambda x: x + held.add_(1))(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert held.tolist() == [0, 0, 0]
 
 
 def test_writes_into_views_that_nothing_else_shows() -> None:
