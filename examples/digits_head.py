@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# On recent GPUs, XLA multiplies float32 matrices in TF32 by default, and torch does not: the demo compares the two.
+jax.config.update("jax_default_matmul_precision", "highest")
+
 FEATURES, HIDDEN, CLASSES = 1024, 128, 10
 
 

@@ -1,5 +1,6 @@
 """What the tests share: real workers in their own environment, and the rule that nothing is left behind."""
 
+import faulthandler
 import gc
 import os
 import signal
@@ -35,6 +36,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("gpu"):  # now: later on, pytest captures this descriptor
+        faulthandler.register(signal.SIGALRM, os.dup(2), all_threads=True, chain=True)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -11,13 +11,21 @@ from bridge_wire.cuda import gpus
 from tests.conftest import eventually, held
 from tests.gpu.on_gpu.machine import REHEARSED
 
+WAIT_S = 300 if REHEARSED else 45
+
+
+def limit_s(item: pytest.Item) -> int:
+    """Return how long a test may take: WAIT_S, or the `limit_s` of its mark."""
+    mark = item.get_closest_marker("gpu")
+    return max(WAIT_S, mark.kwargs.get("limit_s", 0) if mark else 0)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Nobody interrupts what waits for a GPU, and it may wait for another process for good: that ends the run, some
-    time after pytest has told where it is."""
+    """A test that waits for a GPU cannot be interrupted, and may wait for a dead process forever: SIGALRM ends the run
+    then, and prints the stacks of all threads (`tests.conftest.pytest_configure`)."""
     if item.config.getoption("gpu"):
-        signal.alarm(2 * int(float(item.config.getini("faulthandler_timeout"))))
+        signal.alarm(limit_s(item))
     result = yield
     signal.alarm(0)
     return result

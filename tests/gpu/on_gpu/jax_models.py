@@ -12,10 +12,6 @@ def sine(x):
     return jnp.sin(x) * 2
 
 
-def mlp(x, first, second):
-    return jnp.tanh(x @ first) @ second
-
-
 def unchanged(x):
     return x
 

@@ -12,7 +12,9 @@ import pytest
 from tests.conftest import ROOT
 from tests.gpu.on_gpu.machine import TORCH, without
 
-pytestmark = pytest.mark.gpu
+_LIMIT_S = 240  # of all cases together
+
+pytestmark = pytest.mark.gpu(limit_s=_LIMIT_S + 30)
 
 _CASES = Path(__file__).parent / "jax_client" / "cases.py"
 
@@ -24,7 +26,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementT
     command = [sys.executable, "-m", "pytest", str(_CASES), "--gpu", "-q"]
     variables = os.environ | without(*TORCH) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", f"--junit-xml={report}"], cwd=ROOT, env=variables, capture_output=True
+        [*command, "-p", "no:cacheprovider", f"--junit-xml={report}"],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        timeout=_LIMIT_S,
     )
     assert report.exists(), done.stdout.decode() + done.stderr.decode()
     found: dict[str, list[ElementTree.Element]] = {}

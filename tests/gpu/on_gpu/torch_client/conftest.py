@@ -12,7 +12,7 @@ from bridge_client.torch import RemoteJaxFunction
 from tests.gpu.on_gpu import machine
 from tests.gpu.on_gpu.machine import DEVICE, JAX
 
-SERVED = ("sine", "mlp", "unchanged", "pair", "outer", "late", "trainable")
+SERVED = ("sine", "unchanged", "pair", "outer", "late", "trainable")
 
 
 @pytest.fixture(autouse=True, scope="session")

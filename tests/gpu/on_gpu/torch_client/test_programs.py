@@ -48,6 +48,7 @@ print("right")
 """
 
 
+@pytest.mark.gpu(limit_s=250)
 def test_the_demo_learns(tmp_path: Path) -> None:
     """Client and worker on the GPU, neither with the other's framework, and no byte through the host."""
     python = tmp_path / "python"
@@ -68,6 +69,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     assert REHEARSED or "through the host: 0 bytes" in done.stdout
 
 
+@pytest.mark.gpu(limit_s=180)
 def test_many_calls_of_mixed_sizes_leave_nothing(worker: Session) -> None:
     """Every result is right, and the GPU's memory in use is flat after the first tenth."""
     random.seed(0)
@@ -91,12 +93,13 @@ def test_many_calls_of_mixed_sizes_leave_nothing(worker: Session) -> None:
 
 
 @needs_cuda
+@pytest.mark.gpu(limit_s=250)
 def test_both_frameworks_in_one_process_share_the_gpu() -> None:
     """By DLPack, in both directions."""
     done = subprocess.run(
         [sys.executable, "-c", _IN_ONE_PROCESS],
         cwd=ROOT,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "PYTHONPATH": str(ROOT)},
+        env=os.environ | without() | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         capture_output=True,
         text=True,
         timeout=240,
@@ -105,6 +108,7 @@ def test_both_frameworks_in_one_process_share_the_gpu() -> None:
 
 
 @needs_cuda
+@pytest.mark.gpu(limit_s=130)
 def test_the_doctor_finds_all_well(worker: Session) -> None:
     """The driver, CuPy, a child that opens this process's memory, and the worker that does."""
     command = ["doctor", worker.address]

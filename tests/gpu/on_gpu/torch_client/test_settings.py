@@ -31,6 +31,7 @@ print("right")
 """
 
 
+@pytest.mark.gpu(limit_s=130)
 @pytest.mark.parametrize("settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values())))
 def test_every_allocator_of_the_client_works(settings: dict[str, str], worker: Session) -> None:
     """In a process of its own, since torch reads them once."""
