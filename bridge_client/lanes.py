@@ -39,6 +39,8 @@ _T = TypeVar("_T")
 
 # For what no model's work can delay: attaching, sharing, releasing.
 _HANDSHAKE_S = 10.0
+# For what CUDA may keep waiting for the kernels of either process (pytorch#15937): opening a handle.
+GPU_HANDSHAKE_S = 180.0
 
 
 _RAN = pb.LaneReply(ran=pb.Ran())
@@ -80,8 +82,12 @@ class Lane(ABC):
         """
 
     @abstractmethod
-    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
-        """Ask for what no model's work can delay."""
+    def ask(self, request: pb.LaneRequest, timeout_s: float = _HANDSHAKE_S) -> pb.LaneReply:
+        """Ask for what no model's work can delay, but for that of a GPU, which gets `timeout_s`."""
+
+    def ask_about_gpu(self, request: pb.LaneRequest) -> pb.LaneReply:
+        """Ask for what the work of models on a GPU may delay."""
+        return self.ask(request, GPU_HANDSHAKE_S)
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
         """Release residuals, and return what the worker holds for the session."""
@@ -89,16 +95,17 @@ class Lane(ABC):
 
     def peek(self, address: int, nbytes: int) -> bytes:
         """Return what the worker sees in a few bytes that were shared with it."""
-        return self.ask(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))).peeked
+        return self.ask_about_gpu(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))).peeked
 
     def share_on_gpu(self, slab: GpuSlab) -> None:
         """Hand a GPU's slab over to the worker."""
-        self.ask(pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes, cuda_handle=slab.handle)))
+        share = pb.Share(base=slab.base, nbytes=slab.nbytes, cuda_handle=slab.handle)
+        self.ask_about_gpu(pb.LaneRequest(share=share))
 
     def order(self, device: Device) -> Ordering:
         """Return how this lane's calls and this process's work on the GPU wait for each other."""
         if self.ordering is None:
-            self.ordering = Ordering(device, self.ask)
+            self.ordering = Ordering(device, self.ask_about_gpu)
         return self.ordering
 
     @abstractmethod
@@ -161,8 +168,8 @@ class LocalLane(Lane):
         self._receive(timeout_s)
         return made
 
-    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
-        return self._exchange(request, _HANDSHAKE_S)
+    def ask(self, request: pb.LaneRequest, timeout_s: float = _HANDSHAKE_S) -> pb.LaneReply:
+        return self._exchange(request, timeout_s)
 
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
@@ -292,8 +299,8 @@ class GrpcLane(Lane):
                 block.buffer[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
 
-    def ask(self, request: pb.LaneRequest) -> pb.LaneReply:
-        with self._deadline(_HANDSHAKE_S):
+    def ask(self, request: pb.LaneRequest, timeout_s: float = _HANDSHAKE_S) -> pb.LaneReply:
+        with self._deadline(timeout_s):
             return self._exchange(iter([request]))
 
     def abandon(self) -> bool:

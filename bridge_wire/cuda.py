@@ -20,10 +20,13 @@ UUID_BYTES = 16
 # driver_types.h
 _EVENT_DISABLE_TIMING = 0x02
 _EVENT_INTERPROCESS = 0x04
+_LAZY_PEER_ACCESS = 0x01  # cudaIpcMemLazyEnablePeerAccess, which opening a handle takes always
 _STREAM_NON_BLOCKING = 0x01
 _COPY_DEFAULT = 4  # cudaMemcpyDefault: the addresses say where they are
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
+_HAS_WORDS = 122  # CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
+_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 
 
 class Gpu(NamedTuple):
@@ -45,8 +48,14 @@ def label_of(uuid: bytes) -> str:
     return f"GPU-{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+class _Handle(ctypes.Structure):
+    """CUipcMemHandle and CUipcEventHandle, which are passed by value."""
+
+    _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
+
+
 class Driver:
-    """What CUDA's driver tells without a context."""
+    """CUDA's driver, by ctypes, which releases the GIL during each call: many of them wait for the GPU."""
 
     def __init__(self) -> None:
         """Load the driver.
@@ -78,9 +87,53 @@ class Driver:
         self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
         return base.value + size.value - pointer
 
+    def has_words(self, ordinal: int) -> bool:
+        """Whether streams of a device can write words of 64 bits in its memory, and wait for them."""
+        device, found = ctypes.c_int(), ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        self._call("cuDeviceGetAttribute", ctypes.byref(found), _HAS_WORDS, device)
+        return bool(found.value)
+
+    # All of these need the context of what they are given.
+
+    def map(self, handle: bytes) -> int:
+        """Map another process's allocation."""
+        pointer = ctypes.c_uint64()
+        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+        return pointer.value
+
     def unmap(self, pointer: int) -> None:
-        """Unmap another process's allocation. Needs the context that it was opened in."""
+        """Unmap another process's allocation, from the context that it was opened in."""
         self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
+
+    def open_event(self, handle: bytes) -> int:
+        """Open another process's event."""
+        event = ctypes.c_void_p()
+        self._call("cuIpcOpenEventHandle", ctypes.byref(event), _Handle.from_buffer_copy(handle))
+        return event.value or 0
+
+    def new_urgent_stream(self) -> int:
+        """Return a stream of the highest priority."""
+        stream, least, greatest = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        self._call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
+        self._call("cuStreamCreateWithPriority", ctypes.byref(stream), _STREAM_NON_BLOCKING, greatest)
+        return stream.value or 0
+
+    def write_word(self, stream: int, pointer: int, value: int) -> None:
+        """Have a stream write a word."""
+        self._call(
+            "cuStreamWriteValue64_v2", ctypes.c_void_p(stream), ctypes.c_uint64(pointer), ctypes.c_uint64(value), 0
+        )
+
+    def wait_for_word(self, stream: int, pointer: int, value: int) -> None:
+        """Have a stream wait until a word has at least this value."""
+        self._call(
+            "cuStreamWaitValue64_v2",
+            ctypes.c_void_p(stream),
+            ctypes.c_uint64(pointer),
+            ctypes.c_uint64(value),
+            _AT_LEAST,
+        )
 
     # These not by the runtime: torch would take its "not ready" for an error of its own.
 
@@ -104,9 +157,18 @@ class Driver:
         return Gpu(ordinal, bytes(uuid), name.value.decode(errors="replace"))
 
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
+        try:
+            status = getattr(self._library, name)(*arguments)
+        except AttributeError:
+            raise CudaError(f"the NVIDIA driver has no {name}: it is older than CUDA 11.7") from None
         if status:
-            raise CudaError(f"the NVIDIA driver answers {name} with error {status}")
+            error = OutOfMemory if status == _OUT_OF_MEMORY else CudaError
+            raise error(f"the NVIDIA driver answers {name} with error {status}, {self._name_of(status)}")
+
+    def _name_of(self, status: int) -> str:
+        name = ctypes.c_char_p()
+        self._library.cuGetErrorName(status, ctypes.byref(name))
+        return (name.value or b"without a name").decode()
 
 
 @functools.cache
@@ -166,7 +228,9 @@ class Device:
         """
         if len(handle) != HANDLE_BYTES:
             raise CudaError(f"a handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
-        pointer = self._do(self._runtime.ipcOpenMemHandle, handle)
+        # By the driver, as all that opens and closes: CuPy would keep the GIL, CUDA may wait for the whole device
+        # (pytorch#15937, tensorpipe#321), and that for a model's callback in Python.
+        pointer = self._by_driver(driver().map, handle)
         try:
             with self._current():
                 size = driver().size_of(pointer)
@@ -179,11 +243,7 @@ class Device:
 
     def close(self, pointer: int) -> None:
         """Unmap another process's allocation."""
-        # Not by CuPy, which keeps the GIL meanwhile: CUDA may wait for the whole device (tensorpipe#321), and that for
-        # a model's callback in Python.
-        with self._current():
-            self._do(self._runtime.setDevice, self.gpu.ordinal)  # the driver looks for this thread's context
-            driver().unmap(pointer)
+        self._by_driver(driver().unmap, pointer)
 
     def new_event(self) -> int:
         """Return an event that another process can open."""
@@ -201,7 +261,7 @@ class Device:
         """
         if len(handle) != HANDLE_BYTES:
             raise CudaError(f"an event's handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
-        return self._do(self._runtime.ipcOpenEventHandle, handle)
+        return self._by_driver(driver().open_event, handle)
 
     def destroy_event(self, event: int) -> None:
         """Let go of an event."""
@@ -221,6 +281,30 @@ class Device:
     def new_stream(self) -> int:
         """Return a stream that waits for no other."""
         return self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
+
+    def new_urgent_stream(self) -> int:
+        """Return a stream that no other one's work delays: one of the highest priority has a hardware queue of its own."""
+        return self._by_driver(driver().new_urgent_stream)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether streams can write words in memory here, and wait for them."""
+        try:
+            return driver().has_words(self.gpu.ordinal)
+        except CudaError:
+            return False
+
+    def write_word(self, pointer: int, value: int, stream: int) -> None:
+        """Write a word of 64 bits when all that is on the stream now is done."""
+        self._by_driver(driver().write_word, stream, pointer, value)
+
+    def wait_for_word(self, pointer: int, value: int, stream: int) -> None:
+        """Let what comes on the stream wait until a word of 64 bits is at least `value`."""
+        self._by_driver(driver().wait_for_word, stream, pointer, value)
+
+    def fill(self, pointer: int, byte: int, nbytes: int, stream: int) -> None:
+        """Put on the stream that all of these bytes become `byte`."""
+        self._do(self._runtime.memsetAsync, pointer, byte, nbytes, stream)
 
     def destroy_stream(self, stream: int) -> None:
         """Let go of a stream; what is on it is still done."""
@@ -251,6 +335,14 @@ class Device:
             except self._runtime.CUDARuntimeError as error:
                 if error.status == _OUT_OF_MEMORY:
                     raise OutOfMemory(f"{self.gpu.label} has no room: {error}") from error
+                raise CudaError(f"{self.gpu.label} refused: {error}") from error
+
+    def _by_driver(self, action: Callable[..., _T], *arguments: Any) -> _T:
+        with self._current():
+            self._do(self._runtime.setDevice, self.gpu.ordinal)  # the driver looks for this thread's context
+            try:
+                return action(*arguments)
+            except CudaError as error:
                 raise CudaError(f"{self.gpu.label} refused: {error}") from error
 
     def _current(self) -> contextlib.AbstractContextManager[None]:

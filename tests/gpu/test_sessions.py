@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bridge_client import Session, connect, spawn
+from bridge_client import Session, connect, lanes, spawn
 from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
 from bridge_server.turns import Turn
@@ -328,6 +328,19 @@ def test_a_bad_handle_is_refused_and_the_worker_lives(local: Machine, bad: str) 
     if isinstance(raised.value, CudaError):
         link.give_back(lane)
     test_arrays_stay_on_the_gpu(local)
+
+
+def test_opening_a_handle_may_take_as_long_as_the_gpus_work(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA may open it behind the other process's kernels: what has a few seconds otherwise is given minutes there."""
+    limits: list[float] = []
+    for kind in (lanes.LocalLane, lanes.GrpcLane):
+        ask = kind.ask
+        monkeypatch.setattr(
+            kind, "ask", lambda lane, request, limit, ask=ask: limits.append(limit) or ask(lane, request, limit)
+        )
+    with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):  # type: ignore[attr-defined]
+        pass
+    assert len(limits) >= 2 and min(limits) >= 120
 
 
 def test_more_memory_than_the_handle_has_is_refused(local: Machine) -> None:

@@ -8,6 +8,7 @@ events reach other processes. Where CUDA refuses, this refuses with the same num
   FAKE_CUDA_GPUS   the devices, as "GPU-..." with commas; one by default, none if empty
   FAKE_CUDA_BYTES  how much memory each has
   FAKE_CUDA_FAILS  what fails, and with which error: "ipcGetEventHandle:801,malloc:2"
+  FAKE_CUDA_WORDS  0: streams neither write words nor wait for them
 
 CUDA_VISIBLE_DEVICES is honoured. No framework.
 """
@@ -492,6 +493,44 @@ def memcpyAsync(dst: int, src: int, size: int, kind: int, stream: int) -> None:
     _stream(stream).put(lambda: ctypes.memmove(dst, src, size))
 
 
+@_of_runtime
+def memsetAsync(ptr: int, value: int, size: int, stream: int) -> None:
+    _stream(stream).put(lambda: ctypes.memset(ptr, value, size))
+
+
+# What only the driver has: words that streams write and wait for.
+
+
+@_of_runtime
+def streamWriteValue64(stream: int, pointer: int, value: int) -> None:
+    word = _Word(pointer)
+    _stream(stream).put(lambda: word.write(value))
+
+
+@_of_runtime
+def streamWaitValue64(stream: int, pointer: int, value: int) -> None:
+    word = _Word(pointer)
+    _stream(stream).put(lambda: word.wait(value))
+
+
+class _Word:
+    """64 bits of a device's memory, which is kept."""
+
+    def __init__(self, pointer: int) -> None:
+        found = [m for start, m in list(_memory.items()) if start <= pointer <= start + m.file.nbytes - 8]
+        if not found or pointer % 8:
+            raise CUDARuntimeError(_INVALID_VALUE)
+        self._file = found[0].file
+        self._word = ctypes.c_uint64.from_address(pointer)
+
+    def write(self, value: int) -> None:
+        self._word.value = value
+
+    def wait(self, value: int) -> None:
+        while self._word.value < value:  # forever, if nobody writes it
+            time.sleep(_POLL_S)
+
+
 # For tests.
 
 
@@ -549,15 +588,50 @@ class Library:
             return _INVALID_HANDLE
         return 0 if found.has_passed(found.recorded) else _NOT_READY
 
-    def cuIpcCloseMemHandle(self, pointer: Any) -> int:
-        try:
-            ipcCloseMemHandle(pointer.value)
-        except CUDARuntimeError as error:
-            return error.status
+    def cuDeviceGetAttribute(self, found: Any, attribute: int, device: Any) -> int:
+        found._obj.value = attribute == 122 and os.environ.get("FAKE_CUDA_WORDS") != "0"
         return 0
+
+    def cuGetErrorName(self, status: int, name: Any) -> int:
+        name._obj.value = _NAMES.get(status, f"CUDA error {status}").encode()
+        return 0
+
+    def cuIpcOpenMemHandle_v2(self, pointer: Any, handle: Any, flags: int) -> int:
+        return _status_of(lambda: _put(pointer, ipcOpenMemHandle(bytes(handle.reserved), flags)))
+
+    def cuIpcCloseMemHandle(self, pointer: Any) -> int:
+        return _status_of(lambda: ipcCloseMemHandle(pointer.value))
+
+    def cuIpcOpenEventHandle(self, event: Any, handle: Any) -> int:
+        return _status_of(lambda: _put(event, ipcOpenEventHandle(bytes(handle.reserved))))
+
+    def cuCtxGetStreamPriorityRange(self, least: Any, greatest: Any) -> int:
+        least._obj.value, greatest._obj.value = 0, -5
+        return 0
+
+    def cuStreamCreateWithPriority(self, stream: Any, flags: int, priority: Any) -> int:
+        return _status_of(lambda: _put(stream, streamCreateWithFlags(flags)))
+
+    def cuStreamWriteValue64_v2(self, stream: Any, pointer: Any, value: Any, flags: int) -> int:
+        return _status_of(lambda: streamWriteValue64(stream.value or 0, pointer.value, value.value))
+
+    def cuStreamWaitValue64_v2(self, stream: Any, pointer: Any, value: Any, flags: int) -> int:
+        return _status_of(lambda: streamWaitValue64(stream.value or 0, pointer.value, value.value))
 
     def cuStreamQuery(self, stream: Any) -> int:
         return _NOT_READY if _stream(stream.value or 0).is_busy else 0
+
+
+def _put(target: Any, value: int) -> None:
+    target._obj.value = value
+
+
+def _status_of(action: Callable[[], None]) -> int:
+    try:
+        action()
+    except CUDARuntimeError as error:
+        return error.status
+    return 0
 
 
 _CDLL = ctypes.CDLL
