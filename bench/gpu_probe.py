@@ -350,7 +350,7 @@ def _comes_to_rest(device: Device, stream: int) -> bool:
 def record_late(is_destroyed: bool) -> None:
     """Record an event behind some work, having told its handle; then destroy it, or wait to be killed."""
     device = _device()
-    stream, event = device.new_stream(), device.new_event()
+    stream, event = device.new_stream(), device.new_event(is_shared=True)
     print(device.event_handle_of(event).hex(), flush=True)
     sys.stdin.readline()
     _busy(device, stream)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from bridge_client.health import SERVING, health_of
 from bridge_client.lanes import Lane, Stale
 from bridge_client.link import Link, Terms
+from bridge_client.ordering import HOST
 from bridge_wire import __version__, exchange, gpu_checks, host, namespaces
 from bridge_wire.checks import Check, broken, ok, slow
 from bridge_wire.cuda import device_of, label_of
@@ -147,16 +148,16 @@ def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
         copy_to_device(device, block.pointer, written)
         lane = link.take(pool, None, gpu)
         seen = lane.peek(block.address, len(written))
-        has_events = lane.ordering is not None and lane.ordering.has_events
+        way = HOST if lane.ordering is None else lane.ordering.way
         link.give_back(lane)
     except (CudaError, OutOfMemory) as error:
         return slow(name, f"{label}: {error}: {gpu_checks.BY_HOST}", gpu_checks.remedy())
     if seen != written:
         return broken(name, f"{label}: the worker sees other bytes than were written", "report this")
     found = f"{label}: memory cuda_ipc; the worker sees {len(written)} random bytes as they were written"
-    if not has_events:
+    if way == HOST:
         return slow(name, f"{found}, but each call waits for the GPU on the host", gpu_checks.remedy())
-    return ok(name, f"{found}, in order by events")
+    return ok(name, f"{found}, in order by {way}")
 
 
 def _exchange_s(lane: Lane) -> float:

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from bridge_client.ordering import Ordering
-from bridge_wire.cuda import Device
-from bridge_wire.cuda_memory import GpuSlab, is_on_gpu
+from bridge_client.ordering import WORDS, Ordering
+from bridge_client.watching import Watch
+from bridge_wire.cuda_memory import GpuPool, GpuSlab, is_on_gpu, leave
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,
@@ -102,11 +102,21 @@ class Lane(ABC):
         share = pb.Share(base=slab.base, nbytes=slab.nbytes, cuda_handle=slab.handle)
         self.ask_about_gpu(pb.LaneRequest(share=share))
 
-    def order(self, device: Device) -> Ordering:
-        """Return how this lane's calls and this process's work on the GPU wait for each other."""
+    def order(self, pool: GpuPool, share: Callable[[], None]) -> Ordering:
+        """Return how this lane's calls and this process's work on the GPU wait for each other. `share` hands over the
+        pool's slabs, which may have become more."""
+
+        def ask(request: pb.LaneRequest) -> pb.LaneReply:
+            share()
+            return self.ask_about_gpu(request)
+
         if self.ordering is None:
-            self.ordering = Ordering(device, self.ask_about_gpu)
+            self.ordering = Ordering(pool, ask)
         return self.ordering
+
+    @abstractmethod
+    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+        """Have a thread act when the worker ends the connection, or dies. `action` holds nothing alive."""
 
     @abstractmethod
     def abandon(self) -> bool:
@@ -119,8 +129,19 @@ class Lane(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the connection. Idempotent; never blocks."""
-        if self.ordering is not None:
-            self.ordering.close()
+        ordering, self.ordering = self.ordering, None
+        if ordering is not None:
+            ordering.close()
+
+
+def _end_socket(left: tuple[Ordering, FramedSocket]) -> None:
+    """Close a lane's socket once its calls are done on the GPU, or the worker has ended its side."""
+    ordering, connection = left
+    if connection.has_ended() or ordering.is_done:
+        ordering.close()
+        connection.close()
+    else:
+        leave(_end_socket, left)
 
 
 class LocalLane(Lane):
@@ -143,6 +164,7 @@ class LocalLane(Lane):
             connected.close()
             raise
         self._socket = FramedSocket(connected)
+        self._is_closed = False
         try:
             self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)), _HANDSHAKE_S)
             self._socket.offer_mailbox()
@@ -171,6 +193,9 @@ class LocalLane(Lane):
     def ask(self, request: pb.LaneRequest, timeout_s: float = _HANDSHAKE_S) -> pb.LaneReply:
         return self._exchange(request, timeout_s)
 
+    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+        watch().add(self._socket.fileno(), action)
+
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
         self._socket.half_close()
@@ -180,8 +205,18 @@ class LocalLane(Lane):
         return self._socket.has_ended()
 
     def close(self) -> None:
-        super().close()
-        self._socket.close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        ordering = self.ordering
+        if ordering is None or ordering.way != WORDS:
+            super().close()
+            self._socket.close()
+            return
+        # The worker takes a client whose connection has ended for dead, and waits no longer for its GPU.
+        self.ordering = None
+        self._socket.half_close()
+        leave(_end_socket, (ordering, self._socket))
 
     def _exchange(self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()) -> pb.LaneReply:
         self._send(request, descriptors)
@@ -302,6 +337,15 @@ class GrpcLane(Lane):
     def ask(self, request: pb.LaneRequest, timeout_s: float = _HANDSHAKE_S) -> pb.LaneReply:
         with self._deadline(timeout_s):
             return self._exchange(iter([request]))
+
+    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+        call = self._call
+
+        def ended() -> None:
+            if call.code() is not grpc.StatusCode.CANCELLED:  # by this side
+                action()
+
+        call.add_callback(ended)
 
     def abandon(self) -> bool:
         self._end_stream()

@@ -5,6 +5,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from typing import Any
 import grpc
 
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
+from bridge_client.ordering import WORDS, Ordering
 from bridge_client.progress import logged_when_slow
+from bridge_client.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback
-from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.cuda_memory import GpuPool, end_what_is_left
 from bridge_wire.errors import (
     BridgeError,
     CallerError,
@@ -79,6 +82,9 @@ class Link:
         self._shared: set[int] = set()  # by their bases, the host's slabs
         self._shared_on_gpu: set[int] = set()
         self._share_lock = threading.Lock()
+        self.ways: Counter[str] = Counter()  # of the lanes that are in order with a GPU, as `Ordering.way` says
+        self.has_lost_outputs = False  # of calls that the worker had answered before it died
+        self._watches: list[Watch] = []  # one, when a lane is watched
         self._metadata = _authorization(terms.token)
         self._channel = open_channel(address, terms.tls)
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
@@ -101,7 +107,7 @@ class Link:
         # Idle lanes, the warmest last. As long as one is attached, the worker keeps the session.
         self._idle: list[Lane] = [first]
         # A link that is forgotten ends as well: the worker must not keep the session of a module nobody has.
-        self._end = weakref.finalize(self, _end, self._idle, self._channel)
+        self._end = weakref.finalize(self, _end, self._idle, self._channel, self._watches)
         self._end.atexit = False
 
     def prepare(self, request: pb.PrepareRequest, what: str, timeout_s: float | None) -> pb.Prepared:
@@ -166,14 +172,18 @@ class Link:
 
         Where a GPU's memory is shared, the worker has unmapped it when this returns, if it could be reached.
         """
-        patience_s = _GOODBYE_S
+        patience_s, orderings = _GOODBYE_S, []
         if self._shared_on_gpu:
             patience_s = _UNMAPPED_S
             self._wait_for_gpu()
+            orderings = self._taken_from_lanes()
             _close(self._idle)  # the worker unmaps when no lane is left
         with contextlib.suppress(grpc.RpcError, Stale):
             self._stub.Close(pb.CloseRequest(session=self.token), timeout=patience_s)
         self.abort()
+        for ordering in orderings:  # now the worker uses nothing of it any more
+            ordering.close()
+        end_what_is_left()
 
     def abort(self) -> None:
         """End every connection without a word."""
@@ -187,6 +197,51 @@ class Link:
                 if time.monotonic() > deadline:
                     return
                 time.sleep(_GPU_POLL_S)
+
+            if lane.ordering is not None and lane.has_ended():
+                self.worker_has_gone(lane.ordering)
+
+    def _taken_from_lanes(self) -> list[Ordering]:
+        """Take the orderings of the idle lanes, which let go of what is the worker's while that still has it."""
+        taken = []
+        for lane in list(self._idle):
+            ordering, lane.ordering = lane.ordering, None
+            if ordering is not None:
+                with contextlib.suppress(CudaError):
+                    ordering.let_go()
+                taken.append(ordering)
+        return taken
+
+    def settle(self) -> None:
+        """End the waits for a worker that is gone."""
+        for lane in list(self._idle):
+            if lane.ordering is not None:
+                self.worker_has_gone(lane.ordering)
+
+    def worker_has_gone(self, ordering: Ordering) -> None:
+        """End a lane's waits for a worker that is gone, and note whether outputs are lost."""
+        with contextlib.suppress(CudaError):
+            ordering.worker_has_gone()
+        self.has_lost_outputs |= ordering.has_lost_outputs
+
+    def _watched(self) -> Watch:
+        if not self._watches:
+            self._watches.append(Watch())
+        return self._watches[0]
+
+    def _order(self, lane: Lane, gpu: GpuPool, share: Callable[[], None]) -> None:
+        """Have a lane be in order with the GPU, and hear of the worker's end also when all threads wait for that."""
+        ordering = lane.order(gpu, share)
+        self.ways[ordering.way] += 1
+        link, waiting = weakref.ref(self), weakref.ref(ordering)
+
+        def act() -> None:
+            found, ordering = link(), waiting()
+            if found is not None and ordering is not None:
+                found.worker_has_gone(ordering)
+
+        if ordering.way == WORDS:
+            lane.when_worker_goes(self._watched, act)
 
     def _refuse_if_ended(self) -> None:
         if not self._end.alive:
@@ -209,8 +264,7 @@ class Link:
                     self._shared.add(slab.base)
 
     def _share_on_gpu(self, lane: Lane, gpu: GpuPool) -> None:
-        try:
-            lane.order(gpu.device)
+        def share() -> None:
             if len(self._shared_on_gpu) == len(gpu.slabs):
                 return
             with self._share_lock:
@@ -219,6 +273,11 @@ class Link:
                     if slab.base not in self._shared_on_gpu:
                         lane.share_on_gpu(slab)
                         self._shared_on_gpu.add(slab.base)
+
+        try:
+            share()
+            if lane.ordering is None:
+                self._order(lane, gpu, share)
         except (CudaError, OutOfMemory):  # the worker's answer: it does not have the slab
             self.give_back(lane)
             raise
@@ -291,9 +350,11 @@ class _Authorized:
         return call
 
 
-def _end(lanes: list[Lane], channel: grpc.Channel) -> None:
+def _end(lanes: list[Lane], channel: grpc.Channel, watches: list[Watch]) -> None:
     _close(lanes)
     channel.close()
+    for watch in watches:
+        watch.close()
 
 
 def _close(lanes: list[Lane]) -> None:

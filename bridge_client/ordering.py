@@ -1,74 +1,286 @@
 """Ordering: how a lane's calls wait for this process's work on the GPU, and that work for the calls."""
 
 import logging
-from collections.abc import Callable
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from bridge_wire.cuda import Device, driver
-from bridge_wire.cuda_memory import leave_event
-from bridge_wire.errors import CudaError
+from bridge_wire.cuda import driver
+from bridge_wire.cuda_memory import GpuPool, leave, leave_event
+from bridge_wire.cuda_words import FIRST, PROBE_S, Words
+from bridge_wire.errors import CallerError, CudaError, OutOfMemory
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.pool import Block
 
 _log = logging.getLogger(__name__)
 
+WORDS, EVENTS, HOST = WAYS = ("words", "events", "host")
+_SETTING = "BRIDGE_GPU_ORDER"
+_MOST_UNREAD = 64  # calls, after which it is looked which of them are done
+_NOT_A_NUMBER = 0xFF  # in each byte, whatever the type of float
+
+Ask = Callable[[pb.LaneRequest], pb.LaneReply]
+
 
 class Ordering:
-    """The order between one lane's calls and what is on this process's streams.
+    """The order between one lane's calls and what is on this process's streams, in the first way that works here.
 
-    With events, which both sides open once, neither waits on the host: a call waits on the GPU for what was on the
-    stream before it, and what comes on the stream afterwards for the call. Where events cannot be had, this process
-    waits until its stream is done before it calls, and the worker until the GPU is done before it answers.
+    By words or by events, no side waits on the host: a call waits on the GPU for what was on the stream before it, and
+    what comes on the stream afterwards for the call. Where neither can be had, this process waits until its stream is
+    done before it calls, and the worker until the GPU is done before it answers.
     """
 
-    def __init__(self, device: Device, ask: Callable[[pb.LaneRequest], pb.LaneReply]) -> None:
-        """Come to terms with the worker over a lane, by its way to ask."""
-        self._device = device
-        self._ours: int | None = None
-        self._theirs: int | None = None
-        reason = "the worker cannot open this process's events"
-        try:
-            self._ours = device.new_event()
-            handle = device.event_handle_of(self._ours)
-        except CudaError as error:
-            handle, reason = b"", str(error)
-        theirs = ask(_order(handle)).ordered.event
-        if theirs:
-            try:
-                self._theirs = device.open_event(theirs)
-            except CudaError as error:
-                reason = str(error)
-                ask(_order(b""))
-        if self._theirs is None:
-            _log.warning("each call waits for the GPU on the host, since %s", reason)
+    def __init__(self, pool: GpuPool, ask: Ask) -> None:
+        """Come to terms with the worker, which has the pool's slabs, over a lane, by its way to ask."""
+        first = configured_way()
+        reasons: list[str] = []
+        self._by: _Way | None = None
+        for way, kind in ((WORDS, _ByWords), (EVENTS, _ByEvents)):
+            if self._by is None and WAYS.index(first) <= WAYS.index(way):
+                try:
+                    self._by = kind(pool, ask)
+                except (CudaError, OutOfMemory) as error:
+                    reasons.append(f"{way}: {error}")
+        if self._by is None:
+            ask(_order())
+            why = "; ".join(reasons) or f"{_SETTING}={first}"
+            _log.warning("each call waits for the GPU on the host, since %s", why)
+        self._device = pool.device
 
     @property
-    def has_events(self) -> bool:
-        """Whether no side waits on the host."""
-        return self._theirs is not None
+    def way(self) -> str:
+        """How each side waits for the other: "words", "events" or "host"."""
+        return HOST if self._by is None else self._by.name
 
-    def begin(self, stream: int) -> None:
-        """Let the next call wait for what is on the stream."""
-        if self._ours is None or self._theirs is None:
+    def begin(self, stream: int) -> int:
+        """Let the next call wait for what is on the stream. Returns the number of its turn, for the worker."""
+        if self._by is None:
             self._device.synchronize(stream)
-        else:
-            self._device.record(self._ours, stream)
+            return 0
+        return self._by.begin(stream)
 
-    def end(self, stream: int) -> None:
-        """Let what comes on the stream wait for the last call."""
+    def end(self, stream: int, outputs: Sequence[Block] = ()) -> None:
+        """Let what comes on the stream wait for the last call, whose outputs lie in these blocks."""
+        if self._by is not None:
+            self._by.end(stream, outputs)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last call, and with it what it waited for, is done on the GPU."""
+        return self._by is None or self._by.is_done
+
+    def worker_has_gone(self) -> None:
+        """End the waits for a worker that will do no more. Outputs that it had still to write become NaN."""
+        if self._by is not None:
+            self._by.worker_has_gone()
+
+    @property
+    def has_lost_outputs(self) -> bool:
+        """Whether the worker has gone without outputs of calls that it had answered."""
+        return self._by is not None and self._by.has_lost_outputs
+
+    def let_go(self) -> None:
+        """Let go of what belongs to the worker, while that still lives. No call follows."""
+        if self._by is not None:
+            self._by.let_go()
+
+    def close(self) -> None:
+        """Let go of everything, when nobody waits for it any more. For finalizers, too."""
+        by, self._by = self._by, None
+        if by is not None:
+            by.close()
+
+
+def configured_way() -> str:
+    """Return the first way that a lane may take, as BRIDGE_GPU_ORDER says."""
+    way = os.environ.get(_SETTING, WORDS)
+    if way not in WAYS:
+        raise CallerError(f"{_SETTING}={way!r}; expected one of {', '.join(WAYS)}")
+    return way
+
+
+class _Way(ABC):
+    """One way to keep order without the host."""
+
+    name: str
+
+    @abstractmethod
+    def begin(self, stream: int) -> int: ...
+
+    @abstractmethod
+    def end(self, stream: int, outputs: Sequence[Block]) -> None: ...
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool: ...
+
+    has_lost_outputs = False
+
+    @abstractmethod
+    def worker_has_gone(self) -> None: ...
+
+    @abstractmethod
+    def let_go(self) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class _Answered(NamedTuple):
+    """A call whose outputs may still be on their way, and where they will be."""
+
+    turn: int
+    outputs: Sequence[tuple[int, int]]  # pointers and sizes
+
+
+class _ByWords(_Way):
+    """By two counters in a slab, which streams write and wait for.
+
+    Each call has a number. A call on another stream than the one before begins once that one's number is written here:
+    else its own, which is greater, could be there first, and would let the call before begin too soon.
+    """
+
+    name = WORDS
+
+    def __init__(self, pool: GpuPool, ask: Ask) -> None:
+        device = pool.device
+        if not device.has_words:
+            raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
+        self._pool, self._device = pool, device
+        stream = device.new_urgent_stream()
+        try:
+            self._block = pool.lease_words(stream)
+        except BaseException:
+            device.destroy_stream(stream)
+            raise
+        self._words = Words(device, self._block.pointer, stream, is_clients=True)
+        self._begun = self._ended = FIRST
+        self._stream: int | None = None
+        self._answered: deque[_Answered] = deque()
+        self._lock = threading.Lock()
+        self._is_worker_gone = False
+        try:
+            self._words.clear()
+            self._words.write(FIRST, stream)
+            if not ask(_order(words=self._block.address)).ordered.by_words:
+                raise CudaError("the worker cannot wait for words here")
+            if not self._words.comes_within(FIRST, PROBE_S) or not self._words.pass_within(FIRST, PROBE_S):
+                raise CudaError("a stream here does not see the word that the worker has written")
+        except BaseException:
+            self._words.close()
+            raise
+
+    def begin(self, stream: int) -> int:
+        if stream != self._stream:
+            self._words.wait_for_own(self._begun, stream)
+            self._stream = stream
+        self._begun += 1
+        self._words.write(self._begun, stream)
+        return self._begun
+
+    def end(self, stream: int, outputs: Sequence[Block]) -> None:
+        with self._lock:
+            if self._ended != self._begun:
+                self._ended = self._begun
+                self._answered.append(_Answered(self._begun, [(block.pointer, block.nbytes) for block in outputs]))
+                if len(self._answered) > _MOST_UNREAD:
+                    self._forget_done()
+        self._words.wait(self._begun, stream)
+        if self._is_worker_gone:  # it went after it had answered
+            self.worker_has_gone()
+
+    @property
+    def is_done(self) -> bool:
+        return self._words.theirs() >= self._ended
+
+    def worker_has_gone(self) -> None:
+        with self._lock:
+            self._is_worker_gone = True
+            self._forget_done()
+            if not self._answered:
+                return
+            _log.error(
+                "the worker died before its GPU had written the outputs of %d calls: they are NaN now, integers -1",
+                len(self._answered),
+            )
+            self.has_lost_outputs = True
+            for _, outputs in self._answered:
+                for pointer, nbytes in outputs:
+                    if nbytes:
+                        self._device.fill(pointer, _NOT_A_NUMBER, nbytes, self._words.stream)
+            self._answered.clear()
+            self._words.release(self._ended)
+
+    def let_go(self) -> None:
+        pass
+
+    def close(self) -> None:
+        leave(_end_words, self)
+
+    def _forget_done(self) -> None:
+        done = self._words.theirs()
+        while self._answered and self._answered[0].turn <= done:
+            self._answered.popleft()
+
+    def give_back(self) -> None:
+        """Let go of the words; only those that nobody will write any more serve again."""
+        if self.is_done and self._words.mine() >= self._begun:
+            self._pool.give_back_words(self._block)
+        self._words.close()
+
+
+def _end_words(words: _ByWords) -> None:
+    words.give_back()
+
+
+class _ByEvents(_Way):
+    """By one interprocess event of each side, which the other has opened."""
+
+    name = EVENTS
+
+    def __init__(self, pool: GpuPool, ask: Ask) -> None:
+        self._device = device = pool.device
+        self._ours = device.new_event(is_shared=True)
+        self._theirs: int | None = None
+        try:
+            theirs = ask(_order(event=device.event_handle_of(self._ours))).ordered.event
+            if not theirs:
+                raise CudaError("the worker cannot open this process's events")
+            self._theirs = device.open_event(theirs)
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self, stream: int) -> int:
+        self._device.record(self._ours, stream)
+        return 0
+
+    def end(self, stream: int, outputs: Sequence[Block]) -> None:
         if self._theirs is not None:
             self._device.wait(self._theirs, stream)
 
     @property
     def is_done(self) -> bool:
-        """Whether the last call, and with it what it waited for, is done on the GPU."""
         return self._theirs is None or not driver().is_pending(self._theirs)
 
+    def worker_has_gone(self) -> None:
+        pass  # what waits for an event of a dead process waits forever
+
+    def let_go(self) -> None:
+        # CUDA leaves undefined what an opened event is once its owner has destroyed it.
+        theirs, self._theirs = self._theirs, None
+        if theirs is not None:
+            self._device.destroy_event(theirs)
+
     def close(self) -> None:
-        """Let go of the events, when nobody waits for them any more. For finalizers, too."""
-        events, self._ours, self._theirs = (self._ours, self._theirs), None, None
-        for event in events:
-            if event is not None:
-                leave_event(self._device, event)
+        theirs, self._theirs = self._theirs, None
+        if theirs is not None:
+            leave(self._device.destroy_event, theirs)
+        leave_event(self._device, self._ours)
 
 
-def _order(event: bytes) -> pb.LaneRequest:
-    return pb.LaneRequest(order=pb.Order(event=event))
+def _order(*, event: bytes = b"", words: int = 0) -> pb.LaneRequest:
+    return pb.LaneRequest(order=pb.Order(event=event, words=words))

@@ -7,7 +7,7 @@ import operator
 import os
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program, model_tag, shapes_of
-from bridge_client.session import Placed, Session, checked_limit, closed
+from bridge_client.session import Placed, Session, checked_limit, closed, lanes_by_way
 from bridge_wire.cuda import device_of
-from bridge_wire.cuda_memory import GpuPool, is_on_gpu
+from bridge_wire.cuda_memory import GpuPool, end_what_is_left, is_on_gpu
 from bridge_wire.errors import (
     BridgeError,
+    CallerError,
     CallTimeout,
     DTypeError,
     LaneUnavailable,
@@ -146,7 +147,7 @@ class RemoteSession(Session):
         except (BridgeError, Stale) as error:
             if gpu is not None:
                 gpu.close()
-            if isinstance(error, Stale | WorkerUnavailable | CallTimeout):
+            if isinstance(error, Stale | WorkerUnavailable | CallTimeout | CallerError):
                 raise
             self._no_gpu = str(error)
         else:
@@ -186,7 +187,7 @@ class RemoteSession(Session):
                 "residuals": usage.residuals,
                 "residual_bytes": usage.residual_bytes,
                 "fallbacks": self._fallbacks + bool(self._bytes_through_host),
-            }
+            } | lanes_by_way(Counter() if self._link is None else self._link.ways)
 
     def _pools(self) -> list[Pool]:
         return [self.pool] if self._gpu is None else [self.pool, self._gpu]
@@ -249,9 +250,17 @@ class RemoteSession(Session):
 
     def _forget(self, link: Link) -> None:
         with self._closing:
-            if self._link is link:
+            is_new = self._link is link
+            if is_new:
                 self._link = None
+        link.settle()
         link.abort()
+        end_what_is_left()
+        if is_new and link.has_lost_outputs:
+            raise WorkerDied(
+                "the worker died before its GPU had written the outputs of earlier calls, which are NaN, or -1 where "
+                "they are integers: run these calls again; the next call reconnects"
+            )
 
     def _note_fallback(self, reason: str) -> None:
         if self._fallbacks == 0:
@@ -319,9 +328,9 @@ class RemoteSession(Session):
             if lane.ordering is None or stream is None:
                 made = lane.run(request, payload, outputs, limit_s, make)
             else:
-                lane.ordering.begin(stream)
+                run.turn = lane.ordering.begin(stream)
                 made = lane.run(request, payload, outputs, limit_s, make)
-                lane.ordering.end(stream)
+                lane.ordering.end(stream, outputs)
                 if kept is not None and kept.stream not in (None, stream):
                     lane.ordering.end(kept.stream)  # the pullback may have read the inputs of that run
         except BaseException as error:
@@ -400,6 +409,8 @@ class RemoteSession(Session):
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
             link.give_back(call.lane)
         elif isinstance(error, Stale | PeerError | WorkerDied):
+            if call.lane.ordering is not None and not isinstance(error, PeerError):
+                link.worker_has_gone(call.lane.ordering)
             call.lane.close()
         elif call.lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
             with self._lock:

@@ -14,6 +14,7 @@ from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
 
+from bridge_client.ordering import WAYS
 from bridge_client.programs import Program, residual_id, unpin
 from bridge_wire import specs
 from bridge_wire.cuda_memory import GpuPool
@@ -306,7 +307,8 @@ class Session(ABC):
     def stats(self) -> Mapping[str, int]:
         """Return counts: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors on a GPU),
         `fallbacks` to a slower path, and what is held now: leased `blocks`, `slab_bytes`, `residuals` and
-        `residual_bytes`."""
+        `residual_bytes`. `gpu_lanes_by_words`, `gpu_lanes_by_events` and `gpu_lanes_by_host` say how many lanes to the
+        worker are in order with its GPU, and how."""
 
     def close(self) -> None:
         """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid.
@@ -364,6 +366,11 @@ def checked_limit(timeout_s: float | None) -> float | None:
     if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s <= TIMEOUT_MAX):
         raise CallerError(f"timeout_s={timeout_s!r}; expected a positive number of seconds, or None to wait")
     return timeout_s
+
+
+def lanes_by_way(ways: Mapping[str, int]) -> dict[str, int]:
+    """Return, for the statistics, how many lanes are in order with a GPU in each way."""
+    return {f"gpu_lanes_by_{way}": ways.get(way, 0) for way in WAYS}
 
 
 def closed() -> SessionClosed:

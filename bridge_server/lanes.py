@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from bridge_server.session import Session, addressed, nbytes_of
 from bridge_server.sessions import Sessions
-from bridge_server.turns import Turn
+from bridge_server.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, SMALL
@@ -30,9 +30,15 @@ ATTACH_S = 10.0  # a connection that has said nothing by then is ended: each hol
 
 
 def serve(
-    requests: Iterator[pb.LaneRequest], sessions: Sessions, take_descriptors: Callable[[], list[int]] = list
+    requests: Iterator[pb.LaneRequest],
+    sessions: Sessions,
+    take_descriptors: Callable[[], list[int]] = list,
+    is_connected: Callable[[], bool] = lambda: True,
 ) -> Generator[pb.LaneReply, None, None]:
-    """Answer one connection's requests until the peer ends it, or breaks the contract."""
+    """Answer one connection's requests until the peer ends it, or breaks the contract.
+
+    `is_connected` says whether the peer may still be there, as far as is known.
+    """
     session: Session | None = None
     turn: Turn | None = None
     try:
@@ -55,7 +61,7 @@ def serve(
                         turn.close()
                         turn = None
                     turn = session.take_turns(request.order)
-                    yield pb.LaneReply(ordered=pb.Ordered(event=turn.event))
+                    yield pb.LaneReply(ordered=_ordered(session, turn))
                 else:
                     yield from _answer(request, requests, session, sessions, turn, descriptors)
             except PeerError as error:
@@ -82,13 +88,19 @@ def serve(
                 for fd in descriptors:
                     os.close(fd)
     finally:
-        if turn is not None and turn.is_stuck(STUCK_S):
+        if turn is not None and turn.is_stuck(STUCK_S, is_connected):
             sessions.give_up("a client has ended on which the GPU waits")
         else:
             if turn is not None:
                 turn.close()  # and only then does the client see the end of a call that it gave up
             if session is not None:
                 sessions.detach(session)
+
+
+def _ordered(session: Session, turn: Turn) -> pb.Ordered:
+    if isinstance(turn, TurnByEvents):
+        return pb.Ordered(event=turn.device.event_handle_of(turn.done))
+    return pb.Ordered(by_words=isinstance(turn, TurnByWords))
 
 
 def _attach(request: pb.LaneRequest, sessions: Sessions) -> Session:
@@ -241,7 +253,8 @@ class LocalLanes:
         try:
             if lane.peer_uid() != os.geteuid():
                 raise Unauthenticated("a local lane serves the worker's own user only")
-            with contextlib.closing(serve(_requests(lane), self._sessions, lane.take_descriptors)) as replies:
+            serving = serve(_requests(lane), self._sessions, lane.take_descriptors, lane.is_connected)
+            with contextlib.closing(serving) as replies:
                 for reply in replies:
                     lane.send(_RAN_BYTES if reply is _RAN else reply.SerializeToString())
         except PeerError as error:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Program, Runtime
-from bridge_server.turns import Turn
+from bridge_server.turns import Turn, turn_with
+from bridge_wire import cuda_words
 from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.cuda import Device, device_of
 from bridge_wire.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
@@ -104,7 +105,13 @@ class Session:
 
     def take_turns(self, order: pb.Order) -> Turn:
         """Return how a lane takes turns with the client on the GPU; it must be closed."""
-        return Turn(self._device("work"), order.event, self.runtime.stream())
+        device, words = self._device("work"), None
+        if order.words:
+            place = self._locate(order.words, cuda_words.NBYTES)
+            if not place.is_on_gpu or order.words % cuda_words.NBYTES:
+                raise ProtocolError("the words of a lane must lie on the GPU, aligned to their size")
+            words = place.pointer
+        return turn_with(device, order.event, words, self.runtime.stream())
 
     def _device(self, what: str) -> Device:
         gpu = self.runtime.gpu()
@@ -135,7 +142,7 @@ class Session:
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn)
+            self._run_in_turn(plan, request.residual, turn, request.turn)
         else:
             self._run(plan.program, request.residual, plan.views, plan.outputs, None)
 
@@ -161,15 +168,15 @@ class Session:
         ]
         plan = _Plan(program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets)))
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn)
+            self._run_in_turn(plan, request.residual, turn, request.turn)
         else:
             self._run(program, request.residual, views, targets, None)
         return leaving
 
-    def _run_in_turn(self, plan: _Plan, residual: int, turn: Turn | None) -> None:
+    def _run_in_turn(self, plan: _Plan, residual: int, turn: Turn | None, number: int) -> None:
         if turn is None:
             raise ProtocolError("a lane must send `order` before it runs a program on GPU memory")
-        turn.begin()
+        turn.begin(number)
         try:
             views = [
                 self.runtime.view(place.pointer, spec, place.owner, turn) if place.is_on_gpu else view

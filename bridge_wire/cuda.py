@@ -245,9 +245,10 @@ class Device:
         """Unmap another process's allocation."""
         self._by_driver(driver().unmap, pointer)
 
-    def new_event(self) -> int:
-        """Return an event that another process can open."""
-        return self._do(self._runtime.eventCreateWithFlags, _EVENT_DISABLE_TIMING | _EVENT_INTERPROCESS)
+    def new_event(self, *, is_shared: bool = False) -> int:
+        """Return an event; a shared one can be opened by another process."""
+        flags = _EVENT_DISABLE_TIMING | (_EVENT_INTERPROCESS if is_shared else 0)
+        return self._do(self._runtime.eventCreateWithFlags, flags)
 
     def event_handle_of(self, event: int) -> bytes:
         """Return the handle by which another process opens an event."""
@@ -283,7 +284,7 @@ class Device:
         return self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
 
     def new_urgent_stream(self) -> int:
-        """Return a stream that no other one's work delays: one of the highest priority has a hardware queue of its own."""
+        """Return a stream that no other one's work delays: those of high priority have hardware queues of their own."""
         return self._by_driver(driver().new_urgent_stream)
 
     @property
@@ -313,6 +314,10 @@ class Device:
     def synchronize(self, stream: int) -> None:
         """Wait until all that is on the stream is done."""
         self._do(self._runtime.streamSynchronize, stream)
+
+    def synchronize_all(self) -> None:
+        """Wait until all that this process has put on the device is done."""
+        self._do(self._runtime.deviceSynchronize)
 
     def is_busy(self, stream: int) -> bool:
         """Whether something on the stream has still to be done. Never blocks; a GPU that has failed does nothing."""

@@ -78,7 +78,7 @@ class _Side:
         if not by_event:
             self.device.synchronize(self._stream)
             return b""
-        event = self.device.new_event()
+        event = self.device.new_event(is_shared=True)
         self._held.callback(self.device.destroy_event, event)
         self.device.record(event, self._stream)
         return self.device.event_handle_of(event)

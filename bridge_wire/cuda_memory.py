@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from bridge_wire import cuda_words
 from bridge_wire.cuda import Device, driver
 from bridge_wire.errors import CudaError
 from bridge_wire.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
@@ -59,6 +60,9 @@ class GpuPool(Pool):
         self._fences: dict[int, int] = {}
         self._fenced: set[int] = set()
         self._fencing = threading.Lock()
+        # Blocks with the words of lanes, which are never used for anything else; and those that no lane has now.
+        self._words: list[Block] = []
+        self._spare_words: list[Block] = []
 
     def lease(self, nbytes: int, stream: int = 0) -> Block:
         """Return a block of `nbytes` bytes with undefined contents, to be used on a stream.
@@ -86,6 +90,20 @@ class GpuPool(Pool):
         block._returns_to = returns_to
         return block
 
+    def lease_words(self, stream: int) -> Block:
+        """Return a block for the words of a lane, to be cleared on a stream. It is no tensor's, and never dies: a
+        worker that is late may still write there."""
+        try:
+            return self._spare_words.pop()
+        except IndexError:
+            block = self.lease(cuda_words.NBYTES, stream)
+            self._words.append(block)
+            return block
+
+    def give_back_words(self, block: Block) -> None:
+        """Let another lane use words that nobody will write any more."""
+        self._spare_words.append(block)
+
     def let_wait(self, stream: int, other: int) -> None:
         """Let what comes on a stream wait for all that is on another one now."""
         with self._fencing:
@@ -103,7 +121,10 @@ class GpuPool(Pool):
         event = self._fences.get(stream)
         if event is None:
             event = self._fences[stream] = self._memory.new_event()
-        self.device.record(event, stream)
+        try:
+            self.device.record(event, stream)
+        except CudaError:  # its owner has destroyed the stream; what was on it is done when the device is
+            self.device.synchronize_all()
         return event
 
     def _fence(self, stream: int) -> None:
@@ -115,6 +136,9 @@ class GpuPool(Pool):
                 if other != stream:
                     self.device.wait(event, stream)
             self._fenced.add(stream)
+
+    def _leased(self) -> int:
+        return super()._leased() - len(self._words)
 
     def adopt(self, pointer: int, nbytes: int) -> None:
         """Share memory of a lender's, as a slab that nothing is leased from.
@@ -134,6 +158,8 @@ class GpuPool(Pool):
     def close(self) -> None:
         """End the leasing. Memory without a block is freed now, the rest when other such memory is made or freed."""
         super().close()
+        self._words.clear()
+        self._spare_words.clear()
         self._ready = defaultdict(list)
         with self._fencing:
             self._fences.clear()

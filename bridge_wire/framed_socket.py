@@ -146,6 +146,16 @@ class FramedSocket:
         except OSError:
             return True
 
+    def fileno(self) -> int:
+        """Return the socket's descriptor."""
+        return self._socket.fileno()
+
+    def is_connected(self) -> bool:
+        """Whether the peer is there, though it may say nothing more. Never blocks."""
+        poll = select.poll()
+        poll.register(self._socket, 0)
+        return not any(events & select.POLLHUP for _, events in poll.poll(0))
+
     def stop_receiving(self) -> None:
         """Let nothing more come in, and wake whoever waits for it here; what is under way can still be answered."""
         with contextlib.suppress(OSError):

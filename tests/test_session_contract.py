@@ -37,6 +37,9 @@ _STATS = {
     "residuals",
     "residual_bytes",
     "fallbacks",
+    "gpu_lanes_by_words",
+    "gpu_lanes_by_events",
+    "gpu_lanes_by_host",
 }
 _GIB = 1 << 30
 _HOSTED = ("square", "outer", "total", "refusing", "failing", "gated")

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bridge_server.turns import Turn
+from bridge_server.turns import TurnByEvents
 from bridge_wire.cuda import Device
 from bridge_wire.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool, end_what_is_left, leave
 
@@ -24,14 +24,12 @@ class ProcessGpuMemory(GpuPool):
         return None if pointer % ALIGNMENT else FIRST_ADDRESS + pointer
 
 
-class NearTurn(Turn):
+class NearTurn(TurnByEvents):
     """A turn of models in the client's own process: both sides' streams are known, and put in order at once."""
 
     def __init__(self, device: Device, stream: int | None) -> None:
         """Begin to take turns; `stream` is the one that the models of this thread run on, as for any turn."""
-        super().__init__(device, b"", stream)
-        self._ready = device.new_event()
-        self._done = device.new_event()
+        super().__init__(device, device.new_event(), stream, is_shared=False)
 
     def follow(self, stream: int) -> None:
         """Let the next run wait for what is on the caller's stream."""
@@ -40,8 +38,7 @@ class NearTurn(Turn):
 
     def precede(self, stream: int) -> None:
         """Let what comes on the caller's stream wait for the last run."""
-        assert self._done is not None, "it is destroyed by close only"
-        self.device.wait(self._done, stream)
+        self.device.wait(self.done, stream)
 
 
 class Turns:

@@ -9,7 +9,7 @@ from bridge_client.inproc.gpu import NearTurn, ProcessGpuMemory, Turns
 from bridge_client.inproc.memory import ProcessMemory, Views, pointer_of
 from bridge_client.programs import Program, shapes_of
 from bridge_client.progress import logged_when_slow
-from bridge_client.session import Placed, Session, closed
+from bridge_client.session import Placed, Session, closed, lanes_by_way
 from bridge_server import runtime
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
@@ -153,7 +153,7 @@ class InprocSession(Session):
             "residuals": len(residuals),
             "residual_bytes": sum(kept.program.residual_nbytes or 0 for kept in residuals),
             "fallbacks": 0,
-        }
+        } | lanes_by_way({})
 
     def __reduce__(self) -> NoReturn:
         raise CallerError("a model of this process cannot be pickled; save the state_dict, or serve it by a worker")

@@ -451,19 +451,23 @@ class Share(_message.Message):
     def __init__(self, base: _Optional[int] = ..., nbytes: _Optional[int] = ..., cuda_handle: _Optional[bytes] = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("event",)
+    __slots__ = ("event", "words")
     EVENT_FIELD_NUMBER: _ClassVar[int]
+    WORDS_FIELD_NUMBER: _ClassVar[int]
     event: bytes
-    def __init__(self, event: _Optional[bytes] = ...) -> None: ...
+    words: int
+    def __init__(self, event: _Optional[bytes] = ..., words: _Optional[int] = ...) -> None: ...
 
 class Ordered(_message.Message):
-    __slots__ = ("event",)
+    __slots__ = ("event", "by_words")
     EVENT_FIELD_NUMBER: _ClassVar[int]
+    BY_WORDS_FIELD_NUMBER: _ClassVar[int]
     event: bytes
-    def __init__(self, event: _Optional[bytes] = ...) -> None: ...
+    by_words: bool
+    def __init__(self, event: _Optional[bytes] = ..., by_words: bool = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data")
+    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data", "turn")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +475,7 @@ class Run(_message.Message):
     RESIDUAL_FIELD_NUMBER: _ClassVar[int]
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
     program: int
     inputs: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
@@ -478,7 +483,8 @@ class Run(_message.Message):
     residual: int
     released: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    turn: int
+    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., turn: _Optional[int] = ...) -> None: ...
 
 class Ran(_message.Message):
     __slots__ = ("data",)

@@ -20,7 +20,6 @@ _VARIABLES = (
     "FAKE_CUDA_GPUS",
     "FAKE_CUDA_BYTES",
     "FAKE_CUDA_FAILS",
-    "FAKE_CUDA_WORDS",
 )
 _MODULES = ("fake_cuda", "cupy", "cupy.cuda")
 

@@ -25,7 +25,7 @@ import sys
 from bridge_wire.cuda import device_of, gpus
 
 device = device_of(bytes.fromhex(sys.argv[1]))
-memory, event = device.allocate(int(sys.argv[2])), device.new_event()
+memory, event = device.allocate(int(sys.argv[2])), device.new_event(is_shared=True)
 print(device.handle_of(memory).hex(), device.event_handle_of(event).hex(), flush=True)
 sys.stdin.read()
 """
@@ -156,14 +156,14 @@ def test_a_random_handle_is_refused(device: Device) -> None:
     """With an error that carries nothing of it."""
     handle = os.urandom(HANDLE_BYTES)
     for opens in (lambda: device.open(handle, 256), lambda: device.open_event(handle)):
-        with pytest.raises(CudaError, match="refused: .* with error (1|400), cudaError") as raised:
+        with pytest.raises(CudaError, match=r"refused: .* with error (1|400), cudaError") as raised:
             opens()
         assert handle.hex()[:8] not in str(raised.value)
 
 
 def test_ones_own_handles_are_refused(device: Device) -> None:
     """As CUDA does."""
-    pointer, event = device.allocate(4096), device.new_event()
+    pointer, event = device.allocate(4096), device.new_event(is_shared=True)
     with pytest.raises(CudaError, match="refused"):
         device.open(device.handle_of(pointer), 4096)
     with pytest.raises(CudaError, match="refused"):
@@ -288,7 +288,7 @@ def test_a_driver_without_words_says_so(device: Device, monkeypatch: pytest.Monk
     monkeypatch.setenv("FAKE_CUDA_WORDS", "0")
     assert not device.has_words
     monkeypatch.delattr("fake_cuda.Library.cuStreamWriteValue64_v2")
-    with pytest.raises(CudaError, match="older than CUDA 11.7"):
+    with pytest.raises(CudaError, match=r"older than CUDA 11\.7"):
         device.write_word(device.allocate(4096), 1, 0)
 
 
@@ -296,7 +296,7 @@ def test_what_cuda_refuses_says_which_device_and_why(device: Device, monkeypatch
     """By CUDA's own name of the error."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcGetEventHandle:801")
     with pytest.raises(CudaError, match=f"{device.gpu.label} refused: cudaErrorNotSupported"):
-        device.event_handle_of(device.new_event())
+        device.event_handle_of(device.new_event(is_shared=True))
 
 
 def test_the_fake_is_gone_after_its_test(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class _Recorded(Turn):
     """A turn that notes which of its streams had to wait, and what was copied."""
 
     def __init__(self, device: Device) -> None:
-        super().__init__(device, b"", None)
+        super().__init__(device, None)
         self.waits: list[int | None] = []
         self.copies: list[int] = []
 

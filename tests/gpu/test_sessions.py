@@ -1,11 +1,13 @@
 """Calls on GPU memory between a client and a worker, on a GPU that is none: handles, order, and what is left behind."""
 
 import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,18 @@ import pytest
 from bridge_client import Session, connect, lanes, spawn
 from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
-from bridge_server.turns import Turn
+from bridge_server.turns import TurnByEvents
 from bridge_wire import specs, trees
-from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT, GpuPool, GpuSlab, copied_to_host
+from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT, GpuPool, GpuSlab, copied_to_host, end_what_is_left
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
     BridgeError,
+    CallerError,
     CudaError,
     LaneUnavailable,
     OutOfMemory,
     ProtocolError,
+    WorkerDied,
 )
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
@@ -32,6 +36,7 @@ from bridge_wire.specs import Spec
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import environment, installed
 
+by_words = pytest.mark.parametrize("way", ["words"], indirect=True)
 FOUR = Spec(BY_NAME["float32"], (4,))
 NUMBER = Spec(BY_NAME["float64"], (), weak=True)
 
@@ -77,7 +82,7 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, str]]:
+def machine(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tuple[Any, Path, str]]:
     """A worker on a fake GPU: the fake, its directory, and the worker's address."""
     directory = tmp_path_factory.mktemp("cuda")
     with installed(directory) as fake:
@@ -184,9 +189,10 @@ def test_a_call_waits_for_the_clients_work(on_gpu: Machine) -> None:
     assert _finds_late_input(on_gpu)
 
 
-def test_without_the_clients_event_a_call_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_order_with_another_stream_a_call_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above sees what it is meant to see."""
-    monkeypatch.setattr(Ordering, "begin", lambda self, stream: None)
+    begin, idle = Ordering.begin, on_gpu.pool.device.new_stream()
+    monkeypatch.setattr(Ordering, "begin", lambda self, stream: begin(self, idle))
     assert not _finds_late_input(on_gpu, is_awaited=False)
 
 
@@ -195,22 +201,49 @@ def test_the_clients_work_waits_for_a_call(on_gpu: Machine) -> None:
     assert _finds_late_output(on_gpu)
 
 
-def test_without_the_workers_event_the_client_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unless_its_stream_waits_the_client_would_not(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test above sees what it is meant to see."""
-    monkeypatch.setattr(Ordering, "end", lambda self, stream: None)
+    monkeypatch.setattr(Ordering, "end", lambda self, stream, outputs: None)
     assert not _finds_late_output(on_gpu, is_awaited=False)
 
 
-@pytest.mark.parametrize("refused", ["ipcGetEventHandle", "ipcOpenEventHandle"])
-def test_without_events_both_sides_wait_on_the_host(
-    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
+@pytest.mark.parametrize(
+    "refused", ["ipcGetEventHandle", "ipcOpenEventHandle", "streamWaitValue64", "streamWriteValue64"]
+)
+def test_what_cuda_refuses_here_is_done_another_way(
+    on_gpu: Machine, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
 ) -> None:
-    """Where this process cannot make or open an event, calls are as right, and it is told why they are slower."""
+    """Words, or else events, or else both sides wait on the host: calls are as right, and the log says why."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", f"{refused}:801")
     with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
         machine = Machine(on_gpu.fake, on_gpu.directory, session)
         assert _finds_late_input(machine) and _finds_late_output(machine)
-    assert ("waits for the GPU on the host" in caplog.text and "801" in caplog.text) or "NotSupported" in caplog.text
+        if refused.startswith("ipc"):
+            expected = "words" if way == "words" else "host"
+        else:
+            expected = "events"
+        stats = session.stats()
+        assert [stats[f"gpu_lanes_by_{each}"] for each in ("words", "events", "host")] == [
+            int(each == expected) for each in ("words", "events", "host")
+        ]
+    if expected == "host":
+        assert "waits for the GPU on the host" in caplog.text and "NotSupported" in caplog.text
+
+
+@pytest.mark.parametrize("chosen", ["words", "events", "host"])
+def test_a_user_chooses_how_lanes_are_in_order(
+    on_gpu: Machine, way: str, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    """By BRIDGE_GPU_ORDER, which names the first way that is tried."""
+    monkeypatch.setenv("BRIDGE_GPU_ORDER", chosen)
+    with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
+        machine = Machine(on_gpu.fake, on_gpu.directory, session)
+        assert _finds_late_input(machine) and _finds_late_output(machine)
+        expected = "events" if (chosen, way) == ("words", "events") else chosen
+        assert session.stats()[f"gpu_lanes_by_{expected}"] == 1
+    monkeypatch.setenv("BRIDGE_GPU_ORDER", "luck")
+    with connect(on_gpu.session.address) as session, pytest.raises(CallerError, match="expected one of words, events"):  # type: ignore[attr-defined]
+        session.gpu_pool()
 
 
 def test_a_model_that_raises_leaves_nothing_behind(on_gpu: Machine) -> None:
@@ -259,34 +292,108 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_client_killed_while_the_gpu_waits_for_it_ends_the_worker(machine: Any, caplog: Any) -> None:
-    """What waits for the dead on a stream waits forever, and so does all behind it: another process takes over."""
+def test_a_client_killed_while_the_gpu_waits_for_it(machine: Any, way: str) -> None:
+    """The worker writes its word in its place, at once. But the event of a dead process comes never, and all behind it
+    on the stream waits forever: another process takes over."""
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
-        address = session.address  # type: ignore[attr-defined]
+        address, first = session.address, session._host._process.pid  # type: ignore[attr-defined]
         done = subprocess.run([sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env)
         assert done.returncode == -signal.SIGKILL
-        assert eventually(session._host.has_ended)  # type: ignore[attr-defined]
+        assert way == "words" or eventually(session._host.has_ended)  # type: ignore[attr-defined]
         assert session.gpu_pool() is not None  # of the next worker: the session had not looked for one yet
+        begun = time.monotonic()
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
+        assert (session._host._process.pid == first) == (way == "words")  # type: ignore[attr-defined]
+        assert way == "events" or time.monotonic() - begun < 10
+
+
+@by_words
+@pytest.mark.parametrize("lane", ["local", "grpc"])
+def test_a_worker_killed_while_the_gpu_waits_for_it(machine: Any, way: str, lane: str, caplog: Any) -> None:
+    """By words the client's stream goes on at once, whatever the client's threads wait for; what the worker had not
+    written is NaN, and the next call says so. The call after that reaches another worker."""
+    fake, directory, _ = machine
+    models = {name: f"tests.gpu.models:{name}" for name in ("late", "sine")}
+    worker = {"python": python_of(".venv-jax"), "cwd": ROOT, "env": environment(directory)}
+    with spawn(jax_model=models, **worker) as spawned, connect(spawned.address, lane=lane) as session:  # type: ignore[attr-defined]
+        client = Machine(fake, directory, session)
+        late, x = prepared(session, "late", FOUR), client.put(1, 2, 3, 4)
+        (made,) = client.run(late, x)
+        assert client.pool.device.is_busy(client.stream)
+        spawned._host._process.kill()  # type: ignore[attr-defined]
+        begun = time.monotonic()
+        values = client.read(made)  # blocks this thread until the stream goes on
+        assert time.monotonic() - begun < 5
+        assert all(math.isnan(value) for value in values)
+        assert "had written the outputs of 1 calls" in caplog.text
+        with pytest.raises(WorkerDied, match="earlier calls, which are NaN"):
+            client.run(late, x)
+        spawned.run(prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)])  # starts another worker
+
+
+@by_words
+def test_words_of_ended_lanes_serve_again_only_when_nobody_writes_them(local: Machine) -> None:
+    """A client whose GPU has still to come to a call leaves them alone for good."""
+    pool, session = local.pool, local.session
+    program, x = prepared(session, "sine", FOUR), local.put(1, 2, 3, 4)
+    local.run(program, x)
+    local.pool.device.synchronize(local.stream)
+    link = session._require_link()  # type: ignore[attr-defined]
+    (lane,) = link._idle
+    block = lane.ordering._by._block
+    lane.ordering.close()
+    end_what_is_left()
+    assert pool._spare_words == [block]
+    held = local.fake.hold(local.stream)
+    try:
+        lane.ordering = Ordering(pool, lane.ask_about_gpu)
+        assert pool._spare_words == [] and lane.ordering._by._block is block
+        lane.ordering.begin(local.stream)
+        lane.ordering.close()
+        end_what_is_left()
+        assert pool._spare_words == [] and session.stats()["blocks"] == 1
+    finally:
+        held.set()
+
+
+@by_words
+def test_calls_of_a_lane_from_several_streams_keep_their_order(local: Machine) -> None:
+    """A call on an idle stream does not let an earlier one of the lane begin, whose inputs are still on their way."""
+    device, program = local.pool.device, prepared(local.session, "sine", FOUR)
+    other, x, y = device.new_stream(), local.put(0, 0, 0, 0), local.put(0, 0, 0, 0)
+    local.run(program, x)
+    link = local.session._require_link()  # type: ignore[attr-defined]
+    (lane,) = link._idle
+    ordering = lane.ordering
+    held = local.fake.hold(local.stream)
+    first = ordering.begin(local.stream)
+    second = ordering.begin(other)
+    words = ordering._by._words
+    device.synchronize(words.stream)
+    assert second == first + 1 and words.mine() < first
+    held.set()
+    device.synchronize(other)
+    assert words.mine() == second
+    assert y.nbytes == 16
+    ordering._by._begun = ordering._by._ended  # no call has come of them
 
 
 def test_a_stream_that_goes_on_is_not_stuck(local: Machine) -> None:
-    """Also where a client is killed between its record and its request, and other lanes keep the stream busy."""
+    """With an event of a client that was killed: not before a run waits for it, whatever else keeps the stream busy."""
     fake, device = local.fake, local.pool.device
-    turn = Turn(device, b"", local.stream)
-    turn._ready, turn._done = device.new_event(), device.new_event()
-    never = device.new_stream()
+    ready, never = device.new_event(), device.new_stream()
+    turn = TurnByEvents(device, ready, local.stream)
     held = fake.hold(never)
-    device.record(turn._ready, never)
+    device.record(ready, never)
     try:
         for _ in range(8):
             fake.sleep(local.stream, 0.05)
-        assert not turn.is_stuck(5.0)
-        device.wait(turn._ready, local.stream)
-        assert turn.is_stuck(0.1)
+        assert not turn.is_stuck(5.0, lambda: False)
+        turn.begin()
+        assert turn.is_stuck(0.1, lambda: False)
     finally:
         held.set()
         turn.close()

@@ -489,6 +489,13 @@ def streamSynchronize(stream: int) -> None:
 
 
 @_of_runtime
+def deviceSynchronize() -> None:
+    for stream in list(_streams.values()):
+        if stream.device == _current():
+            stream.synchronize()
+
+
+@_of_runtime
 def memcpyAsync(dst: int, src: int, size: int, kind: int, stream: int) -> None:
     _stream(stream).put(lambda: ctypes.memmove(dst, src, size))
 

@@ -148,7 +148,7 @@ def test_a_module_trains(session: Session) -> None:
 
 @needs_cuda
 def test_the_client_reads_what_the_worker_writes_late(torch_only: Session) -> None:
-    """XLA's stream waits for the worker's event."""
+    """XLA's stream waits for the worker's work."""
     with connect(torch_only.address) as session:
         f = jax.jit(lambda x: RemoteTorchFunction(session, name="late")(x) * 1)
         x = jnp.ones(_SIZE)
@@ -158,12 +158,14 @@ def test_the_client_reads_what_the_worker_writes_late(torch_only: Session) -> No
 
 
 @needs_cuda
-def test_without_the_workers_event_its_result_is_missed(torch_only: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unless_its_stream_waits_the_workers_result_is_missed(
+    torch_only: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above can fail."""
     with connect(torch_only.address) as session:
         f = jax.jit(lambda x: RemoteTorchFunction(session, name="late")(x) * 1)
         f(jnp.full(_SIZE, 5.0)).block_until_ready()
-        monkeypatch.setattr(Ordering, "end", lambda self, stream: None)
+        monkeypatch.setattr(Ordering, "end", lambda self, stream, outputs=(): None)
         assert not jnp.array_equal(f(jnp.ones(_SIZE)), jnp.full(_SIZE, 2.0))
 
 

@@ -1,5 +1,6 @@
-"""The order of work on a GPU between two processes, and what would happen without the events that keep it."""
+"""The order of work on a GPU between two processes, and what would happen without it."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,7 @@ _SIZE = 1 << 20
 
 @pytest.fixture
 def session(worker: Session) -> Iterator[Session]:
-    """A session of each test's own: its lanes are in order by events."""
+    """A session of each test's own."""
     with connect(worker.address) as session:
         for name in ("sine", "late"):  # what is compiled and copied for the first time waits for too much
             RemoteJaxFunction(session, name=name)(torch.zeros(_SIZE, device=DEVICE))
@@ -45,10 +46,10 @@ def _late_result(session: Session) -> Tensor:
     return f(torch.full((_SIZE,), 1.0, device=DEVICE)).clone()
 
 
-def test_the_lanes_have_events(session: Session) -> None:
-    """Nothing below would show anything if each call waited on the host."""
-    (lane,) = session._link._idle  # type: ignore[attr-defined]
-    assert lane.ordering is not None and lane.ordering.has_events
+def test_the_lanes_are_in_order_on_the_gpu(session: Session) -> None:
+    """In the way that BRIDGE_GPU_ORDER names: nothing below would show anything if each call waited on the host."""
+    way = os.environ.get("BRIDGE_GPU_ORDER", "words")
+    assert session.stats()[f"gpu_lanes_by_{way}"] == 1
 
 
 def test_the_worker_reads_what_the_client_writes_late(session: Session) -> None:
@@ -64,19 +65,24 @@ def test_the_client_reads_what_the_worker_writes_late(session: Session) -> None:
             assert torch.equal(_late_result(session), torch.full((_SIZE,), 2.0, device=DEVICE))
 
 
-def test_without_its_event_the_clients_write_is_missed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_order_with_another_stream_the_clients_write_is_missed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first test can fail."""
-    monkeypatch.setattr(Ordering, "begin", lambda self, stream: None)
+    begin, idle = Ordering.begin, torch.cuda.Stream().cuda_stream
+    monkeypatch.setattr(Ordering, "begin", lambda self, stream: begin(self, idle))
     seen = _read_after_a_late_write(session)
     assert not torch.equal(seen, torch.full_like(seen, 1.0).sin() * 2)
 
 
-def test_without_the_workers_event_its_result_is_missed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unless_its_stream_waits_the_workers_result_is_missed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second test can fail."""
     f = RemoteJaxFunction(session, name="late")
     f(torch.full((_SIZE,), 5.0, device=DEVICE))
     torch.cuda.synchronize()
-    monkeypatch.setattr(Ordering, "end", lambda self, stream: None)
+    monkeypatch.setattr(Ordering, "end", lambda self, stream, outputs=(): None)
     with torch.cuda.stream(torch.cuda.Stream()):
         y = f(torch.full((_SIZE,), 1.0, device=DEVICE))
         seen = y.clone()
