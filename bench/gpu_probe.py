@@ -104,15 +104,15 @@ def _device() -> Device:
 
 
 def _exchange() -> str:
-    return _crossing(by_events=True)
+    return _crossing()
 
 
-def _crossing(*, by_events: bool) -> str:
+def _crossing(way: str = "events") -> str:
     try:
-        cuda_exchange.with_child(gpus()[0].uuid, by_events=by_events)
+        cuda_exchange.with_child(gpus()[0].uuid, way)
     except WorldError as error:
         return f"no: {error}"
-    return f"yes, in order by {'events' if by_events else 'waiting on the host'}"
+    return f"yes, in order by {way}"
 
 
 def _bad_handles() -> str:
@@ -148,7 +148,7 @@ def _namespaces() -> str:
     found = []
     for name, options in (("PID", "--pid --fork --mount-proc"), ("IPC", "--ipc"), ("both", "--pid --ipc --fork")):
         with tempfile.TemporaryDirectory() as folder, _python(Path(folder), f"unshare {options}") as works:
-            found.append(f"own {name}: {_crossing(by_events=True) if works else 'not allowed here'}")
+            found.append(f"own {name}: {_crossing() if works else 'not allowed here'}")
     return "; ".join(found)
 
 
@@ -173,7 +173,7 @@ def _mixed_mps() -> str:
     with tempfile.TemporaryDirectory() as folder:
         without = f"env CUDA_MPS_PIPE_DIRECTORY={folder}/none"
         with _python(Path(folder), without):
-            return f"handles to a process without MPS: {_crossing(by_events=True)}"
+            return f"handles to a process without MPS: {_crossing()}"
 
 
 # JAX --------------------------------------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from bridge_client.ordering import WORDS, Ordering
+from bridge_client.ordering import Ordering
 from bridge_client.watching import Watch
 from bridge_wire.cuda_memory import GpuPool, GpuSlab, is_on_gpu, leave
+from bridge_wire.cuda_words import WORDS
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,

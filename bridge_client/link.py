@@ -13,12 +13,13 @@ from typing import Any
 import grpc
 
 from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
-from bridge_client.ordering import WORDS, Ordering
+from bridge_client.ordering import Ordering
 from bridge_client.progress import logged_when_slow
 from bridge_client.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback
 from bridge_wire.cuda_memory import GpuPool, end_what_is_left
+from bridge_wire.cuda_words import WORDS
 from bridge_wire.errors import (
     BridgeError,
     CallerError,

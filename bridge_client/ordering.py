@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from bridge_wire.cuda import driver
 from bridge_wire.cuda_memory import GpuPool, leave, leave_event
-from bridge_wire.cuda_words import FIRST, PROBE_S, Words
+from bridge_wire.cuda_words import EVENTS, FIRST, HOST, PROBE_S, WAYS, WORDS, Words
 from bridge_wire.errors import CallerError, CudaError, OutOfMemory
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pool import Block
 
 _log = logging.getLogger(__name__)
 
-WORDS, EVENTS, HOST = WAYS = ("words", "events", "host")
 _SETTING = "BRIDGE_GPU_ORDER"
 _MOST_UNREAD = 64  # calls, after which it is looked which of them are done
 _NOT_A_NUMBER = 0xFF  # in each byte, whatever the type of float
@@ -276,9 +275,8 @@ class _ByEvents(_Way):
             self._device.destroy_event(theirs)
 
     def close(self) -> None:
-        theirs, self._theirs = self._theirs, None
-        if theirs is not None:
-            leave(self._device.destroy_event, theirs)
+        # Of a lane that has ended first, the worker's event is left as it is: to destroy it is undefined, too.
+        self._theirs = None
         leave_event(self._device, self._ours)
 
 

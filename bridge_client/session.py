@@ -14,10 +14,10 @@ from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, TypeVar
 
-from bridge_client.ordering import WAYS
 from bridge_client.programs import Program, residual_id, unpin
 from bridge_wire import specs
 from bridge_wire.cuda_memory import GpuPool
+from bridge_wire.cuda_words import WAYS
 from bridge_wire.dlpack import DeviceExporter, Exporter
 from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb

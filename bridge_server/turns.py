@@ -167,7 +167,8 @@ class TurnByEvents(Turn):
         super().__init__(device, stream)
         self._ready: int | None = ready
         self.done = device.new_event(is_shared=is_shared)
-        self._begun = device.new_event()  # stands for the wait for the client's: that one's owner may destroy it
+        # Stands for the wait for the client's event, which its owner may destroy.
+        self._begun = device.new_event() if is_shared else None
 
     def wait(self, stream: int | None) -> None:
         if self._ready is not None:
@@ -175,14 +176,15 @@ class TurnByEvents(Turn):
 
     def begin(self, number: int = 0) -> None:
         super().begin(number)
-        self.device.record(self._begun, self.stream)
+        if self._begun is not None:
+            self.device.record(self._begun, self.stream)
 
     def end(self) -> None:
         self.device.record(self.done, self.stream)
 
     def is_stuck(self, patience_s: float, is_connected: Callable[[], bool]) -> bool:
         deadline = time.monotonic() + patience_s
-        while driver().is_pending(self._begun):
+        while self._begun is not None and driver().is_pending(self._begun):
             if time.monotonic() > deadline:
                 return True
             time.sleep(_POLL_S)

@@ -8,20 +8,25 @@ import ctypes
 import os
 import socket
 import sys
+import time
 
 from bridge_wire.cuda import HANDLE_BYTES, Device, device_of
+from bridge_wire.cuda_words import FIRST, HOST, WORDS, Words
 from bridge_wire.errors import CudaError, WorldError
 from bridge_wire.exchange import CHILD_S, NBYTES, lane_to_child
 from bridge_wire.framed_socket import FramedSocket
 
 _ALLOCATION = 2 << 20  # smaller ones share a page with others, which a handle would give away
+_WORDS_AT = 4096  # bytes into it
+_WAY_BYTES = 8
+_SEEN_S, _POLL_S = 5.0, 0.001
 _DONE, _FAILED = b"+", b"-"  # how the child's answer begins
 
 
-def with_child(uuid: bytes, *, by_events: bool) -> None:
+def with_child(uuid: bytes, way: str) -> None:
     """Share memory of a GPU with a child: what this process writes the child must read, and the reverse.
 
-    Each side waits for the other's work by an event; or else has done its own before it hands over.
+    Each side waits for the other's work by words or events, or else (`HOST`) has done its own before it hands over.
 
     Raises:
       CudaError: the device is not to be used, the child cannot open the memory, or sees other memory.
@@ -31,11 +36,12 @@ def with_child(uuid: bytes, *, by_events: bool) -> None:
         side = _Side(device_of(uuid), held)
         memory = side.device.allocate(_ALLOCATION)
         held.callback(side.device.free, memory)
+        side.share(memory, way, is_child=False)
         handle = side.device.handle_of(memory)
         lane = held.enter_context(lane_to_child(__spec__.name, uuid.hex()))  # it lets go before the memory is freed
         written = os.urandom(NBYTES)
         side.write(memory, written)
-        lane.send(handle + side.hand_over(by_event=by_events))
+        lane.send(handle + way.encode().ljust(_WAY_BYTES) + side.hand_over())
         read, event = _answer(lane)
         side.take_over(event)
         if read != written or side.read(memory + NBYTES) != written[::-1]:
@@ -61,6 +67,18 @@ class _Side:
         self._stream = device.new_stream()
         held.callback(device.destroy_stream, self._stream)
 
+    def share(self, memory: int, way: str, *, is_child: bool) -> None:
+        """Share memory, and wait for the other side in this way."""
+        self._way = way
+        if way == WORDS:
+            if not self.device.has_words:
+                raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
+            stream = self.device.new_urgent_stream()
+            self._words = Words(self.device, memory + _WORDS_AT, stream, is_clients=not is_child)
+            self._held.callback(self._words.close)
+            if not is_child:
+                self._words.clear()
+
     def write(self, pointer: int, data: bytes) -> None:
         """Put `data` on the GPU, some time."""
         self._data = ctypes.create_string_buffer(data, len(data))
@@ -73,10 +91,13 @@ class _Side:
         self.device.synchronize(self._stream)
         return data.raw
 
-    def hand_over(self, *, by_event: bool) -> bytes:
-        """Let the other side go on. Returns the handle of the event that it must wait for, or b"" when all is done."""
-        if not by_event:
+    def hand_over(self) -> bytes:
+        """Let the other side go on. Returns the handle of the event that it must wait for, if that is the way."""
+        if self._way == HOST:
             self.device.synchronize(self._stream)
+            return b""
+        if self._way == WORDS:
+            self._words.write(FIRST, self._stream)
             return b""
         event = self.device.new_event(is_shared=True)
         self._held.callback(self.device.destroy_event, event)
@@ -84,7 +105,15 @@ class _Side:
         return self.device.event_handle_of(event)
 
     def take_over(self, handle: bytes) -> None:
-        """Go on after the other side's event."""
+        """Go on after the other side's event, or word."""
+        if self._way == WORDS:
+            self._words.wait(FIRST, self._stream)
+            deadline = time.monotonic() + _SEEN_S
+            while self.device.is_busy(self._stream):
+                if time.monotonic() > deadline:
+                    self._words.release(FIRST)
+                    raise CudaError("a stream does not see the word that another process's has written")
+                time.sleep(_POLL_S)
         if handle:
             event = self.device.open_event(handle)
             self._held.callback(self.device.destroy_event, event)
@@ -110,13 +139,15 @@ def _be_the_child(fd: int, uuid: bytes) -> None:
 
 
 def _answered(side: _Side, request: bytes, held: contextlib.ExitStack) -> bytes:
-    memory = side.device.open(request[:HANDLE_BYTES], _ALLOCATION)
+    handle, rest = request[:HANDLE_BYTES], request[HANDLE_BYTES:]
+    way, event = rest[:_WAY_BYTES].decode().strip(), rest[_WAY_BYTES:]
+    memory = side.device.open(handle, _ALLOCATION)
     held.callback(side.device.close, memory)
-    event = request[HANDLE_BYTES:]
+    side.share(memory, way, is_child=True)
     side.take_over(event)
     read = side.read(memory)
     side.write(memory + NBYTES, read[::-1])
-    return read + side.hand_over(by_event=bool(event))
+    return read + side.hand_over()
 
 
 if __name__ == "__main__":

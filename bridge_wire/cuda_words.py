@@ -10,6 +10,9 @@ import time
 
 from bridge_wire.cuda import Device
 
+# How the streams of two processes wait for each other: as here, by interprocess events, or by their hosts.
+WORDS, EVENTS, HOST = WAYS = ("words", "events", "host")
+
 NBYTES = 256
 _WORKERS = 128  # the offset of the worker's word: each has a cache line of its own
 _POLL_S = 0.0005

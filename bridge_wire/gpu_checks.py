@@ -15,6 +15,7 @@ from typing import NamedTuple
 from bridge_wire import cuda, cuda_exchange
 from bridge_wire.checks import OK, Check, broken, ok, slow
 from bridge_wire.cuda import Gpu
+from bridge_wire.cuda_words import EVENTS, HOST, WORDS
 from bridge_wire.errors import CudaError, WorldError
 from bridge_wire.exchange import NBYTES
 from bridge_wire.host import CUPY, installed
@@ -77,19 +78,23 @@ def exchanged(gpu: Gpu) -> Check:
     """Whether a child opens this process's memory on the GPU, and how they wait for each other's work."""
     name = f"memory of cuda:{gpu.ordinal}"
     found = f"{NBYTES} random bytes crossed to a child and back"
+    refused = []
+    for way in (WORDS, EVENTS):
+        try:
+            cuda_exchange.with_child(gpu.uuid, way)
+        except WorldError as error:
+            refused.append(f"{way}: {error}")
+        else:
+            without = "".join(f"; not by {reason}" for reason in refused)
+            return ok(name, f"{found}, in order by {way}{without}")
     try:
-        cuda_exchange.with_child(gpu.uuid, by_events=True)
-        return ok(name, f"{found}, in order by events")
-    except WorldError as error:
-        by_events = error
-    try:
-        cuda_exchange.with_child(gpu.uuid, by_events=False)
+        cuda_exchange.with_child(gpu.uuid, HOST)
     except WorldError as error:
         return slow(name, f"{error}: {BY_HOST}", remedy())
     return slow(
         name,
-        f"{found}, in order only by waiting for the GPU on the host ({by_events})",
-        f"each call waits for the GPU; to use events: {remedy()}",
+        f"{found}, in order only by waiting for the GPU on the host ({'; '.join(refused)})",
+        f"each call waits for the GPU; to use words, a newer driver; to use events: {remedy()}",
     )
 
 
@@ -100,8 +105,9 @@ def remedy() -> str:
     if platform.version() == _GVISOR:
         return "gVisor passes no CUDA IPC: use another container runtime"
     return (
-        "give the processes one user, and in containers one PID and one IPC namespace (`pid: service:worker`, "
-        "`ipc: service:worker`); see docs/gpu.md"
+        "give the processes one user; in containers, process numbers that differ, as in one PID namespace "
+        "(`pid: service:namespaces`), for memory, and one /dev/shm (`ipc: service:namespaces`) for events; see "
+        "docs/gpu.md"
     )
 
 

@@ -16,7 +16,7 @@ from bridge_client.link import Terms
 from bridge_server.cli import main as bridge_server
 from bridge_wire import cuda, cuda_exchange, gpu_checks
 from bridge_wire.checks import BROKEN, OK, SLOW, Check, ok
-from bridge_wire.cuda import gpus
+from bridge_wire.cuda import device_of, gpus
 from bridge_wire.errors import CudaError, WorldError
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed
@@ -71,7 +71,7 @@ def test_a_driver_that_does_not_start_is_told(fake_cuda: Any, monkeypatch: pytes
     """With the setting that may be the cause."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (check,) = gpu_checks.checks()
-    assert check.verdict == SLOW and check.found.endswith("cuInit with error 100")
+    assert check.verdict == SLOW and "cuInit with error 100" in check.found
     assert check.remedy.startswith("change CUDA_VISIBLE_DEVICES=''; ")
 
 
@@ -96,7 +96,7 @@ def test_both_doctors_find_a_gpu_well(
     assert checks["CuPy"] == ok("CuPy", "cupy-cuda13x 14.2.0")
     assert checks["GPU allocators"].verdict == OK
     assert checks["MPS"].found.startswith("off")
-    assert checks[_MEMORY] == ok(_MEMORY, f"{_CROSSED}, in order by events")
+    assert checks[_MEMORY] == ok(_MEMORY, f"{_CROSSED}, in order by words")
     assert fake_cuda.held() == {}
 
 
@@ -194,8 +194,24 @@ def test_settings_of_the_allocators_are_told(settings: dict[str, str], verdict: 
 # The exchange -----------------------------------------------------------------------------------------------------
 
 
-def test_without_events_the_exchange_waits_on_the_host(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_words_the_exchange_is_in_order_by_events(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever words fail; the check says why, and is well."""
+    for variable, value, said in (
+        ("FAKE_CUDA_WORDS", "0", "neither write nor wait"),
+        ("FAKE_CUDA_FAILS", "streamWaitValue64:801", "cudaErrorNotSupported"),
+        ("FAKE_CUDA_FAILS", "streamWriteValue64:801", "cudaErrorNotSupported"),
+    ):
+        monkeypatch.setenv(variable, value)
+        check = gpu_checks.exchanged(gpus()[0])
+        assert check.verdict == OK and check.found.startswith(f"{_CROSSED}, in order by events; not by words: ")
+        assert said in check.found
+        monkeypatch.delenv(variable)
+    assert fake_cuda.held() == {}
+
+
+def test_without_either_the_exchange_waits_on_the_host(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever events fail: the check is slow, and says which way it went."""
+    monkeypatch.setenv("FAKE_CUDA_WORDS", "0")
     for function in ("ipcGetEventHandle", "ipcOpenEventHandle"):
         monkeypatch.setenv("FAKE_CUDA_FAILS", f"{function}:801")
         check = gpu_checks.exchanged(gpus()[0])
@@ -207,7 +223,7 @@ def test_without_events_the_exchange_waits_on_the_host(fake_cuda: Any, monkeypat
 @pytest.mark.parametrize(
     ("release", "version", "remedy"),
     [
-        ("6.8.0", "#1 SMP", "pid: service:worker"),
+        ("6.8.0", "#1 SMP", "`ipc: service:namespaces`) for events"),
         ("5.15.153.1-microsoft-standard-WSL2", "#1 SMP", "WSL2 has no CUDA IPC"),
         ("4.4.0", "#1 SMP Sun Jan 10 15:06:54 PST 2016", "gVisor passes no CUDA IPC"),
     ],
@@ -241,12 +257,13 @@ def test_a_child_that_ends_or_sees_other_memory_is_found(
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(program))
         with pytest.raises(error, match=said):
-            cuda_exchange.with_child(_UUID, by_events=True)
+            cuda_exchange.with_child(_UUID, "events")
     assert fake_cuda.held() == {}
 
 
-def test_events_keep_the_child_from_reading_too_early(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is late on this process's stream is there when the child reads; without the event it is not."""
+@pytest.mark.parametrize("kind", ["words", "events"])
+def test_the_child_does_not_read_too_early(kind: str, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is late on this process's stream is there when the child reads; with the stream of another it is not."""
     side, writes, answer = cuda_exchange._Side, cuda_exchange._Side.write, cuda_exchange._answer
 
     def late(self: Any, pointer: int, data: bytes) -> None:
@@ -254,7 +271,7 @@ def test_events_keep_the_child_from_reading_too_early(fake_cuda: Any, monkeypatc
         writes(self, pointer, data)
 
     monkeypatch.setattr(side, "write", late)
-    cuda_exchange.with_child(_UUID, by_events=True)
+    cuda_exchange.with_child(_UUID, kind)
 
     def held(self: Any, pointer: int, data: bytes) -> None:
         released = fake_cuda.hold(self._stream)
@@ -262,16 +279,25 @@ def test_events_keep_the_child_from_reading_too_early(fake_cuda: Any, monkeypatc
         writes(self, pointer, data)
 
     monkeypatch.setattr(side, "write", held)
-    monkeypatch.setattr(side, "hand_over", lambda self, by_event: b"")
+    hand_over, idle = side.hand_over, device_of(_UUID).new_stream()
+
+    def hand_over_idle(self: Any) -> bytes:
+        late, self._stream = self._stream, idle
+        try:
+            return hand_over(self)
+        finally:
+            self._stream = late
+
+    monkeypatch.setattr(side, "hand_over", hand_over_idle)
     with pytest.raises(CudaError, match="sees other GPU memory"):
-        cuda_exchange.with_child(_UUID, by_events=True)
+        cuda_exchange.with_child(_UUID, kind)
 
 
 def test_the_child_tells_cudas_error_and_not_the_handle(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails in the child arrives as text."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenMemHandle:400")
-    with pytest.raises(CudaError, match=f"{fake_cuda.ONE} refused: cudaErrorInvalidResourceHandle"):
-        cuda_exchange.with_child(_UUID, by_events=True)
+    with pytest.raises(CudaError, match=rf"{fake_cuda.ONE} refused: .*cudaErrorInvalidResourceHandle"):
+        cuda_exchange.with_child(_UUID, "events")
 
 
 def test_doctor_imports_no_framework_beside_a_gpu(fake_cuda: Any) -> None:
@@ -290,7 +316,7 @@ print(*(name for name in ("torch", "jax", "numpy", "cupy") if name in sys.module
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def worker(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[str]:
     """The address of a worker that runs its models on the fake GPU, as this process's doctor sees it."""
     with (
         installed(tmp_path_factory.mktemp("machine")),
@@ -305,18 +331,18 @@ def _its_gpu(address: str) -> Check:
     return checks["its GPU"]
 
 
-def test_memory_on_the_workers_gpu_is_exchanged_live(worker: str) -> None:
+def test_memory_on_the_workers_gpu_is_exchanged_live(worker: str, way: str) -> None:
     """The worker sees what this process writes there, and nothing is left of it."""
     fake = sys.modules["fake_cuda"]
     before = fake.held()
-    said = "memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by events"
+    said = f"memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by {way}"
     assert _its_gpu(worker) == ok("its GPU", f"Fake GPU 0 {fake.ONE}: {said}")
     assert eventually(lambda: fake.held() == before)
 
 
-def test_a_worker_whose_events_do_not_open_is_slow(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_words_whose_events_do_not_open_is_slow(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call then waits for the GPU."""
-    monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenEventHandle:801")
+    monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenEventHandle:801,streamWaitValue64:801")
     check = _its_gpu(worker)
     assert check.verdict == SLOW and "each call waits for the GPU on the host" in check.found and check.remedy
 

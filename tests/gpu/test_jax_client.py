@@ -27,7 +27,7 @@ Y = jnp.linspace(1.0, 3.0, 6).reshape(2, 3)
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def machine(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[Any]:
     with installed(tmp_path_factory.mktemp("machine")) as fake:
         yield fake
 
@@ -36,6 +36,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def session(machine: Any) -> Iterator[Session]:
     with spawn(torch_model=_MODELS, python=python_of(".venv-torch"), cwd=ROOT) as made:
         made.pool.lease(1)  # its first slab has a descriptor
+        assert made.gpu_pool() is not None  # and by words, a thread watches its lane
         yield made
 
 

@@ -87,6 +87,17 @@ def test_another_stream_waits_for_the_one_that_used_the_memory(device: Device, f
     assert copied_to_host(device, pointer, 4) == bytes(written)
 
 
+def test_a_stream_that_its_owner_has_destroyed_delays_nothing(device: Device, fake_cuda: Any) -> None:
+    """Its fence can no longer be recorded, so the device is waited for: then its memory serves another stream."""
+    pool = GpuPool(device, max_bytes=UNIT)
+    gone, other = device.new_stream(), device.new_stream()
+    pool.lease(UNIT, gone)
+    device.destroy_stream(gone)
+    block = pool.lease(UNIT // 2, other)
+    assert block.nbytes == UNIT // 2
+    device.destroy_stream(other)
+
+
 def test_a_full_pool_says_how_full(device: Device) -> None:
     """And after something was let go of, the next request is served."""
     pool = GpuPool(device, max_bytes=4 << 20)

@@ -28,8 +28,11 @@ def test_a_question_is_answered_in_a_line(fake_cuda: Any, capsys: pytest.Capture
     """In a process of its own, which is the one that CUDA's errors would break."""
     assert gpu_probe._asked("exchange") == "yes, in order by events"
     told = gpu_probe._asked("handles")
-    assert told.startswith("0 bytes: a handle of 0 bytes") and "random: cudaError" in told
-    assert "its own: cudaErrorDeviceUninitialized" in told and told.endswith("the process goes on")
+    assert (
+        told.startswith("0 bytes: a handle of 0 bytes")
+        and "random: the NVIDIA driver answers cuIpcOpenMemHandle_v2 with error 1" in told
+    )
+    assert "error 201, cudaErrorDeviceUninitialized" in told and told.endswith("the process goes on")
     assert gpu_probe.described().startswith("Fake GPU 0; CUDA 13.0; Linux ")
 
 

@@ -17,9 +17,10 @@ import pytest
 from bridge_client import Session, connect, lanes, spawn
 from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
-from bridge_server.turns import TurnByEvents
+from bridge_server.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT, GpuPool, GpuSlab, copied_to_host, end_what_is_left
+from bridge_wire.cuda_words import FIRST, Words
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
     BridgeError,
@@ -448,6 +449,69 @@ def test_opening_a_handle_may_take_as_long_as_the_gpus_work(on_gpu: Machine, mon
     with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):  # type: ignore[attr-defined]
         pass
     assert len(limits) >= 2 and min(limits) >= 120
+
+
+@pytest.mark.parametrize("bad", ["unaligned", "on the host", "beyond the slab", "in the middle of nowhere"])
+def test_words_that_lie_wrong_are_refused(local: Machine, bad: str) -> None:
+    """Before the worker touches anything; the lane ends, and the next call works."""
+    host = local.session.pool.lease(256)
+    (slab,) = local.pool.slabs
+    words = {
+        "unaligned": slab.base + 64,
+        "on the host": host.address,
+        "beyond the slab": slab.base + slab.nbytes - 128,
+        "in the middle of nowhere": slab.base + (1 << 50),
+    }[bad]
+    lane = local.session._require_link().take(local.session.pool)  # type: ignore[attr-defined]
+    with pytest.raises(ProtocolError):
+        lane.ask(pb.LaneRequest(order=pb.Order(words=words)))
+    lane.close()
+    test_arrays_stay_on_the_gpu(local)
+
+
+@pytest.mark.parametrize("way", ["events"], indirect=True)
+def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Machine) -> None:
+    """CUDA leaves that undefined: either side destroys its copy before the other one can destroy the event."""
+    before = on_gpu.fake.held()
+    for _ in range(3):
+        with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
+            client = Machine(on_gpu.fake, on_gpu.directory, session)
+            client.run(prepared(session, "sine", FOUR), client.put(1, 2, 3, 4))
+        end_what_is_left()
+    assert eventually(lambda: on_gpu.fake.held()["openevent"] <= before["openevent"])
+    assert on_gpu.fake.held()["undefined"] == before["undefined"]
+
+
+@pytest.mark.parametrize("by", ["words", "events"])
+def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
+    local: Machine, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the worker's host would wait for the client's GPU, too."""
+    device, stream = local.pool.device, local.pool.device.new_stream()
+    event, client, memory = device.new_event(), device.new_stream(), device.allocate(UNIT)
+    words = Words(device, memory, device.new_urgent_stream(), is_clients=True)
+    words.clear()
+    words.write(FIRST, words.stream)
+    turn = TurnByWords(device, memory, stream) if by == "words" else TurnByEvents(device, event, stream)
+    held = local.fake.hold(client)
+    device.record(event, client)
+    try:
+        for _ in range(70):
+            turn.copy(memory + 4096, memory + 8192, 16, object())
+        beginning = threading.Thread(target=turn.begin, args=(2,), daemon=True)
+        beginning.start()
+        beginning.join(5)
+        assert not beginning.is_alive() and turn._held == []
+    finally:
+        held.set()
+        words.release(2)
+        words.write(2, client)
+        turn.close()
+        words.close()
+        for each in (stream, client):
+            device.synchronize(each)
+            device.destroy_stream(each)
+        device.free(memory)
 
 
 def test_more_memory_than_the_handle_has_is_refused(local: Machine) -> None:

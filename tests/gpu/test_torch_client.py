@@ -24,7 +24,7 @@ _on_host: set[int] = set()  # the ids of tensors that are on the host all the sa
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+def worker(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tuple[Any, str]]:
     """A worker on a fake GPU: the fake, and the worker's address."""
     directory = tmp_path_factory.mktemp("cuda")
     models = {name: f"tests.gpu.models:{name}" for name in ("sine", "scaled", "trained")}

@@ -102,6 +102,8 @@ MESSAGES: dict[str, Message] = {
     "share on a GPU": pb.LaneRequest(share=pb.Share(base=1 << 56, nbytes=2 << 20, cuda_handle=b"h")),
     "peek": pb.LaneRequest(peek=pb.Peek(address=4096, nbytes=256)),
     "order": pb.LaneRequest(order=pb.Order(event=b"e")),
+    "order by words": pb.LaneRequest(order=pb.Order(words=1 << 56)),
+    "run in order by words": pb.LaneRequest(run=pb.Run(program=1, turn=2)),
     "chunk up": pb.LaneRequest(chunk=b"\x01\x02"),
     "done": pb.LaneReply(done=pb.Done()),
     "ran": pb.LaneReply(ran=pb.Ran()),
@@ -109,6 +111,7 @@ MESSAGES: dict[str, Message] = {
     "usage": pb.LaneReply(usage=pb.Usage(residuals=1, residual_bytes=2, slab_bytes=3)),
     "peeked": pb.LaneReply(peeked=b"\x04"),
     "ordered": pb.LaneReply(ordered=pb.Ordered(event=b"e")),
+    "ordered by words": pb.LaneReply(ordered=pb.Ordered(by_words=True)),
     "failed": pb.LaneReply(error=ERROR),
     "chunk down": pb.LaneReply(chunk=b"\x03"),
 }
@@ -162,6 +165,8 @@ GOLDEN = {
     "share on a GPU": "12120880808080808080800110808080011a0168",
     "peek": "3206088020108002",
     "order": "3a030a0165",
+    "order by words": "3a0a10808080808080808001",
+    "run in order by words": "1a0408014002",
     "chunk up": "2a020102",
     "done": "0a00",
     "ran": "1200",
@@ -169,6 +174,7 @@ GOLDEN = {
     "usage": "1a06080110021803",
     "peeked": "320104",
     "ordered": "3a030a0165",
+    "ordered by words": "3a021001",
     "failed": "22140a09537065634572726f7212016d1a0174220162",
     "chunk down": "2a0103",
 }

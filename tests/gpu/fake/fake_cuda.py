@@ -75,7 +75,8 @@ def directory() -> Path:
 
 def held(where: Path | None = None) -> Counter[str]:
     """Return what living processes hold: "bytes", and how many of "mem", "event", "stream" and, of other processes'
-    memory and events, "openmem" and "openevent"."""
+    memory and events, "openmem" and "openevent". "undefined" counts what they did that CUDA leaves undefined: use an
+    opened event after its owner has destroyed it."""
     found: Counter[str] = Counter()
     for path in _held_files(where or directory()):
         kind = path.name.partition("-")[0]
@@ -279,9 +280,13 @@ def _stream(number: int) -> _Stream:
 
 def _event(number: int) -> _Event:
     try:
-        return _events[number]
+        found = _events[number]
     except KeyError:
         raise CUDARuntimeError(_INVALID_HANDLE) from None
+    _, _, source = found.file.name.partition("@")
+    if source and not (directory() / source).exists():  # it was opened here, and its owner has destroyed it
+        (directory() / f"undefined-{os.getpid()}-{number}").touch()
+    return found
 
 
 def _of_runtime(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -590,9 +595,10 @@ class Library:
         return _INVALID_VALUE
 
     def cuEventQuery(self, event: Any) -> int:
-        found = _events.get(event.value)
-        if found is None:
-            return _INVALID_HANDLE
+        try:
+            found = _event(event.value)
+        except CUDARuntimeError as error:
+            return error.status
         return 0 if found.has_passed(found.recorded) else _NOT_READY
 
     def cuDeviceGetAttribute(self, found: Any, attribute: int, device: Any) -> int:
