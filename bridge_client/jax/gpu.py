@@ -29,6 +29,11 @@ else:
     HAS_BUFFERS = True
 
 
+# XLA's source of jax 0.11 writes into imported memory that is donated: that is the array's own as long as nobody else
+# refers to it. Before, LOG(FATAL) was on the way ("ForeignRawSEDeviceMemory cannot be donated").
+DONATION_ENDS_PROCESS = jax.__version_info__ < (0, 11)
+
+
 class OnGpu(NamedTuple):
     """XLA's stream on a GPU, and the memory there that is shared with the worker; None: its models run elsewhere."""
 
@@ -70,13 +75,13 @@ class OnGpu(NamedTuple):
         )
 
     def keep_from_donation(self, array: jax.Array) -> None:
-        """Have an array over a block never be donated: XLA would end the process rather than take memory not its own.
+        """Have an array over a block never be donated where XLA would end the process rather than take memory not its
+        own."""
+        if DONATION_ENDS_PROCESS:
+            weakref.finalize(array, _let_go, self.reference_to(array)).atexit = False
 
-        It donates no array whose memory somebody else refers to.
-        """
-        weakref.finalize(array, _let_go, self._reference_to(array)).atexit = False
-
-    def _reference_to(self, array: jax.Array) -> Any:
+    def reference_to(self, array: jax.Array) -> Any:
+        """Return a reference to an array's memory: XLA donates no array whose memory somebody else refers to."""
         # By another object than the array itself, which it must not keep alive.
         return array.addressable_data(0).__dlpack__(stream=self.stream)  # type: ignore[call-arg]
 

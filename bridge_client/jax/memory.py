@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.arguments import NUMBERS
-from bridge_client.jax.gpu import OnGpu
+from bridge_client.jax.gpu import DONATION_ENDS_PROCESS, OnGpu
 from bridge_client.jax.widths import check_range, extremes, narrowed
 from bridge_client.programs import Program
 from bridge_client.session import Placed
@@ -89,9 +89,15 @@ def _placed_on(gpu: OnGpu, pointer: int, nbytes: int, owner: Any, lasting: bool)
     assert gpu.pool is not None, "what else lies on a GPU is brought to the host"
     address = gpu.pool.address_of(pointer, nbytes) if nbytes else None
     if address is not None:
-        owner = _blocks.get(pointer, owner)
-        if owner is not None or not lasting:
-            return _InSlab(address, owner), 0
+        block = _blocks.get(pointer, owner)
+        if not lasting:
+            return _InSlab(address, block), 0
+        # XLA must not write into what the residual aliases: it would, if the array is donated while nobody refers to
+        # its memory, and within compiled code nobody can.
+        if owner is not None:
+            return _InSlab(address, (block, gpu.reference_to(owner))), 0
+        if block is not None and DONATION_ENDS_PROCESS:  # and so never is
+            return _InSlab(address, block), 0
     block = gpu.lease(nbytes)
     if nbytes:
         gpu.copy(block.pointer, pointer, nbytes)
@@ -129,7 +135,9 @@ def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = N
     """
     dtype = dtype_of(spec, label)
     # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
-    is_imported = block.nbytes and dtype == JAX_DTYPES[spec.dtype] and (has_one_cpu() or home is _host())
+    is_imported = (
+        block.nbytes and dtype == JAX_DTYPES[spec.dtype] and (has_one_cpu() or (home is not None and home is _host()))
+    )
     if is_imported and is_importable(dtype):
         _blocks[block.pointer] = block
         return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
@@ -251,8 +259,17 @@ def has_one_cpu() -> bool:
 
 
 @functools.cache
-def _host() -> jax.Device:
-    return jax.local_devices(backend="cpu")[0]
+def has_cpu() -> bool:
+    """Whether jax has a backend for the host, which JAX_PLATFORMS=cuda leaves out."""
+    try:
+        return bool(jax.local_devices(backend="cpu"))
+    except RuntimeError:
+        return False
+
+
+@functools.cache
+def _host() -> jax.Device | None:
+    return jax.local_devices(backend="cpu")[0] if has_cpu() else None
 
 
 def _is_plain(array: Any) -> bool:
@@ -271,6 +288,8 @@ def _is_row_major(array: Any) -> bool:
 def is_importable(dtype: np.dtype) -> bool:
     """Whether jax takes arrays of the dtype through DLPack."""
     memory = np.zeros(64, np.uint8)
+    if not has_cpu():  # there is none to try it with: DLPack has a code for each of them
+        return True
     try:
         jax.dlpack.from_dlpack(Exporter(memory.ctypes.data, Spec(DTYPES[dtype], (1,)), memory))
     except Exception:

@@ -38,7 +38,7 @@ def jax_on_gpu() -> Iterator[int]:
         patch.setattr(gpu, "stream_of", lambda device: stream)
         patch.setattr(gpu, "stream_of_callback", lambda context: stream)
         patch.setattr(gpu.OnGpu, "pointer_of", _pointer_of)
-        patch.setattr(gpu.OnGpu, "_reference_to", lambda self, array: array.addressable_data(0).__dlpack__())
+        patch.setattr(gpu.OnGpu, "reference_to", lambda self, array: array.addressable_data(0).__dlpack__())
         patch.setattr(callbacks, "_deliver", delivered)
         primitives.lower_as(callbacks.call_back_on_gpu, "cpu")
         try:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import inspect
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from bridge_client import Session, spawn
-from bridge_client.jax import RemoteTorchFunction, callbacks, gpu, runs
+from bridge_client.jax import RemoteTorchFunction, callbacks, gpu, memory, runs
 from bridge_wire import cuda
 from bridge_wire.dlpack import DeviceExporter
 from bridge_wire.dtypes import BY_NAME
@@ -82,14 +83,81 @@ def test_what_a_call_has_made_is_passed_on_as_it_lies(
     assert session.stats()["bytes_copied"] - before == made.nbytes
 
 
-def test_what_a_call_has_made_is_not_donated(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
-    """XLA copies it instead: it may not take the memory, and on a GPU would end the process."""
+def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
+    scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA copies it instead, or raises. Since jax 0.11 it writes into the block, and nobody refers to that."""
+    referred: list[Any] = []
+    reference_to = gpu.OnGpu.reference_to
+    monkeypatch.setattr(
+        gpu.OnGpu, "reference_to", lambda self, array: referred.append(array.shape) or reference_to(self, array)
+    )
+    for ends_process in (True, False):
+        monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", ends_process)
+        del referred[:]
+        scaled(X, Y)
+        assert referred == [X.shape] * ends_process
+    monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", True)
     made = scaled(X, Y)
     np.testing.assert_allclose(jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6)
     np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6)
     blocks = session.stats()["blocks"]
     del made
     assert eventually(lambda: gc.collect() >= 0 and session.stats()["blocks"] < blocks)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_what_a_residual_aliases_is_not_donated(
+    is_compiled: bool, scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XLA would write into an array over a block, and the pullback would read that: the memory is referred to as long
+    as the residual is kept, or in compiled code, where nobody can, copied."""
+
+    class Reference:
+        """To an array's memory."""
+
+    references: list[Any] = []
+
+    def reference_to(self: gpu.OnGpu, array: jax.Array) -> Reference:
+        made = Reference()
+        references.append(weakref.ref(made))
+        return made
+
+    for module in (gpu, memory):
+        monkeypatch.setattr(module, "DONATION_ENDS_PROCESS", False)
+    made = scaled(X, Y)
+    monkeypatch.setattr(gpu.OnGpu, "reference_to", reference_to)
+    before = session.stats()["bytes_copied"]
+    if is_compiled:
+        jax.jit(jax.grad(lambda x, y: scaled(x, y).sum(), (0, 1)))(made, made)
+        assert session.stats()["bytes_copied"] - before >= 5 * made.nbytes and references == []
+        return
+    value, pull_back = jax.vjp(scaled, made, made)
+    assert len(references) == 2 and all(reference() is not None for reference in references)
+    pull_back(value)
+    del value, pull_back
+    assert eventually(lambda: gc.collect() >= 0 and all(reference() is None for reference in references))
+
+
+def test_without_a_backend_for_the_host_arrays_of_every_type_stay_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with JAX_PLATFORMS=cuda, where nothing could be tried on the host."""
+    local_devices = jax.local_devices
+
+    def without_cpu(*arguments: Any, backend: str | None = None, **options: Any) -> Any:
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return local_devices(*arguments, backend=backend, **options)
+
+    cached = (memory.has_cpu, memory._host, memory.is_importable)
+    for function in cached:
+        function.cache_clear()
+    try:
+        monkeypatch.setattr(jax, "local_devices", without_cpu)
+        assert all(memory.is_importable(dtype) for dtype in memory.DTYPES)
+        assert memory._host() is None
+    finally:
+        for function in cached:
+            function.cache_clear()
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])

@@ -19,7 +19,15 @@ from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
 from bridge_server.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
-from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT, GpuPool, GpuSlab, copied_to_host, end_what_is_left
+from bridge_wire.cuda_memory import (
+    FIRST_ADDRESS,
+    UNIT,
+    GpuPool,
+    GpuSlab,
+    copied_to_host,
+    copy_to_device,
+    end_what_is_left,
+)
 from bridge_wire.cuda_words import FIRST, Words
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
@@ -482,17 +490,14 @@ def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Ma
     assert on_gpu.fake.held()["undefined"] == before["undefined"]
 
 
-@pytest.mark.parametrize("by", ["words", "events"])
-def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
-    local: Machine, by: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(local: Machine, way: str) -> None:
     """Else the worker's host would wait for the client's GPU, too."""
     device, stream = local.pool.device, local.pool.device.new_stream()
     event, client, memory = device.new_event(), device.new_stream(), device.allocate(UNIT)
     words = Words(device, memory, device.new_urgent_stream(), is_clients=True)
     words.clear()
-    words.write(FIRST, words.stream)
-    turn = TurnByWords(device, memory, stream) if by == "words" else TurnByEvents(device, event, stream)
+    copy_to_device(device, memory, bytes([FIRST]))
+    turn = TurnByWords(device, memory, stream) if way == "words" else TurnByEvents(device, event, stream)
     held = local.fake.hold(client)
     device.record(event, client)
     try:
@@ -504,8 +509,7 @@ def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
         assert not beginning.is_alive() and turn._held == []
     finally:
         held.set()
-        words.release(2)
-        words.write(2, client)
+        copy_to_device(device, memory, bytes([2]))
         turn.close()
         words.close()
         for each in (stream, client):
