@@ -15,6 +15,7 @@ from bridge_server.jax_runtime.transforms import Flat
 from bridge_server.jax_runtime.types import specs_of
 from bridge_server.model_errors import is_models, remote
 from bridge_wire import trees
+from bridge_wire.errors import BridgeError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -49,6 +50,8 @@ class Program(runtime.Program):
             if self._is_awaited:
                 for output in outputs:
                     output.block_until_ready()
+        except BridgeError:
+            raise
         except BaseException as error:
             if not is_models(error):
                 raise

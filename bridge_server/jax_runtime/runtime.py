@@ -23,6 +23,7 @@ from bridge_server.jax_runtime.types import (
     aval_of,
     avals_of,
     check_sizes,
+    dtype_name,
     expand,
     has_x64,
     host_array,
@@ -40,7 +41,7 @@ from bridge_wire import trees
 from bridge_wire.copying import copy
 from bridge_wire.cuda import Gpu
 from bridge_wire.dlpack import DeviceExporter, Exporter
-from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalError, RemoteModelError
+from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalError, RemoteModelError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -304,7 +305,7 @@ class JaxRuntime(Runtime):
             traced = self._layout.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
-                return self._layout.placing(_eager(f)), traced.out_info
+                return self._layout.placing(_eager(f, traced.out_info, where)), traced.out_info
             lowered = traced.lower()
         yield "compiling"
         with model_errors(where):
@@ -328,15 +329,29 @@ def _pointer(array: Any) -> int | None:
         return None
 
 
-def _eager(f: Callable[..., Any]) -> Callable[..., Any]:
+def _eager(f: Callable[..., Any], types: Any, where: str) -> Callable[..., Any]:
     """Return the function as one that runs operation by operation, also where the model itself has used jax.jit.
 
     Else what that compiled with donate_argnums would take the memory of its arguments: the client's, or the worker's
     own parameters. Inside a compiled program, donation means nothing.
+
+    A compiled program returns arrays of the types it was compiled for. Python code may not, so its are checked here.
     """
+    expected = list(map(_type_of, jax.tree_util.tree_leaves(types)))
 
     def run(*arguments: Any) -> Any:
         with jax.disable_jit():
-            return f(*arguments)
+            made = f(*arguments)
+        seen = list(map(_type_of, jax.tree_util.tree_leaves(made)))
+        if seen != expected:
+            raise SpecError(
+                f"{where} returned arrays of types {seen[:9]} and had {expected[:9]} when the call was prepared; a "
+                "model's outputs must have the same types whenever its inputs have"
+            )
+        return made
 
     return run
+
+
+def _type_of(array: Any) -> str:
+    return f"{dtype_name(array)}{list(jnp.shape(array))}"
