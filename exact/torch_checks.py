@@ -197,7 +197,8 @@ class Checks:
         """Whether a result of torch is of no type that JAX has here."""
         if isinstance(self._value, Refusal):
             return isinstance(self._value.error, NoType)
-        known = all(isinstance(y, Tensor) for y in self._plainly())
+        leaves = self._plainly()
+        known = bool(leaves) and all(isinstance(y, Tensor) for y in leaves)
         return not known or not (self._wide or not any(y.dtype.name in WIDE for y in self._value))
 
     def _spread(self, answer: Callable[[Reference], Any] | None, eps: float) -> Sequence[Any]:

@@ -6,15 +6,15 @@ import pytest
 
 from exact import fuzz, graphs
 
-PROGRAMS = 25
+PROGRAMS = {"inproc": 15, "torch-client": 4}  # XLA compiles a dozen programs for each of JAX's
 
 
-@pytest.mark.parametrize("way", ["inproc", "torch-client"])
+@pytest.mark.parametrize("way", PROGRAMS)
 def test_random_programs_are_right(way: str, tmp_path: Path) -> None:
     """Value, gradient, jvp, batch and second derivative of random programs are the framework's, up to rounding."""
-    findings = fuzz.run(way, PROGRAMS, 1, log=tmp_path)
+    findings = fuzz.run(way, PROGRAMS[way], 1, log=tmp_path)
     assert findings.faults == []
-    assert findings.counts["right"] > 3 * PROGRAMS
+    assert findings.counts["right"] > 3 * PROGRAMS[way]
 
 
 def test_a_program_follows_from_its_seed_and_number() -> None:
