@@ -95,7 +95,12 @@ def _overwritten(old: Array, new: Array) -> Array:
     """Return the new value with the old one's derivative."""
     if old.shape != new.shape or old.dtype != new.dtype:
         return jax.lax.stop_gradient(new)
-    return _with_value(old, jax.lax.stop_gradient(new)) if jnp.issubdtype(old.dtype, jnp.inexact) else new
+    return with_value(old, new) if jnp.issubdtype(old.dtype, jnp.inexact) else new
+
+
+def with_value(old: Array, new: Array) -> Array:
+    """Return a value with another array's derivative."""
+    return _with_value(old, jax.lax.stop_gradient(new))
 
 
 @jax.custom_jvp

@@ -74,7 +74,7 @@ def _first(position: Callable[..., Any]) -> Callable[..., Any]:
 
     def taken(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
         if not x.ndim:
-            return x, jnp.zeros((), jnp.int32)
+            return x, jnp.argmax(x)
         at = position(x, dim, keepdims=True)
         values = jnp.take_along_axis(x, at, dim)
         return (values, at) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(at, dim))

@@ -29,9 +29,11 @@ from bridge_server.torch_via_xla.aliases import Place, follow_writes, indexed, m
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.derivatives import OPERATORS
 from bridge_server.torch_via_xla.functions import applied, apply_plainly, take_over
+from bridge_server.torch_via_xla.lowerings import OPERATORS as LOWERINGS
+from bridge_server.torch_via_xla.lowerings import RANDOM
 from bridge_server.torch_via_xla.python_state import holder_of
 from bridge_wire.dtypes import TURN_ON_X64
-from bridge_wire.errors import CallerError, DTypeError
+from bridge_wire.errors import BridgeError, CallerError, DTypeError
 
 _OF_VALUES = {torch.tensor, torch.as_tensor}  # what makes tensors of Python's values, whose range is checked
 # Methods of torchax's tensors that are no views, as torch's own are, or change the tensor itself.
@@ -39,6 +41,12 @@ _NOT_TORCHS = ("__setitem__", "detach", "flatten", "type_as")
 # Functions of which torchax has its own version. ATen's operators, of which torch composes them, are more exact.
 _COMPOSED = (
     torch.Tensor.__getitem__,
+    torch.Tensor.resize_,
+    torch.linalg.det,
+    torch.linalg.matrix_power,
+    torch.linalg.solve,
+    torch.linalg.solve_ex,
+    torch.linalg.slogdet,
     torch.tensor_split,
 )
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
@@ -116,6 +124,17 @@ def _made_environment() -> Any:
                     if not _holds_tensors((args, kwargs)):
                         return func(*args, **kwargs)
                     raise CallerError(_WITHOUT_LOWERING.format(func)) from error
+                except (BridgeError, RuntimeError):
+                    raise  # of the bridge, or of torch, which names the operator
+                except ValueError as error:
+                    if not isinstance(func, torch._ops.OpOverload):
+                        raise  # of a function that torch has in Python, for its caller
+                    raise CallerError(f"{_WITHOUT_LOWERING.format(func)} ({error})") from error
+                except Exception as error:
+                    raise CallerError(f"{_WITHOUT_LOWERING.format(func)} ({error})") from error
+                # A composition may say that it does not know a case, and C++ would read results that are not there.
+                if made is NotImplemented or not _is_result_of(func, made):
+                    raise CallerError(_WITHOUT_LOWERING.format(func))
                 given = {id(each) for each in torch_pytree.tree_leaves((args, kwargs))}
                 return torch_pytree.tree_map_only(
                     tensor.Tensor, lambda leaf: self._fresh(leaf, func, id(leaf) in given), made
@@ -412,13 +431,22 @@ def _made_environment() -> Any:
         env._dispatch_mode = Dispatch(env)
         taken_over = Switch(functools.partial(take_over, env._apply))
     _let_masks_be_traced(tensor.Tensor)
-    for operator, f in OPERATORS.items():
+    for kind in torch.return_types.all_return_types:
+        with contextlib.suppress(ValueError):  # it is known already
+            jax.tree_util.register_pytree_node(kind, lambda x: (tuple(x), None), functools.partial(_rebuilt, kind))
+    for operator, f in {**OPERATORS, **LOWERINGS}.items():
         env.override_op_definition(operator, _of_tensors(env, f))
+    for operator, f in RANDOM.items():
+        env.override_op_definition(operator, _of_tensors(env, _drawing(env, f)))
     for function in _COMPOSED:
         env._ops.pop(function, None)
     env.override_op_definition(functional.batch_norm, _batch_norm)
     env.override_op_definition(functional.instance_norm, _instance_norm)
     return env
+
+
+def _rebuilt(kind: Any, _: None, children: Sequence[Any]) -> Any:
+    return kind(children)
 
 
 def _holds_tensors(tree: Any) -> bool:
@@ -432,6 +460,12 @@ def _composition(operator: Any) -> Callable[..., Any] | None:
     if operator in decomposition_table:
         return decomposition_table[operator]
     return operator.decompose if operator._can_decompose() else None
+
+
+def _is_result_of(operator: Any, made: Any) -> bool:
+    """Whether a result has as many parts as an operator returns."""
+    returns = len(operator._schema.returns) if isinstance(operator, torch._ops.OpOverload) else 1
+    return returns < 2 or (isinstance(made, list | tuple) and len(made) == returns)
 
 
 def _with_tensors_for_lists(index: Any) -> Any:
@@ -535,6 +569,15 @@ def _as_torchax_expects() -> Iterator[None]:
         patch.dict(os.environ),
     ):
         yield
+
+
+def _drawing(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of a key and arrays as one that takes its key from the trace, and has no derivative."""
+
+    def drawn(*args: Any, generator: Any = None, **kwargs: Any) -> Any:
+        return jax.lax.stop_gradient(f(env.get_and_rotate_prng_key(generator), *args, **kwargs))
+
+    return drawn
 
 
 def _of_tensors(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:

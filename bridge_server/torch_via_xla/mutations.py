@@ -84,5 +84,6 @@ def _takes(candidate: Any, operator: Any) -> bool:
 
 
 def _overloads(namespace: str, name: str) -> list[Any]:
-    packet = getattr(getattr(torch.ops, namespace), name, None)
-    return [getattr(packet, each) for each in packet.overloads()] if packet is not None else []
+    library = getattr(torch.ops, namespace)
+    packets = [getattr(library, each, None) for each in (name, f"{name}_functional")]
+    return [getattr(packet, each) for packet in packets if packet is not None for each in packet.overloads()]

@@ -428,6 +428,96 @@ def test_derivatives_on_borders_are_torchs(name: str) -> None:
     assert_same(jax.jit(jax.grad(lambda x: h(x).sum()))(x), gradient, 1e-5)
 
 
+def _of_eigenvectors(a: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(a, UPLO="U")
+    return (vectors * values.exp()) @ vectors.mT
+
+
+_MATRIX = torch.tensor([[4.0, 1.0, 0.5], [0.2, 5.0, 2.0], [-1.0, 0.3, 6.0]])
+_AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "adaptive_max_pool": (lambda x: functional.adaptive_max_pool2d(x, (2, 3)), torch.randn(1, 2, 5, 7)),
+    "cholesky": (torch.linalg.cholesky, _MATRIX),
+    "cholesky upper": (lambda x: torch.linalg.cholesky(x, upper=True), _MATRIX),
+    "det": (torch.linalg.det, _MATRIX),
+    "digamma": (torch.digamma, torch.tensor([-1.3, -0.2, 0.4, 3.0])),
+    "eigh": (_of_eigenvectors, _MATRIX),
+    "eigvalsh": (torch.linalg.eigvalsh, _MATRIX),
+    "embedding_bag": (
+        lambda w: functional.embedding_bag(torch.tensor([0, 2, 2, 1]), w, torch.tensor([0, 1]), padding_idx=1),
+        torch.randn(3, 4),
+    ),
+    "log_ndtr": (torch.special.log_ndtr, torch.tensor([-30.0, -1.0, 0.0, 2.0, 30.0])),
+    "max_unpool": (
+        lambda x: functional.max_unpool1d(x, torch.tensor([[[0, 3]]]), 2),
+        torch.tensor([[[1.0, 2.0]]]),
+    ),
+    "pinv": (torch.linalg.pinv, _MATRIX[:, :2]),
+    "pinv of a hermitian": (lambda x: torch.linalg.pinv(x, hermitian=True), _MATRIX),
+    "polygamma": (lambda x: torch.polygamma(2, x), torch.tensor([-0.4, 0.6, 2.0])),
+    "safe_softmax": (
+        lambda x: torch.ops.aten._safe_softmax(x.masked_fill(torch.eye(2)[[0, 0]] > 0, -torch.inf).T, 1),
+        torch.randn(2, 2),
+    ),
+    "slogdet": (lambda x: torch.linalg.slogdet(x)[1], _MATRIX),
+    "solve": (lambda x: torch.linalg.solve(x, x[0]), _MATRIX),
+    "solve from the right": (lambda x: torch.linalg.solve(x, x[:2], left=False), _MATRIX),
+}
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("name", _AS_TORCH)
+def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
+    """Operators that JAX defines otherwise have torch's value and gradient, at once and under jit."""
+    f, values = _AS_TORCH[name]
+    leaf = values.to(dtype).requires_grad_()
+    expected = f(leaf)
+    weights = torch.arange(1.0, expected.numel() + 1, dtype=dtype).view(expected.shape)
+    (gradient,) = torch.autograd.grad(expected, leaf, weights)
+    with jax.enable_x64(dtype is torch.float64):
+        for h in (trace_torch(f), jax.jit(trace_torch(f))):
+            seen, pull = jax.vjp(h, to_jax(leaf.detach()))
+            assert_same([seen, *pull(to_jax(weights))], [expected.detach(), gradient], 10 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("draw", "mean"),
+    [
+        (lambda x: x.normal_(3, 2), 3),
+        (lambda x: x.uniform_(2, 4), 3),
+        (lambda x: x.exponential_(0.5), 2),
+        (lambda x: x.geometric_(0.25), 4),
+        (lambda x: x.log_normal_(0, 0.1), 1.005),
+        (lambda x: x.bernoulli_(0.25), 0.25),
+        (lambda x: x.random_(0, 11), 5),
+        (lambda x: torch.normal(x, 1.0), 0),
+    ],
+)
+def test_distributions_follow_the_key(draw: Callable[[Tensor], Tensor], mean: float) -> None:
+    """What is drawn in place has the distribution, differs from key to key, and has no derivative."""
+    h, x = trace_torch(lambda x: draw(x * 1)), jnp.zeros(20_000)
+    first, second = (h(x, rng=jax.random.key(seed)) for seed in (0, 1))
+    assert not np.array_equal(first, second)
+    np.testing.assert_allclose(first.mean(), mean, atol=0.15)
+    assert not jax.grad(lambda x: h(x, rng=jax.random.key(0)).sum())(x).any()
+    with pytest.raises(CallerError, match="rng="):
+        h(x)
+
+
+def test_operators_without_a_lowering_are_named() -> None:
+    """An operator that JAX lacks, or that fails in JAX, is a CallerError with its name."""
+    for f in (lambda x: torch.geqrf(x), lambda x: torch.histogram(x, 3), lambda x: x.resize_(3)):
+        with pytest.raises(CallerError, match=r"geqrf|histogram|resize"):
+            trace_torch(f)(jnp.ones((2, 2)))
+    with pytest.raises(CallerError, match="nonzero"):
+        jax.jit(trace_torch(lambda x: x.nonzero()))(jnp.ones(3))
+
+
+def test_named_tuples_of_torch_pass_jit() -> None:
+    """The results of max, sort and eigh keep their names under jit."""
+    made = jax.jit(trace_torch(lambda x: x.max(0)))(jnp.asarray([1.0, 3.0, 2.0]))
+    assert (float(made.values), int(made.indices)) == (3.0, 1)
+
+
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_checkpoints_have_gradients(is_reentrant: bool) -> None:
     """What torch.utils.checkpoint wraps has its derivative when traced."""
