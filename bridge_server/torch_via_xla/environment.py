@@ -29,9 +29,9 @@ from bridge_server.torch_via_xla.aliases import Place, follow_writes, indexed, m
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.derivatives import OPERATORS
 from bridge_server.torch_via_xla.functions import applied, apply_plainly, take_over
+from bridge_server.torch_via_xla.holders import holder_of
 from bridge_server.torch_via_xla.lowerings import OPERATORS as LOWERINGS
 from bridge_server.torch_via_xla.lowerings import RANDOM
-from bridge_server.torch_via_xla.python_state import holder_of
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import BridgeError, CallerError, DTypeError
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bridge_server.torch_runtime.attention import simple_attention
+from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.environment import environment
-from bridge_server.torch_via_xla.python_state import put_back
 from bridge_wire.errors import CallerError, StructureError
 
 
@@ -89,8 +89,12 @@ class TracedModule:
           DTypeError: the code computes in 64 bits, but JAX runs without x64.
         """
         state = {**_checked("params", params, self.params), **_checked("buffers", buffers, self.buffers)}
-        with _tracing(rng) as env, put_back(self.module):
-            result, after = _called(env, functools.partial(self._call, env), (state, *args), kwargs)
+        before = PythonState(self.module)
+        try:
+            with _tracing(rng) as env:
+                result, after = _called(env, functools.partial(self._call, env), (state, *args), kwargs)
+        finally:
+            before.restore()
         return (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}) if mutable else result
 
     apply = __call__

@@ -1,50 +1,8 @@
-"""Python state that traced code leaves behind: a module's attributes are put back, other holders are named.
+"""Where Python keeps an object: for errors that name a cache which the bridge cannot empty. Imports no framework."""
 
-Imports torch only.
-"""
-
-import contextlib
 import gc
 import types
-from collections.abc import Iterator
 from typing import Any
-
-from torch import nn
-
-
-@contextlib.contextmanager
-def put_back(root: nn.Module) -> Iterator[None]:
-    """Put back the attributes of all modules, and the lists, dicts and sets in them, as they were at the start."""
-    modules = list(root.modules())
-    containers: dict[int, tuple[Any, Any]] = {}
-    for module in modules:
-        _note(module.__dict__, containers)
-    try:
-        yield
-    finally:
-        for container, before in containers.values():
-            _restore(container, before)
-
-
-def _note(value: Any, containers: dict[int, tuple[Any, Any]]) -> None:
-    """Copy a container and those within it, each with the container itself."""
-    if not isinstance(value, dict | list | set) or id(value) in containers:
-        return
-    containers[id(value)] = value, (dict(value) if isinstance(value, dict) else value.copy())
-    for each in value.values() if isinstance(value, dict) else value:
-        _note(each, containers)
-
-
-def _restore(container: Any, before: Any) -> None:
-    if isinstance(container, list):
-        container[:] = before
-    elif isinstance(container, dict):
-        for key in container.keys() - before.keys():
-            del container[key]
-        container.update(before)
-    else:
-        container.clear()
-        container.update(before)
 
 
 def holder_of(value: Any, depth: int = 3) -> str:
