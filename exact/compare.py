@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bridge_wire.errors import WorldError
+
 # A result that is not bit-equal is right within this many eps of the leaf's largest element: torch's vmap and forward
 # mode take other kernels than a loop over rows, and XLA sums in another order.
 ROUNDING = 128
@@ -61,6 +63,8 @@ def one_line(error: BaseException, length: int = 240) -> str:
 def judge_refusal(got: Refusal, want: Any, typed: tuple[type[BaseException], ...], framework: str) -> Verdict:
     if isinstance(want, Refusal) and type(got.error) is type(want.error):
         return Verdict(f"as {framework}", one_line(got.error))  # traced code raises in the caller's process
+    if isinstance(got.error, WorldError):  # typed, but the case has ended its worker
+        return Verdict("crash", one_line(got.error))
     if not isinstance(got.error, typed):
         return Verdict("untyped", one_line(got.error))
     return Verdict(f"as {framework}" if isinstance(want, Refusal) else "refused", one_line(got.error))

@@ -1,7 +1,7 @@
 """JAX's primitive harnesses, and what JAX itself makes of them. Imports jax, never torch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,38 +90,47 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
     case.tangents = tangents = [_noise(rng, case.inputs[i]) for i in case.wrt]
     positions = tuple(range(len(case.wrt)))
 
-    def restricted(*xs: Any) -> tuple[list[Any], list[Any]]:
-        args = list(case.inputs)
-        for i, x in zip(case.wrt, xs, strict=True):
-            args[i] = x
-        ys = jax.tree.leaves(case.function(*args))
-        return [ys[i] for i in case.outputs], ys
+    # What torch passes as data is data here too: XLA folds constants, and rounds otherwise.
+    def restricted(args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]]:
+        """Return the inexact results, and all of them, as a function of the differentiated inputs, and these."""
 
-    def forward(*xs: Any) -> Any:
-        _, pullback, ys = jax.vjp(restricted, *xs, has_aux=True)
+        def function(*xs: Any) -> tuple[list[Any], list[Any]]:
+            filled = list(args)
+            for i, x in zip(case.wrt, xs, strict=True):
+                filled[i] = x
+            ys = jax.tree.leaves(case.function(*filled))
+            return [ys[i] for i in case.outputs], ys
+
+        return function, [args[i] for i in case.wrt]
+
+    def forward(args: Sequence[Any]) -> Any:
+        function, xs = restricted(args)
+        _, pullback, ys = jax.vjp(function, *xs, has_aux=True)
         return ys, pullback
 
     def gradient() -> Leaves:
         # In two programs, as in training: XLA rounds some derivatives in another way where both are one program.
-        _, pullback = jax.jit(forward)(*xs)
+        _, pullback = jax.jit(forward)(case.inputs)
         found = jax.jit(lambda pullback, cts: pullback(cts))(pullback, list(map(np.conj, weights)))
         return [np.conj(g) for g in _leaves(found)]  # torch's convention
 
-    def total(*xs: Any) -> Any:
-        ys, _ = restricted(*xs)
-        return sum(jnp.sum(jnp.real(jnp.conj(w) * y)) for w, y in zip(weights, ys, strict=True))
+    def jvp(args: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        function, xs = restricted(args)
+        return jax.jvp(lambda *xs: function(*xs)[0], xs, list(tangents))[1]
 
-    def jvp(*xs: Any) -> Any:
-        return jax.jvp(lambda *xs: restricted(*xs)[0], xs, tuple(map(jnp.asarray, tangents)))[1]
+    def hvp(args: Sequence[Any], weights: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        function, xs = restricted(args)
 
-    def hvp(*xs: Any) -> Any:
-        return jax.jvp(jax.grad(total, positions), xs, tuple(map(jnp.asarray, tangents)))[1]
+        def total(*xs: Any) -> Any:
+            ys, _ = function(*xs)
+            return sum(jnp.sum(jnp.real(jnp.conj(w) * y)) for w, y in zip(weights, ys, strict=True))
 
-    xs = [jnp.asarray(case.inputs[i]) for i in case.wrt]
+        return jax.jvp(jax.grad(total, positions), xs, list(tangents))[1]
+
     case.answers["gradient"] = attempt(gradient)
-    case.answers["jvp"] = attempt(lambda: _leaves(jax.jit(jvp)(*xs)))
-    if all(x.dtype.kind == "f" and x.dtype.itemsize > 1 for x in map(np.asarray, xs)):
-        case.answers["hvp"] = attempt(lambda: _leaves(jax.jit(hvp)(*xs)))
+    case.answers["jvp"] = attempt(lambda: _leaves(jax.jit(jvp)(case.inputs, tangents)))
+    if all(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1 for x in (case.inputs[i] for i in case.wrt)):
+        case.answers["hvp"] = attempt(lambda: _leaves(jax.jit(hvp)(case.inputs, weights, tangents)))
 
 
 def _leaves(tree: Any) -> Leaves:

@@ -13,7 +13,7 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from bridge_wire.errors import BridgeError
+from bridge_wire.errors import CallerError
 from exact import subjects, torch_db
 from exact.cases import WIDE, Entry, seed_of
 from exact.compare import ROUNDING, XLA_FUNCTIONS, Refusal, Verdict, attempt, judge_refusal, judge_values, one_line
@@ -174,7 +174,7 @@ class Checks:
     def _judge(self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None) -> Verdict:
         if not isinstance(got, Refusal):  # XLA runs it later: its errors come with its values
             got = attempt(lambda: [np.asarray(x) for x in got])
-        if isinstance(got, Refusal) and isinstance(got.error, BridgeError) and self._has_no_type():
+        if isinstance(got, Refusal) and isinstance(got.error, CallerError) and self._has_no_type():
             return Verdict("no type", one_line(got.error))
         if isinstance(got, Refusal):
             return judge_refusal(got, want, self.way.typed, "torch")
@@ -200,7 +200,7 @@ class Checks:
             return isinstance(self._value.error, NoType)
         leaves = self._plainly()
         known = bool(leaves) and all(isinstance(y, Tensor) for y in leaves)
-        return not known or not (self._wide or not any(y.dtype.name in WIDE for y in self._value))
+        return not known or (not self._wide and any(y.dtype.name in (*WIDE, "uint64") for y in self._value))
 
     def _spread(self, answer: Callable[[Reference], Any] | None, eps: float) -> Sequence[Any]:
         return self.reference.spread(answer, eps, np.random.RandomState(1)) if answer else []

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bridge_wire.errors import BridgeError, SpecError
+from bridge_wire.errors import BridgeError, SpecError, WorkerDied
 from exact import page, summary
 from exact.compare import Refusal, judge_refusal, judge_values
 
@@ -43,11 +43,12 @@ def test_what_an_eps_of_the_inputs_moves_as_far_is_right() -> None:
 
 
 def test_exceptions_without_a_type_are_faults() -> None:
-    """A BridgeError is a refusal, whether or not the framework refuses; anything else is a fault."""
+    """A BridgeError is a refusal, but for the end of the worker; anything else is a fault."""
     typed = (BridgeError,)
     assert judge_refusal(Refusal(SpecError("no")), None, typed, "torch").status == "refused"
     assert judge_refusal(Refusal(SpecError("no")), Refusal(ValueError()), typed, "torch").status == "as torch"
     assert judge_refusal(Refusal(IndexError("no")), None, typed, "torch").status == "untyped"
+    assert judge_refusal(Refusal(WorkerDied("gone")), Refusal(ValueError()), typed, "torch").status == "crash"
 
 
 def test_known_verdicts_are_listed_with_their_reason() -> None:
