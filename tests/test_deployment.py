@@ -25,7 +25,19 @@ SOCKET = "unix:/run/bridge/bridge.sock"
 # Those of the Compose Specification that these files use.
 _SERVICE_KEYS = {
     *("build", "cap_drop", "command", "depends_on", "deploy", "environment", "healthcheck", "init", "ipc"),
-    *("network_mode", "pid", "restart", "security_opt", "stop_grace_period", "user", "volumes", "working_dir"),
+    *(
+        "image",
+        "network_mode",
+        "pid",
+        "pull_policy",
+        "read_only",
+        "restart",
+        "security_opt",
+        "stop_grace_period",
+        "user",
+        "volumes",
+    ),
+    "working_dir",
 }
 VENV = {"jax": ".venv-jax", "torch": ".venv-torch"}
 
@@ -182,6 +194,9 @@ def test_services_are_built_from_targets_that_exist(files: tuple[str, ...], dock
     services = compose(*files)["services"]
     targets = {}
     for name, service in services.items():
+        if "build" not in service:
+            assert service["image"] == services["worker"]["image"], "an image that no service builds"
+            continue
         build = service["build"]
         assert (DOCKER / build["context"]).resolve() == ROOT and (ROOT / build["dockerfile"]).is_file()
         stage = dockerfile[build["target"]]
@@ -216,19 +231,25 @@ def test_client_waits_until_the_worker_is_healthy() -> None:
 
 
 def test_gpu_services_share_the_device_and_namespaces() -> None:
-    """With a GPU both reserve the same device, and the client joins the worker's PID and IPC namespaces."""
+    """With a GPU both reserve the same device, and are in namespaces of a third container, which outlives them."""
     services = compose("compose.yaml", "compose.gpu.yaml")["services"]
+    namespaces = services.pop("namespaces")
     devices = [service["deploy"]["resources"]["reservations"]["devices"] for service in services.values()]
     assert devices[0] == devices[1]
-    assert devices[0] == [{"driver": "nvidia", "device_ids": ["${BRIDGE_GPU:-0}"], "capabilities": ["gpu"]}]
-    assert services["worker"]["ipc"] == "shareable"
-    assert services["client"]["pid"] == services["client"]["ipc"] == "service:worker"
-    # Two inits in one PID namespace: only the first can reap.
-    assert services["worker"]["init"] is True and services["client"]["init"] is False
+    assert devices[0] == [
+        {"driver": "nvidia", "device_ids": ["${BRIDGE_GPU:-0}"], "capabilities": ["gpu", "compute", "utility"]}
+    ]
+    assert namespaces["ipc"] == "shareable" and namespaces["restart"] == "always" and "deploy" not in namespaces
+    assert namespaces["user"] == services["worker"]["user"] and namespaces["cap_drop"] == ["ALL"]
+    for service in services.values():
+        assert service["pid"] == service["ipc"] == "service:namespaces"
+        # Several inits in one PID namespace: only the first can reap.
+        assert service["init"] is False
+    assert namespaces["init"] is True
     settings = services["worker"]["environment"]
     assert settings["BRIDGE_DEVICE"] == "cuda:0" and 0 < float(settings["BRIDGE_GPU_MEMORY_FRACTION"]) < 1
-    # A worker that CUDA has failed ends, and takes the namespace of the client with it: both come back.
-    assert all(service["restart"] == "on-failure" for service in services.values())
+    # A worker that CUDA has failed ends and comes back, but not forever; the client stays, and is not restarted.
+    assert services["worker"]["restart"] == "on-failure:5" and "restart" not in services["client"]
     assert services["worker"]["healthcheck"] and services["client"]["depends_on"]
     assert services["client"]["environment"]["BRIDGE_ADDRESS"] == SOCKET
 
@@ -331,3 +352,12 @@ def test_engine_commands_in_the_files_name_the_files() -> None:
     named = {word for line in commands for word in shlex.split(line, comments=True) if word.startswith("docker/")}
     assert named == {"docker/Dockerfile", "docker/compose.yaml", "docker/compose.gpu.yaml"}
     assert all((ROOT / path).is_file() for path in named)
+
+
+def test_no_command_ends_with_the_client_where_services_restart() -> None:
+    """`--exit-code-from` stops everything when any container ends, so that no restart would be seen."""
+    restarting = [path for path in DOCKER.glob("*.yaml") if "restart:" in path.read_text()]
+    assert [path.name for path in restarting] == ["compose.gpu.yaml"]
+    texts = [path.read_text() for path in restarting] + [(ROOT / "docs/gpu.md").read_text()]
+    commands = [line for text in texts for line in re.findall(r"docker compose .*compose\.gpu\.yaml.*", text)]
+    assert len(commands) >= 2 and not any("--exit-code-from" in command for command in commands)
