@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz exact proto clean distclean
+.PHONY: help setup demo test check bench gpu fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -30,6 +30,10 @@ check: setup ## Check format, lint, types, the import rule and the generated cod
 # On a GPU, PYTHON=... names an interpreter that has both frameworks for CUDA already.
 bench: $(if $(and $(GPU),$(PYTHON)),,setup) ## Measure against the performance budget; GPU=1: calls on a GPU
 	$(if $(GPU),$(or $(PYTHON),$(BOTH)/python) -m bench.gpu,$(BOTH)/python -m bench)
+
+# On a bare machine with python3 only: python3 tools/gpu.py --limit 480 --wheels FOLDER. See docs/gpu.md.
+gpu: $(if $(PYTHON),,setup) ## Ask a GPU every question in LIMIT=480 seconds; WHEELS=FOLDER OUT=FOLDER PYTHON=python3
+	$(or $(PYTHON),$(BOTH)/python) tools/gpu.py --limit $(or $(LIMIT),480) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz

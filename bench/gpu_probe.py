@@ -1,7 +1,7 @@
 """What CUDA, its driver and JAX do on this machine, where what is published contradicts itself.
 
-`python -m bench.gpu_probe` prints the rows of the table in docs/gpu.md, each answered by a process of its own, since
-some questions end the process. It needs a GPU, CuPy and JAX, and changes no setting of the GPU.
+`python -m bench.gpu_probe NAME` answers a question of docs/gpu.md in a line; `make gpu` asks all of them, each in a
+process of its own, since some end the process. They need a GPU, CuPy and JAX, and change no setting of the GPU.
 """
 
 import argparse
@@ -21,9 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import ROOT
+from bench import ROOT, gpu_pairs
+from bench.gpu_pairs import Other, delay, device, keeping
 from bridge_wire import cuda_exchange
 from bridge_wire.cuda import HANDLE_BYTES, Device, device_of, driver, gpus
+from bridge_wire.cuda_words import WAYS
 from bridge_wire.dlpack import DeviceExporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CudaError, WorldError
@@ -33,13 +35,15 @@ from bridge_wire.specs import Spec
 
 MIB, GIB = 1 << 20, 1 << 30
 _MODULE = "bench.gpu_probe"
-_ANSWER_S = 180.0
 _COUNT = 1 << 20  # elements of the arrays that JAX is given
 _FLOATS = Spec(BY_NAME["float32"], (_COUNT,))
 _REPEATS = 20
-_SIDE, _STEPS = 4096, 200  # products of such matrices keep a GPU busy for some tenths of a second
-_COPIES = 2000  # and so do copies of 256 MiB
-_REST_S = 15.0
+_IMPORTS = 10
+# BRIDGE_TESTS_REHEARSE=1 is for the faked CUDA, where this is the host's work.
+_REHEARSED = bool(os.environ.get("BRIDGE_TESTS_REHEARSE"))
+_SIDE, _STEPS = (64, 50) if _REHEARSED else (4096, 4000)  # products that take a second or more, in TF32
+_SIZES = (MIB,) if _REHEARSED else (64 * MIB, GIB)
+_HELD = MIB if _REHEARSED else GIB
 _PACKAGES = ("jax", "jaxlib", "torch", "cupy-cuda12x", "cupy-cuda13x")
 
 
@@ -51,20 +55,15 @@ class Question(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table. Returns the exit status: 1 if there is no GPU to ask."""
-    parser = argparse.ArgumentParser("bench.gpu_probe", description="Print the rows of the table in docs/gpu.md.")
-    parser.add_argument("name", nargs="?", choices=QUESTIONS, help="answer this question only, in this process")
+    """Answer a question. Returns the exit status: 1 if there is no GPU to ask."""
+    parser = argparse.ArgumentParser("bench.gpu_probe", description="Answer a question of docs/gpu.md.")
+    parser.add_argument("name", choices=QUESTIONS)
     options = parser.parse_args(argv)
     if not gpus():
         print("there is no GPU here that CUDA's driver would show: nothing was asked")
         return 1
-    if options.name:
-        print(QUESTIONS[options.name].answer())
-        return 0
-    print(described())
-    print("\n| question | answer |\n|---|---|")
-    for name, question in QUESTIONS.items():
-        print(f"| {question.text} | {_asked(name)} |", flush=True)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    print(f"{options.name}: {QUESTIONS[options.name].answer()}", flush=True)
     return 0
 
 
@@ -76,18 +75,6 @@ def described() -> str:
     return f"{models}; CUDA {driver().version()}; {system}; {packages}"
 
 
-def _asked(name: str) -> str:
-    command = [sys.executable, "-m", _MODULE, name]
-    variables = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=_ANSWER_S)
-    except subprocess.TimeoutExpired:
-        return f"no answer in {_ANSWER_S:g} s"
-    if done.returncode == 0:
-        return done.stdout.strip().splitlines()[-1].replace("|", "/")
-    return f"{_ended(done.returncode)}: {_last_line(done.stderr)}"
-
-
 def _ended(status: int) -> str:
     return f"the process ended with {status if status > 0 else signal.Signals(-status).name}"
 
@@ -96,42 +83,38 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no word"])[-1][:200].replace("|", "/")
 
 
-def _device() -> Device:
-    return device_of(gpus()[0].uuid)
-
-
 # Handles ----------------------------------------------------------------------------------------------------------
 
 
 def _exchange() -> str:
-    return _crossing()
+    return "; ".join(map(_crossing, WAYS))
 
 
-def _crossing(way: str = "events") -> str:
+def _crossing(way: str) -> str:
     try:
         cuda_exchange.with_child(gpus()[0].uuid, way)
     except WorldError as error:
-        return f"no: {error}"
-    return f"yes, in order by {way}"
+        return f"{way}: no, {error}"
+    return f"{way}: yes"
 
 
 def _bad_handles() -> str:
-    device = _device()
-    own = device.allocate(2 * MIB)
+    there = device()
+    own = there.allocate(2 * MIB)
     handles = {
         "0 bytes": b"",
         "63 bytes": bytes(63),
         "65 bytes": bytes(65),
         "zeros": bytes(HANDLE_BYTES),
         "random": os.urandom(HANDLE_BYTES),
-        "its own": device.handle_of(own),
+        "its own": there.handle_of(own),
     }
     if len(gpus()) > 1:
         other = device_of(gpus()[1].uuid)
         handles["another GPU's"] = other.handle_of(other.allocate(2 * MIB))
-    found = [f"{name}: {_opening(device, handle)}" for name, handle in handles.items()]
-    device.free(own)
-    device.free(device.allocate(2 * MIB))
+    found = [f"{name}: {_opening(there, handle)}" for name, handle in handles.items()]
+    there.free(own)
+    there.free(there.allocate(2 * MIB))
     return "; ".join([*found, "the process goes on"])
 
 
@@ -143,13 +126,38 @@ def _opening(device: Device, handle: bytes) -> str:
     return "OPENED"
 
 
+_SHM = 'sh -c \'mount -t tmpfs none /dev/shm && exec "$0" "$@"\''
+_APART = {
+    "own PIDs": "unshare --pid --fork",
+    "own IPC namespace": "unshare --ipc",
+    "own /dev/shm": f"unshare --mount {_SHM}",
+    "own IPC namespace and /dev/shm": f"unshare --mount --ipc {_SHM}",
+    "own PIDs and /dev/shm": f"unshare --mount --pid --fork {_SHM}",
+}
+
+
 def _namespaces() -> str:
-    """The child of the exchange in namespaces of its own, which takes the right to make some."""
-    found = []
-    for name, options in (("PID", "--pid --fork --mount-proc"), ("IPC", "--ipc"), ("both", "--pid --ipc --fork")):
-        with tempfile.TemporaryDirectory() as folder, _python(Path(folder), f"unshare {options}") as works:
-            found.append(f"own {name}: {_crossing() if works else 'not allowed here'}")
-    return "; ".join(found)
+    """The exchange with a child apart, as in another container, which takes the right to make namespaces.
+
+    A namespace of PIDs gives the child another number than this process has, as two containers in one namespace have.
+    So a process that is the first of one namespace asks for a child that is the first of another: that is what two
+    containers have that share none.
+    """
+    found = [f"{name}: {_crossing_behind(prefix)}" for name, prefix in _APART.items()]
+    command = ["unshare", "--pid", "--fork", sys.executable, "-c", f"import {_MODULE} as p; print(p.equal_pids())"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = done.stdout.strip() if done.returncode == 0 else f"not allowed here, or {_last_line(done.stderr)}"
+    return "; ".join([*found, f"equal PID numbers: {said}"])
+
+
+def equal_pids() -> str:
+    """Return what comes of the exchange between two processes that have the same number. To be asked by such a one."""
+    return f"both are {os.getpid()}: {_crossing_behind('unshare --pid --fork')}"
+
+
+def _crossing_behind(prefix: str) -> str:
+    with tempfile.TemporaryDirectory() as folder, _python(Path(folder), prefix) as works:
+        return ", ".join(map(_crossing, WAYS)) if works else "not allowed here"
 
 
 @contextlib.contextmanager
@@ -173,7 +181,7 @@ def _mixed_mps() -> str:
     with tempfile.TemporaryDirectory() as folder:
         without = f"env CUDA_MPS_PIPE_DIRECTORY={folder}/none"
         with _python(Path(folder), without):
-            return f"handles to a process without MPS: {_crossing()}"
+            return f"handles to a process without MPS: {', '.join(map(_crossing, WAYS))}"
 
 
 # JAX --------------------------------------------------------------------------------------------------------------
@@ -202,7 +210,7 @@ def export() -> str:
     array = jnp.ones(_COUNT)
     array.block_until_ready()
     try:
-        _device().handle_of(array.unsafe_buffer_pointer())
+        device().handle_of(array.unsafe_buffer_pointer())
         found = "exported"
     except CudaError as error:
         found = str(error).rpartition("refused: ")[2]
@@ -239,21 +247,36 @@ def _filled(device: Device, value: float) -> int:
 def _donation() -> str:
     import jax
 
-    device = _device()
-    array, _ = _imported(device, _filled(device, 1.0))
-    result = jax.jit(lambda x: x + 1, donate_argnums=0)(array)
+    there, step = device(), jax.jit(lambda x: x + 1, donate_argnums=0)
+    pointer = _filled(there, 1.0)
+    array, owner = _imported(there, pointer)
+    result = step(array)
     result.block_until_ready()
-    is_reused = result.unsafe_buffer_pointer() == array.unsafe_buffer_pointer() if not array.is_deleted() else None
-    return f"no: the result is {'right' if (result == 2).all() else 'WRONG'}, the donated array is " + (
-        "deleted" if is_reused is None else "written over" if is_reused else "copied"
+    value = "right" if (result == 2).all() else "WRONG"
+    written = "in place" if result.unsafe_buffer_pointer() == pointer else "elsewhere"
+    return (
+        f"no: the result is {value}, written {written}, the donated array "
+        f"{'deleted' if array.is_deleted() else 'still there'}, its memory {'kept' if owner() else 'let go of'}; "
+        f"one that is referred to: {_donated_while_referred_to(there, step)}"
     )
+
+
+def _donated_while_referred_to(there: Device, step: Callable[[Any], Any]) -> str:
+    array, _ = _imported(there, _filled(there, 1.0))
+    reference = array.__dlpack__(stream=there.new_stream()) if there.dlpack_type == 2 else array.__dlpack__()
+    try:
+        found = f"computed {float(step(array)[0])}, deleted {array.is_deleted()}"
+    except Exception as error:
+        found = f"{type(error).__name__}: {_last_line(str(error))}"
+    del reference
+    return found
 
 
 def _deleter() -> str:
     import jax
     import jax.numpy as jnp
 
-    device = _device()
+    there = device()
     weights = jnp.full((_SIDE, _SIDE), 1e-3)
 
     @jax.jit
@@ -262,7 +285,7 @@ def _deleter() -> str:
         return x + 1 + 0 * work[0, 0]
 
     late(jnp.zeros(_COUNT)).block_until_ready()
-    array, owner = _imported(device, _filled(device, 1.0))
+    array, owner = _imported(there, _filled(there, 1.0))
     result = late(array)
     del array
     gc.collect()
@@ -274,117 +297,52 @@ def _deleter() -> str:
 
 
 def _events() -> str:
-    device, streams = _device(), []
-    source, target = _filled(device, 2.0), _filled(device, 1.0)
-    writing, event = device.new_stream(), device.new_event()
-    _busy(device, writing)
-    device.copy(target, source, _FLOATS.nbytes, writing)
-    device.record(event, writing)
-    is_late = not driver().has_passed(event)
+    """Which streams JAX names, and whether it waits for an event that is a second late: on the GPU, or on the host."""
+    import jax
 
-    def wait(stream: int | None) -> None:
-        streams.append(stream)
-        device.wait(event, stream)
-
-    array, _ = _imported(device, target, wait)
-    is_on_host = driver().has_passed(event)
-    is_right = bool((array == 2).all())
-    named = "no stream" if streams == [None] else "a stream of its own"
-    waited = "the host waited" if is_on_host else "the host did not wait"
-    return f"{'yes' if is_right and is_late else 'NO'}: JAX names {named}, {waited}, the values are " + (
-        "right" if is_right else "WRONG"
+    jax.numpy.ones(3).block_until_ready()
+    there, named = device(), []
+    for _ in range(_IMPORTS):
+        _imported(there, _filled(there, 2.0), named.append)[0].block_until_ready()
+    pointer, value = _filled(there, 1.0), _filled(there, 2.0)
+    writing, event = there.new_stream(), there.new_event()
+    delay(writing, 1.0)
+    there.copy(pointer, value, _FLOATS.nbytes, writing)
+    there.record(event, writing)
+    begun = time.monotonic()
+    array, _ = _imported(there, pointer, lambda stream: there.wait(event, stream))
+    imported = time.monotonic() - begun
+    result = array * 1
+    computing = time.monotonic() - begun
+    is_right = bool((result == 2).all())
+    return (
+        f"{'yes' if is_right else 'NO'}: {len(set(named))} streams in {_IMPORTS} imports, none named "
+        f"{named.count(None)} times; of an event 1 s late the import took {imported:.3f} s, a computation began after "
+        f"{computing:.3f} s, its values are {'right' if is_right else 'WRONG'} after {time.monotonic() - begun:.2f} s"
     )
-
-
-def _busy(device: Device, stream: int) -> None:
-    """Keep a stream busy for some tenths of a second."""
-    source, target = device.allocate(256 * MIB), device.allocate(256 * MIB)
-    for _ in range(_COPIES):
-        device.copy(target, source, 256 * MIB, stream)
-
-
-# Events of processes that end ---------------------------------------------------------------------------------------
-
-
-def _dead_events() -> str:
-    """What becomes of a stream that waits for an event to which its process, or its owner, will never come."""
-    found = [f"{how}: {_waiting_for(how)}" for how in ("killed", "destroyed")]
-    print("; ".join(found), flush=True)
-    os._exit(0)  # with streams that may never be done, CUDA need not come to an end
-
-
-def _waiting_for(how: str) -> str:
-    device = _device()
-    stream, other = device.new_stream(), device.new_stream()
-    program = f"from {_MODULE} import record_late; record_late({how == 'destroyed'})"
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin and process.stdout
-        event = device.open_event(bytes.fromhex(process.stdout.readline()))
-        print("record", file=process.stdin, flush=True)
-        assert process.stdout.readline() == "recorded\n"
-        device.wait(event, stream)
-        is_late = device.is_busy(stream)
-        if how == "killed":
-            process.kill()
-        else:
-            print("destroy", file=process.stdin, flush=True)
-            assert process.stdout.readline() == "destroyed\n"
-        if not is_late:
-            return "not told: the event had passed too soon"
-        if _comes_to_rest(device, stream):
-            return "the stream goes on"
-        device.record(event, other)
-        helps = "goes on" if _comes_to_rest(device, stream) else "stands still"
-        process.kill()
-    return f"the stream stands still; when this process records the event, it {helps}"
-
-
-def _comes_to_rest(device: Device, stream: int) -> bool:
-    deadline = time.monotonic() + _REST_S
-    while device.is_busy(stream) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not device.is_busy(stream)
-
-
-def record_late(is_destroyed: bool) -> None:
-    """Record an event behind some work, having told its handle; then destroy it, or wait to be killed."""
-    device = _device()
-    stream, event = device.new_stream(), device.new_event(is_shared=True)
-    print(device.event_handle_of(event).hex(), flush=True)
-    sys.stdin.readline()
-    _busy(device, stream)
-    device.record(event, stream)
-    print("recorded", flush=True)
-    sys.stdin.readline()
-    if is_destroyed:
-        device.destroy_event(event)
-        print("destroyed", flush=True)
-        sys.stdin.readline()
 
 
 # What things cost, and what is left behind ------------------------------------------------------------------------
 
 
 def _costs() -> str:
-    return "; ".join([*map(_cost_of_a_copy, (64 * MIB, GIB)), *map(_cost_of_opening, (64 * MIB, GIB))])
+    return "; ".join([*map(_cost_of_a_copy, _SIZES), *map(_cost_of_opening, _SIZES)])
 
 
 def _cost_of_a_copy(nbytes: int) -> str:
-    device = _device()
-    source, target, stream = device.allocate(nbytes), device.allocate(nbytes), device.new_stream()
-    seconds = _median_s(lambda: _copied(device, target, source, nbytes, stream))
+    there = device()
+    source, target, stream = there.allocate(nbytes), there.allocate(nbytes), there.new_stream()
+    seconds = _median_s(lambda: _copied(there, target, source, nbytes, stream))
     for pointer in (source, target):
-        device.free(pointer)
+        there.free(pointer)
     return f"copy of {nbytes // MIB} MiB {seconds * 1e3:.3f} ms ({nbytes / seconds / 1e9:.0f} GB/s)"
 
 
 def _cost_of_opening(nbytes: int) -> str:
-    device, opened = _device(), []
-    with _Holder(nbytes) as other:
-        seconds = _median_s(
-            lambda: opened.append(device.open(other.handle, nbytes)), lambda: device.close(opened.pop())
-        )
+    there, opened = device(), []
+    with Other(keeping, nbytes) as other:
+        handle = bytes.fromhex(other.said())
+        seconds = _median_s(lambda: opened.append(there.open(handle, nbytes)), lambda: there.close(opened.pop()))
     return f"opening {nbytes // MIB} MiB by handle {seconds * 1e3:.3f} ms"
 
 
@@ -403,43 +361,18 @@ def _median_s(action: Callable[[], object], undo: Callable[[], object] = lambda:
     return statistics.median(seconds)
 
 
-class _Holder:
-    """Another process with memory on the GPU, until it is killed."""
-
-    def __init__(self, nbytes: int) -> None:
-        program = f"from {_MODULE} import hold; hold({nbytes})"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout
-        self.handle = bytes.fromhex(self._process.stdout.readline())
-
-    def __enter__(self) -> "_Holder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-def hold(nbytes: int) -> None:
-    """Allocate memory, print its handle, and wait for the end."""
-    device = _device()
-    print(device.handle_of(device.allocate(nbytes)).hex(), flush=True)
-    sys.stdin.read()
-
-
 def _left_behind() -> str:
-    device = _device()
-    before = device.free_bytes()
-    with _Holder(GIB) as other:
-        taken = before - device.free_bytes()
-    kept = before - _settled_free_bytes(device)
-    with _Holder(GIB) as other:
-        pointer = device.open(other.handle, GIB)
-    mapped = before - _settled_free_bytes(device)
-    device.close(pointer)
-    closed = before - _settled_free_bytes(device)
+    there = device()
+    before = there.free_bytes()
+    with Other(keeping, _HELD) as other:
+        other.said()
+        taken = before - there.free_bytes()
+    kept = before - _settled_free_bytes(there)
+    with Other(keeping, _HELD) as other:
+        pointer = there.open(bytes.fromhex(other.said()), _HELD)
+    mapped = before - _settled_free_bytes(there)
+    there.close(pointer)
+    closed = before - _settled_free_bytes(there)
     return (
         f"of {taken // MIB} MiB that a process had, {kept // MIB} MiB are left when it is killed; "
         f"{mapped // MIB} MiB while another one has it open, {closed // MIB} MiB when that has closed it"
@@ -468,16 +401,34 @@ QUESTIONS: Mapping[str, Question] = {
         "leave behind?",
         _export_from_jax,
     ),
-    "namespaces": Question("Do handles need a shared PID namespace, a shared IPC namespace, or both?", _namespaces),
+    "namespaces": Question(
+        "What do handles, events and words need in common: PIDs, an IPC namespace, /dev/shm?", _namespaces
+    ),
     "donation": Question("Does donating an imported buffer abort the process?", _donation),
     "deleter": Question("Does the deleter of an imported buffer run before the GPU has read it?", _deleter),
     "events": Question(
-        "Are interprocess events to be had, and does JAX wait for them through `__dlpack__(stream)`?", _events
+        "Does JAX wait for an event through `__dlpack__(stream)` on the GPU, and on which of its streams?", _events
+    ),
+    "words": Question(
+        "Do streams of two processes wait for words in shared memory, and does the survivor release its own?",
+        gpu_pairs.words,
+    ),
+    "rerecorded": Question(
+        "Does a later record of an event, on another stream, change a wait for it that is pending in another process?",
+        gpu_pairs.rerecorded,
+    ),
+    "opening": Question(
+        "What do opening and closing handles and events wait for while a kernel runs there, or here?",
+        gpu_pairs.opening,
+    ),
+    "destroyed": Question(
+        "What does an opened event do that had passed, once its owner has destroyed it or was killed?",
+        gpu_pairs.destroyed,
     ),
     "dead": Question(
         "Does a stream go on that waits for an event, when the process that recorded it is killed or destroys it "
         "before its GPU has come to that?",
-        _dead_events,
+        gpu_pairs.dead_events,
     ),
     "mps": Question("What does MPS do when only one of two processes uses it?", _mixed_mps),
     "costs": Question("What does a copy on the device cost, against exporting the worker's memory?", _costs),
@@ -489,4 +440,6 @@ QUESTIONS: Mapping[str, Question] = {
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # with a stream that stands still, CUDA need not come to an end

@@ -631,6 +631,10 @@ class Library:
     def cuStreamWaitValue64_v2(self, stream: Any, pointer: Any, value: Any, flags: int) -> int:
         return _status_of(lambda: streamWaitValue64(stream.value or 0, pointer.value, value.value))
 
+    def cuLaunchHostFunc(self, stream: Any, function: Any, data: Any) -> int:
+        called = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value)
+        return _status_of(lambda: _stream(stream.value or 0).put(lambda: called(data.value)))
+
     def cuStreamQuery(self, stream: Any) -> int:
         return _NOT_READY if _stream(stream.value or 0).is_busy else 0
 
