@@ -90,11 +90,11 @@ class TracedModule:
         """
         state = {**_checked("params", params, self.params), **_checked("buffers", buffers, self.buffers)}
         before = PythonState(self.module)
-        try:
-            with _tracing(rng) as env:
+        with _tracing(rng) as env:
+            try:
                 result, after = _called(env, functools.partial(self._call, env), (state, *args), kwargs)
-        finally:
-            before.restore()
+            finally:
+                before.restore()
         return (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}) if mutable else result
 
     apply = __call__
