@@ -192,9 +192,10 @@ def _made_environment() -> Any:
                 operator = mutations.functional(func)
                 made = self.dispatch(operator, types, *mutations.call_of(operator, given))
                 values = [leaf for leaf in torch_pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
-                for leaf, value in zip(leaves, values, strict=False):
+                new = len(values) - len(leaves)  # what is written comes last
+                for leaf, value in zip(leaves, values[new:], strict=True):
                     self._assign(leaf, value, func, is_out="out" in func._overloadname)
-                return mutations.returned(func, targets)
+                return mutations.returned(func, targets, values[:new])
 
             def _assign(self, target: Any, value: Any, func: Any, *, is_out: bool) -> None:
                 with no_dispatch(), torch._C.DisableTorchFunction():

@@ -68,12 +68,14 @@ def call_of(operator: Any, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], d
     return args, {each.name: given[each.name] for each in schema if each.kwarg_only and each.name in given}
 
 
-def returned(operator: Any, targets: Mapping[str, Any]) -> Any:
-    """Return what an operator returns that has written into these tensors, by alias set."""
-    values = tuple(
-        targets[next(iter(each.alias_info.before_set))] for each in operator._schema.returns if each.alias_info
+def returned(operator: Any, targets: Mapping[str, Any], values: Sequence[Any]) -> Any:
+    """Return what an operator returns: the tensors that it has written into, by alias set, and these new values."""
+    new = iter(values)
+    made = tuple(
+        targets[next(iter(each.alias_info.before_set))] if each.alias_info else next(new)
+        for each in operator._schema.returns
     )
-    return values[0] if len(values) == 1 else values or None
+    return made[0] if len(made) == 1 else made or None
 
 
 def _takes(candidate: Any, operator: Any) -> bool:

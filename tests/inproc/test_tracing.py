@@ -190,6 +190,19 @@ def test_results_go_into_out(write: Callable[..., Tensor]) -> None:
     assert_same(jax.jit(trace_torch(f))(to_jax(x)), f(x), 1e-6)
 
 
+def test_statistics_written_by_an_operator() -> None:
+    """An operator that returns new tensors and writes others as well does both."""
+
+    def f(x: Tensor) -> tuple[Tensor, ...]:
+        mean, var = torch.zeros(3), torch.ones(3)
+        y, *_ = torch.ops.aten._native_batch_norm_legit(x, None, None, mean, var, True, 0.1, 1e-5)
+        return y, mean, var
+
+    x = torch.randn(4, 3)
+    for seen, expected in zip(trace_torch(f)(to_jax(x)), f(x), strict=True):
+        assert_same(seen, expected, 1e-5)
+
+
 def test_expanded_tensors_are_not_written() -> None:
     """A write into elements that share memory is refused, as by torch."""
     with pytest.raises(CallerError, match=r"\.clone\(\)"):
