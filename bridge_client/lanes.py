@@ -7,6 +7,7 @@ import contextlib
 import queue
 import socket
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -195,7 +196,15 @@ class LocalLane(Lane):
         return self._exchange(request, timeout_s)
 
     def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
-        watch().add(self._socket.fileno(), action)
+        connection = weakref.ref(self._socket)
+
+        def ended() -> None:
+            found = connection()
+            # The descriptor's number may be another socket's by now.
+            if found is not None and found.fileno() >= 0 and not found.is_connected():
+                action()
+
+        watch().add(self._socket.fileno(), ended)
 
     def abandon(self) -> bool:
         # The worker sees the end of the stream once it has finished the call, and only then ends its own side.

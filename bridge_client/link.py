@@ -226,9 +226,11 @@ class Link:
         self.has_lost_outputs |= ordering.has_lost_outputs
 
     def _watched(self) -> Watch:
-        if not self._watches:
-            self._watches.append(Watch())
-        return self._watches[0]
+        with self._share_lock:
+            self._refuse_if_ended()
+            if not self._watches:
+                self._watches.append(Watch())
+            return self._watches[0]
 
     def _order(self, lane: Lane, gpu: GpuPool, share: Callable[[], None]) -> None:
         """Have a lane be in order with the GPU, and hear of the worker's end also when all threads wait for that."""

@@ -18,7 +18,7 @@ from bridge_wire.pool import Block
 _log = logging.getLogger(__name__)
 
 _SETTING = "BRIDGE_GPU_ORDER"
-_MOST_UNREAD = 64  # calls, after which it is looked which of them are done
+_MOST_UNREAD = 64  # calls, after so many of which it is looked which are done
 _NOT_A_NUMBER = 0xFF  # in each byte, whatever the type of float
 
 Ask = Callable[[pb.LaneRequest], pb.LaneReply]
@@ -185,7 +185,7 @@ class _ByWords(_Way):
             if self._ended != self._begun:
                 self._ended = self._begun
                 self._answered.append(_Answered(self._begun, [(block.pointer, block.nbytes) for block in outputs]))
-                if len(self._answered) > _MOST_UNREAD:
+                if len(self._answered) % _MOST_UNREAD == 0:
                     self._forget_done()
         self._words.wait(self._begun, stream)
         if self._is_worker_gone:  # it went after it had answered

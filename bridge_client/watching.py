@@ -25,7 +25,8 @@ class Watch:
     def add(self, fd: int, action: Callable[[], None]) -> None:
         """Have a thread act when the peer of a socket has gone. The action holds nothing alive."""
         self._actions[fd] = action
-        self._epoll.register(fd, select.EPOLLHUP)
+        with contextlib.suppress(OSError, ValueError):  # the socket, or the watch, is being closed
+            self._epoll.register(fd, select.EPOLLHUP)
 
     def close(self) -> None:
         """Stop. Idempotent; for finalizers, too."""

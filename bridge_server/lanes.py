@@ -60,7 +60,7 @@ def serve(
                     if turn is not None:
                         turn.close()
                         turn = None
-                    turn = session.take_turns(request.order)
+                    turn = session.take_turns(request.order, is_connected)
                     yield pb.LaneReply(ordered=_ordered(session, turn))
                 else:
                     yield from _answer(request, requests, session, sessions, turn, descriptors)
@@ -88,7 +88,7 @@ def serve(
                 for fd in descriptors:
                     os.close(fd)
     finally:
-        if turn is not None and turn.is_stuck(STUCK_S, is_connected):
+        if turn is not None and turn.is_stuck(STUCK_S):
             sessions.give_up("a client has ended on which the GPU waits")
         else:
             if turn is not None:

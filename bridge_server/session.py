@@ -3,7 +3,7 @@
 import ctypes
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,15 +103,16 @@ class Session:
                     raise ProtocolError("a slab overlaps another one of this session")
             self.slabs = (*self.slabs, slab)
 
-    def take_turns(self, order: pb.Order) -> Turn:
-        """Return how a lane takes turns with the client on the GPU; it must be closed."""
+    def take_turns(self, order: pb.Order, is_connected: Callable[[], bool]) -> Turn:
+        """Return how a lane takes turns with the client on the GPU; it must be closed. `is_connected` says whether the
+        client is still there, as far as is known."""
         device, words = self._device("work"), None
         if order.words:
             place = self._locate(order.words, cuda_words.NBYTES)
             if not place.is_on_gpu or order.words % cuda_words.NBYTES:
                 raise ProtocolError("the words of a lane must lie on the GPU, aligned to their size")
             words = place.pointer
-        return turn_with(device, order.event, words, self.runtime.stream())
+        return turn_with(device, order.event, words, self.runtime.stream(), is_connected)
 
     def _device(self, what: str) -> Device:
         gpu = self.runtime.gpu()

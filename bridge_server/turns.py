@@ -66,9 +66,8 @@ class Turn:
         self.device.synchronize(self.stream)
         self._let_go()
 
-    def is_stuck(self, patience_s: float, is_connected: Callable[[], bool]) -> bool:
-        """Whether this lane's work waits for a client that has ended the lane, and has done so for that long, or the
-        client is gone: for good."""
+    def is_stuck(self, patience_s: float) -> bool:
+        """Whether this lane's work waits for good for a client that has ended the lane: if it has for that long."""
         return False
 
     def close(self) -> None:
@@ -100,8 +99,10 @@ class Turn:
 class TurnByWords(Turn):
     """Turns in order by two counters in a slab: neither host waits."""
 
-    def __init__(self, device: Device, pointer: int, stream: int | None) -> None:
-        """Begin to take turns by the words at a pointer.
+    def __init__(
+        self, device: Device, pointer: int, stream: int | None, is_connected: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Begin to take turns by the words at a pointer; `is_connected` says whether the client may still write there.
 
         Raises:
           CudaError: this process does not see what the client writes there.
@@ -110,6 +111,7 @@ class TurnByWords(Turn):
             raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
         self._words = words = Words(device, pointer, device.new_urgent_stream(), is_clients=False)
         self._number = FIRST
+        self._is_connected = is_connected
         try:
             if not words.pass_within(FIRST, PROBE_S):
                 raise CudaError("a stream here does not see the word that the client has written")
@@ -126,22 +128,24 @@ class TurnByWords(Turn):
         if stream is not None:
             self._words.wait(self._number, stream)
         else:
-            while not self._words.comes_within(self._number, _POLL_S):
-                pass
+            self._wait_here(None)
 
     def end(self) -> None:
         self._words.write(self._number, self.stream)
         self.device.record(self._done, self.stream)  # to ask for it costs less than to read a word
 
-    def is_stuck(self, patience_s: float, is_connected: Callable[[], bool]) -> bool:
+    def is_stuck(self, patience_s: float) -> bool:
         """No: what is missing of a client that is gone is written here, in its place. Nobody will see the outputs."""
         with contextlib.suppress(CudaError):
-            deadline = time.monotonic() + patience_s
-            while not self._words.comes_within(self._number, _POLL_S):
-                if not is_connected() or time.monotonic() > deadline:
-                    _log.info("a client has ended before its GPU came to a call; the call reads what is there")
-                    self._words.release(self._number)
+            self._wait_here(patience_s)
         return False
+
+    def _wait_here(self, patience_s: float | None) -> None:
+        deadline = None if patience_s is None else time.monotonic() + patience_s
+        while not self._words.comes_within(self._number, _POLL_S):
+            if not self._is_connected() or (deadline is not None and time.monotonic() > deadline):
+                _log.info("a client has ended before its GPU came to a call; the call reads what is there")
+                self._words.release(self._number)
 
     def _expect(self, number: int) -> None:
         self._number = number
@@ -182,7 +186,7 @@ class TurnByEvents(Turn):
     def end(self) -> None:
         self.device.record(self.done, self.stream)
 
-    def is_stuck(self, patience_s: float, is_connected: Callable[[], bool]) -> bool:
+    def is_stuck(self, patience_s: float) -> bool:
         deadline = time.monotonic() + patience_s
         while self._begun is not None and driver().is_pending(self._begun):
             if time.monotonic() > deadline:
@@ -201,12 +205,14 @@ class TurnByEvents(Turn):
                     self.device.destroy_event(event)
 
 
-def turn_with(device: Device, event: bytes, words: int | None, stream: int | None) -> Turn:
+def turn_with(
+    device: Device, event: bytes, words: int | None, stream: int | None, is_connected: Callable[[], bool]
+) -> Turn:
     """Begin to take turns with a client that offers the handle of an event, or words at a pointer: in that way, or
     without either if it does not work here."""
     try:
         if words is not None:
-            return TurnByWords(device, words, stream)
+            return TurnByWords(device, words, stream, is_connected)
         if event:
             return TurnByEvents(device, device.open_event(event), stream)
     except CudaError as error:
