@@ -1,5 +1,6 @@
 """Verdicts: values against the reference, and exceptions against what a refusal may be. No framework but numpy."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 def one_line(error: BaseException, length: int = 240) -> str:
     text = " ".join(str(error).split("\n\nRemote traceback:")[0].split())
+    text = re.sub(r"(?:/[^/\s]+)+/", "", text)  # a path is one machine's
     return f"{type(error).__name__}: {text[:length]}"
 
 
