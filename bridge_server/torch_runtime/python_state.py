@@ -60,10 +60,8 @@ class PythonState:
         """Note what a value holds, and return the objects to visit next."""
         if isinstance(value, dict):
             return self._note(_Dict(value))
-        if isinstance(value, list | deque):
-            return self._note(_List(value))
-        if isinstance(value, set):
-            return self._note(_Set(value))
+        if isinstance(value, list | deque | set):
+            return self._note(_Collection(value))
         if isinstance(value, tuple | frozenset):
             return value
         if isinstance(value, type):
@@ -146,7 +144,9 @@ class _Dict(_Contents):
         kind.update(self._container, zip(self._keys, self.values, strict=True))
 
 
-class _List(_Contents):
+class _Collection(_Contents):
+    """A list, deque or set."""
+
     def __init__(self, container: Any) -> None:
         self._container = container
         self.values = list(container)
@@ -155,21 +155,9 @@ class _List(_Contents):
         return self._container
 
     def restore(self) -> None:
+        fill = self._container.update if isinstance(self._container, set) else self._container.extend
         self._container.clear()
-        self._container.extend(self.values)
-
-
-class _Set(_Contents):
-    def __init__(self, container: set[Any]) -> None:
-        self._container = container
-        self.values = list(container)
-
-    def now(self) -> Iterable[Any]:
-        return self._container
-
-    def restore(self) -> None:
-        self._container.clear()
-        self._container.update(self.values)
+        fill(self.values)
 
 
 class _Class(_Contents):
