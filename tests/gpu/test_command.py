@@ -159,7 +159,9 @@ def test_wheels_are_unpacked_without_pip(gpu: ModuleType, tmp_path: Path) -> Non
 def test_make_needs_no_environment_where_an_interpreter_is_named() -> None:
     """A borrowed machine has neither pip nor the time for it."""
     settings = ["PYTHON=python3", "LIMIT=60", "WHEELS=/wheels", "OUT=/out"]
-    done = subprocess.run(["make", "-n", "gpu", *settings], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "gpu", *settings], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.split() == ["python3", "tools/gpu.py", "--limit", "60", "--wheels", "/wheels", "--out", "/out"]
 
 

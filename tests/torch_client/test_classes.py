@@ -11,7 +11,7 @@ from torch import Tensor
 from bridge_client import Session, connect, spawn
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import RemoteModelError, StructureError
+from bridge_wire.errors import ModelChanged, RemoteModelError, StructureError
 from tests.conftest import ROOT, python_of
 from tests.torch_client import class_models
 from tests.torch_client.conftest import Remote
@@ -167,6 +167,6 @@ def test_states_of_a_worker_that_was_restarted_are_refused() -> None:
         assert energy(state) == 15
         session._host._process.kill()  # type: ignore[attr-defined]
         session._host._process.wait()  # type: ignore[attr-defined]
-        with pytest.raises(StructureError, match="is not known here"):
+        with pytest.raises((StructureError, ModelChanged), match="is not known here"):
             energy(state)
         assert energy(make(x, "registered", 5)) == 15

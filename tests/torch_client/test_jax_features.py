@@ -79,7 +79,7 @@ def test_forward_mode_is_that_of_jax(remote: Remote, name: str) -> None:
 def test_derivatives_that_jax_refuses_say_what_to_do(remote: Remote) -> None:
     """Forward mode of a custom_vjp, and reverse mode of a while loop, raise JAX's error with advice."""
     x = batch()
-    with pytest.raises(RemoteModelError, match=r"custom_vjp function\.\nuse reverse mode"):
+    with pytest.raises(RemoteModelError, match=r"custom_vjp function\.[\s\S]*reverse mode works"):
         jvp(remote("clipped"), (x,), (x,))
     with pytest.raises(RemoteModelError, match=r"Try using lax\.scan"):
         remote("looped")(x.requires_grad_(), 3).sum().backward()
