@@ -16,6 +16,7 @@ from bridge_client.lanes import ENDS_LANE, Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_client.programs import Program, model_tag, shapes_of
 from bridge_client.session import Placed, Session, checked_limit, closed, lanes_by_way
+from bridge_wire import trees
 from bridge_wire.cuda import device_of
 from bridge_wire.cuda_memory import GpuPool, end_what_is_left, is_on_gpu
 from bridge_wire.errors import (
@@ -384,7 +385,9 @@ class RemoteSession(Session):
                 "gradient; call the function again"
             )
         outputs = decode_all(prepared.outputs)
-        if program.outputs and (outputs, prepared.result) != (program.outputs, program.result):
+        # Paths and not trees: these name classes by their origin, which is another one in each worker.
+        paths = [trees.leaf_paths(result, "") for result in (prepared.result, program.result)]
+        if program.outputs and (outputs != program.outputs or paths[0] != paths[1]):
             raise ModelChanged(
                 f"{what} returned {', '.join(map(str, program.outputs))} before the worker was restarted, and now "
                 f"returns {', '.join(map(str, outputs))} or another structure; make a new function of it"
