@@ -385,9 +385,8 @@ class RemoteSession(Session):
                 "gradient; call the function again"
             )
         outputs = decode_all(prepared.outputs)
-        # Paths and not trees: these name classes by their origin, which is another one in each worker.
-        paths = [trees.leaf_paths(result, "") for result in (prepared.result, program.result)]
-        if program.outputs and (outputs != program.outputs or paths[0] != paths[1]):
+        results = [trees.without_origins(result) for result in (prepared.result, program.result)]
+        if program.outputs and (outputs != program.outputs or results[0] != results[1]):
             raise ModelChanged(
                 f"{what} returned {', '.join(map(str, program.outputs))} before the worker was restarted, and now "
                 f"returns {', '.join(map(str, outputs))} or another structure; make a new function of it"

@@ -370,6 +370,22 @@ def count_nodes(tree: pb.Tree, most: int) -> int:
     return count
 
 
+def without_origins(tree: pb.Tree) -> pb.Tree:
+    """Return a copy of a tree without the origins of classes, which differ from one process to the next."""
+    made = pb.Tree()
+    made.CopyFrom(tree)
+    pending = [made]
+    while pending:
+        kind = (each := pending.pop()).WhichOneof("kind")
+        if kind is None or kind in ("leaf", "value"):
+            continue
+        node = getattr(each, kind)
+        if kind in ("namedtuple", "dataclass"):
+            node.ClearField("origin")
+        pending += node.items
+    return made
+
+
 def flat(count: int) -> pb.Tree:
     """Return the tree of a tuple of `count` arrays."""
     return pb.Tree(tuple=pb.Tree.Sequence(items=[pb.Tree(leaf=pb.Tree.Leaf())] * count))

@@ -616,3 +616,19 @@ def test_class_s_own_expansion_is_used() -> None:
     assert isinstance(received, Mapping)
     assert (received["r"].start, received["r"].stop) == (2, 5)
     assert send(received) == {"r": range(2, 5)}
+
+
+def test_trees_differ_by_more_than_origins() -> None:
+    """Without origins, trees of two processes are equal only if containers, classes' names and static values are."""
+    leaf = pb.Tree(leaf=pb.Tree.Leaf())
+
+    def record(name: str, origin: str, item: pb.Tree = leaf) -> pb.Tree:
+        inner = pb.Tree(dataclass=pb.Tree.Record(name=name, fields=["x"], items=[item], origin=origin))
+        return pb.Tree(list=pb.Tree.Sequence(items=[inner]))
+
+    plain = trees.without_origins(record("State", "one"))
+    assert plain == trees.without_origins(record("State", "two"))
+    assert plain != trees.without_origins(record("Other", "one"))
+    assert plain != trees.without_origins(record("State", "one", pb.Tree(value=pb.Value(integer=1))))
+    sequence = pb.Tree.Sequence(items=[leaf])
+    assert trees.without_origins(pb.Tree(list=sequence)) != trees.without_origins(pb.Tree(tuple=sequence))
