@@ -6,6 +6,7 @@ and return the same.
 
 from collections.abc import Callable, Sequence
 
+from torch import nn
 from torch.backends import cuda, mha  # for every device, in spite of the name
 
 from bridge_server.switches import Switch
@@ -17,6 +18,7 @@ _FUSED: Sequence[_Setting] = (
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
 # nn.TransformerEncoder in eval mode, without gradients: padded positions get other values there than under autograd.
+HAVE_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _FAST_PATH: Sequence[_Setting] = ((mha.get_fastpath_enabled, mha.set_fastpath_enabled),)
 
 

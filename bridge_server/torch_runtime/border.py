@@ -35,9 +35,10 @@ class Border:
         Raises:
           SpecError: an output is anything else.
         """
-        if all(_is_as_declared(y, *declared) for y, declared in zip(outputs, self._types, strict=True)):
-            return outputs
-        return [self._made_dense(i, y) for i, y in enumerate(outputs)]
+        for y, declared in zip(outputs, self._types, strict=True):
+            if not _is_as_declared(y, *declared):
+                return [self._made_dense(i, each) for i, each in enumerate(outputs)]
+        return outputs
 
     def _made_dense(self, position: int, y: Any) -> Tensor:
         dtype, shape = self._types[position]

@@ -66,6 +66,7 @@ class Call:
         self.operators = traced.operators
         self.draws = traced.draws or self.key is not None
         self.draws_by_layout = traced.draws_by_layout
+        self.has_fast_path = traced.has_fast_path
         self._needs_grad = traced.needs_grad
         written = self._written(traced)
         self._written_state = [i for i in written if i < len(model.values)]

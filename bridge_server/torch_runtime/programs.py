@@ -38,6 +38,7 @@ class Program(runtime.Program):
         draws: bool = False,
         is_seeded: bool = False,
         draws_in_row_major_order: bool = False,
+        has_fast_path: bool = True,
         placing: Placing | None = None,
         protect: Callable[[], None] = lambda: None,
     ) -> None:
@@ -54,6 +55,7 @@ class Program(runtime.Program):
         self.draws = draws
         self._is_seeded = is_seeded
         self._draws_in_row_major_order = draws_in_row_major_order
+        self._has_fast_path = has_fast_path
         self._placing = placing
         self._protect = protect
         self._code = code
@@ -61,7 +63,7 @@ class Program(runtime.Program):
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
         try:
-            with torch.no_grad(), no_fast_path, self._random():
+            with torch.no_grad(), no_fast_path if self._has_fast_path else _NOTHING, self._random():
                 if self._placing is not None:
                     inputs = self._placing(inputs)
                 before = _versions(inputs)
@@ -135,6 +137,7 @@ class KeepingProgram(Program):
             pull,
             draws=self.draws,  # a checkpoint draws its numbers once more
             draws_in_row_major_order=self._draws_in_row_major_order,
+            has_fast_path=self._has_fast_path,
             placing=placing,
         )
         program.pullback_of = self

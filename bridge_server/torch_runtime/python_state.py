@@ -34,6 +34,7 @@ class PythonState:
     def __init__(self, root: Any, *, follows_code: bool = False) -> None:
         self._contents: list[_Contents] = []
         self.holds_tensors = False
+        self._types: set[type] = set()
         seen: dict[int, Any] = {}  # by identity, and kept: an id is only an object's as long as it lives
         pending = deque([root])  # the nearest first
         while pending and len(seen) < _MOST_OBJECTS:
@@ -42,7 +43,13 @@ class PythonState:
             if isinstance(value, _ATOMS) or id(value) in seen:
                 continue
             seen[id(value)] = value
+            self._types.add(type(value))
             pending.extend(self._visit(value, follows_code))
+        self._is_whole = not pending
+
+    def may_reach(self, kinds: tuple[type, ...]) -> bool:
+        """Whether an instance of these classes can be reached, or that was not found out."""
+        return not self._is_whole or any(issubclass(each, kinds) for each in self._types)
 
     def restore(self) -> None:
         """Put everything back that has changed since."""

@@ -75,6 +75,7 @@ class TorchRuntime(Runtime):
             "is_seeded": base.key is not None,
             # A forward-mode derivative or a batch may lay out tensors as the call does not; vjp runs the call.
             "draws_in_row_major_order": base.draws_by_layout or bool(kinds - {"vjp"}),
+            "has_fast_path": base.has_fast_path,
             "placing": self._placing(base.key),
             "protect": base.protect_inputs,
         }

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bridge_server.fingerprints import Fingerprint
 from bridge_server.model_errors import is_models, remote, text_of
-from bridge_server.torch_runtime.attention import no_fast_path
+from bridge_server.torch_runtime.attention import HAVE_FAST_PATH, no_fast_path
 from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.python_state import PythonState
@@ -58,6 +58,7 @@ class Traced(NamedTuple):
     draws_by_layout: bool  # whether they were drawn for tensors that are not row-major
     reads_kept: bool  # whether a call reads tensors that an earlier one made of its state or inputs
     overwrites: bool  # whether tensors were written that are neither state nor inputs nor made in the call
+    has_fast_path: bool  # whether it may run layers that torch computes otherwise under autograd
     needs_grad: bool  # whether it works only while autograd records, as a model does that differentiates inside
     is_fake: bool  # whether it holds whatever the values are
     operators: bytes  # a digest of the operators that depend on state, inputs or draws, and of their other arguments
@@ -173,6 +174,7 @@ class Trial:
             watch.draws_by_layout,
             reads_kept,
             bool(watch.overwritten),
+            before.may_reach(HAVE_FAST_PATH),
             needs_grad,
             is_fake,
             watch.ran.digest(),

@@ -341,3 +341,17 @@ def test_a_padding_mask_gives_the_values_that_derivatives_see(runtime: TorchRunt
     plain = hosted.run(hosted.call(x, mask), x, mask)[0]
     kept = hosted.run(hosted.call(x, mask, keep=[0]), x, mask)[0]
     np.testing.assert_array_equal(plain, kept)
+
+
+def test_only_layers_with_a_fast_path_cost_a_switch(runtime: TorchRuntime) -> None:
+    """A model is asked for such layers wherever its code reaches them: in itself, in a closure, in a list."""
+    layer, x = nn.MultiheadAttention(8, 2).eval(), numbers(np.float32, 3, 8)
+    layers = {"held": [layer]}
+    for model, expected in (
+        (lambda x: 2 * x, False),
+        (nn.Linear(8, 8), False),
+        (nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16).eval()), True),
+        (lambda x: layer(x, x, x)[0], True),
+        (lambda x: layers["held"][0](x, x, x)[0], True),
+    ):
+        assert Hosted(runtime, model).call(x)._has_fast_path is expected  # type: ignore[attr-defined]
