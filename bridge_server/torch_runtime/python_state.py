@@ -6,6 +6,7 @@ put back afterwards: it belongs to the parameters and arguments of that one call
 
 import functools
 import gc
+import itertools
 import operator
 import sys
 import types
@@ -21,6 +22,7 @@ _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks")
 _ATOMS = (Tensor, str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.BuiltinFunctionType)
 _LIBRARIES = frozenset({"torch", "numpy", "jax", "jaxlib", "builtins", *sys.stdlib_module_names})
 _MISSING = object()
+_END = object()
 _MOST_OBJECTS = 20_000  # visited in some 20 ms, and far from what a model's own code reaches
 _LruCache = type(functools.lru_cache(lambda: None))
 
@@ -46,6 +48,10 @@ class PythonState:
             self._types.add(type(value))
             pending.extend(self._visit(value, follows_code))
         self._is_whole = not pending
+        # All values in one row, and iterables of all that are there now: one pass finds that nothing has changed.
+        lives = [contents.live for contents in self._contents if contents.live is not None]
+        self._lives: list[Iterable[Any]] | None = [*lives, (_END,)] if len(lives) == len(self._contents) else None
+        self._values = [*itertools.chain.from_iterable(contents.values for contents in self._contents), _END]
 
     def may_reach(self, kinds: tuple[type, ...]) -> bool:
         """Whether an instance of these classes can be reached, or that was not found out."""
@@ -53,6 +59,8 @@ class PythonState:
 
     def restore(self) -> None:
         """Put everything back that has changed since."""
+        if self._lives is not None and all(map(operator.is_, itertools.chain.from_iterable(self._lives), self._values)):
+            return
         for contents in self._contents:
             if not contents.is_unchanged():
                 contents.restore()
@@ -117,6 +125,7 @@ class _Contents(ABC):
     """One container, and its values at one moment."""
 
     values: list[Any]
+    live: Iterable[Any] | None = None  # gives the values at present each time; None: only `now` can
 
     @abstractmethod
     def now(self) -> Iterable[Any]:
@@ -140,7 +149,8 @@ class _Dict(_Contents):
     def __init__(self, container: dict[Any, Any]) -> None:
         self._container = container
         self._keys = list(container)
-        self.values = list(container.values())
+        self.live = container.values()
+        self.values = list(self.live)
 
     def now(self) -> Iterable[Any]:
         return self._container.values()
@@ -155,7 +165,7 @@ class _Collection(_Contents):
     """A list, deque or set."""
 
     def __init__(self, container: Any) -> None:
-        self._container = container
+        self._container = self.live = container
         self.values = list(container)
 
     def now(self) -> Iterable[Any]:
