@@ -3,12 +3,15 @@
 import faulthandler
 import gc
 import os
+import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bridge_client import Session, spawn
@@ -111,6 +114,15 @@ def _contract(framework: str) -> dict[str, str]:
 def lane(request: pytest.FixtureRequest) -> str:
     """Each of the lanes between two processes."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test draws the same weights and samples in every run."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -110,8 +110,8 @@ def test_module_to_jax() -> None:
     value, gradients = loss(g.params, jnp.ones((1, 3)), jnp.ones((1, 2)))
     expected = (module(torch.ones(1, 3)) - 1).square().mean()
     expected.backward()
-    np.testing.assert_allclose(value, expected.item(), rtol=1e-5)
-    np.testing.assert_allclose(gradients["weight"], module.weight.grad, rtol=1e-5)
+    np.testing.assert_allclose(value, expected.item(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradients["weight"], module.weight.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_wrapped_jax_function() -> None:
@@ -171,7 +171,7 @@ def test_module_as_function() -> None:
     """`fn, params = convert_pytnn_to_jax(model)` becomes `g.apply` and `g.params`."""
     g = RemoteTorchFunction(nn.Linear(3, 2))
     gradient = jax.grad(lambda x: g.apply(g.params, x).sum())(jnp.ones(3))
-    np.testing.assert_allclose(gradient, g.params["weight"].sum(0), rtol=1e-6)
+    np.testing.assert_allclose(gradient, g.params["weight"].sum(0), rtol=1e-6, atol=1e-6)
 
 
 def test_module_as_flax_layer() -> None:
@@ -187,7 +187,7 @@ def test_module_as_flax_layer() -> None:
     layer = LinenModule(RemoteTorchFunction(nn.Linear(3, 2)))
     model, x = Model(layer), jnp.ones((1, 3))
     variables = model.init(jax.random.key(0), x)
-    np.testing.assert_allclose(model.apply(variables, x), 2 * layer.function(x), rtol=1e-6)
+    np.testing.assert_allclose(model.apply(variables, x), 2 * layer.function(x), rtol=1e-6, atol=1e-6)
 
 
 # rdyro's torch2jax -------------------------------------------------------------------------------------------------
@@ -198,15 +198,15 @@ def test_torch2jax() -> None:
     f = RemoteTorchFunction(lambda a, b: {"sum": a + b, "norm": torch.norm(a)})
     for size in (3, 5):
         made = jax.jit(f)(jnp.ones(size), jnp.ones(size))
-        np.testing.assert_allclose(made["norm"], size**0.5, rtol=1e-6)
+        np.testing.assert_allclose(made["norm"], size**0.5, rtol=1e-6, atol=1e-6)
 
 
 def test_torch2jax_with_vjp() -> None:
     """`torch2jax_with_vjp(fn, *examples, depth=2)` becomes the same; any depth, and jax.hessian works."""
     f = RemoteTorchFunction(nn.MSELoss())
     x, y = jnp.arange(3.0), jnp.ones(3)
-    np.testing.assert_allclose(jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1], 2 * (y - x) / 3, rtol=1e-6)
-    np.testing.assert_allclose(jax.hessian(f)(x, y), jnp.eye(3) * 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1], 2 * (y - x) / 3, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.hessian(f)(x, y), jnp.eye(3) * 2 / 3, rtol=1e-6, atol=1e-6)
 
 
 def test_arguments_without_gradients() -> None:
@@ -277,7 +277,7 @@ def test_t2j_module() -> None:
     module = nn.Linear(3, 2)
     h = trace_torch(module)
     params = to_jax(module.state_dict())
-    np.testing.assert_allclose(jax.jit(h)(params, jnp.ones(3)), module(torch.ones(3)).detach(), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(h)(params, jnp.ones(3)), module(torch.ones(3)).detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_t2j_rng() -> None:
@@ -343,15 +343,15 @@ def test_a_gradient_runs_the_forward_once() -> None:
 def test_forward_mode() -> None:
     """Not here (rdyro's torch2jax): no forward mode."""
     f = RemoteTorchFunction(torch.sin)
-    np.testing.assert_allclose(jax.jvp(f, (1.0,), (2.0,))[1], 2 * np.cos(1.0), rtol=1e-6)
+    np.testing.assert_allclose(jax.jvp(f, (1.0,), (2.0,))[1], 2 * np.cos(1.0), rtol=1e-6, atol=1e-6)
 
 
 def test_keywords_softmax_and_cross_entropy_are_traced() -> None:
     """Not here (samuela's torch2jax): no keyword arguments, no softmax, no cross_entropy, one output."""
     f = trace_torch(lambda x, *, labels: (functional.cross_entropy(x, labels), x.softmax(-1)))
     loss, probabilities = f(jnp.zeros((2, 4)), labels=jnp.asarray([1, 3]))
-    np.testing.assert_allclose(loss, np.log(4), rtol=1e-6)
-    np.testing.assert_allclose(probabilities, jnp.full((2, 4), 0.25), rtol=1e-6)
+    np.testing.assert_allclose(loss, np.log(4), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(probabilities, jnp.full((2, 4), 0.25), rtol=1e-6, atol=1e-6)
 
 
 def test_64_bits_are_refused_and_not_narrowed() -> None:

@@ -211,7 +211,7 @@ def test_derivatives_are_those_of_the_formula(serve: Serve, name: str) -> None:
     program = served.call(x, transforms=transforms)
     ones = [np.ones_like(x)] * (len(program.inputs) - 1)
     assert program.outputs == (program.inputs[0],)
-    np.testing.assert_allclose(served.run(program, x, *ones)[0], expected(x), rtol=1e-5)
+    np.testing.assert_allclose(served.run(program, x, *ones)[0], expected(x), rtol=1e-5, atol=1e-6)
 
 
 def test_batches_are_rows(serve: Serve) -> None:
@@ -220,7 +220,7 @@ def test_batches_are_rows(serve: Serve) -> None:
     x, y = numbers(2, 3), numbers(2)
     program = served.call(y, y, transforms=[vmap([1, -1], 3)])
     seen = served.run(program, x, y)[0]
-    np.testing.assert_allclose(seen, [[(row * y).sum(), y[0]] for row in x.T], rtol=1e-6)
+    np.testing.assert_allclose(seen, [[(row * y).sum(), y[0]] for row in x.T], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("order", ["vmap of vjp", "vjp of vmap", "vmap of vmap of vjp"])
@@ -234,7 +234,7 @@ def test_derivatives_and_batches_compose(serve: Serve, order: str) -> None:
     }[order]
     x = numbers(4, 2, 3) if order.count("vmap") == 2 else numbers(4, 3)
     program = served.call(numbers(3), transforms=transforms)
-    np.testing.assert_allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-6)
+    np.testing.assert_allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-6, atol=1e-6)
 
 
 def test_a_batch_of_nothing_has_no_rows(serve: Serve) -> None:
@@ -252,13 +252,13 @@ def test_complex_derivatives_are_linear(serve: Serve) -> None:
     for transforms in ([vjp([0])], [vmap([0], 1), vjp([0])], [vjp([0]), vmap([0, 0], 1)]):
         batch = (lambda x: x[None]) if len(transforms) == 2 else (lambda x: x)
         program = served.call(z, transforms=transforms)
-        np.testing.assert_allclose(served.run(program, batch(z), batch(ct))[0], batch(ct * 2 * z), rtol=1e-6)
+        np.testing.assert_allclose(served.run(program, batch(z), batch(ct))[0], batch(ct * 2 * z), rtol=1e-6, atol=1e-6)
     program = served.call(z, keep=[0])
     _, residual = served.run_keeping(program, z)
     pullback = served.pullback(program, [0], [1])
-    np.testing.assert_allclose(served.run(pullback, ct, residual=residual)[0], ct.conj(), rtol=1e-6)
+    np.testing.assert_allclose(served.run(pullback, ct, residual=residual)[0], ct.conj(), rtol=1e-6, atol=1e-6)
     pushed = served.run(served.call(z, transforms=[jvp([0], [0, 1])]), z, ct)
-    np.testing.assert_allclose(pushed, [2 * z * ct, ct.conj()], rtol=1e-6)
+    np.testing.assert_allclose(pushed, [2 * z * ct, ct.conj()], rtol=1e-6, atol=1e-6)
 
 
 def test_only_floats_have_derivatives(serve: Serve) -> None:
@@ -301,7 +301,9 @@ def test_a_residual_holds_for_the_values_of_its_own_run(serve: Serve) -> None:
     pullback = served.pullback(program, [0])
     kept = [(x, served.run_keeping(program, x)[1]) for x in (numbers(2), 2 * numbers(2))]
     for x, residual in kept:
-        np.testing.assert_allclose(served.run(pullback, np.ones_like(x), residual=residual)[0], np.exp(x), rtol=1e-6)
+        np.testing.assert_allclose(
+            served.run(pullback, np.ones_like(x), residual=residual)[0], np.exp(x), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_a_pullback_takes_only_what_was_kept(serve: Serve) -> None:
@@ -370,7 +372,7 @@ def test_threads_transform_at_once(serve: Serve, pool: ThreadPoolExecutor, trans
         start.wait()
         for i in range(25):
             x = np.full((2, 3) if len(transforms) == 2 else 3, 1 + thread + i / 32, np.float32)
-            if not np.allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5):
+            if not np.allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5, atol=1e-6):
                 return False
         return True
 

@@ -24,7 +24,7 @@ def runs_there(runtime: JaxRuntime) -> None:
     for _ in range(2):
         outputs, _ = program.run(views, None)
         assert {device for y in outputs for device in y.devices()} == {SECOND}
-        np.testing.assert_allclose(hosted.written(outputs[0], program.outputs[0]), np.sin(x) * 3, rtol=1e-6)
+        np.testing.assert_allclose(hosted.written(outputs[0], program.outputs[0]), np.sin(x) * 3, rtol=1e-6, atol=1e-6)
         np.testing.assert_array_equal(hosted.written(outputs[1], program.outputs[1]).astype(np.float32), [1, 1])
         x += 1  # what a view shows is read at each run
     assert runtime.exclusive(outputs, views, None) == [None, None]
@@ -38,9 +38,9 @@ def keeps_there(runtime: JaxRuntime) -> None:
     x = np.float32([0.1, 0.2, 0.3])
     program = hosted.call(x, keep=[0])
     (y,), kept = hosted.run_keeping(program, x)
-    np.testing.assert_allclose(y, np.sin(own * x), rtol=1e-6)
+    np.testing.assert_allclose(y, np.sin(own * x), rtol=1e-6, atol=1e-6)
     (gradient,) = hosted.run(hosted.pullback(program, [0]), np.ones(3, np.float32), residual=kept)
-    np.testing.assert_allclose(gradient, own * np.cos(own * x), rtol=1e-6)
+    np.testing.assert_allclose(gradient, own * np.cos(own * x), rtol=1e-6, atol=1e-6)
 
 
 def runs_without_arrays(runtime: JaxRuntime) -> None:

@@ -99,7 +99,7 @@ def test_a_run_comes_in_the_order_of_the_callers_stream(
     on_gpu.sleep(stream, 0.05)
     _overwrite(session, stream, block)
     (made,) = session.run(program, [block], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6)
+    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
     assert session.stats()["bytes_through_host"] == 0
 
 
@@ -145,7 +145,7 @@ def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> N
     pullback = keeping.pullback((0,), (0,))
     ones = _block(session, other, np.ones_like(X))
     (made,) = session.run_pullback(pullback, residual, [ones], stream=other)
-    np.testing.assert_allclose(_value(session, other, made), np.cos(X) * X + np.sin(X), rtol=1e-6)
+    np.testing.assert_allclose(_value(session, other, made), np.cos(X) * X + np.sin(X), rtol=1e-6, atol=1e-6)
     session.drop_residual(residual)
     with pytest.raises(ResidualGone):
         session.run_pullback(pullback, residual, [ones], stream=other)
@@ -168,11 +168,11 @@ def test_memory_in_no_slab_is_read_where_it_lies(session: InprocSession, stream:
     lying: Any = Lying()
     lying.address = address
     (made,) = session.run(_call(session), [lying], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6)
+    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
     on_host = session.pool.lease(X.nbytes)
     on_host.buffer[:] = X.tobytes()
     (made,) = session.run(_call(session), [on_host], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6)
+    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
     pool.device.free(own)
 
 
@@ -197,10 +197,10 @@ def test_arrays_of_jax_and_a_torch_module() -> None:
     expected = lambda x: x @ weight.T + bias  # noqa: E731
     with jax_on_gpu():
         for wrapped in (lambda f: f, jax.jit):
-            np.testing.assert_allclose(wrapped(f)(x), expected(x), rtol=1e-5)
-            np.testing.assert_allclose(wrapped(jax.grad(loss(f)))(x), jax.grad(loss(expected))(x), rtol=1e-5)
+            np.testing.assert_allclose(wrapped(f)(x), expected(x), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(wrapped(jax.grad(loss(f)))(x), jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6)
             batched = wrapped(jax.vmap(jax.grad(loss(f))))(x)
-            np.testing.assert_allclose(batched, jax.grad(loss(expected))(x), rtol=1e-5)
+            np.testing.assert_allclose(batched, jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6)
         stats = f.session.stats()
         assert stats["bytes_through_host"] == 0 and f.session.gpu_pool() is not None
         gc.collect()
@@ -215,7 +215,7 @@ def test_models_on_the_host_and_arrays_on_a_gpu(
     f = RemoteTorchFunction(torch.sin)
     with jax_on_gpu():
         for wrapped in (lambda f: f, jax.jit):
-            np.testing.assert_allclose(wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6)
+            np.testing.assert_allclose(wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6, atol=1e-6)
     assert f.session.stats()["bytes_through_host"] == 4 * X.nbytes
     assert [record.message for record in caplog.records if "through the host" in record.message] == [
         "tensors on a GPU travel through the host, since the models run on no GPU; move them there, or make one jax's "

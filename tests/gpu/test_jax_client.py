@@ -65,7 +65,7 @@ def test_arrays_on_the_gpu_stay_there(scaled: RemoteTorchFunction, session: Sess
     """Inputs are copied into shared memory once, and outputs lie there."""
     before = session.stats()
     made = scaled(X, Y)
-    np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6, atol=1e-6)
     pool = session.gpu_pool()
     assert pool is not None and pool.address_of(made.unsafe_buffer_pointer(), made.nbytes)
     after = session.stats()
@@ -79,7 +79,7 @@ def test_what_a_call_has_made_is_passed_on_as_it_lies(
     """The output of one call is the input of the next without a copy."""
     made = scaled(X, Y)
     before = session.stats()["bytes_copied"]
-    np.testing.assert_allclose(scaled(made, made), _same(made, made), rtol=1e-6)
+    np.testing.assert_allclose(scaled(made, made), _same(made, made), rtol=1e-6, atol=1e-6)
     assert session.stats()["bytes_copied"] - before == made.nbytes
 
 
@@ -99,8 +99,8 @@ def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
         assert referred == [X.shape] * ends_process
     monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", True)
     made = scaled(X, Y)
-    np.testing.assert_allclose(jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6)
-    np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6, atol=1e-6)
     blocks = session.stats()["blocks"]
     del made
     assert eventually(lambda: gc.collect() >= 0 and session.stats()["blocks"] < blocks)
@@ -169,11 +169,11 @@ def test_derivatives(is_compiled: bool, scaled: RemoteTorchFunction, session: Se
     for made, expected in zip(
         wrapped(jax.grad(loss(scaled), (0, 1)))(X, Y), jax.grad(loss(_same), (0, 1))(X, Y), strict=True
     ):
-        np.testing.assert_allclose(made, expected, rtol=1e-5)
+        np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
     pushed = wrapped(lambda x, y: jax.jvp(scaled, (x, y), (y, x)))(X, Y)
-    np.testing.assert_allclose(pushed, jax.jvp(_same, (X, Y), (Y, X)), rtol=1e-5)
+    np.testing.assert_allclose(pushed, jax.jvp(_same, (X, Y), (Y, X)), rtol=1e-5, atol=1e-6)
     batched = wrapped(jax.vmap(jax.grad(loss(scaled))))(X, Y)
-    np.testing.assert_allclose(batched, jax.vmap(jax.grad(loss(_same)))(X, Y), rtol=1e-5)
+    np.testing.assert_allclose(batched, jax.vmap(jax.grad(loss(_same)))(X, Y), rtol=1e-5, atol=1e-6)
     assert _staged(session) == before
 
 
@@ -181,7 +181,7 @@ def test_residuals_are_pulled_back(scaled: RemoteTorchFunction, session: Session
     """A handle finds its residual from within compiled code and without."""
     calls = session.stats()["calls"]
     made, pull = jax.vjp(scaled, X, Y)
-    np.testing.assert_allclose(pull(made)[0], jax.vjp(_same, X, Y)[1](made)[0], rtol=1e-5)
+    np.testing.assert_allclose(pull(made)[0], jax.vjp(_same, X, Y)[1](made)[0], rtol=1e-5, atol=1e-6)
     jax.jit(lambda x, y: jax.vjp(scaled, x, y)[1](x))(X, Y)
     jax.jit(pull)(made)
     assert session.stats()["calls"] - calls == 5
@@ -193,7 +193,7 @@ def test_a_loop_in_compiled_code(scaled: RemoteTorchFunction, session: Session, 
     """Handles are stacked by a scan and found again by its transpose."""
     many = lambda f: lambda x: jax.lax.scan(lambda c, y: (f(c, y), None), x, Y)[0].sum()  # noqa: E731
     made = jax.jit(jax.grad(many(scaled)))(X[0])
-    np.testing.assert_allclose(made, jax.grad(many(_same))(X[0]), rtol=1e-5)
+    np.testing.assert_allclose(made, jax.grad(many(_same))(X[0]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -201,15 +201,17 @@ def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) 
     """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are checked and narrowed."""
     wrapped = jax.jit if is_compiled else lambda f: f
     scaled, picked = (RemoteTorchFunction(session, name=name) for name in ("scaled", "picked"))
-    np.testing.assert_allclose(wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y), 3 * np.asarray(_same(X, Y)), rtol=1e-6)
+    np.testing.assert_allclose(
+        wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y), 3 * np.asarray(_same(X, Y)), rtol=1e-6, atol=1e-6
+    )
     before = _staged(session)
     rows, columns = wrapped(picked)(X, jnp.array([1, -2, 1]))
-    np.testing.assert_allclose(rows, 2 * X[jnp.array([1, -2, 1])], rtol=1e-6)
+    np.testing.assert_allclose(rows, 2 * X[jnp.array([1, -2, 1])], rtol=1e-6, atol=1e-6)
     assert columns.dtype == jnp.int32 and list(columns) == [2, 2, 2]
     assert _staged(session) == before
     with pytest.raises(Exception, match="which int32 cannot hold"):
         jax.block_until_ready(wrapped(RemoteTorchFunction(session, name="large"))(X))
-    np.testing.assert_allclose(wrapped(scaled)(X, Y), _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(wrapped(scaled)(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
@@ -222,7 +224,7 @@ def test_parameters_on_the_gpu(is_compiled: bool, session: Session, stream: int)
     wrapped = jax.jit if is_compiled else lambda f: f
     made = wrapped(jax.grad(loss(network.apply)))(params)
     for name, value in expected.items():
-        np.testing.assert_allclose(made[name], value, rtol=1e-5)
+        np.testing.assert_allclose(made[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_memory_is_given_back(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
@@ -281,7 +283,7 @@ def test_a_callback_waits_for_nothing(
         found[0](None, [out], x, y)
     pool.device.copy(x.pointer, Y.unsafe_buffer_pointer(), Y.nbytes, stream)
     pool.device.synchronize(stream)
-    np.testing.assert_allclose(out.value, _same(X, Y + 1), rtol=1e-6)
+    np.testing.assert_allclose(out.value, _same(X, Y + 1), rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(x.value, Y)
     for block in blocks:
         pool.device.free(block)
@@ -294,15 +296,15 @@ def test_arrays_on_another_gpu_travel_through_the_host(
     for module in (gpu, runs):
         monkeypatch.setattr(module, "ordinal_of", lambda array: 1)
     before = _staged(session)
-    np.testing.assert_allclose(scaled(X, Y), _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(scaled(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 3 * X.nbytes
     own = gpu.gpu_of_callback
     monkeypatch.setattr(callbacks, "gpu_of_callback", lambda *args: own(*args)._replace(pool=None))
-    np.testing.assert_allclose(jax.jit(scaled)(X, Y), _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(scaled)(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 6 * X.nbytes
     loss = lambda f: lambda x: f(x, Y).sum()  # noqa: E731
-    np.testing.assert_allclose(jax.jit(jax.grad(loss(scaled)))(X), jax.grad(loss(_same))(X), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss(scaled)))(X), jax.grad(loss(_same))(X), rtol=1e-6, atol=1e-6)
     monkeypatch.setattr(session, "gpu_pool", lambda: None)
     before = _staged(session)
-    np.testing.assert_allclose(jax.jit(lambda x, y: scaled(x, y))(X, Y), _same(X, Y), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(lambda x, y: scaled(x, y))(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 3 * X.nbytes

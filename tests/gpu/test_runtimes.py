@@ -110,7 +110,7 @@ def test_a_run_reads_and_writes_gpu_memory_in_its_turn(framework: str, runtime: 
         runtime.write(output, target.pointer, 24, turn)
     turn.end()
     assert turn.copies == [24, 24]
-    np.testing.assert_allclose(targets[0].read(), np.sin(x) + y, rtol=1e-6)
+    np.testing.assert_allclose(targets[0].read(), np.sin(x) + y, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(targets[1].read(), x.T)
 
 
@@ -129,7 +129,7 @@ def test_an_output_is_held_until_it_is_copied(
         others = [hosted.run(program, np.full_like(x, i)) for i in range(8)]  # would be given that memory
     finally:
         release.set()
-    np.testing.assert_allclose(target.read(), np.sin(x), rtol=1e-6)
+    np.testing.assert_allclose(target.read(), np.sin(x), rtol=1e-6, atol=1e-6)
     assert len(others) == 8
 
 

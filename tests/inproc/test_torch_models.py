@@ -32,11 +32,11 @@ def test_transforms_are_jaxs() -> None:
     f = RemoteTorchFunction(sine)
     x = jnp.arange(3.0)
     assert (f.session.lane, f.session.memory, f.session.framework) == ("inproc", "dlpack", "torch")
-    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x).sum()))(x), 2 * jnp.cos(x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x).sum()))(x), 2 * jnp.cos(x), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)), atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(f)(jnp.ones((4, 3))), 2 * jnp.sin(jnp.ones((4, 3))), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(f)(jnp.ones((4, 3))), 2 * jnp.sin(jnp.ones((4, 3))), rtol=1e-6, atol=1e-6)
     scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, x)[0]
-    np.testing.assert_allclose(scanned, (2 * jnp.sin(x)).sum(), rtol=1e-6)
+    np.testing.assert_allclose(scanned, (2 * jnp.sin(x)).sum(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
@@ -152,7 +152,7 @@ def test_both_directions_in_one_program() -> None:
     x = jnp.arange(3.0)
     gradient = jax.grad(lambda x: outer(x).sum())
     for transformed in (gradient, jax.jit(gradient)):
-        np.testing.assert_allclose(transformed(x), 2 * jnp.cos(x), rtol=1e-6)
+        np.testing.assert_allclose(transformed(x), 2 * jnp.cos(x), rtol=1e-6, atol=1e-6)
 
 
 def test_a_torch_model_may_compute_with_jax() -> None:
@@ -160,7 +160,7 @@ def test_a_torch_model_may_compute_with_jax() -> None:
     f = RemoteTorchFunction(lambda x: to_torch(jnp.sin(to_jax(x))))
     x = jnp.arange(3.0)
     for call in (f, jax.jit(f)):
-        np.testing.assert_allclose(call(x), jnp.sin(x), rtol=1e-6)
+        np.testing.assert_allclose(call(x), jnp.sin(x), rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_no_model_is_refused() -> None:

@@ -78,11 +78,11 @@ def test_functions_go_through_every_transform() -> None:
     x = jnp.arange(3.0)
     g = lambda x: (jnp.sin(x) * x).sum()  # noqa: E731
     for transform in (jax.jit, jax.grad, jax.hessian, lambda f: jax.jit(jax.grad(f)), jax.jacfwd):
-        np.testing.assert_allclose(transform(f)(x), transform(g)(x), rtol=1e-6)
+        np.testing.assert_allclose(transform(f)(x), transform(g)(x), rtol=1e-6, atol=1e-6)
     batch = jnp.ones((4, 3))
-    np.testing.assert_allclose(jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6, atol=1e-6)
     scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, batch)[0]
-    np.testing.assert_allclose(scanned, 4 * g(batch[0]), rtol=1e-6)
+    np.testing.assert_allclose(scanned, 4 * g(batch[0]), rtol=1e-6, atol=1e-6)
 
 
 def test_in_place_code_changes_nothing_outside() -> None:
@@ -356,7 +356,7 @@ def test_no_gradient_goes_through_no_grad() -> None:
 
     x = jnp.asarray([1.0, 2.0])
     for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.jacrev(f))):
-        np.testing.assert_allclose(derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6)
+        np.testing.assert_allclose(derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6, atol=1e-6)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -402,12 +402,12 @@ def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> No
 
     f, key = trace_torch(lambda x: _Parts.apply(x)), jax.random.key(0)
     cubed, index, drawn = wrap(lambda x: f(x, rng=key))(x)
-    np.testing.assert_allclose(cubed, x**3, rtol=1e-6)
+    np.testing.assert_allclose(cubed, x**3, rtol=1e-6, atol=1e-6)
     assert index == 1
     assert ((drawn > 0) & (drawn < 1)).all()
     slope = jax.grad(lambda x: f(x, rng=key)[0].sum())
-    np.testing.assert_allclose(wrap(slope)(x), 30 * x**2, rtol=1e-6)
-    np.testing.assert_allclose(wrap(jax.grad(lambda x: slope(x).sum()))(x), 60 * x, rtol=1e-6)
+    np.testing.assert_allclose(wrap(slope)(x), 30 * x**2, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(wrap(jax.grad(lambda x: slope(x).sum()))(x), 60 * x, rtol=1e-6, atol=1e-6)
     leaf = torch.tensor([0.3], requires_grad=True)
     _StraightThrough.apply(leaf, 2.0).backward()
     assert leaf.grad is not None and leaf.grad.item() == 2.0  # torch's own are what they were

@@ -40,8 +40,8 @@ def assert_same(seen: Any, expected: Any) -> None:
 def test_on_every_lane(any_lane: Remote) -> None:
     """At once, jitted and differentiated, on shared memory and by value."""
     f = any_lane("sine")
-    np.testing.assert_allclose(f(X), 2 * jnp.sin(X), rtol=1e-6)
-    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x).sum()))(X), 2 * jnp.cos(X), rtol=1e-6)
+    np.testing.assert_allclose(f(X), 2 * jnp.sin(X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x).sum()))(X), 2 * jnp.cos(X), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
@@ -78,8 +78,8 @@ def test_integers_without_x64(remote: Remote) -> None:
     assert labels.dtype == jnp.int32
     expected = -jax.nn.log_softmax(logits)[labels, labels].mean()
     for given in (labels, np.arange(4), labels.astype(jnp.int16).astype(jnp.int32)):
-        np.testing.assert_allclose(f(logits, given), expected, rtol=1e-6)
-        np.testing.assert_allclose(jax.jit(f)(logits, given), expected, rtol=1e-6)
+        np.testing.assert_allclose(f(logits, given), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(f)(logits, given), expected, rtol=1e-6, atol=1e-6)
     assert remote("embedded")(jnp.eye(3), labels[:3])["tokens"].dtype == jnp.int32
     with pytest.raises(DTypeError, match=r"`args\[1\]` has dtype int64 and values from 0 to 1099511627776"):
         f(logits, np.array([0, 1, 2, 2**40]))
@@ -238,7 +238,9 @@ def test_arrays_over_blocks_are_not_copied(remote: Remote, session: Session) -> 
     kept = jax.jit(lambda x: jax.vjp(f, x))(made)
     assert session.stats()["bytes_copied"] - before == again.nbytes
     del made
-    np.testing.assert_allclose(kept[1](jnp.ones(1000))[0], 2 * jnp.cos(2 * jnp.sin(jnp.ones(1000))), rtol=1e-5)
+    np.testing.assert_allclose(
+        kept[1](jnp.ones(1000))[0], 2 * jnp.cos(2 * jnp.sin(jnp.ones(1000))), rtol=1e-5, atol=1e-6
+    )
     del again, kept
     assert holds_nothing(session)
 

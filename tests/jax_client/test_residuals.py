@@ -34,7 +34,7 @@ def test_outside_jit_a_residual_lives_as_long_as_its_pullback(remote: Remote, se
     assert kept(session) == 1
     calls = session.stats()["calls"]
     for scale in (1, 2):
-        np.testing.assert_allclose(pull(scale * jnp.ones(4))[0], scale * SLOPE, rtol=1e-5)
+        np.testing.assert_allclose(pull(scale * jnp.ones(4))[0], scale * SLOPE, rtol=1e-5, atol=1e-6)
     assert (session.stats()["calls"] - calls, kept(session)) == (2, 1)
     del pull
     assert eventually(lambda: kept(session) == 0)
@@ -47,7 +47,7 @@ def test_no_transfer_is_hidden(remote: Remote) -> None:
     with jax.transfer_guard("disallow"):
         value, pull = jax.vjp(f, X)
         gradient = pull(value)[0]
-    np.testing.assert_allclose(gradient, value * SLOPE, rtol=1e-5)
+    np.testing.assert_allclose(gradient, value * SLOPE, rtol=1e-5, atol=1e-6)
 
 
 def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session) -> None:
@@ -56,7 +56,7 @@ def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session
     apply = jax.jit(lambda pull, cotangent: pull(cotangent)[0])
     assert kept(session) == 1
     for scale in (1, 2):
-        np.testing.assert_allclose(apply(pull, scale * jnp.ones(4)), scale * SLOPE, rtol=1e-5)
+        np.testing.assert_allclose(apply(pull, scale * jnp.ones(4)), scale * SLOPE, rtol=1e-5, atol=1e-6)
         assert kept(session) == 0
 
 
@@ -72,7 +72,7 @@ def test_a_pullback_that_fails_takes_it_too(remote: Remote, session: Session, wr
 def test_a_pullback_that_is_not_used_keeps_nothing(remote: Remote, session: Session) -> None:
     """jit sees that nobody wants the residual, and runs the plain program."""
     made = jax.jit(lambda x: jax.vjp(remote("sine"), x)[0])(X)
-    np.testing.assert_allclose(made, 2 * np.sin(X), rtol=1e-5)
+    np.testing.assert_allclose(made, 2 * np.sin(X), rtol=1e-5, atol=1e-6)
     assert kept(session) == 0
 
 
@@ -88,7 +88,7 @@ def test_residuals_never_asked_for_are_bounded(
     begin(jnp.ones(99 * 4))
     assert kept(session) == 2  # the large one, and one beside it
     for i, pull in enumerate(pulls):
-        np.testing.assert_allclose(pull(jnp.ones(4))[0], 2 * (X + i), rtol=1e-6)
+        np.testing.assert_allclose(pull(jnp.ones(4))[0], 2 * (X + i), rtol=1e-6, atol=1e-6)
 
 
 def test_evicted_by_the_worker(mortal_worker: Session) -> None:
@@ -105,7 +105,7 @@ def test_of_an_earlier_life_of_the_worker(mortal_worker: Session) -> None:
     """A worker that was started again has no residuals, and a pullback recomputes."""
     pull = jax.vjp(RemoteTorchFunction(mortal_worker, name="smooth"), X)[1]
     kill(mortal_worker)
-    np.testing.assert_allclose(pull(X)[0], jax.vjp(smooth, X)[1](X)[0], rtol=1e-5)
+    np.testing.assert_allclose(pull(X)[0], jax.vjp(smooth, X)[1](X)[0], rtol=1e-5, atol=1e-6)
     del pull
     assert holds_nothing(mortal_worker)
 

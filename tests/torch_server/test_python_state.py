@@ -185,12 +185,14 @@ def test_a_call_is_a_function_of_its_parameters(runtime: TorchRuntime, kind: typ
         w = (factor * np.arange(1.0, 4.0)).astype(dtype)
         value, by_w = expected_of(kind, w, factor * x)
         for _ in range(2):
-            np.testing.assert_allclose(hosted.run(program, w, factor * x)[0], value, rtol=1e-5)
-        np.testing.assert_allclose(hosted.run(gradient, w, factor * x, np.ones(3, dtype))[0], by_w, rtol=1e-5)
+            np.testing.assert_allclose(hosted.run(program, w, factor * x)[0], value, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            hosted.run(gradient, w, factor * x, np.ones(3, dtype))[0], by_w, rtol=1e-5, atol=1e-6
+        )
         (kept,), residual = hosted.run_keeping(keeping, w, factor * x)
-        np.testing.assert_allclose(kept, value, rtol=1e-5)
+        np.testing.assert_allclose(kept, value, rtol=1e-5, atol=1e-6)
         pulled = hosted.run(hosted.pullback(keeping, [0]), np.ones(3, dtype), residual=residual)[0]
-        np.testing.assert_allclose(pulled, by_w, rtol=1e-5)
+        np.testing.assert_allclose(pulled, by_w, rtol=1e-5, atol=1e-6)
     assert module.grid is None and not hasattr(module, "late")
     assert not isinstance(InClass.kept, FakeTensor)
 
@@ -283,7 +285,7 @@ def test_functions_that_keep_tensors(
     program = hosted.call(x, parameters=True)
     for factor in (1, 2, 3):
         seen = hosted.run(program, factor * np.ones(2, dtype), x)[0]
-        np.testing.assert_allclose(seen, np.sin(factor * np.ones(2)), rtol=1e-6)
+        np.testing.assert_allclose(seen, np.sin(factor * np.ones(2)), rtol=1e-6, atol=1e-6)
     assert GLOBAL is None and not kept_globally("w") and not hasattr(by_attribute, "kept")
     assert "reads them in later calls" in caplog.text
 
@@ -315,7 +317,7 @@ def test_a_random_table_is_drawn_once(runtime: TorchRuntime, caplog: pytest.LogC
     np.testing.assert_array_equal(first, second)
     torch.manual_seed(0)
     expected = torch.randn(2, 3) @ torch.randn(3, 3) @ torch.ones(3)
-    np.testing.assert_allclose(first, expected, rtol=1e-5)
+    np.testing.assert_allclose(first, expected, rtol=1e-5, atol=1e-6)
     assert not caplog.records
 
 
