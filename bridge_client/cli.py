@@ -13,7 +13,7 @@ from bridge_client.health import SERVING, health_of
 from bridge_client.link import Terms, Tls
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
-from bridge_wire.checks import BROKEN, as_json, as_table, worst
+from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from bridge_client.health import SERVING, health_of
 from bridge_client.lanes import Lane, Stale
 from bridge_client.link import Link, Terms
-from bridge_wire import __version__, exchange, gpu_checks, host, namespaces
-from bridge_wire.checks import Check, broken, ok, slow
+from bridge_wire import __version__
 from bridge_wire.cuda import device_of, label_of
 from bridge_wire.cuda_memory import UNIT, GpuPool, copy_to_device
 from bridge_wire.cuda_words import HOST
+from bridge_wire.doctor import exchange, gpu_checks, host, namespaces
+from bridge_wire.doctor.checks import Check, broken, ok, slow
 from bridge_wire.errors import (
     BridgeError,
     CallTimeout,

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterator, Sequence
 
 from bridge_server import allocator_choice, endpoints
-from bridge_wire import gpu_checks, host
-from bridge_wire.checks import BROKEN, Check, as_json, as_table, broken, ok, slow, worst
+from bridge_wire.doctor import gpu_checks, host
+from bridge_wire.doctor.checks import BROKEN, Check, as_json, as_table, broken, ok, slow, worst
 from bridge_wire.errors import CallerError
 
 

@@ -13,9 +13,10 @@ from bridge_server.lanes import serve
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
-from bridge_wire import PROTOCOLS, __version__, namespaces, specs
+from bridge_wire import PROTOCOLS, __version__, specs
 from bridge_wire.copying import usable_cores
 from bridge_wire.cuda import Gpu
+from bridge_wire.doctor import namespaces
 from bridge_wire.errors import (
     BridgeError,
     OutOfMemory,

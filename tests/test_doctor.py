@@ -16,8 +16,8 @@ from bridge_client import Session, doctor
 from bridge_client.cli import main
 from bridge_client.link import Terms
 from bridge_server.cli import main as bridge_server
-from bridge_wire import exchange, host, namespaces
-from bridge_wire.checks import BROKEN, OK, SLOW, Check, as_json, as_table, broken, ok, slow, worst
+from bridge_wire.doctor import exchange, host, namespaces
+from bridge_wire.doctor.checks import BROKEN, OK, SLOW, Check, as_json, as_table, broken, ok, slow, worst
 from bridge_wire.errors import WorldError
 from tests.conftest import ROOT, python_of
 from tests.workers import environment
@@ -102,7 +102,7 @@ def test_doctor_of_a_worker_tells_what_one_would_run_with(venv: str, framework: 
     assert lines["models"].startswith("ok ") and lines["endpoint"].startswith("ok ")
     assert lines["allocator"].endswith("glibc with huge pages") or "glibc" not in lines["system"]
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "bridge_wire.host" in loaded and not loaded & {"jax", "jaxlib", "torch", "cupy"}
+    assert "bridge_wire.doctor.host" in loaded and not loaded & {"jax", "jaxlib", "torch", "cupy"}
 
 
 def test_doctor_of_a_worker_with_an_unknown_option_is_misuse(capsys: pytest.CaptureFixture[str]) -> None:

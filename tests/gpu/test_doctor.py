@@ -14,9 +14,10 @@ from bridge_client import doctor, spawn
 from bridge_client.cli import main
 from bridge_client.link import Terms
 from bridge_server.cli import main as bridge_server
-from bridge_wire import cuda, cuda_exchange, gpu_checks
-from bridge_wire.checks import BROKEN, OK, SLOW, Check, ok
+from bridge_wire import cuda
 from bridge_wire.cuda import device_of, gpus
+from bridge_wire.doctor import cuda_exchange, gpu_checks
+from bridge_wire.doctor.checks import BROKEN, OK, SLOW, Check, ok
 from bridge_wire.errors import CudaError, WorldError
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed
@@ -304,7 +305,7 @@ def test_doctor_imports_no_framework_beside_a_gpu(fake_cuda: Any) -> None:
     """Only CuPy."""
     program = """
 import sys
-from bridge_wire import gpu_checks
+from bridge_wire.doctor import gpu_checks
 assert len(list(gpu_checks.checks())) > 4
 print(*(name for name in ("torch", "jax", "numpy", "cupy") if name in sys.modules))
 """

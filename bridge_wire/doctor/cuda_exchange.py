@@ -1,6 +1,6 @@
 """A live exchange of GPU memory with a child: what a worker and a client do, without either.
 
-`python -m bridge_wire.cuda_exchange FD UUID` is the child, at the other end of the socket FD.
+`python -m bridge_wire.doctor.cuda_exchange FD UUID` is the child, at the other end of the socket FD.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ import time
 
 from bridge_wire.cuda import HANDLE_BYTES, Device, device_of
 from bridge_wire.cuda_words import FIRST, HOST, WORDS, Words
+from bridge_wire.doctor.exchange import CHILD_S, NBYTES, lane_to_child
 from bridge_wire.errors import CudaError, WorldError
-from bridge_wire.exchange import CHILD_S, NBYTES, lane_to_child
 from bridge_wire.framed_socket import FramedSocket
 
 _ALLOCATION = 2 << 20  # smaller ones share a page with others, which a handle would give away

@@ -1,6 +1,6 @@
 """A live exchange of shared memory with a child: what a worker and a client do, without either.
 
-`python -m bridge_wire.exchange FD` is the child, at the other end of the socket FD.
+`python -m bridge_wire.doctor.exchange FD` is the child, at the other end of the socket FD.
 """
 
 import contextlib

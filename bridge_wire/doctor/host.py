@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from bridge_wire import PROTOCOLS, exchange
-from bridge_wire.checks import Check, broken, ok, slow
+from bridge_wire import PROTOCOLS
 from bridge_wire.copying import usable_cores
+from bridge_wire.doctor import exchange
+from bridge_wire.doctor.checks import Check, broken, ok, slow
+from bridge_wire.doctor.namespaces import KINDS
 from bridge_wire.errors import OutOfMemory, WorldError
-from bridge_wire.namespaces import KINDS
 from bridge_wire.slabs import PAGE, create_slab
 
 _NEEDED = ("torch-jax-bridge", "grpcio", "grpcio-health-checking", "protobuf", "optree")

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge_wire import cuda, cuda_exchange
-from bridge_wire.checks import OK, Check, broken, ok, slow
+from bridge_wire import cuda
 from bridge_wire.cuda import Gpu
 from bridge_wire.cuda_words import EVENTS, HOST, WORDS
+from bridge_wire.doctor import cuda_exchange
+from bridge_wire.doctor.checks import OK, Check, broken, ok, slow
+from bridge_wire.doctor.exchange import NBYTES
+from bridge_wire.doctor.host import CUPY, installed
 from bridge_wire.errors import CudaError, WorldError
-from bridge_wire.exchange import NBYTES
-from bridge_wire.host import CUPY, installed
 
 BY_HOST = "tensors on the GPU travel through the host"
 
