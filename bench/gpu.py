@@ -20,7 +20,7 @@ from tqdm import tqdm
 from bench import ROOT
 from bench.gpu_probe import described
 from bench.measure import KIB, MIB, Plan, interleave
-from bridge_wire.cuda import gpus
+from bridge_wire.memory.cuda import gpus
 
 GIB = 1 << 30
 _UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB}

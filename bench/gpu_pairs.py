@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench import ROOT
-from bridge_wire.cuda import Device, device_of, driver, gpus
-from bridge_wire.cuda_memory import copied_to_host, copy_to_device
-from bridge_wire.cuda_words import FIRST, Words
 from bridge_wire.errors import CudaError
+from bridge_wire.memory.cuda import Device, device_of, driver, gpus
+from bridge_wire.memory.cuda_memory import copied_to_host, copy_to_device
+from bridge_wire.memory.cuda_words import FIRST, Words
 
 _UNIT = 2 << 20
 _REST_S = 3.0 if os.environ.get("BRIDGE_TESTS_REHEARSE") else 15.0

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 
 from bench import ROOT, gpu_pairs
 from bench.gpu_pairs import Other, delay, device, keeping
-from bridge_wire.cuda import HANDLE_BYTES, Device, device_of, driver, gpus
-from bridge_wire.cuda_words import WAYS
-from bridge_wire.dlpack import DeviceExporter, keep_owners_by
 from bridge_wire.doctor import cuda_exchange
 from bridge_wire.doctor.gpu_checks import has_mps
 from bridge_wire.doctor.host import installed
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CudaError, WorldError
+from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of, driver, gpus
+from bridge_wire.memory.cuda_words import WAYS
+from bridge_wire.memory.dlpack import DeviceExporter, keep_owners_by
 from bridge_wire.specs import Spec
 
 MIB, GIB = 1 << 20, 1 << 30

@@ -10,9 +10,6 @@ from bridge_client.health import SERVING, health_of
 from bridge_client.lanes import Lane, Stale
 from bridge_client.link import Link, Terms
 from bridge_wire import __version__
-from bridge_wire.cuda import device_of, label_of
-from bridge_wire.cuda_memory import UNIT, GpuPool, copy_to_device
-from bridge_wire.cuda_words import HOST
 from bridge_wire.doctor import exchange, gpu_checks, host, namespaces
 from bridge_wire.doctor.checks import Check, broken, ok, slow
 from bridge_wire.errors import (
@@ -23,9 +20,12 @@ from bridge_wire.errors import (
     Unauthenticated,
     VersionMismatch,
 )
+from bridge_wire.memory.cuda import device_of, label_of
+from bridge_wire.memory.cuda_memory import UNIT, GpuPool, copy_to_device
+from bridge_wire.memory.cuda_words import HOST
+from bridge_wire.memory.pool import Pool
+from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Pool
-from bridge_wire.slabs import memfd_works
 
 # What is far beyond a healthy system, and not what a fast one takes. Another host may be any distance away.
 _SLOW_PING_S = 0.1

@@ -17,8 +17,6 @@ from google.protobuf.message import DecodeError
 
 from bridge_client.ordering import Ordering
 from bridge_client.watching import Watch
-from bridge_wire.cuda_memory import GpuPool, GpuSlab, is_on_gpu, leave
-from bridge_wire.cuda_words import WORDS
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,
@@ -33,9 +31,11 @@ from bridge_wire.errors import (
 )
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, SMALL
+from bridge_wire.memory.cuda_memory import GpuPool, GpuSlab, is_on_gpu, leave
+from bridge_wire.memory.cuda_words import WORDS
+from bridge_wire.memory.pool import Block
+from bridge_wire.memory.slabs import Slab
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
-from bridge_wire.slabs import Slab
 
 _T = TypeVar("_T")
 

@@ -18,8 +18,6 @@ from bridge_client.progress import logged_when_slow
 from bridge_client.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback
-from bridge_wire.cuda_memory import GpuPool, end_what_is_left
-from bridge_wire.cuda_words import WORDS
 from bridge_wire.errors import (
     BridgeError,
     CallerError,
@@ -31,10 +29,12 @@ from bridge_wire.errors import (
     WorkerUnavailable,
     decode,
 )
+from bridge_wire.memory.cuda_memory import GpuPool, end_what_is_left
+from bridge_wire.memory.cuda_words import WORDS
+from bridge_wire.memory.pool import Pool
+from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
-from bridge_wire.pool import Pool
-from bridge_wire.slabs import memfd_works
 
 _CONNECT_S = 10.0
 _GOODBYE_S = 1.0

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from bridge_client.session import Session
 from bridge_wire.errors import SpecError
-from bridge_wire.pool import Block
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 # struct's letters, and the machine epsilon of the types that have derivatives. bfloat16 is the upper half of a float32.

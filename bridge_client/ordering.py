@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from bridge_wire.cuda import driver
-from bridge_wire.cuda_memory import GpuPool, leave, leave_event
-from bridge_wire.cuda_words import EVENTS, FIRST, HOST, PROBE_S, WAYS, WORDS, Words
 from bridge_wire.errors import CallerError, CudaError, OutOfMemory
+from bridge_wire.memory.cuda import driver
+from bridge_wire.memory.cuda_memory import GpuPool, leave, leave_event
+from bridge_wire.memory.cuda_words import EVENTS, FIRST, HOST, PROBE_S, WAYS, WORDS, Words
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 
 _log = logging.getLogger(__name__)
 

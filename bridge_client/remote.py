@@ -17,8 +17,6 @@ from bridge_client.link import Link, Terms
 from bridge_client.programs import Program, model_tag, shapes_of
 from bridge_client.session import Placed, Session, checked_limit, closed, lanes_by_way
 from bridge_wire import trees
-from bridge_wire.cuda import device_of
-from bridge_wire.cuda_memory import GpuPool, end_what_is_left, is_on_gpu
 from bridge_wire.errors import (
     BridgeError,
     CallerError,
@@ -34,9 +32,11 @@ from bridge_wire.errors import (
     WorkerDied,
     WorkerUnavailable,
 )
+from bridge_wire.memory.cuda import device_of
+from bridge_wire.memory.cuda_memory import GpuPool, end_what_is_left, is_on_gpu
+from bridge_wire.memory.pool import Block, Pool
+from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block, Pool
-from bridge_wire.slabs import memfd_works
 from bridge_wire.specs import decode_all
 
 _log = logging.getLogger(__name__)

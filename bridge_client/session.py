@@ -16,12 +16,12 @@ from typing import Any, Protocol, TypeVar
 
 from bridge_client.programs import Program, residual_id, unpin
 from bridge_wire import specs
-from bridge_wire.cuda_memory import GpuPool
-from bridge_wire.cuda_words import WAYS
-from bridge_wire.dlpack import DeviceExporter, Exporter
 from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
+from bridge_wire.memory.cuda_memory import GpuPool
+from bridge_wire.memory.cuda_words import WAYS
+from bridge_wire.memory.dlpack import DeviceExporter, Exporter
+from bridge_wire.memory.pool import Block, Pool
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block, Pool
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)

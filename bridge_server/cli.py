@@ -22,7 +22,7 @@ from bridge_server.warmup import warm_up
 from bridge_server.worker import Security, Worker
 from bridge_wire import __version__
 from bridge_wire.errors import BridgeError, CallerError
-from bridge_wire.pool import half_of_memory
+from bridge_wire.memory.pool import half_of_memory
 
 _log = logging.getLogger("bridge_server")
 

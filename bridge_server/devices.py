@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from bridge_server.runtime import Runtime
-from bridge_wire.cuda import Gpu, device_of, gpus
 from bridge_wire.errors import CallerError, CudaError
+from bridge_wire.memory.cuda import Gpu, device_of, gpus
 
 _log = logging.getLogger(__name__)
 

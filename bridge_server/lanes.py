@@ -19,8 +19,8 @@ from bridge_server.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, SMALL
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 
 _log = logging.getLogger(__name__)
 

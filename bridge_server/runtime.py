@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bridge_server.turns import Turn
-from bridge_wire.cuda import Gpu
 from bridge_wire.errors import CallerError, SpecError
+from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
 

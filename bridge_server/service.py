@@ -14,8 +14,6 @@ from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
-from bridge_wire.copying import usable_cores
-from bridge_wire.cuda import Gpu
 from bridge_wire.doctor import namespaces
 from bridge_wire.errors import (
     BridgeError,
@@ -25,6 +23,8 @@ from bridge_wire.errors import (
     abort,
     unexpected,
 )
+from bridge_wire.memory.copying import usable_cores
+from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeServicer
 from bridge_wire.specs import Spec

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Program, Runtime
 from bridge_server.turns import Turn, turn_with
-from bridge_wire import cuda_words
-from bridge_wire.allocator import ALIGNMENT
-from bridge_wire.cuda import Device, device_of
-from bridge_wire.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
 from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
+from bridge_wire.memory import cuda_words
+from bridge_wire.memory.allocator import ALIGNMENT
+from bridge_wire.memory.cuda import Device, device_of
+from bridge_wire.memory.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
+from bridge_wire.memory.pool import Block, Pool
+from bridge_wire.memory.slabs import Slab, map_received
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block, Pool
-from bridge_wire.slabs import Slab, map_received
 from bridge_wire.specs import Spec
 
 _MAX_SLABS = 1024

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from bridge_server.residuals import Residuals
 from bridge_server.runtime import Runtime
 from bridge_server.session import Session
-from bridge_wire.cuda_memory import GpuSlab
 from bridge_wire.errors import (
     BridgeError,
     CudaError,
@@ -27,6 +26,7 @@ from bridge_wire.errors import (
     WorkerDraining,
     encode,
 )
+from bridge_wire.memory.cuda_memory import GpuSlab
 from bridge_wire.pb import bridge_pb2 as pb
 
 _log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bridge_wire.cuda import Device, driver
-from bridge_wire.cuda_words import FIRST, PROBE_S, Words
 from bridge_wire.errors import CudaError
+from bridge_wire.memory.cuda import Device, driver
+from bridge_wire.memory.cuda_words import FIRST, PROBE_S, Words
 
 _log = logging.getLogger(__name__)
 

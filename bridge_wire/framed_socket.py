@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 from bridge_wire import mailbox
-from bridge_wire.copying import usable_cores
 from bridge_wire.errors import OutOfMemory, ProtocolError
 from bridge_wire.frames import FrameDecoder, encode
 from bridge_wire.mailbox import Mailbox
-from bridge_wire.slabs import create_slab, map_received
+from bridge_wire.memory.copying import usable_cores
+from bridge_wire.memory.slabs import create_slab, map_received
 
 _BUFFER_BYTES = 64 << 10
 # An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors come this way.

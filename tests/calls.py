@@ -7,8 +7,8 @@ from bridge_client import Session
 from bridge_client.programs import Program
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 SCALAR = Spec(BY_NAME["float32"], ())

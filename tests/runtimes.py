@@ -10,8 +10,8 @@ from bridge_client.session import ModelInfo, Session
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 _LEAF = pb.Tree(leaf=pb.Tree.Leaf())

@@ -48,9 +48,9 @@ from bridge_wire.errors import (
 )
 from bridge_wire.framed_socket import FramedSocket
 from bridge_wire.frames import CHUNK, MAX_FRAME, encode
+from bridge_wire.memory.slabs import PAGE, Slab, create_slab
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub, add_BridgeServicer_to_server
-from bridge_wire.slabs import PAGE, Slab, create_slab
 from bridge_wire.specs import Spec
 from tests.conftest import eventually
 from tests.workers import Worker, held_by, models, serving

@@ -563,7 +563,7 @@ _WITHOUT_LINUX = """
     with connect(sys.argv[1]) as session:
         assert (session.lane, session.memory) == ("grpc", "inline")
         assert values(*session.run(prepare(session, "square", floats(2)), [placed(session, [2.0, 3.0])])) == [4.0, 9.0]
-        from bridge_wire.copying import copy
+        from bridge_wire.memory.copying import copy
         source, target = session.pool.lease(8 << 20), session.pool.lease(8 << 20)
         source.buffer[-1] = 7
         copy(target.pointer, source.pointer, source.nbytes)

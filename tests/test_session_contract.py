@@ -20,8 +20,8 @@ from bridge_wire.errors import (
     UnknownModel,
     WorkerUnavailable,
 )
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from tests import models as hosted
 from tests.calls import SCALAR, floats, placed, prepare, squares, values
 from tests.conftest import eventually

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bridge_server.turns import TurnByEvents
-from bridge_wire.cuda import Device
-from bridge_wire.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool, end_what_is_left, leave
+from bridge_wire.memory.cuda import Device
+from bridge_wire.memory.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool, end_what_is_left, leave
 
 
 class ProcessGpuMemory(GpuPool):

@@ -5,9 +5,9 @@ from typing import Any
 
 from bridge_client.session import Placed
 from bridge_server.runtime import Runtime
-from bridge_wire.allocator import ALIGNMENT
-from bridge_wire.cuda_memory import FIRST_ADDRESS, is_on_gpu
-from bridge_wire.pool import Block, Pool, block_at
+from bridge_wire.memory.allocator import ALIGNMENT
+from bridge_wire.memory.cuda_memory import FIRST_ADDRESS, is_on_gpu
+from bridge_wire.memory.pool import Block, Pool, block_at
 from bridge_wire.specs import Spec
 
 

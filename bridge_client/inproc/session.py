@@ -14,11 +14,11 @@ from bridge_server import runtime
 from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_wire import specs
-from bridge_wire.cuda import device_of
-from bridge_wire.cuda_memory import GpuPool, is_on_gpu
 from bridge_wire.errors import BridgeError, CallerError, ProtocolError, ResidualGone
+from bridge_wire.memory.cuda import device_of
+from bridge_wire.memory.cuda_memory import GpuPool, is_on_gpu
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 
 _T = TypeVar("_T")

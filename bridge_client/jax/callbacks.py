@@ -14,8 +14,8 @@ from bridge_client.jax.gpu import HAS_BUFFERS, OnGpu, gpu_of_callback
 from bridge_client.jax.memory import JAX_DTYPES, Source, write
 from bridge_client.jax.runs import Action
 from bridge_client.jax.widths import check_range, extremes, narrowed, widened
-from bridge_wire.dlpack import data_pointer
-from bridge_wire.pool import Block
+from bridge_wire.memory.dlpack import data_pointer
+from bridge_wire.memory.pool import Block
 
 if HAS_BUFFERS:
     from jax.experimental.buffer_callback import buffer_callback

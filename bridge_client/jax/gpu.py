@@ -14,11 +14,11 @@ import jax
 import numpy as np
 
 from bridge_client.session import Session
-from bridge_wire.cuda import Device, device_of, gpus
-from bridge_wire.cuda_memory import GpuPool
-from bridge_wire.dlpack import DeviceExporter
 from bridge_wire.errors import CudaError
-from bridge_wire.pool import Block
+from bridge_wire.memory.cuda import Device, device_of, gpus
+from bridge_wire.memory.cuda_memory import GpuPool
+from bridge_wire.memory.dlpack import DeviceExporter
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 try:

@@ -17,11 +17,11 @@ from bridge_client.jax.gpu import DONATION_ENDS_PROCESS, OnGpu
 from bridge_client.jax.widths import check_range, extremes, narrowed
 from bridge_client.programs import Program
 from bridge_client.session import Placed
-from bridge_wire.copying import copy
-from bridge_wire.dlpack import Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
 from bridge_wire.errors import DTypeError, SpecError
-from bridge_wire.pool import Block
+from bridge_wire.memory.copying import copy
+from bridge_wire.memory.dlpack import Exporter, keep_owners_by
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 JAX_DTYPES: Mapping[DType, np.dtype] = {dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()}

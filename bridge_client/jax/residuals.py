@@ -18,7 +18,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Session
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone
-from bridge_wire.pool import Block, block_at
+from bridge_wire.memory.pool import Block, block_at
 from bridge_wire.specs import Spec
 
 HANDLE = Spec(BY_NAME["uint32"], (2,))

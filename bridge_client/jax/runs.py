@@ -39,7 +39,7 @@ from bridge_client.jax.widths import widened
 from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_wire.errors import ResidualGone
-from bridge_wire.pool import Block
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 if HAS_BUFFERS:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from bridge_client.session import Session
-from bridge_wire.cuda_memory import GpuPool
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, CudaError
-from bridge_wire.pool import Block
+from bridge_wire.memory.cuda_memory import GpuPool
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ from bridge_client.session import Placed, Session
 from bridge_client.torch import gpu
 from bridge_client.torch.gpu import OnGpu
 from bridge_client.torch.structures import mapped
-from bridge_wire.copying import copy
-from bridge_wire.dlpack import keep_owners_by
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
-from bridge_wire.pool import Block
+from bridge_wire.memory.copying import copy
+from bridge_wire.memory.dlpack import keep_owners_by
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))

@@ -13,7 +13,7 @@ from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
 from bridge_wire.errors import ResidualGone, StructureError
-from bridge_wire.pool import Block
+from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
 PLAIN = {Tensor, nn.Parameter, *NUMBERS}

@@ -38,10 +38,10 @@ from bridge_server.runtime import Description, Model, Options, Preparation, Runt
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature
 from bridge_server.turns import Turn
 from bridge_wire import trees
-from bridge_wire.copying import copy
-from bridge_wire.cuda import Gpu
-from bridge_wire.dlpack import DeviceExporter, Exporter
 from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalError, RemoteModelError, SpecError
+from bridge_wire.memory.copying import copy
+from bridge_wire.memory.cuda import Gpu
+from bridge_wire.memory.dlpack import DeviceExporter, Exporter
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 

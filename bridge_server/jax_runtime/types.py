@@ -13,9 +13,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
 from bridge_wire import trees
-from bridge_wire.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
+from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())

@@ -21,8 +21,8 @@ from bridge_server.torch_runtime.programs import KeepingProgram, Placing, Progra
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_server.turns import Turn
 from bridge_wire import trees
-from bridge_wire.cuda import Gpu
 from bridge_wire.errors import TargetError
+from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bridge_server.turns import Turn
-from bridge_wire.copying import copy
-from bridge_wire.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.dtypes import BY_NAME, DType
+from bridge_wire.memory.copying import copy
+from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: torch.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))  # type: ignore[attr-defined]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from bridge_server.jax_runtime.types import has_x64
-from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64
 from bridge_wire.errors import CopyNeeded, DTypeError, StructureError
+from bridge_wire.memory.allocator import ALIGNMENT
 
 _NAMES = {getattr(torch, name): name for name in BY_NAME}
 

@@ -10,11 +10,11 @@ import socket
 import sys
 import time
 
-from bridge_wire.cuda import HANDLE_BYTES, Device, device_of
-from bridge_wire.cuda_words import FIRST, HOST, WORDS, Words
 from bridge_wire.doctor.exchange import CHILD_S, NBYTES, lane_to_child
 from bridge_wire.errors import CudaError, WorldError
 from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of
+from bridge_wire.memory.cuda_words import FIRST, HOST, WORDS, Words
 
 _ALLOCATION = 2 << 20  # smaller ones share a page with others, which a handle would give away
 _WORDS_AT = 4096  # bytes into it

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from bridge_wire.errors import ProtocolError, WorldError
 from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.slabs import PAGE, create_slab, map_received
+from bridge_wire.memory.slabs import PAGE, create_slab, map_received
 
 NBYTES = 256
 CHILD_S = 60.0  # until it has started, on a busy machine

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge_wire import cuda
-from bridge_wire.cuda import Gpu
-from bridge_wire.cuda_words import EVENTS, HOST, WORDS
 from bridge_wire.doctor import cuda_exchange
 from bridge_wire.doctor.checks import OK, Check, broken, ok, slow
 from bridge_wire.doctor.exchange import NBYTES
 from bridge_wire.doctor.host import CUPY, installed
 from bridge_wire.errors import CudaError, WorldError
+from bridge_wire.memory import cuda
+from bridge_wire.memory.cuda import Gpu
+from bridge_wire.memory.cuda_words import EVENTS, HOST, WORDS
 
 BY_HOST = "tensors on the GPU travel through the host"
 

@@ -10,12 +10,12 @@ from importlib import metadata
 from pathlib import Path
 
 from bridge_wire import PROTOCOLS
-from bridge_wire.copying import usable_cores
 from bridge_wire.doctor import exchange
 from bridge_wire.doctor.checks import Check, broken, ok, slow
 from bridge_wire.doctor.namespaces import KINDS
 from bridge_wire.errors import OutOfMemory, WorldError
-from bridge_wire.slabs import PAGE, create_slab
+from bridge_wire.memory.copying import usable_cores
+from bridge_wire.memory.slabs import PAGE, create_slab
 
 _NEEDED = ("torch-jax-bridge", "grpcio", "grpcio-health-checking", "protobuf", "optree")
 _FRAMEWORKS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "torchax")

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bridge_wire import cuda
+from bridge_wire.memory import cuda
 
 FAKE = Path(__file__).resolve().parent / "fake"
 ROOT = FAKE.parent.parent.parent

@@ -11,7 +11,7 @@ import numpy as np
 from bridge_server import lanes
 from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.turns import Turn
-from bridge_wire.cuda import gpus
+from bridge_wire.memory.cuda import gpus
 
 JaxRuntime.gpu = lambda self: gpus()[0]
 lanes.STUCK_S = 0.5  # no test waits for longer

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from bridge_client.jax import callbacks, gpu, memory, primitives, runs
-from bridge_wire.cuda import device_of, gpus
+from bridge_wire.memory.cuda import device_of, gpus
 
 
 def _pointer_of(self: gpu.OnGpu, array: jax.Array) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bridge_wire.cuda import gpus
+from bridge_wire.memory.cuda import gpus
 
 
 def pose(replace: Callable[[Any, str, Any], None], runtime: Any) -> None:

@@ -1,4 +1,4 @@
-"""`bridge_wire.cuda`, on GPUs that are none."""
+"""`bridge_wire.memory.cuda`, on GPUs that are none."""
 
 import ctypes
 import os
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from bridge_wire import cuda
-from bridge_wire.cuda import HANDLE_BYTES, Device, device_of, driver, gpus, label_of
-from bridge_wire.cuda_memory import copied_to_host, copy_to_device
 from bridge_wire.errors import CudaError, OutOfMemory
+from bridge_wire.memory import cuda
+from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of, driver, gpus, label_of
+from bridge_wire.memory.cuda_memory import copied_to_host, copy_to_device
 from tests.gpu.faking import installed
 
 _ONE = bytes(range(16))
@@ -22,7 +22,7 @@ _TWO = bytes(range(16, 32))
 # Allocates as many bytes, exports them and an event, and lives until its input ends.
 _EXPORTER = """
 import sys
-from bridge_wire.cuda import device_of, gpus
+from bridge_wire.memory.cuda import device_of, gpus
 
 device = device_of(bytes.fromhex(sys.argv[1]))
 memory, event = device.allocate(int(sys.argv[2])), device.new_event(is_shared=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bridge_server import devices
-from bridge_wire.cuda import device_of, gpus
 from bridge_wire.errors import CallerError
+from bridge_wire.memory.cuda import device_of, gpus
 from tests.conftest import ROOT, python_of
 from tests.gpu.faking import environment, installed
 

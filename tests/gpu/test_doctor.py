@@ -14,11 +14,11 @@ from bridge_client import doctor, spawn
 from bridge_client.cli import main
 from bridge_client.link import Terms
 from bridge_server.cli import main as bridge_server
-from bridge_wire import cuda
-from bridge_wire.cuda import device_of, gpus
 from bridge_wire.doctor import cuda_exchange, gpu_checks
 from bridge_wire.doctor.checks import BROKEN, OK, SLOW, Check, ok
 from bridge_wire.errors import CudaError, WorldError
+from bridge_wire.memory import cuda
+from bridge_wire.memory.cuda import device_of, gpus
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed
 

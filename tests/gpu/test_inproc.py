@@ -20,12 +20,12 @@ from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.torch_runtime import TorchRuntime
 from bridge_wire import specs, trees
-from bridge_wire.cuda import device_of, gpus
-from bridge_wire.cuda_memory import end_what_is_left
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone, TargetError
+from bridge_wire.memory.cuda import device_of, gpus
+from bridge_wire.memory.cuda_memory import end_what_is_left
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 from tests.gpu.posing import jax_on_gpu
 from tests.gpu.posing_torch import pose

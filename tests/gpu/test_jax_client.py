@@ -14,9 +14,9 @@ import pytest
 
 from bridge_client import Session, spawn
 from bridge_client.jax import RemoteTorchFunction, callbacks, gpu, memory, runs
-from bridge_wire import cuda
-from bridge_wire.dlpack import DeviceExporter
 from bridge_wire.dtypes import BY_NAME
+from bridge_wire.memory import cuda
+from bridge_wire.memory.dlpack import DeviceExporter
 from bridge_wire.specs import Spec
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from bridge_wire.cuda import Device, device_of, gpus
-from bridge_wire.cuda_memory import ALIGNMENT, FIRST_ADDRESS, UNIT, GpuPool, copied_to_host
 from bridge_wire.errors import OutOfMemory, SessionClosed
+from bridge_wire.memory.cuda import Device, device_of, gpus
+from bridge_wire.memory.cuda_memory import ALIGNMENT, FIRST_ADDRESS, UNIT, GpuPool, copied_to_host
 
 
 @pytest.fixture

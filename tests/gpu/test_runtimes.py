@@ -19,9 +19,9 @@ from bridge_server.model_errors import remote
 from bridge_server.runtime import Options, Runtime
 from bridge_server.torch_runtime import TorchRuntime, types
 from bridge_server.turns import Turn
-from bridge_wire.cuda import Device, device_of, gpus
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import OutOfMemory, RemoteModelError
+from bridge_wire.memory.cuda import Device, device_of, gpus
 from bridge_wire.specs import Spec
 from tests.conftest import ROOT, python_of
 from tests.runtimes import Hosted, placed

@@ -19,16 +19,6 @@ from bridge_client.ordering import Ordering
 from bridge_client.programs import Program
 from bridge_server.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
-from bridge_wire.cuda_memory import (
-    FIRST_ADDRESS,
-    UNIT,
-    GpuPool,
-    GpuSlab,
-    copied_to_host,
-    copy_to_device,
-    end_what_is_left,
-)
-from bridge_wire.cuda_words import FIRST, Words
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
     BridgeError,
@@ -39,8 +29,18 @@ from bridge_wire.errors import (
     ProtocolError,
     WorkerDied,
 )
+from bridge_wire.memory.cuda_memory import (
+    FIRST_ADDRESS,
+    UNIT,
+    GpuPool,
+    GpuSlab,
+    copied_to_host,
+    copy_to_device,
+    end_what_is_left,
+)
+from bridge_wire.memory.cuda_words import FIRST, Words
+from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.pool import Block
 from bridge_wire.specs import Spec
 from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import environment, installed
@@ -578,7 +578,7 @@ def test_a_client_that_sees_no_gpu_says_why(machine: Any, monkeypatch: pytest.Mo
     """Its tensors on a GPU go through the host, counted and logged once; where that is forbidden, it is an error."""
     _, _, address = machine
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    from bridge_wire import cuda
+    from bridge_wire.memory import cuda
 
     cuda.device_of.cache_clear()
     with pytest.raises(LaneUnavailable, match="cuda_ipc"):

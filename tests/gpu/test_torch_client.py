@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bridge_client import Session, connect, spawn
 from bridge_client.torch import RemoteJaxFunction, allocate_in, gpu
-from bridge_wire.cuda_memory import UNIT
 from bridge_wire.errors import CallerError
+from bridge_wire.memory.cuda_memory import UNIT
 from tests.conftest import ROOT, python_of
 from tests.gpu.faking import environment, installed
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
+from bridge_wire.memory.allocator import ALIGNMENT, Allocator, rounded
 
 PAGE = 4096
 # Allocate so many bytes, or free the n-th of the live extents.

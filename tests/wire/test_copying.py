@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge_wire import copying
-from bridge_wire.copying import copy
+from bridge_wire.memory import copying
+from bridge_wire.memory.copying import copy
 
 MIB = 1 << 20
 

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 
-import bridge_wire.dlpack
-from bridge_wire.dlpack import CPU, Exporter, borrow, keep_owners_by
+import bridge_wire.memory.dlpack
 from bridge_wire.dtypes import BY_NAME, DType
 from bridge_wire.errors import StructureError
-from bridge_wire.pool import Block, Pool
+from bridge_wire.memory.dlpack import CPU, Exporter, borrow, keep_owners_by
+from bridge_wire.memory.pool import Block, Pool
 from bridge_wire.specs import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ class Owner:
 @pytest.fixture(autouse=True)
 def carried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Owners are kept by arrays of NumPy."""
-    monkeypatch.setattr(bridge_wire.dlpack, "_carrier", None)
+    monkeypatch.setattr(bridge_wire.memory.dlpack, "_carrier", None)
     keep_owners_by(CARRIERS["numpy"])
 
 
@@ -270,10 +270,10 @@ def test_many_exports_leave_nothing_behind() -> None:
 EXIT_WITH_LIVE_EXPORTS = """
 import importlib, sys
 import jax, numpy as np, torch
-from bridge_wire.dlpack import Exporter
+from bridge_wire.memory.dlpack import Exporter
 importlib.import_module(sys.argv[1])  # whose arrays keep the owners
 from bridge_wire.dtypes import BY_NAME
-from bridge_wire.pool import Pool
+from bridge_wire.memory.pool import Pool
 from bridge_wire.specs import Spec
 pool = Pool(max_bytes=1 << 20)
 def export(owned):

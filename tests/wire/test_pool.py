@@ -14,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridge_wire.allocator import ALIGNMENT
 from bridge_wire.errors import BridgeError, CallerError, OutOfMemory, SessionClosed
-from bridge_wire.pool import Pool, half_of_memory
-from bridge_wire.slabs import PAGE
+from bridge_wire.memory.allocator import ALIGNMENT
+from bridge_wire.memory.pool import Pool, half_of_memory
+from bridge_wire.memory.slabs import PAGE
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -326,7 +326,7 @@ def test_forgotten_pool_leaves_its_tensors_valid() -> None:
 
 EXIT_WITH_LIVE_TENSORS = """
 import threading, torch
-from bridge_wire.pool import Pool
+from bridge_wire.memory.pool import Pool
 pool = Pool(max_bytes=1 << 20)
 tensor = torch.frombuffer(pool.lease(4096).buffer, dtype=torch.float32)
 torch.a_tensor_that_outlives_this_module = tensor.view(2, -1)

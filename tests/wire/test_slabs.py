@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bridge_wire.errors import OutOfMemory, ProtocolError
-from bridge_wire.slabs import PAGE, Slab, create_slab, map_received, memfd_works
+from bridge_wire.memory.slabs import PAGE, Slab, create_slab, map_received, memfd_works
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: what `bridge_wire.cuda` uses of the driver and of CuPy's runtime, over files that processes map.
+"""CUDA without a GPU: what `bridge_wire.memory.cuda` uses of the driver and of CuPy's runtime, over files that processes map.
 
 "Device memory" is a file of FAKE_CUDA_DIR, mapped shared. Streams are queues, each worked off by a thread of its own,
 so that work is as asynchronous as on a GPU, also where CUDA would be kinder, as with copies from the host. Handles and
@@ -675,7 +675,7 @@ def uninstall() -> None:
 
 def pose_as_host() -> Callable[[], None]:
     """Let frameworks take the device's memory for the host's, which it is. Returns how to undo it."""
-    from bridge_wire.cuda import Device
+    from bridge_wire.memory.cuda import Device
 
     before = {name: Device.__dict__[name] for name in ("dlpack_type", "dlpack_device")}
     Device.dlpack_type = 1  # kDLCPU

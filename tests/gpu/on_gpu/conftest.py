@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge_wire.cuda import gpus
+from bridge_wire.memory.cuda import gpus
 from tests.conftest import eventually, held
 from tests.gpu.on_gpu.machine import REHEARSED
 

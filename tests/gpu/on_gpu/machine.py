@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from bridge_client import Session, spawn
-from bridge_wire.cuda import gpus
+from bridge_wire.memory.cuda import gpus
 from tests.conftest import ROOT, eventually
 
 REHEARSED = bool(os.environ.get("BRIDGE_TESTS_REHEARSE"))

@@ -12,9 +12,9 @@ import torch
 
 from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.cuda import HANDLE_BYTES, device_of, gpus
-from bridge_wire.cuda_memory import FIRST_ADDRESS, UNIT
 from bridge_wire.errors import BridgeError, CudaError, OutOfMemory, WorkerDied
+from bridge_wire.memory.cuda import HANDLE_BYTES, device_of, gpus
+from bridge_wire.memory.cuda_memory import FIRST_ADDRESS, UNIT
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, eventually
 from tests.gpu.on_gpu import machine

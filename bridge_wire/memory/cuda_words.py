@@ -8,7 +8,7 @@ no rules for it but those of memory.
 import ctypes
 import time
 
-from bridge_wire.cuda import Device
+from bridge_wire.memory.cuda import Device
 
 # How the streams of two processes wait for each other: as here, by interprocess events, or by their hosts.
 WORDS, EVENTS, HOST = WAYS = ("words", "events", "host")

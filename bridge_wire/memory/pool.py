@@ -16,9 +16,9 @@ from collections import defaultdict
 from collections.abc import Collection
 from typing import Any, NamedTuple, Protocol
 
-from bridge_wire.allocator import ALIGNMENT, Allocator, rounded
 from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
-from bridge_wire.slabs import PAGE, Slab, create_slab
+from bridge_wire.memory.allocator import ALIGNMENT, Allocator, rounded
+from bridge_wire.memory.slabs import PAGE, Slab, create_slab
 
 _FIRST_STEP = 16 << 20
 _LARGEST_STEP = 256 << 20

@@ -14,11 +14,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from bridge_wire import cuda_words
-from bridge_wire.cuda import Device, driver
 from bridge_wire.errors import CudaError
-from bridge_wire.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
-from bridge_wire.slabs import Slab
+from bridge_wire.memory import cuda_words
+from bridge_wire.memory.cuda import Device, driver
+from bridge_wire.memory.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
+from bridge_wire.memory.slabs import Slab
 
 _T = TypeVar("_T")
 

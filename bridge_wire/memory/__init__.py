@@ -1,0 +1,1 @@
+"""Blocks of shared memory: allocation, slabs, leases, copies, DLPack, CUDA IPC. Imports no framework."""
