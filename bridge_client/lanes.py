@@ -29,8 +29,8 @@ from bridge_wire.errors import (
     WorkerUnavailable,
     decode,
 )
-from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import CHUNK, SMALL
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.lane.frames import CHUNK, SMALL
 from bridge_wire.memory.cuda_memory import GpuPool, GpuSlab, is_on_gpu, leave
 from bridge_wire.memory.cuda_words import WORDS
 from bridge_wire.memory.pool import Block

@@ -12,7 +12,7 @@ import grpc
 
 from bridge_server.lanes import ATTACH_S
 from bridge_wire.errors import OutOfMemory, ProtocolError, Unauthenticated, abort
-from bridge_wire.frames import MAX_FRAME
+from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
 MAX_PROBES = 128  # at a time: each holds a thread

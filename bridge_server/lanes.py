@@ -17,8 +17,8 @@ from bridge_server.session import Session, addressed, nbytes_of
 from bridge_server.sessions import Sessions
 from bridge_server.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
-from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import CHUNK, SMALL
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.lane.frames import CHUNK, SMALL
 from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
 

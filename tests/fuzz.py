@@ -28,9 +28,10 @@ from bridge_server.runtime import Description, Model, Preparation, Program, Runt
 from bridge_server.service import Service
 from bridge_server.sessions import Sessions
 from bridge_server.turns import Turn
-from bridge_wire import errors, frames, specs, trees
+from bridge_wire import errors, specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import BridgeError, PeerError, ProtocolError, StructureError
+from bridge_wire.lane import frames
 from bridge_wire.memory.slabs import PAGE, create_slab
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec

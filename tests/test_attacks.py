@@ -46,8 +46,8 @@ from bridge_wire.errors import (
     WorldError,
     decode,
 )
-from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import CHUNK, MAX_FRAME, encode
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.lane.frames import CHUNK, MAX_FRAME, encode
 from bridge_wire.memory.slabs import PAGE, Slab, create_slab
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub, add_BridgeServicer_to_server

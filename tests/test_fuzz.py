@@ -9,7 +9,8 @@ import pytest
 
 from bridge_server.residuals import Residuals
 from bridge_server.session import Session
-from bridge_wire import frames, specs, trees
+from bridge_wire import specs, trees
+from bridge_wire.lane import frames
 from tests import fuzz
 
 INPUTS = 3000

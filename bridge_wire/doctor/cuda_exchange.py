@@ -12,7 +12,7 @@ import time
 
 from bridge_wire.doctor.exchange import CHILD_S, NBYTES, lane_to_child
 from bridge_wire.errors import CudaError, WorldError
-from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of
 from bridge_wire.memory.cuda_words import FIRST, HOST, WORDS, Words
 

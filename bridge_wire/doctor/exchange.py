@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 
 from bridge_wire.errors import ProtocolError, WorldError
-from bridge_wire.framed_socket import FramedSocket
+from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.memory.slabs import PAGE, create_slab, map_received
 
 NBYTES = 256

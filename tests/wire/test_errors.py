@@ -12,7 +12,7 @@ import pytest
 from bridge_client.lanes import from_rpc
 from bridge_wire import errors
 from bridge_wire.errors import BridgeError, RemoteModelError
-from bridge_wire.frames import MAX_FRAME
+from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
 STATUS = {

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from bridge_wire.errors import ProtocolError
-from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.frames import MAX_FRAME, encode
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.lane.frames import MAX_FRAME, encode
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge_wire.errors import ProtocolError
-from bridge_wire.frames import CHUNK, MAX_FRAME, FrameDecoder, encode
+from bridge_wire.lane.frames import CHUNK, MAX_FRAME, FrameDecoder, encode
 from bridge_wire.pb import bridge_pb2 as pb
 
 MESSAGES = [

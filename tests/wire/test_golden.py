@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from google.protobuf.message import Message
 
-from bridge_wire import frames
+from bridge_wire.lane import frames
 from bridge_wire.pb import bridge_pb2 as pb
 
 T = pb.Tree

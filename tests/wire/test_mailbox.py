@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge_wire import framed_socket, mailbox
 from bridge_wire.errors import OutOfMemory, ProtocolError
-from bridge_wire.framed_socket import FramedSocket
-from bridge_wire.mailbox import ABSENT, ASLEEP, AWAKE, CAPACITY, NBYTES, Mailbox
+from bridge_wire.lane import framed_socket, mailbox
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.lane.mailbox import ABSENT, ASLEEP, AWAKE, CAPACITY, NBYTES, Mailbox
 
 pytestmark = pytest.mark.skipif(not mailbox.is_usable(), reason="stores of these processors may be seen out of order")
 

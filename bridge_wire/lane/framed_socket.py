@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bridge_wire import mailbox
 from bridge_wire.errors import OutOfMemory, ProtocolError
-from bridge_wire.frames import FrameDecoder, encode
-from bridge_wire.mailbox import Mailbox
+from bridge_wire.lane import mailbox
+from bridge_wire.lane.frames import FrameDecoder, encode
+from bridge_wire.lane.mailbox import Mailbox
 from bridge_wire.memory.copying import usable_cores
 from bridge_wire.memory.slabs import create_slab, map_received
 

@@ -1,0 +1,1 @@
+"""Messages of a lane: frames, sockets, the polled mailbox. Imports no framework."""
