@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from os import environ
 from pathlib import Path
 
-from bridge_client import doctor
-from bridge_client.connecting import check_address, connect
-from bridge_client.gradients import HIGH, LOW, Check, check_gradients
-from bridge_client.health import SERVING, health_of
-from bridge_client.link import Terms, Tls
+from bridge_client.commands import doctor
+from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
+from bridge_client.commands.health import SERVING, health_of
+from bridge_client.remote.connecting import check_address, connect
+from bridge_client.remote.link import Terms, Tls
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
 from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst

@@ -1,6 +1,6 @@
 """Sessions, as everything above them sees them: the one interface between frameworks and models, wherever these run.
 
-`bridge_client.remote` serves it by a worker process, `bridge_client.inproc` by a runtime in this process.
+`bridge_client.remote.session` serves it by a worker process, `bridge_client.inproc` by a runtime in this process.
 """
 
 import itertools

@@ -23,7 +23,7 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
-from bridge_client.lanes import from_rpc
+from bridge_client.remote.lanes import from_rpc
 from bridge_server.entrance import Entrance
 from bridge_server.lanes import LocalLanes
 from bridge_server.programs import Programs

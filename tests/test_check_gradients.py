@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from bridge_client import numbers
 from bridge_client.cli import main
+from bridge_client.commands import numbers
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.specs import Spec

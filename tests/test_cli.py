@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bridge_client import connect
-from bridge_client.link import Tls
+from bridge_client.remote.link import Tls
 from bridge_server import endpoints
 from bridge_wire import __version__
 from bridge_wire.errors import CallerError, Unauthenticated, WorkerUnavailable

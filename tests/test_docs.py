@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bridge_client import Session, doctor
-from bridge_client.link import Terms
+from bridge_client import Session
+from bridge_client.commands import doctor
+from bridge_client.remote.link import Terms
 from bridge_wire.lane.frames import encode
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, python_of

@@ -12,9 +12,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from bridge_client import Session, doctor
+from bridge_client import Session
 from bridge_client.cli import main
-from bridge_client.link import Terms
+from bridge_client.commands import doctor
+from bridge_client.remote.link import Terms
 from bridge_server.cli import main as bridge_server
 from bridge_wire.doctor import exchange, host, namespaces
 from bridge_wire.doctor.checks import BROKEN, OK, SLOW, Check, as_json, as_table, broken, ok, slow, worst

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bridge_client import Session, connect, spawn
-from bridge_client.lanes import LocalLane
+from bridge_client.remote.lanes import LocalLane
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
     BridgeError,

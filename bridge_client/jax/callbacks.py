@@ -13,7 +13,7 @@ from bridge_client.jax.errors import named
 from bridge_client.jax.gpu import HAS_BUFFERS, OnGpu, gpu_of_callback
 from bridge_client.jax.memory import JAX_DTYPES, Source, write
 from bridge_client.jax.runs import Action
-from bridge_client.jax.widths import check_range, extremes, narrowed, widened
+from bridge_client.jax.x64 import check_range, extremes, narrowed, widened
 from bridge_wire.memory.dlpack import data_pointer
 from bridge_wire.memory.pool import Block
 

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
-from bridge_client.connecting import session_for
 from bridge_client.jax import primitives, sharding
 from bridge_client.jax.memory import as_array, dtype_of, from_block, has_x64, spec_of
-from bridge_client.jax.structures import (
+from bridge_client.jax.pytrees import (
     expand,
     flatten,
     marked,
@@ -21,6 +20,7 @@ from bridge_client.jax.structures import (
     register_if_dataclass,
 )
 from bridge_client.programs import Program
+from bridge_client.remote.connecting import session_for
 from bridge_client.session import ParameterInfo, Session, checked_limit
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME

@@ -14,7 +14,7 @@ import numpy as np
 
 from bridge_client.arguments import NUMBERS
 from bridge_client.jax.gpu import DONATION_ENDS_PROCESS, OnGpu
-from bridge_client.jax.widths import check_range, extremes, narrowed
+from bridge_client.jax.x64 import check_range, extremes, narrowed
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType

@@ -35,7 +35,7 @@ from bridge_client.jax.memory import (
     source_of,
 )
 from bridge_client.jax.residuals import HANDLE, residuals_of
-from bridge_client.jax.widths import widened
+from bridge_client.jax.x64 import widened
 from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_wire.errors import ResidualGone

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
-from bridge_client.connecting import session_for
 from bridge_client.futures import completed
 from bridge_client.programs import Program
+from bridge_client.remote.connecting import session_for
 from bridge_client.session import Session, checked_limit
 from bridge_client.torch import compiled
 from bridge_client.torch.derivatives import apply, prepared
@@ -32,8 +32,7 @@ from bridge_client.torch.memory import (
     is_sole_owner,
     spec_of,
 )
-from bridge_client.torch.runs import PLAIN, is_traced
-from bridge_client.torch.structures import (
+from bridge_client.torch.pytrees import (
     flatten,
     marked,
     path_of,
@@ -41,6 +40,7 @@ from bridge_client.torch.structures import (
     register_dataclass,
     register_if_container,
 )
+from bridge_client.torch.runs import PLAIN, is_traced
 from bridge_client.torch.threads import autocast_is_on, is_bound_to_this_thread, thread_state
 from bridge_wire import specs, trees
 from bridge_wire.errors import BridgeError, CallerError, SpecError, StructureError

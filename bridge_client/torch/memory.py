@@ -14,7 +14,7 @@ from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
 from bridge_client.torch import gpu
 from bridge_client.torch.gpu import OnGpu
-from bridge_client.torch.structures import mapped
+from bridge_client.torch.pytrees import mapped
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
 from bridge_wire.memory.copying import copy

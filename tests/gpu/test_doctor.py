@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from bridge_client import doctor, spawn
+from bridge_client import spawn
 from bridge_client.cli import main
-from bridge_client.link import Terms
+from bridge_client.commands import doctor
+from bridge_client.remote.link import Terms
 from bridge_server.cli import main as bridge_server
 from bridge_wire.doctor import cuda_exchange, gpu_checks
 from bridge_wire.doctor.checks import BROKEN, OK, SLOW, Check, ok

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from bridge_client import Session, connect, lanes, spawn
-from bridge_client.ordering import Ordering
+from bridge_client import Session, connect, spawn
 from bridge_client.programs import Program
+from bridge_client.remote.gpu import Ordering
+from bridge_client.remote.session import lanes
 from bridge_server.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME

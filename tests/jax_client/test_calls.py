@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bridge_client import Session
-from bridge_client.jax import callbacks, primitives, structures
+from bridge_client.jax import callbacks, primitives, pytrees
 from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, SpecError, StructureError
 from tests.jax_client.conftest import Remote, holds_nothing
 
@@ -67,7 +67,7 @@ def test_a_dataclass_that_another_thread_registered_first() -> None:
     """Two threads that meet a dataclass at once both have jax know it, and neither fails."""
     kind = dataclasses.make_dataclass("Met", ["x"])
     for _ in range(2):
-        structures.register_dataclass(kind, ("x",))
+        pytrees.register_dataclass(kind, ("x",))
     assert jax.tree.leaves(kind(1)) == [1]
 
 

@@ -1,4 +1,4 @@
-"""CUDA without a GPU: what `bridge_wire.memory.cuda` uses of the driver and of CuPy's runtime, over files that processes map.
+"""CUDA without a GPU: the functions of the driver and of CuPy that `bridge_wire.memory.cuda` uses, over mapped files.
 
 "Device memory" is a file of FAKE_CUDA_DIR, mapped shared. Streams are queues, each worked off by a thread of its own,
 so that work is as asynchronous as on a GPU, also where CUDA would be kinder, as with copies from the host. Handles and

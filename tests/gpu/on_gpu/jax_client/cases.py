@@ -14,7 +14,7 @@ import pytest
 
 from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction
-from bridge_client.ordering import Ordering
+from bridge_client.remote.gpu import Ordering
 from bridge_wire.errors import DTypeError, OutOfMemory
 from tests.conftest import ROOT, eventually
 from tests.gpu.on_gpu import machine

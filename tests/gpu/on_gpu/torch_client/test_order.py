@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bridge_client import Session, connect
-from bridge_client.ordering import Ordering
+from bridge_client.remote.gpu import Ordering
 from bridge_client.torch import RemoteJaxFunction
 from tests.gpu.on_gpu.machine import DEVICE, needs_cuda
 

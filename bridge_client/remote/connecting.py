@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from bridge_client.link import Terms, Tls
-from bridge_client.remote import Fixed, RemoteSession
+from bridge_client.remote.link import Terms, Tls
+from bridge_client.remote.session import Fixed, RemoteSession
 from bridge_client.session import Session
 from bridge_wire.errors import CallerError
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import grpc
 
-from bridge_client.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
-from bridge_client.ordering import Ordering
 from bridge_client.progress import logged_when_slow
-from bridge_client.watching import Watch
+from bridge_client.remote.gpu import Ordering
+from bridge_client.remote.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
+from bridge_client.remote.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback
 from bridge_wire.errors import (

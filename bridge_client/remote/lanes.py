@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from bridge_client.ordering import Ordering
-from bridge_client.watching import Watch
+from bridge_client.remote.gpu import Ordering
+from bridge_client.remote.watching import Watch
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from bridge_client.lanes import ENDS_LANE, Lane, Stale
-from bridge_client.link import Link, Terms
 from bridge_client.programs import Program, model_tag, shapes_of
+from bridge_client.remote.lanes import ENDS_LANE, Lane, Stale
+from bridge_client.remote.link import Link, Terms
 from bridge_client.session import Placed, Session, checked_limit, closed, lanes_by_way
 from bridge_wire import trees
 from bridge_wire.errors import (

@@ -14,9 +14,9 @@ import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from bridge_client.connecting import check_terms
-from bridge_client.link import Terms
-from bridge_client.remote import RemoteSession
+from bridge_client.remote.connecting import check_terms
+from bridge_client.remote.link import Terms
+from bridge_client.remote.session import RemoteSession
 from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
 
 _log = logging.getLogger(__name__)

@@ -6,9 +6,9 @@ import statistics
 import time
 from collections.abc import Iterator
 
-from bridge_client.health import SERVING, health_of
-from bridge_client.lanes import Lane, Stale
-from bridge_client.link import Link, Terms
+from bridge_client.commands.health import SERVING, health_of
+from bridge_client.remote.lanes import Lane, Stale
+from bridge_client.remote.link import Link, Terms
 from bridge_wire import __version__
 from bridge_wire.doctor import exchange, gpu_checks, host, namespaces
 from bridge_wire.doctor.checks import Check, broken, ok, slow

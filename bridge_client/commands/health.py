@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bridge_client.connecting import check_address
-from bridge_client.lanes import from_rpc
-from bridge_client.link import Tls, open_channel
+from bridge_client.remote.connecting import check_address
+from bridge_client.remote.lanes import from_rpc
+from bridge_client.remote.link import Tls, open_channel
 
 SERVING = "SERVING"
 

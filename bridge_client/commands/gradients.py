@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bridge_client.numbers import dot, drawn, epsilon_of, norm, pack, place, read, size_of, unpack, zeros
+from bridge_client.commands.numbers import dot, drawn, epsilon_of, norm, pack, place, read, size_of, unpack, zeros
 from bridge_client.programs import Program
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import specs, trees

@@ -1,0 +1,1 @@
+"""The subcommands of `bridge_client`. Imports no framework."""

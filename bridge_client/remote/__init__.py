@@ -1,0 +1,1 @@
+"""Sessions with a worker in another process: link, lanes, spawning. Imports no framework."""
