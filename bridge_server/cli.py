@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from bridge_server import devices, doctor, endpoints, targets
-from bridge_server.allocator_choice import restart_with_a_good_allocator
-from bridge_server.parent import watch_parent
-from bridge_server.programs import Programs
+from bridge_server.process import devices, doctor, endpoints, targets
+from bridge_server.process.malloc import restart_with_a_good_allocator
+from bridge_server.process.parent import watch_parent
+from bridge_server.process.shutdown import Stopped, StopSignals, end_as_orphan, end_at_the_latest
 from bridge_server.runtime import Model, Options, Runtime
-from bridge_server.sessions import Sessions
-from bridge_server.stopping import Stopped, StopSignals, end_as_orphan, end_at_the_latest
-from bridge_server.warmup import warm_up
-from bridge_server.worker import Security, Worker
+from bridge_server.serving.programs import Programs
+from bridge_server.serving.sessions import Sessions
+from bridge_server.serving.warmup import warm_up
+from bridge_server.serving.worker import Security, Worker
 from bridge_wire import __version__
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.memory.pool import half_of_memory

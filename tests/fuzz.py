@@ -22,12 +22,12 @@ from unittest import mock
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from bridge_server import lanes
-from bridge_server.programs import Programs
 from bridge_server.runtime import Description, Model, Preparation, Program, Runtime
-from bridge_server.service import Service
-from bridge_server.sessions import Sessions
-from bridge_server.turns import Turn
+from bridge_server.serving import lanes
+from bridge_server.serving.programs import Programs
+from bridge_server.serving.service import Service
+from bridge_server.serving.sessions import Sessions
+from bridge_server.serving.turns import Turn
 from bridge_wire import errors, specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import BridgeError, PeerError, ProtocolError, StructureError

@@ -24,13 +24,13 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
 from bridge_client.remote.lanes import from_rpc
-from bridge_server.entrance import Entrance
-from bridge_server.lanes import LocalLanes
-from bridge_server.programs import Programs
-from bridge_server.residuals import Kept, Residuals
 from bridge_server.runtime import Model
-from bridge_server.service import Service
-from bridge_server.sessions import Sessions
+from bridge_server.serving.admission import Entrance
+from bridge_server.serving.lanes import LocalLanes
+from bridge_server.serving.programs import Programs
+from bridge_server.serving.residuals import Kept, Residuals
+from bridge_server.serving.service import Service
+from bridge_server.serving.sessions import Sessions
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
@@ -991,7 +991,7 @@ def test_class_of_endless_size_is_refused(client: Client, name: str, fields: lis
 def test_sessions_that_nobody_attaches_to_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there are as many sessions as there may be, a new one takes the place of the oldest without a lane; those
     with a lane stay."""
-    monkeypatch.setattr("bridge_server.sessions._MAX_SESSIONS", 3)
+    monkeypatch.setattr("bridge_server.serving.sessions._MAX_SESSIONS", 3)
     sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
     first, second = sessions.open(), sessions.open()
     sessions.attach(first.token)
@@ -1008,7 +1008,7 @@ def test_sessions_that_nobody_attaches_to_leave_room_for_others(monkeypatch: pyt
 
 def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little each residual takes, the oldest goes when there are too many of them."""
-    monkeypatch.setattr("bridge_server.residuals._MOST", 3)
+    monkeypatch.setattr("bridge_server.serving.residuals._MOST", 3)
     residuals = Residuals(1 << 20)
     for id in range(5):
         residuals.keep(SESSION, id, Kept(PROGRAM, None, 0))
@@ -1034,7 +1034,7 @@ def test_residuals_that_are_not_there_hold_nobody_up() -> None:
 
 def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker remembers so many programs, and the first to go is the one that was asked for longest ago."""
-    monkeypatch.setattr("bridge_server.programs._MAX_PROGRAMS", 2)
+    monkeypatch.setattr("bridge_server.serving.programs._MAX_PROGRAMS", 2)
     prepared: list[str] = []
 
     class Preparing:
@@ -1053,7 +1053,7 @@ def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytes
 
 def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A local lane without a first request holds its thread for so long only."""
-    monkeypatch.setattr("bridge_server.lanes.ATTACH_S", 0.1)
+    monkeypatch.setattr("bridge_server.serving.lanes.ATTACH_S", 0.1)
     lanes = LocalLanes(f"{tmp_path}/w.sock.lane", SESSIONS)
     lanes.start()
     with contextlib.closing(lanes), contextlib.closing(LocalLane(f"unix:{tmp_path}/w.sock")) as silent:
@@ -1062,8 +1062,8 @@ def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pyte
 
 def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There may be so many lanes over gRPC; other calls have threads left, and the silent ones end in time."""
-    monkeypatch.setattr("bridge_server.service.MAX_LANES", 2)
-    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 3.0)
+    monkeypatch.setattr("bridge_server.serving.service.MAX_LANES", 2)
+    monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
     with ThreadPoolExecutor(3) as threads:
         server = grpc.server(threads, interceptors=[Entrance(None)])
         service = Service(None, None, SESSIONS, "")  # type: ignore[arg-type]
@@ -1093,9 +1093,9 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
 def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of calls that stop after their headers, those without the token end at once, there may be so many probes, and
     all end in time. There may be so many preparations, too."""
-    monkeypatch.setattr("bridge_server.entrance.MAX_PROBES", 1)
-    monkeypatch.setattr("bridge_server.service.MAX_PREPARATIONS", 0)
-    monkeypatch.setattr("bridge_server.entrance.ATTACH_S", 3.0)
+    monkeypatch.setattr("bridge_server.serving.admission.MAX_PROBES", 1)
+    monkeypatch.setattr("bridge_server.serving.service.MAX_PREPARATIONS", 0)
+    monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
     opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
     known = (("authorization", "Bearer known"),)
     with ThreadPoolExecutor(3) as threads:

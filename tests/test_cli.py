@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bridge_client import connect
 from bridge_client.remote.link import Tls
-from bridge_server import endpoints
+from bridge_server.process import endpoints
 from bridge_wire import __version__
 from bridge_wire.errors import CallerError, Unauthenticated, WorkerUnavailable
 from tests.calls import floats, prepare, squares

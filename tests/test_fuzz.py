@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bridge_server.residuals import Residuals
-from bridge_server.session import Session
+from bridge_server.serving.residuals import Residuals
+from bridge_server.serving.session import Session
 from bridge_wire import specs, trees
 from bridge_wire.lane import frames
 from tests import fuzz

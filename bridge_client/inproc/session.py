@@ -11,8 +11,8 @@ from bridge_client.programs import Program, shapes_of
 from bridge_client.progress import logged_when_slow
 from bridge_client.session import Placed, Session, closed, lanes_by_way
 from bridge_server import runtime
-from bridge_server.programs import Programs
 from bridge_server.runtime import Model, Options, Runtime
+from bridge_server.serving.programs import Programs
 from bridge_wire import specs
 from bridge_wire.errors import BridgeError, CallerError, ProtocolError, ResidualGone
 from bridge_wire.memory.cuda import device_of

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from bridge_server import devices, runtime
+from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, code_of
 from bridge_server.jax_runtime.advice import for_call
 from bridge_server.jax_runtime.meshes import Layout
@@ -34,9 +34,10 @@ from bridge_server.jax_runtime.types import (
     register_dataclass,
 )
 from bridge_server.model_errors import is_refused, model_errors
+from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
+from bridge_server.serving.turns import Turn
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature
-from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.errors import BridgeError, CallerError, CudaError, InternalError, RemoteModelError, SpecError
 from bridge_wire.memory.copying import copy

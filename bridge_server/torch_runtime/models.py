@@ -9,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bridge_server.held_arrays import arrays_held
-from bridge_server.torch_runtime.codes import Code, CodeOfFunction, CodeOfModule, CodeOfPair
+from bridge_server.torch_runtime.callables import Code, CodeOfFunction, CodeOfModule, CodeOfPair
 from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
 

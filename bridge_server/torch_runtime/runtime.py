@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
-from bridge_server import devices, runtime
+from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, code_of
 from bridge_server.model_errors import is_refused, model_errors
+from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
+from bridge_server.serving.turns import Turn
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
@@ -19,7 +21,6 @@ from bridge_server.torch_runtime.models import parts_of
 from bridge_server.torch_runtime.modes import without_callers_modes
 from bridge_server.torch_runtime.programs import KeepingProgram, Placing, Program
 from bridge_server.torch_runtime.transforms import Composed, compose
-from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.errors import TargetError
 from bridge_wire.memory.cuda import Gpu

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_server import lanes
 from bridge_server.jax_runtime import JaxRuntime
-from bridge_server.turns import Turn
+from bridge_server.serving import lanes
+from bridge_server.serving.turns import Turn
 from bridge_wire.memory.cuda import gpus
 
 JaxRuntime.gpu = lambda self: gpus()[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bridge_server import devices
+from bridge_server.process import devices
 from bridge_wire.errors import CallerError
 from bridge_wire.memory.cuda import device_of, gpus
 from tests.conftest import ROOT, python_of

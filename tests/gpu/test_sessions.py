@@ -18,7 +18,7 @@ from bridge_client import Session, connect, spawn
 from bridge_client.programs import Program
 from bridge_client.remote.gpu import Ordering
 from bridge_client.remote.session import lanes
-from bridge_server.turns import TurnByEvents, TurnByWords
+from bridge_server.serving.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (

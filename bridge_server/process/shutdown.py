@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from bridge_server.endpoints import Endpoint
+from bridge_server.process.endpoints import Endpoint
 
 _log = logging.getLogger(__name__)
 

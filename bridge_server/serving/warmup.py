@@ -2,8 +2,8 @@
 
 import logging
 
-from bridge_server.programs import Programs
 from bridge_server.runtime import Program
+from bridge_server.serving.programs import Programs
 from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb

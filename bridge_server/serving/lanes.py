@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from google.protobuf.message import DecodeError
 
-from bridge_server.session import Session, addressed, nbytes_of
-from bridge_server.sessions import Sessions
-from bridge_server.turns import Turn, TurnByEvents, TurnByWords
+from bridge_server.serving.session import Session, addressed, nbytes_of
+from bridge_server.serving.sessions import Sessions
+from bridge_server.serving.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
 from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.lane.frames import CHUNK, SMALL

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 
-from bridge_server import allocator_choice, endpoints
+from bridge_server.process import endpoints, malloc
 from bridge_wire.doctor import gpu_checks, host
 from bridge_wire.doctor.checks import BROKEN, Check, as_json, as_table, broken, ok, slow, worst
 from bridge_wire.errors import CallerError
@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
-    allocator_choice.restart_with_a_good_allocator()  # as a worker does
+    malloc.restart_with_a_good_allocator()  # as a worker does
     checks = [*host.checks(), *gpu_checks.checks(), *_checks()]
     print(as_json(checks) if options.json else as_table(checks))
     return 1 if worst(checks) == BROKEN else 0
@@ -27,7 +27,7 @@ def _checks() -> Iterator[Check]:
         yield ok("models", "can be served")
     else:
         yield broken("models", "neither jax nor torch is installed", "install torch-jax-bridge[jax] or [torch] here")
-    allocator = allocator_choice.chosen()
+    allocator = malloc.chosen()
     if allocator == "system":
         yield slow("allocator", "the system's", "unset BRIDGE_ALLOCATOR on glibc; elsewhere preload jemalloc")
     else:

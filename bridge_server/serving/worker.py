@@ -11,13 +11,13 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from bridge_server.endpoints import Endpoint, listens
-from bridge_server.entrance import Entrance
-from bridge_server.lanes import LocalLanes
-from bridge_server.programs import Programs
+from bridge_server.process.endpoints import Endpoint, listens
 from bridge_server.runtime import Runtime
-from bridge_server.service import MAX_THREADS, Service
-from bridge_server.sessions import Sessions
+from bridge_server.serving.admission import Entrance
+from bridge_server.serving.lanes import LocalLanes
+from bridge_server.serving.programs import Programs
+from bridge_server.serving.service import MAX_THREADS, Service
+from bridge_server.serving.sessions import Sessions
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server

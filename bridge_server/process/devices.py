@@ -1,6 +1,6 @@
 """Which device a worker's models run on. Decided before any framework is imported; never imports one.
 
-`python -m bridge_server.devices` prints the GPUs that a process with this environment may use.
+`python -m bridge_server.process.devices` prints the GPUs that a process with this environment may use.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def _limit(fraction: float, device: str | None) -> None:
 def _visible() -> list[tuple[str, str]]:
     """Return the UUID and the name of each GPU that this process may use."""
     # In a child: CUDA reads CUDA_VISIBLE_DEVICES when it is first used, once and for all.
-    command = [sys.executable, "-m", "bridge_server.devices"]
+    command = [sys.executable, "-m", "bridge_server.process.devices"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_CHILD_S).stdout
     except (OSError, subprocess.SubprocessError) as error:

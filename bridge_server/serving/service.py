@@ -7,12 +7,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 import grpc
 
-from bridge_server import allocator_choice
-from bridge_server.entrance import MAX_PROBES
-from bridge_server.lanes import serve
-from bridge_server.programs import Programs
+from bridge_server.process import malloc
 from bridge_server.runtime import Model, Preparation, Program, Runtime
-from bridge_server.sessions import Sessions
+from bridge_server.serving.admission import MAX_PROBES
+from bridge_server.serving.lanes import serve
+from bridge_server.serving.programs import Programs
+from bridge_server.serving.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
 from bridge_wire.doctor import namespaces
 from bridge_wire.errors import (
@@ -60,7 +60,7 @@ class Service(BridgeServicer):
             models=[
                 _described(model, self._programs.signatures[name]) for name, model in self._programs.models.items()
             ],
-            allocator=allocator_choice.chosen(),
+            allocator=malloc.chosen(),
             cores=usable_cores(),
             gpu=_described_gpu(self._runtime.gpu()),
             namespaces=[pb.Namespace(kind=kind, digest=digest) for kind, digest in namespaces.digests().items()],

@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from bridge_server.residuals import Residuals
 from bridge_server.runtime import Runtime
-from bridge_server.session import Session
+from bridge_server.serving.residuals import Residuals
+from bridge_server.serving.session import Session
 from bridge_wire.errors import (
     BridgeError,
     CudaError,

@@ -1,0 +1,1 @@
+"""The worker as a server: admission, sessions, lanes, programs, residuals. Imports no framework."""
