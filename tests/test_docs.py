@@ -19,8 +19,11 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 
 
 def save_programs(page: Path, folder: Path) -> None:
-    """Write the Python programs that a page shows, each of which begins with its file's name, into a folder."""
-    for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+    """Write the Python programs that a page shows, each of which begins with its file's name,
+    into a folder."""
+    for name, text in re.findall(
+        r"^```python\n# (\w+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
+    ):
         (folder / name).write_text(text)
 
 
@@ -41,7 +44,9 @@ def test_program_in_the_readme_works(tmp_path: Path) -> None:
     (tmp_path / ".venv-jax").symlink_to(ROOT / ".venv-jax")
     shown = run(python_of(".venv-torch"), "train.py", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    found, printed = (text.split(", loss ") for text in (shown.stdout, shown_after(page, "train.py")))
+    found, printed = (
+        text.split(", loss ") for text in (shown.stdout, shown_after(page, "train.py"))
+    )
     assert found[0] == printed[0]
     assert float(found[1]) < 1e-8
 
@@ -75,7 +80,9 @@ def test_bytes_in_the_protocol_page_are_those_of_the_messages() -> None:
     """The frames that docs/protocol.md spells out are what its messages encode to."""
     page = PROTOCOL.read_text().split("## A call, byte by byte")[1].split("```")[1]
     page = page.replace("02 ... 1e", " ".join(f"{byte:02x}" for byte in range(2, 0x1F)))
-    hexadecimal = re.findall(r"^(?:-> | *)((?:[0-9a-f]{2} +)*[0-9a-f]{2})(?: {2,}|$)", page, re.MULTILINE)
+    hexadecimal = re.findall(
+        r"^(?:-> | *)((?:[0-9a-f]{2} +)*[0-9a-f]{2})(?: {2,}|$)", page, re.MULTILINE
+    )
     frames = [
         pb.LaneRequest(attach=pb.Attach(session=bytes(range(32)))),
         pb.LaneReply(done=pb.Done()),
@@ -89,10 +96,13 @@ def test_bytes_in_the_protocol_page_are_those_of_the_messages() -> None:
 
 
 def test_operations_page_names_every_option() -> None:
-    """The table of options in docs/operations.md has those of `bridge_server --help`, and no others."""
+    """The table of options in docs/operations.md has those of `bridge_server --help`, and no
+    others."""
     help_text = run(python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT).stdout
     options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
-    assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {"--help"}
+    assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {
+        "--help"
+    }
 
 
 def test_operations_page_shows_what_a_doctor_looks_at(jax_worker: Session) -> None:
@@ -115,12 +125,13 @@ def test_tests_that_a_page_names_exist(page: str) -> None:
     assert all((ROOT / "docs" / link).exists() for link in links)
 
 
-def test_design_page_names_every_module() -> None:
-    """The table of files in docs/design.md has every module of the three packages, and no others."""
-    table = (ROOT / "docs" / "design.md").read_text().split("## The rooms")[1].split("\n## ")[0]
-    rooms = re.findall(r"^\| \*\*`(\w+)`\*\*(.*?)(?=^\| \*\*|\Z)", table, re.MULTILINE | re.DOTALL)
-    assert [room for room, _ in rooms] == ["bridge_wire", "bridge_client", "bridge_server"]
-    for room, text in rooms:
-        named = set(re.findall(r"`([\w/]+\.py)`", text))
-        files = {path.relative_to(ROOT / room).as_posix() for path in (ROOT / room).rglob("*.py")}
-        assert named == {name for name in files if not name.startswith("pb/") and not name.endswith("__.py")}
+def test_design_page_names_every_room() -> None:
+    """The tables in docs/design.md name every file and folder at the top of the three packages."""
+    text = (ROOT / "docs" / "design.md").read_text().split("## The rooms")[1].split("\n## ")[0]
+    tables = re.findall(r"^\*\*`(\w+)`\*\*(.*?)(?=^\*\*`|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert [package for package, _ in tables] == ["bridge_wire", "bridge_client", "bridge_server"]
+    for package, table in tables:
+        named = set(re.findall(r"^\| `([\w./]+)`", table, re.MULTILINE))
+        files = {path.name for path in (ROOT / package).glob("[!_]*.py")}
+        folders = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+        assert named == (files | folders) - {"pb/"}
