@@ -1,5 +1,7 @@
-"""The benchmark behind the performance budget; `make bench` runs it. This file imports no framework: the worker, which
-has no torch, imports bench.models, and the client of bench.soak has no jax."""
+"""The benchmark behind the performance budget; `make bench` runs it. This file imports no
+framework: the worker, which has no torch, imports bench.models, and the client of bench.soak has no
+jax.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""The command `python -m bench`, to be run by the interpreter of .venv-both from a clean `make setup`."""
+"""The command `python -m bench`, to be run by the interpreter of .venv-both from a clean `make
+setup`."""
 
 import argparse
 import itertools
@@ -17,7 +18,10 @@ _PLOT = ROOT / "docs/benchmarks.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, report, and judge. Returns the exit status: 0, or 1 when a line of the budget was missed."""
+    """Measure, report, and judge.
+
+    Returns the exit status: 0, or 1 when a line of the budget was missed.
+    """
     options = _parser().parse_args(argv)
     plan = QUICK if options.quick else Plan()
     cells, tasks = _measure(plan)
@@ -28,17 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
-    """Print the tables, write the files that are asked for (the page goes beside the JSON), return the exit status."""
+    """Print the tables, write the files that are asked for (the page goes beside the JSON),
+    return the exit status."""
     verdicts = budget.evaluate(results)
     print(report.tables(results, verdicts))
     if plot:
         report.draw(results, plot)
     if json:
         json.write_text(report.to_json(results, verdicts))
-        json.with_suffix(".md").write_text(report.page(results, verdicts, plot.name if plot else _PLOT.name))
+        json.with_suffix(".md").write_text(
+            report.page(results, verdicts, plot.name if plot else _PLOT.name)
+        )
     for verdict in verdicts:
         if verdict.outcome == "MISSED":
-            print(f"missed: {verdict.line.work}: {verdict.value:.3f}, limit {verdict.line.limit:g}", file=sys.stderr)
+            print(
+                f"missed: {verdict.line.work}: {verdict.value:.3f}, limit {verdict.line.limit:g}",
+                file=sys.stderr,
+            )
     return budget.exit_status(verdicts)
 
 
@@ -54,7 +64,11 @@ def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, li
             steps = workbench.steps(function, nbytes)
             ways.check_agreement(steps)
             bytes_made = steps["native"].bytes_made()
-            copied = {way: step.bytes_copied() for way, step in steps.items() if isinstance(step, ways.Step)}
+            copied = {
+                way: step.bytes_copied()
+                for way, step in steps.items()
+                if isinstance(step, ways.Step)
+            }
             for way, rounds in measure.interleave(steps, plan).items():
                 cells[function, nbytes, way] = Cell(rounds, bytes_made, copied.get(way))
         from_torch = measure.interleave(tasks.tasks(workbench.session), plan)
@@ -64,16 +78,26 @@ def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, li
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "bench", description="Measure against the performance budget; exits with status 1 when a line is missed."
+        "bench",
+        description=(
+            "Measure against the performance budget; exits with status 1 when a line is missed."
+        ),
     )
     parser.add_argument(
-        "--quick", action="store_true", help="only what the budget needs, in few rounds; writes nothing"
+        "--quick",
+        action="store_true",
+        help="only what the budget needs, in few rounds; writes nothing",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="default docs/benchmarks.json; the page goes beside it"
+        "--json",
+        type=Path,
+        metavar="PATH",
+        help="default docs/benchmarks.json; the page goes beside it",
     )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="default docs/benchmarks.png")
-    parser.add_argument("--no-soak", action="store_true", help="leave out the resident growth over many calls")
+    parser.add_argument(
+        "--no-soak", action="store_true", help="leave out the resident growth over many calls"
+    )
     return parser
 
 

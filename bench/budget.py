@@ -1,4 +1,7 @@
-"""The performance budget of docs/design.md as a table, and which of its lines a run has met. Imports no framework."""
+"""The performance budget of docs/design.md as a table, and which of its lines a run has met.
+
+Imports no framework.
+"""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,7 +12,8 @@ from bench.measure import KIB, MIB, Results
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its value in a run, None if that was left out, must be at most `limit`, or below it."""
+    """One line: its value in a run, None if that was left out, must be at most `limit`, or below
+    it."""
 
     work: str
     limit: float
@@ -59,22 +63,30 @@ def _copied(results: Results) -> float:
 
 def _growth(results: Results) -> float | None:
     """Return the worse of client and worker."""
-    return None if results.growth is None else max(growth.share for growth in results.growth.values())
+    return (
+        None if results.growth is None else max(growth.share for growth in results.growth.values())
+    )
 
 
 def _tasks(task: str, other: str) -> Callable[[Results], float]:
-    return lambda results: statistics.median(one / two for one, two in results.task_p50s(task, other))
+    return lambda results: statistics.median(
+        one / two for one, two in results.task_p50s(task, other)
+    )
 
 
 LINES = (
     Line(
-        "forward + VJP, 1 KiB, two processes / jax2torch-style in one process", 0.20, _ratio(KIB, "local", "jax2torch")
+        "forward + VJP, 1 KiB, two processes / jax2torch-style in one process",
+        0.20,
+        _ratio(KIB, "local", "jax2torch"),
     ),
     Line("the same at 1 MiB", 0.85, _ratio(MIB, "local", "jax2torch")),
     Line("the same at 64 MiB", 0.70, _ratio(64 * MIB, "local", "jax2torch")),
     Line("the same over gRPC inline, 64 MiB / local lane", 4.0, _ratio(64 * MIB, "grpc", "local")),
     Line("forward + VJP, 1 KiB / one bare gRPC unary ping", 0.5, _ratio(KIB, "local", "ping")),
-    Line("bytes copied, inputs already in a slab / bytes of the outputs and gradients", 1.0, _copied),
+    Line(
+        "bytes copied, inputs already in a slab / bytes of the outputs and gradients", 1.0, _copied
+    ),
     Line("vmap over 1,000 rows / a Python loop over them", 0.1, _tasks("vmap", "loop")),
     Line(
         "a step with a call among torch's operations, by torch.compile / as it is",
@@ -82,7 +94,15 @@ LINES = (
         _tasks("compiled with", "eager with"),
     ),
     Line("resident growth of client and worker over 100,000 calls", 0.01, _growth, below=True),
-    Line("forward + VJP, 1 KiB, in one process / jax2torch-style", 0.25, _ratio(KIB, "inproc", "jax2torch")),
-    Line("a torch worker from jitted JAX, 1 KiB / jax.pure_callback", 1.0, _tasks("torch worker", "pure_callback")),
+    Line(
+        "forward + VJP, 1 KiB, in one process / jax2torch-style",
+        0.25,
+        _ratio(KIB, "inproc", "jax2torch"),
+    ),
+    Line(
+        "a torch worker from jitted JAX, 1 KiB / jax.pure_callback",
+        1.0,
+        _tasks("torch worker", "pure_callback"),
+    ),
     Line("an MLP through trace_torch / written in JAX", 1.2, _tasks("traced", "in jax")),
 )

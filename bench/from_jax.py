@@ -1,4 +1,7 @@
-"""Torch code called from JAX, each way as a task under jit: forward and VJP. Imports torch and jax."""
+"""Torch code called from JAX, each way as a task under jit: forward and VJP.
+
+Imports torch and jax.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,12 +24,16 @@ _AGREEMENT = 1e-4
 def worker() -> Session:
     """Return a session with a torch worker in .venv-torch."""
     return spawn(
-        torch_model="bench.torch_models:sine", python=ROOT / ".venv-torch/bin/python", cwd=ROOT, require="memfd"
+        torch_model="bench.torch_models:sine",
+        python=ROOT / ".venv-torch/bin/python",
+        cwd=ROOT,
+        require="memfd",
     )
 
 
 def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
-    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should agree do not."""
+    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should
+    agree do not."""
     x, cotangent = (jax.random.normal(jax.random.key(i), (_ELEMENTS,)) for i in (0, 1))
     batch = jax.random.normal(jax.random.key(2), (_BATCH, WIDTH))
     traced = trace_torch(torch_models.mlp())
@@ -43,8 +50,11 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
     return made
 
 
-def _compiled(f: Callable[..., Any], primals: tuple[Any, ...], cotangent: jax.Array) -> Callable[[], Any]:
-    """Return a task: the value, and the gradient of the last argument, which all ways have in the same form."""
+def _compiled(
+    f: Callable[..., Any], primals: tuple[Any, ...], cotangent: jax.Array
+) -> Callable[[], Any]:
+    """Return a task: the value, and the gradient of the last argument, which all ways have in
+    the same form."""
 
     @jax.jit
     def step(*primals: Any) -> tuple[jax.Array, Any]:
@@ -58,7 +68,7 @@ def _compiled(f: Callable[..., Any], primals: tuple[Any, ...], cotangent: jax.Ar
     return task
 
 
-# The same torch work in one process, as a callback of XLA -------------------------------------------------------------
+# The same torch work in one process, as a callback of XLA -----------------------------------------
 
 
 @jax.custom_vjp
@@ -73,22 +83,28 @@ def _forward(x: Any) -> np.ndarray:
 
 def _backward(x: Any, cotangent: Any) -> np.ndarray:
     x = torch.from_numpy(np.array(x)).requires_grad_()
-    (gradient,) = torch.autograd.grad(torch_models.sine(x), x, torch.from_numpy(np.array(cotangent)))
+    (gradient,) = torch.autograd.grad(
+        torch_models.sine(x), x, torch.from_numpy(np.array(cotangent))
+    )
     return gradient.numpy()
 
 
 _by_callback.defvjp(
-    lambda x: (_by_callback(x), x), lambda x, cotangent: (jax.pure_callback(_backward, x, x, cotangent),)
+    lambda x: (_by_callback(x), x),
+    lambda x, cotangent: (jax.pure_callback(_backward, x, x, cotangent),),
 )
 
 
-# The network written in JAX -------------------------------------------------------------------------------------------
+# The network written in JAX -----------------------------------------------------------------------
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the weights of the torch network as models.mlp has them."""
     return {
-        f"layer_{i}": {"kernel": jnp.asarray(params[f"{2 * i}.weight"]).T, "bias": params[f"{2 * i}.bias"]}
+        f"layer_{i}": {
+            "kernel": jnp.asarray(params[f"{2 * i}.weight"]).T,
+            "bias": params[f"{2 * i}.bias"],
+        }
         for i in range(LAYERS)
     }
 

@@ -1,8 +1,9 @@
 """What a call costs between two processes on one GPU: `make bench GPU=1`, or `python -m bench.gpu`.
 
-Forward and VJP of one function, in turns: by a worker, with inputs that have to be copied and with inputs in a slab; in
-this process by DLPack; and by the same worker, staged through the host. This process has both frameworks. Ends with
-status 1 when a limit is missed, and with 0 where there is no GPU.
+Forward and VJP of one function, in turns: by a worker, with inputs that have to be copied and with
+inputs in a slab; in this process by DLPack; and by the same worker, staged through the host. This
+process has both frameworks. Ends with status 1 when a limit is missed, and with 0 where there is no
+GPU.
 """
 
 import argparse
@@ -34,8 +35,9 @@ Rounds = Mapping[str, Sequence[Sequence[float]]]
 
 
 class Size(NamedTuple):
-    """What was found at one size: seconds of each call by way and round, and by way the bytes that the bridge has
-    copied in one step, for each byte of output and gradient."""
+    """What was found at one size: seconds of each call by way and round, and by way the bytes that
+    the bridge has copied in one step, for each byte of output and gradient.
+    """
 
     rounds: Rounds
     copied: Mapping[str, float]
@@ -44,9 +46,12 @@ class Size(NamedTuple):
         return statistics.median(seconds for turn in self.rounds[way] for seconds in turn)
 
     def ratio(self, way: str, other: str) -> float:
-        """Return by what factor a way takes longer: the median, over the rounds, of the quotient of both medians."""
+        """Return by what factor a way takes longer: the median, over the rounds, of the quotient
+        of both medians."""
         pairs = zip(self.rounds[way], self.rounds[other], strict=True)
-        return statistics.median(statistics.median(turn) / statistics.median(others) for turn, others in pairs)
+        return statistics.median(
+            statistics.median(turn) / statistics.median(others) for turn, others in pairs
+        )
 
 
 class Limit(NamedTuple):
@@ -66,19 +71,31 @@ def _in_slab(size: Size) -> float:
     return size.ratio("slab", "one process")
 
 
-# Inputs that lie in a slab are not copied, so two processes take no more passes over the arrays than one. Where they
-# are copied in, 14 passes stand against 10: about 1.4 by the bandwidth alone, which no limit can change.
+# Inputs that lie in a slab are not copied, so two processes take no more passes over the arrays
+# than one. Where they are copied in, 14 passes stand against 10: about 1.4 by the bandwidth alone,
+# which no limit can change.
 LIMITS = (
-    Limit("forward + VJP, 64 MiB, two processes, inputs in a slab / one process by DLPack", 64 * MIB, 1.1, _in_slab),
+    Limit(
+        "forward + VJP, 64 MiB, two processes, inputs in a slab / one process by DLPack",
+        64 * MIB,
+        1.1,
+        _in_slab,
+    ),
     Limit("the same at 1 GiB", GIB, 1.1, _in_slab),
     Limit("1 KiB, two processes, inputs copied in / one process by DLPack", KIB, None, _two_to_one),
     Limit("the same at 64 MiB", 64 * MIB, None, _two_to_one),
     Limit("the same at 1 GiB", GIB, None, _two_to_one),
     Limit(
-        "64 MiB by the worker / staged through the host", 64 * MIB, 0.05, lambda size: size.ratio("worker", "staged")
+        "64 MiB by the worker / staged through the host",
+        64 * MIB,
+        0.05,
+        lambda size: size.ratio("worker", "staged"),
     ),
     Limit(
-        "bytes copied at 64 MiB / bytes of the outputs and gradients", 64 * MIB, 2.0, lambda size: size.copied["worker"]
+        "bytes copied at 64 MiB / bytes of the outputs and gradients",
+        64 * MIB,
+        2.0,
+        lambda size: size.copied["worker"],
     ),
     Limit("the same with inputs in a slab", 64 * MIB, 1.0, lambda size: size.copied["slab"]),
 )
@@ -105,7 +122,8 @@ def tables(sizes: Mapping[int, Size]) -> list[str]:
     """Return the tables of what was found, as Markdown."""
     ways = list(next(iter(sizes.values())).rounds)
     times = [
-        f"| {_named(nbytes)} | {' | '.join(_shown(size, way) for way in ways)} |" for nbytes, size in sizes.items()
+        f"| {_named(nbytes)} | {' | '.join(_shown(size, way) for way in ways)} |"
+        for nbytes, size in sizes.items()
     ]
     return [
         f"| forward + VJP, p50 | {' | '.join(ways)} |",
@@ -127,7 +145,9 @@ def judged(sizes: Mapping[int, Size]) -> list[str]:
             if most is None:
                 rows.append(f"| {work} | none | {found:.3f} | |")
             else:
-                rows.append(f"| {work} | {most:g} | {found:.3f} | {'met' if found <= most else 'MISSED'} |")
+                rows.append(
+                    f"| {work} | {most:g} | {found:.3f} | {'met' if found <= most else 'MISSED'} |"
+                )
     return rows
 
 
@@ -136,7 +156,9 @@ def _shown(size: Size, way: str) -> str:
 
 
 def _chosen(options: argparse.Namespace) -> Plan:
-    return dataclasses.replace(_PLAN, sizes=options.sizes or _PLAN.sizes, rounds=options.rounds or _PLAN.rounds)
+    return dataclasses.replace(
+        _PLAN, sizes=options.sizes or _PLAN.sizes, rounds=options.rounds or _PLAN.rounds
+    )
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -160,7 +182,9 @@ def measured(plan: Plan, device: str, python: Path) -> dict[int, Size]:
         for nbytes in tqdm(plan.sizes, leave=False):
             found[nbytes] = _at(session, nbytes, plan, device)
         if device == "cuda" and (staged := session.stats()["bytes_through_host"]):
-            raise RuntimeError(f"{staged} bytes of tensors on the GPU went through the host: {session.memory}")
+            raise RuntimeError(
+                f"{staged} bytes of tensors on the GPU went through the host: {session.memory}"
+            )
     return found
 
 
@@ -184,7 +208,9 @@ def _at(session: Any, nbytes: int, plan: Plan, device: str) -> Size:
     if nbytes <= _MOST_STAGED:
         steps["staged"] = ways.Step(lambda x: worker.call(x.cpu()).to(x.device), x, cotangent)
     ways.check_agreement(steps)
-    copied = {way: steps[way].bytes_copied() / steps[way].bytes_made() for way in ("worker", "slab")}
+    copied = {
+        way: steps[way].bytes_copied() / steps[way].bytes_made() for way in ("worker", "slab")
+    }
     waiting = {way: _until_done(step, device) for way, step in steps.items()}
     return Size(interleave(waiting, plan), copied)
 
@@ -201,7 +227,8 @@ def _until_done(step: Callable[[], object], device: str) -> Callable[[], None]:
 
 
 def _copy_bandwidth() -> float:
-    """Return the bytes per second that a copy on the device moves, read and written counted once."""
+    """Return the bytes per second that a copy on the device moves, read and written counted
+    once."""
     import torch
 
     source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -220,9 +247,15 @@ def _named(nbytes: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("bench.gpu", description="Measure calls between two processes on one GPU.")
-    parser.add_argument("--worker-python", type=Path, help="default: that of .venv-jax, or else this one")
-    parser.add_argument("--sizes", type=_sizes, help="of the arrays, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)")
+    parser = argparse.ArgumentParser(
+        "bench.gpu", description="Measure calls between two processes on one GPU."
+    )
+    parser.add_argument(
+        "--worker-python", type=Path, help="default: that of .venv-jax, or else this one"
+    )
+    parser.add_argument(
+        "--sizes", type=_sizes, help="of the arrays, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)"
+    )
     parser.add_argument("--rounds", type=int, help=f"default: {_PLAN.rounds}")
     parser.add_argument(
         "--rehearse",

@@ -1,7 +1,8 @@
 """Questions to CUDA about two processes that share memory, words and events. `gpu_probe` asks them.
 
-`python -m bench.gpu_pairs ROLE` is the other process: it is sent lines, and answers each with one. Both use one GPU,
-and copy between places on it only: a copy from the host may wait there for what is on the stream.
+`python -m bench.gpu_pairs ROLE` is the other process: it is sent lines, and answers each with one.
+Both use one GPU, and copy between places on it only: a copy from the host may wait there for what
+is on the stream.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ def device() -> Device:
 
 
 def delay(stream: int, seconds: float) -> None:
-    """Hold a stream for some time, without work for the GPU: libc's usleep as a host function on it."""
+    """Hold a stream for some time, without work for the GPU: libc's usleep as a host function on
+    it."""
     usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p)
     microseconds = ctypes.c_void_p(int(seconds * 1e6))
     status = driver()._library.cuLaunchHostFunc(ctypes.c_void_p(stream), usleep, microseconds)
@@ -67,7 +69,9 @@ class Other:
 
     def __init__(self, role: Callable[..., None], *arguments: object) -> None:
         command = [sys.executable, "-m", "bench.gpu_pairs", role.__name__, *map(str, arguments)]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> "Other":
         return self
@@ -105,14 +109,18 @@ def _heard() -> list[str]:
     return line.split()
 
 
-# An event that is recorded again --------------------------------------------------------------------------------------
+# An event that is recorded again ------------------------------------------------------------------
 
 
 def rerecorded() -> str:
-    """Whether a record on another stream changes a wait that is pending in another process: ends it, or holds it up."""
+    """Whether a record on another stream changes a wait that is pending in another process: ends
+    it, or holds it up."""
     return "; ".join(
         f"{name}: {_with_later_record(later_s)}"
-        for name, later_s in (("a later record on an idle stream", 0.0), ("on one that is late", 3.0))
+        for name, later_s in (
+            ("a later record on an idle stream", 0.0),
+            ("on one that is late", 3.0),
+        )
     )
 
 
@@ -143,7 +151,10 @@ def _with_later_record(later_s: float) -> str:
 def waiting() -> None:
     """The other process: wait for an event, then copy."""
     memory, event = _heard()
-    pointer, opened = device().open(bytes.fromhex(memory), _UNIT), device().open_event(bytes.fromhex(event))
+    pointer, opened = (
+        device().open(bytes.fromhex(memory), _UNIT),
+        device().open_event(bytes.fromhex(event)),
+    )
     stream, target = device().new_stream(), device().allocate(_UNIT)
     _say("ready")
     _heard()
@@ -158,11 +169,12 @@ def waiting() -> None:
     _heard()
 
 
-# Opening and closing while a kernel runs ------------------------------------------------------------------------------
+# Opening and closing while a kernel runs ----------------------------------------------------------
 
 
 def opening() -> str:
-    """What each of CUDA's calls takes while a kernel of two seconds runs in the other process, and in this one."""
+    """What each of CUDA's calls takes while a kernel of two seconds runs in the other process,
+    and in this one."""
     found = []
     for where in ("there", "here"):
         with Other(spinning) as other:
@@ -204,7 +216,10 @@ def _timed(calls: Mapping[str, Callable[[], object]], is_busy: Callable[[], bool
 
 
 def _spin(seconds: float) -> Callable[[], bool]:
-    """Keep the GPU busy with one kernel, of torch's where that has CUDA. Returns whether it still runs."""
+    """Keep the GPU busy with one kernel, of torch's where that has CUDA.
+
+    Returns whether it still runs.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -218,7 +233,11 @@ def _spin(seconds: float) -> Callable[[], bool]:
 
 def spinning() -> None:
     """The other process: export memory and an event, then run a kernel."""
-    memory, event, stream = device().allocate(_UNIT), device().new_event(is_shared=True), device().new_stream()
+    memory, event, stream = (
+        device().allocate(_UNIT),
+        device().new_event(is_shared=True),
+        device().new_stream(),
+    )
     device().record(event, stream)
     _say(device().handle_of(memory).hex(), device().event_handle_of(event).hex())
     _heard()
@@ -229,7 +248,7 @@ def spinning() -> None:
         _say(is_busy())
 
 
-# Events whose owner destroys them, or ends ----------------------------------------------------------------------------
+# Events whose owner destroys them, or ends --------------------------------------------------------
 
 
 def destroyed() -> str:
@@ -271,7 +290,8 @@ def destroying() -> None:
 
 
 def dead_events() -> str:
-    """What becomes of a stream that waits for an event to which its process, or its owner, will never come."""
+    """What becomes of a stream that waits for an event to which its process, or its owner, will
+    never come."""
     return "; ".join(f"{how}: {_waiting_for(how)}" for how in ("killed", "destroyed"))
 
 
@@ -308,12 +328,13 @@ def recording() -> None:
     _heard()
 
 
-# Words ----------------------------------------------------------------------------------------------------------------
+# Words --------------------------------------------------------------------------------------------
 
 
 def words() -> str:
-    """Whether streams of two processes wait for words in shared memory, in order with data, and whether the survivor
-    releases its own when the other is killed, however many streams it has."""
+    """Whether streams of two processes wait for words in shared memory, in order with data, and
+    whether the survivor releases its own when the other is killed, however many streams it has.
+    """
     if not device().has_words:
         return "no: CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS is 0"
     waiting_streams = [device().new_stream() for _ in range(_MANY)]
@@ -337,8 +358,9 @@ def words() -> str:
     is_released = all(comes_to_rest(stream, _RELEASE_S) for stream in waiting_streams)
     is_well = crosses and seen == 7 and is_held and is_still_held and is_released
     return (
-        f"{'yes' if is_well else 'NO'}: crossed {crosses} after {seconds:.2f} s (0.5 due), data behind it {seen} (7 "
-        f"due); {_MANY} streams held {is_held}, after the kill {is_still_held}, released by this process {is_released}"
+        f"{'yes' if is_well else 'NO'}: crossed {crosses} after {seconds:.2f} s (0.5 due), data"
+        f" behind it {seen} (7 due); {_MANY} streams held {is_held}, after the kill"
+        f" {is_still_held}, released by this process {is_released}"
     )
 
 
@@ -358,7 +380,7 @@ def writing() -> None:
     _heard()
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 def keeping(nbytes: str) -> None:

@@ -1,7 +1,8 @@
 """What CUDA, its driver and JAX do on this machine, where what is published contradicts itself.
 
-`python -m bench.gpu_probe NAME` answers a question of docs/gpu.md in a line; `make gpu` asks all of them, each in a
-process of its own, since some end the process. They need a GPU, CuPy and JAX, and change no setting of the GPU.
+`python -m bench.gpu_probe NAME` answers a question of docs/gpu.md in a line; `make gpu` asks all of
+them, each in a process of its own, since some end the process. They need a GPU, CuPy and JAX, and
+change no setting of the GPU.
 """
 
 import argparse
@@ -41,7 +42,9 @@ _REPEATS = 20
 _IMPORTS = 10
 # BRIDGE_TESTS_REHEARSE=1 is for the faked CUDA, where this is the host's work.
 _REHEARSED = bool(os.environ.get("BRIDGE_TESTS_REHEARSE"))
-_SIDE, _STEPS = (64, 50) if _REHEARSED else (4096, 4000)  # products that take a second or more, in TF32
+_SIDE, _STEPS = (
+    (64, 50) if _REHEARSED else (4096, 4000)
+)  # products that take a second or more, in TF32
 _SIZES = (MIB,) if _REHEARSED else (64 * MIB, GIB)
 _HELD = MIB if _REHEARSED else GIB
 _PACKAGES = ("jax", "jaxlib", "torch", "cupy-cuda12x", "cupy-cuda13x")
@@ -56,7 +59,9 @@ class Question(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer a question. Returns the exit status: 1 if there is no GPU to ask."""
-    parser = argparse.ArgumentParser("bench.gpu_probe", description="Answer a question of docs/gpu.md.")
+    parser = argparse.ArgumentParser(
+        "bench.gpu_probe", description="Answer a question of docs/gpu.md."
+    )
     parser.add_argument("name", choices=QUESTIONS)
     options = parser.parse_args(argv)
     if not gpus():
@@ -83,7 +88,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no word"])[-1][:200].replace("|", "/")
 
 
-# Handles ----------------------------------------------------------------------------------------------------------
+# Handles ------------------------------------------------------------------------------------------
 
 
 def _exchange() -> str:
@@ -137,21 +142,36 @@ _APART = {
 
 
 def _namespaces() -> str:
-    """The exchange with a child apart, as in another container, which takes the right to make namespaces.
+    """The exchange with a child apart, as in another container, which takes the right to make
+    namespaces.
 
-    A namespace of PIDs gives the child another number than this process has, as two containers in one namespace have.
-    So a process that is the first of one namespace asks for a child that is the first of another: that is what two
-    containers have that share none.
+    A namespace of PIDs gives the child another number than this process has, as two containers in
+    one namespace have. So a process that is the first of one namespace asks for a child that is the
+    first of another: that is what two containers have that share none.
     """
     found = [f"{name}: {_crossing_behind(prefix)}" for name, prefix in _APART.items()]
-    command = ["unshare", "--pid", "--fork", sys.executable, "-c", f"import {_MODULE} as p; print(p.equal_pids())"]
+    command = [
+        "unshare",
+        "--pid",
+        "--fork",
+        sys.executable,
+        "-c",
+        f"import {_MODULE} as p; print(p.equal_pids())",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = done.stdout.strip() if done.returncode == 0 else f"not allowed here, or {_last_line(done.stderr)}"
+    said = (
+        done.stdout.strip()
+        if done.returncode == 0
+        else f"not allowed here, or {_last_line(done.stderr)}"
+    )
     return "; ".join([*found, f"equal PID numbers: {said}"])
 
 
 def equal_pids() -> str:
-    """Return what comes of the exchange between two processes that have the same number. To be asked by such a one."""
+    """Return what comes of the exchange between two processes that have the same number.
+
+    To be asked by such a one.
+    """
     return f"both are {os.getpid()}: {_crossing_behind('unshare --pid --fork')}"
 
 
@@ -184,13 +204,16 @@ def _mixed_mps() -> str:
             return f"handles to a process without MPS: {', '.join(map(_crossing, WAYS))}"
 
 
-# JAX --------------------------------------------------------------------------------------------------------------
+# JAX ----------------------------------------------------------------------------------------------
 
 
 def _export_from_jax() -> str:
     found = []
     for preallocate in ("true", "false"):
-        variables = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": preallocate, "XLA_CLIENT_MEM_FRACTION": "0.2"}
+        variables = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": preallocate,
+            "XLA_CLIENT_MEM_FRACTION": "0.2",
+        }
         done = subprocess.run(
             [sys.executable, "-c", f"from {_MODULE} import export; print(export())"],
             cwd=ROOT,
@@ -198,7 +221,11 @@ def _export_from_jax() -> str:
             capture_output=True,
             text=True,
         )
-        said = done.stdout.strip() if done.returncode == 0 else f"{_ended(done.returncode)}: {_last_line(done.stderr)}"
+        said = (
+            done.stdout.strip()
+            if done.returncode == 0
+            else f"{_ended(done.returncode)}: {_last_line(done.stderr)}"
+        )
         found.append(f"preallocate={preallocate}: {said}")
     return "; ".join(found)
 
@@ -215,7 +242,11 @@ def export() -> str:
     except CudaError as error:
         found = str(error).rpartition("refused: ")[2]
     try:
-        return f"{found}, afterwards JAX computes" if (array * 3).sum() == 3 * _COUNT else f"{found}, JAX is WRONG"
+        return (
+            f"{found}, afterwards JAX computes"
+            if (array * 3).sum() == 3 * _COUNT
+            else f"{found}, JAX is WRONG"
+        )
     except Exception as error:
         return f"{found}, afterwards JAX fails: {_last_line(str(error))}"
 
@@ -224,14 +255,19 @@ class _Owner:
     """Keeps nothing; that it has gone tells that the memory was let go."""
 
 
-def _imported(device: Device, pointer: int, wait: Callable[[int | None], None] = lambda stream: None) -> Any:
-    """Return memory of the GPU as an array of JAX, and a weak reference to what dies when JAX lets go of it."""
+def _imported(
+    device: Device, pointer: int, wait: Callable[[int | None], None] = lambda stream: None
+) -> Any:
+    """Return memory of the GPU as an array of JAX, and a weak reference to what dies when JAX
+    lets go of it."""
     import jax
     import numpy as np
 
     keep_owners_by(lambda kept: np.frombuffer(kept, np.uint8).__dlpack__())
     owner = _Owner()
-    array = jax.dlpack.from_dlpack(DeviceExporter(pointer, _FLOATS, owner, device.dlpack_device, wait))
+    array = jax.dlpack.from_dlpack(
+        DeviceExporter(pointer, _FLOATS, owner, device.dlpack_device, wait)
+    )
     return array, weakref.ref(owner)
 
 
@@ -255,15 +291,20 @@ def _donation() -> str:
     value = "right" if (result == 2).all() else "WRONG"
     written = "in place" if result.unsafe_buffer_pointer() == pointer else "elsewhere"
     return (
-        f"no: the result is {value}, written {written}, the donated array "
-        f"{'deleted' if array.is_deleted() else 'still there'}, its memory {'kept' if owner() else 'let go of'}; "
-        f"one that is referred to: {_donated_while_referred_to(there, step)}"
+        f"no: the result is {value}, written {written}, the donated array"
+        f" {'deleted' if array.is_deleted() else 'still there'}, its memory"
+        f" {'kept' if owner() else 'let go of'}; one that is referred to:"
+        f" {_donated_while_referred_to(there, step)}"
     )
 
 
 def _donated_while_referred_to(there: Device, step: Callable[[Any], Any]) -> str:
     array, _ = _imported(there, _filled(there, 1.0))
-    reference = array.__dlpack__(stream=there.new_stream()) if there.dlpack_type == 2 else array.__dlpack__()
+    reference = (
+        array.__dlpack__(stream=there.new_stream())
+        if there.dlpack_type == 2
+        else array.__dlpack__()
+    )
     try:
         found = f"computed {float(step(array)[0])}, deleted {array.is_deleted()}"
     except Exception as error:
@@ -293,11 +334,16 @@ def _deleter() -> str:
     result.block_until_ready()
     if is_ready:
         return "not told: the result was ready too soon"
-    return "yes: it ran while the GPU had still to read it" if has_run else "no: it had not run while the GPU computed"
+    return (
+        "yes: it ran while the GPU had still to read it"
+        if has_run
+        else "no: it had not run while the GPU computed"
+    )
 
 
 def _events() -> str:
-    """Which streams JAX names, and whether it waits for an event that is a second late: on the GPU, or on the host."""
+    """Which streams JAX names, and whether it waits for an event that is a second late: on the
+    GPU, or on the host."""
     import jax
 
     jax.numpy.ones(3).block_until_ready()
@@ -316,13 +362,14 @@ def _events() -> str:
     computing = time.monotonic() - begun
     is_right = bool((result == 2).all())
     return (
-        f"{'yes' if is_right else 'NO'}: {len(set(named))} streams in {_IMPORTS} imports, none named "
-        f"{named.count(None)} times; of an event 1 s late the import took {imported:.3f} s, a computation began after "
-        f"{computing:.3f} s, its values are {'right' if is_right else 'WRONG'} after {time.monotonic() - begun:.2f} s"
+        f"{'yes' if is_right else 'NO'}: {len(set(named))} streams in {_IMPORTS} imports, none"
+        f" named {named.count(None)} times; of an event 1 s late the import took {imported:.3f} s,"
+        f" a computation began after {computing:.3f} s, its values are"
+        f" {'right' if is_right else 'WRONG'} after {time.monotonic() - begun:.2f} s"
     )
 
 
-# What things cost, and what is left behind ------------------------------------------------------------------------
+# What things cost, and what is left behind --------------------------------------------------------
 
 
 def _costs() -> str:
@@ -342,7 +389,9 @@ def _cost_of_opening(nbytes: int) -> str:
     there, opened = device(), []
     with Other(keeping, nbytes) as other:
         handle = bytes.fromhex(other.said())
-        seconds = _median_s(lambda: opened.append(there.open(handle, nbytes)), lambda: there.close(opened.pop()))
+        seconds = _median_s(
+            lambda: opened.append(there.open(handle, nbytes)), lambda: there.close(opened.pop())
+        )
     return f"opening {nbytes // MIB} MiB by handle {seconds * 1e3:.3f} ms"
 
 
@@ -374,8 +423,9 @@ def _left_behind() -> str:
     there.close(pointer)
     closed = before - _settled_free_bytes(there)
     return (
-        f"of {taken // MIB} MiB that a process had, {kept // MIB} MiB are left when it is killed; "
-        f"{mapped // MIB} MiB while another one has it open, {closed // MIB} MiB when that has closed it"
+        f"of {taken // MIB} MiB that a process had, {kept // MIB} MiB are left when it is killed;"
+        f" {mapped // MIB} MiB while another one has it open, {closed // MIB} MiB when that has"
+        " closed it"
     )
 
 
@@ -387,53 +437,65 @@ def _settled_free_bytes(device: Device) -> int:
 
 QUESTIONS: Mapping[str, Question] = {
     "exchange": Question(
-        "Does an IPC handle of a `cudaMalloc` slab that one process exports open in another, and are 256 random bytes "
-        "the same there?",
+        "Does an IPC handle of a `cudaMalloc` slab that one process exports open in another, and"
+        " are 256 random bytes the same there?",
         _exchange,
     ),
     "handles": Question(
-        "Do 0, 63 and 65 bytes, random ones, one's own handle and another GPU's fail with a clear error, and does the "
-        "process live on?",
+        "Do 0, 63 and 65 bytes, random ones, one's own handle and another GPU's fail with a clear"
+        " error, and does the process live on?",
         _bad_handles,
     ),
     "export": Question(
-        "Can memory of JAX's default allocator be exported, with preallocation and without, and what does a failure "
-        "leave behind?",
+        "Can memory of JAX's default allocator be exported, with preallocation and without, and"
+        " what does a failure leave behind?",
         _export_from_jax,
     ),
     "namespaces": Question(
-        "What do handles, events and words need in common: PIDs, an IPC namespace, /dev/shm?", _namespaces
+        "What do handles, events and words need in common: PIDs, an IPC namespace, /dev/shm?",
+        _namespaces,
     ),
     "donation": Question("Does donating an imported buffer abort the process?", _donation),
-    "deleter": Question("Does the deleter of an imported buffer run before the GPU has read it?", _deleter),
+    "deleter": Question(
+        "Does the deleter of an imported buffer run before the GPU has read it?", _deleter
+    ),
     "events": Question(
-        "Does JAX wait for an event through `__dlpack__(stream)` on the GPU, and on which of its streams?", _events
+        "Does JAX wait for an event through `__dlpack__(stream)` on the GPU, and on which of its"
+        " streams?",
+        _events,
     ),
     "words": Question(
-        "Do streams of two processes wait for words in shared memory, and does the survivor release its own?",
+        "Do streams of two processes wait for words in shared memory, and does the survivor release"
+        " its own?",
         gpu_pairs.words,
     ),
     "rerecorded": Question(
-        "Does a later record of an event, on another stream, change a wait for it that is pending in another process?",
+        "Does a later record of an event, on another stream, change a wait for it that is pending"
+        " in another process?",
         gpu_pairs.rerecorded,
     ),
     "opening": Question(
-        "What do opening and closing handles and events wait for while a kernel runs there, or here?",
+        "What do opening and closing handles and events wait for while a kernel runs there, or"
+        " here?",
         gpu_pairs.opening,
     ),
     "destroyed": Question(
-        "What does an opened event do that had passed, once its owner has destroyed it or was killed?",
+        "What does an opened event do that had passed, once its owner has destroyed it or was"
+        " killed?",
         gpu_pairs.destroyed,
     ),
     "dead": Question(
-        "Does a stream go on that waits for an event, when the process that recorded it is killed or destroys it "
-        "before its GPU has come to that?",
+        "Does a stream go on that waits for an event, when the process that recorded it is killed"
+        " or destroys it before its GPU has come to that?",
         gpu_pairs.dead_events,
     ),
     "mps": Question("What does MPS do when only one of two processes uses it?", _mixed_mps),
-    "costs": Question("What does a copy on the device cost, against exporting the worker's memory?", _costs),
+    "costs": Question(
+        "What does a copy on the device cost, against exporting the worker's memory?", _costs
+    ),
     "left": Question(
-        "Does a process that is killed leave memory behind on the GPU, in the other process's count or its own?",
+        "Does a process that is killed leave memory behind on the GPU, in the other process's count"
+        " or its own?",
         _left_behind,
     ),
 }

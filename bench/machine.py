@@ -9,7 +9,10 @@ from pathlib import Path
 
 from bench import ROOT
 
-_VERSIONS = "import platform; from importlib.metadata import version; print(platform.python_version(), version('{}'))"
+_VERSIONS = (
+    "import platform; from importlib.metadata import version; print(platform.python_version(),"
+    " version('{}'))"
+)
 
 
 def describe() -> dict[str, str]:
@@ -29,7 +32,9 @@ def describe() -> dict[str, str]:
 def _versions(framework: str) -> list[str]:
     python = ROOT / f".venv-{framework}/bin/python"
     code = _VERSIONS.format(framework)
-    return subprocess.run([python, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+    return subprocess.run(
+        [python, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout.split()
 
 
 def _field(path: str, name: str) -> str:

@@ -14,7 +14,10 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. A way's turn lasts about `turn_s`, but has at least `min_calls` timed calls."""
+    """How much is measured.
+
+    A way's turn lasts about `turn_s`, but has at least `min_calls` timed calls.
+    """
 
     functions: tuple[str, ...] = ("affine", "sine", "mlp")
     sizes: tuple[int, ...] = (KIB, MIB, 16 * MIB, 64 * MIB)
@@ -26,12 +29,20 @@ class Plan:
 
 
 # Every line of the budget, as fast as it can be had.
-QUICK = Plan(functions=("sine",), sizes=(KIB, MIB, 64 * MIB), rounds=5, turn_s=0.02, min_calls=1, soak_calls=10_000)
+QUICK = Plan(
+    functions=("sine",),
+    sizes=(KIB, MIB, 64 * MIB),
+    rounds=5,
+    turn_s=0.02,
+    min_calls=1,
+    soak_calls=10_000,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One way of calling one function at one size: seconds of each call, by round, and bytes for each call."""
+    """One way of calling one function at one size: seconds of each call, by round, and bytes for
+    each call."""
 
     rounds: Sequence[Sequence[float]]
     bytes_made: int  # of the output and the gradients
@@ -67,8 +78,9 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a run has found: cells by (function, size in bytes, way), seconds of the calls of each task by round, and
-    growth by process if that was measured."""
+    """What a run has found: cells by (function, size in bytes, way), seconds of the calls of each
+    task by round, and growth by process if that was measured.
+    """
 
     plan: Plan
     cells: Mapping[tuple[str, int, str], Cell]
@@ -79,10 +91,17 @@ class Results:
     def ratio(self, function: str, nbytes: int, way: str, other: str) -> float:
         """Return by what factor `way` takes longer than `other`.
 
-        The median, over the rounds, of the quotient of both p50s: within a round both met the same machine.
+        The median, over the rounds, of the quotient of both p50s: within a round both met the same
+          machine.
         """
-        rounds = zip(self.cells[function, nbytes, way].rounds, self.cells[function, nbytes, other].rounds, strict=True)
-        return statistics.median(statistics.median(turn) / statistics.median(others) for turn, others in rounds)
+        rounds = zip(
+            self.cells[function, nbytes, way].rounds,
+            self.cells[function, nbytes, other].rounds,
+            strict=True,
+        )
+        return statistics.median(
+            statistics.median(turn) / statistics.median(others) for turn, others in rounds
+        )
 
     def task_p50s(self, *names: str) -> list[tuple[float, ...]]:
         """Return, for each round, the p50 of each of these tasks in it."""
@@ -96,10 +115,13 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str, list[list[float]]]:
+def interleave(
+    steps: Mapping[str, Callable[[], object]], plan: Plan
+) -> dict[str, list[list[float]]]:
     """Return the seconds of each call of each step, by round.
 
-    In each round every step has one turn, in a random order, so that what else the machine does hits all alike.
+    In each round every step has one turn, in a random order, so that what else the machine does
+    hits all alike.
     """
     calls = {way: _calls_per_turn(step, plan) for way, step in steps.items()}
     rounds: dict[str, list[list[float]]] = {way: [] for way in steps}

@@ -1,4 +1,7 @@
-"""The JAX side: the models that the worker hosts, which the baseline also runs in one process. Never imports torch."""
+"""The JAX side: the models that the worker hosts, which the baseline also runs in one process.
+
+Never imports torch.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +38,17 @@ def _make_params() -> dict[str, Any]:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(0, WIDTH**-0.5, shape), jnp.float32)
 
-    return {f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(LAYERS)}
+    return {
+        f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(LAYERS)
+    }
 
 
 mlp = (_apply_mlp, _make_params())
 
 
 def flat(name: str) -> tuple[Callable[..., Any], list[jax.Array]]:
-    """Return a model as a jitted function of (x, *parameters), and its parameters in the order of their paths."""
+    """Return a model as a jitted function of (x, *parameters), and its parameters in the order
+    of their paths."""
     model = globals()[name]
     if callable(model):
         return jax.jit(model), []

@@ -1,4 +1,7 @@
-"""The yardstick: an empty gRPC unary call to another process, without even protobuf. Imports no framework."""
+"""The yardstick: an empty gRPC unary call to another process, without even protobuf.
+
+Imports no framework.
+"""
 
 import subprocess
 import sys
@@ -18,7 +21,9 @@ class Ping:
         self._directory = tempfile.TemporaryDirectory(prefix="bridge-bench-")
         address = f"unix:{self._directory.name}/ping.sock"
         command = [sys.executable, "-m", "bench.ping", address]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        self._server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+        )
         self._server.stdout.readline()
         self._channel = grpc.insecure_channel(address)
         self._call = self._channel.unary_unary("/bench.Ping/Ping")
@@ -28,7 +33,10 @@ class Ping:
         self._call(b"")
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._channel.close()
         self._server.kill()  # a server that stops in order makes gRPC log its goodbye
@@ -40,7 +48,9 @@ def _serve(address: str) -> None:
     """Answer until stdin ends, as it also does when the parent dies."""
     server = grpc.server(ThreadPoolExecutor(1))
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("bench.Ping", {"Ping": handler})])
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("bench.Ping", {"Ping": handler})]
+    )
     server.add_insecure_port(address)
     server.start()
     print("ready", flush=True)

@@ -63,7 +63,8 @@ def page(results: Results, verdicts: Sequence[Verdict], plot: str) -> str:
     growth = _growth_text(results) if results.growth else ""
     return f"""# Benchmarks
 
-Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make bench` writes this page.
+Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make bench` writes this
+page.
 
 ![time of one forward + VJP against the size of the input]({plot})
 
@@ -74,30 +75,33 @@ Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make b
 
 ## What is compared
 - *native torch*: the same function in torch.
-- *jax2torch-style*: an `autograd.Function` whose forward calls `jax.vjp` of a jitted function each time, with DLPack
-  both ways; torch and JAX in one process and one environment. The baseline of the budget.
-- *local lane*: a worker in another process and environment; tensors and signals in shared memory. With
-  *inputs in a slab* the input and the cotangent lie in shared memory already, as what another remote call has
-  returned does.
+- *jax2torch-style*: an `autograd.Function` whose forward calls `jax.vjp` of a jitted function each
+  time, with DLPack both ways; torch and JAX in one process and one environment. The baseline of the
+  budget.
+- *local lane*: a worker in another process and environment; tensors and signals in shared memory.
+  With *inputs in a slab* the input and the cotangent lie in shared memory already, as what another
+  remote call has returned does.
 - *gRPC inline*: the same worker, over the same host's Unix socket, the bytes sent in gRPC messages.
 - *ping*: an empty gRPC unary call to another process, without protobuf.
-- *copied*: bytes that either side copies in one step, divided by the bytes of the output and the gradients, at the
-  largest size. Native torch and the baseline are not counted.
-- The MLP's layers are 64 wide, with ReLU between them; the number of rows makes the size. Its parameters belong to the
-  client and get gradients too.
-- The step that is compiled has some twenty pointwise operations of torch, before and after the call. What a call adds
-  to it is the difference of the rows with and without the call.
+- *copied*: bytes that either side copies in one step, divided by the bytes of the output and the
+  gradients, at the largest size. Native torch and the baseline are not counted.
+- The MLP's layers are 64 wide, with ReLU between them; the number of rows makes the size. Its
+  parameters belong to the client and get gradients too.
+- The step that is compiled has some twenty pointwise operations of torch, before and after the
+  call. What a call adds to it is the difference of the rows with and without the call.
 
 ## How it is measured
-Every way of one function at one size takes a turn in each of {plan.rounds} rounds, in random order. In a turn
-{plan.warm_calls} calls warm up; then {plan.min_calls} are timed, or as many as fit in {plan.turn_s * 1e3:g} ms.
-Python's garbage collector is off. A ratio in the budget is the median, over the rounds, of the quotient of both p50s,
-so that what disturbs the machine meets both. Where a call takes long there are few of them, and p99 is the slowest.
-Before anything is timed, all ways must agree on the output and on every gradient. Resident growth is measured in a run
-of its own, with the client in an environment without JAX.
+Every way of one function at one size takes a turn in each of {plan.rounds} rounds, in random order.
+In a turn {plan.warm_calls} calls warm up; then {plan.min_calls} are timed, or as many as fit in
+{plan.turn_s * 1e3:g} ms. Python's garbage collector is off. A ratio in the budget is the median,
+over the rounds, of the quotient of both p50s, so that what disturbs the machine meets both. Where a
+call takes long there are few of them, and p99 is the slowest. Before anything is timed, all ways
+must agree on the output and on every gradient. Resident growth is measured in a run of its own,
+with the client in an environment without JAX.
 
 ## How to reproduce it
-`make bench` on a machine that does nothing else; it exits with status 1 when a line of the budget is missed.
+`make bench` on a machine that does nothing else; it exits with status 1 when a line of the budget
+is missed.
 `.venv-both/bin/python -m bench --quick` takes a minute and writes nothing.
 """
 
@@ -119,7 +123,12 @@ def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
     ]
     growth = results.growth or {}
     tasks = [
-        {"task": TASKS[task], "p50_ms": round(statistics.median(second for turn in turns for second in turn) * 1e3, 4)}
+        {
+            "task": TASKS[task],
+            "p50_ms": round(
+                statistics.median(second for turn in turns for second in turn) * 1e3, 4
+            ),
+        }
         for task, turns in results.tasks.items()
     ]
     document = {
@@ -127,10 +136,13 @@ def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
         "rounds": results.plan.rounds,
         "cells": cells,
         "tasks": tasks,
-        "resident_bytes": {process: {"before": g.before, "after": g.after} for process, g in growth.items()},
+        "resident_bytes": {
+            process: {"before": g.before, "after": g.after} for process, g in growth.items()
+        },
         "soak_calls": results.plan.soak_calls if growth else 0,
         "budget": [
-            {"work": v.line.work, "value": v.value, "limit": v.line.limit, "outcome": v.outcome} for v in verdicts
+            {"work": v.line.work, "value": v.value, "limit": v.line.limit, "outcome": v.outcome}
+            for v in verdicts
         ],
     }
     return json.dumps(document, indent=2) + "\n"
@@ -144,21 +156,36 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     plan = results.plan
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "lines.markersize": 4}
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.markersize": 4,
+    }
     with pyplot.rc_context(style):
         figure, panels = pyplot.subplots(
-            1, len(plan.functions), figsize=(max(9, 4 * len(plan.functions)), 5), sharey=True, squeeze=False
+            1,
+            len(plan.functions),
+            figsize=(max(9, 4 * len(plan.functions)), 5),
+            sharey=True,
+            squeeze=False,
         )
         for function, axes in zip(plan.functions, panels[0], strict=True):
             for way, label in WAYS.items():
                 _draw_way(axes, results, function, way, label)
-            axes.set(xscale="log", yscale="log", xlabel="size of the input", title=FUNCTIONS[function])
-            axes.set_xticks(plan.sizes, [size_text(nbytes) for nbytes in plan.sizes], rotation=30, ha="right")
+            axes.set(
+                xscale="log", yscale="log", xlabel="size of the input", title=FUNCTIONS[function]
+            )
+            axes.set_xticks(
+                plan.sizes, [size_text(nbytes) for nbytes in plan.sizes], rotation=30, ha="right"
+            )
             axes.minorticks_off()
             axes.grid(alpha=0.3, linewidth=0.6)
         panels[0][0].set_ylabel("one forward + VJP, ms")
         panels[0][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False)
+        figure.legend(
+            *panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False
+        )
         figure.suptitle("JAX functions called from torch: p50, whiskers up to p99")
         figure.tight_layout(rect=(0, 0.12, 1, 1))
         figure.savefig(path, dpi=150)
@@ -176,8 +203,17 @@ def _draw_way(axes: Any, results: Results, function: str, way: str, label: str) 
         return
     cells = [results.cells[function, nbytes, way] for nbytes in sizes]
     p50 = [cell.p50_s * 1e3 for cell in cells]
-    line = axes.plot(sizes, p50, label=label, color=_COLOURS[way], **_LINES.get(way, {"marker": "o"}))[0]
-    axes.vlines(sizes, p50, [cell.p99_s * 1e3 for cell in cells], color=line.get_color(), alpha=0.4, linewidth=1)
+    line = axes.plot(
+        sizes, p50, label=label, color=_COLOURS[way], **_LINES.get(way, {"marker": "o"})
+    )[0]
+    axes.vlines(
+        sizes,
+        p50,
+        [cell.p99_s * 1e3 for cell in cells],
+        color=line.get_color(),
+        alpha=0.4,
+        linewidth=1,
+    )
 
 
 def _cell_rows(results: Results, function: str) -> list[list[str]]:
@@ -185,10 +221,15 @@ def _cell_rows(results: Results, function: str) -> list[list[str]]:
     rows = [[FUNCTIONS[function], *map(size_text, sizes), "copied"]]
     for way, label in WAYS.items():
         cells = [results.cells.get((function, nbytes, way)) for nbytes in sizes]
-        texts = ["not yet" if cell is None else f"{_ms(cell.p50_s)} ({_ms(cell.p99_s)})" for cell in cells]
+        texts = [
+            "not yet" if cell is None else f"{_ms(cell.p50_s)} ({_ms(cell.p99_s)})"
+            for cell in cells
+        ]
         last = cells[-1]
         is_counted = last is not None and last.bytes_copied is not None
-        rows.append([label, *texts, f"{last.bytes_copied / last.bytes_made:.2f}" if is_counted else ""])
+        rows.append(
+            [label, *texts, f"{last.bytes_copied / last.bytes_made:.2f}" if is_counted else ""]
+        )
     return rows
 
 
@@ -214,11 +255,15 @@ def _growth_text(results: Results) -> str:
         f"the {process} from {growth.before / MIB:.1f} to {growth.after / MIB:.1f} MiB"
         for process, growth in results.growth.items()
     )
-    return f"\nOver {results.plan.soak_calls:,} forward + VJP of 1 KiB {' and '.join(sentences)} resident.\n"
+    return (
+        f"\nOver {results.plan.soak_calls:,} forward + VJP of 1 KiB {' and '.join(sentences)}"
+        " resident.\n"
+    )
 
 
 def _ms(seconds: float) -> str:
-    """Return milliseconds with three significant digits, and no more decimals than microseconds have."""
+    """Return milliseconds with three significant digits, and no more decimals than microseconds
+    have."""
     ms = seconds * 1e3
     return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 
@@ -232,4 +277,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     rule = [f"{'-' * (width - 1)}{'-' if i == 0 else ':'}" for i, width in enumerate(widths)]
-    return "\n".join([line(rows[0]), f"|{'|'.join(f' {text} ' for text in rule)}|", *map(line, rows[1:])])
+    return "\n".join(
+        [line(rows[0]), f"|{'|'.join(f' {text} ' for text in rule)}|", *map(line, rows[1:])]
+    )

@@ -1,4 +1,7 @@
-"""Whether client and worker grow over many calls of 1 KiB. The client runs in .venv-torch: imports torch, never jax."""
+"""Whether client and worker grow over many calls of 1 KiB.
+
+The client runs in .venv-torch: imports torch, never jax.
+"""
 
 import json
 import os

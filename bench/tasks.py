@@ -1,4 +1,5 @@
-"""What is made of remote functions beside single gradients: batches, second derivatives, compiled code."""
+"""What is made of remote functions beside single gradients: batches, second derivatives,
+compiled code."""
 
 from collections.abc import Callable, Mapping
 
@@ -19,7 +20,8 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 class _Chain(nn.Module):
-    """Pointwise work in torch, written out so that there is something to compile, around something else."""
+    """Pointwise work in torch, written out so that there is something to compile, around
+    something else."""
 
     def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -30,7 +32,8 @@ class _Chain(nn.Module):
 
 
 def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
-    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should agree do not."""
+    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should
+    agree do not."""
     torch._inductor.config.compile_threads = 1  # or its processes stay
     sine = RemoteJaxFunction(session, name="sine")
     rows, x, direction = torch.randn(ROWS, WIDTH), torch.randn(256), torch.randn(256)

@@ -1,4 +1,7 @@
-"""The torch side of what is called from JAX: hosted by a worker, and run in one process. Never imports jax."""
+"""The torch side of what is called from JAX: hosted by a worker, and run in one process.
+
+Never imports jax.
+"""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,7 @@
-"""The ways to call one function from torch, each as a step: forward and VJP. Imports torch and jax."""
+"""The ways to call one function from torch, each as a step: forward and VJP.
+
+Imports torch and jax.
+"""
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +58,10 @@ class Step:
 
 
 class Workbench:
-    """A worker in .venv-jax, a session with it over each lane, and a process to ping. A context manager."""
+    """A worker in .venv-jax, a session with it over each lane, and a process to ping.
+
+    A context manager.
+    """
 
     def __enter__(self) -> "Workbench":
         with contextlib.ExitStack() as stack:
@@ -73,7 +79,10 @@ class Workbench:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -83,7 +92,8 @@ class Workbench:
         return self._local
 
     def steps(self, function: str, nbytes: int) -> dict[str, Callable[[], None]]:
-        """Return a step for each way that there is, all on the same values, by the names of `report.WAYS`."""
+        """Return a step for each way that there is, all on the same values, by the names of
+        `report.WAYS`."""
         x = torch.randn(nbytes // 4)
         x = x.view(-1, WIDTH) if function == "mlp" else x
         cotangent = torch.randn_like(x)
@@ -91,7 +101,9 @@ class Workbench:
             "native": native(function, x, cotangent),
             "jax2torch": jax2torch(function, x, cotangent),
             "local": remote(self._local, function, x, cotangent),
-            "slab": remote(self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)),
+            "slab": remote(
+                self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)
+            ),
             "grpc": remote(self._grpc, function, x, cotangent),
             "inproc": inproc(function, x, cotangent),
             "ping": self._ping,
@@ -107,7 +119,9 @@ def check_agreement(steps: Mapping[str, Callable[[], None]]) -> None:
             continue
         for i, (value, reference) in enumerate(zip(_values(step), expected, strict=True)):
             if (value - reference).abs().max() > _AGREEMENT * reference.abs().max():
-                raise RuntimeError(f"{way} disagrees with native torch in {f'gradient {i}' if i else 'the output'}")
+                raise RuntimeError(
+                    f"{way} disagrees with native torch in {f'gradient {i}' if i else 'the output'}"
+                )
 
 
 def _values(step: Step) -> list[Tensor]:
@@ -115,7 +129,7 @@ def _values(step: Step) -> list[Tensor]:
     return [step.call(step.x).detach(), *(leaf.grad for leaf in step.leaves)]
 
 
-# Native torch ----------------------------------------------------------------------------------------------------
+# Native torch -------------------------------------------------------------------------------------
 
 
 def _torch_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -141,7 +155,7 @@ def _parameters(arrays: Sequence[jax.Array]) -> list[Tensor]:
     return [_to_torch(array).clone().requires_grad_() for array in arrays]
 
 
-# jax2torch-style: what the budget compares with ------------------------------------------------------------------
+# jax2torch-style: what the budget compares with ---------------------------------------------------
 
 
 class _Jax2Torch(torch.autograd.Function):
@@ -171,7 +185,7 @@ def _to_torch(array: jax.Array) -> Tensor:
     return torch.from_dlpack(array)
 
 
-# This project ----------------------------------------------------------------------------------------------------
+# This project -------------------------------------------------------------------------------------
 
 
 def inproc(function: str, x: Tensor, cotangent: Tensor) -> Step:

@@ -1,8 +1,12 @@
-"""The client: sessions with workers. Importing it imports no framework; `.torch` and `.jax` import theirs."""
+"""The client: sessions with workers.
+
+Importing it imports no framework; `.torch` and `.jax` import theirs.
+"""
 
 import os
 
-# Must be set before grpc is first imported: without it, a channel made in a forked child (a DataLoader worker) fails.
+# Must be set before grpc is first imported: without it, a channel made in a forked child (a
+# DataLoader worker) fails.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
 
 from bridge_client.remote.connecting import connect

@@ -1,4 +1,7 @@
-"""The arguments of a call as the worker is told of them: what is data, and what is static. Imports no framework."""
+"""The arguments of a call as the worker is told of them: what is data, and what is static.
+
+Imports no framework.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +12,8 @@ from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-# How a Python number travels; in the model it is one again, and takes its type from the other operands.
+# How a Python number travels; in the model it is one again, and takes its type from the other
+# operands.
 NUMBERS: Mapping[type, Spec] = {
     int: Spec(BY_NAME["int64"], (), weak=True),
     float: Spec(BY_NAME["float64"], (), weak=True),
@@ -24,15 +28,21 @@ class Slot(NamedTuple):
 
 
 def encode(
-    arguments: tuple[Any, Any], classes: trees.Classes, *, expand: trees.Expand = trees.expand_dataclass
+    arguments: tuple[Any, Any],
+    classes: trees.Classes,
+    *,
+    expand: trees.Expand = trees.expand_dataclass,
 ) -> tuple[pb.Tree, list[int]]:
-    """Return the tree of (args, kwargs), in which slots stand for data, and the slots' leaves in the tree's order.
+    """Return the tree of (args, kwargs), in which slots stand for data, and the slots' leaves in
+    the tree's order.
 
     Raises:
       StructureError: something in them can neither be sent nor be static.
     """
     encoded_args, first = trees.encode(arguments[0], _is_slot, classes, expand=expand, root="args")
-    encoded_kwargs, second = trees.encode(arguments[1], _is_slot, classes, expand=expand, root="kwargs")
+    encoded_kwargs, second = trees.encode(
+        arguments[1], _is_slot, classes, expand=expand, root="kwargs"
+    )
     return trees.arguments(encoded_args, encoded_kwargs), [slot.leaf for slot in (*first, *second)]
 
 
@@ -43,9 +53,11 @@ def marked_static(
     static: Collection[str],
     marked: Callable[[Any, bool], Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with each leaf replaced by whether the argument that it belongs to is named as static.
+    """Return the arguments with each leaf replaced by whether the argument that it belongs to is
+    named as static.
 
-    `names` are those of the positional arguments; `marked(tree, mark)` replaces each leaf of a pytree.
+    `names` are those of the positional arguments; `marked(tree, mark)` replaces each leaf of a
+    pytree.
     """
     is_static = [i < len(names) and names[i] in static for i in range(len(args))]
     return (

@@ -1,4 +1,7 @@
-"""The command `bridge_client`: looks at a worker from the client's side. Works where there is no framework."""
+"""The command `bridge_client`: looks at a worker from the client's side.
+
+Works where there is no framework.
+"""
 
 import argparse
 import sys
@@ -43,36 +46,59 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"bridge_client {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    describe = commands.add_parser("describe", help="show a worker's models, and how its tensors would travel")
+    describe = commands.add_parser(
+        "describe", help="show a worker's models, and how its tensors would travel"
+    )
     describe.set_defaults(action=_with_session(_describe))
 
     check = commands.add_parser(
         "check-gradients",
         help="compare a model's VJP, JVP and finite differences",
-        description="Compare the derivatives of a worker's models with finite differences, at random arguments of the "
-        "types given by --input, or else by the worker's --warmup. Exits with status 1 on a mismatch.",
+        description=(
+            "Compare the derivatives of a worker's models with finite differences, at random"
+            " arguments of the types given by --input, or else by the worker's --warmup. Exits with"
+            " status 1 on a mismatch."
+        ),
     )
-    check.add_argument("--model", metavar="NAME", help="default: each model whose arguments are known")
-    check.add_argument("--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]")
-    check.add_argument("--range", nargs=2, type=float, metavar=("LOW", "HIGH"), help="of the arguments' numbers",
-                       default=(LOW, HIGH))  # fmt: skip
-    check.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    check.add_argument(
+        "--model", metavar="NAME", help="default: each model whose arguments are known"
+    )
+    check.add_argument(
+        "--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]"
+    )
+    check.add_argument(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="of the arguments' numbers",
+        default=(LOW, HIGH),
+    )
+    check.add_argument(
+        "--seed", type=int, default=0, help="of the random numbers (default: %(default)s)"
+    )
     check.set_defaults(action=_with_session(_check_gradients))
 
     health = commands.add_parser(
         "health",
         help="ask whether a worker takes calls, as a probe",
-        description="Ask a worker's health service, which needs no token. Exits with status 0 if it is SERVING, and "
-        "with 1 otherwise.",
+        description=(
+            "Ask a worker's health service, which needs no token. Exits with status 0 if it is"
+            " SERVING, and with 1 otherwise."
+        ),
     )
-    health.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g")
+    health.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g"
+    )
     health.set_defaults(action=_health)
 
     diagnose = commands.add_parser(
         "doctor",
         help="look for what is slow or broken, on this host and on the way to a worker",
-        description="Look at this host and environment and, given an address, at the worker there. Exits with status "
-        "1 if something is broken; what is slow works.",
+        description=(
+            "Look at this host and environment and, given an address, at the worker there. Exits"
+            " with status 1 if something is broken; what is slow works."
+        ),
     )
     diagnose.add_argument("--json", action="store_true", help="print a JSON object")
     diagnose.set_defaults(action=_doctor)
@@ -82,10 +108,14 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument("address", type=_address, nargs="?", help="unix:PATH or HOST:PORT")
     for command in (describe, check, diagnose):
         command.add_argument(
-            "--token", help="for a worker with --token-file (BRIDGE_TOKEN)", default=environ.get("BRIDGE_TOKEN")
+            "--token",
+            help="for a worker with --token-file (BRIDGE_TOKEN)",
+            default=environ.get("BRIDGE_TOKEN"),
         )
     for command in (describe, check, diagnose, health):
-        command.add_argument("--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path)
+        command.add_argument(
+            "--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path
+        )
     return parser
 
 
@@ -104,7 +134,9 @@ def _specs(text: str) -> tuple[Spec, ...]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def _with_session(action: Callable[[Session, argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def _with_session(
+    action: Callable[[Session, argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
     """Return the action on a session with the worker that the options name."""
 
     def act(options: argparse.Namespace) -> int:
@@ -136,7 +168,10 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
     for model in session.models.values():
         print(f"{model.name}({', '.join(model.arguments)})")
         for parameter in model.parameters:
-            print(f"  {'parameter' if parameter.trainable else 'buffer'} {parameter.path}: {parameter.spec}")
+            print(
+                f"  {'parameter' if parameter.trainable else 'buffer'} {parameter.path}:"
+                f" {parameter.spec}"
+            )
         for arrays in model.signatures:
             print(f"  compiled for ({', '.join(map(str, arrays))})")
     return OK
@@ -150,11 +185,17 @@ def _check_gradients(session: Session, options: argparse.Namespace) -> int:
         print(f"{model.name}({', '.join(map(str, arrays))})\n{_table(made)}\n")
         checks += made
     wrong = sum(not check.agrees for check in checks)
-    print(f"{wrong} of {len(checks)} derivatives differ" if wrong else f"all {len(checks)} derivatives agree")
+    print(
+        f"{wrong} of {len(checks)} derivatives differ"
+        if wrong
+        else f"all {len(checks)} derivatives agree"
+    )
     return FAILED if wrong else OK
 
 
-def _signatures(session: Session, options: argparse.Namespace) -> list[tuple[ModelInfo, tuple[Spec, ...]]]:
+def _signatures(
+    session: Session, options: argparse.Namespace
+) -> list[tuple[ModelInfo, tuple[Spec, ...]]]:
     """Return the models that are to be checked, each with the types of its arguments."""
     if options.input is not None:
         return [(session.model(options.model), options.input)]
@@ -162,8 +203,8 @@ def _signatures(session: Session, options: argparse.Namespace) -> list[tuple[Mod
     found = [(model, arrays) for model in models for arrays in model.signatures]
     if not found:
         raise _Misuse(
-            f"nobody said what arguments {options.model or 'the models'} take: give --input, or start the worker with "
-            "--warmup"
+            f"nobody said what arguments {options.model or 'the models'} take: give --input, or"
+            " start the worker with --warmup"
         )
     return found
 
@@ -175,7 +216,10 @@ def _table(checks: Sequence[Check]) -> str:
         rows.append((check.output, check.input, *numbers, "ok" if check.agrees else "MISMATCH"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
-    lines = ([side(text, width) for side, text, width in zip(sides, row, widths, strict=True)] for row in rows)
+    lines = (
+        [side(text, width) for side, text, width in zip(sides, row, widths, strict=True)]
+        for row in rows
+    )
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 

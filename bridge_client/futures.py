@@ -10,18 +10,22 @@ _T = TypeVar("_T")
 
 
 def gather(*futures: Future[Any], timeout_s: float | None = None) -> list[Any]:
-    """Wait until every call has ended; return their results in order, or raise the first error among them.
+    """Wait until every call has ended; return their results in order, or raise the first error
+    among them.
 
     So after an error no call is still under way that uses what the caller may now change or close.
 
     Raises:
-      CallTimeout: some had not ended within `timeout_s` seconds; those that had not begun are cancelled.
+      CallTimeout: some had not ended within `timeout_s` seconds; those that had not begun are
+        cancelled.
     """
     pending = wait(futures, timeout_s, ALL_COMPLETED).not_done
     if pending:
         for future in pending:
             future.cancel()
-        raise CallTimeout(f"{len(pending)} of {len(futures)} calls had not ended within {timeout_s} s")
+        raise CallTimeout(
+            f"{len(pending)} of {len(futures)} calls had not ended within {timeout_s} s"
+        )
     return [future.result() for future in futures]
 
 

@@ -1,4 +1,5 @@
-"""Programs as the client sees them: what was asked for, what it returns, and the programs derived from it."""
+"""Programs as the client sees them: what was asked for, what it returns, and the programs
+derived from it."""
 
 import hashlib
 import itertools
@@ -23,7 +24,8 @@ _COUNT_BITS = 40
 
 
 def residual_id(count: int, fingerprint: bytes) -> int:
-    """Return the id of a residual, from which `tag_of` tells which model has made it: wherever the id is copied to."""
+    """Return the id of a residual, from which `tag_of` tells which model has made it: wherever
+    the id is copied to."""
     return model_tag(fingerprint) << _COUNT_BITS | count
 
 
@@ -33,7 +35,8 @@ def model_tag(fingerprint: bytes) -> int:
 
 
 def tag_of(residual: int) -> int:
-    """Return the tag of the model that has made a residual; 0 where the worker told no fingerprint."""
+    """Return the tag of the model that has made a residual; 0 where the worker told no
+    fingerprint."""
     return residual >> _COUNT_BITS
 
 
@@ -47,7 +50,8 @@ class _Identity:
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class Program:
-    """A prepared program. It survives its link: on a new one it is prepared again when it is next run.
+    """A prepared program. It survives its link: on a new one it is prepared again when it is next
+    run.
 
     Derived programs are prepared once and remembered.
     """
@@ -57,13 +61,18 @@ class Program:
     inputs: tuple[Spec, ...]
     labels: tuple[str, ...]  # the inputs' names, for errors
     timeout_s: float | None = None
-    origin: "Program | None" = None  # of a keeping program the plain one, of a pullback the keeping one
+    origin: "Program | None" = (
+        None  # of a keeping program the plain one, of a pullback the keeping one
+    )
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
     outputs_nbytes: int = 0  # of all together
-    discrete_outputs: tuple[int, ...] = ()  # those without a derivative: integers, bools, and new buffers
+    discrete_outputs: tuple[
+        int, ...
+    ] = ()  # those without a derivative: integers, bools, and new buffers
     changed: int = 0  # how many of the outputs, at their end, are the new values of buffers
-    # Of the call without transforms. Changed in place when another worker prepares: it names that worker's classes.
+    # Of the call without transforms. Changed in place when another worker prepares: it names that
+    # worker's classes.
     result: pb.Tree = field(default_factory=pb.Tree)
     name: tuple[object, int] = (None, 0)  # what runs it calls it so: a worker, good for that link
     is_pullback: bool = field(init=False)
@@ -92,10 +101,12 @@ class Program:
         return _pinned.get(number) or _numbered[number]
 
     def pin(self) -> int:
-        """Keep this program, which a graph is going to name, until its session is closed; return the number for that.
+        """Keep this program, which a graph is going to name, until its session is closed; return
+        the number for that.
 
-        It follows from what the program takes and returns: torch keeps compiled code on disk, and finds it again, in
-        another process, by what the graph looks like. No two programs of one process ever have the same.
+        It follows from what the program takes and returns: torch keeps compiled code on disk, and
+        finds it again, in another process, by what the graph looks like. No two programs of one
+        process ever have the same.
         """
         with _pinning:
             if not self.number:
@@ -114,7 +125,8 @@ class Program:
         return self.request.SerializeToString(deterministic=True) + outputs.encode()
 
     def at(self, arrays: Sequence[Any]) -> "Program":
-        """Return the program that runs on these inputs: this one, save where it stands for those of all sizes."""
+        """Return the program that runs on these inputs: this one, save where it stands for those
+        of all sizes."""
         return self
 
     def output_shapes(self, arrays: Sequence[Any]) -> Sequence[tuple[Any, ...]]:
@@ -145,12 +157,15 @@ class Program:
         self.name = (link, prepared.program)
 
     def prepare_keeping(self, wrt: tuple[int, ...]) -> "Program":
-        """Prepare the program whose runs also keep a residual, before this one, whose outputs it has: this one is
-        prepared, and compiled, when it is first run, if it ever is. Return this one."""
+        """Prepare the program whose runs also keep a residual, before this one, whose outputs it
+        has: this one is prepared, and compiled, when it is first run, if it ever is. Return this
+        one.
+        """
         return self._with_outputs_of(self.keeping(wrt))
 
     def on_model(self, tag: int) -> "Program":
-        """Return this program, not prepared, as one that runs on the model of this tag only, and so do its derivatives.
+        """Return this program, not prepared, as one that runs on the model of this tag only, and so
+        do its derivatives.
 
         These raise ModelChanged when they are prepared with another model.
         """
@@ -159,26 +174,41 @@ class Program:
         key = ("on model", tag)
         if known := self._derived.get(key):
             return known
-        held = Program(self.session, self.request, self.inputs, self.labels, self.timeout_s, identity=self.identity)
+        held = Program(
+            self.session,
+            self.request,
+            self.inputs,
+            self.labels,
+            self.timeout_s,
+            identity=self.identity,
+        )
         held.tag, held.result = tag, self.result
         return self._derived.setdefault(key, held._with_outputs_of(self))
 
     def _with_outputs_of(self, other: "Program") -> "Program":
-        self.outputs, self.output_nbytes, self.outputs_nbytes = other.outputs, other.output_nbytes, other.outputs_nbytes
+        self.outputs, self.output_nbytes, self.outputs_nbytes = (
+            other.outputs,
+            other.output_nbytes,
+            other.outputs_nbytes,
+        )
         self.discrete_outputs, self.changed = other.discrete_outputs, other.changed
         return self
 
     def keeping(self, wrt: tuple[int, ...]) -> "Program":
-        """Return the program whose runs also keep a residual for the pullback to the inputs `wrt`."""
+        """Return the program whose runs also keep a residual for the pullback to the inputs
+        `wrt`."""
         key = ("keep", wrt)
         if known := self._derived.get(key):
             return known
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
-        return self._derive(key, request, self.inputs, self.labels, self, changed=self.changed, result=self.result)
+        return self._derive(
+            key, request, self.inputs, self.labels, self, changed=self.changed, result=self.result
+        )
 
     def pullback(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
-        """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep residuals."""
+        """Return the program from cotangents of `outputs` to those of `wrt`; this one must keep
+        residuals."""
         key = ("pullback", wrt, outputs)
         if known := self._derived.get(key):
             return known
@@ -187,13 +217,16 @@ class Program:
         return self._derive(key, request, inputs, _cotangents_of(outputs), origin=self)
 
     def vjp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
-        """Return the program from the inputs and cotangents of `outputs` to the cotangents of `wrt`."""
+        """Return the program from the inputs and cotangents of `outputs` to the cotangents of
+        `wrt`."""
         key = ("vjp", wrt, outputs)
         if known := self._derived.get(key):
             return known
         transform = pb.Transform(vjp=pb.Transform.Vjp(wrt=wrt, outputs=outputs))
         inputs = self.inputs + tuple(self.outputs[i] for i in outputs)
-        return self._derive(key, self._transformed_request(transform), inputs, self.labels + _cotangents_of(outputs))
+        return self._derive(
+            key, self._transformed_request(transform), inputs, self.labels + _cotangents_of(outputs)
+        )
 
     def jvp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> "Program":
         """Return the program from the inputs and tangents of `wrt` to the tangents of `outputs`."""
@@ -206,16 +239,21 @@ class Program:
         return self._derive(key, self._transformed_request(transform), inputs, labels)
 
     def vmap(self, axes: tuple[int, ...], size: int) -> "Program":
-        """Return the program over batches of `size`, found at the given axis of each input (-1: not batched)."""
+        """Return the program over batches of `size`, found at the given axis of each input (-1:
+        not batched)."""
         key = ("vmap", axes, size)
         if known := self._derived.get(key):
             return known
         transform = pb.Transform(vmap=pb.Transform.Vmap(axes=axes, size=size))
         inputs = tuple(
-            spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+            spec
+            if axis < 0
+            else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
             for spec, axis in zip(self.inputs, axes, strict=True)
         )
-        return self._derive(key, self._transformed_request(transform), inputs, self.labels, changed=self.changed)
+        return self._derive(
+            key, self._transformed_request(transform), inputs, self.labels, changed=self.changed
+        )
 
     def _transformed_request(self, transform: pb.Transform) -> pb.PrepareRequest:
         request = self._copied_request()
@@ -254,7 +292,8 @@ class Program:
         return self._derived.setdefault(key, self.session.prepare(derived))
 
 
-# What graphs name, which hold a number only: kept, and all that are alive; and every number ever given.
+# What graphs name, which hold a number only: kept, and all that are alive; and every number ever
+# given.
 _pinned: dict[int, Program] = {}
 _numbered: "weakref.WeakValueDictionary[int, Program]" = weakref.WeakValueDictionary()
 _given: set[int] = set()

@@ -1,6 +1,8 @@
-"""Sessions, as everything above them sees them: the one interface between frameworks and models, wherever these run.
+"""Sessions, as everything above them sees them: the one interface between frameworks and models,
+wherever these run.
 
-`bridge_client.remote.session` serves it by a worker process, `bridge_client.inproc` by a runtime in this process.
+`bridge_client.remote.session` serves it by a worker process, `bridge_client.inproc` by a runtime in
+this process.
 """
 
 import itertools
@@ -31,7 +33,8 @@ _SUBMITTED_AT_ONCE = 32
 
 
 class Placed(Protocol):
-    """Memory of the session: a Block, or something else that keeps what lies at the address alive."""
+    """Memory of the session: a Block, or something else that keeps what lies at the address
+    alive."""
 
     @property
     def address(self) -> int: ...
@@ -48,8 +51,10 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a model: its docstring, positional arguments' names, parameters by path, and the arguments that
-    a worker was told of by --warmup, and whether it has a training and an inference mode."""
+    """What is known of a model: its docstring, positional arguments' names, parameters by path, and
+    the arguments that a worker was told of by --warmup, and whether it has a training and an
+    inference mode.
+    """
 
     name: str
     doc: str
@@ -117,20 +122,24 @@ class Session(ABC):
     @property
     @abstractmethod
     def memory(self) -> str:
-        """How tensors travel: "memfd" (shared), "cuda_ipc" (shared, and those on the worker's GPU stay there), "inline"
-        (by value) or "dlpack" (within this process)."""
+        """How tensors travel: "memfd" (shared), "cuda_ipc" (shared, and those on the worker's GPU
+        stay there), "inline" (by value) or "dlpack" (within this process).
+        """
 
     def gpu_pool(self) -> GpuPool | None:
-        """Return the memory that is shared with the worker on its GPU; None: there is none, and tensors on a GPU must
-        travel through the host."""
+        """Return the memory that is shared with the worker on its GPU; None: there is none, and
+        tensors on a GPU must travel through the host.
+        """
         return None
 
-    def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, device: str = "cpu") -> Exporter:
-        """Return an array with undefined contents in memory that is shared with the worker, for from_dlpack of any
-        framework: what lies in its memory is passed without a copy.
+    def empty(
+        self, shape: int | Sequence[int], dtype: Any = "float32", *, device: str = "cpu"
+    ) -> Exporter:
+        """Return an array with undefined contents in memory that is shared with the worker, for
+        from_dlpack of any framework: what lies in its memory is passed without a copy.
 
-        `dtype` is a name, or a dtype of a framework. `device` is "cpu", or "cuda" for the worker's GPU: to be used on
-        the default stream. The memory lives as long as what was made of it.
+        `dtype` is a name, or a dtype of a framework. `device` is "cpu", or "cuda" for the worker's
+        GPU: to be used on the default stream. The memory lives as long as what was made of it.
 
         Raises:
           SpecError, DTypeError: there is no such array.
@@ -143,7 +152,9 @@ class Session(ABC):
             return Exporter(block.pointer, spec, block)
         pool = self.gpu_pool() if device == "cuda" else None
         if pool is None:
-            raise CallerError(f"device={device!r}; expected 'cpu' or, where memory on a GPU is shared, 'cuda'")
+            raise CallerError(
+                f"device={device!r}; expected 'cpu' or, where memory on a GPU is shared, 'cuda'"
+            )
         block = pool.lease(spec.nbytes)
         return DeviceExporter(block.pointer, spec, block, pool.device.dlpack_device, lambda _: None)
 
@@ -181,22 +192,30 @@ class Session(ABC):
           WorkerUnavailable: no worker answers.
         """
 
-    def described_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
+    def described_call(
+        self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
+    ) -> Program:
         """Return the program of an untransformed call of a model, which is not prepared yet.
 
-        `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is derived from it.
+        `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is
+        derived from it.
         """
         named = tuple(labels) or tuple(f"input {i}" for i in range(len(call.inputs)))
-        inputs = tuple(_decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True))
+        inputs = tuple(
+            _decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True)
+        )
         return Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s)
 
-    def prepare_call(self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None) -> Program:
+    def prepare_call(
+        self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
+    ) -> Program:
         """Prepare an untransformed call of a model; the arguments are those of `described_call`."""
         return self.prepare(self.described_call(call, labels, timeout_s))
 
     @abstractmethod
     def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-        """Return the shape of each output of a call, for all sizes that have names in these shapes of its inputs.
+        """Return the shape of each output of a call, for all sizes that have names in these shapes
+        of its inputs.
 
         Sizes are as in the protocol's `Shape`; of the outputs, `sizes.formula` reads them.
 
@@ -206,7 +225,9 @@ class Session(ABC):
 
     def prepare_parameters(self, model: str) -> Program:
         """Prepare the program without inputs whose outputs are a model's parameters."""
-        return self.prepare(Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()))
+        return self.prepare(
+            Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ())
+        )
 
     def run(
         self,
@@ -218,13 +239,15 @@ class Session(ABC):
         make: Callable[[list[Block]], Any] = _unchanged,
         stream: int | None = None,
     ) -> Any:
-        """Run a program on memory of this session; return what `make` makes of its outputs, by default the blocks.
+        """Run a program on memory of this session; return what `make` makes of its outputs, by
+        default the blocks.
 
-        The outputs are row-major, in blocks leased to the caller; `make` is called while the model computes, before
-        they have their values. `copied` bytes were copied to make the inputs, for the statistics.
+        The outputs are row-major, in blocks leased to the caller; `make` is called while the model
+        computes, before they have their values. `copied` bytes were copied to make the inputs, for
+        the statistics.
 
-        With a CUDA stream, inputs may lie in `gpu_pool`, and the outputs do: whatever comes on the stream from now on
-        finds their values there.
+        With a CUDA stream, inputs may lie in `gpu_pool`, and the outputs do: whatever comes on the
+        stream from now on finds their values there.
 
         Raises:
           RemoteModelError: the model raised.
@@ -244,14 +267,17 @@ class Session(ABC):
         make: Callable[[list[Block], int], Any] = _paired,
         stream: int | None = None,
     ) -> Any:
-        """Run a program that keeps a residual; return what `make` makes of its outputs and the residual's id, by
-        default a pair of these.
+        """Run a program that keeps a residual; return what `make` makes of its outputs and the
+        residual's id, by default a pair of these.
 
-        The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise as `run`.
+        The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise
+        as `run`.
         """
         id = residual_id(next(self._ids), program.fingerprint)
         try:
-            return self._run(program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id), stream)
+            return self._run(
+                program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id), stream
+            )
         except BaseException:
             self.drop_residual(id)
             raise
@@ -270,7 +296,8 @@ class Session(ABC):
         """Run the pullback of a run that kept a residual, which stays. Otherwise as `run`.
 
         Raises:
-          ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs instead.
+          ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs
+            instead.
         """
         return self._run(program, cotangents, residual, copied, timeout_s, make, stream)
 
@@ -285,11 +312,15 @@ class Session(ABC):
         make: Callable[[list[Block]], _T],
         stream: int | None,
     ) -> _T:
-        """Run a program. `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0."""
+        """Run a program.
+
+        `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0.
+        """
 
     @abstractmethod
     def drop_residual(self, id: int) -> None:
-        """Let go of a residual. For finalizers: nothing is sent until the next call, and no lock is taken.
+        """Let go of a residual. For finalizers: nothing is sent until the next call, and no lock is
+        taken.
 
         Its inputs may be reused at once: whoever could still run its pullback would hold it.
         """
@@ -300,15 +331,18 @@ class Session(ABC):
             if self._is_closed:
                 raise closed()
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(_SUBMITTED_AT_ONCE, thread_name_prefix="ThreadPool-bridge")
+                self._threads = ThreadPoolExecutor(
+                    _SUBMITTED_AT_ONCE, thread_name_prefix="ThreadPool-bridge"
+                )
             return self._threads.submit(action)
 
     @abstractmethod
     def stats(self) -> Mapping[str, int]:
-        """Return counts: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors on a GPU),
-        `fallbacks` to a slower path, and what is held now: leased `blocks`, `slab_bytes`, `residuals` and
-        `residual_bytes`. `gpu_lanes_by_words`, `gpu_lanes_by_events` and `gpu_lanes_by_host` say how many lanes to the
-        worker are in order with its GPU, and how."""
+        """Return counts: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors
+        on a GPU), `fallbacks` to a slower path, and what is held now: leased `blocks`,
+        `slab_bytes`, `residuals` and `residual_bytes`. `gpu_lanes_by_words`, `gpu_lanes_by_events`
+        and `gpu_lanes_by_host` say how many lanes to the worker are in order with its GPU, and how.
+        """
 
     def close(self) -> None:
         """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid.
@@ -321,8 +355,8 @@ class Session(ABC):
             self._is_closed = True
             threads, self._threads = self._threads, None
         if threads is not None:
-            # Not cancel_futures: nobody who waits for a future is told of that (Python 3.11 to 3.13), and what has not
-            # begun fails at once anyway.
+            # Not cancel_futures: nobody who waits for a future is told of that (Python 3.11 to
+            # 3.13), and what has not begun fails at once anyway.
             threads.shutdown(wait=False)
         try:
             self._release()
@@ -334,7 +368,10 @@ class Session(ABC):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -363,8 +400,12 @@ def checked_limit(timeout_s: float | None) -> float | None:
     Raises:
       CallerError: it is neither None nor a positive number of seconds.
     """
-    if timeout_s is not None and not (isinstance(timeout_s, int | float) and 0 < timeout_s <= TIMEOUT_MAX):
-        raise CallerError(f"timeout_s={timeout_s!r}; expected a positive number of seconds, or None to wait")
+    if timeout_s is not None and not (
+        isinstance(timeout_s, int | float) and 0 < timeout_s <= TIMEOUT_MAX
+    ):
+        raise CallerError(
+            f"timeout_s={timeout_s!r}; expected a positive number of seconds, or None to wait"
+        )
     return timeout_s
 
 
@@ -379,6 +420,10 @@ def closed() -> SessionClosed:
 
 
 def _model_info(model: pb.Model) -> ModelInfo:
-    parameters = tuple(ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters)
+    parameters = tuple(
+        ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters
+    )
     signatures = tuple(specs.decode_all(signature.inputs) for signature in model.signatures)
-    return ModelInfo(model.name, model.doc, tuple(model.arguments), parameters, signatures, model.modes)
+    return ModelInfo(
+        model.name, model.doc, tuple(model.arguments), parameters, signatures, model.modes
+    )

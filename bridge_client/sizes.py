@@ -1,4 +1,7 @@
-"""Sizes that depend on others: what a worker says of the shapes of a call's outputs. Imports no framework."""
+"""Sizes that depend on others: what a worker says of the shapes of a call's outputs.
+
+Imports no framework.
+"""
 
 import ast
 import operator
@@ -7,7 +10,8 @@ from typing import Any
 
 from bridge_wire.errors import ProtocolError
 
-# Returns a size from the sizes that have names; these may be of any type that computes, such as torch's symbolic ones.
+# Returns a size from the sizes that have names; these may be of any type that computes, such as
+# torch's symbolic ones.
 Formula = Callable[[Mapping[str, Any]], Any]
 
 _LONGEST = 10_000
@@ -31,7 +35,9 @@ def formula(text: str, functions: Mapping[str, Callable[[Any, Any], Any]]) -> Fo
     known = {"floordiv": operator.floordiv, "mod": operator.mod, **functions}
     try:
         if len(text) > _LONGEST:
-            raise ProtocolError(f"the formula of a size has {len(text)} characters; at most {_LONGEST} are read")
+            raise ProtocolError(
+                f"the formula of a size has {len(text)} characters; at most {_LONGEST} are read"
+            )
         return _read(ast.parse(text.replace("^", "**").strip(), mode="eval").body, known)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ProtocolError(f"the formula {text[:80]!r} of a size cannot be read") from error
@@ -45,13 +51,17 @@ def _read(node: ast.expr, functions: Mapping[str, Callable[[Any, Any], Any]]) ->
             return lambda sizes: sizes[name]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
             return _applied(_OPERATORS[type(op)], [_read(operand, functions)])
-        case ast.BinOp(left=base, op=ast.Pow(), right=ast.Constant(value=int() as exponent)) if exponent <= _MOST_POWER:
+        case ast.BinOp(left=base, op=ast.Pow(), right=ast.Constant(value=int() as exponent)) if (
+            exponent <= _MOST_POWER
+        ):
             return _applied(lambda size: size**exponent, [_read(base, functions)])
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _applied(_OPERATORS[type(op)], [_read(left, functions), _read(right, functions)])
         case ast.Call(func=ast.Name(id=name), args=[left, right], keywords=[]) if name in functions:
             return _applied(functions[name], [_read(left, functions), _read(right, functions)])
-    raise ProtocolError(f"the formula of a size holds {ast.unparse(node)[:80]!r}, which is none of a size's")
+    raise ProtocolError(
+        f"the formula of a size holds {ast.unparse(node)[:80]!r}, which is none of a size's"
+    )
 
 
 def _applied(function: Callable[..., Any], operands: list[Formula]) -> Formula:

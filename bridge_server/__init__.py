@@ -1,1 +1,4 @@
-"""The worker: hosts models of one framework and runs them for clients of the other. See docs/design.md."""
+"""The worker: hosts models of one framework and runs them for clients of the other.
+
+See docs/design.md.
+"""

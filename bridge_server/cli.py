@@ -1,4 +1,7 @@
-"""The command `bridge_server`. Flags come before BRIDGE_* variables, and those before the defaults."""
+"""The command `bridge_server`.
+
+Flags come before BRIDGE_* variables, and those before the defaults.
+"""
 
 import argparse
 import io
@@ -33,14 +36,19 @@ _LAST_S = 5.0  # for what models do when the interpreter ends
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a worker until it is told to stop. Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse."""
+    """Run a worker until it is told to stop.
+
+    Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["doctor"]:
         return doctor.main(argv[1:])
     options = _arguments(argv)
     _set_up_logging(options.log_level)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what a model prints is for whoever reads the log now
+        sys.stdout.reconfigure(
+            line_buffering=True
+        )  # what a model prints is for whoever reads the log now
     status = FAILED
     try:
         _serve(options)
@@ -57,16 +65,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> None:
     if options.jax_model and options.torch_model:
-        raise CallerError("--jax-model and --torch-model exclude each other: start one worker for each framework")
+        raise CallerError(
+            "--jax-model and --torch-model exclude each other: start one worker for each framework"
+        )
     if not (options.jax_model or options.torch_model):
-        raise CallerError("nothing to serve: name a model with --jax-model or --torch-model module:attribute")
+        raise CallerError(
+            "nothing to serve: name a model with --jax-model or --torch-model module:attribute"
+        )
     if options.via_xla and not options.torch_model:
         raise CallerError("--via-xla runs torch models through XLA: name one with --torch-model")
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
     if endpoint.is_exposed and not security.is_any:
-        _log.warning("INSECURE: anyone who can reach %s can run this worker's models", endpoint.address)
+        _log.warning(
+            "INSECURE: anyone who can reach %s can run this worker's models", endpoint.address
+        )
     stop = StopSignals()
     # In the process that stays: a number means another device where fewer are seen.
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
@@ -96,7 +110,8 @@ def _serve(options: argparse.Namespace) -> None:
         worker.announce_ready()
         found = ",".join(runtime.describe().devices)
         print(
-            f"bridge_server ready endpoint={worker.address} models={','.join(models)} lanes=local,grpc devices={found}",
+            f"bridge_server ready endpoint={worker.address} models={','.join(models)}"
+            f" lanes=local,grpc devices={found}",
             file=stdout,
             flush=True,
         )
@@ -109,13 +124,14 @@ def _serve(options: argparse.Namespace) -> None:
     finally:
         worker.close()
     if not is_drained:
-        # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the interpreter
-        # itself would wait for the calls.
+        # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the
+        # interpreter itself would wait for the calls.
         os._exit(FAILED)
 
 
 def _copy_of_stdout() -> TextIO:
-    """Return this process's stdout as it is before models are imported, which may replace it or close it."""
+    """Return this process's stdout as it is before models are imported, which may replace it or
+    close it."""
     try:
         return os.fdopen(os.dup(sys.stdout.fileno()), "w")
     except (AttributeError, OSError):  # there is none, or one without a descriptor
@@ -127,7 +143,10 @@ def _runtime(options: argparse.Namespace) -> Runtime:
     if options.mesh and framework != "jax":
         raise CallerError(f"--mesh is for JAX models, and these are {framework}'s")
     how = Options(
-        x64=options.x64, jit=not options.no_jit, mesh=options.mesh, gpu_memory_fraction=options.gpu_memory_fraction
+        x64=options.x64,
+        jit=not options.no_jit,
+        mesh=options.mesh,
+        gpu_memory_fraction=options.gpu_memory_fraction,
     )
     try:
         if options.via_xla:
@@ -143,7 +162,9 @@ def _runtime(options: argparse.Namespace) -> Runtime:
         return JaxRuntime(how)
     except ImportError as error:
         needed = "jax and torchax beside torch" if options.via_xla else framework
-        raise CallerError(f"--{framework}-model needs {needed} in the worker's environment: {error}") from error
+        raise CallerError(
+            f"--{framework}-model needs {needed} in the worker's environment: {error}"
+        ) from error
 
 
 def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:
@@ -181,29 +202,43 @@ def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Secu
     security = Security(token, certificate, key)
     if endpoint.is_exposed and not security.is_any and not options.insecure:
         raise CallerError(
-            f"{endpoint.address} can be reached from other hosts: set --token-file (or BRIDGE_TOKEN) or --tls-cert "
-            "and --tls-key, listen on a loopback address or a unix: socket, or accept the risk with --insecure"
+            f"{endpoint.address} can be reached from other hosts: set --token-file (or"
+            " BRIDGE_TOKEN) or --tls-cert and --tls-key, listen on a loopback address or a unix:"
+            " socket, or accept the risk with --insecure"
         )
     return security
 
 
 def _token(file: str | None) -> str | None:
     """Return the token that clients must present, if there is one."""
-    token = Path(file).read_text(errors="replace").strip() if file else os.environ.get("BRIDGE_TOKEN", "").strip()
+    token = (
+        Path(file).read_text(errors="replace").strip()
+        if file
+        else os.environ.get("BRIDGE_TOKEN", "").strip()
+    )
     if file and not token:
-        raise CallerError(f"the token file {file} is empty; write a token to it, or leave --token-file out")
+        raise CallerError(
+            f"the token file {file} is empty; write a token to it, or leave --token-file out"
+        )
     # gRPC carries nothing else in a header.
     if not (token.isascii() and token.isprintable()):
-        raise CallerError("a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints")
+        raise CallerError(
+            "a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints"
+        )
     return token or None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "bridge_server",
-        description="Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks at the "
-        "environment instead.",
-        epilog="Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES, and so on.",
+        description=(
+            "Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks"
+            " at the environment instead."
+        ),
+        epilog=(
+            "Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES,"
+            " and so on."
+        ),
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -224,40 +259,90 @@ def _parser() -> argparse.ArgumentParser:
         metavar="[NAME=]MOD:ATTR",
         **listed,
     )
-    add("--via-xla", "run torch models through XLA, traced by torchax: also on JAX's devices", action="store_true")
+    add(
+        "--via-xla",
+        "run torch models through XLA, traced by torchax: also on JAX's devices",
+        action="store_true",
+    )
     add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
-    add("--listen", "default: a socket in a directory that only you can enter", metavar="unix:PATH|HOST:PORT")
+    add(
+        "--listen",
+        "default: a socket in a directory that only you can enter",
+        metavar="unix:PATH|HOST:PORT",
+    )
     add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
     add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
-    add("--mesh", "spread JAX models over devices; their modules say how, in ATTR_shardings", type=_mesh, default={},
-        metavar="AXIS=SIZE,...")  # fmt: skip
-    add("--device", "what models run on; default: the framework's choice, the first GPU if it finds one",
-        type=devices.parse_device, metavar="cpu|cuda|cuda:N|GPU-UUID")  # fmt: skip
-    add("--gpu-memory-fraction", "most of the GPU's memory that the framework may take; default: the framework's",
-        type=devices.parse_fraction, metavar="F")  # fmt: skip
-    add("--residual-bytes", "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
-        "default: half of the memory, of the host or the GPU", type=_bytes, metavar="BYTES")  # fmt: skip
-    add("--session-slab-bytes", "most memory that one client may share", type=_bytes, default=1 << 40, metavar="BYTES")
-    add("--warmup", "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
-        metavar="[NAME=]DTYPE[SHAPE],...", **listed)  # fmt: skip
-    add("--token-file", "clients must present the token in this file, or in BRIDGE_TOKEN", metavar="FILE")
+    add(
+        "--mesh",
+        "spread JAX models over devices; their modules say how, in ATTR_shardings",
+        type=_mesh,
+        default={},
+        metavar="AXIS=SIZE,...",
+    )
+    add(
+        "--device",
+        "what models run on; default: the framework's choice, the first GPU if it finds one",
+        type=devices.parse_device,
+        metavar="cpu|cuda|cuda:N|GPU-UUID",
+    )
+    add(
+        "--gpu-memory-fraction",
+        "most of the GPU's memory that the framework may take; default: the framework's",
+        type=devices.parse_fraction,
+        metavar="F",
+    )
+    add(
+        "--residual-bytes",
+        "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
+        "default: half of the memory, of the host or the GPU",
+        type=_bytes,
+        metavar="BYTES",
+    )
+    add(
+        "--session-slab-bytes",
+        "most memory that one client may share",
+        type=_bytes,
+        default=1 << 40,
+        metavar="BYTES",
+    )
+    add(
+        "--warmup",
+        "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
+        metavar="[NAME=]DTYPE[SHAPE],...",
+        **listed,
+    )
+    add(
+        "--token-file",
+        "clients must present the token in this file, or in BRIDGE_TOKEN",
+        metavar="FILE",
+    )
     add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
     add("--tls-key", "private key of --tls-cert", metavar="PEM")
     add("--insecure", "allow TCP beyond loopback without TLS or token", action="store_true")
-    add("--log-level", "least level that is logged", choices=("debug", "info", "warning", "error"), default="info")
+    add(
+        "--log-level",
+        "least level that is logged",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+    )
     add("--parent-pid", argparse.SUPPRESS, type=int)
     parser.add_argument("--version", action="version", version=f"bridge_server {__version__}")
     return parser
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options, those from variables parsed as if they stood before the command line's."""
+    """Return the options, those from variables parsed as if they stood before the command
+    line's."""
     parser = _parser()
     from_variables: list[str] = []
     for action in parser._actions:
         flag = action.option_strings[-1]
         value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
-        if value is None or flag in ("--version", "--help") or any(word.partition("=")[0] == flag for word in argv):
+        if (
+            value is None
+            or flag in ("--version", "--help")
+            or any(word.partition("=")[0] == flag for word in argv)
+        ):
             continue
         if action.nargs == 0:
             from_variables += [flag] if _is_on(parser, flag, value) else []
@@ -303,7 +388,8 @@ def _set_up_logging(level: str) -> None:
 
 
 def _let_loggers_speak() -> None:
-    """Turn the worker's loggers on again: a module that calls logging.config turns off all that it does not name."""
+    """Turn the worker's loggers on again: a module that calls logging.config turns off all that
+    it does not name."""
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
             logger.disabled = False
@@ -317,4 +403,6 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             message = f"{message}\n{self.formatException(record.exc_info)}"
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return json.dumps({"time": when, "level": record.levelname, "logger": record.name, "message": message})
+        return json.dumps(
+            {"time": when, "level": record.levelname, "logger": record.name, "message": message}
+        )

@@ -1,7 +1,9 @@
-"""Fingerprints: digests of what decides a call's results, equal in each process that serves the same model.
+"""Fingerprints: digests of what decides a call's results, equal in each process that serves the
+same model.
 
-Each runtime adds what it traces of a call, with its constants. This module adds the code that no trace of a forward
-shows, such as the rules of custom derivatives and branches that were not taken. No framework is imported here.
+Each runtime adds what it traces of a call, with its constants. This module adds the code that no
+trace of a forward shows, such as the rules of custom derivatives and branches that were not taken.
+No framework is imported here.
 """
 
 import contextlib
@@ -41,7 +43,8 @@ class Fingerprint:
 
 
 class Values:
-    """Digests of the parameters that stay on the worker, each made once, when it is first asked for."""
+    """Digests of the parameters that stay on the worker, each made once, when it is first asked
+    for."""
 
     def __init__(self, bytes_of: Callable[[Any], Any]) -> None:
         self._bytes_of = bytes_of
@@ -59,10 +62,11 @@ class Values:
 
 @functools.lru_cache(maxsize=256)
 def code_of(model: Model) -> bytes:
-    """Return a digest of the code that can be reached from a model: of functions and classes outside of installed
-    packages, found by names, closures and attributes.
+    """Return a digest of the code that can be reached from a model: of functions and classes
+    outside of installed packages, found by names, closures and attributes.
 
-    Without comments, docstrings, names of files and line numbers. Installed packages count by what they do in a trace.
+    Without comments, docstrings, names of files and line numbers. Installed packages count by what
+    they do in a trace.
     """
     walk = _Walk()
     walk.visit(model.source)
@@ -72,7 +76,8 @@ def code_of(model: Model) -> bytes:
 
 
 class _Walk:
-    """Collects digests of code objects, in no order: that of dicts and sets differs between processes."""
+    """Collects digests of code objects, in no order: that of dicts and sets differs between
+    processes."""
 
     def __init__(self) -> None:
         self.found: set[bytes] = set()
@@ -110,14 +115,19 @@ class _Walk:
         return (type(each), *_wrapped(each), *getattr(each, "__dict__", {}).values())
 
     def _from_function(self, function: types.FunctionType) -> Iterable[Any]:
-        reached: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        reached: list[Any] = [
+            *(function.__defaults__ or ()),
+            *(function.__kwdefaults__ or {}).values(),
+        ]
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 reached.append(cell.cell_contents)
         constants: set[tuple[str, str]] = set()
         for code in _codes_of(function.__code__):
             self.found.add(_digest_of(code))
-            counted = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_GLOBAL"}
+            counted = {
+                each.argval for each in dis.get_instructions(code) if each.opname == "STORE_GLOBAL"
+            }
             scopes = [function.__globals__]
             for name in code.co_names:
                 value = function.__globals__.get(name)
@@ -150,7 +160,13 @@ def _codes_of(code: types.CodeType) -> Iterable[types.CodeType]:
 def _digest_of(code: types.CodeType) -> bytes:
     """Return a digest of the instructions: a docstring is a constant that none of them uses."""
     made = Fingerprint()
-    made.add(code.co_name, code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    made.add(
+        code.co_name,
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_kwonlyargcount,
+        code.co_flags,
+    )
     for each in dis.get_instructions(code):
         value = each.argval
         if isinstance(value, types.CodeType):
@@ -172,6 +188,7 @@ _INSTALLED = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def _is_own(module: str | None) -> bool:
-    """Whether a module is the user's: no built-in, none of Python's and none of an installed package."""
+    """Whether a module is the user's: no built-in, none of Python's and none of an installed
+    package."""
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     return file is not None and not file.startswith(_INSTALLED)

@@ -10,7 +10,8 @@ _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType)
 
 
 def arrays_held(target: Any, is_array: Callable[[Any], bool]) -> list[str]:
-    """Return the paths of the arrays that a callable holds: in its closure, its `self`, its attributes and arguments.
+    """Return the paths of the arrays that a callable holds: in its closure, its `self`, its
+    attributes and arguments.
 
     What a function reads as a global of its module is not looked at.
     """
@@ -69,5 +70,7 @@ def _attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
             except AttributeError:
                 continue
     yield from ((f".{name}", part) for name, part in attributes.items() if name != "__wrapped__")
-    if "__wrapped__" in attributes or hasattr(type(value), "__wrapped__"):  # of functools.wraps, jax.jit
+    if "__wrapped__" in attributes or hasattr(
+        type(value), "__wrapped__"
+    ):  # of functools.wraps, jax.jit
         yield "", getattr(value, "__wrapped__", None)

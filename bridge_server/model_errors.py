@@ -12,10 +12,16 @@ from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
 # What to do about it, by what a framework says.
 _REMEDIES = {
-    "Expected all tensors to be on the same device": "models run on the worker's GPU: make tensors on the device of an "
-    "argument, as in torch.zeros(3, device=x.device), keep constants as buffers, or start the worker with --device cpu",
+    "Expected all tensors to be on the same device": (
+        "models run on the worker's GPU: make tensors on the device of an argument, as in"
+        " torch.zeros(3, device=x.device), keep constants as buffers, or start the worker with"
+        " --device cpu"
+    ),
 }
-_XLA_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")  # one class, by its names in different releases
+_XLA_ERRORS = (
+    "JaxRuntimeError",
+    "XlaRuntimeError",
+)  # one class, by its names in different releases
 _HERE = str(Path(__file__).parent)
 
 
@@ -46,11 +52,16 @@ def remote(error: BaseException, where: str) -> BridgeError:
     """Return the error that tells a client what a model has raised, and where."""
     kind, said = type(error), text_of(error)
     if _is_out_of_memory(error):
-        return OutOfMemory(f"the worker has no memory left for this: {kind.__name__}: {said}\n(in {where})")
-    # The frames before the model's first one are the bridge's and the framework's own and tell its author nothing.
+        return OutOfMemory(
+            f"the worker has no memory left for this: {kind.__name__}: {said}\n(in {where})"
+        )
+    # The frames before the model's first one are the bridge's and the framework's own and tell its
+    # author nothing.
     frames = traceback.extract_tb(error.__traceback__)
     machinery = _machinery()
-    first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(machinery)), 0)
+    first = next(
+        (i for i, frame in enumerate(frames) if not frame.filename.startswith(machinery)), 0
+    )
     text = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames[first:])])
     remedies = "".join(f"\n{remedy}" for text, remedy in _REMEDIES.items() if text in said)
     return RemoteModelError(
@@ -61,7 +72,8 @@ def remote(error: BaseException, where: str) -> BridgeError:
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an exception says, if it can be had: a model's may have a `__str__` that raises."""
+    """Return what an exception says, if it can be had: a model's may have a `__str__` that
+    raises."""
     try:
         return str(error)
     except Exception as another:
@@ -81,11 +93,16 @@ def _is_out_of_memory(error: BaseException) -> bool:
     """Whether a framework says that its device has no room, or the host none for XLA."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
-    return type(error).__name__ in _XLA_ERRORS and "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
+    return (
+        type(error).__name__ in _XLA_ERRORS
+        and "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
+    )
 
 
 def _machinery() -> tuple[str, ...]:
     """Return the beginnings of the paths of files that are no model's."""
     frameworks = [sys.modules.get(name) for name in ("jax", "torch")]
-    homes = [str(Path(module.__file__).parent) for module in frameworks if module and module.__file__]
+    homes = [
+        str(Path(module.__file__).parent) for module in frameworks if module and module.__file__
+    ]
     return (_HERE, trees.__file__, contextlib.__file__, *homes)

@@ -1,4 +1,7 @@
-"""What a framework must offer to be served. One implementation per framework; this file imports none of them."""
+"""What a framework must offer to be served.
+
+One implementation per framework; this file imports none of them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -29,8 +32,8 @@ class Parameter:
 class Model:
     """What a target names, seen as a function of its parameters and its arguments.
 
-    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. Of what type it is
-    otherwise is its runtime's business.
+    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. Of
+    what type it is otherwise is its runtime's business.
     """
 
     name: str
@@ -41,21 +44,32 @@ class Model:
     apply: Any
     # What to look through for the code that decides the results: see fingerprints.py.
     source: Any = None
-    # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*` stands for anything.
+    # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*`
+    # stands for anything.
     shardings: Mapping[str, Any] = field(default_factory=dict)
     has_modes: bool = False  # whether a call can put it into training or inference mode
 
     @property
     def description(self) -> pb.Model:
         """What a client is told of it."""
-        parameters = [pb.Parameter(path=p.path, spec=encode(p.spec), trainable=p.trainable) for p in self.parameters]
+        parameters = [
+            pb.Parameter(path=p.path, spec=encode(p.spec), trainable=p.trainable)
+            for p in self.parameters
+        ]
         return pb.Model(
-            name=self.name, doc=self.doc, arguments=self.arguments, parameters=parameters, modes=self.has_modes
+            name=self.name,
+            doc=self.doc,
+            arguments=self.arguments,
+            parameters=parameters,
+            modes=self.has_modes,
         )
 
 
 class Program(ABC):
-    """A function of a flat list of arrays, ready to run. Immutable; shared by every session that prepared it."""
+    """A function of a flat list of arrays, ready to run.
+
+    Immutable; shared by every session that prepared it.
+    """
 
     inputs: tuple[Spec, ...]
     outputs: tuple[Spec, ...]
@@ -68,11 +82,11 @@ class Program(ABC):
 
     @abstractmethod
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
-        """Return the outputs, and the new residual if one is kept. On the host they are computed and not just enqueued;
-        on a GPU, what reads them waits for them.
+        """Return the outputs, and the new residual if one is kept. On the host they are computed
+        and not just enqueued; on a GPU, what reads them waits for them.
 
-        `residual` is what an earlier run of `pullback_of` kept, and otherwise None. Neither the inputs nor anything
-        that aliases them is kept beyond the call, except in the residual.
+        `residual` is what an earlier run of `pullback_of` kept, and otherwise None. Neither the
+        inputs nor anything that aliases them is kept beyond the call, except in the residual.
         """
 
 
@@ -80,15 +94,20 @@ class Program(ABC):
 class Options:
     """How a runtime should behave, from the command line.
 
-    A guest is a runtime in a process of its user's: it leaves all settings there as they are, and follows them.
+    A guest is a runtime in a process of its user's: it leaves all settings there as they are, and
+    follows them.
     """
 
     x64: bool = False
     jit: bool = True
     is_guest: bool = False
     device: str = "cpu"  # where a guest's torch models are; all else is told by the environment
-    mesh: Mapping[str, int] = field(default_factory=dict)  # the sizes of its axes; without any, one device
-    gpu_memory_fraction: float | None = None  # of the GPU, that the framework may take; None leaves it to the framework
+    mesh: Mapping[str, int] = field(
+        default_factory=dict
+    )  # the sizes of its axes; without any, one device
+    gpu_memory_fraction: float | None = (
+        None  # of the GPU, that the framework may take; None leaves it to the framework
+    )
 
 
 @dataclass(slots=True)
@@ -140,8 +159,11 @@ class Runtime(ABC):
           RemoteModelError: the model raised while it was traced.
         """
 
-    def shapes(self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-        """Return the shape of each output of a call whose inputs have these, of numbers and names of unknown sizes.
+    def shapes(
+        self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[str]]:
+        """Return the shape of each output of a call whose inputs have these, of numbers and names
+        of unknown sizes.
 
         Raises:
           SpecError: they cannot be told for all sizes.
@@ -149,8 +171,10 @@ class Runtime(ABC):
         raise SpecError("models of this framework are traced for known sizes only")
 
     def fingerprint(self, model: Model, call: pb.Call) -> bytes:
-        """Return a digest of what decides the results of an untransformed call that can be prepared: see
-        fingerprints.py. Empty where nothing is known; the same in each process that serves the same model."""
+        """Return a digest of what decides the results of an untransformed call that can be
+        prepared: see fingerprints.py. Empty where nothing is known; the same in each process that
+        serves the same model.
+        """
         return b""
 
     @abstractmethod
@@ -158,11 +182,14 @@ class Runtime(ABC):
         """Return the program whose outputs are the model's parameters."""
 
     @abstractmethod
-    def prepare_pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
+    def prepare_pullback(
+        self, program: Program, wrt: Sequence[int], outputs: Sequence[int]
+    ) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
 
     def apart(self) -> AbstractContextManager[object]:
-        """Return the context for what this runtime does in a thread of its user's, whose settings it must not see."""
+        """Return the context for what this runtime does in a thread of its user's, whose
+        settings it must not see."""
         return _NOTHING
 
     def gpu(self) -> Gpu | None:
@@ -170,28 +197,34 @@ class Runtime(ABC):
         return None
 
     def stream(self) -> int | None:
-        """Return the CUDA stream that models run on in this thread; None where each has streams of its own."""
+        """Return the CUDA stream that models run on in this thread; None where each has streams
+        of its own."""
         return None
 
     def memory_bytes(self) -> int | None:
-        """Return the most of its device's memory that the framework takes; None on the host, or if it does not say."""
+        """Return the most of its device's memory that the framework takes; None on the host, or
+        if it does not say."""
         return None
 
     def has_failed(self) -> bool:
-        """Whether the GPU takes no more work of this process, as after an illegal access: then none but another can use
-        it. To be asked after an error."""
+        """Whether the GPU takes no more work of this process, as after an illegal access: then none
+        but another can use it. To be asked after an error.
+        """
         return False
 
     @abstractmethod
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
-        """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the Python number there.
+        """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the
+        Python number there.
 
-        Never a copy: the array shows what the memory holds at the time of each run. Of the host's memory, or, in a run
-        that takes its turn on the GPU, of the GPU's; then it is for that run, which reads it when its turn has come.
+        Never a copy: the array shows what the memory holds at the time of each run. Of the host's
+        memory, or, in a run that takes its turn on the GPU, of the GPU's; then it is for that run,
+        which reads it when its turn has come.
         """
 
     def is_usable(self, view: Any) -> bool:
-        """Whether a view can still be read: in a process of the user's, anybody may have deleted it."""
+        """Whether a view can still be read: in a process of the user's, anybody may have deleted
+        it."""
         return True
 
     @abstractmethod
@@ -201,7 +234,11 @@ class Runtime(ABC):
         At once, to the host's; with a turn, to the GPU's, when the turn's stream comes to it.
         """
 
-    def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
-        """Return where each output of a run lies in host memory; None where it is not row-major there, or where its
-        memory is also that of an input, of the residual, of the model or of another output."""
+    def exclusive(
+        self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any
+    ) -> Sequence[int | None]:
+        """Return where each output of a run lies in host memory; None where it is not row-major
+        there, or where its memory is also that of an input, of the residual, of the model or of
+        another output.
+        """
         return [None] * len(outputs)

@@ -20,7 +20,8 @@ _MOST_STREAMS = 64
 
 
 class Keeping(Protocol):
-    """A program that keeps what the pullback from the outputs `differentiable` to the inputs `wrt` needs."""
+    """A program that keeps what the pullback from the outputs `differentiable` to the inputs
+    `wrt` needs."""
 
     wrt: tuple[int, ...]
     differentiable: tuple[int, ...]
@@ -41,11 +42,12 @@ def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
 
 
 def check_pullback(program: Keeping, wrt: Sequence[int], outputs: Sequence[int]) -> None:
-    """Raise ProtocolError unless what the program keeps serves the pullback from these outputs to these inputs."""
+    """Raise ProtocolError unless what the program keeps serves the pullback from these outputs
+    to these inputs."""
     if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
         raise ProtocolError(
-            f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps what is needed "
-            f"from {program.differentiable} to {program.wrt}"
+            f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps"
+            f" what is needed from {program.differentiable} to {program.wrt}"
         )
 
 
@@ -71,7 +73,9 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
         _check_mutable(model, call)
     if call.mode not in pb.Mode.values():
         raise ProtocolError(f"a call names the mode {call.mode}, which is none of {pb.Mode.keys()}")
-    statics = [(path, value) for path, value in trees.argument_values(call.arguments) if value is not None]
+    statics = [
+        (path, value) for path, value in trees.argument_values(call.arguments) if value is not None
+    ]
     shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
     shown += [f"{path}={reprlib.repr(value)}" for path, value in statics]
     more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
@@ -84,7 +88,10 @@ def check_differentiable(transform: str, positions: Sequence[int], specs: Sequen
         if i >= len(specs):
             raise ProtocolError(f"{transform} names the array {i} of {len(specs)}")
         if not specs[i].dtype.is_inexact or specs[i].weak:
-            raise SpecError(f"{transform} with respect to an array of type {specs[i]}; only floats have derivatives")
+            raise SpecError(
+                f"{transform} with respect to an array of type {specs[i]}; only floats have"
+                " derivatives"
+            )
     if len(set(positions)) != len(positions):
         raise ProtocolError(f"{transform} names an array twice: {list(positions)}")
 
@@ -96,7 +103,9 @@ def batched(inputs: Sequence[Spec], transform: pb.Transform.Vmap) -> tuple[Spec,
         raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
     for axis, spec in zip(axes, inputs, strict=True):
         if not -1 <= axis <= len(spec.shape) or size < 0 or (spec.weak and axis >= 0):
-            raise ProtocolError(f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it")
+            raise ProtocolError(
+                f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it"
+            )
     mapped = tuple(
         spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
         for axis, spec in zip(axes, inputs, strict=True)
@@ -116,7 +125,8 @@ def _check_width(names: Iterable[str], inputs: Iterable[Spec]) -> None:
     for name, spec in zip(names, inputs, strict=True):
         if spec.dtype.name in NEEDS_X64 and not spec.weak:
             raise DTypeError(
-                f"input `{name}` has dtype {spec.dtype.name}, but JAX runs without x64 there; cast it or {TURN_ON_X64}"
+                f"input `{name}` has dtype {spec.dtype.name}, but JAX runs without x64 there; cast"
+                f" it or {TURN_ON_X64}"
             )
 
 
@@ -131,7 +141,9 @@ def _check_parameters(model: Model, inputs: Iterable[Spec]) -> None:
 
 def _check_streams(streams: Sequence[str], key: Spec) -> None:
     if len(streams) > _MOST_STREAMS:
-        raise ProtocolError(f"a call names {len(streams)} random streams, and may name {_MOST_STREAMS}")
+        raise ProtocolError(
+            f"a call names {len(streams)} random streams, and may name {_MOST_STREAMS}"
+        )
     if len(set(streams)) != len(streams) or not all(streams):
         raise ProtocolError(f"the random streams {list(streams)} have no names, or the same")
     if key != _KEY:
@@ -142,4 +154,6 @@ def _check_mutable(model: Model, call: pb.Call) -> None:
     if not call.parameters:
         raise ProtocolError("a call that may change the model's buffers must pass the parameters")
     if all(parameter.trainable for parameter in model.parameters):
-        raise CallerError(f"mutable=True, but the model {model.name!r} has no buffers that a call could change")
+        raise CallerError(
+            f"mutable=True, but the model {model.name!r} has no buffers that a call could change"
+        )

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 
 class Switch:
-    """A context manager that may be nested, and used in several threads: the first sets, and the last sets back."""
+    """A context manager that may be nested, and used in several threads: the first sets, and the
+    last sets back."""
 
     def __init__(self, turn: Callable[[], Callable[[], object]]) -> None:
         """`turn` sets what there is to set, and returns what sets it back."""

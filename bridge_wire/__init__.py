@@ -1,4 +1,7 @@
-"""What both sides of the bridge agree on: types, trees, memory, frames and errors. Never imports torch or jax."""
+"""What both sides of the bridge agree on: types, trees, memory, frames and errors.
+
+Never imports torch or jax.
+"""
 
 __version__ = "0.1.0"
 

@@ -4,7 +4,8 @@ import ipaddress
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as it stands before the port in an address, is this one, by a way that does not leave it."""
+    """Whether a host, as it stands before the port in an address, is this one, by a way that
+    does not leave it."""
     if host == "localhost":
         return True
     try:

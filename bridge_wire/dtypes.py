@@ -10,9 +10,12 @@ from bridge_wire.pb import bridge_pb2 as pb
 _INT, _UINT, _FLOAT, _BFLOAT, _COMPLEX, _BOOL = 0, 1, 2, 4, 5, 6
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # one object per type: compared, and hashed, by identity
+@dataclass(
+    frozen=True, slots=True, eq=False
+)  # one object per type: compared, and hashed, by identity
 class DType:
-    """An element type: its NumPy-style name, its wire number, its DLPack code and its size in bytes."""
+    """An element type: its NumPy-style name, its wire number, its DLPack code and its size in
+    bytes."""
 
     name: str
     wire: int
@@ -59,12 +62,19 @@ _TABLE = (
 BY_NAME: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in _TABLE})
 BY_WIRE: Mapping[int, DType] = MappingProxyType({dtype.wire: dtype for dtype in _TABLE})
 
-# What a 64-bit type becomes in a worker that has no 64-bit types. Floats have no entry: they are never narrowed.
-NARROWED: Mapping[str, DType] = MappingProxyType({"int64": BY_NAME["int32"], "uint64": BY_NAME["uint32"]})
+# What a 64-bit type becomes in a worker that has no 64-bit types. Floats have no entry: they are
+# never narrowed.
+NARROWED: Mapping[str, DType] = MappingProxyType(
+    {"int64": BY_NAME["int32"], "uint64": BY_NAME["uint32"]}
+)
 NEEDS_X64 = frozenset({"int64", "uint64", "float64", "complex128"})
 # What to do about a JAX that lacks them.
-TURN_ON_X64 = 'start the worker with --x64 (in one process: jax.config.update("jax_enable_x64", True))'
+TURN_ON_X64 = (
+    'start the worker with --x64 (in one process: jax.config.update("jax_enable_x64", True))'
+)
 
 _missing = set(pb.DType.values()) - set(BY_WIRE) - {pb.DTYPE_UNSPECIFIED}
 if _missing or len(BY_NAME) != len(_TABLE):
-    raise ImportError(f"bridge_wire.dtypes and bridge.proto disagree about the types {sorted(_missing)}")
+    raise ImportError(
+        f"bridge_wire.dtypes and bridge.proto disagree about the types {sorted(_missing)}"
+    )

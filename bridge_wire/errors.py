@@ -41,7 +41,8 @@ _Status = grpc.StatusCode
 
 # The gRPC trailer that carries the pb.Error.
 TRAILER = "bridge-error-bin"
-# gRPC drops a call's whole trailers past 8 KiB, and writes each byte of the details that is no ASCII as three.
+# gRPC drops a call's whole trailers past 8 KiB, and writes each byte of the details that is no
+# ASCII as three.
 _MAX_TRAILER = 4096
 _MAX_DETAILS = 512
 _MAX_TEXT = 1 << 18  # characters of one text: an error has to fit in a frame
@@ -94,7 +95,8 @@ class SessionClosed(CallerError):
 class RemoteModelError(BridgeError):
     """The model raised.
 
-    `remote_type` is the exception's qualified class name and `remote_traceback` its traceback, both as text.
+    `remote_type` is the exception's qualified class name and `remote_traceback` its traceback, both
+    as text.
     """
 
     status = _Status.ABORTED
@@ -107,11 +109,17 @@ class RemoteModelError(BridgeError):
     def with_advice(self, advice: str) -> "RemoteModelError":
         """Return this error with advice for the caller below its message."""
         message = f"{self.args[0]}\n{advice}"
-        return RemoteModelError(message, remote_type=self.remote_type, remote_traceback=self.remote_traceback)
+        return RemoteModelError(
+            message, remote_type=self.remote_type, remote_traceback=self.remote_traceback
+        )
 
     def __str__(self) -> str:
         text = super().__str__()
-        return f"{text}\n\nRemote traceback:\n{self.remote_traceback}" if self.remote_traceback else text
+        return (
+            f"{text}\n\nRemote traceback:\n{self.remote_traceback}"
+            if self.remote_traceback
+            else text
+        )
 
 
 class PeerError(BridgeError):
@@ -165,13 +173,17 @@ class StartupTimeout(WorldError, TimeoutError):
 
 
 class CallTimeout(WorldError, TimeoutError):
-    """No answer within timeout_s. The call's blocks stay leased until the worker lets go of them."""
+    """No answer within timeout_s.
+
+    The call's blocks stay leased until the worker lets go of them.
+    """
 
     status = _Status.DEADLINE_EXCEEDED
 
 
 class OutOfMemory(WorldError, MemoryError):
-    """No room for a block: the slabs have reached their cap, or the kernel, or the GPU, has no memory."""
+    """No room for a block: the slabs have reached their cap, or the kernel, or the GPU, has no
+    memory."""
 
     status = _Status.RESOURCE_EXHAUSTED
 
@@ -208,7 +220,9 @@ def _subclasses(root: type[BridgeError]) -> Iterator[type[BridgeError]]:
         yield from _subclasses(child)
 
 
-_BY_KIND: Mapping[str, type[BridgeError]] = MappingProxyType({c.__name__: c for c in _subclasses(BridgeError)})
+_BY_KIND: Mapping[str, type[BridgeError]] = MappingProxyType(
+    {c.__name__: c for c in _subclasses(BridgeError)}
+)
 
 
 def encode(error: BridgeError) -> pb.Error:
@@ -229,10 +243,13 @@ def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Return text that can be sent: what a model says may hold lone surrogates, or all of its data."""
+    """Return text that can be sent: what a model says may hold lone surrogates, or all of its
+    data."""
     if len(text) > _MAX_TEXT:
         half = _MAX_TEXT // 2
-        text = f"{text[:half]}\n[{len(text) - 2 * half} characters are left out here]\n{text[-half:]}"
+        text = (
+            f"{text[:half]}\n[{len(text) - 2 * half} characters are left out here]\n{text[-half:]}"
+        )
     return text.encode("utf-8", "backslashreplace").decode()
 
 
@@ -240,7 +257,9 @@ def decode(message: pb.Error) -> BridgeError:
     """Return the error that a message carries; a kind unknown here becomes a plain BridgeError."""
     kind = _BY_KIND.get(message.kind, BridgeError)
     if kind is RemoteModelError:
-        return RemoteModelError(message.message, remote_type=message.remote_type, remote_traceback=message.traceback)
+        return RemoteModelError(
+            message.message, remote_type=message.remote_type, remote_traceback=message.traceback
+        )
     return kind(message.message)
 
 

@@ -39,13 +39,19 @@ def of(dtype: object, shape: int | Sequence[int]) -> Spec:
     Raises:
       DTypeError, SpecError: there is none.
     """
-    name = getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).rpartition(".")[2]
+    name = (
+        getattr(dtype, "name", None)
+        or getattr(dtype, "__name__", None)
+        or str(dtype).rpartition(".")[2]
+    )
     known = BY_NAME.get(name)
     if known is None:
         raise DTypeError(f"there is no dtype {dtype!r}; expected one of {', '.join(BY_NAME)}")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if len(sizes) > _MAX_RANK or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise SpecError(f"{shape!r} is no shape; expected at most {_MAX_RANK} sizes, none of them negative")
+        raise SpecError(
+            f"{shape!r} is no shape; expected at most {_MAX_RANK} sizes, none of them negative"
+        )
     if math.prod(size or 1 for size in sizes) * known.itemsize > _MAX_NBYTES:
         raise SpecError(f"an array of shape {shape!r} and dtype {name} does not fit in memory")
     return Spec(known, sizes)
@@ -60,11 +66,14 @@ def decode(message: pb.Spec) -> Spec:
     """Return the spec that a message carries.
 
     Raises:
-      ProtocolError: the dtype is unknown, a size is negative, or the array would not fit in 63 bits of bytes.
+      ProtocolError: the dtype is unknown, a size is negative, or the array would not fit in 63 bits
+        of bytes.
     """
     dtype = BY_WIRE.get(message.dtype)
     if dtype is None:
-        raise ProtocolError(f"a spec has dtype number {message.dtype}, which this side does not know")
+        raise ProtocolError(
+            f"a spec has dtype number {message.dtype}, which this side does not know"
+        )
     shape = tuple(message.shape)
     if len(shape) > _MAX_RANK:
         raise ProtocolError(f"a spec has {len(shape)} dimensions; at most {_MAX_RANK} are allowed")
@@ -72,9 +81,13 @@ def decode(message: pb.Spec) -> Spec:
         raise ProtocolError(f"a spec has the negative shape {shape}")
     # Sizes of zero hide an overflow of the others, which frameworks reject all the same.
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _MAX_NBYTES:
-        raise ProtocolError(f"a spec of shape {shape} and dtype {dtype.name} does not fit in memory")
+        raise ProtocolError(
+            f"a spec of shape {shape} and dtype {dtype.name} does not fit in memory"
+        )
     if message.weak and (shape or dtype.name not in _NUMBERS):
-        raise ProtocolError(f"a Python number came as {dtype.name}{list(shape)}; expected a 0-d one of {_NUMBERS}")
+        raise ProtocolError(
+            f"a Python number came as {dtype.name}{list(shape)}; expected a 0-d one of {_NUMBERS}"
+        )
     return Spec(dtype, shape, message.weak)
 
 

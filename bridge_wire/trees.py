@@ -1,4 +1,7 @@
-"""Pytrees as messages. Leaves are handed over beside the tree, in depth-first order; dict keys are in sorted order."""
+"""Pytrees as messages.
+
+Leaves are handed over beside the tree, in depth-first order; dict keys are in sorted order.
+"""
 
 import collections
 import dataclasses
@@ -28,8 +31,8 @@ class Node(NamedTuple):
     cls: type
     fields: tuple[str, ...]
     children: Sequence[Any]
-    # Function from children to an instance with the same static parts; hashable, and equal for equal static parts. Or a
-    # text: why there is no such function.
+    # Function from children to an instance with the same static parts; hashable, and equal for
+    # equal static parts. Or a text: why there is no such function.
     builder: Any
     has_static: bool = False  # whether an instance has parts besides its class and children
 
@@ -49,7 +52,8 @@ class Instance(NamedTuple):
 
 
 class _Structured(NamedTuple):
-    """Builder of instances of which a framework knows the structure: the class and its static parts."""
+    """Builder of instances of which a framework knows the structure: the class and its static
+    parts."""
 
     structure: Any
     exact: Hashable  # tells static numbers apart that are equal: 1, 1.0 and True
@@ -74,7 +78,9 @@ def structured(
     """
     parts = static if isinstance(static, tuple) else (static,)
     builder: Any = _Structured(
-        structure, tuple((type(p), repr(p) if type(p) in _NUMBERS else "") for p in parts), unflatten
+        structure,
+        tuple((type(p), repr(p) if type(p) in _NUMBERS else "") for p in parts),
+        unflatten,
     )
     try:
         hash(builder)
@@ -94,19 +100,32 @@ def expand_dataclass(value: Any) -> Node | None:
 def _node_of_fields(value: Any, fields: tuple[str, ...], children: Sequence[Any]) -> Node:
     cls = type(value)
     if others := attributes_beyond(value, fields):
-        return Node(cls, fields, children, f"its attributes {list(others)} are no fields, and were not sent", True)
+        return Node(
+            cls,
+            fields,
+            children,
+            f"its attributes {list(others)} are no fields, and were not sent",
+            True,
+        )
     return Node(cls, fields, children, Instance(cls, fields))
 
 
 def attributes_beyond(value: Any, fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the attributes of an instance that are not among its fields, save caches of properties."""
+    """Return the attributes of an instance that are not among its fields, save caches of
+    properties."""
     attributes = getattr(value, "__dict__", None)
-    if not attributes or (len(attributes) <= len(fields) and not isinstance(value, tuple)):  # the usual case
+    if not attributes or (
+        len(attributes) <= len(fields) and not isinstance(value, tuple)
+    ):  # the usual case
         return ()
     if _WITHOUT in attributes:
         return cast("tuple[str, ...]", attributes[_WITHOUT])
     others = [name for name in attributes if name not in fields]
-    return tuple(name for name in others if not isinstance(getattr(type(value), name, None), functools.cached_property))
+    return tuple(
+        name
+        for name in others
+        if not isinstance(getattr(type(value), name, None), functools.cached_property)
+    )
 
 
 _INCOMPARABLE = "its static parts cannot be compared with those of others"
@@ -116,10 +135,12 @@ _WITHOUT = "_bridge_without"
 
 
 class _Origins:
-    """Names under which peers know this process's classes with their static parts, and the builders behind the names.
+    """Names under which peers know this process's classes with their static parts, and the builders
+    behind the names.
 
-    A peer that returns an instance returns its name, so no other class is ever used. A class without static parts is
-    named by its module, the same in each process; one with static parts gets a name that cannot be guessed.
+    A peer that returns an instance returns its name, so no other class is ever used. A class
+    without static parts is named by its module, the same in each process; one with static parts
+    gets a name that cannot be guessed.
     """
 
     def __init__(self) -> None:
@@ -142,7 +163,9 @@ class _Origins:
                 if node.has_static or name in self._nodes:
                     name = f"{name[: _MAX_ORIGIN - 40]}#{secrets.token_hex(16)}"
                 self._names[key], self._nodes[name] = name, (kind, node._replace(children=()))
-                if len(self._nodes) > _MAX_CLASSES:  # the oldest is forgotten, and refused when it comes back
+                if (
+                    len(self._nodes) > _MAX_CLASSES
+                ):  # the oldest is forgotten, and refused when it comes back
                     del self._nodes[self._names.pop(next(iter(self._names)))]
         return name
 
@@ -156,27 +179,32 @@ class _Origins:
         known_kind, node = self._nodes.get(record.returned, ("", None))
         if node is None:
             raise StructureError(
-                f"the class {record.returned[:200]!r} is not known here: another process has sent it, or this one "
-                f"before a restart, or too many classes ago; expected a {record.name[:80]!r} from a recent result "
-                "of this worker: call the function that returns it again, or pass a dict or a dataclass of your own"
+                f"the class {record.returned[:200]!r} is not known here: another process has sent"
+                " it, or this one before a restart, or too many classes ago; expected a"
+                f" {record.name[:80]!r} from a recent result of this worker: call the function that"
+                " returns it again, or pass a dict or a dataclass of your own"
             )
         if (known_kind, node.fields) != (kind, tuple(record.fields)):
             raise ProtocolError(
-                f"{record.returned[:80]!r} is a {known_kind} with other fields than {list(record.fields)}"
+                f"{record.returned[:80]!r} is a {known_kind} with other fields than"
+                f" {list(record.fields)}"
             )
         if isinstance(node.builder, str):
             raise StructureError(
-                f"a {record.returned!r} cannot be rebuilt: {node.builder}; pass its parts as a dict or tuple"
+                f"a {record.returned!r} cannot be rebuilt: {node.builder}; pass its parts as a dict"
+                " or tuple"
             )
         return node.builder
 
     def refuse_without_origin(self, kind: str, name: str, fields: tuple[str, ...]) -> None:
-        """Raise StructureError for an older peer's record, without origin, that looks like a class sent from here."""
+        """Raise StructureError for an older peer's record, without origin, that looks like a
+        class sent from here."""
         for known_kind, node in list(self._nodes.values()):
             if (known_kind, node.cls.__name__, node.fields) == (kind, name, fields):
                 raise StructureError(
-                    f"an instance of {name[:80]!r} came without the origin of its class, which may be one of this "
-                    "process; install the same version of torch-jax-bridge on both sides"
+                    f"an instance of {name[:80]!r} came without the origin of its class, which may"
+                    " be one of this process; install the same version of torch-jax-bridge on both"
+                    " sides"
                 )
 
 
@@ -188,17 +216,21 @@ _made: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 class Classes:
     """The namedtuple and dataclass types that stand here for those of peers.
 
-    One is made for each name, fields and origin. Nothing is ever imported on a peer's word. `adopt` is called once with
-    each dataclass made here, so that a framework can register it as a pytree node.
+    One is made for each name, fields and origin. Nothing is ever imported on a peer's word. `adopt`
+    is called once with each dataclass made here, so that a framework can register it as a pytree
+    node.
     """
 
-    def __init__(self, adopt: Callable[[type, tuple[str, ...]], None] = lambda cls, fields: None) -> None:
+    def __init__(
+        self, adopt: Callable[[type, tuple[str, ...]], None] = lambda cls, fields: None
+    ) -> None:
         self._adopt = adopt
         self._known: dict[tuple[str, str, tuple[str, ...], str], type] = {}
         self._lock = threading.Lock()
 
     def learn(self, kind: str, cls: type, fields: tuple[str, ...], origin: str) -> None:
-        """Use a class that was made elsewhere in this process for the peer's class of that origin."""
+        """Use a class that was made elsewhere in this process for the peer's class of that
+        origin."""
         with self._lock:
             self._keep((kind, cls.__name__, fields, origin), cls)
 
@@ -214,26 +246,42 @@ class Classes:
 
     def _keep(self, key: tuple[str, str, tuple[str, ...], str], cls: type) -> None:
         self._known[key] = cls
-        if len(self._known) > _MAX_CLASSES:  # forget the oldest: no client may take the room of all others
+        if (
+            len(self._known) > _MAX_CLASSES
+        ):  # forget the oldest: no client may take the room of all others
             del self._known[next(iter(self._known))]
 
     def _make(self, kind: str, name: str, fields: tuple[str, ...], origin: str) -> type:
         if len(origin) > _MAX_ORIGIN:
             raise ProtocolError(
-                f"a tree names a class's origin by {len(origin)} characters; at most {_MAX_ORIGIN} are allowed"
+                f"a tree names a class's origin by {len(origin)} characters; at most {_MAX_ORIGIN}"
+                " are allowed"
             )
         if len(fields) > _MAX_FIELDS:
-            raise ProtocolError(f"a tree names a class of {len(fields)} fields; at most {_MAX_FIELDS} are allowed")
+            raise ProtocolError(
+                f"a tree names a class of {len(fields)} fields; at most {_MAX_FIELDS} are allowed"
+            )
         for word in (name, *fields):
-            is_special = word.startswith("__") and word.endswith("__")  # would replace the class's own machinery
-            if not word.isidentifier() or keyword.iskeyword(word) or is_special or len(word) > _MAX_NAME:
-                raise ProtocolError(f"a tree names a class or field {word[:80]!r}, which is no plain identifier")
+            is_special = word.startswith("__") and word.endswith(
+                "__"
+            )  # would replace the class's own machinery
+            if (
+                not word.isidentifier()
+                or keyword.iskeyword(word)
+                or is_special
+                or len(word) > _MAX_NAME
+            ):
+                raise ProtocolError(
+                    f"a tree names a class or field {word[:80]!r}, which is no plain identifier"
+                )
         try:
             if kind == "namedtuple":
                 return collections.namedtuple(name, fields)
             cls = dataclasses.make_dataclass(name, fields, frozen=True, eq=False)
         except (ValueError, TypeError, SyntaxError) as error:
-            raise ProtocolError(f"a tree names the class {name!r} with unusable fields: {error}") from error
+            raise ProtocolError(
+                f"a tree names the class {name!r} with unusable fields: {error}"
+            ) from error
         self._adopt(cls, fields)
         return cls
 
@@ -249,15 +297,21 @@ def encode(
     """Return the value's tree and its array leaves. `root` names the value in errors.
 
     Raises:
-      StructureError: something in it is neither a leaf, a container nor a static value (None, bool, number, str).
+      StructureError: something in it is neither a leaf, a container nor a static value (None, bool,
+        number, str).
     """
     leaves: list[Any] = []
 
     def sequence(items: Iterable[Any], path: str, depth: int) -> pb.Tree.Sequence:
-        return pb.Tree.Sequence(items=[walk(item, f"{path}[{i}]", depth) for i, item in enumerate(items)])
+        return pb.Tree.Sequence(
+            items=[walk(item, f"{path}[{i}]", depth) for i, item in enumerate(items)]
+        )
 
     def record(kind: str, node: Node, path: str, depth: int) -> pb.Tree.Record:
-        items = [walk(item, f"{path}.{field}", depth) for field, item in zip(node.fields, node.children, strict=True)]
+        items = [
+            walk(item, f"{path}.{field}", depth)
+            for field, item in zip(node.fields, node.children, strict=True)
+        ]
         made = pb.Tree.Record(name=node.cls.__name__, fields=node.fields, items=items)
         if (origin := _made.get(node.cls)) is not None:
             classes.learn(kind, node.cls, node.fields, origin)
@@ -273,23 +327,30 @@ def encode(
         if (static := _encode_value(value)) is not None:
             return pb.Tree(value=static)
         if depth == MAX_DEPTH:
-            raise StructureError(f"{path} is nested more than {MAX_DEPTH} levels deep; flatten the structure")
+            raise StructureError(
+                f"{path} is nested more than {MAX_DEPTH} levels deep; flatten the structure"
+            )
         depth += 1
         if isinstance(value, tuple):
             if (fields := getattr(value, "_fields", None)) is None:
                 return pb.Tree(tuple=sequence(value, path, depth))
-            return pb.Tree(namedtuple=record("namedtuple", _node_of_fields(value, fields, value), path, depth))
+            return pb.Tree(
+                namedtuple=record("namedtuple", _node_of_fields(value, fields, value), path, depth)
+            )
         if isinstance(value, list):
             return pb.Tree(list=sequence(value, path, depth))
         if isinstance(value, Mapping):
             keys = ordered_keys(value)
             items = [walk(value[key], f"{path}[{key!r}]", depth) for key in keys]
-            return pb.Tree(dict=pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items))
+            return pb.Tree(
+                dict=pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items)
+            )
         if (node := expand(value)) is not None:
             return pb.Tree(dataclass=record("dataclass", node, path, depth))
         raise StructureError(
-            f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__}; expected a tensor, "
-            "a number, bool, str or None, or a dict, list, tuple, namedtuple or dataclass of these"
+            f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__};"
+            " expected a tensor, a number, bool, str or None, or a dict, list, tuple, namedtuple"
+            " or dataclass of these"
         )
 
     tree = walk(value, root, 0)
@@ -340,13 +401,18 @@ def arguments(args: pb.Tree, kwargs: pb.Tree) -> pb.Tree:
 
 
 def argument_paths(tree: pb.Tree) -> list[str]:
-    """Return the paths of the leaves of a call's arguments, such as `args[0]` and `kwargs['scale']`.
+    """Return the paths of the leaves of a call's arguments, such as `args[0]` and
+    `kwargs['scale']`.
 
     Raises:
       ProtocolError: the tree is not a pair of a tuple and a dict.
     """
     items = tree.tuple.items
-    if len(items) != 2 or items[0].WhichOneof("kind") != "tuple" or items[1].WhichOneof("kind") != "dict":
+    if (
+        len(items) != 2
+        or items[0].WhichOneof("kind") != "tuple"
+        or items[1].WhichOneof("kind") != "dict"
+    ):
         raise ProtocolError("a call's arguments must be a tuple of a tuple and a dict")
     return leaf_paths(items[0], "args") + leaf_paths(items[1], "kwargs")
 
@@ -355,11 +421,14 @@ def argument_values(tree: pb.Tree) -> list[tuple[str, Any]]:
     """Return the path and the value of each static argument of a call."""
     args, kwargs = tree.tuple.items
     ends = (*_ends(args, "args"), *_ends(kwargs, "kwargs"))
-    return [(path, decode_value(end.value)) for path, end in ends if end.WhichOneof("kind") == "value"]
+    return [
+        (path, decode_value(end.value)) for path, end in ends if end.WhichOneof("kind") == "value"
+    ]
 
 
 def count_nodes(tree: pb.Tree, most: int) -> int:
-    """Return the number of a tree's containers, values and leaves, but count no further than `most`."""
+    """Return the number of a tree's containers, values and leaves, but count no further than
+    `most`."""
     pending, count = [tree], 0
     while pending and count < most:
         node = pending.pop()
@@ -371,7 +440,8 @@ def count_nodes(tree: pb.Tree, most: int) -> int:
 
 
 def without_origins(tree: pb.Tree) -> pb.Tree:
-    """Return a copy of a tree without the origins of classes, which differ from one process to the next."""
+    """Return a copy of a tree without the origins of classes, which differ from one process to
+    the next."""
     made = pb.Tree()
     made.CopyFrom(tree)
     pending = [made]
@@ -408,11 +478,15 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
     if kind == "dict":
         keys = [decode_value(key) for key in node.keys]
         if len(keys) != len(items) or len(set(keys)) != len(keys):
-            raise ProtocolError(f"a dict of a tree has {len(items)} items for {len(set(keys))} distinct keys")
+            raise ProtocolError(
+                f"a dict of a tree has {len(items)} items for {len(set(keys))} distinct keys"
+            )
         return dict(zip(keys, items, strict=True))
     fields = tuple(node.fields)
     if len(fields) != len(items):
-        raise ProtocolError(f"the class {node.name!r} of a tree has {len(items)} items for {len(fields)} fields")
+        raise ProtocolError(
+            f"the class {node.name!r} of a tree has {len(items)} items for {len(fields)} fields"
+        )
     if node.returned:
         return _origins.builder_of(kind, node)(items)
     if not node.origin:
@@ -420,12 +494,15 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
     return instantiate(classes.find(kind, node.name, fields, node.origin), fields, items)
 
 
-def instantiate(cls: type, fields: Sequence[str], items: Iterable[Any], without: tuple[str, ...] = ()) -> Any:
+def instantiate(
+    cls: type, fields: Sequence[str], items: Iterable[Any], without: tuple[str, ...] = ()
+) -> Any:
     """Return an instance of a namedtuple's or dataclass's class with these values of its fields.
 
     `without` names further attributes that the instance should have, and has not.
     """
-    # Not through __new__ or __init__: a user's class may compute there, and a field may have init=False.
+    # Not through __new__ or __init__: a user's class may compute there, and a field may have
+    # init=False.
     if issubclass(cls, tuple):
         return tuple.__new__(cls, items)
     instance = object.__new__(cls)
@@ -464,14 +541,18 @@ def _encode_value(value: Any) -> pb.Value | None:
         try:
             return pb.Value(text=value)
         except UnicodeEncodeError:
-            raise StructureError(f"the text {value[:80]!r} has lone surrogates, which UTF-8 cannot carry") from None
+            raise StructureError(
+                f"the text {value[:80]!r} has lone surrogates, which UTF-8 cannot carry"
+            ) from None
     if kind is float:
         return pb.Value(real=value)
     if kind is complex:
         return pb.Value(complex=pb.Value.Complex(real=value.real, imag=value.imag))
     if kind is int:
         if not -(2**63) <= value < 2**63:
-            raise StructureError(f"the static integer {value} does not fit in 64 bits; pass it as a string")
+            raise StructureError(
+                f"the static integer {value} does not fit in 64 bits; pass it as a string"
+            )
         return pb.Value(integer=value)
     return None
 

@@ -1,4 +1,5 @@
-"""The bridge against the frameworks' own operator databases: cases that nobody in this project wrote."""
+"""The bridge against the frameworks' own operator databases: cases that nobody in this project
+wrote."""
 
 from pathlib import Path
 

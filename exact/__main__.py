@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(way: str, x64: bool, options: Any, results: Results) -> None:
     done = set() if options.again else results.done()
     listed = [e for e in listing(way, options) if e.is_wide == x64 and (way, str(e)) not in done]
-    chosen = [e for e in share(listed, options.share, options.seed) if re.search(options.only, str(e))]
+    chosen = [
+        e for e in share(listed, options.share, options.seed) if re.search(options.only, str(e))
+    ]
     chosen = chosen[: options.limit]
     if not chosen:
         return
@@ -44,16 +46,27 @@ def _run(way: str, x64: bool, options: Any, results: Results) -> None:
         if "done" in message:
             count += 1
             if count % 50 == 0:
-                print(f"{way}: {count} of {len(chosen)} entries, {time.monotonic() - begun:.0f} s", flush=True)
+                print(
+                    f"{way}: {count} of {len(chosen)} entries, {time.monotonic() - begun:.0f} s",
+                    flush=True,
+                )
 
     arguments = ["--way", way, "--samples", str(options.samples), "--checks", options.checks]
     arguments += ["--x64"] if x64 else []
-    pool = Pool(arguments, options.timeout_s, options.out.parent, record, begun + options.deadline_s, options.jobs)
+    pool = Pool(
+        arguments,
+        options.timeout_s,
+        options.out.parent,
+        record,
+        begun + options.deadline_s,
+        options.jobs,
+    )
     pool.run(chosen)
 
 
 def listing(way: str, options: Any) -> list[Entry]:
-    """Return the entries of the way's databases, from a process of its own: this one imports no framework."""
+    """Return the entries of the way's databases, from a process of its own: this one imports no
+    framework."""
     text = subprocess.run(
         [sys.executable, "-m", "exact.listing", way, options.dtypes, options.kinds],
         cwd=ROOT,
@@ -70,10 +83,15 @@ def _report(results: Results, options: Any) -> int:
     found = summary.summarise(results.read(), summary.Known())
     for way, checks in found["counts"].items():
         for check, counts in checks.items():
-            text = ", ".join(f"{n} {status}" for status, n in sorted(counts.items(), key=lambda item: -item[1]))
+            text = ", ".join(
+                f"{n} {status}" for status, n in sorted(counts.items(), key=lambda item: -item[1])
+            )
             print(f"{way:12} {check:11} {summary.share_right(counts):6.2f} %: {text}")
     for row in found["listed"] if options.verbose else summary.faults(found):
-        print(f"{row['way']} {row['entry']} {', '.join(row['checks'])}: {row['status']}: {row['detail']}")
+        print(
+            f"{row['way']} {row['entry']} {', '.join(row['checks'])}: {row['status']}:"
+            f" {row['detail']}"
+        )
     if options.write_docs:
         summary.write(found)
         page.PATH.write_text(page.page(found))
@@ -86,19 +104,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", default="float32,float64,complex64,complex128")
     parser.add_argument("--kinds", default="plain,strided,inplace,train,eval,harness")
     parser.add_argument("--checks", default="", help="all of them by default")
-    parser.add_argument("--samples", type=int, default=1, help="how many of each operator's samples")
-    parser.add_argument("--share", type=float, default=1.0, help="of the entries, drawn with --seed")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="how many of each operator's samples"
+    )
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the entries, drawn with --seed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="at most so many entries for each way")
-    parser.add_argument("--only", default="", metavar="REGEX", help="entries that match, as op/sin/float32/plain")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="entries that match, as op/sin/float32/plain"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout-s", type=float, default=120.0, help="for one check")
-    parser.add_argument("--deadline-s", type=float, default=1e9, help="for a way; what is left runs next time")
+    parser.add_argument(
+        "--deadline-s", type=float, default=1e9, help="for a way; what is left runs next time"
+    )
     parser.add_argument("--out", type=Path, default=_OUT / "results.jsonl")
     parser.add_argument("--again", action="store_true", help="also run what has a result already")
     parser.add_argument("--summary", action="store_true", help="run nothing")
-    parser.add_argument("--verbose", action="store_true", help="print all that is not right, not only faults")
-    parser.add_argument("--write-docs", action="store_true", help="write exact/summary.json and docs/coverage.md")
+    parser.add_argument(
+        "--verbose", action="store_true", help="print all that is not right, not only faults"
+    )
+    parser.add_argument(
+        "--write-docs", action="store_true", help="write exact/summary.json and docs/coverage.md"
+    )
     return parser
 
 

@@ -1,4 +1,7 @@
-"""Cases as values: which entry of a database, in which dtype and variant, which of its samples. No framework here."""
+"""Cases as values: which entry of a database, in which dtype and variant, which of its samples.
+
+No framework here.
+"""
 
 import random
 import zlib
@@ -15,7 +18,8 @@ WIDE = ("float64", "complex128")
 class Entry:
     """One entry of a database in one dtype: `op/sin/float32/strided`.
 
-    Databases: `op` and `module` are torch's OpInfo and ModuleInfo, `jax` are JAX's primitive harnesses.
+    Databases: `op` and `module` are torch's OpInfo and ModuleInfo, `jax` are JAX's primitive
+      harnesses.
     """
 
     database: str
@@ -48,12 +52,17 @@ def seed_of(text: str) -> int:
 
 def chosen_samples(count: int, wanted: int, seed: int) -> Sequence[int]:
     """Return the first sample and a seeded choice of others, `wanted` in all."""
-    others = random.Random(seed).sample(range(1, count), max(0, min(wanted, count) - 1)) if count > 1 else []
+    others = (
+        random.Random(seed).sample(range(1, count), max(0, min(wanted, count) - 1))
+        if count > 1
+        else []
+    )
     return [0, *sorted(others)][: min(count, wanted)]
 
 
 def share(entries: Iterable[Entry], fraction: float, seed: int) -> list[Entry]:
-    """Return a seeded share of the entries, in a random order, so that the first N of a run are a fair sample."""
+    """Return a seeded share of the entries, in a random order, so that the first N of a run are
+    a fair sample."""
     ordered = list(entries)
     random.Random(seed).shuffle(ordered)
     return ordered[: max(1, round(fraction * len(ordered)))] if ordered else []

@@ -1,6 +1,8 @@
-"""A process that runs cases and may crash: entries come as lines on stdin, results go as lines of JSON to stdout.
+"""A process that runs cases and may crash: entries come as lines on stdin, results go as lines of
+JSON to stdout.
 
-Each line out is {"at": [sample, check]} before a step, {"case": ..., "checks": ...} after a sample, or {"done": entry}.
+Each line out is {"at": [sample, check]} before a step, {"case": ..., "checks": ...} after a sample,
+or {"done": entry}.
 """
 
 import argparse
@@ -65,8 +67,16 @@ def _torch_runner(options: Any) -> Callable[[Entry, int, Say], None]:
             say({"at": [position, "reference"], "index": index})
             begun = time.monotonic()
             with quiet():
-                record = _checked(functools.partial(Checks, entry, index, way), wanted, position, say)
-            say({"case": f"{entry}/{index}", **record, "seconds": round(time.monotonic() - begun, 2)})
+                record = _checked(
+                    functools.partial(Checks, entry, index, way), wanted, position, say
+                )
+            say(
+                {
+                    "case": f"{entry}/{index}",
+                    **record,
+                    "seconds": round(time.monotonic() - begun, 2),
+                }
+            )
         if next(counter) % 50 == 49:
             jax.clear_caches()
             gc.collect()
@@ -82,7 +92,9 @@ def _checked(make: Callable[[], Any], wanted: Any, position: int, say: Say) -> d
     except Unusable as error:
         return {"unusable": str(error)}
     except Exception as error:
-        return {"unusable": f"torch cannot make the sample: {type(error).__name__}: {str(error)[:150]}"}
+        return {
+            "unusable": f"torch cannot make the sample: {type(error).__name__}: {str(error)[:150]}"
+        }
     verdicts: dict[str, list[str]] = {}
     for name, check in checks.run():
         if name in wanted:
@@ -102,8 +114,12 @@ def _module_names(options: Any) -> list[str]:
         dtypes = ["float64", "complex128"] if options.x64 else ["float32", "complex64"]
         for entry in torch_db.entries("module", dtypes):
             try:
-                for index in chosen_samples(len(torch_db.samples(entry)), options.samples, entry.seed):
-                    torch_db.as_function(subjects.subject(entry, index).target)  # a lazy module has no parameters yet
+                for index in chosen_samples(
+                    len(torch_db.samples(entry)), options.samples, entry.seed
+                ):
+                    torch_db.as_function(
+                        subjects.subject(entry, index).target
+                    )  # a lazy module has no parameters yet
                     yield ways.module_name(entry, index)
             except Exception:
                 continue

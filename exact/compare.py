@@ -1,4 +1,7 @@
-"""Verdicts: values against the reference, and exceptions against what a refusal may be. No framework but numpy."""
+"""Verdicts: values against the reference, and exceptions against what a refusal may be.
+
+No framework but numpy.
+"""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,17 +12,21 @@ import numpy as np
 
 from bridge_wire.errors import WorldError
 
-# A result that is not bit-equal is right within this many eps of the leaf's largest element: torch's vmap and forward
-# mode take other kernels than a loop over rows, and XLA sums in another order.
+# A result that is not bit-equal is right within this many eps of the leaf's largest element:
+# torch's vmap and forward mode take other kernels than a loop over rows, and XLA sums in another
+# order.
 ROUNDING = 128
-# Beyond that, a result is right if inputs that differ by an eps change the reference about as much (backward
-# stability), unless they change it by more than this share of its size: that is a discontinuity, not rounding.
+# Beyond that, a result is right if inputs that differ by an eps change the reference about as much
+# (backward stability), unless they change it by more than this share of its size: that is a
+# discontinuity, not rounding.
 AMPLIFIED = 32
 DISCONTINUITY = 0.02
-# What XLA computes float32 special functions to (tanh, lgamma, erfinv), in eps: for the traced way only.
+# What XLA computes float32 special functions to (tanh, lgamma, erfinv), in eps: for the traced way
+# only.
 XLA_FUNCTIONS = 1024
 
-# Inputs, cotangents and tangents are of size one, so that leaves smaller than this are what cancellation has left.
+# Inputs, cotangents and tangents are of size one, so that leaves smaller than this are what
+# cancellation has left.
 SMALL = 1e-4
 
 NARROWED = {"int64": "int32", "uint64": "uint32"}
@@ -36,10 +43,11 @@ class Refusal:
 class Verdict:
     """The outcome of one check.
 
-    status: `right`, `refused` (a typed error), `as torch` or `as jax` (the framework refuses too), `beyond` (a value
-      where the framework has none), `no type` (refused: the other framework has no such type), `inherited` (autograd
-      gives another value, torch.func the same: torch contradicts itself), or a fault: `wrong`, `untyped` (an error
-      that is no refusal), `fake` (a fake tensor is left), `crash`, `hang`.
+    status: `right`, `refused` (a typed error), `as torch` or `as jax` (the framework refuses too),
+      `beyond` (a value where the framework has none), `no type` (refused: the other framework has
+      no such type), `inherited` (autograd gives another value, torch.func the same: torch
+      contradicts itself), or a fault: `wrong`, `untyped` (an error that is no refusal), `fake` (a
+      fake tensor is left), `crash`, `hang`.
     """
 
     status: str
@@ -62,14 +70,20 @@ def one_line(error: BaseException, length: int = 240) -> str:
     return f"{type(error).__name__}: {text[:length]}"
 
 
-def judge_refusal(got: Refusal, want: Any, typed: tuple[type[BaseException], ...], framework: str) -> Verdict:
+def judge_refusal(
+    got: Refusal, want: Any, typed: tuple[type[BaseException], ...], framework: str
+) -> Verdict:
     if isinstance(want, Refusal) and type(got.error) is type(want.error):
-        return Verdict(f"as {framework}", one_line(got.error))  # traced code raises in the caller's process
+        return Verdict(
+            f"as {framework}", one_line(got.error)
+        )  # traced code raises in the caller's process
     if isinstance(got.error, WorldError):  # typed, but the case has ended its worker
         return Verdict("crash", one_line(got.error))
     if not isinstance(got.error, typed):
         return Verdict("untyped", one_line(got.error))
-    return Verdict(f"as {framework}" if isinstance(want, Refusal) else "refused", one_line(got.error))
+    return Verdict(
+        f"as {framework}" if isinstance(want, Refusal) else "refused", one_line(got.error)
+    )
 
 
 def judge_values(
@@ -82,7 +96,8 @@ def judge_values(
 ) -> Verdict:
     """Compare leaves.
 
-    spread: by how much each leaf of the reference moves when inputs move by an eps; called only where needed.
+    spread: by how much each leaf of the reference moves when inputs move by an eps; called only
+      where needed.
     """
     if len(got) != len(want):
         return Verdict("wrong", f"{len(got)} leaves, expected {len(want)}")
@@ -91,7 +106,10 @@ def judge_values(
         mine = np.asarray(mine)
         name = theirs.dtype.name if is_wide else NARROWED.get(theirs.dtype.name, theirs.dtype.name)
         if mine.dtype.name != name or mine.shape != theirs.shape:
-            return Verdict("wrong", f"leaf {i} is {mine.dtype}{list(mine.shape)}, expected {name}{list(theirs.shape)}")
+            return Verdict(
+                "wrong",
+                f"leaf {i} is {mine.dtype}{list(mine.shape)}, expected {name}{list(theirs.shape)}",
+            )
         error, limit = difference(mine, theirs)
         if isinstance(error, str):
             return Verdict("wrong", f"leaf {i}: {error}")
@@ -99,31 +117,52 @@ def judge_values(
             spreads = spread() if spreads is None else spreads
             moved = spreads[i] if i < len(spreads) else None
             size = limit / _eps(theirs)
-            if moved is None or moved > DISCONTINUITY * size or error > rounding * limit + AMPLIFIED * moved:
-                where = np.unravel_index(np.argmax(np.abs(_finite(mine) - _finite(theirs))), theirs.shape)
+            if (
+                moved is None
+                or moved > DISCONTINUITY * size
+                or error > rounding * limit + AMPLIFIED * moved
+            ):
+                where = np.unravel_index(
+                    np.argmax(np.abs(_finite(mine) - _finite(theirs))), theirs.shape
+                )
                 seen, expected = (np.atleast_1d(x)[where or 0] for x in (mine, theirs))
-                return Verdict("wrong", f"leaf {i}{list(map(int, where))} is {seen!s}, expected {expected!s}")
+                return Verdict(
+                    "wrong", f"leaf {i}{list(map(int, where))} is {seen!s}, expected {expected!s}"
+                )
         worst = max(worst, error / limit if limit else 0.0)
     return Verdict("right", "" if worst == 0 else f"{worst:.3g} eps")
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> tuple[float | str, float]:
-    """Return the largest absolute difference, or what is wrong in words, and an eps of the largest element."""
+    """Return the largest absolute difference, or what is wrong in words, and an eps of the
+    largest element."""
     if not want.size:
         return 0.0, 0.0
     if want.dtype.kind in "biu":
         same = np.array_equal(got.astype(want.dtype), want)
-        return (0.0 if same else f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()}"), 0.0
+        return (
+            0.0 if same else f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()}"
+        ), 0.0
     a, b = _parts(got), _parts(want)
     if not np.array_equal(np.isnan(a), np.isnan(b)) or not np.array_equal(_signs(a), _signs(b)):
-        return f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()} (not finite elsewhere)", 0.0
+        return (
+            (
+                f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()} (not finite"
+                " elsewhere)"
+            ),
+            0.0,
+        )
     a, b = _finite(a), _finite(b)
     size = max(float(np.abs(b).max()), SMALL)
     return float(np.abs(a - b).max()), size * _eps(want)
 
 
 def _parts(x: np.ndarray) -> np.ndarray:
-    return np.stack([x.real, x.imag]).astype(np.float64) if x.dtype.kind == "c" else x.astype(np.float64)
+    return (
+        np.stack([x.real, x.imag]).astype(np.float64)
+        if x.dtype.kind == "c"
+        else x.astype(np.float64)
+    )
 
 
 def _signs(x: np.ndarray) -> np.ndarray:
@@ -131,7 +170,12 @@ def _signs(x: np.ndarray) -> np.ndarray:
 
 
 def _finite(x: np.ndarray) -> np.ndarray:
-    return np.nan_to_num(np.asarray(x, np.complex128 if x.dtype.kind == "c" else np.float64), nan=0, posinf=0, neginf=0)
+    return np.nan_to_num(
+        np.asarray(x, np.complex128 if x.dtype.kind == "c" else np.float64),
+        nan=0,
+        posinf=0,
+        neginf=0,
+    )
 
 
 def _eps(x: np.ndarray) -> float:

@@ -1,4 +1,5 @@
-"""The command `python -m exact.fuzz`: random programs through the bridge against their framework, in one process each.
+"""The command `python -m exact.fuzz`: random programs through the bridge against their framework,
+in one process each.
 
 Each program's value, gradient, jvp, batch and Hessian-vector product are compared, in float32.
 """
@@ -38,12 +39,23 @@ class Findings:
             if status in FAULTS:
                 entry = parse_entry(message["case"].rsplit("/", 1)[0])
                 seed, number = entry.name.split(".")
-                again = f"python -m exact.fuzz --ways {way} --seed {seed} --first {number} --graphs 1"
-                self.faults.append(f"{check}: {status}: {detail}\n{again}\n{graphs.graph_of(entry).source}")
+                again = (
+                    f"python -m exact.fuzz --ways {way} --seed {seed} --first {number} --graphs 1"
+                )
+                self.faults.append(
+                    f"{check}: {status}: {detail}\n{again}\n{graphs.graph_of(entry).source}"
+                )
 
 
 def run(
-    way: str, count: int, seed: int, *, first: int = 0, jobs: int = 1, timeout_s: float = 60.0, log: Path | None = None
+    way: str,
+    count: int,
+    seed: int,
+    *,
+    first: int = 0,
+    jobs: int = 1,
+    timeout_s: float = 60.0,
+    log: Path | None = None,
 ) -> Findings:
     """Run programs `first` to `first + count` of a seed."""
     findings = Findings()

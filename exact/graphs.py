@@ -1,4 +1,7 @@
-"""Random small programs as Python source, a function of a seed and a number. No framework until they are loaded."""
+"""Random small programs as Python source, a function of a seed and a number.
+
+No framework until they are loaded.
+"""
 
 import functools
 import random
@@ -12,7 +15,13 @@ from exact import grammar
 from exact.cases import Entry
 from exact.grammar import Rule, Shape
 
-_INPUTS: Sequence[Sequence[Shape]] = [((3, 4), (4,)), ((4, 4), (4, 4)), ((5,), ()), ((3, 3), (1, 3)), ((2, 3, 2), (2,))]
+_INPUTS: Sequence[Sequence[Shape]] = [
+    ((3, 4), (4,)),
+    ((4, 4), (4, 4)),
+    ((5,), ()),
+    ((3, 3), (1, 3)),
+    ((2, 3, 2), (2,)),
+]
 _HEADERS = {
     "torch": "import torch\nimport torch.nn.functional as F\n",
     "jax": "import jax\nimport jax.numpy as jnp\n",
@@ -67,12 +76,16 @@ def graph(framework: str, seed: int, number: int) -> Graph:
     return Graph(f"{_HEADERS[framework]}\n\ndef f(x, y):\n{body}", inputs, needs_key)
 
 
-def _step(rng: random.Random, rules: Sequence[Rule], shapes: dict[str, Shape]) -> tuple[Rule, tuple[str, ...], Shape]:
+def _step(
+    rng: random.Random, rules: Sequence[Rule], shapes: dict[str, Shape]
+) -> tuple[Rule, tuple[str, ...], Shape]:
     """Draw a rule and operands that fit; recent values are drawn more often."""
     names = list(shapes)
     while True:
         rule = rng.choice(rules)
-        operands = tuple(rng.choice(names[-2:] if rng.random() < 0.8 else names) for _ in range(rule.arity))
+        operands = tuple(
+            rng.choice(names[-2:] if rng.random() < 0.8 else names) for _ in range(rule.arity)
+        )
         shape = rule.shape(*(shapes[name] for name in operands))
         if shape is not None and grammar.flat(shape)[0] <= _MAX_SIZE:
             return rule, operands, shape

@@ -1,4 +1,7 @@
-"""The checks of one of JAX's harnesses, called from torch in this process. Imports both frameworks."""
+"""The checks of one of JAX's harnesses, called from torch in this process.
+
+Imports both frameworks.
+"""
 
 import functools
 import gc
@@ -56,7 +59,13 @@ def run(entry: Entry, _: int, say: Say) -> None:
 def _refuse_absent_types(case: Case) -> None:
     value = case.answers["value"]
     arrays = [*case.inputs, *([] if isinstance(value, Refusal) else value)]
-    absent = sorted({x.dtype.name for x in arrays if not isinstance(getattr(torch, x.dtype.name, None), torch.dtype)})
+    absent = sorted(
+        {
+            x.dtype.name
+            for x in arrays
+            if not isinstance(getattr(torch, x.dtype.name, None), torch.dtype)
+        }
+    )
     if absent:
         raise Unusable(f"torch has no {absent[0]}")
     wide = sorted({x.dtype.name for x in case.inputs} & set(WIDE))
@@ -88,7 +97,9 @@ class _Checks:
         return self._judge(lambda: self._call(*self._inputs), "value")
 
     def _vmap(self) -> Verdict:
-        return self._judge(lambda: torch.func.vmap(self._call)(*map(_tensor, self._case.batch)), "vmap")
+        return self._judge(
+            lambda: torch.func.vmap(self._call)(*map(_tensor, self._case.batch)), "vmap"
+        )
 
     def _gradient(self) -> Verdict:
         def gradient() -> Any:
@@ -106,23 +117,32 @@ class _Checks:
         weights = list(map(_tensor, self._case.weights))
 
         def total(*xs: Tensor) -> Tensor:
-            return sum(((w * y).sum() for w, y in zip(weights, self._restricted(*xs), strict=True)), torch.zeros(()))
+            return sum(
+                ((w * y).sum() for w, y in zip(weights, self._restricted(*xs), strict=True)),
+                torch.zeros(()),
+            )
 
         gradient = torch.func.grad(total, argnums=tuple(range(len(self._case.wrt))))
         return self._judge(lambda: torch.func.jvp(gradient, *self._along())[1], "hvp")
 
     def _no_gradient(self) -> Verdict:
         """Results that are not differentiable, as integers, require no gradient."""
-        args = [x.clone().requires_grad_() if i in self._case.wrt else x for i, x in enumerate(self._inputs)]
+        args = [
+            x.clone().requires_grad_() if i in self._case.wrt else x
+            for i, x in enumerate(self._inputs)
+        ]
         got = attempt(lambda: self._call(*args))
         if isinstance(got, Refusal):
             return judge_refusal(got, None, (BridgeError,), "jax")
         return (
-            Verdict("wrong", "a result requires a gradient") if any(y.requires_grad for y in got) else Verdict("right")
+            Verdict("wrong", "a result requires a gradient")
+            if any(y.requires_grad for y in got)
+            else Verdict("right")
         )
 
     def _again(self) -> Verdict:
-        """A call with tensors that lie elsewhere, after results were overwritten, gives the same."""
+        """A call with tensors that lie elsewhere, after results were overwritten, gives the
+        same."""
 
         def again() -> Any:
             for y in attempt_call():
@@ -133,7 +153,10 @@ class _Checks:
                 base.copy_(x)
                 others.append(base.conj_physical().conj() if x.is_complex() else base)
             found = self._call(*others)
-            if not all(_array(a).tobytes() == _array(b).tobytes() for a, b in zip(self._inputs, others, strict=True)):
+            if not all(
+                _array(a).tobytes() == _array(b).tobytes()
+                for a, b in zip(self._inputs, others, strict=True)
+            ):
                 raise AssertionError("an argument has changed")
             return found
 
@@ -150,7 +173,9 @@ class _Checks:
         return tuple(ys[i] for i in self._case.outputs)
 
     def _along(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        return tuple(self._inputs[i] for i in self._case.wrt), tuple(map(_tensor, self._case.tangents))
+        return tuple(self._inputs[i] for i in self._case.wrt), tuple(
+            map(_tensor, self._case.tangents)
+        )
 
     def _judge(self, work: Callable[[], Any], check: str) -> Verdict:
         got, want = attempt(work), self._case.answers[check]
@@ -174,7 +199,9 @@ def _same(got: Leaves, want: Leaves) -> Verdict:
             if not np.all(equal):
                 where = np.unravel_index(int(np.argmin(equal)), equal.shape)
                 at = list(map(int, where))
-                return Verdict("wrong", f"leaf {i}{at} is {mine[where]!s}, expected {theirs[where]!s}")
+                return Verdict(
+                    "wrong", f"leaf {i}{at} is {mine[where]!s}, expected {theirs[where]!s}"
+                )
     return Verdict("right")
 
 
@@ -183,7 +210,9 @@ def _tensor(x: np.ndarray) -> Tensor:
     dtype = getattr(torch, x.dtype.name)
     if x.dtype.kind in "biufc" and not hasattr(ml_dtypes, x.dtype.name):
         return torch.from_numpy(x)
-    return torch.from_numpy(x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1")).view(dtype)
+    return torch.from_numpy(x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1")).view(
+        dtype
+    )
 
 
 def _array(t: Tensor) -> np.ndarray:

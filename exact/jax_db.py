@@ -36,7 +36,8 @@ def entries() -> Iterator[Entry]:
 class Case:
     """A harness's inputs and, by name of the check, JAX's answer or Refusal.
 
-    wrt: positions of the inputs that are differentiated. outputs: positions of the results that are.
+    wrt: positions of the inputs that are differentiated. outputs: positions of the results that
+      are.
     """
 
     function: Callable[..., Any]
@@ -57,7 +58,9 @@ def case_of(entry: Entry) -> Case:
     """
     if entry.database == "graph":
         graph = graphs.graph_of(entry)
-        return _answered(graph.function(), graph.inputs(entry.seed), graph.inputs(entry.seed + 1), entry.seed)
+        return _answered(
+            graph.function(), graph.inputs(entry.seed), graph.inputs(entry.seed + 1), entry.seed
+        )
     harness = harnesses()[entry.name]
     seed = seed_of(entry.name)
     one, two = (harness.dyn_args_maker(np.random.RandomState(seed + i)) for i in (0, 1))
@@ -92,7 +95,8 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
 
     # What torch passes as data is data here too: XLA folds constants, and rounds otherwise.
     def restricted(args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]]:
-        """Return the inexact results, and all of them, as a function of the differentiated inputs, and these."""
+        """Return the inexact results, and all of them, as a function of the differentiated
+        inputs, and these."""
 
         def function(*xs: Any) -> tuple[list[Any], list[Any]]:
             filled = list(args)
@@ -109,7 +113,8 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
         return ys, pullback
 
     def gradient() -> Leaves:
-        # In two programs, as in training: XLA rounds some derivatives in another way where both are one program.
+        # In two programs, as in training: XLA rounds some derivatives in another way where both are
+        # one program.
         _, pullback = jax.jit(forward)(case.inputs)
         found = jax.jit(lambda pullback, cts: pullback(cts))(pullback, list(map(np.conj, weights)))
         return [np.conj(g) for g in _leaves(found)]  # torch's convention
@@ -129,7 +134,10 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
 
     case.answers["gradient"] = attempt(gradient)
     case.answers["jvp"] = attempt(lambda: _leaves(jax.jit(jvp)(case.inputs, tangents)))
-    if all(jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1 for x in (case.inputs[i] for i in case.wrt)):
+    if all(
+        jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
+        for x in (case.inputs[i] for i in case.wrt)
+    ):
         case.answers["hvp"] = attempt(lambda: _leaves(jax.jit(hvp)(case.inputs, weights, tangents)))
 
 

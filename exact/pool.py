@@ -1,4 +1,5 @@
-"""Child processes that take entries one by one and may crash or hang without taking other entries along."""
+"""Child processes that take entries one by one and may crash or hang without taking other
+entries along."""
 
 import json
 import os
@@ -56,7 +57,8 @@ class Pool:
       arguments: of `python -m exact.child`.
       timeout_s: how long one check may take.
       log: where the children's stderr goes.
-      record: is given a dict for each sample, and {"done": entry} after an entry; from several threads, one at a time.
+      record: is given a dict for each sample, and {"done": entry} after an entry; from several
+        threads, one at a time.
       deadline: a time.monotonic() after which no entry is begun.
     """
 
@@ -70,7 +72,10 @@ class Pool:
     def run(self, entries: Sequence[Entry]) -> None:
         self._left = deque(entries)
         self._lock = threading.Lock()
-        threads = [threading.Thread(target=self._serve, args=(n,)) for n in range(min(self.jobs, len(entries)))]
+        threads = [
+            threading.Thread(target=self._serve, args=(n,))
+            for n in range(min(self.jobs, len(entries)))
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -100,7 +105,9 @@ class Pool:
 
     def _start(self, number: int) -> _Child:
         self.log.mkdir(parents=True, exist_ok=True)
-        with (self.log / f"child-{'-'.join(self.arguments[:3]).strip('-')}-{number}.log").open("a") as log:
+        with (self.log / f"child-{'-'.join(self.arguments[:3]).strip('-')}-{number}.log").open(
+            "a"
+        ) as log:
             child = _Child(
                 subprocess.Popen(
                     [*_COMMAND, *self.arguments],
@@ -122,7 +129,8 @@ class Pool:
         return child
 
     def _hand(self, child: _Child, entry: Entry, skip: int) -> int | None:
-        """Have a child run an entry from a sample on; return where to go on after a crash, None when done."""
+        """Have a child run an entry from a sample on; return where to go on after a crash, None
+        when done."""
         child.entries += 1
         at: dict[str, Any] = {"at": [skip, "samples"]}
         try:
@@ -154,11 +162,19 @@ class Pool:
     def _note_end(self, entry: Entry, at: dict[str, Any], what: str, status: int) -> None:
         check = at["at"][1]
         case = f"{entry}/{at.get('index', 0)}"
-        detail = f"no answer within {self.timeout_s:g} s" if what == "hang" else f"the process ended with {status}"
+        detail = (
+            f"no answer within {self.timeout_s:g} s"
+            if what == "hang"
+            else f"the process ended with {status}"
+        )
         with self._lock:
             if check in ("samples", "reference"):
-                self.record({"case": case, "unusable": f"torch itself, or a sample of it: {what}, {detail}"})
+                self.record(
+                    {"case": case, "unusable": f"torch itself, or a sample of it: {what}, {detail}"}
+                )
             else:
-                self.record({"case": case, "checks": {**at.get("so far", {}), check: [what, detail]}})
+                self.record(
+                    {"case": case, "checks": {**at.get("so far", {}), check: [what, detail]}}
+                )
             if check == "samples":
                 self.record({"done": str(entry)})

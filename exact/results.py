@@ -1,4 +1,5 @@
-"""The file of results: one line of JSON for each way and sample, appended, so that a run can be resumed."""
+"""The file of results: one line of JSON for each way and sample, appended, so that a run can be
+resumed."""
 
 import json
 import threading
@@ -8,7 +9,8 @@ from typing import Any
 
 
 class Results:
-    """A file of records `{"way", "case", "checks" | "unusable"}` and `{"way", "done"}`; the last of a case counts."""
+    """A file of records `{"way", "case", "checks" | "unusable"}` and `{"way", "done"}`; the last
+    of a case counts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +31,9 @@ class Results:
 
     def done(self) -> set[tuple[str, str]]:
         """Return the (way, entry) pairs that need no other run."""
-        return {(message["way"], message["done"]) for message in self._messages() if "done" in message}
+        return {
+            (message["way"], message["done"]) for message in self._messages() if "done" in message
+        }
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         if self.path.exists():

@@ -1,4 +1,7 @@
-"""Entries called from JAX as functions of flat tensors, whatever they are entries of. Imports torch, never jax."""
+"""Entries called from JAX as functions of flat tensors, whatever they are entries of.
+
+Imports torch, never jax.
+"""
 
 from typing import Any
 
@@ -29,9 +32,12 @@ def subject(entry: Entry, index: int) -> Subject:
 
 
 def batch(entry: Entry, index: int) -> list[Tensor]:
-    """Return the sample's inputs stacked with other values of the same types, or with themselves."""
+    """Return the sample's inputs stacked with other values of the same types, or with
+    themselves."""
     if entry.database != "graph":
         return batch_of_sample(entry, index)
     graph = graphs.graph_of(entry)
     rows: list[list[Any]] = [graph.inputs(entry.seed + i) for i in range(2)]
-    return [torch.stack([torch.from_numpy(row[i]) for row in rows]) for i in range(len(graph.shapes))]
+    return [
+        torch.stack([torch.from_numpy(row[i]) for row in rows]) for i in range(len(graph.shapes))
+    ]

@@ -1,4 +1,7 @@
-"""What a run comes to: counts by way and check, and the entries that are not right. No framework."""
+"""What a run comes to: counts by way and check, and the entries that are not right.
+
+No framework.
+"""
 
 import json
 import re
@@ -12,7 +15,8 @@ from exact.compare import FAULTS
 
 PATH = ROOT / "exact" / "summary.json"
 _KNOWN = ROOT / "exact" / "known.toml"
-# A verdict that says nothing about the bridge: the framework has no value either, or the other framework no type.
+# A verdict that says nothing about the bridge: the framework has no value either, or the other
+# framework no type.
 NEUTRAL = ("as torch", "as jax", "beyond", "no type")
 
 
@@ -52,14 +56,18 @@ def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]
             by_check[counted] = by_check.get(counted, 0) + 1
             if counted in ("listed", "refused", "inherited", *FAULTS):
                 key = f"{way} {case.rsplit('/', 1)[0]} {counted}"
-                row = listed.setdefault(key, {"way": way, "entry": case.rsplit("/", 1)[0], "status": counted})
+                row = listed.setdefault(
+                    key, {"way": way, "entry": case.rsplit("/", 1)[0], "status": counted}
+                )
                 row.setdefault("checks", [])
                 if check not in row["checks"]:
                     row["checks"].append(check)
                 row.setdefault("detail", reason or detail[:160])
     return {
         "counts": counts,
-        "listed": sorted(listed.values(), key=lambda row: (row["way"], row["status"], row["entry"])),
+        "listed": sorted(
+            listed.values(), key=lambda row: (row["way"], row["status"], row["entry"])
+        ),
         "unusable": {reason: sorted(entries) for reason, entries in sorted(unusable.items())},
     }
 
@@ -83,5 +91,6 @@ def read(path: Path = PATH) -> dict[str, Any]:
 
 
 def _general(reason: str) -> str:
-    """Return a reason without what differs from entry to entry, so that entries with one reason stand together."""
+    """Return a reason without what differs from entry to entry, so that entries with one reason
+    stand together."""
     return re.sub(r"\d+(\.\d+)?", "N", reason)[:120]

@@ -16,14 +16,25 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from bridge_wire.errors import CallerError
 from exact import subjects, torch_db
 from exact.cases import WIDE, Entry, seed_of
-from exact.compare import ROUNDING, XLA_FUNCTIONS, Refusal, Verdict, attempt, judge_refusal, judge_values, one_line
+from exact.compare import (
+    ROUNDING,
+    XLA_FUNCTIONS,
+    Refusal,
+    Verdict,
+    attempt,
+    judge_refusal,
+    judge_values,
+    one_line,
+)
 from exact.torch_reference import NoType, Reference, array, is_inexact
 from exact.ways import Function
 
 Answer = Callable[[Reference], Any]
 CHECKS = ("value", "gradient", "jvp", "vmap", "hvp", "again")
 KEY = (7, 11)
-_TOO_LARGE = 1 << 18  # elements: such samples take seconds a check, and show nothing that smaller ones do not
+_TOO_LARGE = (
+    1 << 18
+)  # elements: such samples take seconds a check, and show nothing that smaller ones do not
 
 
 class Checks:
@@ -48,9 +59,15 @@ class Checks:
         wrt += [len(state) + i for i in subject.wrt]
         self.reference = Reference(function, inputs, wrt)
         self._value = attempt(self.reference.value)
-        self.is_undefined = entry.database == "op" and entry.name.split(".")[0] in torch_db.UNDEFINED
-        self._is_drawn = not self.is_undefined and self._differs()  # whether what is drawn shows in the result
-        self.is_random = not self.is_undefined and (self._is_drawn if subject.draws is None else subject.draws)
+        self.is_undefined = (
+            entry.database == "op" and entry.name.split(".")[0] in torch_db.UNDEFINED
+        )
+        self._is_drawn = (
+            not self.is_undefined and self._differs()
+        )  # whether what is drawn shows in the result
+        self.is_random = not self.is_undefined and (
+            self._is_drawn if subject.draws is None else subject.draws
+        )
         if self.is_random:
             self.reference.key = KEY
             self._value = attempt(self.reference.value)
@@ -64,7 +81,11 @@ class Checks:
         """Yield each check that applies, by name, as a function that has to be called at once."""
         yield "value", self._check_value
         outputs = attempt(self.reference.inexact_outputs)
-        if not self.is_undefined and not isinstance(self._value, Refusal) and not isinstance(outputs, Refusal):
+        if (
+            not self.is_undefined
+            and not isinstance(self._value, Refusal)
+            and not isinstance(outputs, Refusal)
+        ):
             if self.reference.inputs:
                 yield "vmap", self._check_vmap
             if self.reference.wrt and outputs:
@@ -90,17 +111,23 @@ class Checks:
 
         return refused
 
-    # One check each ------------------------------------------------------------------------------------------
+    # One check each -------------------------------------------------------------------------------
 
     def _check_value(self) -> Verdict:
         got = attempt(lambda: self._call(*self.values))
         verdict = self._judge(got, self._value, lambda r: r.value())
-        if verdict.status == "right" and self._is_drawn and self.way.is_traced and not self._follows_key(got):
+        if (
+            verdict.status == "right"
+            and self._is_drawn
+            and self.way.is_traced
+            and not self._follows_key(got)
+        ):
             return Verdict("wrong", "five keys give the same")
         return verdict
 
     def _follows_key(self, got: Any) -> bool:
-        """Whether a result of JAX's generator depends on its key, which is all that can be compared of it."""
+        """Whether a result of JAX's generator depends on its key, which is all that can be
+        compared of it."""
         first = [np.asarray(y).tobytes() for y in got]
         for n in range(4):
             ys = self._made(jnp.array((n, n), jnp.uint32))(*self.values)
@@ -139,7 +166,10 @@ class Checks:
         weights = [jnp.conj(jnp.asarray(array(w))) for w in self._weights]
 
         def total(*xs: Any) -> Any:
-            return sum(jnp.sum(jnp.real(w * y)) for w, y in zip(weights, self._restricted(*xs), strict=True))
+            return sum(
+                jnp.sum(jnp.real(w * y))
+                for w, y in zip(weights, self._restricted(*xs), strict=True)
+            )
 
         def hvp() -> Any:
             xs = self._primals()
@@ -159,19 +189,27 @@ class Checks:
         if any(isinstance(y, FakeTensor) for y in leaves):
             return Verdict("fake", "torch itself returns fake tensors")
         here = attempt(self.reference.value)
-        if not self.is_undefined and not isinstance(here, Refusal) and not isinstance(self._value, Refusal):
+        if (
+            not self.is_undefined
+            and not isinstance(here, Refusal)
+            and not isinstance(self._value, Refusal)
+        ):
             verdict = judge_values(here, self._value, lambda: [], rounding=0)
             if verdict.status != "right":
                 return Verdict("wrong", f"torch itself, called afterwards: {verdict.detail}")
         return self._check_value()
 
-    # Their parts ---------------------------------------------------------------------------------------------
+    # Their parts ----------------------------------------------------------------------------------
 
-    def _compare(self, work: Callable[[], Any], answer: Answer, other: Answer | None = None) -> Verdict:
+    def _compare(
+        self, work: Callable[[], Any], answer: Answer, other: Answer | None = None
+    ) -> Verdict:
         want = attempt(lambda: answer(self.reference))
         return self._judge(attempt(work), want, answer, other)
 
-    def _judge(self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None) -> Verdict:
+    def _judge(
+        self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None
+    ) -> Verdict:
         if not isinstance(got, Refusal):  # XLA runs it later: its errors come with its values
             got = attempt(lambda: [np.asarray(x) for x in got])
         if isinstance(got, Refusal) and isinstance(got.error, CallerError) and self._has_no_type():
@@ -183,14 +221,20 @@ class Checks:
         if self.is_undefined or (self.is_random and self.way.is_traced):
             got = [np.zeros(x.shape, x.dtype) for x in got]
             want = [np.zeros_like(x) for x in want]
-        exact_eps = np.finfo(self.entry.dtype).eps if self.entry.dtype.startswith(("float", "complex")) else 0
+        exact_eps = (
+            np.finfo(self.entry.dtype).eps
+            if self.entry.dtype.startswith(("float", "complex"))
+            else 0
+        )
         spread = functools.partial(self._spread, answer, float(exact_eps))
         rounding = XLA_FUNCTIONS if self.way.is_traced else ROUNDING
         verdict = judge_values(got, want, spread, rounding=rounding, is_wide=self._wide)
         if verdict.status == "wrong" and other is not None and not self.way.is_traced:
             otherwise = attempt(lambda: other(self.reference))
             if not isinstance(otherwise, Refusal):
-                same = judge_values(got, otherwise, lambda: [], rounding=rounding, is_wide=self._wide)
+                same = judge_values(
+                    got, otherwise, lambda: [], rounding=rounding, is_wide=self._wide
+                )
                 return Verdict("inherited", verdict.detail) if same.status == "right" else verdict
         return verdict
 
@@ -200,7 +244,9 @@ class Checks:
             return isinstance(self._value.error, NoType)
         leaves = self._plainly()
         known = bool(leaves) and all(isinstance(y, Tensor) for y in leaves)
-        return not known or (not self._wide and any(y.dtype.name in (*WIDE, "uint64") for y in self._value))
+        return not known or (
+            not self._wide and any(y.dtype.name in (*WIDE, "uint64") for y in self._value)
+        )
 
     def _spread(self, answer: Callable[[Reference], Any] | None, eps: float) -> Sequence[Any]:
         return self.reference.spread(answer, eps, np.random.RandomState(1)) if answer else []

@@ -1,4 +1,7 @@
-"""torch's OpInfo and ModuleInfo databases as functions of flat tensors. Imports torch, never jax."""
+"""torch's OpInfo and ModuleInfo databases as functions of flat tensors.
+
+Imports torch, never jax.
+"""
 
 import copy
 import functools
@@ -25,7 +28,14 @@ _OPERATORS = {op.full_name: op for op in op_db}
 assert len(_OPERATORS) == len(op_db)
 _MODULES = {info.name.removeprefix("nn."): info for info in module_db}
 # Operators whose result is memory that nothing was written to: only its type can be compared.
-UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+UNDEFINED = {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,11 @@ def samples(entry: Entry, seed: int | None = None) -> list[Any]:
     seed: of other values in the same shapes, for batches.
     """
     return _samples(
-        entry.database, entry.name, entry.dtype, entry.kind == "train", entry.seed if seed is None else seed
+        entry.database,
+        entry.name,
+        entry.dtype,
+        entry.kind == "train",
+        entry.seed if seed is None else seed,
     )
 
 
@@ -86,11 +100,16 @@ def subject_of_sample(entry: Entry, index: int) -> Subject:
       Unusable: an input is no strided tensor.
     """
     sample = samples(entry)[index]
-    return _module_subject(sample, entry) if entry.database == "module" else _operator_subject(sample, entry)
+    return (
+        _module_subject(sample, entry)
+        if entry.database == "module"
+        else _operator_subject(sample, entry)
+    )
 
 
 def batch_of_sample(entry: Entry, index: int) -> list[Tensor]:
-    """Return the sample's inputs stacked with other values of the same types, or with themselves."""
+    """Return the sample's inputs stacked with other values of the same types, or with
+    themselves."""
     one = subject_of_sample(entry, index).inputs
     try:
         two = subject_inputs(samples(entry, entry.seed + 1)[index], entry)
@@ -99,11 +118,17 @@ def batch_of_sample(entry: Entry, index: int) -> list[Tensor]:
     alike = len(one) == len(two) and all(
         a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True)
     )
-    return [torch.stack([a, b if alike else a]) for a, b in zip(one, two if alike else one, strict=True)]
+    return [
+        torch.stack([a, b if alike else a]) for a, b in zip(one, two if alike else one, strict=True)
+    ]
 
 
 def subject_inputs(sample: Any, entry: Entry) -> list[Tensor]:
-    made = _module_subject(sample, entry) if entry.database == "module" else _operator_subject(sample, entry)
+    made = (
+        _module_subject(sample, entry)
+        if entry.database == "module"
+        else _operator_subject(sample, entry)
+    )
     return list(made.inputs)
 
 
@@ -117,13 +142,17 @@ def _samples(database: str, name: str, dtype: str, is_training: bool, seed: int)
         random.seed(seed)
         if database == "op":
             op = _OPERATORS[name]
-            return list(op.sample_inputs("cpu", kind, requires_grad=kind in op.supported_backward_dtypes("cpu")))
+            return list(
+                op.sample_inputs(
+                    "cpu", kind, requires_grad=kind in op.supported_backward_dtypes("cpu")
+                )
+            )
         info = _MODULES[name]
         made = info.module_inputs_func(info, "cpu", kind, True, is_training)
         return [(seed, each) for each in made if each.forward_input is not None]
 
 
-# Operators ----------------------------------------------------------------------------------------------------
+# Operators ----------------------------------------------------------------------------------------
 
 
 def _operator_subject(sample: Any, entry: Entry) -> Subject:
@@ -133,7 +162,8 @@ def _operator_subject(sample: Any, entry: Entry) -> Subject:
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs = [_plain(leaves[i]) for i in slots]
     wrt = [n for n, i in enumerate(slots) if leaves[i].requires_grad]
-    # As torch's own gradcheck does: matrices made symmetric, only such results as do not depend on a choice of signs.
+    # As torch's own gradcheck does: matrices made symmetric, only such results as do not depend on
+    # a choice of signs.
     process = sample.output_process_fn_grad
 
     def target(*tensors: Tensor) -> Any:
@@ -151,15 +181,23 @@ def _operator_subject(sample: Any, entry: Entry) -> Subject:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Return a tensor's values as a contiguous one without history."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or type(tensor) not in (Tensor, nn.Parameter):
+    if (
+        tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or type(tensor) not in (Tensor, nn.Parameter)
+    ):
         raise Unusable(f"an input is a {type(tensor).__name__} of layout {tensor.layout}")
-    if not hasattr(np, str(tensor.dtype).removeprefix("torch.")) and tensor.dtype not in (torch.bfloat16, torch.bool):
+    if not hasattr(np, str(tensor.dtype).removeprefix("torch.")) and tensor.dtype not in (
+        torch.bfloat16,
+        torch.bool,
+    ):
         raise Unusable(f"an input has {tensor.dtype}")
     return tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 def _as_declared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return integers in the sample's type: JAX without x64 has one width of them, and torch gets the other."""
+    """Return integers in the sample's type: JAX without x64 has one width of them, and torch
+    gets the other."""
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(dtype)
 
 
@@ -168,13 +206,15 @@ def _strided(tensor: Tensor) -> Tensor:
     return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0] if tensor.ndim else tensor
 
 
-# Modules ------------------------------------------------------------------------------------------------------
+# Modules ------------------------------------------------------------------------------------------
 
 
 class _Applied(nn.Module):
     """A module as a function of the tensors among its arguments, the others being constants."""
 
-    def __init__(self, module: nn.Module, leaves: Sequence[Any], slots: Sequence[int], structure: Any) -> None:
+    def __init__(
+        self, module: nn.Module, leaves: Sequence[Any], slots: Sequence[int], structure: Any
+    ) -> None:
         super().__init__()
         self.module = module
         self.leaves = [None if i in slots else leaf for i, leaf in enumerate(leaves)]
@@ -199,12 +239,15 @@ def _module_subject(sample: Any, entry: Entry) -> Subject:
     leaves, structure = pytree.tree_flatten((tuple(forward.args), dict(forward.kwargs)))
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs = [_plain(leaves[i]) for i in slots]
-    wrt = [n for n, i in enumerate(slots) if leaves[i].is_floating_point() or leaves[i].is_complex()]
+    wrt = [
+        n for n, i in enumerate(slots) if leaves[i].is_floating_point() or leaves[i].is_complex()
+    ]
     return Subject(_Applied(module, leaves, slots, structure), inputs, wrt)
 
 
 def as_function(target: Callable[..., Any]) -> tuple[Callable[..., Any], list[Tensor]]:
-    """Return a module as a function of its parameters, buffers and inputs, and these parameters and buffers."""
+    """Return a module as a function of its parameters, buffers and inputs, and these parameters
+    and buffers."""
     if not isinstance(target, nn.Module):
         return target, []
     names, values = [], []

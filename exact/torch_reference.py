@@ -1,4 +1,7 @@
-"""What torch itself makes of a subject: value, derivatives, batches, by autograd and a loop. Never imports jax."""
+"""What torch itself makes of a subject: value, derivatives, batches, by autograd and a loop.
+
+Never imports jax.
+"""
 
 import contextlib
 import warnings
@@ -25,10 +28,13 @@ class Reference:
 
     Args:
       wrt: positions of the inputs that are differentiated.
-      key: two uint32 words that seed each run, as the bridge seeds a call with a key; None: it draws nothing.
+      key: two uint32 words that seed each run, as the bridge seeds a call with a key; None: it
+        draws nothing.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor], wrt: Sequence[int], key: Any = None) -> None:
+    def __init__(
+        self, function: Function, inputs: Sequence[Tensor], wrt: Sequence[int], key: Any = None
+    ) -> None:
         self.inputs, self.wrt, self.key = list(inputs), list(wrt), key
         self._function = function
 
@@ -54,13 +60,15 @@ class Reference:
         return arrays([torch.stack(leaves) for leaves in zip(*rows, strict=True)])
 
     def gradient(self, outputs: Sequence[int], cotangents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Return the cotangents of the differentiated inputs, in JAX's convention for complex numbers."""
+        """Return the cotangents of the differentiated inputs, in JAX's convention for complex
+        numbers."""
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         return arrays([g.conj() for g in _grad(ys, xs, [c.conj() for c in cotangents])])
 
     def tangents(self, outputs: Sequence[int], tangents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Return the outputs' tangents: by forward mode, or where an operator has none, by two backward passes."""
+        """Return the outputs' tangents: by forward mode, or where an operator has none, by two
+        backward passes."""
         xs = self._primals()
 
         def function(*xs: Tensor) -> tuple[Tensor, ...]:
@@ -74,19 +82,25 @@ class Reference:
     def curvature(
         self, outputs: Sequence[int], weights: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> list[np.ndarray]:
-        """Return the Hessian of sum(real(conj(weights) * outputs)) times the tangents, in JAX's convention."""
+        """Return the Hessian of sum(real(conj(weights) * outputs)) times the tangents, in JAX's
+        convention."""
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         gradients = _grad([_weighed(ys, weights)], xs, None, create_graph=True)
         return arrays([g.conj() for g in _grad([_weighed(gradients, tangents)], xs, None)])
 
-    # torch's other routes to the same values; where they differ from those above, torch contradicts itself.
+    # torch's other routes to the same values; where they differ from those above, torch contradicts
+    # itself.
 
     def batched_by_vmap(self, batch: Sequence[Tensor]) -> list[np.ndarray]:
         with torch.no_grad():
-            return arrays(torch.func.vmap(lambda *xs: tuple(self.run(*_fresh(xs))), randomness="same")(*batch))
+            return arrays(
+                torch.func.vmap(lambda *xs: tuple(self.run(*_fresh(xs))), randomness="same")(*batch)
+            )
 
-    def tangents_by_reverse_mode(self, outputs: Sequence[int], tangents: Sequence[Tensor]) -> list[np.ndarray]:
+    def tangents_by_reverse_mode(
+        self, outputs: Sequence[int], tangents: Sequence[Tensor]
+    ) -> list[np.ndarray]:
         return arrays(self._tangents_by_reverse_mode(outputs, tangents))
 
     def curvature_by_forward_mode(
@@ -99,8 +113,11 @@ class Reference:
         found = torch.func.jvp(gradient, tuple(self._primals()), tuple(tangents))[1]
         return arrays([_dense(g).conj() for g in found])
 
-    def spread(self, answer: Callable[["Reference"], Any], eps: float, rng: np.random.RandomState) -> list[Any]:
-        """Return by how much each leaf of an answer moves when the inputs move by an eps, or None where it cannot."""
+    def spread(
+        self, answer: Callable[["Reference"], Any], eps: float, rng: np.random.RandomState
+    ) -> list[Any]:
+        """Return by how much each leaf of an answer moves when the inputs move by an eps, or
+        None where it cannot."""
         base = attempt(lambda: answer(self))
         if isinstance(base, Refusal):
             return []
@@ -119,7 +136,9 @@ class Reference:
 
     def _perturbed(self, eps: float, rng: np.random.RandomState) -> "Reference":
         def moved(x: Tensor) -> Tensor:
-            return x * torch.from_numpy(np.asarray(1 + eps * rng.uniform(-1, 1, x.shape))).to(x.dtype)
+            return x * torch.from_numpy(np.asarray(1 + eps * rng.uniform(-1, 1, x.shape))).to(
+                x.dtype
+            )
 
         inputs = [moved(x) if i in self.wrt else x for i, x in enumerate(self.inputs)]
         return Reference(self._function, inputs, self.wrt, self.key)
@@ -137,7 +156,9 @@ class Reference:
         ys = self.run(*values)
         return [ys[i] for i in outputs]
 
-    def _tangents_by_reverse_mode(self, outputs: Sequence[int], tangents: Sequence[Tensor]) -> list[Tensor]:
+    def _tangents_by_reverse_mode(
+        self, outputs: Sequence[int], tangents: Sequence[Tensor]
+    ) -> list[Tensor]:
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         us = [torch.zeros_like(y).requires_grad_() for y in ys]
@@ -193,13 +214,23 @@ def _weighed(ys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _grad(ys: Sequence[Tensor], xs: Sequence[Tensor], cotangents: Any, *, create_graph: bool = False) -> list[Tensor]:
+def _grad(
+    ys: Sequence[Tensor], xs: Sequence[Tensor], cotangents: Any, *, create_graph: bool = False
+) -> list[Tensor]:
     """Return gradients, zeros where nothing depends on an input."""
-    pairs = [(y, None if cotangents is None else cotangents[i]) for i, y in enumerate(ys) if y.requires_grad]
+    pairs = [
+        (y, None if cotangents is None else cotangents[i])
+        for i, y in enumerate(ys)
+        if y.requires_grad
+    ]
     if not pairs:
         return [torch.zeros_like(x) for x in xs]
     outputs, given = zip(*pairs, strict=True)
     found = torch.autograd.grad(
-        outputs, xs, None if cotangents is None else given, allow_unused=True, create_graph=create_graph
+        outputs,
+        xs,
+        None if cotangents is None else given,
+        allow_unused=True,
+        create_graph=create_graph,
     )
     return [torch.zeros_like(x) if g is None else _dense(g) for x, g in zip(xs, found, strict=True)]

@@ -1,4 +1,7 @@
-"""The ways from JAX to a torch function: in this process, in a worker, traced. Imports both frameworks."""
+"""The ways from JAX to a torch function: in this process, in a worker, traced.
+
+Imports both frameworks.
+"""
 
 import contextlib
 import itertools
@@ -17,11 +20,13 @@ from exact import ROOT
 from exact.cases import Entry
 from exact.torch_db import Subject
 
-# Exceptions that are a refusal in plain words. JAX's own are what jit says of Python code that looks at values.
+# Exceptions that are a refusal in plain words. JAX's own are what jit says of Python code that
+# looks at values.
 TYPED = (BridgeError, NotImplementedError)
 TRACED_TYPED = (*TYPED, jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
 
-# A function of flat arrays (parameters, buffers, then inputs) and a key or None, which returns a list of leaves.
+# A function of flat arrays (parameters, buffers, then inputs) and a key or None, which returns a
+# list of leaves.
 Function = Callable[..., list[Any]]
 
 
@@ -47,7 +52,9 @@ class Traced:
     def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
         traced = trace_torch(subject.target)
         if isinstance(subject.target, nn.Module):
-            names = [name for name, _ in subject.target.named_parameters()]  # in the order of the values
+            names = [
+                name for name, _ in subject.target.named_parameters()
+            ]  # in the order of the values
             buffers = [name for name, _ in subject.target.named_buffers()]
 
             def module(*values: Any) -> list[Any]:
@@ -62,7 +69,8 @@ class Traced:
 
 
 class Worker:
-    """Two workers: one with the function that runs any operator's sample by its name, one with the modules."""
+    """Two workers: one with the function that runs any operator's sample by its name, one with
+    the modules."""
 
     name = "worker"
     typed = TYPED
@@ -85,7 +93,9 @@ class Worker:
 
     def _session(self, what: str, models: dict[str, str]) -> Any:
         if what not in self._opened:
-            session = spawn(torch_model=models, python=sys.executable, cwd=ROOT, startup_timeout_s=300)
+            session = spawn(
+                torch_model=models, python=sys.executable, cwd=ROOT, startup_timeout_s=300
+            )
             self._opened[what] = self._sessions.enter_context(session)
         return self._opened[what]
 
@@ -98,7 +108,10 @@ def module_name(entry: Entry, index: int) -> str:
 
 
 def _called(remote: RemoteTorchFunction, key: Any, statics: dict[str, Any]) -> Function:
-    params, buffers = ([info.path for info in remote._model.parameters if info.trainable is t] for t in (True, False))
+    params, buffers = (
+        [info.path for info in remote._model.parameters if info.trainable is t]
+        for t in (True, False)
+    )
 
     def function(*values: Any) -> list[Any]:
         if key is None and not params and not buffers:
@@ -109,7 +122,9 @@ def _called(remote: RemoteTorchFunction, key: Any, statics: dict[str, Any]) -> F
     return function
 
 
-def _split(values: Sequence[Any], params: Sequence[str], buffers: Sequence[str]) -> tuple[Any, Any, Sequence[Any]]:
+def _split(
+    values: Sequence[Any], params: Sequence[str], buffers: Sequence[str]
+) -> tuple[Any, Any, Sequence[Any]]:
     rest = iter(values)
     own = dict(zip(params, itertools.islice(rest, len(params)), strict=True))
     state = dict(zip(buffers, itertools.islice(rest, len(buffers)), strict=True))

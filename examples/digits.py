@@ -1,7 +1,9 @@
-"""Train one network whose two halves live in two processes: a PyTorch encoder here, a Flax head in a worker.
+"""Train one network whose two halves live in two processes: a PyTorch encoder here, a Flax head in
+a worker.
 
-Run it with `make demo`. This process runs in .venv-torch, which has no JAX; the worker in .venv-jax, which has no
-PyTorch (its side is digits_head.py). One torch optimizer trains the parameters of both halves.
+Run it with `make demo`. This process runs in .venv-torch, which has no JAX; the worker in
+.venv-jax, which has no PyTorch (its side is digits_head.py). One torch optimizer trains the
+parameters of both halves.
 """
 
 import argparse
@@ -40,11 +42,16 @@ def main() -> int:
     options = parse_options()
     torch.manual_seed(0)
     train, test = digits(options.device)
-    models = {"model": "examples.digits_head:model", "environment": "examples.digits_head:environment"}
+    models = {
+        "model": "examples.digits_head:model",
+        "environment": "examples.digits_head:environment",
+    }
     worker = {"python": options.worker_python, "args": ["--device", options.device]}
     with spawn(jax_model=models, cwd=ROOT, lane=options.lane, **worker) as session:
         print_environments(RemoteJaxFunction(session, name="environment")())
-        network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model")).to(options.device)
+        network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model")).to(
+            options.device
+        )
         losses, bytes_per_step = fit(network, batches(train, options.steps), options.steps, session)
         accuracy = accuracy_of(network, *test)
         save_losses(losses, options.losses)
@@ -54,27 +61,43 @@ def main() -> int:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a torch encoder and a Flax head on handwritten digits.")
-    parser.add_argument("--lane", choices=("local", "grpc"), help="how calls reach the worker; default: the best")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="of both halves (default: %(default)s)"
+    parser = argparse.ArgumentParser(
+        description="Train a torch encoder and a Flax head on handwritten digits."
     )
     parser.add_argument(
-        "--worker-python", type=Path, default=ROOT / ".venv-jax/bin/python", help="default: that of .venv-jax"
+        "--lane", choices=("local", "grpc"), help="how calls reach the worker; default: the best"
     )
-    parser.add_argument("--steps", type=int, default=800, help="training steps (default: %(default)s)")
-    parser.add_argument("--losses", type=Path, metavar="FILE", help="write the loss of each step, one a line")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="of both halves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--worker-python",
+        type=Path,
+        default=ROOT / ".venv-jax/bin/python",
+        help="default: that of .venv-jax",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=800, help="training steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--losses", type=Path, metavar="FILE", help="write the loss of each step, one a line"
+    )
     return parser.parse_args()
 
 
-# The task ------------------------------------------------------------------------------------------------------
+# The task -----------------------------------------------------------------------------------------
 
 
 def digits(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return 1437 images of 8x8 pixels with their labels to train on, and 360 to test with."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
-    train_x, test_x = (torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16 for part in split[:2])
+    train_x, test_x = (
+        torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16 for part in split[:2]
+    )
     train_y, test_y = (torch.tensor(part, device=device) for part in split[2:])
     return (train_x.to(device), train_y), (test_x.to(device), test_y)
 
@@ -98,7 +121,9 @@ def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.Adam(network.parameters(), lr=1e-3)
 
 
-def step(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> tuple[float, float]:
+def step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> tuple[float, float]:
     """Take one training step; return the batch's loss and accuracy."""
     scores = network(images)
     loss = nn.functional.cross_entropy(scores, labels)
@@ -126,7 +151,9 @@ def fit(
                 calls = session.stats()["calls"] - before["calls"]
                 speed = calls / (time.perf_counter() - started)
                 shown = f"{sum(recent) / len(recent):.1%}"
-                bar.set_postfix({"loss": f"{loss:.3f}", "accuracy": shown, "calls/s": f"{speed:.0f}"})
+                bar.set_postfix(
+                    {"loss": f"{loss:.3f}", "accuracy": shown, "calls/s": f"{speed:.0f}"}
+                )
     return losses, (session.stats()["bytes_copied"] - before["bytes_copied"]) / steps
 
 
@@ -135,7 +162,7 @@ def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
     return (network(images).argmax(1) == labels).float().mean().item()
 
 
-# The comparison ------------------------------------------------------------------------------------------------
+# The comparison -----------------------------------------------------------------------------------
 
 
 def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
@@ -151,9 +178,12 @@ def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
 
 
 def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Go on training, in turns with a twin in torch; return the median seconds of a step of either."""
+    """Go on training, in turns with a twin in torch; return the median seconds of a step of
+    either."""
     twin = torch_twin_of(network)
-    torch.testing.assert_close(network(data[0][:BATCH]), twin(data[0][:BATCH]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        network(data[0][:BATCH]), twin(data[0][:BATCH]), rtol=1e-4, atol=1e-5
+    )
     trained = [(model, optimizer_of(model)) for model in (network, twin)]
     seconds: list[list[float]] = [[], []]
     for batch in batches(data, TIMED_PAIRS):
@@ -164,7 +194,7 @@ def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> t
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-# What is shown -------------------------------------------------------------------------------------------------
+# What is shown ------------------------------------------------------------------------------------
 
 
 def print_environments(worker: dict[str, Tensor]) -> None:
@@ -173,22 +203,27 @@ def print_environments(worker: dict[str, Tensor]) -> None:
     there = {name: bool(worker[name]) for name in ("torch", "jax")}
     sides = [("this process", os.getpid(), here), ("worker", int(worker["pid"]), there)]
     shown = [
-        f"{side} {pid}: " + ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in frameworks.items())
+        f"{side} {pid}: "
+        + ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in frameworks.items())
         for side, pid, frameworks in sides
     ]
     print(" | ".join(shown), flush=True)
 
 
-def print_summary(session: Session, accuracy: float, bytes_per_step: float, bridged_s: float, native_s: float) -> None:
+def print_summary(
+    session: Session, accuracy: float, bytes_per_step: float, bridged_s: float, native_s: float
+) -> None:
     print(f"loss curve:       {PLOT.relative_to(ROOT)}")
     print(f"test accuracy:    {accuracy:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
     print(f"lane and memory:  {session.lane}, {session.memory}")
     print(f"copied per step:  {bytes_per_step / 1024:.0f} KiB")
     if session.memory == "cuda_ipc":
-        print(f"through the host: {session.stats()['bytes_through_host']} bytes of tensors on the GPU")
+        print(
+            f"through the host: {session.stats()['bytes_through_host']} bytes of tensors on the GPU"
+        )
     print(
-        f"time per step:    {bridged_s * 1e3:.2f} ms; the same model entirely in torch {native_s * 1e3:.2f} ms "
-        f"(ratio {bridged_s / native_s:.2f})"
+        f"time per step:    {bridged_s * 1e3:.2f} ms; the same model entirely in torch"
+        f" {native_s * 1e3:.2f} ms (ratio {bridged_s / native_s:.2f})"
     )
 
 
@@ -204,8 +239,14 @@ def plot(losses: Sequence[float], accuracy: float) -> None:
     smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.semilogy(losses, color="tab:blue", alpha=0.3, linewidth=1, label="each batch")
-    axes.semilogy(range(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window} batches")
-    axes.set(xlabel="step", ylabel="cross-entropy", title=f"torch encoder + Flax head: {accuracy:.1%} on the test set")
+    axes.semilogy(
+        range(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window} batches"
+    )
+    axes.set(
+        xlabel="step",
+        ylabel="cross-entropy",
+        title=f"torch encoder + Flax head: {accuracy:.1%} on the test set",
+    )
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     PLOT.parent.mkdir(exist_ok=True)

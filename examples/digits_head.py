@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# On recent GPUs, XLA multiplies float32 matrices in TF32 by default, and torch does not: the demo compares the two.
+# On recent GPUs, XLA multiplies float32 matrices in TF32 by default, and torch does not: the demo
+# compares the two.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 FEATURES, HIDDEN, CLASSES = 1024, 128, 10
@@ -29,4 +30,7 @@ model = (_head, _head.init(jax.random.key(0), jnp.zeros((1, FEATURES))))
 
 def environment():
     """Return this process's id, and which frameworks it could import."""
-    return {"pid": os.getpid(), **{name: importlib.util.find_spec(name) is not None for name in ("jax", "torch")}}
+    return {
+        "pid": os.getpid(),
+        **{name: importlib.util.find_spec(name) is not None for name in ("jax", "torch")},
+    }

@@ -1,4 +1,5 @@
-"""Train the digits network of digits.py with Lightning: checkpoints, mixed precision, clipping, accumulation.
+"""Train the digits network of digits.py with Lightning: checkpoints, mixed precision, clipping,
+accumulation.
 
 Run it where lightning is installed beside torch; it is no dependency of this project:
 
@@ -27,9 +28,12 @@ class Digits(lightning.LightningModule):
 
     def __init__(self, session: Session, precision: str) -> None:
         super().__init__()
-        # Under Lightning's bf16-mixed the head too computes in bfloat16; its parameters stay in float32.
+        # Under Lightning's bf16-mixed the head too computes in bfloat16; its parameters stay in
+        # float32.
         cast = torch.bfloat16 if precision == "bf16-mixed" else None
-        self.network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model", cast_inputs=cast))
+        self.network = nn.Sequential(
+            encoder(), RemoteJaxFunction(session, name="model", cast_inputs=cast)
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         images, labels = batch
@@ -39,7 +43,9 @@ class Digits(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
-        self.log("accuracy", (self.network(images).argmax(1) == labels).float().mean(), prog_bar=True)
+        self.log(
+            "accuracy", (self.network(images).argmax(1) == labels).float().mean(), prog_bar=True
+        )
 
     test_step = validation_step
 
@@ -51,9 +57,16 @@ def main() -> int:
     options = parse_options()
     lightning.seed_everything(0)
     train, test = (TensorDataset(*part) for part in digits())
-    batches, held_out = DataLoader(train, batch_size=32, shuffle=True), DataLoader(test, batch_size=360)
-    with spawn(jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT) as session:
-        best = ModelCheckpoint(OUT, filename="best", monitor="accuracy", mode="max", enable_version_counter=False)
+    batches, held_out = (
+        DataLoader(train, batch_size=32, shuffle=True),
+        DataLoader(test, batch_size=360),
+    )
+    with spawn(
+        jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT
+    ) as session:
+        best = ModelCheckpoint(
+            OUT, filename="best", monitor="accuracy", mode="max", enable_version_counter=False
+        )
         trainer = lightning.Trainer(
             accelerator="cpu",
             max_epochs=options.epochs,
@@ -65,7 +78,9 @@ def main() -> int:
             default_root_dir=OUT,
         )
         trainer.fit(Digits(session, options.precision), batches, held_out)
-        loaded = Digits(session, options.precision)  # as another program would continue from the checkpoint
+        loaded = Digits(
+            session, options.precision
+        )  # as another program would continue from the checkpoint
         loaded.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
         (result,) = trainer.test(loaded, held_out, verbose=False)
     print(f"test accuracy: {result['accuracy']:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
@@ -73,9 +88,15 @@ def main() -> int:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a torch encoder and a Flax head with Lightning.")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
-    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="Lightning's")
+    parser = argparse.ArgumentParser(
+        description="Train a torch encoder and a Flax head with Lightning."
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="passes over the data (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="Lightning's"
+    )
     return parser.parse_args()
 
 

@@ -1,11 +1,13 @@
-"""Fit the Lotka-Volterra equations to a series of 1900 to 1920: the optimizer is torch's, the ODE solver is diffrax.
+"""Fit the Lotka-Volterra equations to a series of 1900 to 1920: the optimizer is torch's, the ODE
+solver is diffrax.
 
 Run it after `make setup`: .venv-torch/bin/python examples/lotka_volterra.py
 
-The pelts of snowshoe hares and Canadian lynxes that the Hudson's Bay Company traded from 1900 to 1920, in thousands,
-after C. G. Hewitt, The Conservation of the Wild Life of Canada, 1921. As B. Carpenter (2018, mc-stan.org, case study
-"Predator-Prey Population Dynamics: the Lotka-Volterra model in Stan") does, the error is taken to be multiplicative:
-what is minimised is the mean square of the difference of the logarithms.
+The pelts of snowshoe hares and Canadian lynxes that the Hudson's Bay Company traded from 1900 to
+1920, in thousands, after C. G. Hewitt, The Conservation of the Wild Life of Canada, 1921. As B.
+Carpenter (2018, mc-stan.org, case study "Predator-Prey Population Dynamics: the Lotka-Volterra
+model in Stan") does, the error is taken to be multiplicative: what is minimised is the mean square
+of the difference of the logarithms.
 """
 
 import math
@@ -26,7 +28,29 @@ PLOT = ROOT / "out" / "lotka_volterra.png"
 
 YEARS = torch.arange(1900.0, 1921.0, dtype=torch.float64)
 HARES = [30, 47.2, 70.2, 77.4, 36.3, 20.6, 18.1, 21.4, 22, 25.4, 27.1, 40.3, 57, 76.6, 52.3, 19.5, 11.2, 7.6, 14.6, 16.2, 24.7]  # fmt: skip  # noqa: E501
-LYNXES = [4, 6.1, 9.8, 35.2, 59.4, 41.7, 19, 13, 8.3, 9.1, 7.4, 8, 12.3, 19.5, 45.7, 51.1, 29.7, 15.8, 9.7, 10.1, 8.6]
+LYNXES = [
+    4,
+    6.1,
+    9.8,
+    35.2,
+    59.4,
+    41.7,
+    19,
+    13,
+    8.3,
+    9.1,
+    7.4,
+    8,
+    12.3,
+    19.5,
+    45.7,
+    51.1,
+    29.7,
+    15.8,
+    9.7,
+    10.1,
+    8.6,
+]
 DATA = torch.tensor([HARES, LYNXES], dtype=torch.float64).T
 
 # Carpenter's posterior means, to the digits that the case study prints.
@@ -50,10 +74,13 @@ def main() -> None:
 
 
 def first_guess() -> Tensor:
-    """Return the logarithms of a rough guess, from a period of ten years and the means of both series."""
+    """Return the logarithms of a rough guess, from a period of ten years and the means of both
+    series."""
     frequency = 2 * math.pi / 10  # the square root of alpha gamma
     hares, lynxes = DATA.mean(0)  # the equilibrium: gamma / delta hares, alpha / beta lynxes
-    rates = torch.tensor([frequency, frequency / lynxes, frequency, frequency / hares], dtype=torch.float64)
+    rates = torch.tensor(
+        [frequency, frequency / lynxes, frequency, frequency / hares], dtype=torch.float64
+    )
     return torch.cat([rates, DATA[0]]).log()
 
 
@@ -63,9 +90,12 @@ def loss_of(populations: RemoteJaxFunction, logs: Tensor) -> Tensor:
 
 
 def fit(populations: RemoteJaxFunction) -> tuple[Tensor, int]:
-    """Return the logarithms of the fitted values, and how often the solver and its gradient were evaluated."""
+    """Return the logarithms of the fitted values, and how often the solver and its gradient were
+    evaluated."""
     logs = first_guess().requires_grad_()
-    optimizer = torch.optim.LBFGS([logs], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logs], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
     evaluations = 0
 
     def closure() -> Tensor:
@@ -84,7 +114,10 @@ def print_fit(values: Tensor, loss: Tensor, evaluations: int) -> None:
     print(f"{'':16}{'fitted':>10}{'Carpenter 2018':>18}")
     for name, value, known in zip(NAMES, values.tolist(), LITERATURE, strict=True):
         print(f"{name:16}{value:10.3g}{known:>18}")
-    print(f"root mean square error of the logarithms: {math.sqrt(loss):.3f}, after {evaluations} evaluations")
+    print(
+        f"root mean square error of the logarithms: {math.sqrt(loss):.3f}, after {evaluations}"
+        " evaluations"
+    )
     print(f"plot: {PLOT.relative_to(ROOT)}")
 
 
@@ -94,7 +127,11 @@ def plot(years: Tensor, fitted: Tensor) -> None:
     for i, (name, color) in enumerate((("hares", "tab:brown"), ("lynxes", "tab:blue"))):
         axes.plot(years, fitted[:, i], color=color, label=f"{name}: fit")
         axes.plot(YEARS, DATA[:, i], "o", color=color, markersize=5, label=f"{name}: pelts traded")
-    axes.set(xlabel="year", ylabel="thousands", title="Lotka-Volterra equations, fitted by torch through diffrax")
+    axes.set(
+        xlabel="year",
+        ylabel="thousands",
+        title="Lotka-Volterra equations, fitted by torch through diffrax",
+    )
     axes.set_xticks(range(1900, 1921, 5))
     axes.set_ylim(0, 95)
     axes.grid(alpha=0.3)

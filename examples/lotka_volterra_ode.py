@@ -7,7 +7,8 @@ import jax.numpy as jnp
 def populations(rates, start, years):
     """Return the hares and lynxes at each of the years, as an array of shape (years, 2).
 
-    `rates` are alpha, beta, gamma and delta; `start` holds both populations in the first of the years.
+    `rates` are alpha, beta, gamma and delta; `start` holds both populations in the first of the
+    years.
     """
 
     def change(_, population, rates):

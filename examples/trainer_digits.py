@@ -1,6 +1,7 @@
 """Train the digits network of digits.py with the Trainer of Hugging Face's transformers.
 
-Run it where transformers and accelerate are installed beside torch; they are no dependencies of this project:
+Run it where transformers and accelerate are installed beside torch; they are no dependencies of
+this project:
 
     .venv-torch/bin/python -m pip install transformers accelerate
     .venv-torch/bin/python examples/trainer_digits.py
@@ -27,8 +28,13 @@ class Digits(nn.Module):
 
     def __init__(self, session: Session, is_mixed: bool) -> None:
         super().__init__()
-        cast = torch.bfloat16 if is_mixed else None  # Trainer's autocast does not reach into the head by itself
-        self.encoder, self.head = encoder(), RemoteJaxFunction(session, name="model", cast_inputs=cast)
+        cast = (
+            torch.bfloat16 if is_mixed else None
+        )  # Trainer's autocast does not reach into the head by itself
+        self.encoder, self.head = (
+            encoder(),
+            RemoteJaxFunction(session, name="model", cast_inputs=cast),
+        )
 
     def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.head(self.encoder(images)).float()
@@ -71,7 +77,9 @@ def main() -> int:
         logging_steps=50,
         remove_unused_columns=False,
     )
-    with spawn(jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT) as session:
+    with spawn(
+        jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT
+    ) as session:
         trainer = Trainer(
             model=Digits(session, options.bf16),
             args=arguments,
@@ -90,8 +98,12 @@ def main() -> int:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a torch encoder and a Flax head with transformers' Trainer.")
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description="Train a torch encoder and a Flax head with transformers' Trainer."
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="passes over the data (default: %(default)s)"
+    )
     parser.add_argument("--bf16", action="store_true", help="train under autocast in bfloat16")
     return parser.parse_args()
 

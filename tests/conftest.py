@@ -1,4 +1,5 @@
-"""What the tests share: real workers in their own environment, and the rule that nothing is left behind."""
+"""What the tests share: real workers in their own environment, and the rule that nothing is left
+behind."""
 
 import faulthandler
 import gc
@@ -34,10 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--examples-extra",
         metavar="PYTHON",
-        help="an interpreter with lightning, transformers and accelerate beside torch: run their examples too",
+        help=(
+            "an interpreter with lightning, transformers and accelerate beside torch: run their"
+            " examples too"
+        ),
     )
     parser.addoption(
-        "--gpu", action="store_true", help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md"
+        "--gpu",
+        action="store_true",
+        help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md",
     )
 
 
@@ -47,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Of a run on a GPU, where other packages may be installed, the other tests are not even imported."""
+    """Of a run on a GPU, where other packages may be installed, the other tests are not even
+    imported."""
     is_other = collection_path.is_file() and _ON_GPU not in collection_path.parents
     return True if config.getoption("gpu") and is_other else None
 
@@ -89,10 +96,15 @@ def torch_worker() -> Iterator[Session]:
     """A worker without jax that hosts every model of tests/torch_server and tests/jax_client."""
     models = {
         name: f"tests.{module}:{name}"
-        for folder, module in (("torch_server", "torch_server.models"), ("jax_client", "jax_client.torch_models"))
+        for folder, module in (
+            ("torch_server", "torch_server.models"),
+            ("jax_client", "jax_client.torch_models"),
+        )
         for name in (TESTS / folder / "models.txt").read_text().split()
     }
-    with spawn(torch_model=models | _contract("torch"), python=python_of(".venv-torch"), cwd=ROOT) as session:
+    with spawn(
+        torch_model=models | _contract("torch"), python=python_of(".venv-torch"), cwd=ROOT
+    ) as session:
         yield session
 
 
@@ -153,14 +165,17 @@ def held() -> dict[str, int]:
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": sum(not thread.name.startswith("ThreadPool-copy") for thread in threading.enumerate()),
+        "threads": sum(
+            not thread.name.startswith("ThreadPool-copy") for thread in threading.enumerate()
+        ),
         "children": len(children.read_text().split()) if children.exists() else 0,
     }
 
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Has SIGINT raise KeyboardInterrupt, also where a shell that started this in the background had it ignored."""
+    """Has SIGINT raise KeyboardInterrupt, also where a shell that started this in the background
+    had it ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,11 +1,13 @@
 """Random, truncated, mutated and well-formed input for the decoders and for the worker's lanes.
 
-`python -m tests.fuzz [--inputs N] [--seed S] [--first I]`. Input I of seed S is always the same, so a failure is had
-again with `--seed S --first I --inputs 1`. The worker here is real but for its runtime, which echoes bytes instead
-of importing a framework; it reads and writes the memory it is given, so that a wrong address kills this process.
+`python -m tests.fuzz [--inputs N] [--seed S] [--first I]`. Input I of seed S is always the same, so
+a failure is had again with `--seed S --first I --inputs 1`. The worker here is real but for its
+runtime, which echoes bytes instead of importing a framework; it reads and writes the memory it is
+given, so that a wrong address kills this process.
 
-What must hold for every input: nothing but a BridgeError comes out, as a reply and never as InternalError; the
-sessions, residuals and descriptors are back where they were; and a good client is served afterwards.
+What must hold for every input: nothing but a BridgeError comes out, as a reply and never as
+InternalError; the sessions, residuals and descriptors are back where they were; and a good client
+is served afterwards.
 """
 
 import argparse
@@ -57,7 +59,22 @@ _EDGES += [
     -(2**31),
     -(2**63),
 ]
-_WORDS = ["", "echo", "x", "P", "fields", "_x", "__class__", "__init__", "class", "a b", "é", "\ufb01", "fi", "x" * 300]
+_WORDS = [
+    "",
+    "echo",
+    "x",
+    "P",
+    "fields",
+    "_x",
+    "__class__",
+    "__init__",
+    "class",
+    "a b",
+    "é",
+    "\ufb01",
+    "fi",
+    "x" * 300,
+]
 _SIGNED = {FieldDescriptor.CPPTYPE_INT32: 32, FieldDescriptor.CPPTYPE_INT64: 64}
 _UNSIGNED = {FieldDescriptor.CPPTYPE_UINT32: 32, FieldDescriptor.CPPTYPE_UINT64: 64}
 
@@ -66,7 +83,7 @@ class Fault(AssertionError):
     """Something that must not happen has happened."""
 
 
-# Input ------------------------------------------------------------------------------------------------------------
+# Input --------------------------------------------------------------------------------------------
 
 
 def integer(rng: random.Random, bits: int, *, signed: bool) -> int:
@@ -84,7 +101,11 @@ def scalar(rng: random.Random, field: FieldDescriptor) -> Any:
     if kind in _UNSIGNED:
         return integer(rng, _UNSIGNED[kind], signed=False)
     if kind == FieldDescriptor.CPPTYPE_ENUM:
-        return rng.choice([0, *range(1, 21), 99]) if rng.random() < 0.9 else integer(rng, 32, signed=True)
+        return (
+            rng.choice([0, *range(1, 21), 99])
+            if rng.random() < 0.9
+            else integer(rng, 32, signed=True)
+        )
     if kind == FieldDescriptor.CPPTYPE_BOOL:
         return rng.random() < 0.5
     if kind == FieldDescriptor.CPPTYPE_DOUBLE:
@@ -158,7 +179,7 @@ def pieces(data: bytes, rng: random.Random) -> Iterator[bytes]:
         data = data[length:]
 
 
-# Decoders ---------------------------------------------------------------------------------------------------------
+# Decoders -----------------------------------------------------------------------------------------
 
 _LANE_MESSAGES: list[type[Message]] = [pb.LaneRequest, pb.LaneReply]
 _MESSAGES: list[type[Message]] = [
@@ -242,7 +263,7 @@ class Leaf:
     """Stands for an array."""
 
 
-# The worker -------------------------------------------------------------------------------------------------------
+# The worker ---------------------------------------------------------------------------------------
 
 
 class EchoProgram(Program):
@@ -287,7 +308,14 @@ class EchoRuntime(Runtime):
         return Description("echo", "0", x64=True)
 
     def adapt(self, name: str, target: Any) -> Model:
-        return Model(name=name, doc="", arguments=(), parameters=(), values=(), apply=lambda values, args, kwargs: args)
+        return Model(
+            name=name,
+            doc="",
+            arguments=(),
+            parameters=(),
+            values=(),
+            apply=lambda values, args, kwargs: args,
+        )
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = specs.decode_all(call.inputs)
@@ -304,7 +332,9 @@ class EchoRuntime(Runtime):
     def prepare_parameters(self, model: Model) -> Program:
         return EchoProgram((), None)
 
-    def prepare_pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
+    def prepare_pullback(
+        self, program: Program, wrt: Sequence[int], outputs: Sequence[int]
+    ) -> Preparation:
         assert isinstance(program, EchoProgram) and program.wrt is not None
         if not set(wrt) <= set(program.wrt) or any(i >= len(program.outputs) for i in outputs):
             raise ProtocolError("a pullback of what was not kept")
@@ -312,7 +342,11 @@ class EchoRuntime(Runtime):
         return EchoPullback(program, wrt, outputs)
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
-        view = (ctypes.c_ubyte * spec.nbytes).from_address(pointer) if spec.nbytes else (ctypes.c_ubyte * 0)()
+        view = (
+            (ctypes.c_ubyte * spec.nbytes).from_address(pointer)
+            if spec.nbytes
+            else (ctypes.c_ubyte * 0)()
+        )
         view._owner = owner
         return view
 
@@ -340,7 +374,8 @@ class Context:
 
 
 class Stream:
-    """One end of a lane in memory: frames as bytes, cut as a socket may, and the descriptors that come with them."""
+    """One end of a lane in memory: frames as bytes, cut as a socket may, and the descriptors
+    that come with them."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -370,18 +405,25 @@ class Stream:
         return taken
 
     def close(self) -> None:
-        for fd in self.take_descriptors() + [fd for _, descriptors in self._pieces for fd in descriptors]:
+        for fd in self.take_descriptors() + [
+            fd for _, descriptors in self._pieces for fd in descriptors
+        ]:
             os.close(fd)
 
 
 class Target:
-    """A worker's sessions, programs and service over the echoing runtime, and clients good and bad."""
+    """A worker's sessions, programs and service over the echoing runtime, and clients good and
+    bad."""
 
     def __init__(self) -> None:
         # Sessions' scratch memory is made for each of them: little of it, and soon full.
         os.environ["BRIDGE_SLAB_MAX_BYTES"] = str(SLAB)
         self._slab = create_slab(SLAB, BASE)
-        self._bad_files = [os.memfd_create("unsealed"), os.open(tempfile.gettempdir(), os.O_RDONLY), *os.pipe()]
+        self._bad_files = [
+            os.memfd_create("unsealed"),
+            os.open(tempfile.gettempdir(), os.O_RDONLY),
+            *os.pipe(),
+        ]
         runtime = EchoRuntime()
         programs = Programs(runtime, {"echo": runtime.adapt("echo", None)})
         self.sessions = Sessions(runtime, residual_bytes=8 * PAGE, slab_bytes=4 * SLAB)
@@ -394,7 +436,8 @@ class Target:
         self._slab.close()
 
     def fuzz(self, rng: random.Random) -> None:
-        """Let a client say something between right and senseless, from its first word to its last."""
+        """Let a client say something between right and senseless, from its first word to its
+        last."""
         token = self.sessions.open().token
         sizes = [integer(rng, 12, signed=False) for _ in range(rng.randrange(4))]
         prepared = [self._prepare(request) for request in self._preparations(rng, token, sizes)]
@@ -404,7 +447,11 @@ class Target:
         if rng.random() < 0.05:
             self.sessions.close(token)
         replies = self._replies(stream)
-        with contextlib.closing(stream), contextlib.closing(replies), contextlib.suppress(PeerError):
+        with (
+            contextlib.closing(stream),
+            contextlib.closing(replies),
+            contextlib.suppress(PeerError),
+        ):
             for reply in replies:
                 check_reply(reply)
                 if rng.random() < 0.02:  # the client has gone
@@ -415,7 +462,9 @@ class Target:
         """Check that nothing is left of those who came, and that a good client is served."""
         sessions = self.sessions
         if sessions._by_token or sessions._running:
-            raise Fault(f"{len(sessions._by_token)} sessions and {len(sessions._running)} calls are left")
+            raise Fault(
+                f"{len(sessions._by_token)} sessions and {len(sessions._running)} calls are left"
+            )
         if sessions.residuals._kept or sessions.residuals._total:
             raise Fault(f"{len(sessions.residuals._kept)} residuals are left")
         descriptors = len(os.listdir("/proc/self/fd"))
@@ -427,7 +476,11 @@ class Target:
         token = self.sessions.open().token
         spec = Spec(BY_NAME["float32"], (25,))
         keep = self._prepare(pb.PrepareRequest(session=token, call=call_of([spec], keep=True)))
-        pull = self._prepare(pb.PrepareRequest(session=token, pullback=pb.Pullback(program=keep, wrt=[0], outputs=[0])))
+        pull = self._prepare(
+            pb.PrepareRequest(
+                session=token, pullback=pb.Pullback(program=keep, wrt=[0], outputs=[0])
+            )
+        )
         data = os.urandom(100)
         self._slab.view[:100], self._slab.view[128:228] = data, bytes(100)
         stream = Stream(random.Random(0))
@@ -436,7 +489,10 @@ class Target:
             (pb.LaneRequest(attach=pb.Attach(session=token)), []),
             (pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)), [os.dup(self._slab.fd)]),
             (pb.LaneRequest(run=run), []),
-            (pb.LaneRequest(run=pb.Run(program=pull, residual=1, inline=True, data=bytes(100))), []),
+            (
+                pb.LaneRequest(run=pb.Run(program=pull, residual=1, inline=True, data=bytes(100))),
+                [],
+            ),
             (pb.LaneRequest(release=pb.Release(residuals=[1])), []),
             (pb.LaneRequest(peek=pb.Peek(address=BASE, nbytes=100)), []),
         ]:
@@ -446,7 +502,11 @@ class Target:
         kinds = [reply.WhichOneof("kind") for reply in replies]
         if kinds != ["done", "done", "ran", "ran", "usage", "peeked"]:
             raise Fault(f"a good client was answered {kinds}: {[reply.error for reply in replies]}")
-        if bytes(self._slab.view[128:228]) != data or replies[3].ran.data != data or replies[4].usage.residuals:
+        if (
+            bytes(self._slab.view[128:228]) != data
+            or replies[3].ran.data != data
+            or replies[4].usage.residuals
+        ):
             raise Fault("a good client received other bytes than its own")
 
     def _replies(self, stream: Stream) -> Generator[pb.LaneReply, None, None]:
@@ -465,11 +525,17 @@ class Target:
             check_error(context.error)
         return program
 
-    def _preparations(self, rng: random.Random, token: bytes, sizes: list[int]) -> Iterator[pb.PrepareRequest]:
-        inputs = [Spec(rng.choice([BY_NAME["int8"], BY_NAME["float64"]]), (size,)) for size in sizes]
+    def _preparations(
+        self, rng: random.Random, token: bytes, sizes: list[int]
+    ) -> Iterator[pb.PrepareRequest]:
+        inputs = [
+            Spec(rng.choice([BY_NAME["int8"], BY_NAME["float64"]]), (size,)) for size in sizes
+        ]
         yield pb.PrepareRequest(session=token, call=call_of(inputs, keep=False))
         yield pb.PrepareRequest(session=token, call=call_of(inputs, keep=True))
-        yield pb.PrepareRequest(session=token, pullback=pb.Pullback(program=2, wrt=range(len(inputs)), outputs=[]))
+        yield pb.PrepareRequest(
+            session=token, pullback=pb.Pullback(program=2, wrt=range(len(inputs)), outputs=[])
+        )
         with contextlib.suppress(DecodeError):
             request = pb.PrepareRequest.FromString(serialized(pb.PrepareRequest, rng))
             if rng.random() < 0.9:
@@ -483,10 +549,15 @@ class Target:
     ) -> Iterator[tuple[bytes, list[int]]]:
         """Yield a conversation's frames with their descriptors: mostly sensible ones."""
         if rng.random() < 0.97:
-            yield frames.encode(pb.LaneRequest(attach=pb.Attach(session=token)).SerializeToString()), []
+            yield (
+                frames.encode(pb.LaneRequest(attach=pb.Attach(session=token)).SerializeToString()),
+                [],
+            )
         if rng.random() < 0.9:
             yield (
-                frames.encode(pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)).SerializeToString()),
+                frames.encode(
+                    pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)).SerializeToString()
+                ),
                 [os.dup(self._slab.fd)],
             )
         for _ in range(rng.choice([1, 2, 5, 10])):
@@ -495,23 +566,35 @@ class Target:
             if way < 0.5:
                 request.run.CopyFrom(self._run(rng, programs, arity))
             elif way < 0.6:
-                request.share.CopyFrom(pb.Share(base=integer(rng, 64, signed=False), nbytes=rng.choice([SLAB, PAGE])))
+                request.share.CopyFrom(
+                    pb.Share(base=integer(rng, 64, signed=False), nbytes=rng.choice([SLAB, PAGE]))
+                )
             elif way < 0.65:
                 address = rng.choice([BASE, BASE + SLAB - 64, integer(rng, 64, signed=False)])
-                request.peek.CopyFrom(pb.Peek(address=address, nbytes=integer(rng, 32, signed=False)))
+                request.peek.CopyFrom(
+                    pb.Peek(address=address, nbytes=integer(rng, 32, signed=False))
+                )
             else:
                 fill(request, rng)
             data = request.SerializeToString()
             frame = frames.encode(mutated(data, rng) if rng.random() < 0.15 else data)
-            yield (mutated(frame, rng) if rng.random() < 0.03 else frame), self._descriptors(rng, request)
+            yield (
+                (mutated(frame, rng) if rng.random() < 0.03 else frame),
+                self._descriptors(rng, request),
+            )
             if request.run.inline:
                 for _ in range(rng.randrange(4)):
-                    chunk = pb.LaneRequest(chunk=bytes(rng.choice([0, 1, 63, 64, 4095, PAGE, 8 * PAGE])))
+                    chunk = pb.LaneRequest(
+                        chunk=bytes(rng.choice([0, 1, 63, 64, 4095, PAGE, 8 * PAGE]))
+                    )
                     yield frames.encode(chunk.SerializeToString()), []
 
     def _run(self, rng: random.Random, programs: list[int], arity: int) -> pb.Run:
-        """Return the run of one of the programs, the first two of which have `arity` inputs and as many outputs."""
-        run = pb.Run(program=rng.choice(programs), inline=rng.random() < 0.3, residual=rng.randrange(4))
+        """Return the run of one of the programs, the first two of which have `arity` inputs and
+        as many outputs."""
+        run = pb.Run(
+            program=rng.choice(programs), inline=rng.random() < 0.3, residual=rng.randrange(4)
+        )
         if rng.random() < 0.2:
             run.data = bytes(rng.choice([1, 63, 64, 128, 4095, PAGE]))
         run.inputs.extend(self._addresses(rng, arity))
@@ -522,7 +605,10 @@ class Target:
     def _addresses(self, rng: random.Random, arity: int) -> list[int]:
         count = arity if rng.random() < 0.9 else rng.randrange(4)
         good = [BASE, BASE + 64, BASE + PAGE, BASE + SLAB // 2]
-        return [rng.choice(good) if rng.random() < 0.9 else integer(rng, 64, signed=False) for _ in range(count)]
+        return [
+            rng.choice(good) if rng.random() < 0.9 else integer(rng, 64, signed=False)
+            for _ in range(count)
+        ]
 
     def _descriptors(self, rng: random.Random, request: pb.LaneRequest) -> list[int]:
         if request.WhichOneof("kind") == "share":
@@ -555,16 +641,22 @@ def check_error(error: pb.Error) -> None:
         raise Fault(f"the worker answered {error.kind}: {error.message}")
 
 
-# The run ----------------------------------------------------------------------------------------------------------
+# The run ------------------------------------------------------------------------------------------
 
 
-def run(inputs: int, seed: int, first: int = 0, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> None:
+def run(
+    inputs: int,
+    seed: int,
+    first: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> None:
     """Feed that many inputs, from number `first` on.
 
     Raises:
       Fault: an input has had an effect that it must not have.
     """
-    # A refusal that is logged would only be noise; an unexpected exception comes back as InternalError.
+    # A refusal that is logged would only be noise; an unexpected exception comes back as
+    # InternalError.
     with mock.patch.dict(os.environ), contextlib.closing(Target()) as target, silenced():
         kinds = [fuzz_frames, fuzz_messages, target.fuzz]
         for index in progress(range(first, first + inputs)):
@@ -573,7 +665,9 @@ def run(inputs: int, seed: int, first: int = 0, progress: Callable[[Iterable[int
                 if index % _CHECK_EVERY == 0 or index == first + inputs - 1:
                     target.check()
             except Exception as error:
-                raise Fault(f"input {index} of seed {seed}: {type(error).__name__}: {error}") from error
+                raise Fault(
+                    f"input {index} of seed {seed}: {type(error).__name__}: {error}"
+                ) from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""The JAX models that the tests' workers host; runs in .venv-jax. Names served by every worker are in models.txt."""
+"""The JAX models that the tests' workers host; runs in .venv-jax.
+
+Names served by every worker are in models.txt.
+"""
 
 import importlib
 import os
@@ -14,7 +17,7 @@ def sine(x):
     return jnp.sin(x) * 2
 
 
-# Sessions and faults ---------------------------------------------------------------------------------------------
+# Sessions and faults ------------------------------------------------------------------------------
 
 
 def square(x):
@@ -52,7 +55,9 @@ def gated(x, gate, when="forward"):
     def doubled(x):
         return held(x * 2, "forward")
 
-    doubled.defvjp(lambda x: (doubled(x), None), lambda _, cotangent: (held(cotangent * 2, "backward"),))
+    doubled.defvjp(
+        lambda x: (doubled(x), None), lambda _, cotangent: (held(cotangent * 2, "backward"),)
+    )
     return doubled(x)
 
 
@@ -73,7 +78,9 @@ def wrong_vjp(x, y):
     return x * y
 
 
-wrong_vjp.defvjp(lambda x, y: (x * y, (x, y)), lambda kept, cotangent: (cotangent, cotangent * kept[0]))
+wrong_vjp.defvjp(
+    lambda x, y: (x * y, (x, y)), lambda kept, cotangent: (cotangent, cotangent * kept[0])
+)
 
 
 @jax.custom_jvp
@@ -100,7 +107,10 @@ def _fail(value):
 
 
 def _pass(gate, value):
-    """Say so beside the gate, and wait until it opens. Forgotten tests must not keep a worker for ever."""
+    """Say so beside the gate, and wait until it opens.
+
+    Forgotten tests must not keep a worker for ever.
+    """
     Path(f"{gate}.waiting").touch()
     deadline = time.monotonic() + 60
     while not os.path.exists(gate):
@@ -110,11 +120,12 @@ def _pass(gate, value):
     return value
 
 
-# tests/torch_client ----------------------------------------------------------------------------------------------
+# tests/torch_client -------------------------------------------------------------------------------
 
 
 def __getattr__(name):
-    """Find the models of tests/torch_client, which only a worker that hosts them imports: flax takes a while."""
+    """Find the models of tests/torch_client, which only a worker that hosts them imports: flax
+    takes a while."""
     if name.endswith("_shardings"):  # none has; but flax and equinox would be imported to find out
         raise AttributeError(name)
     for module in ("functions", "gradient_cases", "flax_models", "equinox_models"):

@@ -32,7 +32,11 @@ def vmap(axes: Sequence[int], size: int) -> pb.Transform:
 def spec_of(value: Any) -> Spec:
     """Return the type of a NumPy array, or of a Python number."""
     if isinstance(value, int | float | complex) and not isinstance(value, np.generic):
-        return Spec(BY_NAME[{int: "int64", float: "float64", complex: "complex128"}[type(value)]], (), weak=True)
+        return Spec(
+            BY_NAME[{int: "int64", float: "float64", complex: "complex128"}[type(value)]],
+            (),
+            weak=True,
+        )
     return Spec(BY_NAME[str(value.dtype)], value.shape)
 
 
@@ -45,12 +49,21 @@ def described(
     rngs: Sequence[str] = (),
     mutable: bool = False,
 ) -> pb.Call:
-    """Return a call with arguments like these; text is static. `tree` describes them where they are nested."""
-    items = [pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF for each in args]
+    """Return a call with arguments like these; text is static.
+
+    `tree` describes them where they are nested.
+    """
+    items = [
+        pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF for each in args
+    ]
     tree = tree or pb.Tree(tuple=pb.Tree.Sequence(items=items))
     own = [parameter.spec for parameter in model.parameters] if parameters else []
     key = [Spec(BY_NAME["uint32"], (2,))] if rngs else []
-    leaves = [each if isinstance(each, Spec) else spec_of(each) for each in args if not isinstance(each, str)]
+    leaves = [
+        each if isinstance(each, Spec) else spec_of(each)
+        for each in args
+        if not isinstance(each, str)
+    ]
     return pb.Call(
         model=model.name,
         arguments=trees.arguments(tree, pb.Tree(dict=pb.Tree.Mapping())),
@@ -79,24 +92,35 @@ class Hosted:
         mutable: bool = False,
     ) -> Program:
         """Prepare a call with arguments like these; see described."""
-        call = described(self.model, args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable)
+        call = described(
+            self.model, args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable
+        )
         call.transforms.extend(transforms)
         if keep is not None:
             call.keep.CopyFrom(pb.Wrt(inputs=keep))
         return finished(self.runtime.prepare_call(self.model, call))
 
-    def pullback(self, program: Program, wrt: Sequence[int], outputs: Sequence[int] = (0,)) -> Program:
+    def pullback(
+        self, program: Program, wrt: Sequence[int], outputs: Sequence[int] = (0,)
+    ) -> Program:
         return finished(self.runtime.prepare_pullback(program, tuple(wrt), tuple(outputs)))
 
     def run(self, program: Program, *inputs: Any, residual: Any = None) -> list[np.ndarray]:
         """Run a program on copies of these arrays, and return its outputs."""
         return self.run_keeping(program, *inputs, residual=residual)[0]
 
-    def run_keeping(self, program: Program, *inputs: Any, residual: Any = None) -> tuple[list[np.ndarray], Any]:
+    def run_keeping(
+        self, program: Program, *inputs: Any, residual: Any = None
+    ) -> tuple[list[np.ndarray], Any]:
         """Return the outputs, and what is kept."""
-        views = [self.view(placed(value), spec) for value, spec in zip(inputs, program.inputs, strict=True)]
+        views = [
+            self.view(placed(value), spec)
+            for value, spec in zip(inputs, program.inputs, strict=True)
+        ]
         outputs, kept = program.run(views, residual)
-        return [self.written(y, spec) for y, spec in zip(outputs, program.outputs, strict=True)], kept
+        return [
+            self.written(y, spec) for y, spec in zip(outputs, program.outputs, strict=True)
+        ], kept
 
     def view(self, array: np.ndarray, spec: Spec) -> Any:
         return self.runtime.view(array.ctypes.data, spec, array)
@@ -127,7 +151,9 @@ class Served:
         """Prepare a call with arguments like these; see described."""
         call = described(self.model, args, parameters=parameters, tree=tree)
         program = self.session.prepare_call(call)
-        if transforms:  # whatever they are: as a program that this client would derive, they are right
+        if (
+            transforms
+        ):  # whatever they are: as a program that this client would derive, they are right
             call.transforms.extend(transforms)
             self.session.prepare_call(call)
         for transform in transforms:
@@ -142,19 +168,25 @@ class Served:
     def parameters(self) -> Derived:
         return self.session.prepare_parameters(self.model.name)
 
-    def pullback(self, program: Derived, wrt: Sequence[int], outputs: Sequence[int] = (0,)) -> Derived:
+    def pullback(
+        self, program: Derived, wrt: Sequence[int], outputs: Sequence[int] = (0,)
+    ) -> Derived:
         return program.pullback(tuple(wrt), tuple(outputs))
 
     def run(self, program: Derived, *inputs: Any, residual: Any = None) -> list[np.ndarray]:
         """Run a program on copies of these arrays, and return its outputs."""
-        blocks = [self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)]
+        blocks = [
+            self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)
+        ]
         if residual is None:
             return self._read(program, self.session.run(program, blocks))
         return self._read(program, self.session.run_pullback(program, residual, blocks))
 
     def run_keeping(self, program: Derived, *inputs: Any) -> tuple[list[np.ndarray], int]:
         """Return the outputs, and the id of what is kept."""
-        blocks = [self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)]
+        blocks = [
+            self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)
+        ]
         made, id = self.session.run_keeping(program, blocks)
         return self._read(program, made), id
 

@@ -1,7 +1,9 @@
-"""Clients that break the contract, against a real worker: each gets an error for itself, and the worker serves on.
+"""Clients that break the contract, against a real worker: each gets an error for itself, and the
+worker serves on.
 
-After every test the worker must still serve a session that was open all along and a new one, over either lane, and
-must hold no more descriptors and slabs than before, and nothing may have surprised it.
+After every test the worker must still serve a session that was open all along and a new one, over
+either lane, and must hold no more descriptors and slabs than before, and nothing may have surprised
+it.
 """
 
 import contextlib
@@ -61,7 +63,9 @@ SLAB = 4 * PAGE
 ZEROS = b"\0" * FLOATS.nbytes
 
 
-def call_of(*inputs: pb.Spec, model: str = "sine", keep: Sequence[int] | None = None, **fields: object) -> pb.Call:
+def call_of(
+    *inputs: pb.Spec, model: str = "sine", keep: Sequence[int] | None = None, **fields: object
+) -> pb.Call:
     """Return the call of a model with these positional inputs."""
     arguments = trees.arguments(trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping()))
     call = pb.Call(**{"model": model, "arguments": arguments, "inputs": inputs} | fields)  # type: ignore[arg-type]
@@ -75,7 +79,7 @@ SINE = call_of(specs.encode(FLOATS))
 KEPT_SINE = call_of(specs.encode(FLOATS), keep=[0])
 
 
-# Clients of the bare protocol -------------------------------------------------------------------------------------
+# Clients of the bare protocol ---------------------------------------------------------------------
 
 
 class LocalLane:
@@ -86,9 +90,13 @@ class LocalLane:
         self.socket.connect(f"{address.removeprefix('unix:')}.lane")
         self._framed = FramedSocket(self.socket)
 
-    def say(self, *requests: pb.LaneRequest, descriptors: Sequence[int] = ()) -> pb.LaneReply | None:
+    def say(
+        self, *requests: pb.LaneRequest, descriptors: Sequence[int] = ()
+    ) -> pb.LaneReply | None:
         """Send the requests; return the first reply, or None when the worker has ended the lane."""
-        with contextlib.suppress(BrokenPipeError):  # the worker may have refused one before the next was sent
+        with contextlib.suppress(
+            BrokenPipeError
+        ):  # the worker may have refused one before the next was sent
             for request in requests:
                 self._framed.send(request.SerializeToString(), tuple(descriptors))
         return self.hear()
@@ -115,10 +123,14 @@ class GrpcLane:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        method = channel.stream_stream("/bridge.v1.Bridge/Lane", response_deserializer=pb.LaneReply.FromString)
+        method = channel.stream_stream(
+            "/bridge.v1.Bridge/Lane", response_deserializer=pb.LaneReply.FromString
+        )
         self.call = method(iter(self._outgoing.get, None), timeout=20)
 
-    def say(self, *requests: pb.LaneRequest, descriptors: Sequence[int] = ()) -> pb.LaneReply | None:
+    def say(
+        self, *requests: pb.LaneRequest, descriptors: Sequence[int] = ()
+    ) -> pb.LaneReply | None:
         for request in requests:
             self.shout(request.SerializeToString())
         return self.hear()
@@ -157,7 +169,9 @@ class Client:
             raise decode(events[-1].error)
         return events[-1].prepared.program
 
-    def share(self, base: int = BASE, nbytes: int = SLAB, descriptors: Sequence[int] | None = None) -> pb.LaneReply:
+    def share(
+        self, base: int = BASE, nbytes: int = SLAB, descriptors: Sequence[int] | None = None
+    ) -> pb.LaneReply:
         """Hand over the client's slab, or something else in its place."""
         fds = [self.slab.fd] if descriptors is None else descriptors
         request = pb.LaneRequest(share=pb.Share(base=base, nbytes=nbytes))
@@ -165,7 +179,9 @@ class Client:
         assert reply is not None
         return reply
 
-    def run(self, program: int, inputs: Sequence[int], outputs: Sequence[int], residual: int = 0) -> pb.LaneReply:
+    def run(
+        self, program: int, inputs: Sequence[int], outputs: Sequence[int], residual: int = 0
+    ) -> pb.LaneReply:
         run = pb.Run(program=program, inputs=inputs, outputs=outputs, residual=residual)
         reply = self.lane.say(pb.LaneRequest(run=run))
         assert reply is not None
@@ -190,19 +206,29 @@ class Client:
     def check_discretion(self, error: pb.Error) -> None:
         """Check that an error carries no token, path or handle."""
         text = f"{error.message} {error.traceback}"
-        for secret in (self.token.hex(), repr(self.token)[2:-1], ".sock", ".lane", "/tmp", "memfd:", "/proc"):
+        for secret in (
+            self.token.hex(),
+            repr(self.token)[2:-1],
+            ".sock",
+            ".lane",
+            "/tmp",
+            "memfd:",
+            "/proc",
+        ):
             assert secret not in text
         assert error.traceback == "" or error.kind == "RemoteModelError"
 
 
-# The worker, and what must hold after each attack -----------------------------------------------------------------
+# The worker, and what must hold after each attack -------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that hosts functions of one array, and one of any structure."""
     directory = tmp_path_factory.mktemp("attacked")
-    with serving(directory, *models("sine", "identity", "outer"), f"--listen=unix:{directory}/w.sock") as worker:
+    with serving(
+        directory, *models("sine", "identity", "outer"), f"--listen=unix:{directory}/w.sock"
+    ) as worker:
         yield worker
 
 
@@ -229,7 +255,9 @@ def check_served(session: bridge_client.Session) -> None:
     block = session.pool.lease(FLOATS.nbytes)
     block.buffer[:] = struct.pack("<16f", *[0.5] * 16)
     [output] = session.run(program, [block])
-    assert struct.unpack("<16f", output.buffer) == pytest.approx([2 * 0.479425538604203] * 16, rel=1e-6)
+    assert struct.unpack("<16f", output.buffer) == pytest.approx(
+        [2 * 0.479425538604203] * 16, rel=1e-6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +269,9 @@ def slab() -> Iterator[Slab]:
 
 
 @pytest.fixture(autouse=True)
-def worker_serves_on(worker: Worker, bystander: bridge_client.Session, slab: Slab) -> Iterator[None]:
+def worker_serves_on(
+    worker: Worker, bystander: bridge_client.Session, slab: Slab
+) -> Iterator[None]:
     """After each test the worker serves old and new sessions, and holds what it held before."""
     before, logged = held_by(worker.pid), len(worker.stderr)
     yield
@@ -254,7 +284,9 @@ def worker_serves_on(worker: Worker, bystander: bridge_client.Session, slab: Sla
         now = held_by(worker.pid)
         return now["descriptors"] <= before["descriptors"] and now["slabs"] <= before["slabs"]
 
-    assert eventually(is_back), f"the worker held {before} before the test and {held_by(worker.pid)} after it"
+    assert eventually(is_back), (
+        f"the worker held {before} before the test and {held_by(worker.pid)} after it"
+    )
     for line in worker.stderr[logged:].splitlines():
         assert "unexpected" not in line and "Exception in thread" not in line, line
 
@@ -264,7 +296,8 @@ Opened = Callable[..., contextlib.AbstractContextManager[Client]]
 
 @pytest.fixture
 def opened(worker: Worker, channel: grpc.Channel, slab: Slab) -> Opened:
-    """Makes clients: `with opened("local") as client`, and `attached=False` for one whose lane says nothing yet."""
+    """Makes clients: `with opened("local") as client`, and `attached=False` for one whose lane
+    says nothing yet."""
 
     @contextlib.contextmanager
     def opened(kind: str, *, attached: bool = True) -> Iterator[Client]:
@@ -301,13 +334,15 @@ def stranger(opened: Opened, lane: str) -> Iterator[Client]:
         yield client
 
 
-# Frames -----------------------------------------------------------------------------------------------------------
+# Frames -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 20])
 def test_frame_that_is_cut_short_ends_the_lane(client: Client, length: int) -> None:
     """A client that stops in the middle of a frame has said nothing; its lane ends."""
-    client.lane.shout(encode(pb.LaneRequest(release=pb.Release(residuals=range(50))).SerializeToString())[:length])
+    client.lane.shout(
+        encode(pb.LaneRequest(release=pb.Release(residuals=range(50))).SerializeToString())[:length]
+    )
     client.lane.end()
     assert client.lane.hear() is None
 
@@ -328,7 +363,8 @@ def test_frame_that_holds_no_request_is_refused(client: Client) -> None:
 
 
 def test_random_bytes_end_the_lane(opened: Opened) -> None:
-    """Random bytes on the local lane, before attaching and after, give a ProtocolError or the lane's end, no more."""
+    """Random bytes on the local lane, before attaching and after, give a ProtocolError or the
+    lane's end, no more."""
     for seed in range(30):
         rng = random.Random(seed)
         with opened("local", attached=seed % 2 == 0) as client:
@@ -343,14 +379,17 @@ def test_random_bytes_end_the_lane(opened: Opened) -> None:
 NO_REQUESTS = {
     "random": b"\xff" * 40,
     "cut": b"\x0a\xff",
-    "longer than a frame": pb.LaneRequest(release=pb.Release(residuals=[5] * MAX_FRAME)).SerializeToString(),
+    "longer than a frame": pb.LaneRequest(
+        release=pb.Release(residuals=[5] * MAX_FRAME)
+    ).SerializeToString(),
     "oversized": bytes(65 << 20),
 }
 
 
 @pytest.mark.parametrize("payload", NO_REQUESTS.values(), ids=NO_REQUESTS)
 def test_no_message_on_the_grpc_lane_ends_it(opened: Opened, payload: bytes) -> None:
-    """What is no LaneRequest, or is larger than a message may be, ends a gRPC lane with gRPC's own error."""
+    """What is no LaneRequest, or is larger than a message may be, ends a gRPC lane with gRPC's
+    own error."""
     with opened("grpc") as client:
         client.lane.shout(payload)
         with pytest.raises(grpc.RpcError) as raised:
@@ -369,7 +408,7 @@ def test_silent_connections_cost_nothing_lasting(worker: Worker) -> None:
         lane.close()
 
 
-# The mailbox ------------------------------------------------------------------------------------------------------
+# The mailbox --------------------------------------------------------------------------------------
 
 
 def raw_slot(memory: Slab, message: bytes, *, number: int = 1, length: int | None = None) -> None:
@@ -394,7 +433,8 @@ RELEASE = pb.LaneRequest(release=pb.Release(residuals=[1])).SerializeToString()
 
 
 def test_mailbox_serves_like_the_socket(client: Client, mailbox: Slab) -> None:
-    """A request that lies in the mailbox is answered, over the socket where the client never looks there."""
+    """A request that lies in the mailbox is answered, over the socket where the client never
+    looks there."""
     raw_slot(mailbox, RELEASE)
     client.lane.shout(encode(b""))
     reply = client.lane.hear()
@@ -411,7 +451,9 @@ def test_mailbox_with_a_wrong_length_is_refused(client: Client, mailbox: Slab, l
 
 
 @pytest.mark.parametrize("number", [2, 2**63, 2**64 - 1])
-def test_mailbox_with_a_wrong_number_has_a_message(client: Client, mailbox: Slab, number: int) -> None:
+def test_mailbox_with_a_wrong_number_has_a_message(
+    client: Client, mailbox: Slab, number: int
+) -> None:
     """Numbers are compared and nothing else: a wrong one is a message like any other."""
     raw_slot(mailbox, RELEASE, number=number)
     client.lane.shout(encode(b""))
@@ -435,7 +477,8 @@ def test_mailbox_of_random_bytes_ends_the_lane(opened: Opened) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 4096, 1 << 20])
 def test_mailbox_of_another_size_is_refused(client: Client, nbytes: int) -> None:
-    """A descriptor that comes with an empty frame is a sealed memfd of 8192 bytes, or a ProtocolError."""
+    """A descriptor that comes with an empty frame is a sealed memfd of 8192 bytes, or a
+    ProtocolError."""
     fd = os.memfd_create("other")
     os.ftruncate(fd, nbytes)
     socket.send_fds(client.lane.socket, [encode(b"")], [fd])
@@ -444,12 +487,13 @@ def test_mailbox_of_another_size_is_refused(client: Client, nbytes: int) -> None
     assert client.lane.hear() is None
 
 
-# Sessions ---------------------------------------------------------------------------------------------------------
+# Sessions -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", ["random", "empty", "shortened", "extended", "one bit"])
 def test_wrong_token_is_refused(stranger: Client, change: str) -> None:
-    """A token that was never given out, however near to a real one, is Unauthenticated, and the lane ends."""
+    """A token that was never given out, however near to a real one, is Unauthenticated, and the
+    lane ends."""
     token = stranger.token
     wrong = {
         "random": os.urandom(32),
@@ -458,7 +502,9 @@ def test_wrong_token_is_refused(stranger: Client, change: str) -> None:
         "extended": token + b"\0",
         "one bit": token[:-1] + bytes([token[-1] ^ 1]),
     }[change]
-    stranger.refused(stranger.lane.say(pb.LaneRequest(attach=pb.Attach(session=wrong))), Unauthenticated)
+    stranger.refused(
+        stranger.lane.say(pb.LaneRequest(attach=pb.Attach(session=wrong))), Unauthenticated
+    )
     assert stranger.lane.hear() is None
 
 
@@ -509,15 +555,19 @@ def test_lane_must_be_attached_first(stranger: Client, request_: pb.LaneRequest)
     assert stranger.lane.hear() is None
 
 
-@pytest.mark.parametrize("request_", [pb.LaneRequest(), pb.LaneRequest(chunk=b"x" * 100)], ids=["nothing", "chunk"])
+@pytest.mark.parametrize(
+    "request_", [pb.LaneRequest(), pb.LaneRequest(chunk=b"x" * 100)], ids=["nothing", "chunk"]
+)
 def test_what_is_no_request_here_is_refused(client_of: Client, request_: pb.LaneRequest) -> None:
-    """A request of no kind, and a chunk in place of a request, are ProtocolErrors, and the lane ends."""
+    """A request of no kind, and a chunk in place of a request, are ProtocolErrors, and the lane
+    ends."""
     client_of.refused(client_of.lane.say(request_))
     assert client_of.lane.hear() is None
 
 
 def test_session_sees_nothing_of_another(opened: Opened) -> None:
-    """Another session's slabs, residuals and programs do not exist for a session that names them."""
+    """Another session's slabs, residuals and programs do not exist for a session that names
+    them."""
     with opened("local") as one:
         one.share()
         program = one.prepare(KEPT_SINE)
@@ -530,10 +580,12 @@ def test_session_sees_nothing_of_another(opened: Opened) -> None:
             other.refused(other.run_inline(pullback, [ZEROS], residual=5), ResidualGone)
             other.refused(other.run(program, [BASE], [BASE], residual=6))
         usage = one.lane.say(pb.LaneRequest(release=pb.Release()))
-        assert usage is not None and usage.usage.residuals == 1, "the others' attempts took nothing away"
+        assert usage is not None and usage.usage.residuals == 1, (
+            "the others' attempts took nothing away"
+        )
 
 
-# Memory -----------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -590,11 +642,26 @@ def test_what_is_no_slab_is_refused(client: Client, make: Callable[[], list[int]
 
 @pytest.mark.parametrize(
     ("address", "nbytes"),
-    [(BASE - 64, 64), (BASE + SLAB, 64), (BASE + SLAB - 64, 128), (2**64 - 64, 64), (BASE, 4097), (BASE, 2**32 - 1)],
-    ids=["before", "after", "across the end", "at the end of the address space", "too many", "most of all"],
+    [
+        (BASE - 64, 64),
+        (BASE + SLAB, 64),
+        (BASE + SLAB - 64, 128),
+        (2**64 - 64, 64),
+        (BASE, 4097),
+        (BASE, 2**32 - 1),
+    ],
+    ids=[
+        "before",
+        "after",
+        "across the end",
+        "at the end of the address space",
+        "too many",
+        "most of all",
+    ],
 )
 def test_peek_beyond_what_was_shared_is_refused(client: Client, address: int, nbytes: int) -> None:
-    """A look at memory outside the session's slabs, or at more than 4096 bytes, is a ProtocolError."""
+    """A look at memory outside the session's slabs, or at more than 4096 bytes, is a
+    ProtocolError."""
     client.share()
     client.refused(client.lane.say(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))))
 
@@ -641,10 +708,22 @@ def test_slab_of_another_size_than_announced_is_refused(client: Client, nbytes: 
 @pytest.mark.parametrize("place", ["input", "output"])
 @pytest.mark.parametrize(
     "address",
-    [0, 64, BASE - 64, BASE + SLAB - 32, BASE + SLAB, BASE + 1, BASE + 32, 2**63, 2**64 - 64, 2**64 - 1],
+    [
+        0,
+        64,
+        BASE - 64,
+        BASE + SLAB - 32,
+        BASE + SLAB,
+        BASE + 1,
+        BASE + 32,
+        2**63,
+        2**64 - 64,
+        2**64 - 1,
+    ],
 )
 def test_address_outside_the_slabs_is_refused(client: Client, place: str, address: int) -> None:
-    """A block in no slab, beyond its slab's end, or not aligned is a ProtocolError, and no byte is written."""
+    """A block in no slab, beyond its slab's end, or not aligned is a ProtocolError, and no byte
+    is written."""
     client.share()
     program = client.prepare(SINE)
     client.slab.view[:] = b"\xaa" * SLAB
@@ -661,7 +740,7 @@ def test_last_block_of_a_slab_is_not_outside(client: Client) -> None:
     assert client.run(client.prepare(SINE), [last], [last]).WhichOneof("kind") == "ran"
 
 
-# Programs and runs ------------------------------------------------------------------------------------------------
+# Programs and runs --------------------------------------------------------------------------------
 
 F32, I64 = pb.DTYPE_FLOAT32, pb.DTYPE_INT64
 T = pb.Transform
@@ -692,7 +771,11 @@ BAD_CALLS = {
         ARRAY,
         model="identity",
         arguments=trees.arguments(
-            pb.Tree(tuple=pb.Tree.Sequence(items=[pb.Tree(namedtuple=pb.Tree.Record(name="os.system", items=[LEAF]))])),
+            pb.Tree(
+                tuple=pb.Tree.Sequence(
+                    items=[pb.Tree(namedtuple=pb.Tree.Record(name="os.system", items=[LEAF]))]
+                )
+            ),
             pb.Tree(dict=pb.Tree.Mapping()),
         ),
     ),
@@ -715,16 +798,20 @@ BAD_CALLS = {
 
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
 def test_impossible_call_is_refused_when_it_is_prepared(client: Client, call: pb.Call) -> None:
-    """A call whose shapes, structure or transforms cannot be is a typed error, before any data moves."""
+    """A call whose shapes, structure or transforms cannot be is a typed error, before any data
+    moves."""
     with pytest.raises(BridgeError) as raised:
         client.prepare(call)
-    assert type(raised.value) is not BridgeError and not isinstance(raised.value, InternalError | RemoteModelError)
+    assert type(raised.value) is not BridgeError and not isinstance(
+        raised.value, InternalError | RemoteModelError
+    )
     client.check_discretion(pb.Error(message=str(raised.value)))
     assert client.lane.say(pb.LaneRequest(release=pb.Release())) is not None, "the session goes on"
 
 
 def test_array_beyond_all_memory_harms_nobody(client_of: Client) -> None:
-    """A call of the largest array that a spec can name is refused at Prepare, or at Run for want of memory."""
+    """A call of the largest array that a spec can name is refused at Prepare, or at Run for want
+    of memory."""
     try:
         program = client_of.prepare(call_of(pb.Spec(dtype=F32, shape=[2**61 - 1])))
     except BridgeError as error:
@@ -732,13 +819,18 @@ def test_array_beyond_all_memory_harms_nobody(client_of: Client) -> None:
         return
     run = pb.LaneRequest(run=pb.Run(program=program, inline=True))
     for request in (run, pb.LaneRequest(chunk=ZEROS)):
-        client_of.lane.shout(request.SerializeToString() if isinstance(client_of.lane, GrpcLane) else _framed(request))
+        client_of.lane.shout(
+            request.SerializeToString()
+            if isinstance(client_of.lane, GrpcLane)
+            else _framed(request)
+        )
     client_of.lane.end()  # the worker may wait for the rest of the bytes before it refuses
     client_of.refused(client_of.lane.hear())
 
 
 def test_model_that_would_overflow_harms_nobody(client: Client) -> None:
-    """A call whose input has a size that can be, and whose result has not, is refused; the compiler never sees it."""
+    """A call whose input has a size that can be, and whose result has not, is refused; the
+    compiler never sees it."""
     with pytest.raises(BridgeError) as raised:
         client.prepare(call_of(pb.Spec(dtype=F32, shape=[2**33]), model="outer"))
     assert not isinstance(raised.value, InternalError | WorldError)
@@ -769,7 +861,8 @@ def test_unknown_model_is_refused_without_a_trace_of_paths(client: Client) -> No
 def test_impossible_question_for_shapes_is_refused(
     client: Client, call: pb.Call, sizes: list[list[str]], kind: type[BridgeError]
 ) -> None:
-    """Shapes are told of a plain call of a hosted model whose inputs have sizes that are numbers or names."""
+    """Shapes are told of a plain call of a hosted model whose inputs have sizes that are numbers
+    or names."""
     with pytest.raises(kind):
         client.prepare(shapes=pb.Shapes(call=call, inputs=[pb.Shape(sizes=each) for each in sizes]))
 
@@ -781,7 +874,8 @@ def test_preparation_of_nothing_is_refused(client: Client) -> None:
 
 
 def test_impossible_pullback_is_refused(client: Client) -> None:
-    """A pullback of no program, of one that keeps nothing, or to and from what there is not, is a ProtocolError."""
+    """A pullback of no program, of one that keeps nothing, or to and from what there is not, is
+    a ProtocolError."""
     plain, kept = client.prepare(SINE), client.prepare(KEPT_SINE)
     for program, wrt, outputs in [
         (0, [0], [0]),
@@ -799,26 +893,33 @@ def test_impossible_pullback_is_refused(client: Client) -> None:
 @pytest.mark.parametrize("program", [0, 2, 2**64 - 1])
 @pytest.mark.parametrize("inline", [False, True], ids=["shared", "inline"])
 def test_unknown_program_is_refused(client_of: Client, program: int, inline: bool) -> None:
-    """A run of a program that the session has not prepared is a ProtocolError, and the lane ends."""
+    """A run of a program that the session has not prepared is a ProtocolError, and the lane
+    ends."""
     client_of.prepare(SINE)
-    client_of.refused(client_of.lane.say(pb.LaneRequest(run=pb.Run(program=program, inline=inline))))
+    client_of.refused(
+        client_of.lane.say(pb.LaneRequest(run=pb.Run(program=program, inline=inline)))
+    )
     assert client_of.lane.hear() is None
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [([], [BASE]), ([BASE], []), ([BASE] * 2, [BASE]), ([BASE], [BASE] * 1000)]
+    ("inputs", "outputs"),
+    [([], [BASE]), ([BASE], []), ([BASE] * 2, [BASE]), ([BASE], [BASE] * 1000)],
 )
-def test_wrong_number_of_blocks_is_refused(client: Client, inputs: list[int], outputs: list[int]) -> None:
+def test_wrong_number_of_blocks_is_refused(
+    client: Client, inputs: list[int], outputs: list[int]
+) -> None:
     """A run that names more or fewer blocks than its program has arrays is a ProtocolError."""
     client.share()
     client.refused(client.run(client.prepare(SINE), inputs, outputs))
 
 
-# Residuals --------------------------------------------------------------------------------------------------------
+# Residuals ----------------------------------------------------------------------------------------
 
 
 def test_reused_residual_id_is_refused(client_of: Client) -> None:
-    """A residual's id that is taken already is a ProtocolError, and the first residual was not replaced."""
+    """A residual's id that is taken already is a ProtocolError, and the first residual was not
+    replaced."""
     program = client_of.prepare(KEPT_SINE)
     assert client_of.run_inline(program, [ZEROS], residual=3).WhichOneof("kind") == "ran"
     assert "never reused" in client_of.refused(client_of.run_inline(program, [ZEROS], residual=3))
@@ -841,7 +942,8 @@ def test_residual_of_another_program_is_refused(client_of: Client) -> None:
 
 @pytest.mark.parametrize("residual", [0, 2, 2**64 - 1])
 def test_residual_that_is_not_there_is_gone(client_of: Client, residual: int) -> None:
-    """A pullback of a residual that was never kept, or was released, is ResidualGone; the lane goes on."""
+    """A pullback of a residual that was never kept, or was released, is ResidualGone; the lane
+    goes on."""
     program = client_of.prepare(KEPT_SINE)
     pullback = client_of.prepare(pullback=pb.Pullback(program=program, wrt=[0], outputs=[0]))
     client_of.run_inline(program, [ZEROS], residual=1)
@@ -850,7 +952,8 @@ def test_residual_that_is_not_there_is_gone(client_of: Client, residual: int) ->
 
 
 def test_double_release_is_ignored(client_of: Client) -> None:
-    """Releasing a residual twice, in one request or in two, counts once; ids that never were count nothing."""
+    """Releasing a residual twice, in one request or in two, counts once; ids that never were
+    count nothing."""
     program = client_of.prepare(KEPT_SINE)
     for residual in (1, 2):
         client_of.run_inline(program, [ZEROS], residual=residual)
@@ -860,7 +963,7 @@ def test_double_release_is_ignored(client_of: Client) -> None:
         assert (reply.usage.residuals, reply.usage.residual_bytes > 0) == (left, left > 0)
 
 
-# Inline runs ------------------------------------------------------------------------------------------------------
+# Inline runs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -869,22 +972,29 @@ def test_double_release_is_ignored(client_of: Client) -> None:
     ids=["too long", "too long in parts", "empty", "empty in the middle", "over the limit"],
 )
 def test_chunk_of_another_size_is_refused(client_of: Client, chunks: list[bytes]) -> None:
-    """Chunks that are empty, or more than an input lacks, are a ProtocolError, and the lane ends."""
+    """Chunks that are empty, or more than an input lacks, are a ProtocolError, and the lane
+    ends."""
     client_of.refused(client_of.run_inline(client_of.prepare(SINE), chunks))
     assert client_of.lane.hear() is None
 
 
-@pytest.mark.parametrize("data", [b"x", ZEROS[:-1], ZEROS + b"x"], ids=["a byte", "one too few", "one too many"])
+@pytest.mark.parametrize(
+    "data", [b"x", ZEROS[:-1], ZEROS + b"x"], ids=["a byte", "one too few", "one too many"]
+)
 def test_data_of_another_size_is_refused(client_of: Client, data: bytes) -> None:
-    """An inline run whose data are not exactly the bytes of its inputs is a ProtocolError, and the lane ends."""
+    """An inline run whose data are not exactly the bytes of its inputs is a ProtocolError, and
+    the lane ends."""
     run = pb.Run(program=client_of.prepare(SINE), inline=True, data=data)
     client_of.refused(client_of.lane.say(pb.LaneRequest(run=run)))
     assert client_of.lane.hear() is None
 
 
 @pytest.mark.parametrize("chunks", [[], [ZEROS[:-1]]], ids=["none", "all but one byte"])
-def test_request_in_place_of_missing_bytes_is_refused(client_of: Client, chunks: list[bytes]) -> None:
-    """An inline run that is followed by another request before all its bytes have come is a ProtocolError."""
+def test_request_in_place_of_missing_bytes_is_refused(
+    client_of: Client, chunks: list[bytes]
+) -> None:
+    """An inline run that is followed by another request before all its bytes have come is a
+    ProtocolError."""
     run = pb.LaneRequest(run=pb.Run(program=client_of.prepare(SINE), inline=True))
     missing = pb.LaneRequest(release=pb.Release())
     reply = client_of.lane.say(run, *(pb.LaneRequest(chunk=chunk) for chunk in chunks), missing)
@@ -893,9 +1003,12 @@ def test_request_in_place_of_missing_bytes_is_refused(client_of: Client, chunks:
 
 
 def test_end_in_place_of_missing_bytes_ends_the_lane(client_of: Client) -> None:
-    """A client that ends in the middle of an inline run is told so, if it still listens, and forgotten."""
+    """A client that ends in the middle of an inline run is told so, if it still listens, and
+    forgotten."""
     run = pb.LaneRequest(run=pb.Run(program=client_of.prepare(SINE), inline=True))
-    client_of.lane.shout(run.SerializeToString() if isinstance(client_of.lane, GrpcLane) else _framed(run))
+    client_of.lane.shout(
+        run.SerializeToString() if isinstance(client_of.lane, GrpcLane) else _framed(run)
+    )
     client_of.lane.end()
     client_of.refused(client_of.lane.hear())
     assert client_of.lane.hear() is None
@@ -918,14 +1031,16 @@ SESSION = SESSIONS.open()
 PROGRAM: Any = None
 
 
-# What many could use up -------------------------------------------------------------------------------------------
+# What many could use up ---------------------------------------------------------------------------
 
 
 def structured(name: str, count: int) -> pb.Call:
     """Return a call with an array and that many namedtuples, each of a class of its own."""
     classes = [pb.Tree(namedtuple=pb.Tree.Record(name=f"{name}{i}")) for i in range(count)]
     structure = pb.Tree(tuple=pb.Tree.Sequence(items=[LEAF, *classes]))
-    arguments = trees.arguments(pb.Tree(tuple=pb.Tree.Sequence(items=[structure])), pb.Tree(dict=pb.Tree.Mapping()))
+    arguments = trees.arguments(
+        pb.Tree(tuple=pb.Tree.Sequence(items=[structure])), pb.Tree(dict=pb.Tree.Mapping())
+    )
     return call_of(ARRAY, model="identity", arguments=arguments)
 
 
@@ -938,8 +1053,11 @@ def test_client_that_invents_classes_does_not_use_up_those_of_others(opened: Ope
         assert modest.prepare(structured("Modest", 1)) == 1
 
 
-def test_slabs_of_one_client_do_not_use_up_the_worker_s_descriptors(client: Client, worker: Worker) -> None:
-    """A mapped slab costs the worker no descriptor: one client with very many of them does not lock out the others."""
+def test_slabs_of_one_client_do_not_use_up_the_worker_s_descriptors(
+    client: Client, worker: Worker
+) -> None:
+    """A mapped slab costs the worker no descriptor: one client with very many of them does not
+    lock out the others."""
     before = held_by(worker.pid)
     for i in range(100):
         assert client.share(base=BASE + i * SLAB).WhichOneof("kind") == "done"
@@ -947,8 +1065,11 @@ def test_slabs_of_one_client_do_not_use_up_the_worker_s_descriptors(client: Clie
     assert after["descriptors"] - before["descriptors"] < 10
 
 
-def test_descriptors_of_a_message_that_never_ends_are_refused(client: Client, worker: Worker) -> None:
-    """Descriptors that come with parts of a message do not use up the worker's: the lane ends after a few."""
+def test_descriptors_of_a_message_that_never_ends_are_refused(
+    client: Client, worker: Worker
+) -> None:
+    """Descriptors that come with parts of a message do not use up the worker's: the lane ends
+    after a few."""
     before = held_by(worker.pid)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         client.lane.shout(struct.pack("<I", CHUNK))
@@ -966,31 +1087,47 @@ ENDLESS = {
     "a call with 16385 arrays; the worker prepares them up to 16384": call_of(*[ARRAY] * 16385),
     "arguments of more than 131072 containers and values": call_of(
         arguments=trees.arguments(
-            pb.Tree(tuple=pb.Tree.Sequence(items=[CONSTANT] * 131072)), pb.Tree(dict=pb.Tree.Mapping())
+            pb.Tree(tuple=pb.Tree.Sequence(items=[CONSTANT] * 131072)),
+            pb.Tree(dict=pb.Tree.Mapping()),
         )
     ),
 }
 
 
-@pytest.mark.parametrize(("said", "call"), ENDLESS.items(), ids=["derivative", "transforms", "arrays", "arguments"])
-def test_call_that_would_take_all_time_and_memory_is_refused(client: Client, said: str, call: pb.Call) -> None:
-    """A call that nobody could wait for, or that would end the worker, is refused before it is traced."""
+@pytest.mark.parametrize(
+    ("said", "call"), ENDLESS.items(), ids=["derivative", "transforms", "arrays", "arguments"]
+)
+def test_call_that_would_take_all_time_and_memory_is_refused(
+    client: Client, said: str, call: pb.Call
+) -> None:
+    """A call that nobody could wait for, or that would end the worker, is refused before it is
+    traced."""
     with pytest.raises(SpecError, match=said):
         client.prepare(call)
 
 
-@pytest.mark.parametrize(("name", "fields"), [("x" * 256, []), ("C", [f"f{i}" for i in range(1001)])])
+@pytest.mark.parametrize(
+    ("name", "fields"), [("x" * 256, []), ("C", [f"f{i}" for i in range(1001)])]
+)
 def test_class_of_endless_size_is_refused(client: Client, name: str, fields: list[str]) -> None:
-    """A class whose name, or whose making, would take the worker's memory or time is a ProtocolError."""
-    record = pb.Tree(namedtuple=pb.Tree.Record(name=name, fields=fields, items=[LEAF] * len(fields)))
-    arguments = trees.arguments(pb.Tree(tuple=pb.Tree.Sequence(items=[record])), pb.Tree(dict=pb.Tree.Mapping()))
+    """A class whose name, or whose making, would take the worker's memory or time is a
+    ProtocolError."""
+    record = pb.Tree(
+        namedtuple=pb.Tree.Record(name=name, fields=fields, items=[LEAF] * len(fields))
+    )
+    arguments = trees.arguments(
+        pb.Tree(tuple=pb.Tree.Sequence(items=[record])), pb.Tree(dict=pb.Tree.Mapping())
+    )
     with pytest.raises(ProtocolError, match="a tree names a class"):
         client.prepare(call_of(*[ARRAY] * len(fields), model="identity", arguments=arguments))
 
 
-def test_sessions_that_nobody_attaches_to_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there are as many sessions as there may be, a new one takes the place of the oldest without a lane; those
-    with a lane stay."""
+def test_sessions_that_nobody_attaches_to_leave_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where there are as many sessions as there may be, a new one takes the place of the oldest
+    without a lane; those with a lane stay.
+    """
     monkeypatch.setattr("bridge_server.serving.sessions._MAX_SESSIONS", 3)
     sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
     first, second = sessions.open(), sessions.open()
@@ -1019,7 +1156,8 @@ def test_residuals_of_no_bytes_are_bounded_too(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_residuals_that_are_not_there_hold_nobody_up() -> None:
-    """A client that releases what it never had, without end, does so while others keep and drop theirs."""
+    """A client that releases what it never had, without end, does so while others keep and drop
+    theirs."""
     residuals = Residuals(1 << 20)
     residuals.keep(SESSION, 7, Kept(PROGRAM, None, 5))
 
@@ -1032,8 +1170,11 @@ def test_residuals_that_are_not_there_hold_nobody_up() -> None:
     assert residuals.usage(SESSION) == (0, 0)
 
 
-def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker remembers so many programs, and the first to go is the one that was asked for longest ago."""
+def test_programs_that_nobody_asks_for_any_more_are_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The worker remembers so many programs, and the first to go is the one that was asked for
+    longest ago."""
     monkeypatch.setattr("bridge_server.serving.programs._MAX_PROGRAMS", 2)
     prepared: list[str] = []
 
@@ -1051,17 +1192,25 @@ def test_programs_that_nobody_asks_for_any_more_are_forgotten(monkeypatch: pytes
     assert "".join(prepared) == "abcb", "a was asked for again before c came"
 
 
-def test_connection_that_says_nothing_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connection_that_says_nothing_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A local lane without a first request holds its thread for so long only."""
     monkeypatch.setattr("bridge_server.serving.lanes.ATTACH_S", 0.1)
     lanes = LocalLanes(f"{tmp_path}/w.sock.lane", SESSIONS)
     lanes.start()
-    with contextlib.closing(lanes), contextlib.closing(LocalLane(f"unix:{tmp_path}/w.sock")) as silent:
+    with (
+        contextlib.closing(lanes),
+        contextlib.closing(LocalLane(f"unix:{tmp_path}/w.sock")) as silent,
+    ):
         assert silent.hear() is None
 
 
-def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There may be so many lanes over gRPC; other calls have threads left, and the silent ones end in time."""
+def test_silent_lanes_over_grpc_leave_threads_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be so many lanes over gRPC; other calls have threads left, and the silent ones
+    end in time."""
     monkeypatch.setattr("bridge_server.serving.service.MAX_LANES", 2)
     monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
     with ThreadPoolExecutor(3) as threads:
@@ -1078,7 +1227,11 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
             with pytest.raises(grpc.RpcError) as raised:
                 refused.hear()
             assert type(from_rpc(raised.value)) is OutOfMemory
-            token = BridgeStub(channel).Open(pb.OpenRequest(oldest_protocol=1, newest_protocol=1), timeout=20).session
+            token = (
+                BridgeStub(channel)
+                .Open(pb.OpenRequest(oldest_protocol=1, newest_protocol=1), timeout=20)
+                .session
+            )
             for lane in silent:
                 with pytest.raises(grpc.RpcError):
                     lane.hear()
@@ -1090,9 +1243,12 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(tmp_path: Path, monkeypa
         server.stop(None).wait()
 
 
-def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of calls that stop after their headers, those without the token end at once, there may be so many probes, and
-    all end in time. There may be so many preparations, too."""
+def test_calls_without_a_request_leave_threads_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of calls that stop after their headers, those without the token end at once, there may be so
+    many probes, and all end in time. There may be so many preparations, too.
+    """
     monkeypatch.setattr("bridge_server.serving.admission.MAX_PROBES", 1)
     monkeypatch.setattr("bridge_server.serving.service.MAX_PREPARATIONS", 0)
     monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
@@ -1109,7 +1265,9 @@ def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeyp
         with contextlib.closing(grpc.insecure_channel(address)) as channel:
 
             def begun(method: str, metadata: Any = ()) -> Any:
-                return channel.stream_unary(method).future(iter(unheard.get, None), metadata=metadata)
+                return channel.stream_unary(method).future(
+                    iter(unheard.get, None), metadata=metadata
+                )
 
             for _ in range(5):
                 assert type(from_rpc(begun(opening).exception(20))) is Unauthenticated
@@ -1122,7 +1280,10 @@ def test_calls_without_a_request_leave_threads_to_others(tmp_path: Path, monkeyp
                 next(BridgeStub(channel).Prepare(pb.PrepareRequest(), metadata=known, timeout=20))
             assert type(from_rpc(raised.value)) is OutOfMemory
             for call in (probe, silent):
-                assert call.exception(20).code() in (grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+                assert call.exception(20).code() in (
+                    grpc.StatusCode.CANCELLED,
+                    grpc.StatusCode.UNKNOWN,
+                )
             for _ in range(20):
                 unheard.put(None)
         server.stop(None).wait()

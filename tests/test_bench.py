@@ -63,12 +63,16 @@ def slower_task(name: str, factor: float) -> Callable[[Results], Results]:
 
 def copies_one_byte_more(results: Results) -> Results:
     cell = results.cells["sine", MIB, "slab"]
-    return with_cell(results, MIB, "slab", dataclasses.replace(cell, bytes_copied=cell.bytes_made + 1))
+    return with_cell(
+        results, MIB, "slab", dataclasses.replace(cell, bytes_copied=cell.bytes_made + 1)
+    )
 
 
 def grows(process: str) -> Callable[[Results], Results]:
     """Return the change of results in which a process grows by exactly one percent."""
-    return lambda results: dataclasses.replace(results, growth=results.growth | {process: Growth(100, 101)})
+    return lambda results: dataclasses.replace(
+        results, growth=results.growth | {process: Growth(100, 101)}
+    )
 
 
 def with_cell(results: Results, nbytes: int, way: str, cell: Cell) -> Results:
@@ -109,7 +113,9 @@ def test_a_missed_line_exits_with_1(
     """A run that misses one line exits with status 1 and says which."""
     assert conclude(change(good_results()), None, None) == 1
     printed = capsys.readouterr()
-    assert [text for text in printed.err.splitlines() if budget.LINES[line].work in text] == printed.err.splitlines()
+    assert [
+        text for text in printed.err.splitlines() if budget.LINES[line].work in text
+    ] == printed.err.splitlines()
     assert printed.out.count("MISSED") == 1
 
 
@@ -145,7 +151,11 @@ def test_ratio_compares_within_rounds() -> None:
 def test_percentile_is_a_measured_value() -> None:
     """A percentile is the smallest value that is at least as large as that share of all."""
     values = [float(i) for i in range(100, 0, -1)]
-    assert (percentile(values, 50), percentile(values, 99), percentile(values, 100)) == (50, 99, 100)
+    assert (percentile(values, 50), percentile(values, 99), percentile(values, 100)) == (
+        50,
+        99,
+        100,
+    )
     assert percentile([7.0], 50) == percentile([7.0], 99) == 7.0
 
 
@@ -157,13 +167,18 @@ def test_each_round_gives_each_way_its_turn() -> None:
     rounds = interleave(steps, plan)
     assert [len(turn) for turn in rounds["a"] + rounds["b"]] == [3] * 8
     turns = order[-4 * 2 * 5 :]
-    assert all(len(set(turns[i : i + 5])) == 1 for i in range(0, 40, 5)), "a turn belongs to one way"
-    assert all({turns[i], turns[i + 5]} == {"a", "b"} for i in range(0, 40, 10)), "each round has a turn of each"
+    assert all(len(set(turns[i : i + 5])) == 1 for i in range(0, 40, 5)), (
+        "a turn belongs to one way"
+    )
+    assert all({turns[i], turns[i + 5]} == {"a", "b"} for i in range(0, 40, 10)), (
+        "each round has a turn of each"
+    )
 
 
 @pytest.fixture(scope="module")
 def fonts_are_open(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Once it has drawn, matplotlib keeps its fonts' files open: the descriptors are none that a test left behind."""
+    """Once it has drawn, matplotlib keeps its fonts' files open: the descriptors are none that a
+    test left behind."""
     report.draw(good_results(), tmp_path_factory.mktemp("fonts") / "plot.png")
 
 
@@ -179,7 +194,12 @@ def test_files_hold_the_measurements(tmp_path: Path) -> None:
     assert document["machine"] == {"CPU": "two cores"}
     assert plot.read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "run.md").read_text()
-    assert "](run.png)" in page and "two cores" in page and "in-process" in page and "not yet" not in page
+    assert (
+        "](run.png)" in page
+        and "two cores" in page
+        and "in-process" in page
+        and "not yet" not in page
+    )
 
 
 def test_tables_are_aligned() -> None:

@@ -1,4 +1,5 @@
-"""A worker that was restarted with another model: a backward never uses it for the forward of the first one."""
+"""A worker that was restarted with another model: a backward never uses it for the forward of
+the first one."""
 
 import logging
 import os
@@ -69,7 +70,14 @@ SERVED = {
             return x[:{size}]
         """,
 }
-FIRST = {"constant": "0.0", "rule": "2", "scale": "2", "weight": "2.0", "size": "4", "comment": "the first"}
+FIRST = {
+    "constant": "0.0",
+    "rule": "2",
+    "scale": "2",
+    "weight": "2.0",
+    "size": "4",
+    "comment": "the first",
+}
 
 
 class Serving:
@@ -86,8 +94,12 @@ class Serving:
             python=python_of(f".venv-{framework}"),
             cwd=directory,
             lane=lane,
-            # Files change within a second, so that what Python has compiled would be taken for up to date.
-            env={"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}"},
+            # Files change within a second, so that what Python has compiled would be taken for up
+            # to date.
+            env={
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PYTHONPATH": f"{directory}:{os.environ.get('PYTHONPATH', '')}",
+            },
             args=["--x64"] if framework == "jax" else [],
         )
         self._before = before
@@ -96,7 +108,9 @@ class Serving:
         values = FIRST | changes
         source = SERVED[self._framework].replace("\n        ", "\n")
         (self._directory / "served.py").write_text(source.format(**values))
-        (self._directory / "imported.py").write_text(f"def scale(x):\n    return {values['scale']} * x\n")
+        (self._directory / "imported.py").write_text(
+            f"def scale(x):\n    return {values['scale']} * x\n"
+        )
 
     def restart(self, **changes: str) -> None:
         """End the worker; the next call starts another one, of these files."""
@@ -105,7 +119,9 @@ class Serving:
         os.kill(pid, signal.SIGKILL)
         assert eventually(lambda: not children() - self._before or _is_zombie(pid))
 
-    def forward(self, name: str, dtype: str, **options: str) -> tuple[list[float], Callable[[], list[float]]]:
+    def forward(
+        self, name: str, dtype: str, **options: str
+    ) -> tuple[list[float], Callable[[], list[float]]]:
         """Call a model with ones; return the values, and what pulls ones back to the gradient."""
         if self._framework == "jax":
             x = torch.ones(4, dtype=getattr(torch, dtype), requires_grad=True)
@@ -142,9 +158,14 @@ def serving(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Serving]
         yield made
 
 
-both = pytest.mark.parametrize("serving", [("jax", "local"), ("torch", "local")], indirect=True, ids="-".join)
+both = pytest.mark.parametrize(
+    "serving", [("jax", "local"), ("torch", "local")], indirect=True, ids="-".join
+)
 each = pytest.mark.parametrize(
-    "serving", [(name, lane) for name in ("jax", "torch") for lane in ("local", "grpc")], indirect=True, ids="-".join
+    "serving",
+    [(name, lane) for name in ("jax", "torch") for lane in ("local", "grpc")],
+    indirect=True,
+    ids="-".join,
 )
 
 # Which model, and how it changes.
@@ -166,7 +187,8 @@ def gradient(name: str, values: Mapping[str, str]) -> list[float]:
 
 @each
 def test_a_backward_on_another_model_is_an_error(serving: Serving) -> None:
-    """Whatever decides a result changes: the backward raises ModelChanged, and later calls use the new model."""
+    """Whatever decides a result changes: the backward raises ModelChanged, and later calls use
+    the new model."""
     values = dict(FIRST)
     for name, changes in CHANGES.values():
         options = {"parameters": "worker"} if name == "affine" else {}
@@ -174,7 +196,9 @@ def test_a_backward_on_another_model_is_an_error(serving: Serving) -> None:
         values |= changes
         serving.restart(**values)
         for backward in pending:
-            with pytest.raises(ModelChanged, match=rf"another model '{name}' than the one that ran"):
+            with pytest.raises(
+                ModelChanged, match=rf"another model '{name}' than the one that ran"
+            ):
                 backward()
         for dtype in ("float32", "float64"):
             assert serving.forward(name, dtype, **options)[1]() == gradient(name, values)
@@ -183,17 +207,28 @@ def test_a_backward_on_another_model_is_an_error(serving: Serving) -> None:
 
 
 @both
-def test_the_same_model_goes_on_without_a_word(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    """Where a comment has changed, or parameters that the client passes itself, a backward is that of its forward."""
-    (_, of_f), (_, of_affine) = serving.forward("f", "float32"), serving.forward("affine", "float32")
+def test_the_same_model_goes_on_without_a_word(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a comment has changed, or parameters that the client passes itself, a backward is
+    that of its forward."""
+    (_, of_f), (_, of_affine) = (
+        serving.forward("f", "float32"),
+        serving.forward("affine", "float32"),
+    )
     expected = of_f(), of_affine()
-    (_, of_f), (_, of_affine) = serving.forward("f", "float32"), serving.forward("affine", "float32")
+    (_, of_f), (_, of_affine) = (
+        serving.forward("f", "float32"),
+        serving.forward("affine", "float32"),
+    )
     serving.restart(comment="the second", weight="5.0")
     assert (of_f(), of_affine()) == expected
     assert not caplog.records
 
 
-def test_a_plain_call_on_another_model_warns_once(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_plain_call_on_another_model_warns_once(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
     """Calls without a backward go on with the new model, and the log says so once."""
     f, x = serving.torch_function("f"), torch.ones(4)
     assert f(x).tolist() == [1, 3, 5, 7]
@@ -208,12 +243,19 @@ def test_a_plain_call_on_another_model_warns_once(serving: Serving, caplog: pyte
 
 
 def test_other_types_are_an_error(serving: Serving) -> None:
-    """A call whose parameters or outputs have other shapes since the restart raises ModelChanged, again and again."""
-    longer, affine, x = serving.torch_function("longer"), serving.torch_function("affine"), torch.ones(4)
+    """A call whose parameters or outputs have other shapes since the restart raises
+    ModelChanged, again and again."""
+    longer, affine, x = (
+        serving.torch_function("longer"),
+        serving.torch_function("affine"),
+        torch.ones(4),
+    )
     longer(x), affine(x)
     serving.restart(size="2")
     for _ in range(2):
-        with pytest.raises(ModelChanged, match=r"returned float32\[4\] before .* and now returns float32\[2\]"):
+        with pytest.raises(
+            ModelChanged, match=r"returned float32\[4\] before .* and now returns float32\[2\]"
+        ):
             longer(x)
         with pytest.raises(ModelChanged, match=r"`w` has shape \[4\]"):
             affine(x)
@@ -248,9 +290,12 @@ def _compiled(f: RemoteJaxFunction, x: torch.Tensor) -> Callable[[], object]:
 
 @pytest.mark.parametrize("way", [_create_graph, _functional, _saved_elsewhere, _nested, _compiled])
 def test_no_kind_of_backward_uses_another_model(
-    serving: Serving, fresh_compiler: None, way: Callable[[RemoteJaxFunction, torch.Tensor], Callable[[], object]]
+    serving: Serving,
+    fresh_compiler: None,
+    way: Callable[[RemoteJaxFunction, torch.Tensor], Callable[[], object]],
 ) -> None:
-    """Backward passes that keep no residual, or lose its handle, raise ModelChanged as well; on the same model not."""
+    """Backward passes that keep no residual, or lose its handle, raise ModelChanged as well; on
+    the same model not."""
     f, x = serving.torch_function("f"), torch.ones(4, requires_grad=True)
     backward = way(f, x)
     serving.restart()
@@ -262,22 +307,29 @@ def test_no_kind_of_backward_uses_another_model(
 
 
 def test_a_residual_that_was_evicted_is_recomputed_by_one_preparation(tmp_path: Path) -> None:
-    """On the worker that ran the forward, the model is known to be the same: only the VJP is prepared."""
-    with spawn("tests.models:square", python=python_of(".venv-jax"), args=["--residual-bytes", "1"]) as session:
+    """On the worker that ran the forward, the model is known to be the same: only the VJP is
+    prepared."""
+    with spawn(
+        "tests.models:square", python=python_of(".venv-jax"), args=["--residual-bytes", "1"]
+    ) as session:
         f, x = RemoteJaxFunction(session), torch.ones(4, requires_grad=True)
         for _ in range(2):
             y = f(x)
             link = session._link  # type: ignore[attr-defined]
             prepared: list[str] = []
             prepare = link.prepare
-            link.prepare = lambda request, *rest, p=prepare, seen=prepared: (seen.append(request), p(request, *rest))[1]
+            link.prepare = lambda request, *rest, p=prepare, seen=prepared: (
+                seen.append(request),
+                p(request, *rest),
+            )[1]
             torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x.detach())
             link.prepare = prepare
         assert prepared == []
 
 
 def test_numbers_of_residuals_are_never_used_twice() -> None:
-    """An id tells which model made the residual, and differs from all others of the session, as an int64."""
+    """An id tells which model made the residual, and differs from all others of the session, as
+    an int64."""
     from bridge_client.programs import model_tag, residual_id, tag_of
 
     for fingerprint in (b"", bytes(8), b"\xff" * 8, np.random.default_rng(0).bytes(8)):

@@ -19,7 +19,11 @@ _HOSTED = ("square", "affine", "wrong_vjp", "wrong_jvp", "raises_at_trace")
 def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker with x64 that hosts right and wrong models, and was told what some of them take."""
     directory = tmp_path_factory.mktemp("gradients")
-    warm = ["--warmup=affine=float32[4,3]", "--warmup=square=float64[2,3]", "--warmup=square=bfloat16[5]"]
+    warm = [
+        "--warmup=affine=float32[4,3]",
+        "--warmup=square=float64[2,3]",
+        "--warmup=square=bfloat16[5]",
+    ]
     listen = f"--listen=unix:{directory}/worker.sock"
     with serving(directory, listen, "--x64", *models(*_HOSTED), *warm) as worker:
         yield worker
@@ -41,13 +45,16 @@ def check(worker: Worker, capsys: pytest.CaptureFixture[str]):
 
 
 def test_right_derivatives_agree(check) -> None:
-    """Of the types that the worker was told of, every model's derivatives agree: parameters' too; status 0."""
+    """Of the types that the worker was told of, every model's derivatives agree: parameters'
+    too; status 0."""
     status, lines, errors = check()
     assert (status, errors) == (0, "")
     heads = [line for line in lines if "(" in line[0]]
     assert heads == [["square(float64[2,3])"], ["square(bfloat16[5])"], ["affine(float32[4,3])"]]
     rows = [line for line in lines if line[-1] == "ok"]
-    assert [row[:2] for row in rows] == [["result", name] for name in ("x", "x", "bias", "weight", "x")]
+    assert [row[:2] for row in rows] == [
+        ["result", name] for name in ("x", "x", "bias", "weight", "x")
+    ]
     for row in rows[:1] + rows[2:]:
         vjp, jvp, difference = map(float, row[2:5])
         assert vjp == pytest.approx(jvp, rel=1e-4) and vjp == pytest.approx(difference, rel=1e-2)
@@ -59,7 +66,10 @@ def test_a_wrong_vjp_is_a_mismatch(check, types: str) -> None:
     """A custom_vjp with a wrong rule for one input is found, and that input is named; status 1."""
     status, lines, _ = check("--model", "wrong_vjp", "--input", types)
     assert status == 1
-    assert [(line[1], line[3], line[-1]) for line in lines[2:4]] == [("x", "none", "MISMATCH"), ("y", "none", "ok")]
+    assert [(line[1], line[3], line[-1]) for line in lines[2:4]] == [
+        ("x", "none", "MISMATCH"),
+        ("y", "none", "ok"),
+    ]
     assert lines[-1] == ["1", "of", "2", "derivatives", "differ"]
 
 
@@ -70,11 +80,14 @@ def test_a_wrong_jvp_is_a_mismatch(check, dtype: str) -> None:
     assert status == 1
     _, _, vjp, jvp, difference, verdict = lines[2]
     assert verdict == "MISMATCH"
-    assert float(vjp) == pytest.approx(float(jvp), rel=0.1) and float(vjp) == pytest.approx(float(difference) / 2, 0.2)
+    assert float(vjp) == pytest.approx(float(jvp), rel=0.1) and float(vjp) == pytest.approx(
+        float(difference) / 2, 0.2
+    )
 
 
 def test_arguments_are_reproducible(check) -> None:
-    """The same seed gives the same numbers, another one others; --range says where the numbers lie."""
+    """The same seed gives the same numbers, another one others; --range says where the numbers
+    lie."""
     first, second, third, far = (
         check("--model", "square", "--input", "float64[3]", *extra)[1][2]
         for extra in ((), (), ("--seed", "1"), ("--range", "100", "101"))
@@ -91,7 +104,9 @@ def test_arguments_are_reproducible(check) -> None:
         ([], "ADDRESS"),
     ],
 )
-def test_a_misspelt_command_is_misuse(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_misspelt_command_is_misuse(
+    args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What cannot be read ends with status 2 before anybody is called."""
     with pytest.raises(SystemExit) as ended:
         main(["check-gradients", *(["unix:/nowhere"] if args else []), *args])
@@ -114,7 +129,10 @@ def test_unknown_arguments_are_misuse(check) -> None:
         (["--model", "square", "--input", "int32[3]"], "takes no floats, or returns none"),
         (["--model", "square", "--input", "float8_e5m2[3]"], "too few digits"),
         (["--model", "square", "--input", "float32[10000000000]"], "20000000000 numbers"),
-        (["--model", "square", "--input", "float16[3]", "--range", "1e5", "1e6"], "does not fit in float16[3]"),
+        (
+            ["--model", "square", "--input", "float16[3]", "--range", "1e5", "1e6"],
+            "does not fit in float16[3]",
+        ),
         (["--model", "square", "--input", "float32[3],float32[3]"], "takes 1 positional argument"),
         (["--model", "raises_at_trace", "--input", "float32[3]"], "dislikes every input"),
     ],
@@ -140,18 +158,24 @@ def test_the_command_needs_no_framework(worker: Worker) -> None:
     assert done.stdout.splitlines()[-1] == "set() 0", done.stderr
 
 
-def test_describe_shows_what_was_compiled_for(worker: Worker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_shows_what_was_compiled_for(
+    worker: Worker, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`bridge_client describe` shows the arguments that the worker was told of."""
     assert main(["describe", worker.address]) == 0
-    assert "square(x)\n  compiled for (float64[2,3])\n  compiled for (bfloat16[5])\n" in capsys.readouterr().out
+    assert (
+        "square(x)\n  compiled for (float64[2,3])\n  compiled for (bfloat16[5])\n"
+        in capsys.readouterr().out
+    )
 
 
-# Numbers --------------------------------------------------------------------------------------------------------------
+# Numbers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in BY_NAME if not name.startswith("float8")])
 def test_numbers_of_every_type_come_back(name: str) -> None:
-    """Numbers that a type holds are the same after packing and unpacking, and take the bytes that the type says."""
+    """Numbers that a type holds are the same after packing and unpacking, and take the bytes
+    that the type says."""
     spec = Spec(BY_NAME[name], (2, 3))
     values = [float(i % 2) for i in range(numbers.size_of(spec))]
     packed = numbers.pack(spec, values)
@@ -163,7 +187,12 @@ def test_bfloat16_is_rounded_to_the_nearest() -> None:
     """Numbers between two of bfloat16 go to the nearer one, ties to the even one, as in torch."""
     torch = pytest.importorskip("torch")
     chance = random.Random(0)
-    values = [chance.uniform(-3, 3) for _ in range(500)] + [1 + 2**-8, 1 + 3 * 2**-8, -0.0, float("inf")]
+    values = [chance.uniform(-3, 3) for _ in range(500)] + [
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        -0.0,
+        float("inf"),
+    ]
     spec = Spec(BY_NAME["bfloat16"], (len(values),))
     expected = torch.tensor(values, dtype=torch.float32).bfloat16().tolist()
     assert numbers.unpack(spec, numbers.pack(spec, values)) == expected

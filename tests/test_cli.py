@@ -1,4 +1,5 @@
-"""The commands `bridge_server` and `bridge_client`: flags, variables, what they print, and how they end."""
+"""The commands `bridge_server` and `bridge_client`: flags, variables, what they print, and how
+they end."""
 
 import ipaddress
 import json
@@ -27,15 +28,23 @@ _BIN = Path(python_of(".venv-jax")).parent
 _TOKEN = "a token that nobody guesses"
 
 
-def _run(*args: str, command: str = "bridge_server", **variables: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    *args: str, command: str = "bridge_server", **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        [_BIN / command, *args], cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=60
+        [_BIN / command, *args],
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
 def _refusal(*args: str, **variables: str) -> str:
-    """Return what a worker says that refuses to start with these arguments: misuse, status 2, nothing on stdout."""
+    """Return what a worker says that refuses to start with these arguments: misuse, status 2,
+    nothing on stdout."""
     done = _run(*args, **variables)
     assert (done.returncode, done.stdout) == (2, ""), done
     return done.stderr
@@ -49,7 +58,12 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     for stale in (path, Path(f"{path}.lane")):
         with socket.socket(socket.AF_UNIX) as left_behind:
             left_behind.bind(str(stale))
-    hosted = [*models("square"), "--jax-model", "another=tests.models:square", "--jax-model=cube=tests.models:outer"]
+    hosted = [
+        *models("square"),
+        "--jax-model",
+        "another=tests.models:square",
+        "--jax-model=cube=tests.models:outer",
+    ]
     variables = {
         "BRIDGE_JAX_MODEL": "no.such.module:model",
         "BRIDGE_LISTEN": f"unix:{directory}/other.sock",
@@ -67,7 +81,9 @@ def tokened_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]
     directory = tmp_path_factory.mktemp("token")
     (directory / "token").write_text(f"{_TOKEN}\n")
     variables = {"BRIDGE_JAX_MODEL": "tests.models:square total=tests.models:total"}
-    with serving(directory, "--listen", "0.0.0.0:0", "--token-file", str(directory / "token"), env=variables) as worker:
+    with serving(
+        directory, "--listen", "0.0.0.0:0", "--token-file", str(directory / "token"), env=variables
+    ) as worker:
         yield worker
 
 
@@ -77,18 +93,36 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     directory = tmp_path_factory.mktemp("certificate")
     certificate, key = directory / "certificate.pem", directory / "key.pem"
     subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    made = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", *subject]
-    subprocess.run(["openssl", "req", *made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    made = [
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        *subject,
+    ]
+    subprocess.run(
+        ["openssl", "req", *made, "-keyout", key, "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
     return certificate, key
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 def test_version() -> None:
-    """--version prints the version and ends with status 0, for both commands, also as modules of an interpreter."""
+    """--version prints the version and ends with status 0, for both commands, also as modules of
+    an interpreter."""
     for command in ("bridge_server", "bridge_client"):
-        for run in (_run("--version", command=command), _run("-m", command, "--version", command="python")):
+        for run in (
+            _run("--version", command=command),
+            _run("-m", command, "--version", command="python"),
+        ):
             assert (run.returncode, run.stdout, run.stderr) == (0, f"{command} {__version__}\n", "")
 
 
@@ -118,20 +152,34 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
         pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
         pytest.param(["--residual-bytes", "many"], "'many' is no size", id="no size"),
-        pytest.param(["--listen", "nowhere"], "'nowhere' is neither unix:PATH nor HOST:PORT", id="no endpoint"),
+        pytest.param(
+            ["--listen", "nowhere"],
+            "'nowhere' is neither unix:PATH nor HOST:PORT",
+            id="no endpoint",
+        ),
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
         pytest.param(["--listen", "localhost:65536"], "a port beyond 65535", id="too large a port"),
-        pytest.param(["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"),
+        pytest.param(
+            ["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"
+        ),
         pytest.param(["--listen", f"unix:/{'x' * 120}"], "bytes: /xxx", id="too long a path"),
-        pytest.param(["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"),
+        pytest.param(
+            ["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"
+        ),
         pytest.param(["--listen", "unix:tests"], "tests exists and is no socket", id="a directory"),
         pytest.param(["--listen", "0.0.0.0:0"], "--insecure", id="exposed"),
         pytest.param(["--listen", "[::]:0"], "--insecure", id="exposed by IPv6"),
         pytest.param(["--listen", "example.org:0"], "--insecure", id="exposed by name"),
-        pytest.param(["--tls-cert", "README.md"], "--tls-cert and --tls-key go together", id="half a certificate"),
+        pytest.param(
+            ["--tls-cert", "README.md"],
+            "--tls-cert and --tls-key go together",
+            id="half a certificate",
+        ),
         pytest.param(["--token-file", "/no/such/token"], "/no/such/token", id="no token file"),
-        pytest.param(["--token-file", "/dev/null"], "the token file /dev/null is empty", id="no token"),
+        pytest.param(
+            ["--token-file", "/dev/null"], "the token file /dev/null is empty", id="no token"
+        ),
     ],
 )
 def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> None:
@@ -141,8 +189,11 @@ def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> No
 
 
 def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
-    """What switches something on or off says so in words that are known; nothing is off by a mistake."""
-    assert "the variable for --x64 is 'maybe'; expected 1 or 0" in _refusal(*models("square"), BRIDGE_X64="maybe")
+    """What switches something on or off says so in words that are known; nothing is off by a
+    mistake."""
+    assert "the variable for --x64 is 'maybe'; expected 1 or 0" in _refusal(
+        *models("square"), BRIDGE_X64="maybe"
+    )
 
 
 def test_a_token_that_no_header_can_carry_is_refused() -> None:
@@ -158,10 +209,15 @@ def test_a_token_that_no_header_can_carry_is_refused() -> None:
         ("raise SystemExit(0)", "importing 'untidy' has called sys.exit(0)"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(tmp_path: Path, line: str, said: str) -> None:
-    """The error tells what the module raised, and its file and line; a module's sys.exit() is an error too."""
+def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
+    tmp_path: Path, line: str, said: str
+) -> None:
+    """The error tells what the module raised, and its file and line; a module's sys.exit() is an
+    error too."""
     (tmp_path / "untidy.py").write_text(f"\n{line}\n")
-    told = _refusal("--jax-model", "untidy:model", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    told = _refusal(
+        "--jax-model", "untidy:model", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    )
     assert said in told
     assert f'File "{tmp_path}/untidy.py", line 2' in told
 
@@ -185,7 +241,8 @@ def test_a_misspelt_target_is_named_with_near_matches(target: str, said: str) ->
 
 
 def test_a_framework_that_is_not_there_is_named() -> None:
-    """A torch model in an environment without torch is refused, and the error names what is missing."""
+    """A torch model in an environment without torch is refused, and the error names what is
+    missing."""
     said = _refusal("--torch-model", "tests.torch_server.models:square")
     assert "--torch-model needs torch in the worker's environment" in said
 
@@ -222,7 +279,7 @@ def test_a_factory_that_fails_is_a_failure() -> None:
     assert "the checkpoint is missing" in done.stderr
 
 
-# What a worker says ------------------------------------------------------------------------------------------------
+# What a worker says -------------------------------------------------------------------------------
 
 
 def test_stdout_has_the_ready_line_and_nothing_else(worker: Worker) -> None:
@@ -236,7 +293,8 @@ def test_stdout_has_the_ready_line_and_nothing_else(worker: Worker) -> None:
 
 
 def test_logs_are_json_where_nobody_watches(worker: Worker) -> None:
-    """Each line on a stderr that is no terminal is a JSON object with time, level, logger and message."""
+    """Each line on a stderr that is no terminal is a JSON object with time, level, logger and
+    message."""
     lines = [json.loads(line) for line in worker.stderr.splitlines()]
     assert lines
     for line in lines:
@@ -271,7 +329,8 @@ def test_a_budget_may_come_from_a_variable(worker: Worker) -> None:
 
 
 def test_a_stale_socket_is_replaced(worker: Worker) -> None:
-    """A socket that a killed worker left behind is in nobody's way, and the new one is the user's alone."""
+    """A socket that a killed worker left behind is in nobody's way, and the new one is the
+    user's alone."""
     with connect(worker.address, lane="local") as session:
         assert squares(session, 3.0) == [9.0]
     path = Path(worker.address.removeprefix("unix:"))
@@ -291,7 +350,8 @@ def test_a_second_worker_at_the_same_path_refuses(worker: Worker) -> None:
 
 
 def test_describe_shows_the_models(worker: Worker) -> None:
-    """`bridge_client describe` names the lane, the memory kind and every model with its arguments."""
+    """`bridge_client describe` names the lane, the memory kind and every model with its
+    arguments."""
     done = _run("describe", worker.address, command="bridge_client")
     assert (done.returncode, done.stderr) == (0, "")
     assert "lane=local memory=memfd" in done.stdout
@@ -306,7 +366,7 @@ def test_describe_of_nobody_is_a_failure(tmp_path: Path) -> None:
     assert done.stderr.startswith("bridge_client: no worker answers")
 
 
-# Where a worker listens --------------------------------------------------------------------------------------------
+# Where a worker listens ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -316,10 +376,15 @@ def runtime_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
-def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path, runtime_directory: Path) -> None:
-    """Without --listen, a worker listens in a directory of mode 0700 under XDG_RUNTIME_DIR, and takes its sockets along
-    when it ends."""
-    with serving(tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(runtime_directory)}) as worker:
+def test_the_default_is_a_socket_in_a_private_directory(
+    tmp_path: Path, runtime_directory: Path
+) -> None:
+    """Without --listen, a worker listens in a directory of mode 0700 under XDG_RUNTIME_DIR, and
+    takes its sockets along when it ends.
+    """
+    with serving(
+        tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(runtime_directory)}
+    ) as worker:
         path = Path(worker.address.removeprefix("unix:"))
         assert path.parent.parent == runtime_directory
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
@@ -335,8 +400,9 @@ def test_the_default_is_a_socket_in_a_private_directory(tmp_path: Path, runtime_
 def test_a_runtime_directory_that_no_socket_can_be_in_is_done_without(
     runtime_directory: Path, monkeypatch: pytest.MonkeyPatch, listen: str | None, is_there: bool
 ) -> None:
-    """Where XDG_RUNTIME_DIR names no directory, as after `su`, or one whose path is too long, a worker's sockets lie
-    below the temporary directory."""
+    """Where XDG_RUNTIME_DIR names no directory, as after `su`, or one whose path is too long, a
+    worker's sockets lie below the temporary directory.
+    """
     named = runtime_directory / ("x" * 100)
     if is_there:
         named.mkdir()
@@ -346,9 +412,12 @@ def test_a_runtime_directory_that_no_socket_can_be_in_is_done_without(
     assert lane.parent == runtime_directory / f"torch-jax-bridge-{os.geteuid()}"
 
 
-def test_a_lane_of_another_container_stays(runtime_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A TCP worker removes the lanes of those that were killed, but none on which somebody listens: where containers
-    share the directory, its process may be in another PID namespace."""
+def test_a_lane_of_another_container_stays(
+    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TCP worker removes the lanes of those that were killed, but none on which somebody listens:
+    where containers share the directory, its process may be in another PID namespace.
+    """
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_directory))
     directory = Path(endpoints.parse("127.0.0.1:0").lane_path).parent
     taken, left = directory / "99999998.lane", directory / "99999999.lane"
@@ -369,7 +438,8 @@ def test_a_runtime_directory_that_others_may_enter_is_refused(runtime_directory:
 
 
 def test_a_worker_beyond_loopback_asks_for_its_token(tokened_worker: Worker) -> None:
-    """With --token-file a worker may listen for other hosts, and serves only those who know the token."""
+    """With --token-file a worker may listen for other hosts, and serves only those who know the
+    token."""
     port = tokened_worker.address.rpartition(":")[2]
     assert int(port) > 0
     assert tokened_worker.address == f"0.0.0.0:{port}"
@@ -385,14 +455,19 @@ def test_a_worker_beyond_loopback_asks_for_its_token(tokened_worker: Worker) -> 
 def test_describe_takes_a_token(tokened_worker: Worker) -> None:
     """`bridge_client describe --token` reaches a worker that asks for one; without it, it fails."""
     address = tokened_worker.address.replace("0.0.0.0", "127.0.0.1")
-    assert "square(x)" in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
+    assert (
+        "square(x)" in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
+    )
     done = _run("describe", address, command="bridge_client")
     assert (done.returncode, done.stdout) == (1, "")
 
 
-def test_a_token_may_have_the_end_of_its_line(tokened_worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client presents a token as it stands in its file, says which cannot be one, and asks no proxy for its own
-    host."""
+def test_a_token_may_have_the_end_of_its_line(
+    tokened_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client presents a token as it stands in its file, says which cannot be one, and asks no
+    proxy for its own host.
+    """
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     address = f"127.0.0.1:{tokened_worker.address.rpartition(':')[2]}"
     with connect(address, token=f"{_TOKEN}\n") as session:
@@ -404,7 +479,9 @@ def test_a_token_may_have_the_end_of_its_line(tokened_worker: Worker, monkeypatc
 def test_health_needs_no_token(tokened_worker: Worker) -> None:
     """Probes ask for a worker's health without its token."""
     with grpc.insecure_channel(tokened_worker.address.replace("0.0.0.0", "127.0.0.1")) as channel:
-        reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        reply = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(), timeout=10
+        )
     assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -422,15 +499,22 @@ def test_probes_and_doctor_of_a_worker_with_a_token(tokened_worker: Worker) -> N
 
 def test_the_token_is_nowhere_to_be_read(tokened_worker: Worker) -> None:
     """Neither the output nor the command line of a worker shows its token."""
-    shown = tokened_worker.stdout + tokened_worker.stderr + Path(f"/proc/{tokened_worker.pid}/cmdline").read_text()
+    shown = (
+        tokened_worker.stdout
+        + tokened_worker.stderr
+        + Path(f"/proc/{tokened_worker.pid}/cmdline").read_text()
+    )
     assert _TOKEN not in shown
 
 
 def test_tls_protects_a_worker(certificate: tuple[Path, Path], tmp_path: Path) -> None:
-    """With a certificate, --factory and --no-jit, a worker serves clients that trust the certificate, and no others."""
+    """With a certificate, --factory and --no-jit, a worker serves clients that trust the
+    certificate, and no others."""
     cert, key = certificate
     flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--factory", "--no-jit"]
-    with serving(tmp_path, "--listen", "0.0.0.0:0", "--jax-model=square=tests.models:square_factory", *flags) as worker:
+    with serving(
+        tmp_path, "--listen", "0.0.0.0:0", "--jax-model=square=tests.models:square_factory", *flags
+    ) as worker:
         port = worker.address.rpartition(":")[2]
         trusting = Tls(root_certificates=cert.read_bytes())
         for address in (f"localhost:{port}", f"127.0.0.1:{port}"):
@@ -444,13 +528,17 @@ def test_tls_protects_a_worker(certificate: tuple[Path, Path], tmp_path: Path) -
 
 def test_insecure_is_allowed_and_loud(tmp_path: Path) -> None:
     """--insecure lets a worker listen for every host without token or TLS, and it warns of that."""
-    with serving(tmp_path, *models("square"), "--listen", "0.0.0.0:0", env={"BRIDGE_INSECURE": "1"}) as worker:
+    with serving(
+        tmp_path, *models("square"), "--listen", "0.0.0.0:0", env={"BRIDGE_INSECURE": "1"}
+    ) as worker:
         host, _, port = worker.address.rpartition(":")
         assert ipaddress.ip_address(host).is_unspecified
         with connect(f"127.0.0.1:{port}") as session:
             assert squares(session, 3.0) == [9.0]
         warnings = [json.loads(line) for line in worker.stderr.splitlines()]
-        assert any(line["level"] == "WARNING" and "INSECURE" in line["message"] for line in warnings)
+        assert any(
+            line["level"] == "WARNING" and "INSECURE" in line["message"] for line in warnings
+        )
 
 
 def test_a_port_that_is_taken_is_refused(tokened_worker: Worker) -> None:

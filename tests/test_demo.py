@@ -12,17 +12,22 @@ from tests.conftest import ROOT, python_of
 
 def run(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a program in the torch environment, where its worker's environment is .venv-jax."""
-    return subprocess.run([python_of(".venv-torch"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        [python_of(".venv-torch"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=240
+    )
 
 
 def test_demo_learns_the_same_over_every_lane(tmp_path: Path) -> None:
-    """The demo reaches 97 %; over gRPC its losses are the same to the last bit, and too few steps end it with 1."""
+    """The demo reaches 97 %; over gRPC its losses are the same to the last bit, and too few
+    steps end it with 1."""
     shared, inline = tmp_path / "shared", tmp_path / "inline"
     demo = run("examples/digits.py", "--losses", shared)
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert "lane and memory:  local, memfd\n" in demo.stdout
     first_line = demo.stdout.splitlines()[0]
-    assert re.fullmatch(r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes", first_line)
+    assert re.fullmatch(
+        r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes", first_line
+    )
 
     short = run("examples/digits.py", "--losses", inline, "--lane", "grpc", "--steps", "40")
     assert short.returncode == 1, short.stderr  # 40 steps are too few for 97 %
@@ -45,13 +50,15 @@ def test_lotka_volterra_fit_agrees_with_the_literature() -> None:
 
 @pytest.mark.parametrize("options", [[], ["--precision", "bf16-mixed"]], ids=str)
 def test_lightning_trains_the_digits(request: pytest.FixtureRequest, options: list[str]) -> None:
-    """Lightning's Trainer reaches 97 %, in float32 and in mixed precision, and its checkpoint is that model."""
+    """Lightning's Trainer reaches 97 %, in float32 and in mixed precision, and its checkpoint is
+    that model."""
     train_elsewhere(request, "examples/lightning_digits.py", *options)
 
 
 @pytest.mark.parametrize("options", [[], ["--bf16"]], ids=str)
 def test_transformers_trains_the_digits(request: pytest.FixtureRequest, options: list[str]) -> None:
-    """transformers' Trainer reaches 97 %, in float32 and in bfloat16, and what it saves is that model."""
+    """transformers' Trainer reaches 97 %, in float32 and in bfloat16, and what it saves is that
+    model."""
     train_elsewhere(request, "examples/trainer_digits.py", *options)
 
 
@@ -62,7 +69,12 @@ def train_elsewhere(request: pytest.FixtureRequest, *arguments: str) -> None:
         pytest.skip("needs --examples-extra=PYTHON")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [python, *arguments, "--epochs", "12"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [python, *arguments, "--epochs", "12"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^test accuracy: 9\d\.\d% ", done.stdout, re.MULTILINE)

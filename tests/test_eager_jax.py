@@ -1,4 +1,5 @@
-"""JAX models that run operation by operation are held to the types of their trace, as torch models are."""
+"""JAX models that run operation by operation are held to the types of their trace, as torch
+models are."""
 
 from collections.abc import Callable
 from typing import Any

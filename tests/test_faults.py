@@ -1,4 +1,5 @@
-"""What goes wrong outside a call: killed, hung and draining workers, killed clients, no memory, forks, and ends."""
+"""What goes wrong outside a call: killed, hung and draining workers, killed clients, no memory,
+forks, and ends."""
 
 import contextlib
 import gc
@@ -50,7 +51,10 @@ from tests.workers import (
 _HOSTED = models("square", "outer", "total", "gated", "gated_outer", "gated_while_traced")
 _BUDGET = 1 << 20
 _SERVICE = "bridge.v1.Bridge"
-_SERVING, _NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+_SERVING, _NOT_SERVING = (
+    health_pb2.HealthCheckResponse.SERVING,
+    health_pb2.HealthCheckResponse.NOT_SERVING,
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that lives on, with a small budget for residuals."""
     directory = tmp_path_factory.mktemp("faults")
     listen = f"unix:{directory}/worker.sock"
-    with serving(directory, "--listen", listen, "--residual-bytes", str(_BUDGET), *_HOSTED) as worker:
+    with serving(
+        directory, "--listen", listen, "--residual-bytes", str(_BUDGET), *_HOSTED
+    ) as worker:
         # gRPC's threads are made on demand and stay: have enough of them before anybody counts.
         with contextlib.ExitStack() as sessions:
             for _ in range(16):
@@ -75,7 +81,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
         def start(*args: str, **variables: str) -> Worker:
             directory = tmp_path / f"worker-{next(started)}"
             listen = f"unix:{tmp_path}/worker.sock"
-            return workers.enter_context(Worker(directory, "--listen", listen, *_HOSTED, *args, env=variables))
+            return workers.enter_context(
+                Worker(directory, "--listen", listen, *_HOSTED, *args, env=variables)
+            )
 
         yield start
 
@@ -102,7 +110,10 @@ def _spawn(**options: object) -> Session:
 
 
 def _blocks_return(session: Session) -> bool:
-    """Whether no block stays leased. The traceback of an error holds the blocks of its call, and may be in a cycle."""
+    """Whether no block stays leased.
+
+    The traceback of an error holds the blocks of its call, and may be in a cycle.
+    """
     return eventually(lambda: gc.collect() >= 0 and session.stats()["blocks"] == 0)
 
 
@@ -110,12 +121,15 @@ def _numbers() -> torch.Tensor:
     return torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
 
 
-# The worker is killed ----------------------------------------------------------------------------------------------
+# The worker is killed -----------------------------------------------------------------------------
 
 
-def test_calls_and_backwards_outlive_a_killed_worker(start: Callable[..., Worker], lane: str) -> None:
-    """While a killed worker is away calls raise WorkerUnavailable; once it is back they work, and so does a backward
-    whose forward was before."""
+def test_calls_and_backwards_outlive_a_killed_worker(
+    start: Callable[..., Worker], lane: str
+) -> None:
+    """While a killed worker is away calls raise WorkerUnavailable; once it is back they work, and
+    so does a backward whose forward was before.
+    """
     worker = start().wait_until_ready()
     with connect(worker.address, lane=lane) as session:
         f = RemoteJaxFunction(session, name="square")
@@ -142,7 +156,8 @@ def test_a_worker_killed_during_calls_is_a_death(
         gates = [gate, Gate(tmp_path / "second")]
         programs = [prepare(session, "gated", floats(1), str(each)) for each in gates]
         running = [
-            Background(lambda program=program: session.run(program, [placed(session, [1.0])])) for program in programs
+            Background(lambda program=program: session.run(program, [placed(session, [1.0])]))
+            for program in programs
         ]
         for each in gates:
             each.wait_for_a_caller()
@@ -158,8 +173,11 @@ def test_a_worker_killed_during_calls_is_a_death(
         assert _blocks_return(session)
 
 
-def test_a_worker_killed_during_a_backward_is_a_death(start: Callable[..., Worker], gate: Gate, lane: str) -> None:
-    """A backward raises WorkerDied as soon as the worker is killed, and can be repeated with another one."""
+def test_a_worker_killed_during_a_backward_is_a_death(
+    start: Callable[..., Worker], gate: Gate, lane: str
+) -> None:
+    """A backward raises WorkerDied as soon as the worker is killed, and can be repeated with
+    another one."""
     worker = start().wait_until_ready()
     with connect(worker.address, lane=lane) as session:
         x = _numbers()
@@ -175,7 +193,9 @@ def test_a_worker_killed_during_a_backward_is_a_death(start: Callable[..., Worke
         assert torch.equal(x.grad, torch.full((3,), 2.0))
 
 
-def test_a_worker_killed_during_a_preparation_is_a_death(start: Callable[..., Worker], gate: Gate) -> None:
+def test_a_worker_killed_during_a_preparation_is_a_death(
+    start: Callable[..., Worker], gate: Gate
+) -> None:
     """A worker that is killed while it traces fails the preparation at once."""
     worker = start(BRIDGE_TEST_GATE=str(gate)).wait_until_ready()
     with connect(worker.address) as session:
@@ -187,7 +207,8 @@ def test_a_worker_killed_during_a_preparation_is_a_death(start: Callable[..., Wo
 
 
 def test_a_spawned_worker_is_started_again(lane: str) -> None:
-    """The next call after the death of a spawned worker starts it again, and a backward finds its gradient there."""
+    """The next call after the death of a spawned worker starts it again, and a backward finds
+    its gradient there."""
     before = children()
     with _spawn(lane=lane) as session:
         f = RemoteJaxFunction(session)
@@ -203,7 +224,8 @@ def test_a_spawned_worker_is_started_again(lane: str) -> None:
 
 
 def test_a_call_that_a_dead_worker_never_took_is_made_by_the_next() -> None:
-    """What still lay before a worker when it died was not computed, and is asked of the one that takes its place."""
+    """What still lay before a worker when it died was not computed, and is asked of the one that
+    takes its place."""
     before = children()
     with _spawn() as session:
         program = prepare(session, "square", floats(1))
@@ -216,11 +238,12 @@ def test_a_call_that_a_dead_worker_never_took_is_made_by_the_next() -> None:
         assert running.result() == [9.0]
 
 
-# The worker hangs --------------------------------------------------------------------------------------------------
+# The worker hangs ---------------------------------------------------------------------------------
 
 
 def test_blocks_of_a_timed_out_call_wait_for_the_worker(worker: Worker, gate: Gate) -> None:
-    """The blocks of a call that was given up are leased to nobody else until the worker has let go of them."""
+    """The blocks of a call that was given up are leased to nobody else until the worker has let
+    go of them."""
     with connect(worker.address, lane="local") as session:
         program = prepare(session, "gated", floats(1024), str(gate))
         block = placed(session, [1.0] * 1024)
@@ -238,7 +261,8 @@ def test_blocks_of_a_timed_out_call_wait_for_the_worker(worker: Worker, gate: Ga
 
 
 def test_a_timed_out_forward_leaves_no_residual(worker: Worker, gate: Gate, lane: str) -> None:
-    """What a call keeps that was given up is released, although the client let go of it before it was kept."""
+    """What a call keeps that was given up is released, although the client let go of it before
+    it was kept."""
     with connect(worker.address, lane=lane) as session:
         program = prepare(session, "gated", floats(1), str(gate)).keeping((0,))
         with pytest.raises(CallTimeout):
@@ -252,7 +276,8 @@ def test_a_timed_out_forward_leaves_no_residual(worker: Worker, gate: Gate, lane
 def test_a_slab_that_may_have_been_shared_is_shared_over_a_new_link(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C or a time limit after a slab was sent, before the answer came, does not spoil the session."""
+    """Ctrl-C or a time limit after a slab was sent, before the answer came, does not spoil the
+    session."""
     share = LocalLane.share
 
     def unanswered(lane: LocalLane, *args: Any) -> None:
@@ -260,7 +285,9 @@ def test_a_slab_that_may_have_been_shared_is_shared_over_a_new_link(
         raise CallTimeout("no answer")
 
     with connect(worker.address, lane="local") as session:
-        session._require_link().give_back(session._require_link()._new_lane())  # keeps the session on the worker
+        session._require_link().give_back(
+            session._require_link()._new_lane()
+        )  # keeps the session on the worker
         with monkeypatch.context() as patched:
             patched.setattr(LocalLane, "share", unanswered)
             with pytest.raises(CallTimeout):
@@ -293,7 +320,8 @@ def test_a_timed_out_backward_can_be_repeated(worker: Worker, gate: Gate, lane: 
 
 
 def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> None:
-    """Calls and preparations of a worker that does nothing at all end after timeout_s, and later ones work."""
+    """Calls and preparations of a worker that does nothing at all end after timeout_s, and later
+    ones work."""
     worker = start().wait_until_ready()
     with connect(worker.address, lane=lane) as session:
         program = prepare(session, "square", floats(2))
@@ -327,7 +355,7 @@ def test_a_call_can_be_interrupted(worker: Worker, gate: Gate, lane: str, ctrl_c
         assert _blocks_return(session)
 
 
-# The client is killed ----------------------------------------------------------------------------------------------
+# The client is killed -----------------------------------------------------------------------------
 
 _VICTIM = """
     import sys
@@ -350,10 +378,14 @@ _VICTIM = """
 
 
 @pytest.mark.parametrize("moment", ["idle", "in a call", "busy"])
-def test_a_killed_client_leaves_nothing(worker: Worker, tmp_path: Path, lane: str, moment: str) -> None:
-    """The worker's mappings, descriptors and threads go with a client, at whatever moment that is killed.
+def test_a_killed_client_leaves_nothing(
+    worker: Worker, tmp_path: Path, lane: str, moment: str
+) -> None:
+    """The worker's mappings, descriptors and threads go with a client, at whatever moment that is
+    killed.
 
-    The residuals go too: those of this model alias the client's slab, so that one of them would keep its mapping.
+    The residuals go too: those of this model alias the client's slab, so that one of them would
+      keep its mapping.
     """
 
     def kill_one(name: str) -> None:
@@ -372,15 +404,16 @@ def test_a_killed_client_leaves_nothing(worker: Worker, tmp_path: Path, lane: st
     baseline = held_by(worker.pid)
     for i in range(3):
         kill_one(str(i))
-    assert eventually(lambda: all(count <= baseline[kind] for kind, count in held_by(worker.pid).items())), (
-        f"{baseline} before, {held_by(worker.pid)} after"
-    )
+    assert eventually(
+        lambda: all(count <= baseline[kind] for kind, count in held_by(worker.pid).items())
+    ), f"{baseline} before, {held_by(worker.pid)} after"
     with connect(worker.address, lane=lane) as session:
         assert squares(session, 3.0) == [9.0]
 
 
 def test_a_live_clients_residuals_keep_its_mapping(worker: Worker) -> None:
-    """What the test above goes by: a residual aliases the client's slab, and the mapping is there while it is."""
+    """What the test above goes by: a residual aliases the client's slab, and the mapping is
+    there while it is."""
     assert eventually(lambda: slabs_mapped(worker.pid) == 0)
     with connect(worker.address, lane="local") as session:
         keeping = prepare(session, "square", floats(4096)).keeping((0,))
@@ -388,11 +421,14 @@ def test_a_live_clients_residuals_keep_its_mapping(worker: Worker) -> None:
         assert slabs_mapped(worker.pid) == 1
 
 
-# No room -----------------------------------------------------------------------------------------------------------
+# No room ------------------------------------------------------------------------------------------
 
 
-def test_a_full_slab_is_out_of_memory(worker: Worker, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An output or input that does not fit under the cap raises OutOfMemory, which names the cap; what fits works."""
+def test_a_full_slab_is_out_of_memory(
+    worker: Worker, lane: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An output or input that does not fit under the cap raises OutOfMemory, which names the
+    cap; what fits works."""
     monkeypatch.setenv("BRIDGE_SLAB_MAX_BYTES", str(32 << 20))
     with connect(worker.address, lane=lane) as session:
         program = prepare(session, "outer", floats(4096))
@@ -406,15 +442,19 @@ def test_a_full_slab_is_out_of_memory(worker: Worker, lane: str, monkeypatch: py
 
 
 def test_a_nonsensical_cap_is_refused(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A BRIDGE_SLAB_MAX_BYTES that is no number is an error that names the variable, before anything is connected."""
+    """A BRIDGE_SLAB_MAX_BYTES that is no number is an error that names the variable, before
+    anything is connected."""
     monkeypatch.setenv("BRIDGE_SLAB_MAX_BYTES", "plenty")
     with pytest.raises(BridgeError, match="BRIDGE_SLAB_MAX_BYTES='plenty'"):
         connect(worker.address)
 
 
 def test_the_workers_quota_is_out_of_memory(start: Callable[..., Worker], lane: str) -> None:
-    """A client that shares or sends more than the worker allows gets OutOfMemory, and what fits works."""
-    worker = start("--session-slab-bytes", "20M", BRIDGE_SLAB_MAX_BYTES=str(20 << 20)).wait_until_ready()
+    """A client that shares or sends more than the worker allows gets OutOfMemory, and what fits
+    works."""
+    worker = start(
+        "--session-slab-bytes", "20M", BRIDGE_SLAB_MAX_BYTES=str(20 << 20)
+    ).wait_until_ready()
     with connect(worker.address, lane=lane) as session:
         assert squares(session, 2.0) == [4.0]
         count = 8 << 20
@@ -427,7 +467,8 @@ def test_the_workers_quota_is_out_of_memory(start: Callable[..., Worker], lane: 
 
 
 def test_residuals_past_the_budget_are_computed_again(worker: Worker, lane: str) -> None:
-    """The oldest residual goes when the budget is used up, and its backward gives the right gradient all the same."""
+    """The oldest residual goes when the budget is used up, and its backward gives the right
+    gradient all the same."""
     with connect(worker.address, lane=lane) as session:
         f = RemoteJaxFunction(session, name="square")
         count = _BUDGET // 4 * 3 // 4
@@ -441,7 +482,8 @@ def test_residuals_past_the_budget_are_computed_again(worker: Worker, lane: str)
 
 
 def test_a_residual_larger_than_the_budget_is_computed_again(worker: Worker, lane: str) -> None:
-    """A residual that never fits is not kept, and its backward gives the right gradient all the same."""
+    """A residual that never fits is not kept, and its backward gives the right gradient all the
+    same."""
     with connect(worker.address, lane=lane) as session:
         x = torch.full((_BUDGET,), 5.0, requires_grad=True)
         y = RemoteJaxFunction(session, name="square")(x)
@@ -494,14 +536,16 @@ _WITHOUT_DESCRIPTORS = """
 
 
 def test_running_out_of_descriptors_is_a_clear_error(worker: Worker, lane: str) -> None:
-    """Without a free descriptor, new slabs and connections fail with a clear error, and what there is works on."""
+    """Without a free descriptor, new slabs and connections fail with a clear error, and what
+    there is works on."""
     done = run_program(_WITHOUT_DESCRIPTORS, worker.address, lane)
     assert done.returncode == 0, done.stderr
     assert "open files" in done.stdout.splitlines()[0]
 
 
 def test_a_worker_out_of_descriptors_refuses_and_recovers(start: Callable[..., Worker]) -> None:
-    """A worker without a free descriptor takes no new slab, and the client is told; later it takes it."""
+    """A worker without a free descriptor takes no new slab, and the client is told; later it
+    takes it."""
     worker = start().wait_until_ready()
     with connect(worker.address, lane="local") as session:
         assert squares(session, 2.0) == [4.0]
@@ -548,7 +592,8 @@ _WITHOUT_MEMFD = """
 
 
 def test_without_memfd_the_bytes_travel_inline(worker: Worker) -> None:
-    """Where the system has no memfd the client says so once and sends the bytes, unless it was told not to."""
+    """Where the system has no memfd the client says so once and sends the bytes, unless it was
+    told not to."""
     done = run_program(_WITHOUT_MEMFD, worker.address)
     assert done.returncode == 0, done.stderr
     assert "no memfd" in done.stdout
@@ -556,13 +601,15 @@ def test_without_memfd_the_bytes_travel_inline(worker: Worker) -> None:
 
 _WITHOUT_LINUX = """
     import os, socket, sys
-    for module, name in ((os, "memfd_create"), (os, "sched_getaffinity"), (socket, "MSG_CMSG_CLOEXEC")):
+    missing = (os, "memfd_create"), (os, "sched_getaffinity"), (socket, "MSG_CMSG_CLOEXEC")
+    for module, name in missing:
         delattr(module, name)
     from bridge_client import connect
     from tests.calls import floats, placed, prepare, values
     with connect(sys.argv[1]) as session:
         assert (session.lane, session.memory) == ("grpc", "inline")
-        assert values(*session.run(prepare(session, "square", floats(2)), [placed(session, [2.0, 3.0])])) == [4.0, 9.0]
+        square = prepare(session, "square", floats(2))
+        assert values(*session.run(square, [placed(session, [2.0, 3.0])])) == [4.0, 9.0]
         from bridge_wire.memory.copying import copy
         source, target = session.pool.lease(8 << 20), session.pool.lease(8 << 20)
         source.buffer[-1] = 7
@@ -572,13 +619,15 @@ _WITHOUT_LINUX = """
 
 
 def test_without_what_only_linux_has_the_bytes_travel_inline(worker: Worker) -> None:
-    """On a system without memfds, core masks and close-on-exec descriptor passing, a client still works, over gRPC."""
+    """On a system without memfds, core masks and close-on-exec descriptor passing, a client
+    still works, over gRPC."""
     done = run_program(_WITHOUT_LINUX, worker.address)
     assert done.returncode == 0, done.stderr
 
 
 def test_very_many_dropped_residuals_fit_in_what_is_sent(worker: Worker, lane: str) -> None:
-    """However many residuals a program has let go of since its last call, the next calls tell the worker."""
+    """However many residuals a program has let go of since its last call, the next calls tell
+    the worker."""
     with connect(worker.address, lane=lane) as session:
         session._dropped.extend(range(2**60, 2**60 + 300_000))
         for _ in range(3):
@@ -586,7 +635,7 @@ def test_very_many_dropped_residuals_fit_in_what_is_sent(worker: Worker, lane: s
         assert not session._dropped
 
 
-# Forks -------------------------------------------------------------------------------------------------------------
+# Forks --------------------------------------------------------------------------------------------
 
 _FORKING = """
     import os, sys
@@ -606,7 +655,8 @@ _FORKING = """
     for child in range(2):
         pid = os.fork()
         if pid == 0:
-            assert values(*session.run(program, [placed(session, [child, 3.0])])) == [child * child, 9.0]
+            outputs = session.run(program, [placed(session, [child, 3.0])])
+            assert values(*outputs) == [child * child, 9.0]
             assert squares(session, 4.0, 5.0, 6.0) == [16.0, 25.0, 36.0]
             try:
                 session.run_pullback(pullback, residual, [placed(session, [1.0, 1.0])])
@@ -620,7 +670,8 @@ _FORKING = """
     for pid in pids:
         _, status = os.waitpid(pid, 0)
         assert os.waitstatus_to_exitcode(status) == 0, status
-    assert values(*session.run_pullback(pullback, residual, [placed(session, [1.0, 1.0])])) == [2.0, 4.0]
+    gradients = session.run_pullback(pullback, residual, [placed(session, [1.0, 1.0])])
+    assert values(*gradients) == [2.0, 4.0]
     assert values(*made) == [1.0, 4.0]
     assert squares(session, 9.0) == [81.0]
 """
@@ -628,7 +679,8 @@ _FORKING = """
 
 @pytest.mark.parametrize("how", ["local", "grpc", "spawned"])
 def test_a_forked_child_has_a_session_of_its_own(worker: Worker, how: str) -> None:
-    """A child calls over its own connection; neither its calls nor its end disturb the parent's session and worker."""
+    """A child calls over its own connection; neither its calls nor its end disturb the parent's
+    session and worker."""
     done = run_program(_FORKING, worker.address, how, python_of(".venv-jax"))
     assert done.returncode == 0, done.stderr
 
@@ -667,7 +719,7 @@ def test_a_data_loader_may_call_the_function(worker: Worker, lane: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Spawning ----------------------------------------------------------------------------------------------------------
+# Spawning -----------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_is_not_ready_in_time_is_a_startup_timeout(temporary: Path) -> None:
@@ -680,7 +732,8 @@ def test_a_worker_that_is_not_ready_in_time_is_a_startup_timeout(temporary: Path
 
 
 def test_a_worker_that_ends_before_it_is_ready_is_a_crash(temporary: Path) -> None:
-    """A child that ends early raises WorkerCrashed, with its exit status and last lines; nothing is left."""
+    """A child that ends early raises WorkerCrashed, with its exit status and last lines; nothing
+    is left."""
     before = children()
     with pytest.raises(WorkerCrashed, match=r"status 2 [\s\S]*no attribute 'sqare'.*'square'"):
         spawn("tests.models:sqare", python=python_of(".venv-jax"), cwd=ROOT)
@@ -696,7 +749,8 @@ def test_an_interpreter_that_is_not_there_is_a_crash(temporary: Path) -> None:
 
 
 def test_close_leaves_nothing_of_a_spawned_worker(temporary: Path) -> None:
-    """A spawned worker listens in a directory of mode 0700; process, sockets and directory go with the session."""
+    """A spawned worker listens in a directory of mode 0700; process, sockets and directory go
+    with the session."""
     before = children()
     with _spawn() as session:
         (directory,) = temporary.iterdir()
@@ -730,7 +784,8 @@ _PARENT = """
 
 
 def test_a_spawned_worker_ends_with_a_killed_parent(temporary: Path) -> None:
-    """When its parent is killed, a spawned worker ends by itself, and removes what the parent has left."""
+    """When its parent is killed, a spawned worker ends by itself, and removes what the parent
+    has left."""
     with start_program(_PARENT, python_of(".venv-jax"), TMPDIR=str(temporary)) as parent:
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
@@ -745,7 +800,8 @@ import logging.config, os, signal, subprocess, sys
 signal.signal(signal.SIGUSR1, lambda *_: None)
 os.kill(os.getpid(), signal.SIGUSR1)
 stderr = {"class": "logging.StreamHandler"}
-logging.config.dictConfig({"version": 1, "handlers": {"e": stderr}, "root": {"handlers": ["e"], "level": "INFO"}})
+root = {"handlers": ["e"], "level": "INFO"}
+logging.config.dictConfig({"version": 1, "handlers": {"e": stderr}, "root": root})
 child = subprocess.Popen(["sleep", "60"])
 with open("child.pid", "w") as file:
     file.write(str(child.pid))
@@ -758,9 +814,10 @@ identity = abs
 def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither what a module prints, nor how it sets up logging, nor its own signals, nor a process that it leaves, nor
-    a long TMPDIR, nor variables that are meant for another worker keep `spawn` from starting a worker, or `close` from
-    ending it."""
+    """Neither what a module prints, nor how it sets up logging, nor its own signals, nor a process
+    that it leaves, nor a long TMPDIR, nor variables that are meant for another worker keep `spawn`
+    from starting a worker, or `close` from ending it.
+    """
     caplog.set_level(logging.INFO, logger="bridge_client.worker")
     (tmp_path / "untidy.py").write_text(_UNTIDY_MODULE)
     long = tmp_path / ("t" * 100)
@@ -771,7 +828,9 @@ def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     session = spawn("untidy:identity", python=python_of(".venv-jax"), cwd=tmp_path)
     try:
         assert list(session.models) == ["identity"]
-        assert values(*session.run(prepare(session, "identity", floats(1)), [placed(session, [-1.0])])) == [1.0]
+        assert values(
+            *session.run(prepare(session, "identity", floats(1)), [placed(session, [-1.0])])
+        ) == [1.0]
         session.close()
     finally:
         os.kill(int((tmp_path / "child.pid").read_text()), signal.SIGKILL)
@@ -779,12 +838,15 @@ def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     assert "draining" in caplog.text
 
 
-# The worker is told to end -----------------------------------------------------------------------------------------
+# The worker is told to end ------------------------------------------------------------------------
 
 
-def test_a_drain_lets_calls_finish(start: Callable[..., Worker], gate: Gate, tmp_path: Path, lane: str) -> None:
-    """After SIGTERM calls under way finish, however large their outputs, new ones are refused, and the worker ends
-    with status 0 and without its sockets."""
+def test_a_drain_lets_calls_finish(
+    start: Callable[..., Worker], gate: Gate, tmp_path: Path, lane: str
+) -> None:
+    """After SIGTERM calls under way finish, however large their outputs, new ones are refused, and
+    the worker ends with status 0 and without its sockets.
+    """
     worker = start().wait_until_ready()
     side = 8192
     with connect(worker.address, lane=lane) as session, connect(worker.address, lane=lane) as other:
@@ -821,9 +883,12 @@ def test_a_second_signal_ends_the_worker_at_once(start: Callable[..., Worker], g
             running.result()
 
 
-def test_a_signal_ends_a_worker_that_is_starting(start: Callable[..., Worker], gate: Gate, tmp_path: Path) -> None:
-    """A worker that imports or compiles has nothing to drain: SIGTERM ends it at once, with status 0, and its sockets
-    go."""
+def test_a_signal_ends_a_worker_that_is_starting(
+    start: Callable[..., Worker], gate: Gate, tmp_path: Path
+) -> None:
+    """A worker that imports or compiles has nothing to drain: SIGTERM ends it at once, with status
+    0, and its sockets go.
+    """
     worker = start("--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate))
     gate.wait_for_a_caller()
     worker.terminate()
@@ -843,19 +908,28 @@ _IMPATIENT = """
 
 @pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
 def test_what_never_ends_does_not_keep_a_worker(gate: Gate, tmp_path: Path, is_busy: bool) -> None:
-    """A drained worker does not wait for threads that models have started, with status 0; past the time for draining
-    it ends without the calls, with status 1."""
+    """A drained worker does not wait for threads that models have started, with status 0; past the
+    time for draining it ends without the calls, with status 1.
+    """
     address = f"unix:{tmp_path}/worker.sock"
-    with start_program(_IMPATIENT, address, venv=".venv-jax", BRIDGE_TEST_GATE=str(gate)) as program:
+    with start_program(
+        _IMPATIENT, address, venv=".venv-jax", BRIDGE_TEST_GATE=str(gate)
+    ) as program:
         assert "ready" in program.stdout.readline()
         with connect(address) as session:
-            calling = Background(lambda: prepare(session, "gated_while_traced", floats(1))) if is_busy else None
+            calling = (
+                Background(lambda: prepare(session, "gated_while_traced", floats(1)))
+                if is_busy
+                else None
+            )
             if calling is not None:
                 gate.wait_for_a_caller()
             program.terminate()
             said = program.stderr.read()
             assert program.wait(30) == is_busy
-            assert ("gave up on calls" if is_busy else "threads: ['MainThread', 'for ever']") in said
+            assert (
+                "gave up on calls" if is_busy else "threads: ['MainThread', 'for ever']"
+            ) in said
             if calling is not None:
                 with pytest.raises(WorkerDied):
                     calling.result()
@@ -878,9 +952,12 @@ def _health(channel: grpc.Channel, service: str = _SERVICE) -> int | None:
         return None
 
 
-def test_health_tells_when_calls_are_welcome(start: Callable[..., Worker], gate: Gate, tmp_path: Path) -> None:
-    """A worker is NOT_SERVING until it is warm, SERVING then, also while a model computes, and NOT_SERVING when it
-    drains."""
+def test_health_tells_when_calls_are_welcome(
+    start: Callable[..., Worker], gate: Gate, tmp_path: Path
+) -> None:
+    """A worker is NOT_SERVING until it is warm, SERVING then, also while a model computes, and
+    NOT_SERVING when it drains.
+    """
     warm_up = ["--warmup", "gated_while_traced=float32[2,2]"]
     worker = start(*warm_up, BRIDGE_TEST_GATE=str(gate))
     gate.wait_for_a_caller()
@@ -907,7 +984,9 @@ def test_health_tells_when_calls_are_welcome(start: Callable[..., Worker], gate:
 def test_what_was_warmed_up_is_not_traced_again(start: Callable[..., Worker], gate: Gate) -> None:
     """A call of a signature given to --warmup needs no tracing."""
     gate.open()
-    worker = start("--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate)).wait_until_ready()
+    worker = start(
+        "--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate)
+    ).wait_until_ready()
     Path(str(gate)).unlink()
     with connect(worker.address, timeout_s=10.0) as session:
         x = torch.ones(2, 2, requires_grad=True)
@@ -919,11 +998,15 @@ def test_reflection_lists_the_service(worker: Worker) -> None:
     """Tools find the worker's services by gRPC reflection."""
     with grpc.insecure_channel(worker.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        (reply,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
-    assert {"bridge.v1.Bridge", "grpc.health.v1.Health"} <= {s.name for s in reply.list_services_response.service}
+        (reply,) = stub.ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        )
+    assert {"bridge.v1.Bridge", "grpc.health.v1.Health"} <= {
+        s.name for s in reply.list_services_response.service
+    }
 
 
-# The client ends ---------------------------------------------------------------------------------------------------
+# The client ends ----------------------------------------------------------------------------------
 
 _UNTIDY = """
     import sys, threading, torch
@@ -948,7 +1031,8 @@ _UNTIDY = """
 
 @pytest.mark.parametrize("how", ["local", "grpc", "spawned"])
 def test_a_program_may_end_without_closing_anything(worker: Worker, how: str) -> None:
-    """With a live session, live outputs and graphs, a program ends with status 0 and without a word."""
+    """With a live session, live outputs and graphs, a program ends with status 0 and without a
+    word."""
     done = run_program(_UNTIDY, worker.address, how, python_of(".venv-jax"), venv=".venv-torch")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert eventually(lambda: slabs_mapped(worker.pid) == 0)

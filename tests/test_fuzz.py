@@ -1,4 +1,5 @@
-"""A few thousand of `make fuzz`'s inputs, and the proof that the fuzzer sees a fault when there is one."""
+"""A few thousand of `make fuzz`'s inputs, and the proof that the fuzzer sees a fault when there
+is one."""
 
 import os
 import random
@@ -18,7 +19,8 @@ INPUTS = 3000
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_input_does_no_harm(seed: int) -> None:
-    """No input makes the decoders raise what is no BridgeError, or leaves anything behind in the worker."""
+    """No input makes the decoders raise what is no BridgeError, or leaves anything behind in the
+    worker."""
     fuzz.run(INPUTS, seed)
 
 
@@ -50,7 +52,8 @@ def does_nothing(*_: object, **__: object) -> None:
 def test_fuzzer_sees_a_planted_fault(
     where: Any, name: str, instead: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one function of the decoders or of the worker broken, the fuzzer fails within a few inputs."""
+    """With one function of the decoders or of the worker broken, the fuzzer fails within a few
+    inputs."""
     monkeypatch.setattr(where, name, instead)
     with pytest.raises(fuzz.Fault):
         fuzz.run(600, seed=1)

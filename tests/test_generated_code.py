@@ -1,4 +1,5 @@
-"""The generated files are the pinned generator's, and run on the oldest packages that the project admits."""
+"""The generated files are the pinned generator's, and run on the oldest packages that the
+project admits."""
 
 import re
 import shutil
@@ -26,7 +27,9 @@ def check(checkout: Path) -> subprocess.CompletedProcess[str]:
 def copied_checkout(tmp_path: Path) -> Path:
     """A folder with copies of the generator's script, its source, its pin and its output."""
     for folder in ("tools", "proto", GENERATED):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
@@ -66,7 +69,9 @@ def test_superfluous_file_fails_the_check(copied_checkout: Path) -> None:
 def test_unpinned_generator_fails_the_check(copied_checkout: Path) -> None:
     """A generator other than the pinned one is refused before anything is compared."""
     pyproject = copied_checkout / "pyproject.toml"
-    pyproject.write_text(re.sub("grpcio-tools==[0-9.]+", "grpcio-tools==0.0.1", pyproject.read_text()))
+    pyproject.write_text(
+        re.sub("grpcio-tools==[0-9.]+", "grpcio-tools==0.0.1", pyproject.read_text())
+    )
     run = check(copied_checkout)
     assert run.returncode == 1
     assert "generated with 0.0.1" in run.stderr
@@ -80,7 +85,8 @@ def test_unpinned_generator_fails_the_check(copied_checkout: Path) -> None:
     ],
 )
 def test_dependency_floor_is_the_generated_code_s(package: str, file: str, header: str) -> None:
-    """The oldest grpcio and protobuf that the project admits are those its generated code asks for."""
+    """The oldest grpcio and protobuf that the project admits are those its generated code asks
+    for."""
     match = re.search(header, (ROOT / GENERATED / file).read_text())
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     assert match and f"{package}>={match[1]}" in dependencies

@@ -1,8 +1,8 @@
 """What importing each part of the project loads. A fresh interpreter answers, never this one.
 
-The rule: torch is imported in four places, jax in four places, and neither comes with anything else;
-`bridge_wire` and `bridge_client` do without numpy too. The contracts in `pyproject.toml` prove it from the
-sources; here it is seen at run time. Each guard is also shown to fail.
+The rule: torch is imported in four places, jax in four places, and neither comes with anything
+else; `bridge_wire` and `bridge_client` do without numpy too. The contracts in `pyproject.toml`
+prove it from the sources; here it is seen at run time. Each guard is also shown to fail.
 """
 
 import os
@@ -28,28 +28,40 @@ FRAMEWORKS_OF = {
 
 
 def modules_of(package: str) -> list[str]:
-    """Return the names of a package's modules, found in the file system: nothing is imported for it.
+    """Return the names of a package's modules, found in the file system: nothing is imported for
+    it.
 
     Without `__main__`, which is there to be run: what it does is in other modules.
     """
     paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / package).rglob("*.py"))
-    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__")
+    return sorted(
+        ".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"
+    )
 
 
 def framework_free_modules_of(package: str) -> list[str]:
     """Return the modules of a package that may import no framework."""
-    return [name for name in modules_of(package) if not any(f"{name}.".startswith(f"{own}.") for own in FRAMEWORKS_OF)]
+    return [
+        name
+        for name in modules_of(package)
+        if not any(f"{name}.".startswith(f"{own}.") for own in FRAMEWORKS_OF)
+    ]
 
 
 def frameworks_loaded_by(*modules: str) -> set[str]:
-    """Return which of jax, torch and numpy a fresh interpreter has loaded after importing the modules."""
+    """Return which of jax, torch and numpy a fresh interpreter has loaded after importing the
+    modules."""
     program = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"
         "print(*{'jax', 'torch', 'numpy'} & sys.modules.keys())\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program, *modules], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     return set(run.stdout.split())
@@ -58,14 +70,18 @@ def frameworks_loaded_by(*modules: str) -> set[str]:
 def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the import linter on the packages in a folder that also holds pyproject.toml."""
     wide = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run([LINTER, "--no-cache"], cwd=folder, env=wide, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [LINTER, "--no-cache"], cwd=folder, env=wide, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture
 def copied_sources(tmp_path: Path) -> Path:
     """A folder with copies of the three packages and of pyproject.toml."""
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
 
@@ -76,7 +92,8 @@ def test_wire_loads_neither_framework_nor_numpy() -> None:
 
 
 def test_client_without_an_adapter_loads_neither_framework_nor_numpy() -> None:
-    """Importing bridge_client without its framework modules loads neither jax nor torch nor numpy."""
+    """Importing bridge_client without its framework modules loads neither jax nor torch nor
+    numpy."""
     assert frameworks_loaded_by(*framework_free_modules_of("bridge_client")) == set()
 
 
@@ -86,7 +103,8 @@ def test_server_without_a_runtime_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [name for package in PACKAGES for name in modules_of(package) if name in FRAMEWORKS_OF]
+    "module",
+    [name for package in PACKAGES for name in modules_of(package) if name in FRAMEWORKS_OF],
 )
 def test_framework_module_loads_its_own_framework_only(module: str) -> None:
     """A module that belongs to one framework loads that one and not the other."""
@@ -117,8 +135,11 @@ def test_linter_accepts_the_sources_as_they_are(copied_sources: Path) -> None:
         ("bridge_client/extra.py", "torch.nn", "torch is imported in"),
     ],
 )
-def test_linter_rejects_a_forbidden_import(copied_sources: Path, module: str, imported: str, contract: str) -> None:
-    """One import against the rule, in an otherwise unchanged copy, breaks the contract that forbids it."""
+def test_linter_rejects_a_forbidden_import(
+    copied_sources: Path, module: str, imported: str, contract: str
+) -> None:
+    """One import against the rule, in an otherwise unchanged copy, breaks the contract that
+    forbids it."""
     (copied_sources / module).write_text(f"import {imported}\n")
     run = lint(copied_sources)
     broken = [line for line in run.stdout.splitlines() if " BROKEN" in line]
@@ -126,10 +147,20 @@ def test_linter_rejects_a_forbidden_import(copied_sources: Path, module: str, im
     assert any(line.startswith(contract) for line in broken), run.stdout
 
 
-@pytest.mark.parametrize(("environment", "present", "absent"), [("jax", "jax", "torch"), ("torch", "torch", "jax")])
-def test_environment_of_one_framework_lacks_the_other(environment: str, present: str, absent: str) -> None:
-    """The worker's .venv-jax cannot import torch, and the trainer's .venv-torch cannot import jax."""
-    program = "import importlib.util, sys; print([bool(importlib.util.find_spec(name)) for name in sys.argv[1:]])"
+@pytest.mark.parametrize(
+    ("environment", "present", "absent"), [("jax", "jax", "torch"), ("torch", "torch", "jax")]
+)
+def test_environment_of_one_framework_lacks_the_other(
+    environment: str, present: str, absent: str
+) -> None:
+    """The worker's .venv-jax cannot import torch, and the trainer's .venv-torch cannot import
+    jax."""
+    program = (
+        "import importlib.util, sys; print([bool(importlib.util.find_spec(name)) for name in"
+        " sys.argv[1:]])"
+    )
     python = ROOT / f".venv-{environment}" / "bin" / "python"
-    run = subprocess.run([python, "-c", program, present, absent], capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [python, "-c", program, present, absent], capture_output=True, text=True, timeout=60
+    )
     assert run.stdout.strip() == "[True, False]", run.stderr

@@ -1,4 +1,5 @@
-"""docs/migration.md: each new line that it shows runs, what it says is tested is, and the old bugs are not here."""
+"""docs/migration.md: each new line that it shows runs, what it says is tested is, and the old
+bugs are not here."""
 
 import collections
 import re
@@ -34,7 +35,7 @@ def jax_is_up() -> None:
     jax.jit(jnp.sin)(1.0).block_until_ready()
 
 
-# The page ----------------------------------------------------------------------------------------------------------
+# The page -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("named", sorted(set(re.findall(r"`((?:[\w/]+\.py::)?test_\w+)`", PAGE))))
@@ -51,7 +52,7 @@ def test_every_test_of_a_new_line_is_named() -> None:
         assert f"`{name}`" in PAGE, name
 
 
-# lucidrains/jax2torch ----------------------------------------------------------------------------------------------
+# lucidrains/jax2torch -----------------------------------------------------------------------------
 
 
 def test_jax2torch() -> None:
@@ -70,7 +71,8 @@ def test_jax2torch_keywords() -> None:
 
 
 def test_arrays_and_tensors() -> None:
-    """`t2j`, `j2t`, `torch_to_jax` and `jax_to_torch` of an array become `to_jax` and `to_torch`."""
+    """`t2j`, `j2t`, `torch_to_jax` and `jax_to_torch` of an array become `to_jax` and
+    `to_torch`."""
     tensor = torch.arange(4.0)
     array = to_jax(tensor)
     assert array.unsafe_buffer_pointer() == tensor.data_ptr() == to_torch(array).data_ptr()
@@ -84,7 +86,7 @@ def test_trees_of_arrays() -> None:
     assert back["b"][1] == "text"
 
 
-# torch-jax-interop -------------------------------------------------------------------------------------------------
+# torch-jax-interop --------------------------------------------------------------------------------
 
 
 def test_decorators() -> None:
@@ -103,7 +105,8 @@ def test_decorators() -> None:
 
 
 def test_module_to_jax() -> None:
-    """`torch_module_to_jax(module)` becomes a function with named parameters; no example output is needed for jit."""
+    """`torch_module_to_jax(module)` becomes a function with named parameters; no example output
+    is needed for jit."""
     module = nn.Linear(3, 2)
     g = RemoteTorchFunction(module)
     loss = jax.jit(jax.value_and_grad(lambda params, x, y: ((g.apply(params, x) - y) ** 2).mean()))
@@ -115,7 +118,8 @@ def test_module_to_jax() -> None:
 
 
 def test_wrapped_jax_function() -> None:
-    """`WrappedJaxFunction(fn, params)` becomes `RemoteJaxFunction((fn, params))`; the parameters have names."""
+    """`WrappedJaxFunction(fn, params)` becomes `RemoteJaxFunction((fn, params))`; the parameters
+    have names."""
     module = RemoteJaxFunction((lambda params, x: jnp.dot(x, params["w"]), {"w": jnp.ones((2, 1))}))
     functional.mse_loss(module(torch.ones(2)), torch.zeros(1)).backward()
     assert list(module.state_dict()) == ["w"]
@@ -123,7 +127,8 @@ def test_wrapped_jax_function() -> None:
 
 
 def test_wrapped_flax_module() -> None:
-    """`WrappedJaxFunction(module.apply, params)` of a Flax module becomes `RemoteJaxFunction((module, variables))`."""
+    """`WrappedJaxFunction(module.apply, params)` of a Flax module becomes
+    `RemoteJaxFunction((module, variables))`."""
     dense = linen.Dense(2)
     module = RemoteJaxFunction((dense, dense.init(jax.random.key(0), jnp.ones((1, 3)))))
     functional.cross_entropy(module(torch.ones(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
@@ -138,7 +143,11 @@ def test_scalar_functions_and_aux() -> None:
     loss = RemoteJaxFunction((lambda w, x: (jnp.vdot(w, x), {"norm": jnp.sum(x)}), jnp.ones(3)))
     value, aux = loss(torch.ones(3))
     value.backward()
-    assert (value.item(), aux["norm"].item(), loss.value.grad.tolist()) == (3.0, 3.0, [1.0, 1.0, 1.0])
+    assert (value.item(), aux["norm"].item(), loss.value.grad.tolist()) == (
+        3.0,
+        3.0,
+        [1.0, 1.0, 1.0],
+    )
 
 
 def test_parameters_are_copies() -> None:
@@ -158,13 +167,17 @@ def test_classes_of_ones_own() -> None:
     assert isinstance(made.x, Tensor)
 
 
-# Pytorch2Jax -------------------------------------------------------------------------------------------------------
+# Pytorch2Jax --------------------------------------------------------------------------------------
 
 
 def test_function_wrapper() -> None:
-    """`py_to_jax_wrapper(fn)` becomes `RemoteTorchFunction(fn)`, which has gradients and works under jit."""
+    """`py_to_jax_wrapper(fn)` becomes `RemoteTorchFunction(fn)`, which has gradients and works
+    under jit."""
     f = RemoteTorchFunction(lambda x: torch.full((2, 2), 3.0) * x)
-    assert jax.jit(jax.grad(lambda x: f(x).sum()))(jnp.ones((2, 2))).tolist() == [[3.0, 3.0], [3.0, 3.0]]
+    assert jax.jit(jax.grad(lambda x: f(x).sum()))(jnp.ones((2, 2))).tolist() == [
+        [3.0, 3.0],
+        [3.0, 3.0],
+    ]
 
 
 def test_module_as_function() -> None:
@@ -187,14 +200,17 @@ def test_module_as_flax_layer() -> None:
     layer = LinenModule(RemoteTorchFunction(nn.Linear(3, 2)))
     model, x = Model(layer), jnp.ones((1, 3))
     variables = model.init(jax.random.key(0), x)
-    np.testing.assert_allclose(model.apply(variables, x), 2 * layer.function(x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        model.apply(variables, x), 2 * layer.function(x), rtol=1e-6, atol=1e-6
+    )
 
 
-# rdyro's torch2jax -------------------------------------------------------------------------------------------------
+# rdyro's torch2jax --------------------------------------------------------------------------------
 
 
 def test_torch2jax() -> None:
-    """`torch2jax(fn, *examples, output_shapes=)` and `wrap_torch_fn` become `RemoteTorchFunction(fn)`; any shape."""
+    """`torch2jax(fn, *examples, output_shapes=)` and `wrap_torch_fn` become
+    `RemoteTorchFunction(fn)`; any shape."""
     f = RemoteTorchFunction(lambda a, b: {"sum": a + b, "norm": torch.norm(a)})
     for size in (3, 5):
         made = jax.jit(f)(jnp.ones(size), jnp.ones(size))
@@ -202,15 +218,19 @@ def test_torch2jax() -> None:
 
 
 def test_torch2jax_with_vjp() -> None:
-    """`torch2jax_with_vjp(fn, *examples, depth=2)` becomes the same; any depth, and jax.hessian works."""
+    """`torch2jax_with_vjp(fn, *examples, depth=2)` becomes the same; any depth, and jax.hessian
+    works."""
     f = RemoteTorchFunction(nn.MSELoss())
     x, y = jnp.arange(3.0), jnp.ones(3)
-    np.testing.assert_allclose(jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1], 2 * (y - x) / 3, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1], 2 * (y - x) / 3, rtol=1e-6, atol=1e-6
+    )
     np.testing.assert_allclose(jax.hessian(f)(x, y), jnp.eye(3) * 2 / 3, rtol=1e-6, atol=1e-6)
 
 
 def test_arguments_without_gradients() -> None:
-    """`nondiff_argnums=` and `nondiff_mask=` need nothing: integers have none, and `argnums` says which are wanted."""
+    """`nondiff_argnums=` and `nondiff_mask=` need nothing: integers have none, and `argnums`
+    says which are wanted."""
     f = RemoteTorchFunction(functional.cross_entropy)
     logits, labels = jnp.zeros((2, 3)), jnp.asarray([0, 2])
     np.testing.assert_allclose(jax.grad(f)(logits, labels).sum(1), jnp.zeros(2), atol=1e-6)
@@ -248,13 +268,19 @@ def test_batches_are_one_call() -> None:
 
 
 def test_nothing_is_compiled_for_the_bridge() -> None:
-    """`compile_and_import_module` needs nothing: the packages hold no compiled code, and no code to compile."""
+    """`compile_and_import_module` needs nothing: the packages hold no compiled code, and no code
+    to compile."""
     packages = ("bridge_wire", "bridge_client", "bridge_server")
-    kinds = {path.suffix for package in packages for path in (ROOT / package).rglob("*") if path.is_file()}
+    kinds = {
+        path.suffix
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.is_file()
+    }
     assert not kinds & {".so", ".c", ".cc", ".cpp", ".cu", ".pyx"}
 
 
-# samuela's torch2jax -----------------------------------------------------------------------------------------------
+# samuela's torch2jax ------------------------------------------------------------------------------
 
 
 def test_t2j_function() -> None:
@@ -277,7 +303,9 @@ def test_t2j_module() -> None:
     module = nn.Linear(3, 2)
     h = trace_torch(module)
     params = to_jax(module.state_dict())
-    np.testing.assert_allclose(jax.jit(h)(params, jnp.ones(3)), module(torch.ones(3)).detach(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(h)(params, jnp.ones(3)), module(torch.ones(3)).detach(), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_t2j_rng() -> None:
@@ -295,12 +323,13 @@ def test_t2j_return_state_dict() -> None:
 
 
 def test_operators_that_nobody_wrote() -> None:
-    """`implements` and `auto_implements` need nothing: what cannot be traced runs in torch, with gradients."""
+    """`implements` and `auto_implements` need nothing: what cannot be traced runs in torch, with
+    gradients."""
     f = RemoteTorchFunction(lambda x: torch.linalg.eigvalsh(x).sum())
     np.testing.assert_allclose(jax.jit(jax.grad(f))(jnp.eye(2) * 2), jnp.eye(2), atol=1e-6)
 
 
-# Their bugs --------------------------------------------------------------------------------------------------------
+# Their bugs ---------------------------------------------------------------------------------------
 
 
 def test_tensors_in_dicts_get_gradients() -> None:
@@ -321,12 +350,15 @@ def test_tuples_and_scaled_losses_work() -> None:
 def test_several_inputs_under_jit_and_grad() -> None:
     """Not here (torch-jax-interop): one input only under jit and grad."""
     f = RemoteTorchFunction(lambda x, y, z: (x * y * z).sum())
-    made = jax.jit(jax.grad(f, argnums=(0, 1, 2)))(jnp.asarray(2.0), jnp.asarray(3.0), jnp.asarray(4.0))
+    made = jax.jit(jax.grad(f, argnums=(0, 1, 2)))(
+        jnp.asarray(2.0), jnp.asarray(3.0), jnp.asarray(4.0)
+    )
     assert [float(g) for g in made] == [12.0, 8.0, 6.0]
 
 
 def test_a_gradient_runs_the_forward_once() -> None:
-    """Not here (torch-jax-interop, Pytorch2Jax, rdyro's torch2jax): the forward pass is computed again in backward."""
+    """Not here (torch-jax-interop, Pytorch2Jax, rdyro's torch2jax): the forward pass is computed
+    again in backward."""
     runs: list[int] = []
 
     def counted(x: Tensor) -> Tensor:
@@ -347,7 +379,8 @@ def test_forward_mode() -> None:
 
 
 def test_keywords_softmax_and_cross_entropy_are_traced() -> None:
-    """Not here (samuela's torch2jax): no keyword arguments, no softmax, no cross_entropy, one output."""
+    """Not here (samuela's torch2jax): no keyword arguments, no softmax, no cross_entropy, one
+    output."""
     f = trace_torch(lambda x, *, labels: (functional.cross_entropy(x, labels), x.softmax(-1)))
     loss, probabilities = f(jnp.zeros((2, 4)), labels=jnp.asarray([1, 3]))
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-6, atol=1e-6)

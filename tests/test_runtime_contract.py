@@ -1,7 +1,7 @@
 """The contract of a runtime: the same facts of JAX's and of torch's, on every lane.
 
-So by two clients, torch's and JAX's, on three lanes each; no framework is used on the client's side.
-Every value is small, and every function has a derivative that can be written down.
+So by two clients, torch's and JAX's, on three lanes each; no framework is used on the client's
+side. Every value is small, and every function has a derivative that can be written down.
 """
 
 import threading
@@ -45,21 +45,34 @@ def lane(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def of_this_process() -> Iterator[dict[str, Session]]:
-    """A session with the models of each framework in this process, which compiles them once for all tests."""
-    made = {name: {each: make(arrays) for each, make in models.MODELS.items()} for name, arrays in _ARRAYS.items()}
-    with host(jax_model=made["jax"]) as jax_session, host(torch_model=made["torch"]) as torch_session:
+    """A session with the models of each framework in this process, which compiles them once for
+    all tests."""
+    made = {
+        name: {each: make(arrays) for each, make in models.MODELS.items()}
+        for name, arrays in _ARRAYS.items()
+    }
+    with (
+        host(jax_model=made["jax"]) as jax_session,
+        host(torch_model=made["torch"]) as torch_session,
+    ):
         yield {"jax": jax_session, "torch": torch_session}
 
 
 @pytest.fixture
 def session(
-    framework: str, lane: str, jax_worker: Session, torch_worker: Session, of_this_process: dict[str, Session]
+    framework: str,
+    lane: str,
+    jax_worker: Session,
+    torch_worker: Session,
+    of_this_process: dict[str, Session],
 ) -> Iterator[Session]:
     """A session with the models of each framework on each lane."""
     if lane == "inproc":
         yield of_this_process[framework]
         return
-    with connect({"jax": jax_worker, "torch": torch_worker}[framework].address, lane=lane) as session:
+    with connect(
+        {"jax": jax_worker, "torch": torch_worker}[framework].address, lane=lane
+    ) as session:
         yield session
 
 
@@ -72,7 +85,10 @@ def serve(session: Session) -> Serve:
 @pytest.fixture(scope="module")
 def runtimes() -> dict[str, Runtime]:
     """One runtime of each framework; that of JAX leaves this process's x64 as it is."""
-    return {"jax": JaxRuntime(Options(x64=jax.config.jax_enable_x64)), "torch": TorchRuntime(Options())}
+    return {
+        "jax": JaxRuntime(Options(x64=jax.config.jax_enable_x64)),
+        "torch": TorchRuntime(Options()),
+    }
 
 
 def numbers(*shape: int) -> np.ndarray:
@@ -80,10 +96,12 @@ def numbers(*shape: int) -> np.ndarray:
     return (np.arange(np.prod(shape)).reshape(shape) % 7 + 1).astype(np.float32) / 4
 
 
-# Memory ------------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------
 
 
-def test_a_view_shows_what_the_memory_holds_at_each_run(framework: str, runtimes: dict[str, Runtime]) -> None:
+def test_a_view_shows_what_the_memory_holds_at_each_run(
+    framework: str, runtimes: dict[str, Runtime]
+) -> None:
     """A view is no copy: a run reads what was written since."""
     hosted = Hosted(runtimes[framework], lambda x: x * x * x)
     array = placed(numbers(3))
@@ -97,7 +115,8 @@ def test_a_view_shows_what_the_memory_holds_at_each_run(framework: str, runtimes
 
 @pytest.mark.parametrize("dtype", BY_NAME)
 def test_every_type_passes_both_ways(serve: Serve, framework: str, dtype: str) -> None:
-    """Arrays of every type come as they are and go as they came, bit by bit; JAX without x64 says what it lacks."""
+    """Arrays of every type come as they are and go as they came, bit by bit; JAX without x64
+    says what it lacks."""
     spec = Spec(BY_NAME[dtype], (5,))
     served = serve("same")
     if framework == "jax" and dtype in NEEDS_X64 and not served.session.x64:
@@ -137,17 +156,22 @@ def test_outputs_are_written_row_by_row_whatever_their_layout(serve: Serve) -> N
     assert broadcast.tolist() == np.broadcast_to(x[0], (3, 4)).tolist()
 
 
-# Calls -------------------------------------------------------------------------------------------------------------
+# Calls --------------------------------------------------------------------------------------------
 
 
 def test_structures_pass_both_ways(serve: Serve) -> None:
-    """Dicts, lists and None among the arguments are there for the model, and its result's structure is told."""
+    """Dicts, lists and None among the arguments are there for the model, and its result's
+    structure is told."""
     served = serve("nested")
     mapping = pb.Tree.Mapping(
         keys=[pb.Value(text="a"), pb.Value(text="b")],
         items=[
             pb.Tree(leaf=pb.Tree.Leaf()),
-            pb.Tree(list=pb.Tree.Sequence(items=[pb.Tree(leaf=pb.Tree.Leaf()), pb.Tree(value=pb.Value(none=True))])),
+            pb.Tree(
+                list=pb.Tree.Sequence(
+                    items=[pb.Tree(leaf=pb.Tree.Leaf()), pb.Tree(value=pb.Value(none=True))]
+                )
+            ),
         ],
     )
     items = [pb.Tree(dict=mapping), pb.Tree(value=pb.Value(text="four"))]
@@ -159,7 +183,8 @@ def test_structures_pass_both_ways(serve: Serve) -> None:
 
 
 def test_an_exception_of_the_model_is_its_own(serve: Serve) -> None:
-    """What a model raises comes with its type, its text, the call, and a traceback that begins in the model."""
+    """What a model raises comes with its type, its text, the call, and a traceback that begins
+    in the model."""
     with pytest.raises(RemoteModelError, match=r"nothing of shape \(2,\) here") as caught:
         serve("refusing").call(numbers(2))
     assert caught.value.remote_type == "builtins.LookupError"
@@ -171,10 +196,12 @@ def test_an_exception_of_the_model_is_its_own(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("ending", "SystemExit"), ("interrupted", "KeyboardInterrupt"), ("speechless", "Speechless")]
+    ("name", "kind"),
+    [("ending", "SystemExit"), ("interrupted", "KeyboardInterrupt"), ("speechless", "Speechless")],
 )
 def test_whatever_a_model_raises_is_its_own(serve: Serve, lane: str, name: str, kind: str) -> None:
-    """Neither what ends threads without a word nor what has no text leaves a caller without an answer."""
+    """Neither what ends threads without a word nor what has no text leaves a caller without an
+    answer."""
     is_ctrl_c = name == "interrupted" and lane == "inproc"
     with pytest.raises(KeyboardInterrupt if is_ctrl_c else RemoteModelError) as caught:
         serve(name).call(numbers(2))
@@ -187,7 +214,7 @@ def test_what_is_no_model_is_refused(framework: str, runtimes: dict[str, Runtime
         Hosted(runtimes[framework], "a text")
 
 
-# Derivatives -------------------------------------------------------------------------------------------------------
+# Derivatives --------------------------------------------------------------------------------------
 
 # What of x**3, for the input x and ones for every tangent and cotangent.
 _DERIVED = {
@@ -234,7 +261,9 @@ def test_derivatives_and_batches_compose(serve: Serve, order: str) -> None:
     }[order]
     x = numbers(4, 2, 3) if order.count("vmap") == 2 else numbers(4, 3)
     program = served.call(numbers(3), transforms=transforms)
-    np.testing.assert_allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_batch_of_nothing_has_no_rows(serve: Serve) -> None:
@@ -245,39 +274,53 @@ def test_a_batch_of_nothing_has_no_rows(serve: Serve) -> None:
 
 
 def test_complex_derivatives_are_linear(serve: Serve) -> None:
-    """Cotangents of complex numbers are in the convention of jax.vjp: holomorphic functions multiply, not conjugate."""
+    """Cotangents of complex numbers are in the convention of jax.vjp: holomorphic functions
+    multiply, not conjugate."""
     served = serve("holomorphic")
     z = (numbers(2) + 1j * numbers(2)[::-1]).astype(np.complex64)
     ct = np.array([1 + 2j, 3 - 1j], np.complex64)
     for transforms in ([vjp([0])], [vmap([0], 1), vjp([0])], [vjp([0]), vmap([0, 0], 1)]):
         batch = (lambda x: x[None]) if len(transforms) == 2 else (lambda x: x)
         program = served.call(z, transforms=transforms)
-        np.testing.assert_allclose(served.run(program, batch(z), batch(ct))[0], batch(ct * 2 * z), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            served.run(program, batch(z), batch(ct))[0], batch(ct * 2 * z), rtol=1e-6, atol=1e-6
+        )
     program = served.call(z, keep=[0])
     _, residual = served.run_keeping(program, z)
     pullback = served.pullback(program, [0], [1])
-    np.testing.assert_allclose(served.run(pullback, ct, residual=residual)[0], ct.conj(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        served.run(pullback, ct, residual=residual)[0], ct.conj(), rtol=1e-6, atol=1e-6
+    )
     pushed = served.run(served.call(z, transforms=[jvp([0], [0, 1])]), z, ct)
     np.testing.assert_allclose(pushed, [2 * z * ct, ct.conj()], rtol=1e-6, atol=1e-6)
 
 
 def test_only_floats_have_derivatives(serve: Serve) -> None:
-    """Integers, numbers and what is not there have no derivative, and a batch has an axis for each input."""
+    """Integers, numbers and what is not there have no derivative, and a batch has an axis for
+    each input."""
     served = serve("indexed")
     x, i = numbers(2), np.ones(2, np.int32)
     for transform in (vjp([1]), vjp([0], [1]), jvp([1])):
         with pytest.raises(SpecError, match="only floats have derivatives"):
             served.call(x, i, transforms=[transform])
-    for transform in (vjp([2]), vjp([0], [2]), vjp([0, 0]), vmap([0], 2), vmap([0, 2], 2), pb.Transform()):
+    for transform in (
+        vjp([2]),
+        vjp([0], [2]),
+        vjp([0, 0]),
+        vmap([0], 2),
+        vmap([0, 2], 2),
+        pb.Transform(),
+    ):
         with pytest.raises(ProtocolError):
             served.call(x, i, transforms=[transform])
 
 
-# Residuals ---------------------------------------------------------------------------------------------------------
+# Residuals ----------------------------------------------------------------------------------------
 
 
 def test_a_residual_is_pulled_back_as_often_as_one_likes(serve: Serve) -> None:
-    """A kept run gives the outputs, and its pullbacks the cotangents of what they are asked for, for any outputs."""
+    """A kept run gives the outputs, and its pullbacks the cotangents of what they are asked for,
+    for any outputs."""
     served = serve("various")
     x, y = numbers(3), numbers(3)[::-1].copy()
     program = served.call(x, y, keep=[0, 1])
@@ -287,7 +330,9 @@ def test_a_residual_is_pulled_back_as_often_as_one_likes(serve: Serve) -> None:
     for _ in range(2):
         both = served.run(served.pullback(program, [0, 1]), ct, residual=residual)
         np.testing.assert_allclose(both, [ct * 2 * x * y, ct * x * x])
-    np.testing.assert_allclose(served.run(served.pullback(program, [1]), ct, residual=residual)[0], ct * x * x)
+    np.testing.assert_allclose(
+        served.run(served.pullback(program, [1]), ct, residual=residual)[0], ct * x * x
+    )
     together = served.run(served.pullback(program, [1], [0, 2]), ct, 2 * ct, residual=residual)
     np.testing.assert_allclose(together[0], ct * x * x + 2 * ct)
     unrelated = served.run(served.pullback(program, [0], [2]), ct, residual=residual)
@@ -302,7 +347,10 @@ def test_a_residual_holds_for_the_values_of_its_own_run(serve: Serve) -> None:
     kept = [(x, served.run_keeping(program, x)[1]) for x in (numbers(2), 2 * numbers(2))]
     for x, residual in kept:
         np.testing.assert_allclose(
-            served.run(pullback, np.ones_like(x), residual=residual)[0], np.exp(x), rtol=1e-6, atol=1e-6
+            served.run(pullback, np.ones_like(x), residual=residual)[0],
+            np.exp(x),
+            rtol=1e-6,
+            atol=1e-6,
         )
 
 
@@ -326,13 +374,16 @@ def test_a_transformed_call_can_keep_too(serve: Serve) -> None:
     np.testing.assert_allclose(made[0], 3 * x**2)
 
 
-# Parameters --------------------------------------------------------------------------------------------------------
+# Parameters ---------------------------------------------------------------------------------------
 
 
 def test_parameters_are_named_by_path(serve: Serve) -> None:
     """The parameters of a pair have paths, and a program of their own."""
     served = serve("weighted")
-    assert [(p.path, p.trainable) for p in served.model.parameters] == [("inner.b", True), ("w", True)]
+    assert [(p.path, p.trainable) for p in served.model.parameters] == [
+        ("inner.b", True),
+        ("w", True),
+    ]
     program = served.parameters()
     assert [values.tolist() for values in served.run(program)] == [[1.0, 1.0], [2.0, 3.0]]
     assert served.model.arguments == ("x",)
@@ -352,7 +403,7 @@ def test_the_callers_parameters_or_the_workers_own(serve: Serve) -> None:
     assert served.run(served.call(x), x)[0].tolist() == [3.0, 7.0]
 
 
-# Threads -----------------------------------------------------------------------------------------------------------
+# Threads ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -361,8 +412,12 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("transforms", [[jvp([0])], [vjp([0]), vmap([0, 0], 2)], [jvp([0]), vmap([0, 0], 2)]])
-def test_threads_transform_at_once(serve: Serve, pool: ThreadPoolExecutor, transforms: list[pb.Transform]) -> None:
+@pytest.mark.parametrize(
+    "transforms", [[jvp([0])], [vjp([0]), vmap([0, 0], 2)], [jvp([0]), vmap([0, 0], 2)]]
+)
+def test_threads_transform_at_once(
+    serve: Serve, pool: ThreadPoolExecutor, transforms: list[pb.Transform]
+) -> None:
     """Derivatives and batches in several threads do not disturb each other."""
     served = serve("cubed")
     program = served.call(numbers(3), transforms=transforms)
@@ -372,7 +427,9 @@ def test_threads_transform_at_once(serve: Serve, pool: ThreadPoolExecutor, trans
         start.wait()
         for i in range(25):
             x = np.full((2, 3) if len(transforms) == 2 else 3, 1 + thread + i / 32, np.float32)
-            if not np.allclose(served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5, atol=1e-6):
+            if not np.allclose(
+                served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5, atol=1e-6
+            ):
                 return False
         return True
 
@@ -380,7 +437,8 @@ def test_threads_transform_at_once(serve: Serve, pool: ThreadPoolExecutor, trans
 
 
 def test_threads_have_their_own_results(serve: Serve, pool: ThreadPoolExecutor) -> None:
-    """One program, and one model with parameters of each caller's own, serve several threads at once."""
+    """One program, and one model with parameters of each caller's own, serve several threads at
+    once."""
     served = serve("weighted")
     program = served.call(numbers(2), parameters=True, keep=[1])
     pullback = served.pullback(program, [1])

@@ -52,18 +52,23 @@ remote_only = pytest.mark.parametrize("lane", _REMOTE, indirect=True)
 @pytest.fixture(scope="module")
 def tcp_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that listens on TCP."""
-    with serving(tmp_path_factory.mktemp("tcp"), "--listen", "127.0.0.1:0", *models(*_HOSTED)) as worker:
+    with serving(
+        tmp_path_factory.mktemp("tcp"), "--listen", "127.0.0.1:0", *models(*_HOSTED)
+    ) as worker:
         yield worker
 
 
 @pytest.fixture(params=[*_REMOTE, "inproc", "inproc to torch"])
 def lane(request: pytest.FixtureRequest) -> str:
-    """Each lane; gRPC over a Unix socket and over TCP; to a worker with JAX models, and to one with torch models."""
+    """Each lane; gRPC over a Unix socket and over TCP; to a worker with JAX models, and to one
+    with torch models."""
     return request.param
 
 
 @pytest.fixture
-def connected(lane: str, jax_worker: Session, torch_worker: Session, tcp_worker: Worker) -> Callable[[], Session]:
+def connected(
+    lane: str, jax_worker: Session, torch_worker: Session, tcp_worker: Worker
+) -> Callable[[], Session]:
     """Makes sessions over the lane, or in this process."""
     if lane == "inproc":
         return lambda: host(jax_model={name: getattr(hosted, name) for name in _HOSTED})
@@ -89,11 +94,12 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate.open()
 
 
-# What a session tells ----------------------------------------------------------------------------------------------
+# What a session tells -----------------------------------------------------------------------------
 
 
 def test_the_lane_and_the_memory_kind_are_what_was_asked_for(session: Session, lane: str) -> None:
-    """A local lane shares memory, a gRPC lane sends the bytes, and in one process arrays are handed over."""
+    """A local lane shares memory, a gRPC lane sends the bytes, and in one process arrays are
+    handed over."""
     expected = "grpc" if lane == "tcp" else lane.partition(" ")[0]
     assert (session.lane, session.memory) == (expected, _MEMORY[expected])
 
@@ -130,7 +136,8 @@ def test_a_model_must_be_named_where_there_are_several(session: Session) -> None
 
 
 def test_stats_count_what_a_session_does(session: Session, lane: str) -> None:
-    """The statistics have the documented keys, and count calls and the bytes that were copied by either side."""
+    """The statistics have the documented keys, and count calls and the bytes that were copied by
+    either side."""
     before = session.stats()
     assert set(before) == _STATS
     assert (before["calls"], before["bytes_copied"], before["fallbacks"]) == (0, 0, 0)
@@ -145,7 +152,7 @@ def test_stats_count_what_a_session_does(session: Session, lane: str) -> None:
     assert after["slab_bytes"] >= outputs
 
 
-# Calls -------------------------------------------------------------------------------------------------------------
+# Calls --------------------------------------------------------------------------------------------
 
 
 def test_a_run_returns_the_outputs(session: Session) -> None:
@@ -168,17 +175,23 @@ def test_a_program_runs_many_times(session: Session) -> None:
 
 def test_scalars_and_empty_arrays_pass(session: Session) -> None:
     """Arrays of no dimension and of no elements are inputs and outputs like any other."""
-    assert values(*session.run(prepare(session, "square", SCALAR), [placed(session, [3.0])])) == [9.0]
+    assert values(*session.run(prepare(session, "square", SCALAR), [placed(session, [3.0])])) == [
+        9.0
+    ]
     empty = prepare(session, "square", floats(0, 4))
     (made,) = session.run(empty, [session.pool.lease(0)])
     assert made.nbytes == 0
-    assert values(*session.run(prepare(session, "total", floats(0)), [session.pool.lease(0)])) == [0.0]
+    assert values(*session.run(prepare(session, "total", floats(0)), [session.pool.lease(0)])) == [
+        0.0
+    ]
 
 
 def test_a_pullback_returns_the_cotangents(session: Session) -> None:
     """A run that keeps a residual can be pulled back, as often as one likes."""
     program = prepare(session, "square", floats(3))
-    (made,), residual = session.run_keeping(program.keeping((0,)), [placed(session, [1.0, 2.0, 3.0])])
+    (made,), residual = session.run_keeping(
+        program.keeping((0,)), [placed(session, [1.0, 2.0, 3.0])]
+    )
     assert values(made) == [1.0, 4.0, 9.0]
     pullback = program.keeping((0,)).pullback((0,), (0,))
     for scale in (1.0, 10.0):
@@ -200,7 +213,9 @@ def test_a_dropped_residual_goes_with_the_next_request(session: Session) -> None
     pullback = keeping.pullback((0,), (0,))
     ids = [session.run_keeping(keeping, [placed(session, [1.0] * 256)])[1] for _ in range(3)]
     stats = session.stats()
-    kept = 0 if session.framework == "torch" else 1024  # torch's holds but the input, which is the client's
+    kept = (
+        0 if session.framework == "torch" else 1024
+    )  # torch's holds but the input, which is the client's
     assert (stats["residuals"], stats["residual_bytes"]) == (3, 3 * kept)
     session.drop_residual(ids[0])
     session.drop_residual(ids[0])
@@ -208,19 +223,25 @@ def test_a_dropped_residual_goes_with_the_next_request(session: Session) -> None
     with pytest.raises(ResidualGone):
         session.run_pullback(pullback, ids[0], [placed(session, [1.0] * 256)])
     session.drop_residual(ids[1])
-    assert values(*session.run_pullback(pullback, ids[2], [placed(session, [1.0] * 256)])) == [2.0] * 256
+    assert (
+        values(*session.run_pullback(pullback, ids[2], [placed(session, [1.0] * 256)]))
+        == [2.0] * 256
+    )
     session.drop_residual(ids[2])
     stats = session.stats()
     assert (stats["residuals"], stats["residual_bytes"]) == (0, 0)
 
 
 def test_the_inputs_of_a_residual_stay_leased(session: Session) -> None:
-    """The block of an input that a residual may alias is not reused before the residual is dropped."""
+    """The block of an input that a residual may alias is not reused before the residual is
+    dropped."""
     keeping = prepare(session, "square", floats(1024)).keeping((0,))
     made, residual = session.run_keeping(keeping, [placed(session, [3.0] * 1024)])
     assert session.stats()["blocks"] == 2
     others = [placed(session, [0.0] * 1024) for _ in range(8)]
-    (cotangent,) = session.run_pullback(keeping.pullback((0,), (0,)), residual, [placed(session, [1.0] * 1024)])
+    (cotangent,) = session.run_pullback(
+        keeping.pullback((0,), (0,)), residual, [placed(session, [1.0] * 1024)]
+    )
     assert values(cotangent) == [6.0] * 1024
     del made, others, cotangent
     session.drop_residual(residual)
@@ -244,14 +265,17 @@ def test_memory_grows_with_the_need(session: Session) -> None:
     slab_bytes = session.stats()["slab_bytes"]
     held = session.pool.lease(slab_bytes)
     count = 1 << 16
-    (made,) = session.run(prepare(session, "square", floats(count)), [placed(session, [2.0] * count)])
+    (made,) = session.run(
+        prepare(session, "square", floats(count)), [placed(session, [2.0] * count)]
+    )
     assert values(made) == [4.0] * count
     assert session.stats()["slab_bytes"] > slab_bytes
     del held
 
 
 def test_an_error_while_tracing_is_the_models(session: Session) -> None:
-    """What a model raises while it is traced arrives as RemoteModelError, with its type and traceback."""
+    """What a model raises while it is traced arrives as RemoteModelError, with its type and
+    traceback."""
     with pytest.raises(RemoteModelError, match="no arrays of shape") as caught:
         prepare(session, "refusing", floats(2, 3))
     assert caught.value.remote_type == "builtins.ValueError"
@@ -259,9 +283,13 @@ def test_an_error_while_tracing_is_the_models(session: Session) -> None:
     assert squares(session, 2.0) == [4.0]
 
 
-def test_an_error_while_running_is_the_models(session: Session, caplog: pytest.LogCaptureFixture) -> None:
-    """What a model raises while it runs arrives as RemoteModelError; the same lane serves on, and no block is lost."""
-    # A log record of JAX's would hold the frames of the call: in one process also those that hold the blocks.
+def test_an_error_while_running_is_the_models(
+    session: Session, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a model raises while it runs arrives as RemoteModelError; the same lane serves on,
+    and no block is lost."""
+    # A log record of JAX's would hold the frames of the call: in one process also those that hold
+    # the blocks.
     caplog.set_level("CRITICAL", "jax._src.callback")
     program = prepare(session, "failing", floats(2))
     for _ in range(3):
@@ -283,7 +311,9 @@ def test_a_call_past_its_time_raises_call_timeout(session: Session, gate: Gate) 
 
 
 @remote_only
-def test_the_timeout_of_a_session_is_that_of_its_calls(connected: Callable[[], Session], gate: Gate) -> None:
+def test_the_timeout_of_a_session_is_that_of_its_calls(
+    connected: Callable[[], Session], gate: Gate
+) -> None:
     """A call without a timeout_s of its own has the session's."""
     with connected() as session:
         program = prepare(session, "gated", floats(1), str(gate))
@@ -292,7 +322,7 @@ def test_the_timeout_of_a_session_is_that_of_its_calls(connected: Callable[[], S
             session.run(program, [placed(session, [1.0])])
 
 
-# Side by side ------------------------------------------------------------------------------------------------------
+# Side by side -------------------------------------------------------------------------------------
 
 
 def test_threads_call_at_once(session: Session) -> None:
@@ -326,7 +356,9 @@ def test_threads_prepare_at_once(session: Session) -> None:
         assert list(pool.map(call, range(4))) == [[float(i * i) for i in range(17)]] * 4
 
 
-def test_calls_of_one_session_run_side_by_side(session: Session, gate: Gate, tmp_path: Path) -> None:
+def test_calls_of_one_session_run_side_by_side(
+    session: Session, gate: Gate, tmp_path: Path
+) -> None:
     """While two calls are under way on a session, a third one comes and goes."""
     gates = [gate, Gate(tmp_path / "second")]
     programs = [prepare(session, "gated", floats(1), str(gate)) for gate in gates]
@@ -354,7 +386,8 @@ def test_sessions_do_not_wait_for_each_other(connected: Callable[[], Session], g
 
 
 def test_sessions_share_no_residuals(connected: Callable[[], Session]) -> None:
-    """A session neither sees nor reads what another one keeps, and keeps its own when the other ends."""
+    """A session neither sees nor reads what another one keeps, and keeps its own when the other
+    ends."""
     with connected() as first:
         keeping = prepare(first, "square", floats(2)).keeping((0,))
         _, residual = first.run_keeping(keeping, [placed(first, [1.0, 2.0])])
@@ -363,11 +396,13 @@ def test_sessions_share_no_residuals(connected: Callable[[], Session]) -> None:
             with pytest.raises(ResidualGone):
                 second.run_pullback(theirs, residual, [placed(second, [1.0, 1.0])])
             assert second.stats()["residuals"] == 0
-        (made,) = first.run_pullback(keeping.pullback((0,), (0,)), residual, [placed(first, [1.0, 1.0])])
+        (made,) = first.run_pullback(
+            keeping.pullback((0,), (0,)), residual, [placed(first, [1.0, 1.0])]
+        )
         assert values(made) == [2.0, 4.0]
 
 
-# The end -----------------------------------------------------------------------------------------------------------
+# The end ------------------------------------------------------------------------------------------
 
 
 def test_close_is_idempotent(connected: Callable[[], Session]) -> None:
@@ -420,7 +455,8 @@ def test_outputs_outlive_the_session(connected: Callable[[], Session]) -> None:
 
 
 def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gate) -> None:
-    """A call that is under way when its session is closed raises; it neither hangs nor returns garbage."""
+    """A call that is under way when its session is closed raises; it neither hangs nor returns
+    garbage."""
     session = connected()
     program = prepare(session, "gated", floats(1), str(gate))
     running = Background(lambda: values(*session.run(program, [placed(session, [4.0])])))
@@ -435,13 +471,14 @@ def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gat
 
 @remote_only
 def test_a_preparation_that_finds_its_connection_ended_makes_a_new_one(session: Session) -> None:
-    """Where another thread has just ended the connection, nothing was sent, and nobody sees gRPC's ValueError."""
+    """Where another thread has just ended the connection, nothing was sent, and nobody sees
+    gRPC's ValueError."""
     assert squares(session, 3.0) == [9.0]
     session._link.abort()  # type: ignore[attr-defined]
     assert squares(session, 2.0, 3.0) == [4.0, 9.0]
 
 
-# Which lane --------------------------------------------------------------------------------------------------------
+# Which lane ---------------------------------------------------------------------------------------
 
 
 def test_shared_memory_is_found_over_tcp_too(tcp_worker: Worker) -> None:
@@ -459,14 +496,17 @@ def test_requiring_memfd_over_grpc_is_an_error(jax_worker: Session) -> None:
 
 
 @pytest.mark.parametrize("forced", [None, "local", "grpc"])
-def test_requiring_cuda_of_a_worker_without_it_is_an_error(jax_worker: Session, forced: str | None) -> None:
+def test_requiring_cuda_of_a_worker_without_it_is_an_error(
+    jax_worker: Session, forced: str | None
+) -> None:
     """`require="cuda_ipc"` is an error where no CUDA memory can be shared."""
     with pytest.raises(LaneUnavailable, match="cuda_ipc"):
         connect(jax_worker.address, lane=forced, require="cuda_ipc")
 
 
 def test_unknown_lanes_and_memory_kinds_are_refused() -> None:
-    """A misspelt `lane` or `require`, or a time limit that is none, is an error before anything is connected."""
+    """A misspelt `lane` or `require`, or a time limit that is none, is an error before anything
+    is connected."""
     for limit in (0, -1, float("nan"), float("inf")):
         with pytest.raises(CallerError, match="timeout_s="):
             connect("unix:/nowhere", timeout_s=limit)
@@ -485,7 +525,7 @@ def test_nobody_at_the_address_is_worker_unavailable(tmp_path: Path) -> None:
             connect(address)
 
 
-# Size --------------------------------------------------------------------------------------------------------------
+# Size ---------------------------------------------------------------------------------------------
 
 
 def test_a_gibibyte_passes_by_value_in_both_directions(tcp_worker: Worker) -> None:
@@ -493,7 +533,9 @@ def test_a_gibibyte_passes_by_value_in_both_directions(tcp_worker: Worker) -> No
     with connect(tcp_worker.address, lane="grpc") as session:
         sent = session.pool.lease(_GIB)
         one = placed(session, [1.0]).buffer
-        for start in range(0, _GIB, 1 << 20):  # one number in each chunk; the rest of a fresh slab is zero
+        for start in range(
+            0, _GIB, 1 << 20
+        ):  # one number in each chunk; the rest of a fresh slab is zero
             sent.buffer[start : start + 4] = one
         (received,) = session.run(prepare(session, "total", floats(_GIB // 4)), [sent])
         assert values(received) == [1024.0]
@@ -501,9 +543,13 @@ def test_a_gibibyte_passes_by_value_in_both_directions(tcp_worker: Worker) -> No
 
         side = 1 << 14
         numbers = [float(i % 127) for i in range(side)]
-        (received,) = session.run(prepare(session, "outer", floats(side)), [placed(session, numbers)])
+        (received,) = session.run(
+            prepare(session, "outer", floats(side)), [placed(session, numbers)]
+        )
         assert received.nbytes == _GIB
         shown = received.buffer.cast("f")
         # A prime stride meets every row, and every column in time.
-        assert all(shown[i] == numbers[i // side] * numbers[i % side] for i in range(0, side * side, 4093))
+        assert all(
+            shown[i] == numbers[i // side] * numbers[i % side] for i in range(0, side * side, 4093)
+        )
         del shown, received

@@ -40,10 +40,22 @@ def test_a_formula_is_computed(text: str, expected: int) -> None:
             "d0 if d1 else 2",
             "[d0]",
         ),
-        *("d0 / 2", "'a'", "1.5", "True", "lambda: 0", "d0(1, 2)", "2^d0", "9^9^9", "(" * 500 + "d0", "1+" * 20_000),
+        *(
+            "d0 / 2",
+            "'a'",
+            "1.5",
+            "True",
+            "lambda: 0",
+            "d0(1, 2)",
+            "2^d0",
+            "9^9^9",
+            "(" * 500 + "d0",
+            "1+" * 20_000,
+        ),
     ],
 )
 def test_what_is_no_formula_is_refused(text: str) -> None:
-    """Nothing but numbers, names, a few operators and four functions is read, however it is written."""
+    """Nothing but numbers, names, a few operators and four functions is read, however it is
+    written."""
     with pytest.raises(ProtocolError, match="formula"):
         formula(text, FUNCTIONS)

@@ -1,4 +1,5 @@
-"""Workers as processes that a test starts, signals and looks into: what the shared workers must not be put through."""
+"""Workers as processes that a test starts, signals and looks into: what the shared workers must
+not be put through."""
 
 import contextlib
 import os
@@ -17,14 +18,23 @@ _READY = "bridge_server ready "
 
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's variables without any BRIDGE_*, and with the given ones."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")} | variables
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")
+    } | variables
 
 
 class Worker:
-    """`bridge_server` in an environment, whose output goes to files in `directory`. Also a context manager."""
+    """`bridge_server` in an environment, whose output goes to files in `directory`.
+
+    Also a context manager.
+    """
 
     def __init__(
-        self, directory: Path, *args: str, venv: str = ".venv-jax", env: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        *args: str,
+        venv: str = ".venv-jax",
+        env: Mapping[str, str] | None = None,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._files = directory / "stdout", directory / "stderr"
@@ -65,8 +75,12 @@ class Worker:
         return self.ready_line["endpoint"]
 
     def wait_until_ready(self) -> "Worker":
-        assert eventually(lambda: self.is_ready or self.process.poll() is not None, 60), "the worker is not ready"
-        assert self.process.poll() is None, f"the worker ended with {self.process.returncode}:\n{self.stderr}"
+        assert eventually(lambda: self.is_ready or self.process.poll() is not None, 60), (
+            "the worker is not ready"
+        )
+        assert self.process.poll() is None, (
+            f"the worker ended with {self.process.returncode}:\n{self.stderr}"
+        )
         return self
 
     def terminate(self) -> None:

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Generate bridge_wire/pb from proto/bridge/v1/bridge.proto, or check that it is what would be generated.
+"""Generate bridge_wire/pb from proto/bridge/v1/bridge.proto, or check that it is what would be
+generated.
 
-The generator is the grpcio-tools that `pyproject.toml` pins in the extra `dev`: generated code runs on its
-generator's version or a newer one, so the pin is also the floor of the project's grpcio and protobuf.
+The generator is the grpcio-tools that `pyproject.toml` pins in the extra `dev`: generated code runs
+on its generator's version or a newer one, so the pin is also the floor of the project's grpcio and
+protobuf.
 
     tools/generate_proto.py [--check]
 """
@@ -24,7 +26,11 @@ def pinned_version() -> str:
     """Return the version of grpcio-tools that the extra `dev` pins."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name = "grpcio-tools=="
-    return next(line.removeprefix(name) for line in project["optional-dependencies"]["dev"] if line.startswith(name))
+    return next(
+        line.removeprefix(name)
+        for line in project["optional-dependencies"]["dev"]
+        if line.startswith(name)
+    )
 
 
 def require_pinned_generator() -> None:
@@ -35,14 +41,17 @@ def require_pinned_generator() -> None:
     except metadata.PackageNotFoundError:
         installed = "not installed"
     if installed != pinned:
-        sys.exit(f"grpcio-tools is {installed}, but the code is generated with {pinned}: run `make proto`")
+        sys.exit(
+            f"grpcio-tools is {installed}, but the code is generated with {pinned}: run `make"
+            " proto`"
+        )
 
 
 def generate() -> dict[str, bytes]:
     """Return the generated files by name.
 
-    The source's folder is given to protoc under the package's path, so that the files import each other as
-    `bridge_wire.pb` and nothing has to be patched.
+    The source's folder is given to protoc under the package's path, so that the files import each
+    other as `bridge_wire.pb` and nothing has to be patched.
     """
     from grpc_tools import protoc  # here: the message for a missing generator comes first
 
@@ -70,7 +79,8 @@ def checked_in() -> dict[str, bytes]:
 
 
 def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
-    """Return one line for each file that is missing, superfluous or not byte for byte the expected one."""
+    """Return one line for each file that is missing, superfluous or not byte for byte the
+    expected one."""
     wrong = {
         **{name: "is missing" for name in expected.keys() - found.keys()},
         **{name: "is not generated from the source" for name in found.keys() - expected.keys()},
@@ -85,7 +95,9 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Generate bridge_wire/pb from the .proto file.")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail if a file differs"
+    )
     options = parser.parse_args()
     require_pinned_generator()
     expected = generate()

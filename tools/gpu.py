@@ -1,10 +1,12 @@
 """Learn all there is to learn on a machine with a GPU, within a time limit: `make gpu LIMIT=480`.
 
-On a bare machine: `python3 tools/gpu.py --limit 480 --wheels FOLDER --out FOLDER`. It needs Python alone; its steps
-need JAX, torch and CuPy for CUDA in the same interpreter, and take other packages from the folder of wheels.
+On a bare machine: `python3 tools/gpu.py --limit 480 --wheels FOLDER --out FOLDER`. It needs Python
+alone; its steps need JAX, torch and CuPy for CUDA in the same interpreter, and take other packages
+from the folder of wheels.
 
-The most important steps come first. Each runs under `timeout`, which ends it when its time or all time is up, and none
-can keep the others from running. summary.txt has a line for each; seven other files have what they said.
+The most important steps come first. Each runs under `timeout`, which ends it when its time or all
+time is up, and none can keep the others from running. summary.txt has a line for each; seven other
+files have what they said.
 """
 
 import argparse
@@ -29,20 +31,33 @@ _MOST_BYTES = 400_000  # that are kept of what a step says
 _TESTS = "tests/gpu/on_gpu"
 _JAX_CASES = f"{_TESTS}/jax_client/cases.py"
 _CALLS, _ORDER, _FAULTS, _PROGRAMS, _SETTINGS = (
-    f"{_TESTS}/torch_client/test_{name}.py" for name in ("calls", "order", "faults", "programs", "settings")
+    f"{_TESTS}/torch_client/test_{name}.py"
+    for name in ("calls", "order", "faults", "programs", "settings")
 )
-_PYTEST = ("-m", "pytest", "--gpu", "-q", "-ra", "--tb=short", "--durations=10", "-p", "no:cacheprovider")
+_PYTEST = (
+    "-m",
+    "pytest",
+    "--gpu",
+    "-q",
+    "-ra",
+    "--tb=short",
+    "--durations=10",
+    "-p",
+    "no:cacheprovider",
+)
 _PACKAGES = "^(jax|torch|triton|nvidia|cupy|grpc|protobuf|pytest|numpy|optree|flax)"
 _FACTS = f"""
 uname -rv; nvidia-smi; nvidia-smi -q -d COMPUTE; free -m; nproc; df -h /dev/shm; id; which gcc nvcc
-env | grep -E '^(JAX|XLA|CUDA|PYTORCH|LD_|BRIDGE)'; "$0" -V; "$0" -m pip list 2>/dev/null | grep -iE '{_PACKAGES}'
+env | grep -E '^(JAX|XLA|CUDA|PYTORCH|LD_|BRIDGE)'; "$0" -V
+"$0" -m pip list 2>/dev/null | grep -iE '{_PACKAGES}'
 true
 """
 _BENCH = ("python", "-m", "bench.gpu", "--sizes", "1KiB,64MiB", "--rounds", "5")
 
 
 class Step(NamedTuple):
-    """A command, for so many seconds, whose output goes to a file. "python" stands for the interpreter."""
+    """A command, for so many seconds, whose output goes to a file. "python" stands for the
+    interpreter."""
 
     name: str
     file: str
@@ -59,13 +74,23 @@ def _test(name: str, file: str, seconds: int, *arguments: str, **variables: str)
     return Step(name, file, seconds, ("python", *_PYTEST, *arguments), variables)
 
 
-# Those of a group run at once. The most important groups come first, and last the ones that may leave a stream that
-# stands still.
+# Those of a group run at once. The most important groups come first, and last the ones that may
+# leave a stream that stands still.
 PLAN: Sequence[Sequence[Step]] = (
     (Step("facts", "facts", 30, ("sh", "-c", _FACTS, "python")),),
     (
-        Step("import jax", "facts", 60, ("python", "-c", "import jax; print(jax.numpy.ones(3).sum(), jax.devices())")),
-        Step("import torch", "facts", 60, ("python", "-c", "import torch; print(torch.cuda.is_available())")),
+        Step(
+            "import jax",
+            "facts",
+            60,
+            ("python", "-c", "import jax; print(jax.numpy.ones(3).sum(), jax.devices())"),
+        ),
+        Step(
+            "import torch",
+            "facts",
+            60,
+            ("python", "-c", "import torch; print(torch.cuda.is_available())"),
+        ),
         Step("doctor", "facts", 60, ("python", "-m", "bridge_client", "doctor")),
     ),
     (_ask("exchange", 30),),
@@ -104,7 +129,9 @@ PLAN: Sequence[Sequence[Step]] = (
 class Run:
     """A run of a plan, which ends before its limit."""
 
-    def __init__(self, out: Path, limit_s: float, python: str, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, out: Path, limit_s: float, python: str, variables: Mapping[str, str]
+    ) -> None:
         self._out, self._python = out, python
         self._begun = time.monotonic()
         self._end = self._begun + limit_s
@@ -118,7 +145,9 @@ class Run:
     def all(self, plan: Sequence[Sequence[Step]]) -> None:
         """Run the groups one after the other, the steps of a group side by side."""
         for group in plan:
-            threads = [threading.Thread(target=self._guarded, args=(step,), daemon=True) for step in group]
+            threads = [
+                threading.Thread(target=self._guarded, args=(step,), daemon=True) for step in group
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -170,7 +199,10 @@ class Run:
         return {**variables, "PYTHONPATH": path}
 
     def _note(self, step: Step, what: str, *, is_well: bool) -> None:
-        line = f"{time.monotonic() - self._begun:5.0f} s  {'ok  ' if is_well else 'LOOK'}  {step.name}: {what}"
+        line = (
+            f"{time.monotonic() - self._begun:5.0f} s  {'ok  ' if is_well else 'LOOK'} "
+            f" {step.name}: {what}"
+        )
         with self._lock:
             if not is_well:
                 self.failed.append(step.name)
@@ -194,7 +226,8 @@ def _end_group(pid: int) -> None:
 
 
 def unpack(wheels: Path, target: Path) -> list[str]:
-    """Unpack wheels, without pip; return the names of those that are for another interpreter or machine."""
+    """Unpack wheels, without pip; return the names of those that are for another interpreter or
+    machine."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     unfit = []
     for wheel in sorted(wheels.glob("*.whl")):
@@ -211,12 +244,27 @@ def unpack(wheels: Path, target: Path) -> list[str]:
 
 def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLAN) -> int:
     """Run the plan. Returns the exit status: 0; 1 where a step failed or did not run."""
-    parser = argparse.ArgumentParser("tools/gpu.py", description="Learn all there is to learn on a machine with a GPU.")
-    parser.add_argument("--limit", type=int, default=480, help="seconds for everything (default: 480)")
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="where the files go (default: out/gpu)")
-    parser.add_argument("--wheels", type=Path, help="a folder of wheels that this interpreter lacks")
-    parser.add_argument("--python", default=sys.executable, help="the interpreter of the steps (default: this one)")
-    parser.add_argument("--rehearse", action="store_true", help="run on the faked CUDA, to show that the steps work")
+    parser = argparse.ArgumentParser(
+        "tools/gpu.py", description="Learn all there is to learn on a machine with a GPU."
+    )
+    parser.add_argument(
+        "--limit", type=int, default=480, help="seconds for everything (default: 480)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "out" / "gpu",
+        help="where the files go (default: out/gpu)",
+    )
+    parser.add_argument(
+        "--wheels", type=Path, help="a folder of wheels that this interpreter lacks"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, help="the interpreter of the steps (default: this one)"
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="run on the faked CUDA, to show that the steps work"
+    )
     options = parser.parse_args(argv)
     packages = options.out / ".packages"
     paths = [str(ROOT)]
@@ -230,14 +278,18 @@ def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLA
         for name in unpack(options.wheels, packages):
             print(f"{name} is for another interpreter or machine: left out", flush=True)
         paths.append(str(packages))
-    variables["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     run = Run(options.out, options.limit, options.python, variables)
     try:
         run.all(plan)
     finally:
         for folder in (packages, options.out / ".fake"):
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"{len(run.failed)} steps to look at; {options.out} has what all of them said", flush=True)
+    print(
+        f"{len(run.failed)} steps to look at; {options.out} has what all of them said", flush=True
+    )
     return 1 if run.failed else 0
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Create the project's virtual environments: .venv-jax, .venv-torch, .venv-both and .venv-jax-next.
 
-Standard library only, in syntax that an old Python can parse: this runs before anything is installed, and has
-to say itself that the interpreter is too old. An environment is made anew when what `pyproject.toml` says of
-packages, this file, the checkout's path or the requested interpreter has changed since its stamp was written;
-otherwise a run costs milliseconds and prints nothing.
+Standard library only, in syntax that an old Python can parse: this runs before anything is
+installed, and has to say itself that the interpreter is too old. An environment is made anew when
+what `pyproject.toml` says of packages, this file, the checkout's path or the requested interpreter
+has changed since its stamp was written; otherwise a run costs milliseconds and prints nothing.
 
     tools/setup.py [--python PYTHON] [jax|torch|both|jax-next ...]
 """
@@ -28,7 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
 NEWER_MINORS = (13, 12)  # for .venv-jax-next, best first
-# Prints an interpreter's version and its path; of a virtual environment's, the path of the one that made it.
+# Prints an interpreter's version and its path; of a virtual environment's, the path of the one that
+# made it.
 PROBE = """
 import json, sys
 print(json.dumps([*sys.version_info[:3], getattr(sys, "_base_executable", sys.executable)]))
@@ -37,7 +38,8 @@ print(json.dumps([*sys.version_info[:3], getattr(sys, "_base_executable", sys.ex
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A virtual environment, and what pip installs there: packages, and the project with extras, editable."""
+    """A virtual environment, and what pip installs there: packages, and the project with extras,
+    editable."""
 
     name: str
     extras: str
@@ -93,7 +95,8 @@ def say(text: str) -> None:
 
 
 def probe(path: str) -> Interpreter | None:
-    """Return the interpreter at `path`; None if it does not run (the pyenv shim of an inactive version)."""
+    """Return the interpreter at `path`; None if it does not run (the pyenv shim of an inactive
+    version)."""
     try:
         run = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -105,7 +108,10 @@ def probe(path: str) -> Interpreter | None:
 
 
 def pyenv_roots(shim: str | None) -> Iterator[Path]:
-    """Yield where pyenv may keep its versions. HOME may be empty, so the place of a shim counts too."""
+    """Yield where pyenv may keep its versions.
+
+    HOME may be empty, so the place of a shim counts too.
+    """
     if os.environ.get("PYENV_ROOT"):
         yield Path(os.environ["PYENV_ROOT"])
     if shim and Path(shim).parent.name == "shims":
@@ -117,8 +123,13 @@ def pyenv_roots(shim: str | None) -> Iterator[Path]:
 
 
 def pyenv_pythons(root: Path, minor: int) -> list[str]:
-    """Return pyenv's interpreters of Python 3.`minor`, newest first; no free-threaded builds (3.13.0t)."""
-    folders = [folder for folder in root.glob(f"versions/3.{minor}.*") if folder.name.split(".")[2].isdigit()]
+    """Return pyenv's interpreters of Python 3.`minor`, newest first; no free-threaded builds
+    (3.13.0t)."""
+    folders = [
+        folder
+        for folder in root.glob(f"versions/3.{minor}.*")
+        if folder.name.split(".")[2].isdigit()
+    ]
     folders.sort(key=lambda folder: int(folder.name.split(".")[2]), reverse=True)
     return [str(folder / "bin" / f"python3.{minor}") for folder in folders]
 
@@ -134,13 +145,18 @@ def find_python(minor: int) -> Interpreter | None:
 
 
 def choose_python(requested: str | None) -> Interpreter:
-    """Return the environments' interpreter: the requested one, else a 3.11, else the one running this."""
+    """Return the environments' interpreter: the requested one, else a 3.11, else the one running
+    this."""
     path = requested or sys.executable
     chosen = probe(path)
     if chosen is None:
-        raise SetupFailed(f"{path} does not run; name another interpreter: make setup PYTHON=python3.11")
+        raise SetupFailed(
+            f"{path} does not run; name another interpreter: make setup PYTHON=python3.11"
+        )
     if not requested and chosen.version[:2] != OLDEST:
-        chosen = find_python(OLDEST[1]) or chosen  # some package indexes have the pinned torch for 3.11 only
+        chosen = (
+            find_python(OLDEST[1]) or chosen
+        )  # some package indexes have the pinned torch for 3.11 only
     if chosen.version < OLDEST:
         raise SetupFailed(
             f"Python 3.11 or newer is needed, but {path} is {chosen}; "
@@ -150,7 +166,8 @@ def choose_python(requested: str | None) -> Interpreter:
 
 
 def find_newer_python(base: Interpreter) -> Interpreter | None:
-    """Return an interpreter newer than `base`, for a worker whose versions differ from its client's."""
+    """Return an interpreter newer than `base`, for a worker whose versions differ from its
+    client's."""
     newer = (find_python(minor) for minor in NEWER_MINORS if (3, minor) > base.version[:2])
     return next((python for python in newer if python), None)
 
@@ -161,7 +178,12 @@ def requirements_key(requested: str | None) -> str:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packaging = [project["build-system"], project["project"], project["tool"]["hatch"]]
-    parts = [json.dumps(packaging, sort_keys=True), Path(__file__).read_text(), str(ROOT), str(requested)]
+    parts = [
+        json.dumps(packaging, sort_keys=True),
+        Path(__file__).read_text(),
+        str(ROOT),
+        str(requested),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -173,7 +195,17 @@ def creation_steps(environment: Environment, base: Interpreter) -> list[list[str
     if subprocess.run([base.path, "-c", "import ensurepip"], capture_output=True).returncode == 0:
         return [[base.path, "-m", "venv", folder], install]
     # Debian's Python without python3-venv: the pip that is there installs one into the environment.
-    bring_pip = [sys.executable, "-m", "pip", "--python", python, "install", "--progress-bar", "off", "pip"]
+    bring_pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--progress-bar",
+        "off",
+        "pip",
+    ]
     return [[base.path, "-m", "venv", "--without-pip", folder], bring_pip, install]
 
 
@@ -181,40 +213,56 @@ def create(environment: Environment, base: Interpreter, key: str) -> None:
     """Make the environment from nothing and stamp it.
 
     Raises:
-      SetupFailed: a command failed; the folder stays, without a stamp, with the log of what happened.
+      SetupFailed: a command failed; the folder stays, without a stamp, with the log of what
+        happened.
     """
     begun = time.monotonic()
     if environment.folder.exists():
         shutil.rmtree(environment.folder)
     environment.folder.mkdir()
     # A PYTHONPATH would make pip believe that packages are installed already.
-    settings = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    settings = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME")
+    }
     # With pip's `user` set, as some people's configuration has it, it refuses virtual environments.
     settings |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0"}
     with environment.log.open("w") as log:
         for command in creation_steps(environment, base):
             print("$", *command, file=log, flush=True)
-            status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env=settings).returncode
+            status = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=log, env=settings
+            ).returncode
             if status != 0:
                 raise SetupFailed(failure_text(environment, base, command, status))
     environment.stamp.write_text(key)
     say(f"{environment.folder.name} ready ({base}, {time.monotonic() - begun:.0f} s)")
 
 
-def failure_text(environment: Environment, base: Interpreter, command: Sequence[str], status: int) -> str:
+def failure_text(
+    environment: Environment, base: Interpreter, command: Sequence[str], status: int
+) -> str:
     tail = environment.log.read_text(errors="replace").splitlines()[-15:]
     return "\n".join(
         [
-            f"{environment.folder.name} failed: `{' '.join(command)}` exited with {status}. The log's end:",
+            (
+                f"{environment.folder.name} failed: `{' '.join(command)}` exited with {status}. The"
+                " log's end:"
+            ),
             *("    " + line for line in tail),
-            f"  The whole log is {environment.log.relative_to(ROOT)}. To retry, run the same target again; "
-            f"where a package has no wheel for {base}, name another: make setup PYTHON=python3.11",
+            (
+                f"  The whole log is {environment.log.relative_to(ROOT)}. To retry, run the same"
+                f" target again; where a package has no wheel for {base}, name another: make setup"
+                " PYTHON=python3.11"
+            ),
         ]
     )
 
 
 def set_up(names: Sequence[str], requested: str | None) -> list[str]:
-    """Create those of the named environments that are not current, side by side; return what failed."""
+    """Create those of the named environments that are not current, side by side; return what
+    failed."""
     key = requirements_key(requested)
     stale = [ENVIRONMENTS[name] for name in names if not ENVIRONMENTS[name].is_current(key)]
     if not stale:
@@ -226,7 +274,10 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
         if newer:
             plan.append((JAX_NEXT, newer))
         else:
-            say(f"found no Python 3.12 or 3.13 newer than {base}: {JAX_NEXT.folder.name} is left out")
+            say(
+                f"found no Python 3.12 or 3.13 newer than {base}: {JAX_NEXT.folder.name} is"
+                " left out"
+            )
     if not plan:
         return []
 
@@ -237,15 +288,22 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
             return str(failure)
         return None
 
-    say(f"installing {', '.join(environment.folder.name for environment, _ in plan)}: a minute or more")
+    say(
+        f"installing {', '.join(environment.folder.name for environment, _ in plan)}: a minute or"
+        " more"
+    )
     with ThreadPoolExecutor(len(plan)) as pool:
         return [text for text in pool.map(attempt, plan) if text]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Create the project's virtual environments.")
-    parser.add_argument("--python", help="the environments' interpreter (default: a Python 3.11, else this)")
-    parser.add_argument("names", nargs="*", metavar="name", help=f"{', '.join(ENVIRONMENTS)} (default: all)")
+    parser.add_argument(
+        "--python", help="the environments' interpreter (default: a Python 3.11, else this)"
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="name", help=f"{', '.join(ENVIRONMENTS)} (default: all)"
+    )
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in ENVIRONMENTS]
     if unknown:

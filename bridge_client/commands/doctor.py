@@ -1,4 +1,5 @@
-"""What `bridge_client doctor` looks at: this host and environment, and a worker with the way to it."""
+"""What `bridge_client doctor` looks at: this host and environment, and a worker with the way to
+it."""
 
 import contextlib
 import os
@@ -27,7 +28,8 @@ from bridge_wire.memory.pool import Pool
 from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
 
-# What is far beyond a healthy system, and not what a fast one takes. Another host may be any distance away.
+# What is far beyond a healthy system, and not what a fast one takes. Another host may be any
+# distance away.
 _SLOW_PING_S = 0.1
 _SLOW_LANE_S = {"local": 0.005, "grpc": 0.1}
 _EXCHANGES = 200
@@ -37,7 +39,9 @@ _REMEDIES: dict[type[BridgeError], str] = {
     Unauthenticated: "give the worker's token with --token or BRIDGE_TOKEN",
     VersionMismatch: "install matching releases of torch-jax-bridge on both sides",
 }
-_NOT_THERE = "start it, or use the endpoint of its line `bridge_server ready`; with TLS, give --tls-ca"
+_NOT_THERE = (
+    "start it, or use the endpoint of its line `bridge_server ready`; with TLS, give --tls-ca"
+)
 
 
 def examine(address: str | None, terms: Terms) -> Iterator[Check]:
@@ -49,7 +53,9 @@ def examine(address: str | None, terms: Terms) -> Iterator[Check]:
     try:
         yield from _reached(address, terms)
     except (BridgeError, Stale) as error:
-        remedy = next((text for kind, text in _REMEDIES.items() if isinstance(error, kind)), _NOT_THERE)
+        remedy = next(
+            (text for kind, text in _REMEDIES.items() if isinstance(error, kind)), _NOT_THERE
+        )
         yield broken("worker", str(error) or "it went away while it was examined", remedy)
 
 
@@ -81,22 +87,32 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
 def _health(status: str) -> Check:
     if status == SERVING:
         return ok("health", status)
-    return broken("health", status, "wait until its models are warm; where it drains, start another")
+    return broken(
+        "health", status, "wait until its models are warm; where it drains, start another"
+    )
 
 
 def _described(about: pb.DescribeReply) -> Iterator[Check]:
     versions = f"torch-jax-bridge {about.version}, {about.framework} {about.framework_version}"
     yield ok("worker", f"{versions}, Python {about.python_version}; this client {__version__}")
     yield ok("its models", ", ".join(model.name for model in about.models))
-    yield ok("its devices", f"{', '.join(about.devices)}; 64-bit types {'exist' if about.x64 else 'are off'}")
+    yield ok(
+        "its devices",
+        f"{', '.join(about.devices)}; 64-bit types {'exist' if about.x64 else 'are off'}",
+    )
     if about.allocator == "system":
-        yield slow("its allocator", "the system's", "start it without BRIDGE_ALLOCATOR=system, or preload jemalloc")
+        yield slow(
+            "its allocator",
+            "the system's",
+            "start it without BRIDGE_ALLOCATOR=system, or preload jemalloc",
+        )
     else:
         yield ok("its allocator", about.allocator or "not told")
     if about.cores:
         yield host.cores("its cores", about.cores)
     yield ok(
-        "its namespaces", _compared(namespaces.digests(), {space.kind: space.digest for space in about.namespaces})
+        "its namespaces",
+        _compared(namespaces.digests(), {space.kind: space.digest for space in about.namespaces}),
     )
 
 
@@ -116,13 +132,16 @@ def _path(link: Link, fallbacks: list[str]) -> Check:
     found = f"lane {link.lane_name}, memory {link.memory}"
     if not fallbacks:
         return ok("path", found)
-    system = next((s.digest for s in link.description.namespaces if s.kind == namespaces.HOST), None)
+    system = next(
+        (s.digest for s in link.description.namespaces if s.kind == namespaces.HOST), None
+    )
     if system is not None and system != namespaces.digests().get(namespaces.HOST):
         return ok("path", f"{found}, as to any other system")
     return slow(
         "path",
         f"{found}: {fallbacks[0]}",
-        "on one host, give both the same user id and the directory of the worker's socket, and connect by unix:PATH",
+        "on one host, give both the same user id and the directory of the worker's socket, and"
+        " connect by unix:PATH",
     )
 
 
@@ -130,11 +149,16 @@ def _seen_alike(written: bytes, seen: bytes) -> Check:
     name = "shared memory"
     if seen == written:
         return ok(name, f"the worker sees {len(written)} random bytes as they were written")
-    return broken(name, "the worker sees other bytes than were written", "connect with lane='grpc', and report this")
+    return broken(
+        name,
+        "the worker sees other bytes than were written",
+        "connect with lane='grpc', and report this",
+    )
 
 
 def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
-    """Whether the worker sees what this process writes to its GPU, and how the two wait for each other.
+    """Whether the worker sees what this process writes to its GPU, and how the two wait for each
+    other.
 
     What this takes on the GPU is given back by `held`.
     """
@@ -154,10 +178,17 @@ def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
     except (CudaError, OutOfMemory) as error:
         return slow(name, f"{label}: {error}: {gpu_checks.BY_HOST}", gpu_checks.remedy())
     if seen != written:
-        return broken(name, f"{label}: the worker sees other bytes than were written", "report this")
-    found = f"{label}: memory cuda_ipc; the worker sees {len(written)} random bytes as they were written"
+        return broken(
+            name, f"{label}: the worker sees other bytes than were written", "report this"
+        )
+    found = (
+        f"{label}: memory cuda_ipc; the worker sees {len(written)} random bytes as they were"
+        " written"
+    )
     if way == HOST:
-        return slow(name, f"{found}, but each call waits for the GPU on the host", gpu_checks.remedy())
+        return slow(
+            name, f"{found}, but each call waits for the GPU on the host", gpu_checks.remedy()
+        )
     return ok(name, f"{found}, in order by {way}")
 
 
@@ -175,4 +206,6 @@ def _latency(name: str, median_s: float, limit_s: float) -> Check:
     found = f"{median_s * 1e3:.3f} ms"
     if median_s <= limit_s:
         return ok(name, found)
-    return slow(name, f"{found}; under {limit_s * 1e3:g} ms is usual", "look for other load on either side")
+    return slow(
+        name, f"{found}; under {limit_s * 1e3:g} ms is usual", "look for other load on either side"
+    )

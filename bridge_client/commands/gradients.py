@@ -1,13 +1,26 @@
-"""Whether a model's derivatives are right: its VJP, its JVP and finite differences compared. Imports no framework.
+"""Whether a model's derivatives are right: its VJP, its JVP and finite differences compared.
+Imports no framework.
 
-For a random cotangent of one output and a random direction of one input, all three give the same number.
+For a random cotangent of one output and a random direction of one input, all three give the same
+number.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bridge_client.commands.numbers import dot, drawn, epsilon_of, norm, pack, place, read, size_of, unpack, zeros
+from bridge_client.commands.numbers import (
+    dot,
+    drawn,
+    epsilon_of,
+    norm,
+    pack,
+    place,
+    read,
+    size_of,
+    unpack,
+    zeros,
+)
 from bridge_client.programs import Program
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import specs, trees
@@ -40,14 +53,22 @@ class Check:
 
 
 def check_gradients(
-    session: Session, model: ModelInfo, arrays: Sequence[Spec], *, seed: int = 0, low: float = LOW, high: float = HIGH
+    session: Session,
+    model: ModelInfo,
+    arrays: Sequence[Spec],
+    *,
+    seed: int = 0,
+    low: float = LOW,
+    high: float = HIGH,
 ) -> list[Check]:
-    """Return a check for each output of floats and each input of floats, parameters too, of a call with these arrays.
+    """Return a check for each output of floats and each input of floats, parameters too, of a call
+    with these arrays.
 
     The arrays' numbers are random, from `low` to `high`; integers and booleans are zeros and ones.
 
     Raises:
-      SpecError: no input or no output has a derivative, one has too few digits, or they are too large.
+      SpecError: no input or no output has a derivative, one has too few digits, or they are too
+        large.
       RemoteModelError: the model raised, or has no VJP.
     """
     return list(_Point(session, model, arrays, random.Random(seed), low, high).checks())
@@ -70,18 +91,28 @@ class _Point:
         self._program = program = _prepared(session, model, arrays)
         if (count := sum(map(size_of, (*program.inputs, *program.outputs)))) > _MOST_NUMBERS:
             raise SpecError(
-                f"a call of model {model.name!r} takes and returns {count} numbers, and at most {_MOST_NUMBERS} can be "
-                "checked; use smaller arrays"
+                f"a call of model {model.name!r} takes and returns {count} numbers, and at most"
+                f" {_MOST_NUMBERS} can be checked; use smaller arrays"
             )
-        self._values = _parameters(session, model) + [drawn(spec, chance, low, high) for spec in arrays]
+        self._values = _parameters(session, model) + [
+            drawn(spec, chance, low, high) for spec in arrays
+        ]
         self._wrt = tuple(i for i, spec in enumerate(program.inputs) if spec.dtype.is_inexact)
         self._outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
         if not self._wrt or not self._outputs:
-            raise SpecError(f"model {model.name!r} takes no floats, or returns none: it has no derivative")
-        chosen = [program.inputs[i] for i in self._wrt] + [program.outputs[i] for i in self._outputs]
+            raise SpecError(
+                f"model {model.name!r} takes no floats, or returns none: it has no derivative"
+            )
+        chosen = [program.inputs[i] for i in self._wrt] + [
+            program.outputs[i] for i in self._outputs
+        ]
         self._epsilon = max(epsilon_of(spec) for spec in chosen)
-        self._step = self._epsilon ** (1 / 3)  # balances rounding and truncation of central differences
-        self._share = min(10 * self._epsilon**0.5, 0.1)  # of a derivative, that the three ways may differ by
+        self._step = self._epsilon ** (
+            1 / 3
+        )  # balances rounding and truncation of central differences
+        self._share = min(
+            10 * self._epsilon**0.5, 0.1
+        )  # of a derivative, that the three ways may differ by
 
     def checks(self) -> Iterator[Check]:
         program = self._program
@@ -92,7 +123,9 @@ class _Point:
         tangents = {i: self._pushed(i, directions[i]) for i in self._wrt}
         for o in self._outputs:
             spec = program.outputs[o]
-            noise = self._epsilon / self._step * norm(values[o])  # that rounding of the values leaves in a difference
+            noise = (
+                self._epsilon / self._step * norm(values[o])
+            )  # that rounding of the values leaves in a difference
             for i in self._wrt:
                 difference, pushed = differences[i][o], tangents[i]
                 cotangent = self._cotangent(spec, difference)
@@ -106,7 +139,8 @@ class _Point:
                 )
 
     def _cotangent(self, spec: Spec, difference: Sequence[float]) -> list[float]:
-        """Return a cotangent half of which is random, and half the difference: so their pairing is seldom small."""
+        """Return a cotangent half of which is random, and half the difference: so their pairing
+        is seldom small."""
         chosen = drawn(spec, self._chance, -1, 1)
         scale = norm(chosen) / (norm(difference) or 1.0)
         aligned = [scale * value for value in difference]
@@ -125,18 +159,23 @@ class _Point:
         ends = []
         for step in (self._step, -self._step):
             moved = [value + step * d for value, d in zip(self._values[i], direction, strict=True)]
-            ends.append(self._run(self._program, [*self._values[:i], moved, *self._values[i + 1 :]]))
+            ends.append(
+                self._run(self._program, [*self._values[:i], moved, *self._values[i + 1 :]])
+            )
         return [
             [(above - below) / (2 * self._step) for above, below in zip(*output, strict=True)]
             for output in zip(*ends, strict=True)
         ]
 
     def _pushed(self, i: int, direction: Sequence[float]) -> dict[int, list[float]] | None:
-        """Return the tangents of the outputs along a direction of one input; None if the model has no forward mode."""
+        """Return the tangents of the outputs along a direction of one input; None if the model
+        has no forward mode."""
         inputs = self._program.inputs
         tangents = [list(direction) if j == i else zeros(inputs[j]) for j in self._wrt]
         try:
-            made = self._run(self._program.jvp(self._wrt, self._outputs), [*self._values, *tangents])
+            made = self._run(
+                self._program.jvp(self._wrt, self._outputs), [*self._values, *tangents]
+            )
         except RemoteModelError:
             return None
         return dict(zip(self._outputs, made, strict=True))
@@ -149,13 +188,17 @@ class _Point:
         return dict(zip(self._wrt, made, strict=True))
 
     def _run(self, program: Program, values: Sequence[Sequence[float]]) -> _Arrays:
-        placed = [place(self._session, spec, value) for spec, value in zip(program.inputs, values, strict=True)]
+        placed = [
+            place(self._session, spec, value)
+            for spec, value in zip(program.inputs, values, strict=True)
+        ]
         blocks = self._session.run(program, placed)
         return [read(spec, block) for spec, block in zip(program.outputs, blocks, strict=True)]
 
 
 def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Program:
-    """Prepare the call of a model with these arrays as positional arguments, and with its parameters passed."""
+    """Prepare the call of a model with these arrays as positional arguments, and with its
+    parameters passed."""
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(arrays)))
     own = [parameter.spec for parameter in model.parameters]

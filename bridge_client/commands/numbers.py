@@ -12,11 +12,19 @@ from bridge_wire.errors import SpecError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
-# struct's letters, and the machine epsilon of the types that have derivatives. bfloat16 is the upper half of a float32.
+# struct's letters, and the machine epsilon of the types that have derivatives. bfloat16 is the
+# upper half of a float32.
 _LETTERS = {
     **{"bool": "?", "int8": "b", "int16": "h", "int32": "i", "int64": "q"},
     **{"uint8": "B", "uint16": "H", "uint32": "I", "uint64": "Q"},
-    **{"float16": "e", "bfloat16": "f", "float32": "f", "float64": "d", "complex64": "f", "complex128": "d"},
+    **{
+        "float16": "e",
+        "bfloat16": "f",
+        "float32": "f",
+        "float64": "d",
+        "complex64": "f",
+        "complex128": "d",
+    },
 }
 _EPSILONS = {
     **{"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52},
@@ -57,7 +65,9 @@ def pack(spec: Spec, values: Sequence[float]) -> bytes:
     try:
         packed = struct.pack(f"<{len(values)}{letter}", *values)
     except OverflowError:
-        raise SpecError(f"a number does not fit in {spec}; use a wider type or smaller numbers") from None
+        raise SpecError(
+            f"a number does not fit in {spec}; use a wider type or smaller numbers"
+        ) from None
     return _to_bfloat16(packed) if spec.dtype.name == "bfloat16" else packed
 
 
@@ -65,7 +75,10 @@ def unpack(spec: Spec, packed: bytes) -> list[float]:
     """Return the numbers of an array from its bytes."""
     if spec.dtype.name == "bfloat16":
         packed = b"".join(b"\0\0" + packed[i : i + 2] for i in range(0, len(packed), 2))
-    return [float(value) for value in struct.unpack(f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed)]
+    return [
+        float(value)
+        for value in struct.unpack(f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed)
+    ]
 
 
 def _to_bfloat16(packed: bytes) -> bytes:
@@ -102,7 +115,8 @@ def zeros(spec: Spec) -> list[float]:
 
 
 def dot(spec: Spec, left: Sequence[float], right: Sequence[float]) -> float:
-    """Return the pairing of a cotangent with a tangent: the real part of the sum of products, as JAX defines it."""
+    """Return the pairing of a cotangent with a tangent: the real part of the sum of products, as
+    JAX defines it."""
     products = [a * b for a, b in zip(left, right, strict=True)]
     return sum(products[::2]) - sum(products[1::2]) if spec.dtype.is_complex else sum(products)
 

@@ -12,8 +12,8 @@ from bridge_wire.errors import TargetError
 
 
 def torch_device_of(targets: Iterable[Any]) -> str:
-    """Return the device that torch models run on: the one their tensors are on. Models without any run where jax's
-    arrays are by default.
+    """Return the device that torch models run on: the one their tensors are on. Models without any
+    run where jax's arrays are by default.
 
     Raises:
       TargetError: the tensors are on several devices, one of which is a GPU.
@@ -24,7 +24,8 @@ def torch_device_of(targets: Iterable[Any]) -> str:
         return "cpu" if ordinal is None else f"cuda:{ordinal}"
     if len(devices) > 1:
         raise TargetError(
-            f"the models' tensors are on {' and '.join(devices)}; put them on one device, or host each model by itself"
+            f"the models' tensors are on {' and '.join(devices)}; put them on one device, or host"
+            " each model by itself"
         )
     return devices[0]
 

@@ -1,4 +1,5 @@
-"""An in-process session on a GPU: its memory, and the turns that the caller's stream and the models' take there.
+"""An in-process session on a GPU: its memory, and the turns that the caller's stream and the
+models' take there.
 
 Imports no framework.
 """
@@ -11,13 +12,20 @@ from typing import Any
 
 from bridge_server.serving.turns import TurnByEvents
 from bridge_wire.memory.cuda import Device
-from bridge_wire.memory.cuda_memory import ALIGNMENT, FIRST_ADDRESS, GpuPool, end_what_is_left, leave
+from bridge_wire.memory.cuda_memory import (
+    ALIGNMENT,
+    FIRST_ADDRESS,
+    GpuPool,
+    end_what_is_left,
+    leave,
+)
 
 
 class ProcessGpuMemory(GpuPool):
     """Any aligned memory of the GPU is passed as it lies, and slabs serve what has to be copied.
 
-    So the address of what lies in no block is its pointer, beyond the addresses of the host's memory.
+    So the address of what lies in no block is its pointer, beyond the addresses of the host's
+    memory.
     """
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
@@ -25,10 +33,12 @@ class ProcessGpuMemory(GpuPool):
 
 
 class NearTurn(TurnByEvents):
-    """A turn of models in the client's own process: both sides' streams are known, and put in order at once."""
+    """A turn of models in the client's own process: both sides' streams are known, and put in
+    order at once."""
 
     def __init__(self, device: Device, stream: int | None) -> None:
-        """Begin to take turns; `stream` is the one that the models of this thread run on, as for any turn."""
+        """Begin to take turns; `stream` is the one that the models of this thread run on, as for
+        any turn."""
         super().__init__(device, device.new_event(), stream, is_shared=False)
 
     def follow(self, stream: int) -> None:
@@ -42,7 +52,8 @@ class NearTurn(TurnByEvents):
 
 
 class Turns:
-    """The turns of one session: as many as calls were ever under way at once, for each stream that models run on."""
+    """The turns of one session: as many as calls were ever under way at once, for each stream
+    that models run on."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -51,7 +62,8 @@ class Turns:
 
     @contextlib.contextmanager
     def taken(self, models_stream: int | None, stream: int) -> Iterator[NearTurn]:
-        """Take a turn: what is within comes after what is on the caller's stream, and before what comes there next."""
+        """Take a turn: what is within comes after what is on the caller's stream, and before
+        what comes there next."""
         idle = self._idle[models_stream]
         try:
             turn = idle.pop()

@@ -12,9 +12,11 @@ from bridge_wire.specs import Spec
 
 
 class ProcessMemory(Pool):
-    """What is aligned as XLA wants it is passed as it lies, and what a model makes becomes a block as it lies.
+    """What is aligned as XLA wants it is passed as it lies, and what a model makes becomes a block
+    as it lies.
 
-    So an address is a pointer here, save that of a leased block, which has both. Slabs serve what has to be copied.
+    So an address is a pointer here, save that of a leased block, which has both. Slabs serve what
+    has to be copied.
     """
 
     def __init__(self) -> None:
@@ -47,9 +49,11 @@ class _Adopted:
 
 
 class Views:
-    """The runtime's arrays over inputs. That over a tensor's storage is made once, and goes before the storage does.
+    """The runtime's arrays over inputs. That over a tensor's storage is made once, and goes before
+    the storage does.
 
-    It does not keep the storage alive, and must not be kept beyond a call but by who keeps the input as well.
+    It does not keep the storage alive, and must not be kept beyond a call but by who keeps the
+    input as well.
     """
 
     def __init__(self, serving: Runtime) -> None:

@@ -1,4 +1,7 @@
-"""Sessions with models of this very process: the worker's runtime is called directly. Imports no framework itself."""
+"""Sessions with models of this very process: the worker's runtime is called directly.
+
+Imports no framework itself.
+"""
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,29 +28,35 @@ _T = TypeVar("_T")
 
 
 def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
-    """Return a session with models of this process: no worker, no thread, and no copy where memory can be shared.
+    """Return a session with models of this process: no worker, no thread, and no copy where memory
+    can be shared.
 
     JAX models run on JAX's default device, and torch models where their tensors are.
 
     Args:
-      jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params), a flax or equinox
-        module; or a dict of these by name.
+      jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params),
+        a flax or equinox module; or a dict of these by name.
       torch_model: likewise of `--torch-model`.
     Raises:
       TargetError: a model is none of these, or torch models are on several devices.
       CallerError: models of both frameworks were given, or of neither.
     """
     if (jax_model is None) == (torch_model is None):
-        raise CallerError("host takes either jax_model= or torch_model=: a session's models are of one framework")
+        raise CallerError(
+            "host takes either jax_model= or torch_model=: a session's models are of one framework"
+        )
     model = torch_model if jax_model is None else jax_model
     targets = model if isinstance(model, dict) else {_name_of(model): model}
     serving = _torch_runtime(targets.values()) if jax_model is None else _jax_runtime()
-    return InprocSession(serving, {name: serving.adapt(name, target) for name, target in targets.items()})
+    return InprocSession(
+        serving, {name: serving.adapt(name, target) for name, target in targets.items()}
+    )
 
 
 @dataclass(slots=True, eq=False)
 class _Era:
-    """The programs of one setting of x64: what was traced with 64-bit types is no use without them."""
+    """The programs of one setting of x64: what was traced with 64-bit types is no use without
+    them."""
 
     programs: Programs
     prepared: list[runtime.Program] = field(default_factory=list)
@@ -71,7 +80,8 @@ class _Residual:
 class InprocSession(Session):
     """Models of this process. Whether they have 64-bit types is JAX's own setting, at each call.
 
-    A residual lives exactly as long as the graph that needs it: there is no budget, and none is evicted.
+    A residual lives exactly as long as the graph that needs it: there is no budget, and none is
+      evicted.
     """
 
     def __init__(self, serving: Runtime, models: Mapping[str, Model]) -> None:
@@ -124,7 +134,9 @@ class InprocSession(Session):
     def _look_for_gpu(self) -> None:
         gpu = self._runtime.gpu()
         if gpu is None:
-            self._no_gpu = "the models run on no GPU; move them there, or make one jax's default device"
+            self._no_gpu = (
+                "the models run on no GPU; move them there, or make one jax's default device"
+            )
             return
         try:
             device = device_of(gpu.uuid)
@@ -156,7 +168,10 @@ class InprocSession(Session):
         } | lanes_by_way({})
 
     def __reduce__(self) -> NoReturn:
-        raise CallerError("a model of this process cannot be pickled; save the state_dict, or serve it by a worker")
+        raise CallerError(
+            "a model of this process cannot be pickled; save the state_dict, or serve it by a"
+            " worker"
+        )
 
     def _described(self) -> Sequence[pb.Model]:
         self._refuse_if_closed()
@@ -188,7 +203,11 @@ class InprocSession(Session):
         made = self._prepare(era, program)
         program.adopt(
             era,
-            pb.Prepared(program=era.add(made), result=made.result, outputs=[specs.encode(s) for s in made.outputs]),
+            pb.Prepared(
+                program=era.add(made),
+                result=made.result,
+                outputs=[specs.encode(s) for s in made.outputs],
+            ),
         )
         return made
 
@@ -198,9 +217,15 @@ class InprocSession(Session):
         if kind == "call":
             preparation, what = era.programs.call(request.call), f"model {request.call.model!r}"
         elif kind == "parameters":
-            preparation, what = era.programs.parameters(request.parameters), f"model {request.parameters.model!r}"
+            preparation, what = (
+                era.programs.parameters(request.parameters),
+                f"model {request.parameters.model!r}",
+            )
         elif kind == "pullback" and program.origin is not None:
-            preparation, what = era.programs.pullback(self._prepared(program.origin), request.pullback), "a pullback"
+            preparation, what = (
+                era.programs.pullback(self._prepared(program.origin), request.pullback),
+                "a pullback",
+            )
         else:
             raise ProtocolError("a Prepare request names nothing to prepare")
         with logged_when_slow(what) as progress:
@@ -232,10 +257,15 @@ class InprocSession(Session):
     def _run_in_turn(
         self, program: Program, inputs: Sequence[Placed], residual: int, copied: int, stream: int
     ) -> list[Block]:
-        """Run a program on the GPU: on memory there and on the host, with the outputs in slabs there."""
+        """Run a program on the GPU: on memory there and on the host, with the outputs in slabs
+        there."""
         gpu, turns = self._gpu, self._turns
         if gpu is None or turns is None:
-            raise closed() if self._is_closed else ProtocolError("a run names a stream, but no gpu_pool was asked for")
+            raise (
+                closed()
+                if self._is_closed
+                else ProtocolError("a run names a stream, but no gpu_pool was asked for")
+            )
         prepared = self._prepared(program)
         kept = self._kept(prepared, residual) if program.is_pullback else None
         with turns.taken(self._runtime.stream(), stream) as turn:
@@ -257,16 +287,23 @@ class InprocSession(Session):
             return self._runtime.view(pointer_of(placed), spec, placed, turn)
         return self._views.of(placed, spec)
 
-    def _run_apart(self, program: Program, inputs: Sequence[Placed], residual: int, copied: int) -> list[Block]:
+    def _run_apart(
+        self, program: Program, inputs: Sequence[Placed], residual: int, copied: int
+    ) -> list[Block]:
         prepared = self._prepared(program)
         read = self._kept(prepared, residual).value if program.is_pullback else None
         arrays = list(map(self._views.of, inputs, prepared.inputs))
         outputs, value = prepared.run(arrays, read)
         if residual and not program.is_pullback:
             self._residuals[residual] = _Residual(prepared, value, inputs, None)
-        # The worker's own parameters are handed out as copies: whoever trains them must not change the model.
+        # The worker's own parameters are handed out as copies: whoever trains them must not change
+        # the model.
         is_model_state = program.request.HasField("parameters")
-        pointers = [None] * len(outputs) if is_model_state else self._runtime.exclusive(outputs, arrays, value)
+        pointers = (
+            [None] * len(outputs)
+            if is_model_state
+            else self._runtime.exclusive(outputs, arrays, value)
+        )
         blocks: list[Block] = []
         for output, pointer, nbytes in zip(outputs, pointers, prepared.output_nbytes, strict=True):
             if pointer is not None and nbytes:

@@ -1,6 +1,7 @@
 """Runs within compiled code: as callbacks, by whichever kind of callback there is.
 
-No jax function is called while a callback runs: that could wait for the very computation which waits for the callback.
+No jax function is called while a callback runs: that could wait for the very computation which
+waits for the callback.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,12 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
 
     def callback(_: Any, outputs: Sequence[Any], *inputs: Any) -> None:
         try:
-            blocks = action([Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)])
-            for block, (spec, label), output, dtype in zip(blocks, into, outputs, result_dtypes, strict=True):
+            blocks = action(
+                [Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
+            )
+            for block, (spec, label), output, dtype in zip(
+                blocks, into, outputs, result_dtypes, strict=True
+            ):
                 write(block, spec, data_pointer(output), dtype, label)
         except (Exception, KeyboardInterrupt) as error:  # as in _crossing, without another call
             crossing = named(error)
@@ -40,17 +45,19 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
             return
         raise crossing
 
-    # XLA leaves out what makes empty arrays only; but the model may raise, or return another shape now.
+    # XLA leaves out what makes empty arrays only; but the model may raise, or return another shape
+    # now.
     is_empty = not any(result.size for result in results)
     return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
 
 
 def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
-    """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own buffers there.
+    """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own
+    buffers there.
 
-    It puts everything on XLA's stream and waits for nothing, but for what a host has to read: handles of residuals,
-    Python numbers, and the range of integers that jax must hold in fewer bits. Where the worker's GPU is another one,
-    or shares no memory, all goes through the host.
+    It puts everything on XLA's stream and waits for nothing, but for what a host has to read:
+    handles of residuals, Python numbers, and the range of integers that jax must hold in fewer
+    bits. Where the worker's GPU is another one, or shares no memory, all goes through the host.
     """
     results = action.result_types
     if not results:
@@ -58,9 +65,14 @@ def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
     if action.session.gpu_pool() is None:
         return call_back_on_arrays(action, *values, is_staged=True)
     wanted = enumerate(zip(values, action.inputs, strict=True))
-    values = tuple(x if action.is_for_host(i) else widened(x, JAX_DTYPES[spec.dtype]) for i, (x, spec) in wanted)
+    values = tuple(
+        x if action.is_for_host(i) else widened(x, JAX_DTYPES[spec.dtype])
+        for i, (x, spec) in wanted
+    )
     passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in values]
-    described = [jax.ShapeDtypeStruct(spec.shape, JAX_DTYPES[spec.dtype]) for spec in action.outputs]
+    described = [
+        jax.ShapeDtypeStruct(spec.shape, JAX_DTYPES[spec.dtype]) for spec in action.outputs
+    ]
 
     @_crossing
     def callback(context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
@@ -72,19 +84,36 @@ def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
     is_empty = not any(result.size for result in results)
     with jax.enable_x64(True):
         made = buffer_callback(callback, described, has_side_effect=is_empty)(*values)
-    changed = [i for i, (y, result) in enumerate(zip(made, results, strict=True)) if y.dtype != result.dtype]
+    changed = [
+        i
+        for i, (y, result) in enumerate(zip(made, results, strict=True))
+        if y.dtype != result.dtype
+    ]
     _check_ranges(action, {i: made[i] for i in changed if made[i].size}, results)
-    return [narrowed(y, result.dtype) for y, result in zip(made, results, strict=True)] if changed else made
+    return (
+        [narrowed(y, result.dtype) for y, result in zip(made, results, strict=True)]
+        if changed
+        else made
+    )
 
 
 def _sources_in(
-    gpu: OnGpu, action: Action, pointers: Sequence[int], passed: Sequence[tuple[np.dtype, tuple[int, ...]]]
+    gpu: OnGpu,
+    action: Action,
+    pointers: Sequence[int],
+    passed: Sequence[tuple[np.dtype, tuple[int, ...]]],
 ) -> list[Source]:
-    """Return a callback's inputs on a GPU; on the host what is read there, and everything if the run is the host's."""
-    sources = [Source(pointer, dtype, None, gpu) for pointer, (dtype, _) in zip(pointers, passed, strict=True)]
+    """Return a callback's inputs on a GPU; on the host what is read there, and everything if the
+    run is the host's."""
+    sources = [
+        Source(pointer, dtype, None, gpu)
+        for pointer, (dtype, _) in zip(pointers, passed, strict=True)
+    ]
     wanted = [i for i in range(len(sources)) if gpu.pool is None or action.is_for_host(i)]
     if wanted:
-        arrays = gpu.to_host([pointers[i] for i in wanted], *zip(*(passed[i] for i in wanted), strict=True))
+        arrays = gpu.to_host(
+            [pointers[i] for i in wanted], *zip(*(passed[i] for i in wanted), strict=True)
+        )
         for i, array in zip(wanted, arrays, strict=True):
             sources[i] = Source(array.ctypes.data, array.dtype, array)
         if gpu.pool is None:
@@ -102,8 +131,11 @@ def _deliver(gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequ
         action.session.note_staged(sum(block.nbytes for block in blocks))
 
 
-def _check_ranges(action: Action, wide: Mapping[int, Any], results: Sequence[jax.ShapeDtypeStruct]) -> None:
-    """Have compiled code fail where an output, by its position, does not fit the type that jax has for it."""
+def _check_ranges(
+    action: Action, wide: Mapping[int, Any], results: Sequence[jax.ShapeDtypeStruct]
+) -> None:
+    """Have compiled code fail where an output, by its position, does not fit the type that jax
+    has for it."""
     if not wide:
         return
     found = [extremes(y) for y in wide.values()]
@@ -113,12 +145,16 @@ def _check_ranges(action: Action, wide: Mapping[int, Any], results: Sequence[jax
     @_crossing
     def callback(context: Any, _: Any, *buffers: Any) -> None:
         gpu = gpu_of_callback(action.session, context, buffers)
-        pairs = gpu.to_host([data_pointer(x) for x in buffers], [np.dtype(np.float64)] * count, [(2,)] * count)
+        pairs = gpu.to_host(
+            [data_pointer(x) for x in buffers], [np.dtype(np.float64)] * count, [(2,)] * count
+        )
         for pair, (dtype, narrow, label) in zip(pairs, described, strict=True):
             check_range(pair, dtype, narrow, label)
 
     with jax.enable_x64(True):
-        buffer_callback(callback, jax.ShapeDtypeStruct((1,), np.int32), has_side_effect=True)(*found)
+        buffer_callback(callback, jax.ShapeDtypeStruct((1,), np.int32), has_side_effect=True)(
+            *found
+        )
 
 
 def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,8 +171,9 @@ def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Sequence[Any]:
-    """Return what an action makes of traced values, by a callback that sees copies on the host: `is_staged` says that
-    they are of memory on a GPU."""
+    """Return what an action makes of traced values, by a callback that sees copies on the host:
+    `is_staged` says that they are of memory on a GPU.
+    """
     results = action.result_types
     if not results:
         return []
@@ -146,7 +183,9 @@ def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -
         arrays = [np.asarray(x, order="C") for x in inputs]
         blocks = action([Source(array.ctypes.data, array.dtype, array) for array in arrays])
         made = [np.empty(result.shape, result.dtype) for result in results]
-        for block, spec, label, array in zip(blocks, action.outputs, action.labels, made, strict=True):
+        for block, spec, label, array in zip(
+            blocks, action.outputs, action.labels, made, strict=True
+        ):
             write(block, spec, array.ctypes.data, array.dtype, label)
         if is_staged:
             action.session.note_staged(sum(array.nbytes for array in (*arrays, *made)))

@@ -1,11 +1,12 @@
 """What jax is told of a run: that it may fail, and nothing else.
 
-jax calls compiled code that it takes for pure without any Python in between, and an error then comes out as a
-ValueError of mere text. Code with an effect is called from Python, where errors have types (bridge_client.jax.errors).
-That costs 45 us per call of the compiled code (measured 2026-11, 2 cores), however many runs are in it.
+jax calls compiled code that it takes for pure without any Python in between, and an error then
+comes out as a ValueError of mere text. Code with an effect is called from Python, where errors have
+types (bridge_client.jax.errors). That costs 45 us per call of the compiled code (measured 2026-11,
+2 cores), however many runs are in it.
 
-In every other way a run is pure: it may be left out, repeated, and moved. So each of jax's lists of what an effect
-forbids gets to know this one as harmless.
+In every other way a run is pure: it may be left out, repeated, and moved. So each of jax's lists of
+what an effect forbids gets to know this one as harmless.
 """
 
 from typing import Any

@@ -1,9 +1,10 @@
 """How an exception gets through compiled code with its type.
 
-XLA knows texts only: whatever a callback raises comes out as a JaxRuntimeError whose message quotes it. So the callback
-leaves the exception here under a number that the message names, and JaxRuntimeError, when jax makes one with such a
-message, becomes an instance that is the exception's type too: `except RemoteModelError` and `except JaxRuntimeError`
-both catch it. So does Ctrl-C while a call in compiled code is under way.
+XLA knows texts only: whatever a callback raises comes out as a JaxRuntimeError whose message quotes
+it. So the callback leaves the exception here under a number that the message names, and
+JaxRuntimeError, when jax makes one with such a message, becomes an instance that is the exception's
+type too: `except RemoteModelError` and `except JaxRuntimeError` both catch it. So does Ctrl-C while
+a call in compiled code is under way.
 """
 
 import contextlib
@@ -70,11 +71,14 @@ def _kind(cls: Any) -> Any:
         JaxRuntimeError.__init__(self, str(self.args[0]) if self.args else "")
 
     return type(
-        cls.__name__, (cls, JaxRuntimeError), {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        cls.__name__,
+        (cls, JaxRuntimeError),
+        {"__init__": init, "__module__": cls.__module__, "__doc__": cls.__doc__},
     )
 
 
 _plain_new = JaxRuntimeError.__new__
-# Where jax forbids it, the text of the exception, with the remote traceback, is still in the message.
+# Where jax forbids it, the text of the exception, with the remote traceback, is still in the
+# message.
 with contextlib.suppress(TypeError, AttributeError):
     JaxRuntimeError.__new__ = _new

@@ -12,9 +12,9 @@ from bridge_client.jax.function import RemoteTorchFunction
 class LinenModule(linen.Module):
     """A remote torch module as a flax.linen module.
 
-    Its parameters begin as the worker's and are named as there, in the collection `params`; its buffers are in
-    `batch_stats`, and follow the model's where that collection is mutable. Random numbers come from the stream `rng`,
-    if the caller passes one.
+    Its parameters begin as the worker's and are named as there, in the collection `params`; its
+    buffers are in `batch_stats`, and follow the model's where that collection is mutable. Random
+    numbers come from the stream `rng`, if the caller passes one.
 
     Attributes:
       function: the remote module.
@@ -26,7 +26,10 @@ class LinenModule(linen.Module):
 
     @linen.compact
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        params = {name: self.param(name, lambda _, value=value: value) for name, value in self.function.params.items()}
+        params = {
+            name: self.param(name, lambda _, value=value: value)
+            for name, value in self.function.params.items()
+        }
         buffers = {
             name: self.variable("batch_stats", name, lambda value=value: value)
             for name, value in self.function.buffers.items()
@@ -48,14 +51,18 @@ class LinenModule(linen.Module):
 class NnxModule(nnx.Module):
     """A remote torch module as a flax.nnx module.
 
-    Its parameters are nnx.Params and its buffers nnx.BatchStats, each under its name in the model; they begin as the
-    worker's. Buffers follow the model's in each call while `train()` is on, and stay under `eval()`. Random numbers
-    come from the stream of `rngs` named `rng`, if it is given.
+    Its parameters are nnx.Params and its buffers nnx.BatchStats, each under its name in the model;
+    they begin as the worker's. Buffers follow the model's in each call while `train()` is on, and
+    stay under `eval()`. Random numbers come from the stream of `rngs` named `rng`, if it is given.
     """
 
-    def __init__(self, function: RemoteTorchFunction, *, rngs: nnx.Rngs | None = None, rng: str = "dropout") -> None:
+    def __init__(
+        self, function: RemoteTorchFunction, *, rngs: nnx.Rngs | None = None, rng: str = "dropout"
+    ) -> None:
         self.params = nnx.Dict({name: nnx.Param(value) for name, value in function.params.items()})
-        self.buffers = nnx.Dict({name: nnx.BatchStat(value) for name, value in function.buffers.items()})
+        self.buffers = nnx.Dict(
+            {name: nnx.BatchStat(value) for name, value in function.buffers.items()}
+        )
         self.rngs = rngs
         self.use_running_average = False
         self._function = function
@@ -86,7 +93,8 @@ def _applied(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Call the function; return its result and the buffers' new values, if they may change and there are any."""
+    """Call the function; return its result and the buffers' new values, if they may change and
+    there are any."""
     if is_mutable and buffers:
         return function.apply(params, *args, buffers=buffers, mutable=True, rng=rng, **kwargs)
     return function.apply(params, *args, buffers=buffers, rng=rng, **kwargs), {}

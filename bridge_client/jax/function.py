@@ -37,20 +37,23 @@ _STREAMS = ("default",)
 class RemoteTorchFunction:
     """A torch function or module that runs in a worker process, as a differentiable JAX function.
 
-    Call it with pytrees of arrays and Python numbers, inside or outside of jit, grad, vmap and all the rest; strings,
-    bools and None are static, and so is what `static_argnames` names. Results have the model's dtypes. Where jax runs
-    without x64, int32 arrays go to a torch model as int64, and its int64 results come as int32, if they fit.
+    Call it with pytrees of arrays and Python numbers, inside or outside of jit, grad, vmap and all
+    the rest; strings, bools and None are static, and so is what `static_argnames` names. Results
+    have the model's dtypes. Where jax runs without x64, int32 arrays go to a torch model as int64,
+    and its int64 results come as int32, if they fit.
 
     Args:
-      target: a worker's address, a Session, or a torch function or module, which then runs in this process.
+      target: a worker's address, a Session, or a torch function or module, which then runs in this
+        process.
       name: which of the worker's models; needed only where it hosts several.
-      parameters: whose parameters a plain call uses: "worker" has them stay there, "client" passes `params` and
-        `buffers` of this object, as every call does once either has been assigned. `apply` is always given them.
+      parameters: whose parameters a plain call uses: "worker" has them stay there, "client" passes
+        `params` and `buffers` of this object, as every call does once either has been assigned.
+        `apply` is always given them.
       static_argnames: arguments whose numbers are part of the program instead of its data.
       timeout_s: seconds for each call; None takes the session's.
-      in_specs: how the arguments are spread over a mesh, as in `jax.shard_map`: one PartitionSpec for each positional
-        argument, or one for all. Then each shard makes a call of its own, and nothing is gathered. Keyword arguments
-        and parameters are the same on all of them.
+      in_specs: how the arguments are spread over a mesh, as in `jax.shard_map`: one PartitionSpec
+        for each positional argument, or one for all. Then each shard makes a call of its own, and
+        nothing is gathered. Keyword arguments and parameters are the same on all of them.
       out_specs: likewise for the result.
     Raises:
       WorkerUnavailable: no worker answers.
@@ -72,7 +75,9 @@ class RemoteTorchFunction:
         if parameters not in ("client", "worker"):
             raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
         if (in_specs is None) != (out_specs is None):
-            raise CallerError("in_specs and out_specs come together: what is spread must be told of both sides")
+            raise CallerError(
+                "in_specs and out_specs come together: what is spread must be told of both sides"
+            )
         sharding.check_declared(in_specs, out_specs)
         self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
@@ -88,7 +93,8 @@ class RemoteTorchFunction:
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The trainable parameters by their names in the model, as the worker has them; they live in its memory."""
+        """The trainable parameters by their names in the model, as the worker has them; they
+        live in its memory."""
         return self._own(lambda info: info.trainable)
 
     @params.setter
@@ -97,7 +103,8 @@ class RemoteTorchFunction:
 
     @property
     def buffers(self) -> dict[str, jax.Array]:
-        """What the model keeps besides its parameters, such as the statistics of a BatchNorm, by name."""
+        """What the model keeps besides its parameters, such as the statistics of a BatchNorm, by
+        name."""
         return self._own(lambda info: not info.trainable)
 
     @buffers.setter
@@ -113,7 +120,11 @@ class RemoteTorchFunction:
           WorkerDied: the worker died during the call; the next one reconnects.
           CallTimeout: no answer within the time allowed.
         """
-        own = [self._all()[info.path] for info in self._model.parameters] if self._passes_parameters else None
+        own = (
+            [self._all()[info.path] for info in self._model.parameters]
+            if self._passes_parameters
+            else None
+        )
         return self._anywhere(_Way(own, None, False), args, kwargs)[0]
 
     def apply(
@@ -132,15 +143,20 @@ class RemoteTorchFunction:
           params: an array for each name in `self.params`.
           buffers: an array for each name in `self.buffers`; None takes those.
           mutable: whether to return (result, new buffers), as the call has left them.
-          rng: a jax key, from which the model's random numbers follow; None leaves them to the worker.
+          rng: a jax key, from which the model's random numbers follow; None leaves them to the
+            worker.
         Raises:
           StructureError: a name is missing or unknown. Otherwise as a plain call.
         """
-        _check_names(params, [info.path for info in self._model.parameters if info.trainable], "params")
+        _check_names(
+            params, [info.path for info in self._model.parameters if info.trainable], "params"
+        )
         state = dict(params)
         if buffers is None:
             buffers = self.buffers
-        _check_names(buffers, [info.path for info in self._model.parameters if not info.trainable], "buffers")
+        _check_names(
+            buffers, [info.path for info in self._model.parameters if not info.trainable], "buffers"
+        )
         state.update(buffers)
         own = [self._as_parameter(state[info.path], info) for info in self._model.parameters]
         key = None if rng is None else _key_words(rng)
@@ -149,7 +165,9 @@ class RemoteTorchFunction:
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and classes belong to this process: a copy makes its own.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -157,9 +175,12 @@ class RemoteTorchFunction:
         self._classes = trees.Classes(adopt=register_dataclass)
 
     def __repr__(self) -> str:
-        return f"RemoteTorchFunction({self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r})"
+        return (
+            f"RemoteTorchFunction({self._model.name!r}, lane={self.session.lane!r},"
+            f" memory={self.session.memory!r})"
+        )
 
-    # Parameters ------------------------------------------------------------------------------------------------
+    # Parameters -----------------------------------------------------------------------------------
 
     def _own(self, is_wanted: Callable[[ParameterInfo], bool]) -> dict[str, jax.Array]:
         state = self._all()
@@ -176,19 +197,30 @@ class RemoteTorchFunction:
             }
         return self._state
 
-    def _replace(self, values: Mapping[str, Any], is_wanted: Callable[[ParameterInfo], bool], what: str) -> None:
+    def _replace(
+        self, values: Mapping[str, Any], is_wanted: Callable[[ParameterInfo], bool], what: str
+    ) -> None:
         wanted = [info for info in self._model.parameters if is_wanted(info)]
         _check_names(values, [info.path for info in wanted], what)
-        self._state = {**self._all(), **{info.path: self._as_parameter(values[info.path], info) for info in wanted}}
+        self._state = {
+            **self._all(),
+            **{info.path: self._as_parameter(values[info.path], info) for info in wanted},
+        }
         self._passes_parameters = True
 
-    # Calls -----------------------------------------------------------------------------------------------------
+    # Calls ----------------------------------------------------------------------------------------
 
-    def _anywhere(self, way: "_Way", args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def _anywhere(
+        self, way: "_Way", args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """Call as one, or once per shard where specs were declared and there is a mesh."""
         leaves, structure, statics = self._flatten(args, kwargs)
         if self._in_specs is not None:
-            arrays = [leaf for i, leaf in enumerate(leaves) if i not in statics and isinstance(leaf, jax.Array)]
+            arrays = [
+                leaf
+                for i, leaf in enumerate(leaves)
+                if i not in statics and isinstance(leaf, jax.Array)
+            ]
             mesh = sharding.mesh_of([*arrays, *(way.own or ())])
             if mesh is not None and not sharding.is_manual(mesh):
                 return self._per_shard(mesh, way, leaves, structure, statics)
@@ -204,7 +236,9 @@ class RemoteTorchFunction:
         replicated = jax.sharding.PartitionSpec()
         per_leaf = sharding.specs_of(declared, args, "in_specs")
         per_leaf += [replicated] * (len(leaves) - len(per_leaf))
-        traced = [i for i, leaf in enumerate(leaves) if i not in statics and isinstance(leaf, jax.Array)]
+        traced = [
+            i for i, leaf in enumerate(leaves) if i not in statics and isinstance(leaf, jax.Array)
+        ]
         axes = sharding.axes_of(per_leaf)
 
         def call(own: Any, key: Any, values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
@@ -214,7 +248,9 @@ class RemoteTorchFunction:
             if key is not None:  # each shard its own numbers
                 key = key.at[-1].add(jax.lax.axis_index(axes).astype(key.dtype))
             result, changed = self._call(_Way(own, key, way.is_mutable), local, structure, statics)
-            return result, {name: sharding.mean_over(axes, value) for name, value in changed.items()}
+            return result, {
+                name: sharding.mean_over(axes, value) for name, value in changed.items()
+            }
 
         specs = [per_leaf[i] for i in traced]
         in_specs, out_specs = (replicated, replicated, specs), (self._out_specs, replicated)
@@ -227,7 +263,13 @@ class RemoteTorchFunction:
         self, way: "_Way", leaves: list[Any], structure: Any, statics: frozenset[int]
     ) -> tuple[Any, dict[str, Any]]:
         passed = way.passed
-        signature: list[Hashable] = [structure, way.own is None, way.key is None, way.is_mutable, has_x64()]
+        signature: list[Hashable] = [
+            structure,
+            way.own is None,
+            way.key is None,
+            way.is_mutable,
+            has_x64(),
+        ]
         inputs = list(passed)
         for i, leaf in enumerate(leaves):
             kind: Any = type(leaf)
@@ -249,8 +291,11 @@ class RemoteTorchFunction:
         result = call.rebuild(made[: call.result_leaves])
         return result, dict(zip(call.changed, made[call.result_leaves :], strict=True))
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any, frozenset[int]]:
-        """Return the leaves of a call's arguments, those that are data as arrays, and which of them are static."""
+    def _flatten(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], Any, frozenset[int]]:
+        """Return the leaves of a call's arguments, those that are data as arrays, and which of
+        them are static."""
         leaves, structure = flatten((args, kwargs))
         if any(register_if_dataclass(type(leaf)) for leaf in leaves):
             return self._flatten(args, kwargs)  # those leaves have become nodes
@@ -271,9 +316,15 @@ class RemoteTorchFunction:
             return leaf
         name = path if isinstance(path, str) else path()
         if type(leaf) in NUMBERS:
-            if type(leaf) is int and not -(2**31) <= leaf < 2**31 and not (has_x64() and -(2**63) <= leaf < 2**63):
+            if (
+                type(leaf) is int
+                and not -(2**31) <= leaf < 2**31
+                and not (has_x64() and -(2**63) <= leaf < 2**63)
+            ):
                 bits = 64 if has_x64() else 32
-                raise DTypeError(f"input `{name}` is the integer {leaf}, which does not fit in {bits} bits")
+                raise DTypeError(
+                    f"input `{name}` is the integer {leaf}, which does not fit in {bits} bits"
+                )
             return leaf
         if not _is_key(leaf) and (hasattr(leaf, "__array__") or hasattr(leaf, "__jax_array__")):
             try:
@@ -285,23 +336,33 @@ class RemoteTorchFunction:
                     f"`{name}` is a {type(leaf).__qualname__} that jax cannot read: {error}"
                 ) from error
         raise StructureError(
-            f"`{name}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected an array, a number, bool, str "
-            "or None, or a pytree of these" + ("; a key is passed as rng= of apply" if _is_key(leaf) else "")
+            f"`{name}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected an array, a"
+            " number, bool, str or None, or a pytree of these"
+            + ("; a key is passed as rng= of apply" if _is_key(leaf) else "")
         )
 
     def _as_parameter(self, value: Any, info: ParameterInfo) -> Any:
-        """Return a parameter as an array of jax; a Python number takes the type that the model's has."""
+        """Return a parameter as an array of jax; a Python number takes the type that the model's
+        has."""
         leaf = self._as_leaf(value, info.path)
-        return jnp.asarray(leaf, dtype_of(info.spec, f"parameter `{info.path}`")) if type(leaf) in NUMBERS else leaf
+        return (
+            jnp.asarray(leaf, dtype_of(info.spec, f"parameter `{info.path}`"))
+            if type(leaf) in NUMBERS
+            else leaf
+        )
 
     def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
         marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         return frozenset(i for i, mark in enumerate(jax.tree.leaves(marks)) if mark)
 
-    def _prepare(self, way: "_Way", leaves: Sequence[Any], structure: Any, statics: frozenset[int]) -> "_Call":
+    def _prepare(
+        self, way: "_Way", leaves: Sequence[Any], structure: Any, statics: frozenset[int]
+    ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
-        slotted = jax.tree.unflatten(structure, [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)])
+        slotted = jax.tree.unflatten(
+            structure, [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
+        )
         arguments, slots = encode(slotted, self._classes, expand=expand)
         infos = self._model.parameters
         paths = [info.path for info in infos] if way.own is not None else []
@@ -325,7 +386,11 @@ class RemoteTorchFunction:
         order = [*range(len(way.passed)), *(len(way.passed) + rank[leaf] for leaf in slots)]
         changed = [info.path for info in infos if not info.trainable] if way.is_mutable else []
         return _Call(
-            program, order, len(program.outputs) - len(changed), changed, rebuilder(program.result, self._classes)
+            program,
+            order,
+            len(program.outputs) - len(changed),
+            changed,
+            rebuilder(program.result, self._classes),
         )
 
     def _spec_of(self, value: Any, path: str) -> Spec:
@@ -350,7 +415,8 @@ class _Way(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a signature needs: the program, its inputs' order, and the way from its outputs to the result."""
+    """What a signature needs: the program, its inputs' order, and the way from its outputs to
+    the result."""
 
     program: Program
     order: Sequence[int]
@@ -377,7 +443,8 @@ def _key_words(rng: Any) -> Any:
         ) from error
     if words.ndim != 1 or words.dtype != jnp.uint32 or words.shape[0] % _KEY_WORDS:
         raise StructureError(
-            f"rng has dtype {words.dtype} and shape {list(words.shape)}; expected one key, as jax.random.key makes it"
+            f"rng has dtype {words.dtype} and shape {list(words.shape)}; expected one key, as"
+            " jax.random.key makes it"
         )
     folded = words[:_KEY_WORDS]
     for start in range(_KEY_WORDS, words.shape[0], _KEY_WORDS):
@@ -387,7 +454,9 @@ def _key_words(rng: Any) -> Any:
 
 def _check_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
     if not isinstance(given, Mapping):
-        raise StructureError(f"{what} is a {type(given).__qualname__}; expected a dict of arrays by name")
+        raise StructureError(
+            f"{what} is a {type(given).__qualname__}; expected a dict of arrays by name"
+        )
     missing, unknown = set(expected) - set(given), set(given) - set(expected)
     wrong = [f"lacks {sorted(missing)}"] if missing else []
     wrong += [f"has {sorted(unknown)}, which the model does not know"] if unknown else []
@@ -398,7 +467,8 @@ def _check_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -
 def _not_static(path: str, leaf: Any) -> str:
     if isinstance(leaf, jax.core.Tracer):
         return (
-            f"`{path}` is static, but is traced here, so that its value is not known: pass a Python value, or name the "
-            "argument in static_argnums or static_argnames of the surrounding jit"
+            f"`{path}` is static, but is traced here, so that its value is not known: pass a Python"
+            " value, or name the argument in static_argnums or static_argnames of the"
+            " surrounding jit"
         )
     return f"`{path}` is static, but is an array of shape {list(leaf.shape)}; pass a Python value"

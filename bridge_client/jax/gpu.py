@@ -1,8 +1,9 @@
 """Arrays on a GPU: how they are read, made and waited for. All that knows XLA's streams is here.
 
-XLA's computations on a GPU come one after the other on one stream, and XLA lets go of memory, also of others', in the
-order of that stream: a computation may still be about to read it. So everything is done on XLA's own stream. There, a
-copy finds what was computed before, a block serves again after its last reader, and no host waits.
+XLA's computations on a GPU come one after the other on one stream, and XLA lets go of memory, also
+of others', in the order of that stream: a computation may still be about to read it. So everything
+is done on XLA's own stream. There, a copy finds what was computed before, a block serves again
+after its last reader, and no host waits.
 """
 
 import functools
@@ -29,13 +30,15 @@ else:
     HAS_BUFFERS = True
 
 
-# XLA's source of jax 0.11 writes into imported memory that is donated: that is the array's own as long as nobody else
-# refers to it. Before, LOG(FATAL) was on the way ("ForeignRawSEDeviceMemory cannot be donated").
+# XLA's source of jax 0.11 writes into imported memory that is donated: that is the array's own as
+# long as nobody else refers to it. Before, LOG(FATAL) was on the way ("ForeignRawSEDeviceMemory
+# cannot be donated").
 DONATION_ENDS_PROCESS = jax.__version_info__ < (0, 11)
 
 
 class OnGpu(NamedTuple):
-    """XLA's stream on a GPU, and the memory there that is shared with the worker; None: its models run elsewhere."""
+    """XLA's stream on a GPU, and the memory there that is shared with the worker; None: its
+    models run elsewhere."""
 
     device: Device
     stream: int
@@ -50,8 +53,11 @@ class OnGpu(NamedTuple):
         """Put a copy on the stream: from the GPU or the host, to either."""
         self.device.copy(target, source, nbytes, self.stream)
 
-    def to_host(self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Sequence[Any]) -> list[np.ndarray]:
-        """Return what will lie at some places on the GPU once the stream comes to this; the one wait of the host."""
+    def to_host(
+        self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Sequence[Any]
+    ) -> list[np.ndarray]:
+        """Return what will lie at some places on the GPU once the stream comes to this; the one
+        wait of the host."""
         arrays = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         for array, pointer in zip(arrays, pointers, strict=True):
             if array.nbytes:
@@ -75,13 +81,15 @@ class OnGpu(NamedTuple):
         )
 
     def keep_from_donation(self, array: jax.Array) -> None:
-        """Have an array over a block never be donated where XLA would end the process rather than take memory not its
-        own."""
+        """Have an array over a block never be donated where XLA would end the process rather than
+        take memory not its own.
+        """
         if DONATION_ENDS_PROCESS:
             weakref.finalize(array, _let_go, self.reference_to(array)).atexit = False
 
     def reference_to(self, array: jax.Array) -> Any:
-        """Return a reference to an array's memory: XLA donates no array whose memory somebody else refers to."""
+        """Return a reference to an array's memory: XLA donates no array whose memory somebody
+        else refers to."""
         # By another object than the array itself, which it must not keep alive.
         return array.addressable_data(0).__dlpack__(stream=self.stream)  # type: ignore[call-arg]
 
@@ -98,7 +106,8 @@ def _let_go(reference: Any) -> None:
 
 
 def gpu_for(session: Session, values: Sequence[Any]) -> OnGpu | None:
-    """Return where a run on concrete arrays takes place, if one of them is on the worker's GPU; else None."""
+    """Return where a run on concrete arrays takes place, if one of them is on the worker's GPU;
+    else None."""
     ordinals = {ordinal_of(value): value for value in values if isinstance(value, jax.Array)}
     ordinals.pop(None, None)
     pool = session.gpu_pool() if ordinals and HAS_BUFFERS else None
@@ -118,10 +127,15 @@ def gpu_of_callback(session: Session, context: Any, buffers: Sequence[Any]) -> O
 
 
 def ordinal_of(array: jax.Array) -> int | None:
-    """Return the number, in this process, of the GPU in whose memory an array lies, as a whole; else None."""
+    """Return the number, in this process, of the GPU in whose memory an array lies, as a whole;
+    else None."""
     devices = array.devices()
     device = next(iter(devices))
-    if len(devices) > 1 or device.platform != "gpu" or array.sharding.memory_kind not in ("device", None):
+    if (
+        len(devices) > 1
+        or device.platform != "gpu"
+        or array.sharding.memory_kind not in ("device", None)
+    ):
         return None
     return device.local_hardware_id
 
@@ -147,11 +161,14 @@ def stream_of_callback(context: Any) -> int:
 
 def is_committed(values: Sequence[Any]) -> bool:
     """Whether jax may not move what is made of these values to the device of others."""
-    return any(isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values)
+    return any(
+        isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values
+    )
 
 
 def uncommitted(array: jax.Array) -> jax.Array:
-    """Return an array that jax may move to the device of others, if there are any; what is imported never is."""
+    """Return an array that jax may move to the device of others, if there are any; what is
+    imported never is."""
     if jax.local_device_count() == 1:
         return array
     try:
@@ -166,5 +183,7 @@ def uncommitted(array: jax.Array) -> jax.Array:
 def _device_at(ordinal: int) -> Device:
     gpu = next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
     if gpu is None:
-        raise CudaError(f"an array is on the GPU {ordinal}, but CUDA knows none of that number in this process")
+        raise CudaError(
+            f"an array is on the GPU {ordinal}, but CUDA knows none of that number in this process"
+        )
     return device_of(gpu.uuid)

@@ -1,6 +1,7 @@
 """Arrays and the session's memory: placed in it as inputs, made of it as outputs.
 
-What callbacks use calls no jax function: that could wait for the very computation which waits for the callback.
+What callbacks use calls no jax function: that could wait for the very computation which waits for
+the callback.
 """
 
 import functools
@@ -49,8 +50,11 @@ class _InSlab(NamedTuple):
     owner: Any
 
 
-def place(program: Program, sources: Sequence[Source], *, lasting: bool = False) -> tuple[list[Placed], int]:
-    """Return each input in the session's memory, as the program wants it, and the bytes that had to be copied.
+def place(
+    program: Program, sources: Sequence[Source], *, lasting: bool = False
+) -> tuple[list[Placed], int]:
+    """Return each input in the session's memory, as the program wants it, and the bytes that had to
+    be copied.
 
     `lasting`: the inputs must outlive the call, since a residual may alias them.
     """
@@ -78,22 +82,27 @@ def place(program: Program, sources: Sequence[Source], *, lasting: bool = False)
         else:
             block = pool.lease(nbytes)
             if nbytes:
-                _convert(_view(pointer, dtype, spec.shape), _of_block(block, spec), program.labels[i])
+                _convert(
+                    _view(pointer, dtype, spec.shape), _of_block(block, spec), program.labels[i]
+                )
         placed.append(block)
         copied += nbytes
     return placed, copied
 
 
-def _placed_on(gpu: OnGpu, pointer: int, nbytes: int, owner: Any, lasting: bool) -> tuple[Placed, int]:
-    """Return an input on the GPU in the memory that is shared there, and the bytes that had to be copied."""
+def _placed_on(
+    gpu: OnGpu, pointer: int, nbytes: int, owner: Any, lasting: bool
+) -> tuple[Placed, int]:
+    """Return an input on the GPU in the memory that is shared there, and the bytes that had to
+    be copied."""
     assert gpu.pool is not None, "what else lies on a GPU is brought to the host"
     address = gpu.pool.address_of(pointer, nbytes) if nbytes else None
     if address is not None:
         block = _blocks.get(pointer, owner)
         if not lasting:
             return _InSlab(address, block), 0
-        # XLA must not write into what the residual aliases: it would, if the array is donated while nobody refers to
-        # its memory, and within compiled code nobody can.
+        # XLA must not write into what the residual aliases: it would, if the array is donated while
+        # nobody refers to its memory, and within compiled code nobody can.
         if owner is not None:
             return _InSlab(address, (block, gpu.reference_to(owner))), 0
         if block is not None and DONATION_ENDS_PROCESS:  # and so never is
@@ -115,8 +124,9 @@ def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -
 
 
 def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
-    """Return where the elements of a concrete array, or of a Python number, lie: those of an array on this GPU are left
-    there, all others brought to the host."""
+    """Return where the elements of a concrete array, or of a Python number, lie: those of an array
+    on this GPU are left there, all others brought to the host.
+    """
     if gpu is not None and gpu.holds(value) and _is_row_major(value):
         return Source(gpu.pointer_of(value), value.dtype, value, gpu)
     if isinstance(value, jax.Array) and _is_plain(value):
@@ -128,15 +138,18 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
 
 
 def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = None) -> jax.Array:
-    """Return the array over the block, whose lease ends with it, where an array belongs on the host: always if that is
-    the only device, and else if it is its home.
+    """Return the array over the block, whose lease ends with it, where an array belongs on the
+    host: always if that is the only device, and else if it is its home.
 
     It is a copy on any other device, and where jax can only hold a narrower type.
     """
     dtype = dtype_of(spec, label)
-    # An imported array is committed to its device; beside others, that would forbid it to be used with their arrays.
+    # An imported array is committed to its device; beside others, that would forbid it to be used
+    # with their arrays.
     is_imported = (
-        block.nbytes and dtype == JAX_DTYPES[spec.dtype] and (has_one_cpu() or (home is not None and home is _host()))
+        block.nbytes
+        and dtype == JAX_DTYPES[spec.dtype]
+        and (has_one_cpu() or (home is not None and home is _host()))
     )
     if is_imported and is_importable(dtype):
         _blocks[block.pointer] = block
@@ -146,7 +159,9 @@ def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = N
     return jax.device_put(array, home)
 
 
-def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.Device) -> jax.Array:
+def from_block_on(
+    gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.Device
+) -> jax.Array:
     """Return the array over a block on the GPU, whose lease ends with it.
 
     It is a copy there where jax has only a narrower type, whose range the host has then checked.
@@ -167,7 +182,11 @@ def from_block_on(gpu: OnGpu, block: Block, spec: Spec, label: str, device: jax.
 def home_of(inputs: Sequence[Any]) -> jax.Device | None:
     """Return the device that an input is committed to, where outputs belong; None if none is."""
     for value in inputs:
-        if isinstance(value, jax.Array) and getattr(value, "committed", True) and len(value.devices()) == 1:
+        if (
+            isinstance(value, jax.Array)
+            and getattr(value, "committed", True)
+            and len(value.devices()) == 1
+        ):
             return next(iter(value.devices()))
     return None
 
@@ -185,35 +204,42 @@ def dtype_of(spec: Spec, label: str) -> np.dtype:
     narrowed = NARROWED.get(spec.dtype.name)
     if narrowed is None:
         raise DTypeError(
-            f"{label} has dtype {spec.dtype.name}, but jax runs without x64: set jax_enable_x64, or let the model "
-            "compute and return 32-bit types"
+            f"{label} has dtype {spec.dtype.name}, but jax runs without x64: set jax_enable_x64, or"
+            " let the model compute and return 32-bit types"
         )
     return JAX_DTYPES[narrowed]
 
 
-def spec_of(shape: Sequence[int], dtype: np.dtype, path: str, framework: str, worker_x64: bool) -> Spec:
+def spec_of(
+    shape: Sequence[int], dtype: np.dtype, path: str, framework: str, worker_x64: bool
+) -> Spec:
     """Return the type that an array has on the worker.
 
-    Without x64, jax has no integers but 32-bit ones; in torch, code expects 64-bit ones, labels and indices above all.
-    So an int32 goes to a torch model as an int64 then.
+    Without x64, jax has no integers but 32-bit ones; in torch, code expects 64-bit ones, labels and
+    indices above all. So an int32 goes to a torch model as an int64 then.
 
     Raises:
       DTypeError: the worker cannot hold it without loss.
       SpecError: its shape is not known.
     """
     if not all(isinstance(size, int) for size in shape):
-        raise SpecError(f"input `{path}` has the symbolic shape {tuple(shape)}; calls are prepared for known sizes")
+        raise SpecError(
+            f"input `{path}` has the symbolic shape {tuple(shape)}; calls are prepared for known"
+            " sizes"
+        )
     ours = DTYPES.get(dtype)
     if ours is None:
-        raise DTypeError(f"input `{path}` has dtype {dtype}, which has no counterpart in {framework}; cast it")
+        raise DTypeError(
+            f"input `{path}` has dtype {dtype}, which has no counterpart in {framework}; cast it"
+        )
     if framework == "torch" and ours.name == "int32" and not has_x64():
         ours = BY_NAME["int64"]
     if ours.name in NEEDS_X64 and not worker_x64:
         narrowed = NARROWED.get(ours.name)
         if narrowed is None:
             raise DTypeError(
-                f"input `{path}` has dtype {ours.name}, but the worker runs without x64; cast it to a 32-bit type or "
-                "start the worker with --x64"
+                f"input `{path}` has dtype {ours.name}, but the worker runs without x64; cast it to"
+                " a 32-bit type or start the worker with --x64"
             )
         ours = narrowed
     return Spec(ours, tuple(shape))
@@ -235,8 +261,8 @@ def as_array(leaf: Any, path: str) -> jax.Array:
         narrowed = NARROWED.get(array.dtype.name)
         if narrowed is None:
             raise DTypeError(
-                f"`{path}` has dtype {array.dtype}, but jax runs without x64 and would make it a 32-bit one: cast it, "
-                "or set jax_enable_x64"
+                f"`{path}` has dtype {array.dtype}, but jax runs without x64 and would make it a"
+                " 32-bit one: cast it, or set jax_enable_x64"
             )
         into = np.empty(array.shape, narrowed.name)
         _convert(array, into, f"`{path}`")
@@ -274,7 +300,9 @@ def _host() -> jax.Device | None:
 
 def _is_plain(array: Any) -> bool:
     """Whether an array's elements lie row-major in the memory of the host."""
-    if not has_one_cpu() and (len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"):
+    if not has_one_cpu() and (
+        len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"
+    ):
         return False
     return _is_row_major(array)
 
@@ -318,7 +346,12 @@ class _Memory:
     def __init__(self, pointer: int, dtype: np.dtype, shape: Sequence[int]) -> None:
         # As bytes without a meaning: NumPy's protocol has no name for bfloat16 and its like.
         typestr = f"|V{dtype.itemsize}"
-        self.__array_interface__ = {"version": 3, "data": (pointer, False), "shape": tuple(shape), "typestr": typestr}
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (pointer, False),
+            "shape": tuple(shape),
+            "typestr": typestr,
+        }
 
 
 def _view(pointer: int, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The JAX primitives that stand for runs of programs, and what every transformation makes of them.
 
-The derivative of a program is another program, and so is its batched version: each rule below names a program and binds
-a primitive to it, and all compositions follow.
+The derivative of a program is another program, and so is its batched version: each rule below names
+a program and binds a primitive to it, and all compositions follow.
 
   run       inputs -> outputs
   keep      inputs -> outputs and the handle of a residual
@@ -51,7 +51,7 @@ def run(program: Program, values: Sequence[Any]) -> list[Any]:
     return run_p.bind(*values, program=program)
 
 
-# Types and execution -------------------------------------------------------------------------------------------
+# Types and execution ------------------------------------------------------------------------------
 
 
 def varying_axes(aval: Any) -> frozenset[str]:
@@ -62,7 +62,9 @@ def varying_axes(aval: Any) -> frozenset[str]:
 
 def _avals(specs: Sequence[Spec], inputs: Sequence[Any], program: Program) -> list[Any]:
     """Return the types of a run's outputs, on the mesh and varying over the axes of the inputs'."""
-    template = max(inputs, key=lambda aval: (len(varying_axes(aval)), not _mesh_of(aval).empty), default=None)
+    template = max(
+        inputs, key=lambda aval: (len(varying_axes(aval)), not _mesh_of(aval).empty), default=None
+    )
     made = []
     for i, spec in enumerate(specs):
         dtype = dtype_of(spec, f"output {i} of {program!r}")
@@ -70,7 +72,9 @@ def _avals(specs: Sequence[Spec], inputs: Sequence[Any], program: Program) -> li
             made.append(jax.core.ShapedArray(spec.shape, dtype))
             continue
         sharding = NamedSharding(_mesh_of(template), PartitionSpec(*[None] * len(spec.shape)))
-        made.append(template.update(shape=spec.shape, dtype=dtype, weak_type=False, sharding=sharding))
+        made.append(
+            template.update(shape=spec.shape, dtype=dtype, weak_type=False, sharding=sharding)
+        )
     return made
 
 
@@ -119,7 +123,8 @@ def _run_at_once(primitive: Any, action_of: Callable[..., Action]) -> None:
 
 
 def lower_as(call_back: Callable[..., Sequence[Any]], platform: str | None = None) -> None:
-    """Have runs in compiled code be callbacks of this kind, on a platform or on all that have no kind of their own."""
+    """Have runs in compiled code be callbacks of this kind, on a platform or on all that have no
+    kind of their own."""
     for primitive, action_of in _actions.items():
         mlir.register_lowering(primitive, _lowering(call_back, action_of), platform=platform)
 
@@ -139,7 +144,9 @@ else:
     lower_as(functools.partial(call_back_on_arrays, is_staged=True), "cuda")
 
 
-def _push_forward(*values: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions) -> Sequence[Any]:
+def _push_forward(
+    *values: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
+) -> Sequence[Any]:
     """Evaluate the linear map: a run of the jvp program."""
     inputs, tangents = _parts(values, program, kept)
     return run_p.bind(*inputs, *tangents, program=program.jvp(wrt, outputs))
@@ -149,13 +156,15 @@ linear_p.def_impl(_push_forward)
 mlir.register_lowering(linear_p, mlir.lower_fun(_push_forward, multiple_results=True))
 
 
-def _parts(values: Sequence[Any], program: Program, kept: Positions) -> tuple[Sequence[Any], Sequence[Any]]:
+def _parts(
+    values: Sequence[Any], program: Program, kept: Positions
+) -> tuple[Sequence[Any], Sequence[Any]]:
     """Return the inputs and the tangents among the operands of a linear map, without the handle."""
     count = len(program.inputs)
     return values[:count], values[count + bool(kept) :]
 
 
-# Forward mode --------------------------------------------------------------------------------------------------
+# Forward mode -------------------------------------------------------------------------------------
 
 
 def _differentiable(program: Program, is_wanted: Callable[[int], bool]) -> Positions:
@@ -187,7 +196,9 @@ def _tangents(
     return full
 
 
-def _run_jvp(values: Sequence[Any], tangents: Sequence[Any], *, program: Program) -> tuple[list[Any], list[Any]]:
+def _run_jvp(
+    values: Sequence[Any], tangents: Sequence[Any], *, program: Program
+) -> tuple[list[Any], list[Any]]:
     made = run_p.bind(*values, program=program)
     return made, _tangents(program, values, tangents, made)
 
@@ -199,11 +210,15 @@ def _keep_jvp(
     return [*made, handle], [*_tangents(program, values, tangents, made), _zero(handle)]
 
 
-def _linear_jvp(values: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[list[Any], list[Any]]:
+def _linear_jvp(
+    values: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[list[Any], list[Any]]:
     program, kept = params["program"], params["kept"]
     made = linear_p.bind(*values, **params)
     derived = program.jvp(params["wrt"], params["outputs"])
-    inputs, moved = ([*first, *rest] for first, rest in (_parts(v, program, kept) for v in (values, tangents)))
+    inputs, moved = (
+        [*first, *rest] for first, rest in (_parts(v, program, kept) for v in (values, tangents))
+    )
     return made, _tangents(derived, inputs, moved, made)
 
 
@@ -226,13 +241,16 @@ ad.primitive_jvps[linear_p] = _linear_jvp
 ad.primitive_jvps[pull_back_p] = _pull_back_jvp
 
 
-# Reverse mode --------------------------------------------------------------------------------------------------
+# Reverse mode -------------------------------------------------------------------------------------
 
 
 def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
-    """Run a program that is going to be differentiated: in reverse mode, keep what its pullback needs."""
+    """Run a program that is going to be differentiated: in reverse mode, keep what its pullback
+    needs."""
     # Older releases do not say for which mode.
-    is_reverse, nonzero, *values = arguments if isinstance(arguments[0], bool) else (True, *arguments)
+    is_reverse, nonzero, *values = (
+        arguments if isinstance(arguments[0], bool) else (True, *arguments)
+    )
     wrt, outputs = _differentiable(program, lambda i: nonzero[i]), _outputs_of(program)
     handle = None
     kept: Positions = ()
@@ -253,12 +271,15 @@ def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
 
 
 try:
-    # Which of the two derivatives is being made, only this table is told; elsewhere the vjp program recomputes.
+    # Which of the two derivatives is being made, only this table is told; elsewhere the vjp program
+    # recomputes.
     from jax._src.interpreters.ad import LinearizeTrace, primitive_linearizations
 except ImportError:
     pass
 else:
-    _has_structured_residuals = "structured_res" in LinearizeTrace.process_primitive.__code__.co_varnames
+    _has_structured_residuals = (
+        "structured_res" in LinearizeTrace.process_primitive.__code__.co_varnames
+    )
     primitive_linearizations[run_p] = _run_linearize
 
 
@@ -267,10 +288,17 @@ def _nonzero(cotangents: Sequence[Any]) -> Positions:
 
 
 def _linear_transpose(
-    cotangents: Sequence[Any], *values: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
+    cotangents: Sequence[Any],
+    *values: Any,
+    program: Program,
+    wrt: Positions,
+    outputs: Positions,
+    kept: Positions,
 ) -> list[Any]:
     inputs, tangents = _parts(values, program, kept)
-    wanted = tuple(i for i, tangent in zip(wrt, tangents, strict=True) if ad.is_undefined_primal(tangent))
+    wanted = tuple(
+        i for i, tangent in zip(wrt, tangents, strict=True) if ad.is_undefined_primal(tangent)
+    )
     nonzero = _nonzero(cotangents)
     given = tuple(outputs[i] for i in nonzero)
     made: dict[int, Any] = {}
@@ -278,7 +306,9 @@ def _linear_transpose(
         selected = [cotangents[i] for i in nonzero]
         if kept:
             operands = [values[len(inputs)], *inputs, *selected]
-            pulled = pull_back_p.bind(*operands, program=program, kept=kept, wrt=wanted, given=given)
+            pulled = pull_back_p.bind(
+                *operands, program=program, kept=kept, wrt=wanted, given=given
+            )
         else:
             pulled = run_p.bind(*inputs, *selected, program=program.vjp(wanted, given))
         made = dict(zip(wanted, pulled, strict=True))
@@ -286,7 +316,8 @@ def _linear_transpose(
 
 
 def _placed(made: Mapping[int, Any], positions: Positions, values: Sequence[Any]) -> list[Any]:
-    """Return the cotangent of each value: none of a known one, and zero where nothing depends on an unknown one."""
+    """Return the cotangent of each value: none of a known one, and zero where nothing depends on
+    an unknown one."""
     return [
         (_spread_as(value.aval, made[i]) if i in made else ad.Zero(value.aval))
         if ad.is_undefined_primal(value)
@@ -296,7 +327,8 @@ def _placed(made: Mapping[int, Any], positions: Positions, values: Sequence[Any]
 
 
 def _spread_as(aval: Any, value: Any) -> Any:
-    """Return a cotangent as spread over an explicit mesh as what it belongs to; a run's outputs are on all devices."""
+    """Return a cotangent as spread over an explicit mesh as what it belongs to; a run's outputs
+    are on all devices."""
     sharding = aval.sharding
     if jax.typeof(value).sharding.spec == sharding.spec:
         return value
@@ -304,13 +336,18 @@ def _spread_as(aval: Any, value: Any) -> Any:
 
 
 def _run_transpose(cotangents: Sequence[Any], *values: Any, program: Program) -> list[Any]:
-    """Transpose a run of what is linear in its undefined inputs: its derivative by them, which is the same anywhere."""
+    """Transpose a run of what is linear in its undefined inputs: its derivative by them, which
+    is the same anywhere."""
     wrt = tuple(i for i, value in enumerate(values) if ad.is_undefined_primal(value))
     given = _nonzero(cotangents)
     made: dict[int, Any] = {}
     if given:
-        point = [jnp.zeros(v.aval.shape, v.aval.dtype) if i in wrt else v for i, v in enumerate(values)]
-        pulled = run_p.bind(*point, *(cotangents[i] for i in given), program=program.vjp(wrt, given))
+        point = [
+            jnp.zeros(v.aval.shape, v.aval.dtype) if i in wrt else v for i, v in enumerate(values)
+        ]
+        pulled = run_p.bind(
+            *point, *(cotangents[i] for i in given), program=program.vjp(wrt, given)
+        )
         made = dict(zip(wrt, pulled, strict=True))
     return _placed(made, tuple(range(len(values))), values)
 
@@ -325,7 +362,9 @@ def _pull_back_transpose(
     given: Positions,
 ) -> list[Any]:
     inputs, pulled = values[: len(program.inputs)], values[len(program.inputs) :]
-    wanted = tuple(i for i, value in zip(given, pulled, strict=True) if ad.is_undefined_primal(value))
+    wanted = tuple(
+        i for i, value in zip(given, pulled, strict=True) if ad.is_undefined_primal(value)
+    )
     nonzero = _nonzero(cotangents)
     moved: dict[int, Any] = {}
     if wanted and nonzero:
@@ -355,15 +394,25 @@ pe.dce_rules[keep_p] = _drop_unused_handle
 
 
 def _recompute_or_save(
-    saveable: Callable[..., Any], unknown: Sequence[bool], instantiated: Sequence[bool], equation: Any
+    saveable: Callable[..., Any],
+    unknown: Sequence[bool],
+    instantiated: Sequence[bool],
+    equation: Any,
 ) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
-    """Split a checkpointed equation as jax does those without effects: what an effect has is never recomputed."""
+    """Split a checkpointed equation as jax does those without effects: what an effect has is
+    never recomputed."""
     count = len(equation.outvars)
-    needed = [x for x, is_there in zip(equation.invars, instantiated, strict=True) if not is_there and type(x) is Var]
+    needed = [
+        x
+        for x, is_there in zip(equation.invars, instantiated, strict=True)
+        if not is_there and type(x) is Var
+    ]
     if any(unknown):
         return None, equation, [True] * count, [True] * count, needed
     policy = saveable(equation.primitive, *(x.aval for x in equation.invars), **equation.params)
-    if policy is True or type(policy).__name__ == "SaveableType":  # of a type that jax does not export
+    if (
+        policy is True or type(policy).__name__ == "SaveableType"
+    ):  # of a type that jax does not export
         return equation, None, [False] * count, [False] * count, []
     return equation, equation, [False] * count, [True] * count, needed
 
@@ -372,14 +421,16 @@ for primitive in (run_p, keep_p, linear_p, pull_back_p):
     pe.partial_eval_jaxpr_custom_rules[primitive] = _recompute_or_save
 
 
-# Batches -------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 _Dims = Sequence[int | None]
 
 
 def _batched(program: Program, values: Sequence[Any], dims: _Dims) -> tuple[Program, list[Any]]:
     """Return the program over batches, and its inputs."""
-    size = next(value.shape[dim] for value, dim in zip(values, dims, strict=True) if dim is not None)
+    size = next(
+        value.shape[dim] for value, dim in zip(values, dims, strict=True) if dim is not None
+    )
     values, dims = list(values), list(dims)
     for i, spec in enumerate(program.inputs):
         # A Python number is the same for the whole batch, even where jax has made one of it.
@@ -388,7 +439,9 @@ def _batched(program: Program, values: Sequence[Any], dims: _Dims) -> tuple[Prog
     return program.vmap(tuple(-1 if dim is None else dim for dim in dims), size), values
 
 
-def _run_batch(values: Sequence[Any], dims: _Dims, *, program: Program) -> tuple[list[Any], list[int]]:
+def _run_batch(
+    values: Sequence[Any], dims: _Dims, *, program: Program
+) -> tuple[list[Any], list[int]]:
     derived, values = _batched(program, values, dims)
     made = run_p.bind(*values, program=derived)
     return made, [0] * len(made)
@@ -401,19 +454,28 @@ def _keep_batch(
     if all(dims[i] is not None for i in wrt):
         made = keep_p.bind(*values, program=derived, wrt=wrt)
     else:
-        # The residual of a batch yields the sum of the gradients by what is not batched, not each one.
+        # The residual of a batch yields the sum of the gradients by what is not batched, not each
+        # one.
         made = [*run_p.bind(*values, program=derived), jnp.zeros(HANDLE.shape, HANDLE.dtype.name)]
     return made, [*[0] * (len(made) - 1), None]
 
 
 def _linear_batch(values: Sequence[Any], dims: _Dims, **params: Any) -> tuple[list[Any], list[int]]:
     program, kept = params["program"], params["kept"]
-    flat, flat_dims = ([*inputs, *moved] for inputs, moved in (_parts(v, program, kept) for v in (values, dims)))
+    flat, flat_dims = (
+        [*inputs, *moved] for inputs, moved in (_parts(v, program, kept) for v in (values, dims))
+    )
     return _run_batch(flat, flat_dims, program=program.jvp(params["wrt"], params["outputs"]))
 
 
 def _pull_back_batch(
-    values: Sequence[Any], dims: _Dims, *, program: Program, kept: Positions, wrt: Positions, given: Positions
+    values: Sequence[Any],
+    dims: _Dims,
+    *,
+    program: Program,
+    kept: Positions,
+    wrt: Positions,
+    given: Positions,
 ) -> tuple[list[Any], list[int]]:
     count = 1 + len(program.inputs)
     is_of_the_batch = dims[0] is None and all(dims[1 + i] is not None for i in kept)
@@ -422,10 +484,14 @@ def _pull_back_batch(
     derived, inputs = _batched(program, values[1:count], dims[1:count])
     size = values[1 + kept[0]].shape[dims[1 + kept[0]]]
     cotangents = [
-        jnp.broadcast_to(value, (size, *value.shape)) if dim is None else jnp.moveaxis(value, dim, 0)
+        jnp.broadcast_to(value, (size, *value.shape))
+        if dim is None
+        else jnp.moveaxis(value, dim, 0)
         for value, dim in zip(values[count:], dims[count:], strict=True)
     ]
-    made = pull_back_p.bind(values[0], *inputs, *cotangents, program=derived, kept=kept, wrt=wrt, given=given)
+    made = pull_back_p.bind(
+        values[0], *inputs, *cotangents, program=derived, kept=kept, wrt=wrt, given=given
+    )
     return made, [dims[1 + i] for i in wrt]  # type: ignore[misc]
 
 

@@ -16,12 +16,20 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return a pytree's leaves and its structure.
 
     Raises:
-      StructureError: jax cannot take it apart: keys that cannot be sorted, a structure that contains itself.
+      StructureError: jax cannot take it apart: keys that cannot be sorted, a structure that
+        contains itself.
     """
     try:
         return jax.tree.flatten(tree)
-    except (ValueError, TypeError, RecursionError, SystemError) as error:  # the last is how jax passes on another
-        raise StructureError(f"jax cannot take the arguments apart: {error.__cause__ or error}") from error
+    except (
+        ValueError,
+        TypeError,
+        RecursionError,
+        SystemError,
+    ) as error:  # the last is how jax passes on another
+        raise StructureError(
+            f"jax cannot take the arguments apart: {error.__cause__ or error}"
+        ) from error
 
 
 def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
@@ -31,7 +39,8 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
 
 
 def register_if_dataclass(cls: type) -> bool:
-    """Make a dataclass that is met for the first time, as a leaf, a pytree node; return whether it is one."""
+    """Make a dataclass that is met for the first time, as a leaf, a pytree node; return whether
+    it is one."""
     if not dataclasses.is_dataclass(cls):
         return False
     register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
@@ -46,7 +55,10 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[str, ...]]:
         children, beyond = flatten(value)
-        return [(jax.tree_util.GetAttrKey(field), child) for field, child in zip(fields, children, strict=True)], beyond
+        return [
+            (jax.tree_util.GetAttrKey(field), child)
+            for field, child in zip(fields, children, strict=True)
+        ], beyond
 
     def unflatten(beyond: tuple[str, ...], children: Iterable[Any]) -> Any:
         return trees.instantiate(cls, fields, children, without=beyond)

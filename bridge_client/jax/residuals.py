@@ -1,8 +1,9 @@
 """Residuals as JAX sees them: a handle is an array, two words that make up the residual's id.
 
-Outside compiled code the handle array owns the residual, which goes with it. Within, nobody tells when the last copy of
-a number is forgotten: there the first pullback takes the residual with it, and the oldest of those never asked for are
-dropped. Whoever comes later, with a handle whose residual is gone, recomputes from the inputs.
+Outside compiled code the handle array owns the residual, which goes with it. Within, nobody tells
+when the last copy of a number is forgotten: there the first pullback takes the residual with it,
+and the oldest of those never asked for are dropped. Whoever comes later, with a handle whose
+residual is gone, recomputes from the inputs.
 """
 
 import ctypes
@@ -34,7 +35,8 @@ class _Kept(NamedTuple):
 
 
 class _Words:
-    """Where the handles of residuals lie, each until many more have come: a GPU copies them when it gets to that."""
+    """Where the handles of residuals lie, each until many more have come: a GPU copies them when
+    it gets to that."""
 
     def __init__(self) -> None:
         self._words = (ctypes.c_uint64 * _MOST_UNCLAIMED)()
@@ -63,15 +65,19 @@ class Residuals:
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
         # By device_put, a transfer that jax.transfer_guard("disallow") takes for intended.
-        handle = jax.device_put(np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name))
+        handle = jax.device_put(
+            np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name)
+        )
         self._owned[id] = _Kept(program.key, 0)
         weakref.finalize(handle, self._disown, id).atexit = False
         return handle
 
     def leave(self, id: int, program: Program, nbytes: int, max_bytes: int) -> Block:
-        """Keep a residual until it is claimed or too many others came; return its handle, for compiled code to hold.
+        """Keep a residual until it is claimed or too many others came; return its handle, for
+        compiled code to hold.
 
-        `nbytes` is the size of the memory here that it keeps from being used otherwise, `max_bytes` all there is.
+        `nbytes` is the size of the memory here that it keeps from being used otherwise, `max_bytes`
+        all there is.
         """
         kept = _Kept(program.key, nbytes)
         dropped: list[int] = []

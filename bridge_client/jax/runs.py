@@ -48,7 +48,8 @@ if HAS_BUFFERS:
 
 @atexit.register
 def _finish() -> None:
-    """Have the calls under way end before their sessions are closed: what is registered later runs earlier."""
+    """Have the calls under way end before their sessions are closed: what is registered later
+    runs earlier."""
     with contextlib.suppress(Exception):  # who wants a call's error has waited for the call
         jax.effects_barrier()
 
@@ -62,7 +63,8 @@ class Action(ABC):
     labels: tuple[str, ...]
 
     def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
-        """Run on inputs that are valid during the call; with a GPU, where some of them may be and the outputs will."""
+        """Run on inputs that are valid during the call; with a GPU, where some of them may be
+        and the outputs will."""
         return self._run(sources, gpu).blocks
 
     def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
@@ -86,13 +88,17 @@ class Action(ABC):
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> "_Ran": ...
 
     def _beside(self, values: Sequence[Any]) -> tuple["_Ran", list[jax.Array]]:
-        """Run where there are more devices than the host, and return the outputs on the device of the inputs."""
+        """Run where there are more devices than the host, and return the outputs on the device
+        of the inputs."""
         gpu = gpu_for(self.session, values)
         if gpu is not None:
             ran = self._run(self._sources_on(gpu, values), gpu)
             return ran, self._arrays_on(gpu, ran.blocks, values)
         home, ran = home_of(values), self._run([source_of(value) for value in values], None)
-        made = [from_block(*each, home) for each in zip(ran.blocks, self.outputs, self.labels, strict=False)]
+        made = [
+            from_block(*each, home)
+            for each in zip(ran.blocks, self.outputs, self.labels, strict=False)
+        ]
         staged = [x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None]
         if staged:
             self.session.note_staged(sum(x.nbytes for x in (*staged, *made)))
@@ -101,15 +107,24 @@ class Action(ABC):
     def _sources_on(self, gpu: OnGpu, values: Sequence[Any]) -> list[Source]:
         described = enumerate(zip(values, self.inputs, strict=True))
         return [
-            source_of(value) if self.is_for_host(i) else source_of(widened(value, JAX_DTYPES[spec.dtype]), gpu)
+            source_of(value)
+            if self.is_for_host(i)
+            else source_of(widened(value, JAX_DTYPES[spec.dtype]), gpu)
             for i, (value, spec) in described
         ]
 
-    def _arrays_on(self, gpu: OnGpu, blocks: Sequence[Block], values: Sequence[Any]) -> list[jax.Array]:
+    def _arrays_on(
+        self, gpu: OnGpu, blocks: Sequence[Block], values: Sequence[Any]
+    ) -> list[jax.Array]:
         device = next(next(iter(x.devices())) for x in values if gpu.holds(x))
-        made = [from_block_on(gpu, *each, device) for each in zip(blocks, self.outputs, self.labels, strict=False)]
+        made = [
+            from_block_on(gpu, *each, device)
+            for each in zip(blocks, self.outputs, self.labels, strict=False)
+        ]
         staged = sum(
-            y.nbytes for y, spec in zip(made, self.outputs, strict=False) if not is_importable(JAX_DTYPES[spec.dtype])
+            y.nbytes
+            for y, spec in zip(made, self.outputs, strict=False)
+            if not is_importable(JAX_DTYPES[spec.dtype])
         )
         if staged:
             self.session.note_staged(staged)
@@ -128,11 +143,14 @@ class Action(ABC):
     def result_types(self) -> list[jax.ShapeDtypeStruct]:
         """The outputs as jax holds them."""
         described = zip(self.outputs, self.labels, strict=True)
-        return [jax.ShapeDtypeStruct(spec.shape, dtype_of(spec, label)) for spec, label in described]
+        return [
+            jax.ShapeDtypeStruct(spec.shape, dtype_of(spec, label)) for spec, label in described
+        ]
 
 
 class _Ran(NamedTuple):
-    """What a run has made: blocks, and a residual if its program keeps one; and the bytes that were copied for it."""
+    """What a run has made: blocks, and a residual if its program keeps one; and the bytes that
+    were copied for it."""
 
     program: Program
     blocks: Sequence[Block]
@@ -152,7 +170,11 @@ class Run(Action):
 
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources)
-        return _Ran(self.program, self.session.run(self.program, placed, copied=copied, stream=_stream_of(gpu)), copied)
+        return _Ran(
+            self.program,
+            self.session.run(self.program, placed, copied=copied, stream=_stream_of(gpu)),
+            copied,
+        )
 
 
 class RunKeeping(Action):
@@ -169,18 +191,26 @@ class RunKeeping(Action):
     def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
         ran = self._run(sources, gpu)
         pool = self.session.pool if gpu is None or gpu.pool is None else gpu.pool
-        return [*ran.blocks, self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes)]
+        return [
+            *ran.blocks,
+            self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes),
+        ]
 
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources, lasting=True)
-        blocks, id = self.session.run_keeping(self.program, placed, copied=copied, stream=_stream_of(gpu))
+        blocks, id = self.session.run_keeping(
+            self.program, placed, copied=copied, stream=_stream_of(gpu)
+        )
         return _Ran(self.program, blocks, copied, id)
 
 
 class PullBack(Action):
-    """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to those of `wrt`."""
+    """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to
+    those of `wrt`."""
 
-    def __init__(self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]) -> None:
+    def __init__(
+        self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]
+    ) -> None:
         self._keeping = program.keeping(kept)
         self._pullback = self._keeping.pullback(wrt, given)
         self._afresh: Callable[[int], Program] = lambda tag: program.on_model(tag).vjp(wrt, given)
@@ -215,14 +245,18 @@ def _stream_of(gpu: OnGpu | None) -> int | None:
 
 
 def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
-    """Raise what jax raises of its own operations' results under `jax.debug_nans` and `jax.debug_infs`."""
+    """Raise what jax raises of its own operations' results under `jax.debug_nans` and
+    `jax.debug_infs`."""
     nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
     if not nans and not infs:
         return
     for array, label in zip(arrays, labels, strict=False):  # a handle has a label only
         if jnp.issubdtype(array.dtype, jnp.inexact):
             values = np.asarray(array)
-            for name, is_wrong in (("nan", nans and np.isnan(values).any()), ("inf", infs and np.isinf(values).any())):
+            for name, is_wrong in (
+                ("nan", nans and np.isnan(values).any()),
+                ("inf", infs and np.isinf(values).any()),
+            ):
                 if is_wrong:
                     raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
 

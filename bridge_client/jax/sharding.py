@@ -1,7 +1,8 @@
 """Calls on arrays that are spread over the devices of a mesh.
 
-XLA knows nothing of what a callback does and would gather its inputs. Within a shard_map each shard makes a call of its
-own; where the specs of arguments and results are declared, a call makes that shard_map itself.
+XLA knows nothing of what a callback does and would gather its inputs. Within a shard_map each shard
+makes a call of its own; where the specs of arguments and results are declared, a call makes that
+shard_map itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +17,12 @@ from bridge_wire.errors import StructureError
 
 
 def mesh_of(values: Sequence[Any]) -> Any:
-    """Return the mesh that the arrays are spread over, or that the caller has set; None for a single device."""
+    """Return the mesh that the arrays are spread over, or that the caller has set; None for a
+    single device."""
     for value in values:
-        sharding = value.sharding if not isinstance(value, jax.core.Tracer) else jax.typeof(value).sharding
+        sharding = (
+            value.sharding if not isinstance(value, jax.core.Tracer) else jax.typeof(value).sharding
+        )
         mesh = getattr(sharding, "mesh", None)
         if mesh is not None and not mesh.empty:
             return mesh
@@ -42,18 +46,22 @@ def specs_of(declared: Any, tree: Any, what: str) -> list[PartitionSpec]:
             lambda spec, part: jax.tree.map(lambda _: spec, part), declared, tree, is_leaf=_is_spec
         )
     except (TypeError, ValueError) as error:
-        raise StructureError(f"{what}={declared} is no prefix of the structure it stands for: {error}") from error
+        raise StructureError(
+            f"{what}={declared} is no prefix of the structure it stands for: {error}"
+        ) from error
     return jax.tree.leaves(broadcast, is_leaf=_is_spec)
 
 
 def check_declared(in_specs: Any, out_specs: Any) -> None:
-    """Raise StructureError if a result would be the same on shards whose calls have different arguments."""
+    """Raise StructureError if a result would be the same on shards whose calls have different
+    arguments."""
     axes = axes_of(jax.tree.leaves(in_specs, is_leaf=_is_spec))
     for spec in jax.tree.leaves(out_specs, is_leaf=_is_spec):
         if missing := sorted(set(axes) - set(axes_of([spec]))):
             raise StructureError(
-                f"a result with the spec {spec} would be the same all along {missing}, but arguments are spread there, "
-                "so each shard's call has a result of its own: name the axes in out_specs, and reduce it afterwards"
+                f"a result with the spec {spec} would be the same all along {missing}, but"
+                " arguments are spread there, so each shard's call has a result of its own: name"
+                " the axes in out_specs, and reduce it afterwards"
             )
 
 
@@ -83,7 +91,8 @@ def _cast(value: Any, axes: frozenset[str]) -> Any:
 
 
 def mean_over(axes: Sequence[str], value: Any) -> Any:
-    """Return the mean over shards of what each has changed in its own way; of integers, which count, the largest."""
+    """Return the mean over shards of what each has changed in its own way; of integers, which
+    count, the largest."""
     if jnp.issubdtype(value.dtype, jnp.inexact):
         return jax.lax.pmean(value, tuple(axes))
     return jax.lax.pmax(value, tuple(axes))
@@ -91,18 +100,26 @@ def mean_over(axes: Sequence[str], value: Any) -> Any:
 
 def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
     """Return the names of the mesh axes that the specs mention."""
-    named = [name for spec in specs for entry in spec if entry is not None for name in _names(entry)]
+    named = [
+        name for spec in specs for entry in spec if entry is not None for name in _names(entry)
+    ]
     return tuple(dict.fromkeys(named))
 
 
 def spread(values: Sequence[Any], mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
-    """Return the arrays spread as the specs say, where a shard_map would not do so itself: on explicit axes."""
+    """Return the arrays spread as the specs say, where a shard_map would not do so itself: on
+    explicit axes."""
     if not getattr(mesh, "explicit_axes", ()):
         return list(values)
-    return [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in zip(values, specs, strict=True)]
+    return [
+        jax.sharding.reshard(x, NamedSharding(mesh, spec))
+        for x, spec in zip(values, specs, strict=True)
+    ]
 
 
-def per_shard(call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def per_shard(
+    call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
     """Return the call as made once by each shard."""
     return jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 

@@ -1,4 +1,5 @@
-"""Integers of 64 bits where jax has none: torch models expect and return them, and jax's are of 32 bits.
+"""Integers of 64 bits where jax has none: torch models expect and return them, and jax's are of 32
+bits.
 
 On the host NumPy converts them (bridge_client.jax.memory); on a GPU XLA does, by what stands here.
 """
@@ -14,7 +15,10 @@ from bridge_wire.errors import DTypeError
 
 
 def widened(value: Any, dtype: np.dtype) -> Any:
-    """Return an array, traced or not, with the dtype that its program wants. What is no array stays as it is."""
+    """Return an array, traced or not, with the dtype that its program wants.
+
+    What is no array stays as it is.
+    """
     if not isinstance(value, jax.Array) or value.dtype == dtype:
         return value
     with jax.enable_x64(True):
@@ -28,16 +32,21 @@ def narrowed(wide: Any, dtype: np.dtype) -> Any:
 
 
 def extremes(wide: Any) -> Any:
-    """Return the smallest and the largest element. As floats: those that matter, around 2**32, are exact."""
+    """Return the smallest and the largest element.
+
+    As floats: those that matter, around 2**32, are exact.
+    """
     with jax.enable_x64(True):
         return jnp.stack([wide.min(), wide.max()]).astype(np.float64)
 
 
-def check_range(extremes: Sequence[Any] | np.ndarray, wide: np.dtype, narrow: np.dtype, label: str) -> None:
+def check_range(
+    extremes: Sequence[Any] | np.ndarray, wide: np.dtype, narrow: np.dtype, label: str
+) -> None:
     """Raise DTypeError unless integers between these two fit the narrower type."""
     bounds, (low, high) = np.iinfo(narrow), extremes
     if low < bounds.min or high > bounds.max:
         raise DTypeError(
-            f"{label} has dtype {wide} and values from {int(low)} to {int(high)}, which {narrow} cannot hold: "
-            "run both jax and the worker with x64"
+            f"{label} has dtype {wide} and values from {int(low)} to {int(high)}, which {narrow}"
+            " cannot hold: run both jax and the worker with x64"
         )

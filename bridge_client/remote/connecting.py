@@ -1,4 +1,5 @@
-"""`connect`: a session with a worker that somebody else runs; and what else a function's target may be."""
+"""`connect`: a session with a worker that somebody else runs; and what else a function's target
+may be."""
 
 from typing import Any
 
@@ -26,8 +27,10 @@ def connect(
       token: what a worker with --token-file asks for.
       tls: certificates; True trusts the system's authorities.
       timeout_s: seconds for each call; None waits.
-      lane: forces "local" (Unix socket, shared memory) or "grpc" (bytes inline); by default the best there is.
-      require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged fall-back.
+      lane: forces "local" (Unix socket, shared memory) or "grpc" (bytes inline); by default the
+        best there is.
+      require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged
+        fall-back.
     Raises:
       WorkerUnavailable: no worker answers there.
       Unauthenticated: the token is wrong.
@@ -41,8 +44,8 @@ def connect(
 
 
 def session_for(target: Any, framework: str) -> Session:
-    """Return the session that a function's target means: one with the worker at an address, the session itself, or one
-    with a model of this framework in this process.
+    """Return the session that a function's target means: one with the worker at an address, the
+    session itself, or one with a model of this framework in this process.
 
     Raises:
       CallerError: the framework is not installed here.
@@ -55,8 +58,9 @@ def session_for(target: Any, framework: str) -> Session:
         from bridge_client.inproc import host  # which imports both frameworks
     except ImportError as error:
         raise CallerError(
-            f"the target is a {type(target).__qualname__}; expected a worker's address or a Session. To run a "
-            f"{framework} model in this process, install {framework} here ({error})"
+            f"the target is a {type(target).__qualname__}; expected a worker's address or a"
+            f" Session. To run a {framework} model in this process, install {framework} here"
+            f" ({error})"
         ) from error
     return host(jax_model=target) if framework == "jax" else host(torch_model=target)
 

@@ -1,4 +1,5 @@
-"""Ordering: how a lane's calls wait for this process's work on the GPU, and that work for the calls."""
+"""Ordering: how a lane's calls wait for this process's work on the GPU, and that work for the
+calls."""
 
 import logging
 import os
@@ -25,15 +26,18 @@ Ask = Callable[[pb.LaneRequest], pb.LaneReply]
 
 
 class Ordering:
-    """The order between one lane's calls and what is on this process's streams, in the first way that works here.
+    """The order between one lane's calls and what is on this process's streams, in the first way
+    that works here.
 
-    By words or by events, no side waits on the host: a call waits on the GPU for what was on the stream before it, and
-    what comes on the stream afterwards for the call. Where neither can be had, this process waits until its stream is
-    done before it calls, and the worker until the GPU is done before it answers.
+    By words or by events, no side waits on the host: a call waits on the GPU for what was on the
+    stream before it, and what comes on the stream afterwards for the call. Where neither can be
+    had, this process waits until its stream is done before it calls, and the worker until the GPU
+    is done before it answers.
     """
 
     def __init__(self, pool: GpuPool, ask: Ask) -> None:
-        """Come to terms with the worker, which has the pool's slabs, over a lane, by its way to ask."""
+        """Come to terms with the worker, which has the pool's slabs, over a lane, by its way to
+        ask."""
         first = configured_way()
         reasons: list[str] = []
         self._by: _Way | None = None
@@ -55,14 +59,18 @@ class Ordering:
         return HOST if self._by is None else self._by.name
 
     def begin(self, stream: int) -> int:
-        """Let the next call wait for what is on the stream. Returns the number of its turn, for the worker."""
+        """Let the next call wait for what is on the stream.
+
+        Returns the number of its turn, for the worker.
+        """
         if self._by is None:
             self._device.synchronize(stream)
             return 0
         return self._by.begin(stream)
 
     def end(self, stream: int, outputs: Sequence[Block] = ()) -> None:
-        """Let what comes on the stream wait for the last call, whose outputs lie in these blocks."""
+        """Let what comes on the stream wait for the last call, whose outputs lie in these
+        blocks."""
         if self._by is not None:
             self._by.end(stream, outputs)
 
@@ -72,7 +80,10 @@ class Ordering:
         return self._by is None or self._by.is_done
 
     def worker_has_gone(self) -> None:
-        """End the waits for a worker that will do no more. Outputs that it had still to write become NaN."""
+        """End the waits for a worker that will do no more.
+
+        Outputs that it had still to write become NaN.
+        """
         if self._by is not None:
             self._by.worker_has_gone()
 
@@ -138,8 +149,9 @@ class _Answered(NamedTuple):
 class _ByWords(_Way):
     """By two counters in a slab, which streams write and wait for.
 
-    Each call has a number. A call on another stream than the one before begins once that one's number is written here:
-    else its own, which is greater, could be there first, and would let the call before begin too soon.
+    Each call has a number. A call on another stream than the one before begins once that one's
+    number is written here: else its own, which is greater, could be there first, and would let the
+    call before begin too soon.
     """
 
     name = WORDS
@@ -166,7 +178,9 @@ class _ByWords(_Way):
             self._words.write(FIRST, stream)
             if not ask(_order(words=self._block.address)).ordered.by_words:
                 raise CudaError("the worker cannot wait for words here")
-            if not self._words.comes_within(FIRST, PROBE_S) or not self._words.pass_within(FIRST, PROBE_S):
+            if not self._words.comes_within(FIRST, PROBE_S) or not self._words.pass_within(
+                FIRST, PROBE_S
+            ):
                 raise CudaError("a stream here does not see the word that the worker has written")
         except BaseException:
             self._words.close()
@@ -184,7 +198,9 @@ class _ByWords(_Way):
         with self._lock:
             if self._ended != self._begun:
                 self._ended = self._begun
-                self._answered.append(_Answered(self._begun, [(block.pointer, block.nbytes) for block in outputs]))
+                self._answered.append(
+                    _Answered(self._begun, [(block.pointer, block.nbytes) for block in outputs])
+                )
                 if len(self._answered) % _MOST_UNREAD == 0:
                     self._forget_done()
         self._words.wait(self._begun, stream)
@@ -202,7 +218,8 @@ class _ByWords(_Way):
             if not self._answered:
                 return
             _log.error(
-                "the worker died before its GPU had written the outputs of %d calls: they are NaN now, integers -1",
+                "the worker died before its GPU had written the outputs of %d calls: they are NaN"
+                " now, integers -1",
                 len(self._answered),
             )
             self.has_lost_outputs = True
@@ -275,7 +292,8 @@ class _ByEvents(_Way):
             self._device.destroy_event(theirs)
 
     def close(self) -> None:
-        # Of a lane that has ended first, the worker's event is left as it is: to destroy it is undefined, too.
+        # Of a lane that has ended first, the worker's event is left as it is: to destroy it is
+        # undefined, too.
         self._theirs = None
         leave_event(self._device, self._ours)
 

@@ -1,4 +1,5 @@
-"""The two ways to signal a call: frames over a Unix socket beside shared memory, or a gRPC stream with inline bytes.
+"""The two ways to signal a call: frames over a Unix socket beside shared memory, or a gRPC stream
+with inline bytes.
 
 A lane serves one call at a time and belongs to whoever took it from its link.
 """
@@ -41,7 +42,8 @@ _T = TypeVar("_T")
 
 # For what no model's work can delay: attaching, sharing, releasing.
 _HANDSHAKE_S = 10.0
-# For what CUDA may keep waiting for the kernels of either process (pytorch#15937): opening a handle.
+# For what CUDA may keep waiting for the kernels of either process (pytorch#15937): opening a
+# handle.
 GPU_HANDSHAKE_S = 180.0
 
 
@@ -50,7 +52,8 @@ _RAN_BYTES = _RAN.SerializeToString()
 
 
 class Stale(Exception):
-    """The connection was dead before the request went out, so it is safe to send it again over a new one."""
+    """The connection was dead before the request went out, so it is safe to send it again over a
+    new one."""
 
 
 # After these the worker has ended the lane.
@@ -58,11 +61,16 @@ ENDS_LANE = (PeerError, InternalError, WorkerDied, CallTimeout)
 
 
 class Lane(ABC):
-    """One attached connection. After an exception other than a plain BridgeError it must not be used again."""
+    """One attached connection.
+
+    After an exception other than a plain BridgeError it must not be used again.
+    """
 
     name: str
     memory: str
-    ordering: Ordering | None = None  # with this process's work on the GPU, once it has called with memory there
+    ordering: Ordering | None = (
+        None  # with this process's work on the GPU, once it has called with memory there
+    )
 
     @abstractmethod
     def run(
@@ -73,10 +81,11 @@ class Lane(ABC):
         timeout_s: float | None,
         make: Callable[[list[Block]], _T],
     ) -> _T:
-        """Run a program whose inputs and outputs lie where the request says; return what `make` makes of the outputs.
+        """Run a program whose inputs and outputs lie where the request says; return what `make`
+        makes of the outputs.
 
-        That is called while the worker computes, before the outputs have their values. `inputs` views the inputs'
-        memory, for a lane that sends bytes.
+        That is called while the worker computes, before the outputs have their values. `inputs`
+        views the inputs' memory, for a lane that sends bytes.
 
         Raises:
           Stale: nothing was sent.
@@ -97,7 +106,9 @@ class Lane(ABC):
 
     def peek(self, address: int, nbytes: int) -> bytes:
         """Return what the worker sees in a few bytes that were shared with it."""
-        return self.ask_about_gpu(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))).peeked
+        return self.ask_about_gpu(
+            pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))
+        ).peeked
 
     def share_on_gpu(self, slab: GpuSlab) -> None:
         """Hand a GPU's slab over to the worker."""
@@ -105,8 +116,9 @@ class Lane(ABC):
         self.ask_about_gpu(pb.LaneRequest(share=share))
 
     def order(self, pool: GpuPool, share: Callable[[], None]) -> Ordering:
-        """Return how this lane's calls and this process's work on the GPU wait for each other. `share` hands over the
-        pool's slabs, which may have become more."""
+        """Return how this lane's calls and this process's work on the GPU wait for each other.
+        `share` hands over the pool's slabs, which may have become more.
+        """
 
         def ask(request: pb.LaneRequest) -> pb.LaneReply:
             share()
@@ -118,11 +130,17 @@ class Lane(ABC):
 
     @abstractmethod
     def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
-        """Have a thread act when the worker ends the connection, or dies. `action` holds nothing alive."""
+        """Have a thread act when the worker ends the connection, or dies.
+
+        `action` holds nothing alive.
+        """
 
     @abstractmethod
     def abandon(self) -> bool:
-        """Give up on the call under way. Returns whether the worker may still touch the call's blocks."""
+        """Give up on the call under way.
+
+        Returns whether the worker may still touch the call's blocks.
+        """
 
     @abstractmethod
     def has_ended(self) -> bool:
@@ -137,7 +155,8 @@ class Lane(ABC):
 
 
 def _end_socket(left: tuple[Ordering, FramedSocket]) -> None:
-    """Close a lane's socket once its calls are done on the GPU, or the worker has ended its side."""
+    """Close a lane's socket once its calls are done on the GPU, or the worker has ended its
+    side."""
     ordering, connection = left
     if connection.has_ended() or ordering.is_done:
         ordering.close()
@@ -177,7 +196,9 @@ class LocalLane(Lane):
     def share(self, slab: Slab, timeout_s: float | None) -> None:
         """Hand a slab over to the worker, within `timeout_s` and at most a few seconds."""
         request = pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes))
-        self._exchange(request, min(timeout_s or _HANDSHAKE_S, _HANDSHAKE_S), descriptors=(slab.fd,))
+        self._exchange(
+            request, min(timeout_s or _HANDSHAKE_S, _HANDSHAKE_S), descriptors=(slab.fd,)
+        )
 
     def run(
         self,
@@ -207,7 +228,8 @@ class LocalLane(Lane):
         watch().add(self._socket.fileno(), ended)
 
     def abandon(self) -> bool:
-        # The worker sees the end of the stream once it has finished the call, and only then ends its own side.
+        # The worker sees the end of the stream once it has finished the call, and only then ends
+        # its own side.
         self._socket.half_close()
         return True
 
@@ -223,12 +245,15 @@ class LocalLane(Lane):
             super().close()
             self._socket.close()
             return
-        # The worker takes a client whose connection has ended for dead, and waits no longer for its GPU.
+        # The worker takes a client whose connection has ended for dead, and waits no longer for its
+        # GPU.
         self.ordering = None
         self._socket.half_close()
         leave(_end_socket, (ordering, self._socket))
 
-    def _exchange(self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()) -> pb.LaneReply:
+    def _exchange(
+        self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()
+    ) -> pb.LaneReply:
         self._send(request, descriptors)
         return self._receive(timeout_s)
 
@@ -244,11 +269,15 @@ class LocalLane(Lane):
         except TimeoutError:
             raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
         except OSError as error:
-            raise WorkerDied("the connection to the worker broke during a call; the next call reconnects") from error
+            raise WorkerDied(
+                "the connection to the worker broke during a call; the next call reconnects"
+            ) from error
         if message is None:
             if self._socket.has_unread():
                 raise Stale
-            raise WorkerDied("the worker ended the connection during a call; the next call reconnects")
+            raise WorkerDied(
+                "the worker ended the connection during a call; the next call reconnects"
+            )
         if message == _RAN_BYTES:  # as nearly always
             return _RAN
         try:
@@ -259,7 +288,10 @@ class LocalLane(Lane):
 
 
 class GrpcLane(Lane):
-    """A gRPC stream; the bytes of the tensors follow each message in chunks. Works between hosts."""
+    """A gRPC stream; the bytes of the tensors follow each message in chunks.
+
+    Works between hosts.
+    """
 
     name = "grpc"
     memory = "inline"
@@ -303,8 +335,11 @@ class GrpcLane(Lane):
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float) -> Iterator[None]:
-        """End the stream when the time is up: a stream that is open already takes no deadline of its own."""
-        over = threading.Lock()  # taken by whichever comes first, the end of the call or that of its time
+        """End the stream when the time is up: a stream that is open already takes no deadline of
+        its own."""
+        over = (
+            threading.Lock()
+        )  # taken by whichever comes first, the end of the call or that of its time
 
         def expire() -> None:
             if over.acquire(blocking=False):
@@ -359,7 +394,8 @@ class GrpcLane(Lane):
 
     def abandon(self) -> bool:
         self._end_stream()
-        # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it lets go.
+        # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it
+        # lets go.
         return self.ordering is not None
 
     def has_ended(self) -> bool:
@@ -388,15 +424,19 @@ class GrpcLane(Lane):
         try:
             reply = next(self._call)
         except StopIteration:
-            raise WorkerDied("the worker ended the stream during a call; the next call reconnects") from None
+            raise WorkerDied(
+                "the worker ended the stream during a call; the next call reconnects"
+            ) from None
         except grpc.RpcError as error:
-            # The error is the stream itself: with a traceback it would be a cycle that keeps the call's blocks.
+            # The error is the stream itself: with a traceback it would be a cycle that keeps the
+            # call's blocks.
             raise from_rpc(error, during_call=True) from error.with_traceback(None)
         return _raise_if_failed(reply)
 
 
 def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
-    """Return the bridge's error for a grpc.RpcError: the worker's own where it sent one, else the connection's."""
+    """Return the bridge's error for a grpc.RpcError: the worker's own where it sent one, else
+    the connection's."""
     for key, value in error.trailing_metadata() or ():
         if key == TRAILER:
             return decode(pb.Error.FromString(value))
@@ -406,11 +446,16 @@ def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(details)
     if during_call:
-        return WorkerDied(f"the connection to the worker broke during a call ({code.name}); the next call reconnects")
+        return WorkerDied(
+            f"the connection to the worker broke during a call ({code.name}); the next call"
+            " reconnects"
+        )
     return WorkerUnavailable(f"no worker answers ({code.name}: {details})")
 
 
-def _flattened(outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]") -> Iterator[pb.LaneRequest]:
+def _flattened(
+    outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]",
+) -> Iterator[pb.LaneRequest]:
     while (requests := outgoing.get()) is not None:
         yield from requests
 

@@ -1,4 +1,7 @@
-"""A link: one life of the connection to a worker. A session outlives its links; a restarted worker gets a new one."""
+"""A link: one life of the connection to a worker.
+
+A session outlives its links; a restarted worker gets a new one.
+"""
 
 import contextlib
 import os
@@ -50,7 +53,8 @@ _CHANNEL_OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM-encoded certificates: the authority that signed the worker's, and optionally one's own with its key."""
+    """PEM-encoded certificates: the authority that signed the worker's, and optionally one's own
+    with its key."""
 
     root_certificates: bytes | None = None
     certificate: bytes | None = None
@@ -83,19 +87,25 @@ class Link:
         self._shared: set[int] = set()  # by their bases, the host's slabs
         self._shared_on_gpu: set[int] = set()
         self._share_lock = threading.Lock()
-        self.ways: Counter[str] = Counter()  # of the lanes that are in order with a GPU, as `Ordering.way` says
+        self.ways: Counter[str] = (
+            Counter()
+        )  # of the lanes that are in order with a GPU, as `Ordering.way` says
         self.has_lost_outputs = False  # of calls that the worker had answered before it died
         self._watches: list[Watch] = []  # one, when a lane is watched
         self._metadata = _authorization(terms.token)
         self._channel = open_channel(address, terms.tls)
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
         try:
-            self.description: pb.DescribeReply = self._unary(self._stub.Describe, pb.DescribeRequest())
+            self.description: pb.DescribeReply = self._unary(
+                self._stub.Describe, pb.DescribeRequest()
+            )
             oldest, newest = PROTOCOLS
             opened: pb.OpenReply = self._unary(
                 self._stub.Open,
                 pb.OpenRequest(
-                    oldest_protocol=oldest, newest_protocol=newest, client=f"torch-jax-bridge {__version__}"
+                    oldest_protocol=oldest,
+                    newest_protocol=newest,
+                    client=f"torch-jax-bridge {__version__}",
                 ),
             )
             self.token = opened.session
@@ -107,11 +117,14 @@ class Link:
         self.lane_name, self.memory = first.name, first.memory
         # Idle lanes, the warmest last. As long as one is attached, the worker keeps the session.
         self._idle: list[Lane] = [first]
-        # A link that is forgotten ends as well: the worker must not keep the session of a module nobody has.
+        # A link that is forgotten ends as well: the worker must not keep the session of a module
+        # nobody has.
         self._end = weakref.finalize(self, _end, self._idle, self._channel, self._watches)
         self._end.atexit = False
 
-    def prepare(self, request: pb.PrepareRequest, what: str, timeout_s: float | None) -> pb.Prepared:
+    def prepare(
+        self, request: pb.PrepareRequest, what: str, timeout_s: float | None
+    ) -> pb.Prepared:
         """Have a program prepared; logs when that takes long.
 
         Raises:
@@ -135,14 +148,18 @@ class Link:
             if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
                 raise Stale from raised
             raise raised from error
-        except Unauthenticated as error:  # another worker, or another life of it, answers at the address
+        except (
+            Unauthenticated
+        ) as error:  # another worker, or another life of it, answers at the address
             raise Stale from error
         raise WorkerDied("the worker ended a preparation without a result")
 
     def take(self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None) -> Lane:
-        """Take a lane for one call, with every slab of the pool shared over it. It must be given back, or abandoned.
+        """Take a lane for one call, with every slab of the pool shared over it. It must be given
+        back, or abandoned.
 
-        For a call on a GPU, that pool's slabs are shared too, and the lane is in order with the GPU.
+        For a call on a GPU, that pool's slabs are shared too, and the lane is in order with the
+        GPU.
 
         Raises:
           Stale: no lane can be had; the link is dead.
@@ -169,9 +186,11 @@ class Link:
             _close(self._idle)
 
     def close(self) -> None:
-        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone does not matter.
+        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone
+        does not matter.
 
-        Where a GPU's memory is shared, the worker has unmapped it when this returns, if it could be reached.
+        Where a GPU's memory is shared, the worker has unmapped it when this returns, if it could be
+        reached.
         """
         patience_s, orderings = _GOODBYE_S, []
         if self._shared_on_gpu:
@@ -191,7 +210,8 @@ class Link:
         self._end()
 
     def _wait_for_gpu(self) -> None:
-        """Wait until what the worker waits for on the GPU is done: it must not wait for a process that has ended."""
+        """Wait until what the worker waits for on the GPU is done: it must not wait for a
+        process that has ended."""
         deadline = time.monotonic() + _GPU_S
         for lane in list(self._idle):
             while lane.ordering is not None and not lane.ordering.is_done and not lane.has_ended():
@@ -203,7 +223,8 @@ class Link:
                 self.worker_has_gone(lane.ordering)
 
     def _taken_from_lanes(self) -> list[Ordering]:
-        """Take the orderings of the idle lanes, which let go of what is the worker's while that still has it."""
+        """Take the orderings of the idle lanes, which let go of what is the worker's while that
+        still has it."""
         taken = []
         for lane in list(self._idle):
             ordering, lane.ordering = lane.ordering, None
@@ -233,7 +254,8 @@ class Link:
             return self._watches[0]
 
     def _order(self, lane: Lane, gpu: GpuPool, share: Callable[[], None]) -> None:
-        """Have a lane be in order with the GPU, and hear of the worker's end also when all threads wait for that."""
+        """Have a lane be in order with the GPU, and hear of the worker's end also when all
+        threads wait for that."""
         ordering = lane.order(gpu, share)
         self.ways[ordering.way] += 1
         link, waiting = weakref.ref(self), weakref.ref(ordering)
@@ -335,7 +357,8 @@ class Link:
 
 
 class _Authorized:
-    """A stub whose every call carries the same metadata, and raises Stale once the channel is closed."""
+    """A stub whose every call carries the same metadata, and raises Stale once the channel is
+    closed."""
 
     def __init__(self, stub: BridgeStub, metadata: Sequence[tuple[str, str]]) -> None:
         self._stub = stub
@@ -370,7 +393,9 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
     """Return a channel to a worker, which connects by itself when it is used."""
     options = list(_CHANNEL_OPTIONS)
     if is_loopback(address.rpartition(":")[0]):
-        options.append(("grpc.enable_http_proxy", 0))  # that of http_proxy would look for the worker on its own host
+        options.append(
+            ("grpc.enable_http_proxy", 0)
+        )  # that of http_proxy would look for the worker on its own host
     if tls is None:
         return grpc.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
@@ -378,9 +403,12 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 
 
 def _authorization(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Return the headers that present a token, without the line's end that it may have in its file."""
+    """Return the headers that present a token, without the line's end that it may have in its
+    file."""
     if token is None or not (token := token.strip()):
         return ()
     if not (token.isascii() and token.isprintable()):  # gRPC would say that no worker answers
-        raise CallerError("the token has characters that are not printable ASCII, as no worker's has")
+        raise CallerError(
+            "the token has characters that are not printable ASCII, as no worker's has"
+        )
     return (("authorization", f"Bearer {token}"),)

@@ -53,7 +53,8 @@ class Host(Protocol):
         """Return the worker's address, starting it first if that is this process's task."""
 
     def has_ended(self) -> bool:
-        """Whether a worker that this process has started is gone, so that `address` would start another one."""
+        """Whether a worker that this process has started is gone, so that `address` would start
+        another one."""
 
     def close(self) -> None:
         """End a worker that this process has started. Idempotent."""
@@ -102,7 +103,9 @@ class RemoteSession(Session):
         self._lock = threading.Lock()
         self._residuals: dict[int, _Residual] = {}
         self._dropped: deque[int] = deque()
-        self._uncounted: deque[int] = deque()  # the bytes that each call has copied: to append takes no lock
+        self._uncounted: deque[int] = (
+            deque()
+        )  # the bytes that each call has copied: to append takes no lock
         self._abandoned: list[_Abandoned] = []
         self._changed_models: set[str] = set()  # which were reported
 
@@ -134,8 +137,9 @@ class RemoteSession(Session):
                 self._look_for_gpu(link)
 
     def _look_for_gpu(self, link: Link) -> None:
-        """Share a first slab with the worker on its GPU, or find out why that cannot be, but for a worker that is gone:
-        another one may take its place."""
+        """Share a first slab with the worker on its GPU, or find out why that cannot be, but for a
+        worker that is gone: another one may take its place.
+        """
         about = link.description.gpu
         if not about.uuid:
             self._no_gpu = "the worker's models run on no GPU"
@@ -213,10 +217,11 @@ class RemoteSession(Session):
         # A session cannot travel, but whoever unpickles it can make its own with the same worker.
         return _reconnect, (self.address, self._terms, self.timeout_s)
 
-    # Links -----------------------------------------------------------------------------------------------------
+    # Links ----------------------------------------------------------------------------------------
 
     def _over_link(self, action: Callable[..., _T], *args: Any) -> _T:
-        """Act over the link; over a new one if the old one turns out to have been dead before anything was sent."""
+        """Act over the link; over a new one if the old one turns out to have been dead before
+        anything was sent."""
         link = self._link or self._require_link()
         try:
             return action(link, *args)
@@ -227,7 +232,9 @@ class RemoteSession(Session):
             return action(link, *args)
         except Stale as error:
             self._forget(link)
-            raise WorkerUnavailable("the worker went away again right after it was reached") from error
+            raise WorkerUnavailable(
+                "the worker went away again right after it was reached"
+            ) from error
 
     def _require_link(self) -> Link:
         link = self._link
@@ -259,8 +266,9 @@ class RemoteSession(Session):
         end_what_is_left()
         if is_new and link.has_lost_outputs:
             raise WorkerDied(
-                "the worker died before its GPU had written the outputs of earlier calls, which are NaN, or -1 where "
-                "they are integers: run these calls again; the next call reconnects"
+                "the worker died before its GPU had written the outputs of earlier calls, which are"
+                " NaN, or -1 where they are integers: run these calls again; the next call"
+                " reconnects"
             )
 
     def _note_fallback(self, reason: str) -> None:
@@ -268,7 +276,7 @@ class RemoteSession(Session):
             _log.warning("tensors travel by value over gRPC, since %s", reason)
         self._fallbacks += 1
 
-    # Calls -----------------------------------------------------------------------------------------------------
+    # Calls ----------------------------------------------------------------------------------------
 
     def _run(
         self,
@@ -282,10 +290,14 @@ class RemoteSession(Session):
     ) -> _T:
         if (link := self._link) is not None:
             try:
-                return self._run_over(link, program, inputs, residual, copied, timeout_s, make, stream)
+                return self._run_over(
+                    link, program, inputs, residual, copied, timeout_s, make, stream
+                )
             except Stale:
                 self._forget(link)
-        return self._over_link(self._run_over, program, inputs, residual, copied, timeout_s, make, stream)
+        return self._over_link(
+            self._run_over, program, inputs, residual, copied, timeout_s, make, stream
+        )
 
     def _run_over(
         self,
@@ -333,7 +345,9 @@ class RemoteSession(Session):
                 made = lane.run(request, payload, outputs, limit_s, make)
                 lane.ordering.end(stream, outputs)
                 if kept is not None and kept.stream not in (None, stream):
-                    lane.ordering.end(kept.stream)  # the pullback may have read the inputs of that run
+                    lane.ordering.end(
+                        kept.stream
+                    )  # the pullback may have read the inputs of that run
         except BaseException as error:
             self._dropped.extend(released or ())
             if lane is not None:
@@ -366,30 +380,36 @@ class RemoteSession(Session):
             prepared = link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s)
         except (SpecError, DTypeError, StructureError, UnknownModel) as error:
             if is_known:
-                raise ModelChanged(f"{what} has served such calls before the worker was restarted: {error}") from error
+                raise ModelChanged(
+                    f"{what} has served such calls before the worker was restarted: {error}"
+                ) from error
             raise
         if prepared.fingerprint:
             self._check_model(program, prepared, what, is_known=is_known)
         program.adopt(link, prepared)
         return program.name[1]
 
-    def _check_model(self, program: Program, prepared: pb.Prepared, what: str, *, is_known: bool) -> None:
+    def _check_model(
+        self, program: Program, prepared: pb.Prepared, what: str, *, is_known: bool
+    ) -> None:
         """Compare what a restarted worker serves to what it has served before.
 
         Raises:
-          ModelChanged: the program is tied to the model of an earlier call, or the outputs have other types.
+          ModelChanged: the program is tied to the model of an earlier call, or the outputs have
+            other types.
         """
         if program.tag and model_tag(prepared.fingerprint) != program.tag:
             raise ModelChanged(
-                f"the worker serves another {what} than the one that ran this call's forward, so it cannot compute the "
-                "gradient; call the function again"
+                f"the worker serves another {what} than the one that ran this call's forward, so it"
+                " cannot compute the gradient; call the function again"
             )
         outputs = decode_all(prepared.outputs)
         results = [trees.without_origins(result) for result in (prepared.result, program.result)]
         if program.outputs and (outputs != program.outputs or results[0] != results[1]):
             raise ModelChanged(
-                f"{what} returned {', '.join(map(str, program.outputs))} before the worker was restarted, and now "
-                f"returns {', '.join(map(str, outputs))} or another structure; make a new function of it"
+                f"{what} returned {', '.join(map(str, program.outputs))} before the worker was"
+                f" restarted, and now returns {', '.join(map(str, outputs))} or another structure;"
+                " make a new function of it"
             )
         if not is_known or prepared.fingerprint == program.identity.fingerprint:
             return
@@ -397,7 +417,11 @@ class RemoteSession(Session):
             is_reported = what in self._changed_models
             self._changed_models.add(what)
         if not is_reported:
-            _log.warning("%s is another one since the worker was restarted: results differ from earlier calls", what)
+            _log.warning(
+                "%s is another one since the worker was restarted: results differ from earlier"
+                " calls",
+                what,
+            )
 
     def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:
         return [
@@ -407,7 +431,8 @@ class RemoteSession(Session):
         ]
 
     def _after_failure(self, link: Link, error: BaseException, call: _Abandoned) -> None:
-        """Put the lane back if it can still be used; else keep the call's blocks until the worker lets go of them."""
+        """Put the lane back if it can still be used; else keep the call's blocks until the
+        worker lets go of them."""
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
             link.give_back(call.lane)
         elif isinstance(error, Stale | PeerError | WorkerDied):
@@ -479,7 +504,8 @@ def _reconnect(address: str, terms: Terms, timeout_s: float | None) -> RemoteSes
 
 
 _sessions: "weakref.WeakSet[RemoteSession]" = weakref.WeakSet()
-# What a forked child must neither use nor finalize: it belongs to the parent, and gRPC's threads are not here.
+# What a forked child must neither use nor finalize: it belongs to the parent, and gRPC's threads
+# are not here.
 _of_the_parent: list[Any] = []
 
 

@@ -25,8 +25,9 @@ _worker_log = logging.getLogger("bridge_client.worker")
 _LAST_LINES = 30
 _STOP_S = 10.0
 _LONGEST_PATH = 107  # of a Unix socket: sun_path of sockaddr_un, less the final NUL
-# What tells a worker which models to serve, and to whom. Those of this process are meant for another one: itself, if it
-# is a worker, or the one that it connects to. The choice of an allocator is a worker's own.
+# What tells a worker which models to serve, and to whom. Those of this process are meant for
+# another one: itself, if it is a worker, or the one that it connects to. The choice of an allocator
+# is a worker's own.
 _NOT_INHERITED = frozenset(
     f"BRIDGE_{name}"
     for name in (
@@ -53,14 +54,14 @@ def spawn(
 ) -> RemoteSession:
     """Start a worker with the interpreter of another environment, and return a session with it.
 
-    The worker ends with the session or with this process, however that ends; its log goes to the logger
-    `bridge_client.worker`. If it dies, the next call starts it again.
+    The worker ends with the session or with this process, however that ends; its log goes to the
+    logger `bridge_client.worker`. If it dies, the next call starts it again.
 
     Args:
       jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
       python: the interpreter; its environment must have torch-jax-bridge installed.
-      env: variables on top of this process's; of these, the worker does not see those that say which models another
-        one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.
+      env: variables on top of this process's; of these, the worker does not see those that say
+        which models another one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.
       cwd: the worker's directory, from which modules are imported.
       args: more arguments of `bridge_server`, such as ["--x64"].
       startup_timeout_s: seconds until the worker must be ready.
@@ -72,8 +73,14 @@ def spawn(
     check_terms(lane, require)
     if (jax_model is None) == (torch_model is None):
         raise CallerError("spawn needs either jax_model= or torch_model=")
-    flag, model = ("--jax-model", jax_model) if jax_model is not None else ("--torch-model", torch_model)
-    targets = [model] if isinstance(model, str) else [f"{name}={target}" for name, target in (model or {}).items()]
+    flag, model = (
+        ("--jax-model", jax_model) if jax_model is not None else ("--torch-model", torch_model)
+    )
+    targets = (
+        [model]
+        if isinstance(model, str)
+        else [f"{name}={target}" for name, target in (model or {}).items()]
+    )
     command = [os.fspath(python), "-m", "bridge_server"]
     for target in targets:
         command += [flag, target]
@@ -89,7 +96,8 @@ def spawn(
 
 
 class _Child:
-    """The worker's process, started when its address is first asked for, and again when it has died."""
+    """The worker's process, started when its address is first asked for, and again when it has
+    died."""
 
     def __init__(
         self,
@@ -111,20 +119,28 @@ class _Child:
         self._address = ""
 
     def address(self) -> str:
-        if os.getpid() == self._owner and (self._process is None or self._process.poll() is not None):
+        if os.getpid() == self._owner and (
+            self._process is None or self._process.poll() is not None
+        ):
             self._start()
         return self._address
 
     def has_ended(self) -> bool:
         if os.getpid() != self._owner or self._process is None:
             return False
-        with contextlib.suppress(subprocess.TimeoutExpired):  # its sockets close a moment before it can be reaped
+        with contextlib.suppress(
+            subprocess.TimeoutExpired
+        ):  # its sockets close a moment before it can be reaped
             self._process.wait(1.0)
         return self._process.poll() is not None
 
     def terminate(self) -> None:
         """Ask the worker to end, without waiting."""
-        if os.getpid() == self._owner and self._process is not None and self._process.poll() is None:
+        if (
+            os.getpid() == self._owner
+            and self._process is not None
+            and self._process.poll() is None
+        ):
             self._process.terminate()
 
     def close(self) -> None:
@@ -151,10 +167,13 @@ class _Child:
                 errors="replace",
                 env=self._env,
                 cwd=self._cwd,
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the worker in order
+                # Ctrl-C is for this process, which then ends the worker in order
+                start_new_session=True,
             )
         except OSError as error:
-            raise WorkerCrashed(f"the worker cannot be started: {self._command[0]}: {error.strerror}") from error
+            raise WorkerCrashed(
+                f"the worker cannot be started: {self._command[0]}: {error.strerror}"
+            ) from error
         self._process = process
         ready = threading.Event()
         is_ready = []
@@ -162,7 +181,8 @@ class _Child:
         def read_stdout() -> None:
             assert process.stdout is not None
             for line in process.stdout:
-                # Not necessarily at its beginning: a model may have printed something without an end.
+                # Not necessarily at its beginning: a model may have printed something without an
+                # end.
                 if f"bridge_server ready endpoint={address} " in line:
                     is_ready.append(True)
                     ready.set()
@@ -178,7 +198,10 @@ class _Child:
                 last_lines.append(text)
                 _worker_log.log(level, "%s", text)
 
-        self._threads = [threading.Thread(target=t, name="worker-log", daemon=True) for t in (read_stdout, read_stderr)]
+        self._threads = [
+            threading.Thread(target=t, name="worker-log", daemon=True)
+            for t in (read_stdout, read_stderr)
+        ]
         started = time.monotonic()
         for thread in self._threads:
             thread.start()
@@ -194,9 +217,12 @@ class _Child:
         self._stop(0)
         shown = "\n  ".join(last_lines) or "(no output)"
         if has_ended:
-            raise WorkerCrashed(f"the worker ended with status {process.returncode} before it was ready:\n  {shown}")
+            raise WorkerCrashed(
+                f"the worker ended with status {process.returncode} before it was ready:\n  {shown}"
+            )
         raise StartupTimeout(
-            f"the worker was not ready within {self._startup_timeout_s:g} s and was killed; its last lines:\n  {shown}"
+            f"the worker was not ready within {self._startup_timeout_s:g} s and was killed; its"
+            f" last lines:\n  {shown}"
         )
 
     def _stop(self, grace_s: float) -> None:
@@ -213,7 +239,8 @@ class _Child:
         for thread in self._threads:
             thread.join(timeout=1.0)
         for thread, stream in zip(self._threads, (process.stdout, process.stderr), strict=True):
-            # A process that the model has started may hold the other end: to close ours would wait for it.
+            # A process that the model has started may hold the other end: to close ours would wait
+            # for it.
             if stream is not None and not thread.is_alive():
                 stream.close()
 
@@ -228,9 +255,13 @@ def _directory_for(name: str) -> str:
 
 
 def _parse_log_line(line: str) -> tuple[int, str]:
-    """Return the level and text of a line of the worker's log; what is not in its format is taken as it is."""
+    """Return the level and text of a line of the worker's log; what is not in its format is
+    taken as it is."""
     try:
         record = json.loads(line)
-        return logging.getLevelNamesMapping()[record["level"]], f"{record['logger']}: {record['message']}"
+        return (
+            logging.getLevelNamesMapping()[record["level"]],
+            f"{record['logger']}: {record['message']}",
+        )
     except (ValueError, KeyError, TypeError):
         return logging.INFO, line

@@ -1,4 +1,7 @@
-"""A thread that hears at once when connections end, also while all others wait for a GPU. No framework."""
+"""A thread that hears at once when connections end, also while all others wait for a GPU.
+
+No framework.
+"""
 
 import contextlib
 import logging
@@ -11,7 +14,10 @@ _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Watches sockets of this process, until `close`. One that is closed here is forgotten by itself."""
+    """Watches sockets of this process, until `close`.
+
+    One that is closed here is forgotten by itself.
+    """
 
     def __init__(self) -> None:
         self._epoll = select.epoll()

@@ -1,6 +1,7 @@
 """The way in from torch.compile: a call of a function, traced with tensors that have types only.
 
-Dynamo does not look into it (nonstrict_trace), and lets only some values through; the others go in other words.
+Dynamo does not look into it (nonstrict_trace), and lets only some values through; the others go in
+other words.
 """
 
 import collections
@@ -38,7 +39,12 @@ def name(function: "RemoteJaxFunction") -> int:
 
 
 def call(
-    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], mode: int, is_stateful: bool = False
+    key: int,
+    own: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: int,
+    is_stateful: bool = False,
 ) -> Any:
     """Call the function of that number; its runs become operators of the graph."""
     args, kwargs = _paraphrased((args, kwargs))
@@ -47,16 +53,24 @@ def call(
 
 @torch._dynamo.nonstrict_trace
 def _traced_call(
-    key: int, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], mode: int, is_stateful: bool = False
+    key: int,
+    own: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: int,
+    is_stateful: bool = False,
 ) -> Any:
-    """Call a function while torch.compile traces, with tensors that have types only: its runs become operators."""
+    """Call a function while torch.compile traces, with tensors that have types only: its runs
+    become operators."""
     if torch.compiler.is_exporting():
         _pass_structures()
     args, kwargs = _meant((args, kwargs))
     try:
         made = _functions[key]._call_traced(own, args, kwargs, mode, is_stateful)
     except BridgeError as error:
-        _log.error("a call that torch.compile traces has failed: %s", error)  # Dynamo's own error forgets the cause
+        _log.error(
+            "a call that torch.compile traces has failed: %s", error
+        )  # Dynamo's own error forgets the cause
         raise
     return _paraphrased(made)
 
@@ -69,20 +83,31 @@ _named: list[Any] = []  # the namedtuples and dataclasses that were met
 
 
 def _paraphrased(value: Any) -> Any:
-    """Return a pytree in words that nonstrict_trace lets through. Dynamo traces it, and `_meant`."""
+    """Return a pytree in words that nonstrict_trace lets through.
+
+    Dynamo traces it, and `_meant`.
+    """
     if value is None:
         return {_NONE: 0}
     if type(value) is str:
         return {_TEXT + value: 0}
     if (fields := _fields_of(type(value))) is not None:
-        return {f"{_CLASS}{_number_of(type(value))}": [_paraphrased(getattr(value, field)) for field in fields]}
+        return {
+            f"{_CLASS}{_number_of(type(value))}": [
+                _paraphrased(getattr(value, field)) for field in fields
+            ]
+        }
     if isinstance(value, list):
         return [_paraphrased(item) for item in value]
     if isinstance(value, tuple):
         return tuple([_paraphrased(item) for item in value])
     if isinstance(value, Mapping):
         items = [(key, _paraphrased(value[key])) for key in value]
-        return collections.OrderedDict(items) if isinstance(value, collections.OrderedDict) else dict(items)
+        return (
+            collections.OrderedDict(items)
+            if isinstance(value, collections.OrderedDict)
+            else dict(items)
+        )
     return value
 
 
@@ -103,10 +128,12 @@ def _meant(value: Any) -> Any:
     return None if key == _NONE else key[len(_TEXT) :]
 
 
-# Dynamo sees of these two what they return: they look at classes only, and a class that is met has its number at once.
+# Dynamo sees of these two what they return: they look at classes only, and a class that is met has
+# its number at once.
 @torch.compiler.assume_constant_result
 def _fields_of(cls: type) -> tuple[str, ...] | None:
-    """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; of any other class, None."""
+    """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; of any
+    other class, None."""
     if issubclass(cls, tuple):
         return getattr(cls, "_fields", None)
     if not dataclasses.is_dataclass(cls) or issubclass(cls, Mapping | list):
@@ -123,8 +150,9 @@ def _number_of(cls: type) -> int:
 
 
 def _pass_structures() -> None:
-    """Let strict export go on: it takes each constant of Dynamo's graph without a value for a tensor, even the
-    structures of arguments that nonstrict_trace puts there itself (torch 2.13)."""
+    """Let strict export go on: it takes each constant of Dynamo's graph without a value for a
+    tensor, even the structures of arguments that nonstrict_trace puts there itself (torch 2.13).
+    """
     with contextlib.suppress(AttributeError):  # in non-strict export there is no Dynamo
         for node in InstructionTranslator.current_tx().output.graph.nodes:
             if isinstance(node.meta.get("example_value"), TreeSpec):

@@ -1,4 +1,5 @@
-"""Programs for all sizes of a call's inputs: what torch.compile traces with symbolic sizes names such a family."""
+"""Programs for all sizes of a call's inputs: what torch.compile traces with symbolic sizes names
+such a family."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -23,9 +24,11 @@ Named = tuple[tuple[Any, ...], ...]  # shapes of sizes, or of the names of unkno
 
 @dataclass(slots=True, eq=False, repr=False)
 class Family(Program):
-    """A program for some sizes, which stands for those of all sizes: types and structures are the same.
+    """A program for some sizes, which stands for those of all sizes: types and structures are the
+    same.
 
-    The graph of compiled code names the family; each run takes the member for the sizes that its inputs have.
+    The graph of compiled code names the family; each run takes the member for the sizes that its
+    inputs have.
     """
 
     named: Named = ()  # the inputs' shapes
@@ -35,14 +38,16 @@ class Family(Program):
     _members: dict[tuple[Shape, ...], Program] = field(default_factory=dict)
 
     def at(self, arrays: Sequence[Tensor]) -> Program:
-        """Return the member for these inputs; where torch traces with symbolic sizes, the family itself."""
+        """Return the member for these inputs; where torch traces with symbolic sizes, the family
+        itself."""
         if any(isinstance(size, torch.SymInt) for array in arrays for size in array.shape):
             return self
         member = self._member(tuple([tuple(array.shape) for array in arrays[: len(self.inputs)]]))
         seen = [spec.shape for spec in member.outputs]
         if seen != (told := self.output_shapes(arrays)):
             raise InternalError(
-                f"{member!r} has outputs of shapes {seen}, where {told} were foretold; compile it with dynamic=False"
+                f"{member!r} has outputs of shapes {seen}, where {told} were foretold; compile it"
+                " with dynamic=False"
             )
         return member
 
@@ -51,7 +56,8 @@ class Family(Program):
         sizes: dict[str, Any] = {}
         for names, array in zip(self.named, arrays, strict=False):
             for name, size in zip(names, array.shape, strict=True):
-                # Where the sizes are symbolic, to compare them has torch.compile guard that they stay equal.
+                # Where the sizes are symbolic, to compare them has torch.compile guard that they
+                # stay equal.
                 if size != (name if isinstance(name, int) else sizes.setdefault(name, size)):
                     raise InternalError(f"{self!r} is run on sizes that it was not compiled for")
         return [tuple([size(sizes) for size in output]) for output in self.formulas]
@@ -60,25 +66,38 @@ class Family(Program):
         return Program.described(self) + repr((self.named, self.told)).encode()
 
     def keeping(self, wrt: tuple[int, ...]) -> Program:
-        return self._family(("keep", wrt), lambda program: Program.keeping(program, wrt), self.formulas)
+        return self._family(
+            ("keep", wrt), lambda program: Program.keeping(program, wrt), self.formulas
+        )
 
     def vjp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
         shapes = tuple([tuple(map(_size_of, self.named[i])) for i in wrt])
-        return self._family(("vjp", wrt, outputs), lambda program: Program.vjp(program, wrt, outputs), shapes)
+        return self._family(
+            ("vjp", wrt, outputs), lambda program: Program.vjp(program, wrt, outputs), shapes
+        )
 
     def jvp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
         shapes = tuple([self.formulas[i] for i in outputs])
-        return self._family(("jvp", wrt, outputs), lambda program: Program.jvp(program, wrt, outputs), shapes)
+        return self._family(
+            ("jvp", wrt, outputs), lambda program: Program.jvp(program, wrt, outputs), shapes
+        )
 
     def vmap(self, axes: tuple[int, ...], size: int) -> Program:
-        raise CallerError("a call that was traced for all sizes has no batched version; compile with dynamic=False")
+        raise CallerError(
+            "a call that was traced for all sizes has no batched version; compile with"
+            " dynamic=False"
+        )
 
-    def _family(self, key: Hashable, derive: Callable[[Program], Program], formulas: Formulas) -> Program:
+    def _family(
+        self, key: Hashable, derive: Callable[[Program], Program], formulas: Formulas
+    ) -> Program:
         known = self._derived.get((key, "of all sizes"))
         if known is None:
             count = len(self.inputs)
             make = lambda shapes: derive(self._member(shapes[:count]))  # noqa: E731
-            known = self._derived[key, "of all sizes"] = _family_of(derive(self), self.named, formulas, self.told, make)
+            known = self._derived[key, "of all sizes"] = _family_of(
+                derive(self), self.named, formulas, self.told, make
+            )
         return known
 
     def _member(self, shapes: tuple[Shape, ...]) -> Program:
@@ -96,9 +115,14 @@ def _family_of(
     told: Sequence[Sequence[str]],
     make: Callable[[tuple[Shape, ...]], Program],
 ) -> Family:
-    """Return the family of which a program is an example; `make` makes those for other shapes of the inputs."""
+    """Return the family of which a program is an example; `make` makes those for other shapes of
+    the inputs."""
     own = ("key", "number", "_derived")
-    given = {each.name: getattr(example, each.name) for each in fields(Program) if each.init and each.name not in own}
+    given = {
+        each.name: getattr(example, each.name)
+        for each in fields(Program)
+        if each.init and each.name not in own
+    }
     return Family(**given, named=named, formulas=formulas, told=told, make=make)
 
 
@@ -120,12 +144,15 @@ def seen(size: Any) -> int | Seen:
 
 
 def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) -> Family:
-    """Return the programs of a call for all sizes that are symbolic in the shapes of its inputs, or as many as can be.
+    """Return the programs of a call for all sizes that are symbolic in the shapes of its inputs, or
+    as many as can be.
 
     Raises:
-      SpecError: the worker cannot tell the shapes of the outputs for any but the sizes of the example.
+      SpecError: the worker cannot tell the shapes of the outputs for any but the sizes of the
+        example.
     """
-    # Graphs hold the family until the session is closed: so it must not hold the function that was called.
+    # Graphs hold the family until the session is closed: so it must not hold the function that was
+    # called.
     session, call = example.session, example.request.call
 
     def ask(named: Named) -> Sequence[Sequence[str]] | None:
@@ -147,22 +174,32 @@ def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) ->
         return session.prepare_call(sized, labels=example.labels, timeout_s=example.timeout_s)
 
     named, told = found
-    return _family_of(example, named, tuple([tuple(map(_size_of, sizes)) for sizes in told]), told, make)
+    return _family_of(
+        example, named, tuple([tuple(map(_size_of, sizes)) for sizes in told]), told, make
+    )
 
 
 def _most_general(
     shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Sequence[Sequence[str]] | None]
 ) -> tuple[Named, Sequence[Sequence[str]]] | None:
-    """Return the most general of these shapes that there are formulas for, in which unknown sizes have names.
+    """Return the most general of these shapes that there are formulas for, in which unknown sizes
+    have names.
 
-    First each symbolic size is one of its own, then those are one that are equal now, then only those stay unknown that
-    can alone.
+    First each symbolic size is one of its own, then those are one that are equal now, then only
+    those stay unknown that can alone.
     """
-    symbolic = list(dict.fromkeys(size for shape in shapes for size in shape if isinstance(size, Seen)))
+    symbolic = list(
+        dict.fromkeys(size for shape in shapes for size in shape if isinstance(size, Seen))
+    )
     different = list(dict.fromkeys(size.now for size in symbolic))
 
     def attempt(names: Mapping[Any, str]) -> tuple[Named, Sequence[Sequence[str]]] | None:
-        named = tuple([tuple([names.get(size, getattr(size, "now", size)) for size in shape]) for shape in shapes])
+        named = tuple(
+            [
+                tuple([names.get(size, getattr(size, "now", size)) for size in shape])
+                for shape in shapes
+            ]
+        )
         told = ask(named)
         return None if told is None else (named, told)
 

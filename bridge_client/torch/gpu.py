@@ -1,7 +1,8 @@
-"""Tensors on a GPU: over the session's memory there, used on torch's current stream. All that takes torch with CUDA.
+"""Tensors on a GPU: over the session's memory there, used on torch's current stream. All that takes
+torch with CUDA.
 
-Where the worker shares no memory on a GPU, tensors go through the host; where it computes on another GPU that is seen
-here, through memory there.
+Where the worker shares no memory on a GPU, tensors go through the host; where it computes on
+another GPU that is seen here, through memory there.
 """
 
 import contextlib
@@ -25,14 +26,21 @@ _log = logging.getLogger(__name__)
 _TYPESTRS: Mapping[str, str] = {
     name: f"{'<' if dtype.itemsize > 1 else '|'}{kind}{dtype.itemsize}"
     for name, dtype in BY_NAME.items()
-    for prefix, kind in (("bool", "b"), ("int", "i"), ("uint", "u"), ("float", "f"), ("complex", "c"))
+    for prefix, kind in (
+        ("bool", "b"),
+        ("int", "i"),
+        ("uint", "u"),
+        ("float", "f"),
+        ("complex", "c"),
+    )
     if name.removeprefix(prefix).isdecimal() or name == prefix
 }
 _BYTES = "|u1"
 
 
 class OnGpu(NamedTuple):
-    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream that it uses."""
+    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream that
+    it uses."""
 
     device: torch.device
     pool: GpuPool | None  # None: the run is the host's, and the tensors are brought there and back
@@ -40,7 +48,8 @@ class OnGpu(NamedTuple):
     stays: bool  # whether the pool is on that device
 
     def tensor_over(self, block: Block, spec: Spec) -> Tensor:
-        """Return the tensor whose storage is a block of the pool: the lease ends with the storage."""
+        """Return the tensor whose storage is a block of the pool: the lease ends with the
+        storage."""
         assert self.pool is not None, "what lies on the host is made there"
         return tensor_over(self.pool, block, spec)
 
@@ -54,7 +63,10 @@ class OnGpu(NamedTuple):
 
 
 def run_of(session: Session, inputs: Sequence[Any]) -> OnGpu:
-    """Return how a run goes whose inputs are on a GPU, at least one of them. Its outputs belong beside the first."""
+    """Return how a run goes whose inputs are on a GPU, at least one of them.
+
+    Its outputs belong beside the first.
+    """
     first = next(x for x in inputs if isinstance(x, Tensor) and x.is_cuda)
     pool = session.gpu_pool()
     if pool is None:
@@ -70,9 +82,9 @@ def index_of(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def allocate_in(session: Session) -> Iterator[None]:
-    """Let torch allocate the CUDA tensors that this thread makes inside in memory that the session shares with its
-    worker. They are passed without a copy from when the context ends. Memory once used so stays for such tensors until
-    the session is closed.
+    """Let torch allocate the CUDA tensors that this thread makes inside in memory that the session
+    shares with its worker. They are passed without a copy from when the context ends. Memory once
+    used so stays for such tensors until the session is closed.
 
     As torch.cuda.use_mem_pool, which it is, and on the worker's GPU only.
 
@@ -81,7 +93,10 @@ def allocate_in(session: Session) -> Iterator[None]:
     """
     shared = session.gpu_pool()
     if shared is None:
-        raise CallerError("this session shares no memory on a GPU; look at session.memory, or connect with require=")
+        raise CallerError(
+            "this session shares no memory on a GPU; look at session.memory, or connect with"
+            " require="
+        )
     try:
         pool = shared.lenders.pop()  # what its dead tensors have left is used again
     except IndexError:
@@ -95,7 +110,9 @@ def allocate_in(session: Session) -> Iterator[None]:
         for segment in pool.snapshot():
             shared.adopt(segment["address"], segment["total_size"])
     except CudaError as error:  # as of expandable segments, which have no handle
-        _log.warning("tensors made in allocate_in are copied for each call after all, since %s", error)
+        _log.warning(
+            "tensors made in allocate_in are copied for each call after all, since %s", error
+        )
 
 
 def current_stream(index: int) -> int:
@@ -106,15 +123,20 @@ def current_stream(index: int) -> int:
     """
     if torch.cuda.is_current_stream_capturing():
         raise CallerError(
-            "a CUDA graph is being captured, and no graph can replay a call, which a worker answers; leave the call "
-            "out of the capture"
+            "a CUDA graph is being captured, and no graph can replay a call, which a worker"
+            " answers; leave the call out of the capture"
         )
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
 def address_in(pool: GpuPool, value: Tensor) -> int | None:
     """Return the address of a tensor that lies row-major in the pool's memory; else None."""
-    if index_of(value) != pool.device.gpu.ordinal or not value.is_contiguous() or value.is_conj() or value.is_neg():
+    if (
+        index_of(value) != pool.device.gpu.ordinal
+        or not value.is_contiguous()
+        or value.is_conj()
+        or value.is_neg()
+    ):
         return None
     return pool.address_of(value.data_ptr(), value.nbytes)
 
@@ -128,12 +150,19 @@ def tensor_over(pool: GpuPool, block: Block, spec: Spec) -> Tensor:
     typestr = _TYPESTRS.get(spec.dtype.name)
     if typestr is not None:
         return torch.as_tensor(_Array(block, spec.shape, typestr), device=device)
-    storage = torch.as_tensor(_Array(block, (block.nbytes,), _BYTES), device=device).untyped_storage()
-    return torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(spec.shape)  # autograd sees no view
+    storage = torch.as_tensor(
+        _Array(block, (block.nbytes,), _BYTES), device=device
+    ).untyped_storage()
+    return (
+        torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(spec.shape)
+    )  # autograd sees no view
 
 
 class _Array:
-    """A block as CUDA's array interface describes it. What is made of it keeps it, and so the lease."""
+    """A block as CUDA's array interface describes it.
+
+    What is made of it keeps it, and so the lease.
+    """
 
     def __init__(self, block: Block, shape: tuple[int, ...], typestr: str) -> None:
         self._block = block

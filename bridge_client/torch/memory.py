@@ -40,20 +40,23 @@ _PACK: Mapping[type, Callable[[Any], bytes]] = {
 
 
 class _InSlab(NamedTuple):
-    """A tensor that lies in the session's memory already, by its storage: that keeps no autograd graph alive."""
+    """A tensor that lies in the session's memory already, by its storage: that keeps no autograd
+    graph alive."""
 
     address: int
     storage: torch.UntypedStorage
 
 
 def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu | None]:
-    """Return each input in the session's memory, as the program wants it, the bytes that had to be copied, and how the
-    run uses a GPU, if an input is on one."""
+    """Return each input in the session's memory, as the program wants it, the bytes that had to be
+    copied, and how the run uses a GPU, if an input is on one.
+    """
     pool = program.session.pool
     placed: list[Placed] = []
     copied = 0
     for value, spec in zip(inputs, program.inputs, strict=True):
-        # The pointer last: none has what is empty, and the zeros without memory that forward mode makes.
+        # The pointer last: none has what is empty, and the zeros without memory that forward mode
+        # makes.
         if (
             not spec.weak
             and value.is_cpu
@@ -81,7 +84,8 @@ def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, O
 
 
 def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
-    """Return a Python number, or a tensor of the host whose elements do not lie as they have to, in the host's pool."""
+    """Return a Python number, or a tensor of the host whose elements do not lie as they have to,
+    in the host's pool."""
     if spec.weak:
         block = session.pool.lease(spec.dtype.itemsize)
         block.buffer[:] = _packed(value, label, session)
@@ -127,8 +131,11 @@ def _place_beside_gpu(program: Program, inputs: Sequence[Any]) -> tuple[list[Pla
     return placed, copied, run
 
 
-def from_blocks(blocks: Sequence[Block], described: Sequence[Spec], run: OnGpu | None = None) -> list[Tensor]:
-    """Return the tensors whose storages are the blocks, of the host's memory or of that which the run uses on a GPU."""
+def from_blocks(
+    blocks: Sequence[Block], described: Sequence[Spec], run: OnGpu | None = None
+) -> list[Tensor]:
+    """Return the tensors whose storages are the blocks, of the host's memory or of that which
+    the run uses on a GPU."""
     if run is not None and run.pool is not None:
         return [run.tensor_over(block, spec) for block, spec in zip(blocks, described, strict=True)]
     return list(map(from_block, blocks, described))
@@ -139,13 +146,15 @@ def from_block(block: Block, spec: Spec) -> Tensor:
     dtype = TORCH_DTYPES[spec.dtype.name]
     if block.nbytes == 0:
         return torch.empty(spec.shape, dtype=dtype, device="cpu")
-    # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function returns.
+    # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function
+    # returns.
     flat = torch.frombuffer(block, dtype=dtype)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
 
 
 def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
-    """Return a copy of a tensor in the session's memory on its device; None where the session has none."""
+    """Return a copy of a tensor in the session's memory on its device; None where the session
+    has none."""
     spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
     if tensor.is_cpu:
         return from_block(session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
@@ -157,7 +166,8 @@ def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
 
 
 def is_sole_owner(tensor: Tensor) -> bool:
-    """Whether nothing but this tensor uses its storage: no view, no exporter, no Python object that keeps the storage.
+    """Whether nothing but this tensor uses its storage: no view, no exporter, no Python object that
+    keeps the storage.
 
     False where this torch does not tell.
     """
@@ -186,13 +196,15 @@ def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
     _check_readable(value, path)
     dtype = DTYPES.get(value.dtype)
     if dtype is None:
-        raise DTypeError(f"input `{path}` has dtype {value.dtype}, which has no counterpart in JAX; cast it")
+        raise DTypeError(
+            f"input `{path}` has dtype {value.dtype}, which has no counterpart in JAX; cast it"
+        )
     if dtype.name in NEEDS_X64 and not x64:
         narrowed = NARROWED.get(dtype.name)
         if narrowed is None:
             raise DTypeError(
-                f"input `{path}` has dtype {dtype.name}, but JAX runs without x64 there; cast it to a 32-bit type "
-                f"or {TURN_ON_X64}"
+                f"input `{path}` has dtype {dtype.name}, but JAX runs without x64 there; cast it to"
+                f" a 32-bit type or {TURN_ON_X64}"
             )
         dtype = narrowed
     return Spec(dtype, shape)
@@ -202,34 +214,44 @@ def _check_readable(value: Tensor, path: str) -> None:
     if value.layout is not torch.strided:
         raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
     if not (value.is_cpu or value.is_cuda):
-        raise SpecError(f"input `{path}` is on {value.device}; expected the host or a CUDA device: move it with .cpu()")
+        raise SpecError(
+            f"input `{path}` is on {value.device}; expected the host or a CUDA device: move it with"
+            " .cpu()"
+        )
 
 
 def _check_memory(value: Tensor, path: str) -> None:
-    """Raise SpecError unless the storage holds each element: torch itself would read beyond its end, or crash."""
+    """Raise SpecError unless the storage holds each element: torch itself would read beyond its
+    end, or crash."""
     if value.numel() == 0 or type(value) not in _WITH_MEMORY or value._is_zerotensor():
         return
-    last = value.storage_offset() + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    last = value.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)
+    )
     needed, there = (last + 1) * value.itemsize, value.untyped_storage().nbytes()
     if there < needed:
         raise SpecError(
-            f"input `{path}` has a storage of {there} bytes, and needs {needed}: the storage was resized, as sharding "
-            "and offloading do between uses; bring its values back before the call"
+            f"input `{path}` has a storage of {there} bytes, and needs {needed}: the storage was"
+            " resized, as sharding and offloading do between uses; bring its values back before"
+            " the call"
         )
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:
-    """Raise DTypeError unless each integer fits the narrower type that it is going to have on the worker."""
+    """Raise DTypeError unless each integer fits the narrower type that it is going to have on
+    the worker."""
     if value.numel() == 0:
         return
     bounds = torch.iinfo(TORCH_DTYPES[spec.dtype.name])
-    wide = value if value.dtype is torch.int64 else value.view(torch.int64)  # torch cannot order uint64
+    wide = (
+        value if value.dtype is torch.int64 else value.view(torch.int64)
+    )  # torch cannot order uint64
     low, high = (int(extreme) for extreme in torch.aminmax(wide))
     floor = bounds.min if value.dtype is torch.int64 else 0
     if low < floor or high > bounds.max:
         raise DTypeError(
-            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; JAX runs without x64 there "
-            f"and holds {spec.dtype.name} only: {TURN_ON_X64}"
+            f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; JAX runs"
+            f" without x64 there and holds {spec.dtype.name} only: {TURN_ON_X64}"
         )
 
 
@@ -241,32 +263,45 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
     """
     if type(value) is int and not -(2**31) <= value < 2**31:
         if not -(2**63) <= value < 2**63:
-            raise DTypeError(f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a float")
+            raise DTypeError(
+                f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a"
+                " float"
+            )
         if not session.x64:
             raise DTypeError(
-                f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32 only: "
-                f"pass a float, or {TURN_ON_X64}"
+                f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32"
+                f" only: pass a float, or {TURN_ON_X64}"
             )
     return _PACK[type(value)](value)
 
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
-    """Return a pytree in which each float tensor has this dtype; those of float64 stay as they are, as in autocast."""
+    """Return a pytree in which each float tensor has this dtype; those of float64 stay as they
+    are, as in autocast."""
 
     def cast(leaf: Any) -> Any:
-        is_cast = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dtype is not torch.float64
+        is_cast = (
+            isinstance(leaf, Tensor)
+            and leaf.is_floating_point()
+            and leaf.dtype is not torch.float64
+        )
         return leaf.to(dtype) if is_cast else leaf
 
     return mapped(cast, tree)
 
 
 def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
-    """Return a leaf that is no tensor, but an array of another library, as one; `path` names it in errors."""
+    """Return a leaf that is no tensor, but an array of another library, as one; `path` names it
+    in errors."""
     if hasattr(type(leaf), "__dlpack__") or hasattr(type(leaf), "__array__"):
         flags = getattr(leaf, "flags", None)
         if hasattr(type(leaf), "filled"):
-            raise StructureError(f"`{path()}` is a masked array, whose mask would be lost; fill it with .filled(...)")
-        if flags is not None and (not flags.writeable or any(stride < 0 for stride in leaf.strides)):
+            raise StructureError(
+                f"`{path()}` is a masked array, whose mask would be lost; fill it with .filled(...)"
+            )
+        if flags is not None and (
+            not flags.writeable or any(stride < 0 for stride in leaf.strides)
+        ):
             leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns
         try:
             return torch.as_tensor(leaf)
@@ -275,6 +310,6 @@ def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
                 f"`{path()}` is a {type(leaf).__qualname__} that torch cannot read: {error}"
             ) from error
     raise StructureError(
-        f"`{path()}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a number, bool, str "
-        "or None, or a dict, list, tuple, namedtuple or dataclass of these"
+        f"`{path()}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected a tensor, a"
+        " number, bool, str or None, or a dict, list, tuple, namedtuple or dataclass of these"
     )

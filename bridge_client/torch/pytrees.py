@@ -24,7 +24,9 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     try:
         return optree.tree_flatten(tree, namespace=_NAMESPACE)
     except RecursionError as error:
-        raise StructureError("the arguments are nested too deeply, or contain themselves; flatten them") from error
+        raise StructureError(
+            "the arguments are nested too deeply, or contain themselves; flatten them"
+        ) from error
 
 
 def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
@@ -35,12 +37,18 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
 
 
 def register_if_container(cls: type) -> bool:
-    """Make a class that is met for the first time a pytree node, if it is a container; return whether it is one.
+    """Make a class that is met for the first time a pytree node, if it is a container; return
+    whether it is one.
 
-    What counts as a dict, list or tuple in Python, such as torch.Size, travels as one; and dataclasses are containers.
+    What counts as a dict, list or tuple in Python, such as torch.Size, travels as one; and
+    dataclasses are containers.
     """
     if issubclass(cls, Mapping):
-        _register(cls, _parts_of_mapping, collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict)
+        _register(
+            cls,
+            _parts_of_mapping,
+            collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict,
+        )
     elif issubclass(cls, list | tuple):
         _register(cls, _parts_of_sequence, list if issubclass(cls, list) else tuple)
     elif dataclasses.is_dataclass(cls):
@@ -60,7 +68,8 @@ def _parts_of_sequence(value: Sequence[Any]) -> Any:
 
 
 def _register(cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], Any]) -> None:
-    """Make a container's class a pytree node; put together again, it is of the plain class `like`."""
+    """Make a container's class a pytree node; put together again, it is of the plain class
+    `like`."""
 
     def unflatten(keys: Any, children: Any) -> Any:
         return like(children if keys is None else zip(keys, children, strict=True))
@@ -73,7 +82,11 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node here; static fields travel as values."""
 
     def parts_of(value: Any) -> Any:
-        return [getattr(value, field) for field in fields], trees.attributes_beyond(value, fields), fields
+        return (
+            [getattr(value, field) for field in fields],
+            trees.attributes_beyond(value, fields),
+            fields,
+        )
 
     def unflatten(beyond: Any, children: Any) -> Any:
         return trees.instantiate(cls, fields, children, without=beyond)
@@ -88,7 +101,8 @@ def marked(value: Any, mark: bool) -> Any:
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the pytree with the function applied to each leaf; also to those in containers that are new here."""
+    """Return the pytree with the function applied to each leaf; also to those in containers that
+    are new here."""
     leaves, structure = flatten(tree)
     if any([register_if_container(type(leaf)) for leaf in leaves]):
         return mapped(function, tree)  # those leaves have become nodes

@@ -1,4 +1,5 @@
-"""Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only traces."""
+"""Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only
+traces."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -44,8 +45,8 @@ def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
 def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
     """Run a program that keeps a residual; return its outputs and the residual's handle.
 
-    The residual goes with the handle's storage. The handle's content is its id, so that a copy, which a saved-tensor
-    hook may make, still names it, or nothing at all.
+    The residual goes with the handle's storage. The handle's content is its id, so that a copy,
+    which a saved-tensor hook may make, still names it, or nothing at all.
     """
     if is_traced(inputs):
         *outputs, handle = run_operator(program, inputs)
@@ -56,7 +57,9 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
     def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
         return from_blocks(blocks, program.outputs, gpu), _handle(session, residual)
 
-    made = session.run_keeping(program, placed, copied=copied, make=make, stream=None if gpu is None else gpu.stream)
+    made = session.run_keeping(
+        program, placed, copied=copied, make=make, stream=None if gpu is None else gpu.stream
+    )
     return made if gpu is None else (gpu.brought_back(made[0], session), made[1])
 
 
@@ -67,9 +70,11 @@ def pull_back(
     inputs: Sequence[Any],
     cotangents: Sequence[Tensor],
 ) -> Sequence[Tensor]:
-    """Return the cotangents of the inputs, from the residual; if that is gone, by running the inputs once more.
+    """Return the cotangents of the inputs, from the residual; if that is gone, by running the
+    inputs once more.
 
-    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs that have cotangents.
+    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs
+    that have cotangents.
     """
     kept, wrt, given = which
     if is_traced([handle, *cotangents]):
@@ -118,7 +123,8 @@ def is_traced(inputs: Sequence[Any]) -> bool:
 
 
 def _has_memory(value: Any) -> bool:
-    """Whether a value is what its class in C++ says: so are numbers, and tensors of most classes of a user's own."""
+    """Whether a value is what its class in C++ says: so are numbers, and tensors of most classes
+    of a user's own."""
     return type(value) in PLAIN or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -130,9 +136,10 @@ def _refuse_sharded(program: Program, inputs: Sequence[Any]) -> None:
     for value, label in zip(inputs, program.labels, strict=False):
         if isinstance(value, sharding.DTensor):
             raise StructureError(
-                f"input `{label}` is a DTensor with placements {value.placements}; expected a whole tensor: pass "
-                "value.full_tensor(), or for parameters apply fully_shard to the RemoteJaxFunction or a module around "
-                "it, and call that module, whose hooks gather them"
+                f"input `{label}` is a DTensor with placements {value.placements}; expected a whole"
+                " tensor: pass value.full_tensor(), or for parameters apply fully_shard to the"
+                " RemoteJaxFunction or a module around it, and call that module, whose hooks"
+                " gather them"
             )
 
 
@@ -152,17 +159,25 @@ def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
-def _empty(described: Sequence[Spec], shapes: Sequence[Any], arrays: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs of a run of these arrays, without values: on the GPU of the first one that is on a GPU."""
+def _empty(
+    described: Sequence[Spec], shapes: Sequence[Any], arrays: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the outputs of a run of these arrays, without values: on the GPU of the first one
+    that is on a GPU."""
     device = next((x.device for x in arrays if x.is_cuda), "cpu")
     dtypes = [TORCH_DTYPES[spec.dtype.name] for spec in described]
-    return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    return [
+        torch.empty(shape, dtype=dtype, device=device)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
 
 
 def _operators() -> Any:
-    """Return the operators that a graph is going to name: in code that torch.compile makes, those without derivatives.
+    """Return the operators that a graph is going to name: in code that torch.compile makes, those
+    without derivatives.
 
-    It has derived its graphs when they run, and an operator that has a derivative looks for whatever records it at each
+    It has derived its graphs when they run, and an operator that has a derivative looks for
+    whatever records it at each
     run: 15 µs of a forward and VJP (torch 2.13).
     """
     is_derived = TracingContext.try_get() is not None and not torch.compiler.is_exporting()
@@ -217,7 +232,10 @@ def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
     return _empty(known.outputs, known.output_shapes(arrays), arrays) + handle
 
 
-@_operator("pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) -> Tensor[]")
+@_operator(
+    "pull_back(Tensor handle, Tensor[] arrays, int program, int[] kept, int[] wrt, int[] given) ->"
+    " Tensor[]"
+)
 def _pull_back_operator(
     handle: Tensor,
     arrays: Sequence[Tensor],
@@ -226,7 +244,8 @@ def _pull_back_operator(
     wrt: Sequence[int],
     given: Sequence[int],
 ) -> list[Tensor]:
-    """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of; see pull_back."""
+    """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of;
+    see pull_back."""
     known = Program.of(program).at(arrays)
     count = len(known.inputs)
     which = (tuple(kept), tuple(wrt), tuple(given))

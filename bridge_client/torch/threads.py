@@ -16,7 +16,8 @@ def autocast_is_on() -> bool:
 
 
 def is_bound_to_this_thread() -> bool:
-    """Whether a call takes part in what only this thread knows of: a trace, a transform, hooks for saved tensors."""
+    """Whether a call takes part in what only this thread knows of: a trace, a transform, hooks
+    for saved tensors."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
@@ -26,10 +27,13 @@ def is_bound_to_this_thread() -> bool:
 
 
 def thread_state() -> Callable[[], AbstractContextManager[None]]:
-    """Return what gives another thread the grad mode, inference mode and autocast that this one has now."""
+    """Return what gives another thread the grad mode, inference mode and autocast that this one
+    has now."""
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     autocast = [
-        (device, torch.get_autocast_dtype(device)) for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device)
+        (device, torch.get_autocast_dtype(device))
+        for device in _AUTOCAST_DEVICES
+        if torch.is_autocast_enabled(device)
     ]
 
     @contextlib.contextmanager

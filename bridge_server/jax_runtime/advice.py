@@ -1,6 +1,7 @@
 """Advice for derivatives that JAX cannot make: which other ways work, found by lowering them.
 
-JAX and its libraries word a missing derivative in dozens of ways, so no advice depends on the words of an error.
+JAX and its libraries word a missing derivative in dozens of ways, so no advice depends on the words
+of an error.
 """
 
 from collections.abc import Sequence
@@ -14,25 +15,35 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _VALUE_ONLY = (
-    "the model itself can be called: for its value alone, call it under torch.no_grad(), or with inputs that require "
-    "no gradient (x.detach())"
+    "the model itself can be called: for its value alone, call it under torch.no_grad(), or with"
+    " inputs that require no gradient (x.detach())"
 )
 _FORWARD_WORKS = (
-    "forward mode works: use torch.func.jvp or jacfwd(f), or give the function a reverse rule with jax.custom_vjp"
+    "forward mode works: use torch.func.jvp or jacfwd(f), or give the function a reverse rule with"
+    " jax.custom_vjp"
 )
 _REVERSE_WORKS = (
-    "reverse mode works: use jacrev(f), or jacrev(jacrev(f)) instead of hessian(f), or define the function with "
-    "jax.custom_jvp"
+    "reverse mode works: use jacrev(f), or jacrev(jacrev(f)) instead of hessian(f), or define the"
+    " function with jax.custom_jvp"
 )
-_NEITHER_WORKS = "neither reverse nor forward mode works: define the function with jax.custom_jvp or jax.custom_vjp"
+_NEITHER_WORKS = (
+    "neither reverse nor forward mode works: define the function with jax.custom_jvp or"
+    " jax.custom_vjp"
+)
 
 
 def for_call(
-    f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transforms: Sequence[pb.Transform], keep: pb.Wrt | None
+    f: Flat,
+    bound: Sequence[Any],
+    inputs: tuple[Spec, ...],
+    transforms: Sequence[pb.Transform],
+    keep: pb.Wrt | None,
 ) -> str:
-    """Return what the caller can do about a call that cannot be lowered, of which `f` is the part without transforms.
+    """Return what the caller can do about a call that cannot be lowered, of which `f` is the part
+    without transforms.
 
-    Empty where the derivatives are not at fault: the model itself raises, or everything can be lowered.
+    Empty where the derivatives are not at fault: the model itself raises, or everything can be
+      lowered.
     """
     try:
         return _advice(f, bound, inputs, transforms, keep)
@@ -41,7 +52,11 @@ def for_call(
 
 
 def _advice(
-    f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transforms: Sequence[pb.Transform], keep: pb.Wrt | None
+    f: Flat,
+    bound: Sequence[Any],
+    inputs: tuple[Spec, ...],
+    transforms: Sequence[pb.Transform],
+    keep: pb.Wrt | None,
 ) -> str:
     if not _can_be_lowered(f, bound, inputs):
         return ""
@@ -52,14 +67,18 @@ def _advice(
         f, inputs = transformed, more
     if keep is None:
         return ""
-    outputs = [i for i, y in enumerate(jax.eval_shape(f, bound, *avals_of(inputs))) if is_inexact(y)]
+    outputs = [
+        i for i, y in enumerate(jax.eval_shape(f, bound, *avals_of(inputs))) if is_inexact(y)
+    ]
     kept = pb.Transform(vjp=pb.Transform.Vjp(wrt=keep.inputs, outputs=outputs))
     if _can_be_lowered(*_composed(f, bound, inputs, kept)):
         return ""
     return "\n".join([_VALUE_ONLY, *_other_mode(f, bound, inputs, kept)])
 
 
-def _other_mode(f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform) -> list[str]:
+def _other_mode(
+    f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform
+) -> list[str]:
     """Return whether the other mode gives the derivative that this transform does not."""
     if transform.WhichOneof("kind") == "vjp":
         jvp = pb.Transform.Jvp(wrt=transform.vjp.wrt, outputs=transform.vjp.outputs)
@@ -81,7 +100,9 @@ def _composed(
 
 def _can_be_lowered(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec]) -> bool:
     try:
-        jax.jit(f).lower(bound, *avals_of(inputs))  # jax refuses forward mode of a custom_vjp no earlier
+        jax.jit(f).lower(
+            bound, *avals_of(inputs)
+        )  # jax refuses forward mode of a custom_vjp no earlier
     except Exception:
         return False
     return True

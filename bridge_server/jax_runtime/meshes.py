@@ -1,11 +1,13 @@
-"""Where a worker's models run: on which device, or on a mesh of several, and how arrays are laid out on it.
+"""Where a worker's models run: on which device, or on a mesh of several, and how arrays are laid
+out on it.
 
-Programs on the host read the client's memory as it lies there. For all others it is brought to their device at each
-run: what it holds changes from one to the next.
+Programs on the host read the client's memory as it lies there. For all others it is brought to
+their device at each run: what it holds changes from one to the next.
 
-How is said beside the model: `net_shardings` in the module of `net` maps paths, as torch shows them, to PartitionSpecs.
-The model is constrained accordingly where its arguments come in; everything else, gradients and residuals included,
-is XLA's to derive. So a transform needs no rule of its own.
+How is said beside the model: `net_shardings` in the module of `net` maps paths, as torch shows
+them, to PartitionSpecs. The model is constrained accordingly where its arguments come in;
+everything else, gradients and residuals included, is XLA's to derive. So a transform needs no rule
+of its own.
 """
 
 import contextlib
@@ -73,29 +75,45 @@ class Layout:
           TargetError: a sharding is none, or of a parameter that there is not.
         """
         if self._mesh is None:
-            raise CallerError(f"the model {model.name!r} has shardings; name the axes they are about with --mesh")
+            raise CallerError(
+                f"the model {model.name!r} has shardings; name the axes they are about with --mesh"
+            )
         paths = [parameter.path for parameter in model.parameters]
         for pattern, spec in shardings.items():
             if not isinstance(spec, PartitionSpec):
                 raise TargetError(
-                    f"the sharding of {pattern!r} in {model.name!r} is {spec!r}; expected a PartitionSpec"
+                    f"the sharding of {pattern!r} in {model.name!r} is {spec!r}; expected a"
+                    " PartitionSpec"
                 )
-            if not re.match(r"(args|kwargs)\b", pattern) and not any(_matches(pattern, path) for path in paths):
-                raise TargetError(f"{model.name!r} has a sharding of {pattern!r}, but its parameters are {paths}")
+            if not re.match(r"(args|kwargs)\b", pattern) and not any(
+                _matches(pattern, path) for path in paths
+            ):
+                raise TargetError(
+                    f"{model.name!r} has a sharding of {pattern!r}, but its parameters are {paths}"
+                )
         values = [
-            jax.device_put(value, NamedSharding(self._mesh, _spec_of(path, shardings) or PartitionSpec()))
+            jax.device_put(
+                value, NamedSharding(self._mesh, _spec_of(path, shardings) or PartitionSpec())
+            )
             for path, value in zip(paths, model.values, strict=True)
         ]
         return dataclasses.replace(model, values=values, shardings=shardings)
 
-    def constrained(self, arrays: Sequence[Any], paths: Sequence[str], model: Model) -> Sequence[Any]:
-        """Return the arrays of these paths, laid out as the model wants them. While it is traced."""
+    def constrained(
+        self, arrays: Sequence[Any], paths: Sequence[str], model: Model
+    ) -> Sequence[Any]:
+        """Return the arrays of these paths, laid out as the model wants them.
+
+        While it is traced.
+        """
         if self._mesh is None or not model.shardings:
             return arrays
         return [
-            array
-            if (spec := _spec_of(path, model.shardings)) is None
-            else jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, spec))
+            (
+                array
+                if (spec := _spec_of(path, model.shardings)) is None
+                else jax.lax.with_sharding_constraint(array, NamedSharding(self._mesh, spec))
+            )
             for array, path in zip(arrays, paths, strict=True)
         ]
 
@@ -104,7 +122,8 @@ class Layout:
         return jax.jit(f, keep_unused=self._mesh is not None)
 
     def placing(self, run: Any) -> Callable[..., Any]:
-        """Return a function, compiled if there is a mesh, as one that brings its arguments to the devices first."""
+        """Return a function, compiled if there is a mesh, as one that brings its arguments to
+        the devices first."""
         if self._mesh is not None:
             shardings, _ = run.input_shardings
             return lambda *arguments: run(*jax.device_put(arguments, shardings))
@@ -112,7 +131,8 @@ class Layout:
 
 
 def _run_on(device: jax.Device, run: Callable[..., Any], own: Any, *arrays: Any) -> Any:
-    """Run a function on arrays of which those in the host's memory are brought to a device first."""
+    """Run a function on arrays of which those in the host's memory are brought to a device
+    first."""
     positions = [i for i, x in enumerate(arrays) if isinstance(x, np.ndarray)]
     if not positions:
         return run(own, *arrays)
@@ -120,19 +140,23 @@ def _run_on(device: jax.Device, run: Callable[..., Any], own: Any, *arrays: Any)
     try:
         return run(own, *replaced(arrays, positions, brought))
     finally:
-        jax.block_until_ready(brought)  # from now on the client may write there again, whether or not it was used
+        jax.block_until_ready(
+            brought
+        )  # from now on the client may write there again, whether or not it was used
 
 
 def _mesh(axes: Mapping[str, int]) -> Mesh:
     needed, devices = math.prod(axes.values()), jax.devices()
     if needed > len(devices):
         raise CallerError(
-            f"--mesh {','.join(f'{name}={size}' for name, size in axes.items())} needs {needed} devices, and this "
-            f"worker has {len(devices)} ({devices[0].platform}); a CPU counts as several with "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+            f"--mesh {','.join(f'{name}={size}' for name, size in axes.items())} needs {needed}"
+            f" devices, and this worker has {len(devices)} ({devices[0].platform}); a CPU counts as"
+            f" several with XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         )
     kinds = (AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed])
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices[:needed]
+    )
 
 
 def _spec_of(path: str, shardings: Mapping[str, Any]) -> Any:

@@ -1,8 +1,8 @@
 """What may be served, taken apart into a pure function and its state.
 
-Randomness: a stream's key is made of the caller's by its name. It goes where the framework wants it: into `rngs` of
-flax.linen, into the streams of that tag in a flax.nnx module, and to everything else as the keyword argument of the
-stream's name (haiku: as its one key).
+Randomness: a stream's key is made of the caller's by its name. It goes where the framework wants
+it: into `rngs` of flax.linen, into the streams of that tag in a flax.nnx module, and to everything
+else as the keyword argument of the stream's name (haiku: as its one key).
 """
 
 import functools
@@ -34,9 +34,10 @@ Streams = Mapping[str, Any]
 class Parts(NamedTuple):
     """A target taken apart: a pure function of its state, which alone holds arrays.
 
-    `call(state, args, kwargs, streams, changes)` returns the result and the state after the call, which is of interest
-    if `changes` is set. It raises CallerError for a stream or a change that the model does not have. For a model with
-    modes, `call` also takes `training`: the mode for this call, or None for the model's own.
+    `call(state, args, kwargs, streams, changes)` returns the result and the state after the call,
+    which is of interest if `changes` is set. It raises CallerError for a stream or a change that
+    the model does not have. For a model with modes, `call` also takes `training`: the mode for this
+    call, or None for the model's own.
     """
 
     call: Callable[..., tuple[Any, Any]]
@@ -57,9 +58,10 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
     parts = _parts_of(target)
     if parts is None:
         raise TargetError(
-            f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a function, a pair "
-            "(apply, params), a flax.linen module with its variables, a flax.nnx module, an equinox module or a pair "
-            "(module, state), or a haiku transform with its parameters (and state)"
+            f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a"
+            " function, a pair (apply, params), a flax.linen module with its variables, a flax.nnx"
+            " module, an equinox module or a pair (module, state), or a haiku transform with its"
+            " parameters (and state)"
         )
     _warn_of_constants(name, target, parts)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
@@ -104,13 +106,14 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
 
 
 def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
-    """Log which arrays cannot be trained although they look like parameters, and which are trained like parameters."""
+    """Log which arrays cannot be trained although they look like parameters, and which are
+    trained like parameters."""
     if parts.is_function and (paths := arrays_held(parts.documented, _is_array)):
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         _log.warning(
-            "model %r is served without parameters, but holds %d arrays (%s): they are constants, which no client can "
-            "train; to train them serve a pair (apply, params), whose apply(params, *args) uses these arrays, or a "
-            "flax or equinox module",
+            "model %r is served without parameters, but holds %d arrays (%s): they are constants,"
+            " which no client can train; to train them serve a pair (apply, params), whose"
+            " apply(params, *args) uses these arrays, or a flax or equinox module",
             name,
             len(paths),
             shown,
@@ -120,8 +123,9 @@ def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
         moving = [key for key in others if any(map(_is_array, jax.tree.leaves(parts.state[key])))]
         if moving:
             _log.warning(
-                "model %r is a pair (apply, params), so that the collections %s are trained like parameters; serve the "
-                "pair (flax.linen module, variables) to have them as buffers, or close over them in apply",
+                "model %r is a pair (apply, params), so that the collections %s are trained like"
+                " parameters; serve the pair (flax.linen module, variables) to have them as"
+                " buffers, or close over them in apply",
                 name,
                 moving,
             )
@@ -132,7 +136,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _buffers(parameters: Sequence[Parameter], before: Sequence[Any], state: Any) -> list[Any]:
-    """Return the buffers' new values, as constants: no derivative goes through what a call leaves behind."""
+    """Return the buffers' new values, as constants: no derivative goes through what a call
+    leaves behind."""
     # By path, since a call may also create state of its own, such as what flax's modules sow.
     after = {_label(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
     made: list[Any] = []
@@ -141,8 +146,9 @@ def _buffers(parameters: Sequence[Parameter], before: Sequence[Any], state: Any)
             new = jnp.asarray(after.get(parameter.path, old), old.dtype)
             if new.shape != old.shape:
                 raise SpecError(
-                    f"the call changes the shape of the buffer `{parameter.path}` from {list(old.shape)} to "
-                    f"{list(new.shape)}; the state of a served model has fixed shapes"
+                    f"the call changes the shape of the buffer `{parameter.path}` from"
+                    f" {list(old.shape)} to {list(new.shape)}; the state of a served model has"
+                    " fixed shapes"
                 )
             made.append(jax.lax.stop_gradient(new))
     return made
@@ -152,15 +158,17 @@ def _spec(model: str, label: str, leaf: Any, *, x64: bool) -> Spec:
     dtype = BY_NAME[dtype_name(leaf)]
     if dtype.name in NEEDS_X64 and not x64:
         raise TargetError(
-            f"the parameter {label!r} of {model!r} has dtype {dtype.name}, but JAX runs without x64; "
-            f"cast it, or {TURN_ON_X64}"
+            f"the parameter {label!r} of {model!r} has dtype {dtype.name}, but JAX runs without"
+            f" x64; cast it, or {TURN_ON_X64}"
         )
     return Spec(dtype, tuple(leaf.shape))
 
 
 def _parts_of(target: Any) -> Parts | None:
     # A framework that was not imported cannot have made the target.
-    linen, nnx, equinox, haiku = (sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku"))
+    linen, nnx, equinox, haiku = (
+        sys.modules.get(name) for name in ("flax.linen", "flax.nnx", "equinox", "haiku")
+    )
     traced = sys.modules.get("bridge_server.torch_via_xla")
     state: Any = None
     if traced is not None and isinstance(target, traced.TracedModule):
@@ -173,7 +181,11 @@ def _parts_of(target: Any) -> Parts | None:
             return _haiku_parts(target, state)
         if haiku is not None and isinstance(target, haiku.TransformedWithState):
             return _stateful_haiku_parts(target, state)
-        if equinox is not None and isinstance(target, equinox.Module) and isinstance(state, equinox.nn.State):
+        if (
+            equinox is not None
+            and isinstance(target, equinox.Module)
+            and isinstance(state, equinox.nn.State)
+        ):
             return _stateful_equinox_parts(equinox, target, state)
         if linen is None or not isinstance(target, linen.Module):
             return _pair_parts(target, state) if callable(target) else None
@@ -189,18 +201,23 @@ def _parts_of(target: Any) -> Parts | None:
 
 
 def _function_parts(function: Callable[..., Any]) -> Parts:
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         return function(*args, **_with_keys(function, kwargs, streams)), state
 
     return Parts(call, (), function, is_function=True)
 
 
 def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         if changes:
             raise CallerError(
-                "mutable=True, but a pair (apply, params) does not return a new state; serve a flax.linen, flax.nnx "
-                "or haiku model, or a pair of an equinox module and its eqx.nn.State"
+                "mutable=True, but a pair (apply, params) does not return a new state; serve a"
+                " flax.linen, flax.nnx or haiku model, or a pair of an equinox module and its"
+                " eqx.nn.State"
             )
         return apply(state, *args, **_with_keys(apply, kwargs, streams)), state
 
@@ -210,10 +227,14 @@ def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
 def _linen_parts(module: Any, variables: Any) -> Parts:
     if variables is None:
         if module.scope is None:
-            raise TargetError("a flax.linen module needs its variables: serve the pair (module, variables)")
+            raise TargetError(
+                "a flax.linen module needs its variables: serve the pair (module, variables)"
+            )
         module, variables = module.unbind()
 
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         options: dict[str, Any] = {"rngs": dict(streams)} if streams else {}
         if not changes:
             return module.apply(state, *args, **kwargs, **options), state
@@ -221,7 +242,12 @@ def _linen_parts(module: Any, variables: Any) -> Parts:
         result, changed = module.apply(state, *args, **kwargs, **options, mutable=collections)
         return result, {**state, **changed}
 
-    return Parts(call, variables, module.__call__, is_trainable=lambda label: label.partition(".")[0] == "params")
+    return Parts(
+        call,
+        variables,
+        module.__call__,
+        is_trainable=lambda label: label.partition(".")[0] == "params",
+    )
 
 
 def _nnx_parts(nnx: Any, module: Any) -> Parts:
@@ -230,7 +256,9 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
     trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
     tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
 
-    def run(state: Any, args: Any, kwargs: Any, streams: Streams, training: bool | None) -> tuple[Any, Any]:
+    def run(
+        state: Any, args: Any, kwargs: Any, streams: Streams, training: bool | None
+    ) -> tuple[Any, Any]:
         merged = nnx.merge(graph, state)
         if training is not None:
             (merged.train if training else merged.eval)()
@@ -240,21 +268,34 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
         return result, nnx.split(merged)[1]
 
     def call(
-        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        streams: Streams,
+        changes: bool,
+        training: bool | None = None,
     ) -> tuple[Any, Any]:
         if missing := streams.keys() - tags:
             raise CallerError(
-                f"the model has no random streams {sorted(missing)}; those of its nnx.Rngs are {sorted(tags)}"
+                f"the model has no random streams {sorted(missing)}; those of its nnx.Rngs are"
+                f" {sorted(tags)}"
             )
-        if changes or training is False:  # the counts advance with the state; inference may draw the same each time
+        if (
+            changes or training is False
+        ):  # the counts advance with the state; inference may draw the same each time
             return run(state, args, kwargs, streams, training)
-        fresh = jax.tree.map(lambda leaf: leaf, state)  # a call changes the variables of the state that it is given
+        fresh = jax.tree.map(
+            lambda leaf: leaf, state
+        )  # a call changes the variables of the state that it is given
         result, after = run(state, args, kwargs, streams, training)
-        read = _streams_read(nnx, fresh, after, lambda state: run(state, args, kwargs, streams, training)[0])
+        read = _streams_read(
+            nnx, fresh, after, lambda state: run(state, args, kwargs, streams, training)[0]
+        )
         if repeated := sorted(read - streams.keys()):
             raise CallerError(
-                f"the model draws from its nnx.Rngs streams {repeated}, and each call would draw the same; pass "
-                f"rngs={repeated}, or mutable=True so that their counts advance, or call .eval() for inference"
+                f"the model draws from its nnx.Rngs streams {repeated}, and each call would draw"
+                f" the same; pass rngs={repeated}, or mutable=True so that their counts advance, or"
+                " call .eval() for inference"
             )
         return result, after
 
@@ -267,12 +308,14 @@ def _streams_read(nnx: Any, before: Any, after: Any, run: Callable[[Any], Any]) 
     counts = {path: count for path, count in flat.items() if isinstance(count, nnx.RngCount)}
     if all(_leaf(later[path]) is _leaf(count) for path, count in counts.items()):
         return set()
-    # Transforms such as nnx.scan replace counts that nothing has advanced: see whether the result depends on the keys.
+    # Transforms such as nnx.scan replace counts that nothing has advanced: see whether the result
+    # depends on the keys.
     keys = {path: key for path, key in flat.items() if isinstance(key, nnx.RngKey)}
 
     def result_of(values: Sequence[Any]) -> list[Any]:
         changed = [
-            jax.tree.unflatten(jax.tree.structure(key), [v]) for key, v in zip(keys.values(), values, strict=True)
+            jax.tree.unflatten(jax.tree.structure(key), [v])
+            for key, v in zip(keys.values(), values, strict=True)
         ]
         full = nnx.from_flat_state({**flat, **dict(zip(keys, changed, strict=True))})
         state = jax.tree.map(lambda leaf: leaf, full)
@@ -292,7 +335,12 @@ def _equinox_parts(equinox: Any, module: Any) -> Parts:
     arrays, rest = equinox.partition(module, equinox.is_array)
 
     def call(
-        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        streams: Streams,
+        changes: bool,
+        training: bool | None = None,
     ) -> tuple[Any, Any]:
         whole = _in_equinox_mode(equinox, equinox.combine(state, rest), training)
         return whole(*args, **_with_keys(module.__call__, kwargs, streams)), state
@@ -301,18 +349,32 @@ def _equinox_parts(equinox: Any, module: Any) -> Parts:
 
 
 def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
-    """Of what equinox.nn.make_with_state returns; the module takes `state=` and returns its result and the new one."""
+    """Of what equinox.nn.make_with_state returns; the module takes `state=` and returns its
+    result and the new one."""
     arrays, rest = equinox.partition({"model": module, "state": state}, equinox.is_array)
 
     def call(
-        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool, training: bool | None = None
+        state: Any,
+        args: Any,
+        kwargs: Any,
+        streams: Streams,
+        changes: bool,
+        training: bool | None = None,
     ) -> tuple[Any, Any]:
         whole = equinox.combine(state, rest)
         keyed = _with_keys(module.__call__, kwargs, streams)
-        result, after = _in_equinox_mode(equinox, whole["model"], training)(*args, **keyed, state=whole["state"])
+        result, after = _in_equinox_mode(equinox, whole["model"], training)(
+            *args, **keyed, state=whole["state"]
+        )
         return result, {"state": after}
 
-    return Parts(call, arrays, module.__call__, is_trainable=lambda label: label.startswith("model."), has_modes=True)
+    return Parts(
+        call,
+        arrays,
+        module.__call__,
+        is_trainable=lambda label: label.startswith("model."),
+        has_modes=True,
+    )
 
 
 def _in_equinox_mode(equinox: Any, module: Any, training: bool | None) -> Any:
@@ -320,20 +382,28 @@ def _in_equinox_mode(equinox: Any, module: Any, training: bool | None) -> Any:
 
 
 def _haiku_parts(transformed: Any, params: Any) -> Parts:
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         return transformed.apply(state, _only_key(streams), *args, **kwargs), state
 
     return Parts(call, params, transformed.apply)
 
 
 def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
-        result, after = transformed.apply(state["params"], state["state"], _only_key(streams), *args, **kwargs)
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
+        result, after = transformed.apply(
+            state["params"], state["state"], _only_key(streams), *args, **kwargs
+        )
         return result, {"state": after}
 
     params, state = params_and_state
     both = {"params": params, "state": state}
-    return Parts(call, both, transformed.apply, is_trainable=lambda label: label.startswith("params."))
+    return Parts(
+        call, both, transformed.apply, is_trainable=lambda label: label.startswith("params.")
+    )
 
 
 def _traced_module_parts(module: Any) -> Parts:
@@ -341,9 +411,13 @@ def _traced_module_parts(module: Any) -> Parts:
     names = [*module.params, *module.buffers]
     arrays = [*module.params.values(), *module.buffers.values()]
 
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         named = dict(zip(names, _nested_values(state, names), strict=True))
-        params, buffers = ({name: named[name] for name in own} for own in (module.params, module.buffers))
+        params, buffers = (
+            {name: named[name] for name in own} for own in (module.params, module.buffers)
+        )
         how = {"buffers": buffers, "mutable": True, "rng": _only_key(streams)}
         result, after = module(params, *args, **how, **kwargs)
         return result, _nested({**params, **after})
@@ -353,7 +427,9 @@ def _traced_module_parts(module: Any) -> Parts:
 
 
 def _traced_function_parts(function: Any) -> Parts:
-    def call(state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool) -> tuple[Any, Any]:
+    def call(
+        state: Any, args: Any, kwargs: Any, streams: Streams, changes: bool
+    ) -> tuple[Any, Any]:
         return function(*args, rng=_only_key(streams), **kwargs), state
 
     return Parts(call, (), function.__wrapped__)
@@ -375,7 +451,9 @@ def _nested_values(tree: Any, names: Sequence[str]) -> list[Any]:
     return [functools.reduce(operator.getitem, name.split("."), tree) for name in names]
 
 
-def _with_keys(function: Callable[..., Any], kwargs: dict[str, Any], streams: Streams) -> dict[str, Any]:
+def _with_keys(
+    function: Callable[..., Any], kwargs: dict[str, Any], streams: Streams
+) -> dict[str, Any]:
     """Return the keyword arguments with the key of each stream as one more.
 
     Raises:
@@ -384,12 +462,14 @@ def _with_keys(function: Callable[..., Any], kwargs: dict[str, Any], streams: St
     if not streams:
         return kwargs
     if both := streams.keys() & kwargs.keys():
-        raise CallerError(f"{sorted(both)} are passed as arguments and named in rngs; leave out one of them")
+        raise CallerError(
+            f"{sorted(both)} are passed as arguments and named in rngs; leave out one of them"
+        )
     accepted = _keywords_of(function)
     if accepted is not None and (missing := streams.keys() - accepted):
         raise CallerError(
-            f"the model takes no arguments {sorted(missing)} for the keys of these random streams; its arguments are "
-            f"{sorted(accepted)}"
+            f"the model takes no arguments {sorted(missing)} for the keys of these random streams;"
+            f" its arguments are {sorted(accepted)}"
         )
     return {**kwargs, **streams}
 
@@ -407,12 +487,16 @@ def _keywords_of(function: Callable[..., Any]) -> set[str] | None:
 
 def _only_key(streams: Streams) -> Any:
     if len(streams) > 1:
-        raise CallerError(f"the model draws from one random stream, not from {sorted(streams)}; name one in rngs")
+        raise CallerError(
+            f"the model draws from one random stream, not from {sorted(streams)}; name one in rngs"
+        )
     return next(iter(streams.values()), None)
 
 
 def _label(path: Sequence[Any]) -> str:
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):  # what an nnx.Variable holds
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey(
+        "value"
+    ):  # what an nnx.Variable holds
         path = path[:-1]
     steps = [path_step(step) for step in path]
     return ".".join(step.replace(".", "_") for step in steps) or "value"

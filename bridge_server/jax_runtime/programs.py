@@ -1,4 +1,5 @@
-"""What was compiled, ready to run: with its signature, and for one that keeps residuals, with its pullback."""
+"""What was compiled, ready to run: with its signature, and for one that keeps residuals, with
+its pullback."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,7 +35,8 @@ class Program(runtime.Program):
         *,
         is_enqueued: bool = False,
     ) -> None:
-        """Make a program of a function of its inputs and a residual; `is_enqueued` says that it runs on a GPU."""
+        """Make a program of a function of its inputs and a residual; `is_enqueued` says that it
+        runs on a GPU."""
         self.inputs = inputs
         self.outputs = specs_of(outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
@@ -60,7 +62,8 @@ class Program(runtime.Program):
 
 
 class KeepingProgram(Program):
-    """A program whose runs keep what the pullback to the inputs `wrt` needs, as a flat list of arrays."""
+    """A program whose runs keep what the pullback to the inputs `wrt` needs, as a flat list of
+    arrays."""
 
     def __init__(
         self,
@@ -83,7 +86,8 @@ class KeepingProgram(Program):
         self._structure = structure
 
     def pullback(self, wrt: Sequence[int], outputs: Sequence[int], *, is_pruned: bool) -> Flat:
-        """Return the function of the residual, and of the cotangents of `outputs`, to the cotangents of `wrt`."""
+        """Return the function of the residual, and of the cotangents of `outputs`, to the
+        cotangents of `wrt`."""
         positions = [self.wrt.index(i) for i in wrt]
         used = [i in outputs for i in self.differentiable]
         zero = _symbolic_zero if is_pruned else _zeros
@@ -99,7 +103,8 @@ class KeepingProgram(Program):
 
 
 def _pruned(linear: Any, used: Sequence[bool]) -> Any:
-    """Return a VJP without what it does for outputs that are not used: scans and custom_vjps there would run on zeros.
+    """Return a VJP without what it does for outputs that are not used: scans and custom_vjps there
+    would run on zeros.
 
     Reaches into jax 0.10's VJP; where it fails, the caller does without.
     """
@@ -107,10 +112,15 @@ def _pruned(linear: Any, used: Sequence[bool]) -> Any:
     unknown = [u for u, k in zip(used, known, strict=True) if not k]
     pruned, _ = dce_jaxpr(jaxpr, unknown, True)
     kept = iter(pruned.outvars)
-    outvars = [next(kept) if u else Literal(0.0, v.aval) for u, v in zip(unknown, jaxpr.outvars, strict=True)]
+    outvars = [
+        next(kept) if u else Literal(0.0, v.aval)
+        for u, v in zip(unknown, jaxpr.outvars, strict=True)
+    ]
     jaxpr = pruned.replace(outvars=outvars, debug_info=jaxpr.debug_info)
     function = functools.partial(linear.fun.func, spec, known, jaxpr, avals)
-    return type(linear)(function, linear.in_tree, linear.out_tree, linear.args_res, linear.opaque_residuals)
+    return type(linear)(
+        function, linear.in_tree, linear.out_tree, linear.args_res, linear.opaque_residuals
+    )
 
 
 def _symbolic_zero(spec: Spec) -> Any:

@@ -1,7 +1,8 @@
 """The transforms of a call: each wraps a flat function into another one.
 
-A flat function is `f(bound, *arrays) -> [array, ...]`, where `bound` are the worker's own parameters if the caller
-passes none. So the derivative of a program is again a program, and transforms compose to any depth.
+A flat function is `f(bound, *arrays) -> [array, ...]`, where `bound` are the worker's own
+parameters if the caller passes none. So the derivative of a program is again a program, and
+transforms compose to any depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,12 +62,16 @@ def _jvp(f: Flat, count: int, transform: pb.Transform.Jvp) -> Flat:
 
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
         xs, tangents = arrays[:count], arrays[count:]
-        return jax.jvp(_restricted(f, bound, xs, wrt, selected), [xs[i] for i in wrt], list(tangents))[1]
+        return jax.jvp(
+            _restricted(f, bound, xs, wrt, selected), [xs[i] for i in wrt], list(tangents)
+        )[1]
 
     return transformed
 
 
-def _vmap(f: Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap) -> tuple[Flat, tuple[Spec, ...]]:
+def _vmap(
+    f: Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap
+) -> tuple[Flat, tuple[Spec, ...]]:
     mapped, size = batched(inputs, transform), transform.size
     in_axes = tuple(None if axis < 0 else axis for axis in transform.axes)
 

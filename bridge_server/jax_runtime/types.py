@@ -23,7 +23,8 @@ keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())
 
 @functools.cache
 def importer() -> Callable[[Exporter], jax.Array]:
-    """Return the quickest way to import host memory that this jax has: the public one takes 30 µs, XLA's own 4."""
+    """Return the quickest way to import host memory that this jax has: the public one takes 30
+    µs, XLA's own 4."""
     try:
         from jaxlib._jax import dlpack_managed_tensor_to_buffer as imported
 
@@ -34,7 +35,10 @@ def importer() -> Callable[[Exporter], jax.Array]:
             return array
 
         probe = np.ones(16, np.float32)
-        if quick(Exporter(probe.ctypes.data, Spec(BY_NAME["float32"], (16,)))).tolist() == probe.tolist():
+        if (
+            quick(Exporter(probe.ctypes.data, Spec(BY_NAME["float32"], (16,)))).tolist()
+            == probe.tolist()
+        ):
             return quick
     except Exception:  # private: any release may lack it, or want other arguments
         pass
@@ -43,7 +47,8 @@ def importer() -> Callable[[Exporter], jax.Array]:
 
 @functools.cache
 def importer_on(device: jax.Device) -> Callable[[DeviceExporter], jax.Array]:
-    """Return likewise the quickest way to import memory of a GPU, for which a stream of XLA's waits."""
+    """Return likewise the quickest way to import memory of a GPU, for which a stream of XLA's
+    waits."""
     try:
         from jaxlib._jax import dlpack_managed_tensor_to_buffer as imported
 
@@ -74,7 +79,9 @@ def has_x64() -> bool:
 
 def aval_of(spec: Spec) -> jax.ShapeDtypeStruct:
     # A Python number comes in the widest type of its kind and takes the worker's default one.
-    dtype = jax.dtypes.canonicalize_dtype(spec.dtype.name) if spec.weak else jnp.dtype(spec.dtype.name)
+    dtype = (
+        jax.dtypes.canonicalize_dtype(spec.dtype.name) if spec.weak else jnp.dtype(spec.dtype.name)
+    )
     return jax.ShapeDtypeStruct(spec.shape, dtype, weak_type=spec.weak)
 
 
@@ -101,7 +108,10 @@ def is_array_like(value: Any) -> bool:
 def as_output(leaf: Any, position: int) -> Any:
     array = jnp.asarray(leaf)
     if dtype_name(array) not in BY_NAME:
-        raise SpecError(f"the model returned an array of dtype {array.dtype} as its leaf {position}, which torch lacks")
+        raise SpecError(
+            f"the model returned an array of dtype {array.dtype} as its leaf {position}, which"
+            " torch lacks"
+        )
     return array
 
 
@@ -112,7 +122,9 @@ def number_to_array(leaf: Any) -> Any:
 def expand(value: Any) -> trees.Node | None:
     """Return what any pytree node that jax knows consists of."""
     structure: Any
-    children, structure = jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda x: x is not value)
+    children, structure = jax.tree_util.tree_flatten_with_path(
+        value, is_leaf=lambda x: x is not value
+    )
     if len(children) == 1 and children[0][1] is value:
         return None
     names = [path_step(path[0]) for path, _ in children]
@@ -129,7 +141,11 @@ def expand(value: Any) -> trees.Node | None:
 
 
 def path_step(step: Any) -> str:
-    for attribute in ("key", "name", "idx"):  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
+    for attribute in (
+        "key",
+        "name",
+        "idx",
+    ):  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
         if hasattr(step, attribute):
             return str(getattr(step, attribute))
     return str(step)
@@ -140,12 +156,15 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
 
 def check_sizes(jaxpr: Any) -> None:
-    """Refuse a program with an array too large for any machine: XLA would end the process over it."""
+    """Refuse a program with an array too large for any machine: XLA would end the process over
+    it."""
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
             if all(isinstance(size, int) for size in shape) and math.prod(shape) > MOST_ELEMENTS:
-                raise SpecError(f"the model makes an array of shape {list(shape)}, which no memory can hold")
+                raise SpecError(
+                    f"the model makes an array of shape {list(shape)}, which no memory can hold"
+                )
         for inner in jax.tree_util.tree_leaves(list(equation.params.values())):
             if isinstance(inner, ClosedJaxpr | Jaxpr):
                 check_sizes(getattr(inner, "jaxpr", inner))

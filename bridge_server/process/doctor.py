@@ -1,4 +1,7 @@
-"""`bridge_server doctor`: looks at the host and the environment in which a worker would run. Imports no framework."""
+"""`bridge_server doctor`: looks at the host and the environment in which a worker would run.
+
+Imports no framework.
+"""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -12,7 +15,8 @@ from bridge_wire.errors import CallerError
 def main(argv: Sequence[str]) -> int:
     """Print the checks. Returns the exit status: 0; 1 where something is broken."""
     parser = argparse.ArgumentParser(
-        "bridge_server doctor", description="Look at the host and the environment in which a worker would run."
+        "bridge_server doctor",
+        description="Look at the host and the environment in which a worker would run.",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
@@ -26,13 +30,25 @@ def _checks() -> Iterator[Check]:
     if host.installed("jax") or host.installed("torch"):
         yield ok("models", "can be served")
     else:
-        yield broken("models", "neither jax nor torch is installed", "install torch-jax-bridge[jax] or [torch] here")
+        yield broken(
+            "models",
+            "neither jax nor torch is installed",
+            "install torch-jax-bridge[jax] or [torch] here",
+        )
     allocator = malloc.chosen()
     if allocator == "system":
-        yield slow("allocator", "the system's", "unset BRIDGE_ALLOCATOR on glibc; elsewhere preload jemalloc")
+        yield slow(
+            "allocator",
+            "the system's",
+            "unset BRIDGE_ALLOCATOR on glibc; elsewhere preload jemalloc",
+        )
     else:
         yield ok("allocator", allocator)
     try:
         yield ok("endpoint", f"{endpoints.parse(None).address}, unless told by --listen")
     except (CallerError, OSError) as error:
-        yield broken("endpoint", str(error), "start workers with --listen unix:PATH in a directory of mode 0700")
+        yield broken(
+            "endpoint",
+            str(error),
+            "start workers with --listen unix:PATH in a directory of mode 0700",
+        )

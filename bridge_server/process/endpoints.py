@@ -29,7 +29,8 @@ def parse(listen: str | None) -> Endpoint:
     """Return the endpoint of a --listen value; None means a socket in the runtime directory.
 
     Raises:
-      CallerError: the value is malformed, or the socket's path is too long or taken by something else.
+      CallerError: the value is malformed, or the socket's path is too long or taken by something
+        else.
     """
     if listen is None:
         return _unix(_runtime_directory() / _DEFAULT)
@@ -50,7 +51,9 @@ def parse(listen: str | None) -> Endpoint:
 def _unix(path: Path) -> Endpoint:
     path = path.absolute()
     if not _fits(path):
-        raise CallerError(f"the socket's path has over {_LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}")
+        raise CallerError(
+            f"the socket's path has over {_LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}"
+        )
     if not path.parent.is_dir():
         raise CallerError(f"the socket's directory does not exist: {path.parent}")
     for taken in (path, Path(f"{path}{LANE_SUFFIX}")):
@@ -79,16 +82,23 @@ def _fits(path: Path) -> bool:
 def _runtime_directory() -> Path:
     """Return a directory that only this user can enter."""
     name = f"torch-jax-bridge-{os.geteuid()}"
-    # After su, and in containers, XDG_RUNTIME_DIR may name what is not there; on clusters TMPDIR may be very long.
+    # After su, and in containers, XDG_RUNTIME_DIR may name what is not there; on clusters TMPDIR
+    # may be very long.
     parents = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
     usable = (Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK))
     directory = next((directory for directory in usable if _fits(directory / _DEFAULT)), None)
     if directory is None:
-        raise CallerError(f"no directory for sockets: none of {', '.join(filter(None, parents))} can be written to")
+        raise CallerError(
+            f"no directory for sockets: none of {', '.join(filter(None, parents))} can be"
+            " written to"
+        )
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise CallerError(f"{directory} is not a directory of mode 0700 of this user; remove it or name a --listen")
+        raise CallerError(
+            f"{directory} is not a directory of mode 0700 of this user; remove it or name a"
+            " --listen"
+        )
     return directory
 
 

@@ -26,7 +26,9 @@ def _wait(pid: int, stop: Callable[[], None]) -> None:
     else:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        if os.getppid() == pid:  # else it ended before the descriptor was opened, and the pid may be another's
+        if (
+            os.getppid() == pid
+        ):  # else it ended before the descriptor was opened, and the pid may be another's
             poll.poll()
         os.close(fd)
     stop()

@@ -1,4 +1,5 @@
-"""When a worker ends: on signals, with the parent that has spawned it, and in spite of what models leave running."""
+"""When a worker ends: on signals, with the parent that has spawned it, and in spite of what
+models leave running."""
 
 import contextlib
 import logging
@@ -26,8 +27,9 @@ class StopSignals:
         self._is_requested = False
         self._is_at_once = False
         self.has_given_up = False
-        # A pipe, which is written to wherever the signal arrives. A lock would be waited for on, if the signal came to
-        # another thread than the one that waits and runs handlers, or to that one just before it waits.
+        # A pipe, which is written to wherever the signal arrives. A lock would be waited for on, if
+        # the signal came to another thread than the one that waits and runs handlers, or to that
+        # one just before it waits.
         self._asked, self._ask = os.pipe()
         os.set_blocking(self._ask, False)
         signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
@@ -76,7 +78,8 @@ class StopSignals:
 
 
 def end_as_orphan(endpoint: Endpoint, stop: StopSignals) -> None:
-    """Ask for a drain, and remove what the parent has made for the sockets: nobody else does any more."""
+    """Ask for a drain, and remove what the parent has made for the sockets: nobody else does any
+    more."""
     for path in (endpoint.address.removeprefix("unix:"), endpoint.lane_path):
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -86,11 +89,15 @@ def end_as_orphan(endpoint: Endpoint, stop: StopSignals) -> None:
 
 
 def end_at_the_latest(limit_s: float, status: int) -> None:
-    """End this process after that time, if it has not by then: threads that models have started may go on for ever."""
+    """End this process after that time, if it has not by then: threads that models have started
+    may go on for ever."""
 
     def end() -> None:
         others = [thread.name for thread in threading.enumerate() if not thread.daemon]
-        _log.warning("ending without waiting any longer for what the models do at the end; threads: %s", others)
+        _log.warning(
+            "ending without waiting any longer for what the models do at the end; threads: %s",
+            others,
+        )
         os._exit(status)
 
     timer = threading.Timer(limit_s, end)

@@ -1,4 +1,7 @@
-"""Finds what `mod:attr` on the command line names. The only place where code is imported by name."""
+"""Finds what `mod:attr` on the command line names.
+
+The only place where code is imported by name.
+"""
 
 import contextlib
 import difflib
@@ -37,7 +40,9 @@ def load(target: Target) -> Any:
     Raises:
       TargetError: there is no such module or attribute; says which, with near matches.
     """
-    if "" not in sys.path and os.getcwd() not in sys.path:  # a console script does not have it, `python -m` does
+    if (
+        "" not in sys.path and os.getcwd() not in sys.path
+    ):  # a console script does not have it, `python -m` does
         sys.path.insert(0, os.getcwd())
     try:
         with no_exit(f"importing {target.module!r}"):
@@ -46,7 +51,9 @@ def load(target: Target) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name is None or not f"{target.module}.".startswith(f"{error.name}."):
-            raise TargetError(f"importing {target.module!r} failed: {error}{_trail(error)}") from error
+            raise TargetError(
+                f"importing {target.module!r} failed: {error}{_trail(error)}"
+            ) from error
         raise TargetError(
             f"there is no module {error.name!r}, which {target.module}:{target.attribute} names"
             f"{_near(error.name, _sibling_modules(error.name))}"
@@ -59,14 +66,17 @@ def load(target: Target) -> Any:
         try:
             value = getattr(value, part)
         except AttributeError as error:
-            raise TargetError(f"{seen!r} has no attribute {part!r}{_near(part, dir(value))}") from error
+            raise TargetError(
+                f"{seen!r} has no attribute {part!r}{_near(part, dir(value))}"
+            ) from error
         seen = f"{seen}.{part}"
     return value
 
 
 @contextlib.contextmanager
 def no_exit(what: str) -> Iterator[None]:
-    """Raise TargetError where the code of a model, which does `what`, would end the process without a word."""
+    """Raise TargetError where the code of a model, which does `what`, would end the process
+    without a word."""
     try:
         yield
     except SystemExit as error:
@@ -74,7 +84,8 @@ def no_exit(what: str) -> Iterator[None]:
 
 
 def shardings_beside(target: Target) -> Mapping[str, Any]:
-    """Return what `attr_shardings`, in the module of a loaded `attr`, says of how its arrays lie on several devices.
+    """Return what `attr_shardings`, in the module of a loaded `attr`, says of how its arrays lie on
+    several devices.
 
     Raises:
       TargetError: it is no mapping.
@@ -84,14 +95,21 @@ def shardings_beside(target: Target) -> Mapping[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, Mapping):
-        raise TargetError(f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict of path: sharding")
+        raise TargetError(
+            f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict of path:"
+            " sharding"
+        )
     return found
 
 
 def _trail(error: BaseException) -> str:
     """Return the way through the modules to where they raised, as lines of text."""
     ours = (__file__, contextlib.__file__, importlib.__file__, "<frozen importlib")
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(ours)
+    ]
     return "".join(f"\n{line.rstrip()}" for line in traceback.format_list(frames))
 
 

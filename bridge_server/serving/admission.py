@@ -19,14 +19,17 @@ MAX_PROBES = 128  # at a time: each holds a thread
 
 _BRIDGE, _HEALTH = "/bridge.v1.Bridge/", "/grpc.health.v1.Health/"
 _T = TypeVar("_T")
-_Behavior = Callable[[Iterator[Any], grpc.ServicerContext], Any]  # of a method whose requests are a stream
+_Behavior = Callable[
+    [Iterator[Any], grpc.ServicerContext], Any
+]  # of a method whose requests are a stream
 
 
 class Entrance(grpc.ServerInterceptor):
     """Lets in calls that carry the worker's token, if it has one. Health probes pass without it.
 
-    gRPC gives a call a thread when its headers have come. So that whoever sends no more than these, or holds a probe
-    open, keeps nobody else from being served, a call must go on within ATTACH_S, and there may be so many probes.
+    gRPC gives a call a thread when its headers have come. So that whoever sends no more than these,
+    or holds a probe open, keeps nobody else from being served, a call must go on within ATTACH_S,
+    and there may be so many probes.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -40,11 +43,15 @@ class Entrance(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None:  # there is no such method
             return None
-        make = grpc.stream_stream_rpc_method_handler if handler.response_streaming else _UNARY_RESPONSE
+        make = (
+            grpc.stream_stream_rpc_method_handler if handler.response_streaming else _UNARY_RESPONSE
+        )
         serve = self._prompt(handler)
         return make(
             serve if details.method.startswith(_BRIDGE) else self._counted(serve),
-            request_deserializer=_lane_request if details.method == f"{_BRIDGE}Lane" else handler.request_deserializer,
+            request_deserializer=_lane_request
+            if details.method == f"{_BRIDGE}Lane"
+            else handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
 
@@ -53,8 +60,14 @@ class Entrance(grpc.ServerInterceptor):
         return self._expected is None or hmac.compare_digest(given.encode(), self._expected)
 
     def _prompt(self, handler: grpc.RpcMethodHandler) -> _Behavior:
-        """Return what a handler does with a stream of requests, of which the first must come in time."""
-        kinds = (handler.unary_unary, handler.unary_stream, handler.stream_unary, handler.stream_stream)
+        """Return what a handler does with a stream of requests, of which the first must come in
+        time."""
+        kinds = (
+            handler.unary_unary,
+            handler.unary_stream,
+            handler.stream_unary,
+            handler.stream_stream,
+        )
         serve = next(filter(None, kinds))
 
         def prompt(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
@@ -70,7 +83,10 @@ class Entrance(grpc.ServerInterceptor):
     def _counted(self, serve: _Behavior) -> _Behavior:
         def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
             if not self._free_probes.acquire(blocking=False):
-                abort(context, OutOfMemory(f"the worker answers {MAX_PROBES} probes already; try again later"))
+                abort(
+                    context,
+                    OutOfMemory(f"the worker answers {MAX_PROBES} probes already; try again later"),
+                )
             if not context.add_callback(self._free_probes.release):
                 self._free_probes.release()  # the call has ended already
             return serve(requests, context)
@@ -84,18 +100,24 @@ def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
 
 def _lane_request(message: bytes) -> pb.LaneRequest:
     if len(message) > MAX_FRAME:
-        raise ProtocolError(f"a lane's message of {len(message)} bytes; the limit is {MAX_FRAME}, as of a frame")
+        raise ProtocolError(
+            f"a lane's message of {len(message)} bytes; the limit is {MAX_FRAME}, as of a frame"
+        )
     return pb.LaneRequest.FromString(message)
 
 
 _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
-_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)  # of a stream, so as to wait for no request
+_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(
+    _refuse
+)  # of a stream, so as to wait for no request
 
 
 class _Awaited:
-    """The calls whose first request is awaited, for ATTACH_S at most. One thread watches them all, while there are any.
+    """The calls whose first request is awaited, for ATTACH_S at most. One thread watches them all,
+    while there are any.
 
-    Not a timer for each, which would start a thread for each: that takes as long as the call itself.
+    Not a timer for each, which would start a thread for each: that takes as long as the call
+      itself.
     """
 
     def __init__(self) -> None:
@@ -104,7 +126,8 @@ class _Awaited:
         self._lock = threading.Lock()
 
     def first_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> _T | None:
-        """Return a call's first request, or None if it has ended without one; end it if none comes in time."""
+        """Return a call's first request, or None if it has ended without one; end it if none
+        comes in time."""
         awaited = [context]
         with self._lock:
             self._calls.append((time.monotonic() + ATTACH_S, awaited))

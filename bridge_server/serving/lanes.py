@@ -1,7 +1,7 @@
 """Serves the lanes: one thread per connection, which answers one request after the other.
 
-`serve` is the whole conversation, as a generator from requests to replies; a gRPC stream and a framed Unix socket
-are two ways to feed it.
+`serve` is the whole conversation, as a generator from requests to replies; a gRPC stream and a
+framed Unix socket are two ways to feed it.
 """
 
 import contextlib
@@ -16,7 +16,15 @@ from google.protobuf.message import DecodeError
 from bridge_server.serving.session import Session, addressed, nbytes_of
 from bridge_server.serving.sessions import Sessions
 from bridge_server.serving.turns import Turn, TurnByEvents, TurnByWords
-from bridge_wire.errors import BridgeError, OutOfMemory, PeerError, ProtocolError, Unauthenticated, encode, unexpected
+from bridge_wire.errors import (
+    BridgeError,
+    OutOfMemory,
+    PeerError,
+    ProtocolError,
+    Unauthenticated,
+    encode,
+    unexpected,
+)
 from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.lane.frames import CHUNK, SMALL
 from bridge_wire.memory.pool import Block
@@ -48,7 +56,9 @@ def serve(
                 if session is None:
                     session = _attach(request, sessions)
                     yield _DONE
-                elif request.HasField("run") and not request.run.inline:  # the hot path, with as few calls as can be
+                elif (
+                    request.HasField("run") and not request.run.inline
+                ):  # the hot path, with as few calls as can be
                     call = object()
                     sessions.begin(session, call)
                     try:
@@ -133,11 +143,19 @@ def _answer(
 
 
 def _run_inline(
-    run: pb.Run, requests: Iterator[pb.LaneRequest], session: Session, sessions: Sessions, turn: Turn | None
+    run: pb.Run,
+    requests: Iterator[pb.LaneRequest],
+    session: Session,
+    sessions: Sessions,
+    turn: Turn | None,
 ) -> Iterator[pb.LaneReply]:
     session.residuals.drop(session, run.released)
     program = session.program(run.program)
-    sizes = [nbytes for address, nbytes in addressed(run.inputs, nbytes_of(program.inputs)) if not address]
+    sizes = [
+        nbytes
+        for address, nbytes in addressed(run.inputs, nbytes_of(program.inputs))
+        if not address
+    ]
     inputs = _receive_inputs(run.data, sizes, requests, session)
     with sessions.running(session):
         outputs = session.run_inline(run, inputs, turn)
@@ -154,7 +172,9 @@ def _receive_inputs(
     data: bytes, sizes: Sequence[int], requests: Iterator[pb.LaneRequest], session: Session
 ) -> list[Block]:
     if data and len(data) != sum(sizes):
-        raise ProtocolError(f"an inline run with {len(data)} bytes of data for inputs of {sum(sizes)} bytes")
+        raise ProtocolError(
+            f"an inline run with {len(data)} bytes of data for inputs of {sum(sizes)} bytes"
+        )
     try:
         blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
     except OutOfMemory:
@@ -201,7 +221,8 @@ _RAN_BYTES = _RAN.SerializeToString()
 
 
 class LocalLanes:
-    """Accepts local lanes on a Unix socket: from the worker's own user only, each with a session token."""
+    """Accepts local lanes on a Unix socket: from the worker's own user only, each with a session
+    token."""
 
     def __init__(self, path: str, sessions: Sessions) -> None:
         self.path = path
@@ -228,14 +249,18 @@ class LocalLanes:
         with self._lock:
             lanes = list(self._open)
         for lane in lanes:
-            lane.stop_receiving()  # a call under way still writes to its client's blocks: that must not see an end yet
+            # a call under way still writes to its client's blocks: that must not see an end yet
+            lane.stop_receiving()
 
     def _accept(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if self._listener.fileno() < 0 or error.errno in (22, 9):  # EINVAL, EBADF: closed by `close`
+                if self._listener.fileno() < 0 or error.errno in (
+                    22,
+                    9,
+                ):  # EINVAL, EBADF: closed by `close`
                     return
                 _log.warning("a local lane could not be accepted: %s", error.strerror)
                 threading.Event().wait(0.1)  # out of descriptors, most likely: let some be closed
@@ -244,7 +269,9 @@ class LocalLanes:
             with self._lock:
                 self._open.add(lane)
             try:
-                threading.Thread(target=self._serve, args=(lane,), name="local-lane", daemon=True).start()
+                threading.Thread(
+                    target=self._serve, args=(lane,), name="local-lane", daemon=True
+                ).start()
             except RuntimeError as error:  # there are as many threads as the system allows
                 _log.warning("a local lane could not be served: %s", error)
                 self._forget(lane)
@@ -253,7 +280,9 @@ class LocalLanes:
         try:
             if lane.peer_uid() != os.geteuid():
                 raise Unauthenticated("a local lane serves the worker's own user only")
-            serving = serve(_requests(lane), self._sessions, lane.take_descriptors, lane.is_connected)
+            serving = serve(
+                _requests(lane), self._sessions, lane.take_descriptors, lane.is_connected
+            )
             with contextlib.closing(serving) as replies:
                 for reply in replies:
                     lane.send(_RAN_BYTES if reply is _RAN else reply.SerializeToString())

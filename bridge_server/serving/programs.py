@@ -1,4 +1,5 @@
-"""The worker's programs: each is traced and compiled once, whoever asks for it and however often."""
+"""The worker's programs: each is traced and compiled once, whoever asks for it and however
+often."""
 
 import re
 import threading
@@ -29,7 +30,10 @@ class _Slot:
 
 
 class Programs:
-    """Prepares programs of the hosted models and remembers those last asked for, by signature. Thread-safe."""
+    """Prepares programs of the hosted models and remembers those last asked for, by signature.
+
+    Thread-safe.
+    """
 
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self.models = models
@@ -48,7 +52,8 @@ class Programs:
         return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
 
     def fingerprint(self, request: pb.Call) -> bytes:
-        """Return the fingerprint of a call that was prepared: that of the call without its transforms."""
+        """Return the fingerprint of a call that was prepared: that of the call without its
+        transforms."""
         plain = pb.Call()
         plain.CopyFrom(request)
         plain.ClearField("transforms")
@@ -56,7 +61,9 @@ class Programs:
         key = plain.SerializeToString(deterministic=True)
         known = self._fingerprints.get(key)
         if known is None:
-            known = self._fingerprints[key] = self._runtime.fingerprint(self._model(request.model), plain)
+            known = self._fingerprints[key] = self._runtime.fingerprint(
+                self._model(request.model), plain
+            )
             if len(self._fingerprints) > _MAX_PROGRAMS:
                 self._fingerprints.pop(next(iter(self._fingerprints)), None)
         return known
@@ -72,17 +79,24 @@ class Programs:
         return (yield from self._once((model, "parameters"), prepare))
 
     def shapes(self, request: pb.Shapes) -> list[pb.Shape]:
-        """Return the shapes of a call's outputs, for all sizes that have names in those of its inputs."""
+        """Return the shapes of a call's outputs, for all sizes that have names in those of its
+        inputs."""
         model = self._model(request.call.model)
         _check_extent(request.call)
         inputs = [tuple(shape.sizes) for shape in request.inputs]
         if [len(sizes) for sizes in inputs] != [len(spec.shape) for spec in request.call.inputs]:
-            raise ProtocolError("a question for shapes has others for its inputs than the call that it is asked of")
+            raise ProtocolError(
+                "a question for shapes has others for its inputs than the call that it is asked of"
+            )
         if not all(_SIZE.fullmatch(size) for sizes in inputs for size in sizes):
-            raise ProtocolError("a question for shapes has a size that is neither a number nor a name")
+            raise ProtocolError(
+                "a question for shapes has a size that is neither a number nor a name"
+            )
         if request.call.transforms or request.call.HasField("keep"):
             raise ProtocolError("a question for shapes is asked of a plain call")
-        return [pb.Shape(sizes=sizes) for sizes in self._runtime.shapes(model, request.call, inputs)]
+        return [
+            pb.Shape(sizes=sizes) for sizes in self._runtime.shapes(model, request.call, inputs)
+        ]
 
     def pullback(self, program: Program, request: pb.Pullback) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
@@ -91,14 +105,17 @@ class Programs:
             raise ProtocolError("a pullback was asked of a program that keeps no residual")
         return (
             yield from self._once(
-                (program, wrt, outputs), lambda: self._runtime.prepare_pullback(program, wrt, outputs)
+                (program, wrt, outputs),
+                lambda: self._runtime.prepare_pullback(program, wrt, outputs),
             )
         )
 
     def _model(self, name: str) -> Model:
         model = self.models.get(name)
         if model is None:
-            raise UnknownModel(f"no model is named {name[:100]!r} here; this worker hosts {sorted(self.models)}")
+            raise UnknownModel(
+                f"no model is named {name[:100]!r} here; this worker hosts {sorted(self.models)}"
+            )
         return model
 
     def _once(self, key: object, prepare: Callable[[], Preparation]) -> Preparation:
@@ -113,13 +130,16 @@ class Programs:
                     try:
                         slot.program = yield from prepare()
                     finally:
-                        if slot.program is None:  # those who wait try for themselves, later ones with a new slot
+                        if (
+                            slot.program is None
+                        ):  # those who wait try for themselves, later ones with a new slot
                             self._slots.pop(key, None)
         return slot.program
 
 
 def _check_extent(call: pb.Call) -> None:
-    """Raise SpecError for a call that would take the worker's time and memory from everybody else."""
+    """Raise SpecError for a call that would take the worker's time and memory from everybody
+    else."""
     derivatives = sum(transform.WhichOneof("kind") != "vmap" for transform in call.transforms)
     for count, most, what in (
         (derivatives, _MOST_DERIVATIVES, f"a derivative of {derivatives} steps"),
@@ -129,4 +149,7 @@ def _check_extent(call: pb.Call) -> None:
         if count > most:
             raise SpecError(f"{what}; the worker prepares them up to {most}")
     if trees.count_nodes(call.arguments, _MOST_NODES + 1) > _MOST_NODES:
-        raise SpecError(f"arguments of more than {_MOST_NODES} containers and values; the worker prepares no such call")
+        raise SpecError(
+            f"arguments of more than {_MOST_NODES} containers and values; the worker prepares no"
+            " such call"
+        )

@@ -1,4 +1,5 @@
-"""Residuals: what the worker keeps between forwards and their VJPs, within one budget for all sessions."""
+"""Residuals: what the worker keeps between forwards and their VJPs, within one budget for all
+sessions."""
 
 import threading
 from collections import OrderedDict
@@ -20,10 +21,11 @@ class Kept(NamedTuple):
 
 
 class Residuals:
-    """What the worker keeps between forwards and their VJPs, for all sessions within one byte budget.
+    """What the worker keeps between forwards and their VJPs, for all sessions within one byte
+    budget.
 
-    Past the budget, or past a number of them, since they may have no bytes at all, the oldest is dropped: its session
-    is then told ResidualGone, and recomputes.
+    Past the budget, or past a number of them, since they may have no bytes at all, the oldest is
+    dropped: its session is then told ResidualGone, and recomputes.
     """
 
     def __init__(self, budget: int) -> None:
@@ -36,7 +38,9 @@ class Residuals:
         """Keep a residual under the owner's name for it, and evict the oldest ones as needed."""
         with self._lock:
             if (owner, id) in self._kept:
-                raise ProtocolError(f"the residual {id} exists already; a residual's id is never reused")
+                raise ProtocolError(
+                    f"the residual {id} exists already; a residual's id is never reused"
+                )
             self._kept[owner, id] = kept
             self._total += kept.nbytes
             while self._total > self._budget or len(self._kept) > _MOST:
@@ -47,12 +51,16 @@ class Residuals:
         """Return a residual, which stays kept."""
         kept = self._kept.get((owner, id))
         if kept is None:
-            raise ResidualGone("the residual is not here any more; run the vjp program on the inputs instead")
+            raise ResidualGone(
+                "the residual is not here any more; run the vjp program on the inputs instead"
+            )
         return kept
 
     def drop(self, owner: object, ids: Iterable[int]) -> None:
         """Forget residuals; unknown ones were evicted before."""
-        known = [id for id in ids if (owner, id) in self._kept]  # a client may name any number of others
+        known = [
+            id for id in ids if (owner, id) in self._kept
+        ]  # a client may name any number of others
         with self._lock:
             for id in known:
                 kept = self._kept.pop((owner, id), None)

@@ -38,9 +38,14 @@ MAX_THREADS = MAX_LANES + MAX_PREPARATIONS + MAX_PROBES + 128
 
 
 class Service(BridgeServicer):
-    """Translates RPCs into calls on sessions and programs. Every RPC may run in several threads at once."""
+    """Translates RPCs into calls on sessions and programs.
 
-    def __init__(self, runtime: Runtime, programs: Programs, sessions: Sessions, local_lane: str) -> None:
+    Every RPC may run in several threads at once.
+    """
+
+    def __init__(
+        self, runtime: Runtime, programs: Programs, sessions: Sessions, local_lane: str
+    ) -> None:
         self._runtime = runtime
         self._programs = programs
         self._sessions = sessions
@@ -48,7 +53,9 @@ class Service(BridgeServicer):
         self._free_lanes = threading.Semaphore(MAX_LANES)
         self._free_preparations = threading.Semaphore(MAX_PREPARATIONS)
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.DescribeReply:
+    def Describe(
+        self, request: pb.DescribeRequest, context: grpc.ServicerContext
+    ) -> pb.DescribeReply:
         about = self._runtime.describe()
         return pb.DescribeReply(
             version=__version__,
@@ -58,12 +65,16 @@ class Service(BridgeServicer):
             x64=about.x64,
             devices=about.devices,
             models=[
-                _described(model, self._programs.signatures[name]) for name, model in self._programs.models.items()
+                _described(model, self._programs.signatures[name])
+                for name, model in self._programs.models.items()
             ],
             allocator=malloc.chosen(),
             cores=usable_cores(),
             gpu=_described_gpu(self._runtime.gpu()),
-            namespaces=[pb.Namespace(kind=kind, digest=digest) for kind, digest in namespaces.digests().items()],
+            namespaces=[
+                pb.Namespace(kind=kind, digest=digest)
+                for kind, digest in namespaces.digests().items()
+            ],
         )
 
     def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
@@ -74,12 +85,22 @@ class Service(BridgeServicer):
             abort(context, error)
         _log.debug("opened a session for %r", request.client[:200])
         return pb.OpenReply(
-            protocol=protocol, session=session.token, local_lane=self._local_lane, slab_bytes=self._sessions.slab_bytes
+            protocol=protocol,
+            session=session.token,
+            local_lane=self._local_lane,
+            slab_bytes=self._sessions.slab_bytes,
         )
 
-    def Prepare(self, request: pb.PrepareRequest, context: grpc.ServicerContext) -> Iterator[pb.PrepareEvent]:
+    def Prepare(
+        self, request: pb.PrepareRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.PrepareEvent]:
         if not self._free_preparations.acquire(blocking=False):
-            abort(context, OutOfMemory(f"the worker prepares {MAX_PREPARATIONS} programs already; try again later"))
+            abort(
+                context,
+                OutOfMemory(
+                    f"the worker prepares {MAX_PREPARATIONS} programs already; try again later"
+                ),
+            )
         try:
             yield from self._prepared(request)
         finally:
@@ -91,10 +112,14 @@ class Service(BridgeServicer):
             with self._sessions.running(session):
                 if request.HasField("shapes"):
                     yield pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="tracing"))
-                    yield pb.PrepareEvent(prepared=pb.Prepared(shapes=self._programs.shapes(request.shapes)))
+                    yield pb.PrepareEvent(
+                        prepared=pb.Prepared(shapes=self._programs.shapes(request.shapes))
+                    )
                     return
                 program = yield from _as_events(self._preparation(request, session.program))
-                fingerprint = self._programs.fingerprint(request.call) if request.HasField("call") else b""
+                fingerprint = (
+                    self._programs.fingerprint(request.call) if request.HasField("call") else b""
+                )
             yield pb.PrepareEvent(
                 prepared=pb.Prepared(
                     program=session.add_program(program),
@@ -111,9 +136,16 @@ class Service(BridgeServicer):
             with self._sessions.examined(unexpected(error)) as found:
                 yield pb.PrepareEvent(error=found)
 
-    def Lane(self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext) -> Iterator[pb.LaneReply]:
+    def Lane(
+        self, request_iterator: Iterator[pb.LaneRequest], context: grpc.ServicerContext
+    ) -> Iterator[pb.LaneReply]:
         if not self._free_lanes.acquire(blocking=False):
-            abort(context, OutOfMemory(f"the worker serves {MAX_LANES} lanes over gRPC already; try again later"))
+            abort(
+                context,
+                OutOfMemory(
+                    f"the worker serves {MAX_LANES} lanes over gRPC already; try again later"
+                ),
+            )
         try:
             yield from serve(request_iterator, self._sessions)
         finally:
@@ -123,7 +155,9 @@ class Service(BridgeServicer):
         self._sessions.close(request.session)
         return pb.CloseReply()
 
-    def _preparation(self, request: pb.PrepareRequest, program_of: Callable[[int], Program]) -> Preparation:
+    def _preparation(
+        self, request: pb.PrepareRequest, program_of: Callable[[int], Program]
+    ) -> Preparation:
         kind = request.WhichOneof("what")
         if kind == "call":
             return self._programs.call(request.call)
@@ -150,8 +184,9 @@ def _negotiated(request: pb.OpenRequest) -> int:
     chosen = min(newest, request.newest_protocol)
     if chosen < max(oldest, request.oldest_protocol):
         raise VersionMismatch(
-            f"the client speaks protocols {request.oldest_protocol} to {request.newest_protocol}, this worker "
-            f"{oldest} to {newest}; install matching releases of torch-jax-bridge on both sides"
+            f"the client speaks protocols {request.oldest_protocol} to {request.newest_protocol},"
+            f" this worker {oldest} to {newest}; install matching releases of torch-jax-bridge on"
+            " both sides"
         )
     return chosen
 
@@ -162,5 +197,7 @@ def _described_gpu(gpu: Gpu | None) -> pb.Gpu | None:
 
 def _described(model: Model, signatures: Sequence[tuple[Spec, ...]]) -> pb.Model:
     described = model.description
-    described.signatures.extend(pb.Signature(inputs=map(specs.encode, arrays)) for arrays in signatures)
+    described.signatures.extend(
+        pb.Signature(inputs=map(specs.encode, arrays)) for arrays in signatures
+    )
     return described

@@ -27,7 +27,10 @@ _MOST_PEEKED = 4096  # bytes
 
 
 class _Place(NamedTuple):
-    """Where an array lies in this process, in memory that the owner keeps. An empty one lies nowhere."""
+    """Where an array lies in this process, in memory that the owner keeps.
+
+    An empty one lies nowhere.
+    """
 
     pointer: int
     nbytes: int
@@ -49,9 +52,12 @@ class _Plan(NamedTuple):
 
 
 def addressed(named: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the address and the size of each array of an inline run; 0 is the address of what travels by value."""
+    """Return the address and the size of each array of an inline run; 0 is the address of what
+    travels by value."""
     if named and len(named) != len(sizes):
-        raise ProtocolError(f"an inline run names {len(named)} addresses; its program has {len(sizes)} such arrays")
+        raise ProtocolError(
+            f"an inline run names {len(named)} addresses; its program has {len(sizes)} such arrays"
+        )
     return list(zip(named or [0] * len(sizes), sizes, strict=True))
 
 
@@ -68,7 +74,10 @@ def _is_on_gpu(place: _Place, spec: Spec) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One client's slabs, programs and views. Its lanes are served side by side, each by a thread of its own."""
+    """One client's slabs, programs and views.
+
+    Its lanes are served side by side, each by a thread of its own.
+    """
 
     token: bytes
     runtime: Runtime
@@ -82,20 +91,31 @@ class Session:
     # Where the bytes of inline calls go; a client whose tensors come by address never uses it.
     scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
     _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
-    _plans: dict[tuple[int, tuple[int, ...], tuple[int, ...]], "_Plan"] = field(default_factory=dict)
+    _plans: dict[tuple[int, tuple[int, ...], tuple[int, ...]], "_Plan"] = field(
+        default_factory=dict
+    )
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_slab(self, descriptors: list[int], share: pb.Share, max_bytes: int) -> None:
-        """Map a slab that the client hands over: by a handle, or by a descriptor, which is taken off the list."""
+        """Map a slab that the client hands over: by a handle, or by a descriptor, which is taken
+        off the list."""
         if share.cuda_handle:
-            slab: Slab = open_received(self._device("memory"), share.cuda_handle, share.nbytes, share.base)
+            slab: Slab = open_received(
+                self._device("memory"), share.cuda_handle, share.nbytes, share.base
+            )
         elif len(descriptors) == 1:
             slab = map_received(descriptors.pop(), share.nbytes, share.base)
         else:
-            raise ProtocolError(f"a slab comes with a handle or exactly one descriptor, not with {len(descriptors)}")
+            raise ProtocolError(
+                f"a slab comes with a handle or exactly one descriptor, not with {len(descriptors)}"
+            )
         with self._lock:
-            if len(self.slabs) >= _MAX_SLABS or slab.nbytes > max_bytes - sum(s.nbytes for s in self.slabs):
-                raise OutOfMemory(f"a session may share at most {max_bytes} bytes in {_MAX_SLABS} slabs here")
+            if len(self.slabs) >= _MAX_SLABS or slab.nbytes > max_bytes - sum(
+                s.nbytes for s in self.slabs
+            ):
+                raise OutOfMemory(
+                    f"a session may share at most {max_bytes} bytes in {_MAX_SLABS} slabs here"
+                )
             if slab.base > 2**63 - slab.nbytes:
                 raise ProtocolError("a slab lies beyond the end of the address space")
             for other in self.slabs:
@@ -104,27 +124,34 @@ class Session:
             self.slabs = (*self.slabs, slab)
 
     def take_turns(self, order: pb.Order, is_connected: Callable[[], bool]) -> Turn:
-        """Return how a lane takes turns with the client on the GPU; it must be closed. `is_connected` says whether the
-        client is still there, as far as is known."""
+        """Return how a lane takes turns with the client on the GPU; it must be closed.
+        `is_connected` says whether the client is still there, as far as is known.
+        """
         device, words = self._device("work"), None
         if order.words:
             place = self._locate(order.words, cuda_words.NBYTES)
             if not place.is_on_gpu or order.words % cuda_words.NBYTES:
-                raise ProtocolError("the words of a lane must lie on the GPU, aligned to their size")
+                raise ProtocolError(
+                    "the words of a lane must lie on the GPU, aligned to their size"
+                )
             words = place.pointer
         return turn_with(device, order.event, words, self.runtime.stream(), is_connected)
 
     def _device(self, what: str) -> Device:
         gpu = self.runtime.gpu()
         if gpu is None:
-            raise CudaError(f"the models of this worker run on no GPU, so that it shares no {what} there")
+            raise CudaError(
+                f"the models of this worker run on no GPU, so that it shares no {what} there"
+            )
         return device_of(gpu.uuid)
 
     def add_program(self, program: Program) -> int:
         """Return this session's name for a program."""
         with self._lock:
             if len(self.programs) >= _MAX_PROGRAMS:
-                raise OutOfMemory(f"a session may prepare at most {_MAX_PROGRAMS} programs; pad to fewer shapes")
+                raise OutOfMemory(
+                    f"a session may prepare at most {_MAX_PROGRAMS} programs; pad to fewer shapes"
+                )
             id = len(self.programs) + 1
             self.programs[id] = program
         return id
@@ -148,15 +175,22 @@ class Session:
             self._run(plan.program, request.residual, plan.views, plan.outputs, None)
 
     def take_back(self, request: pb.Run) -> None:
-        """Drop what a run has kept. For one that the client has given up: it may have released the residual before."""
+        """Drop what a run has kept.
+
+        For one that the client has given up: it may have released the residual before.
+        """
         program = self.programs.get(request.program)
         if program is not None and program.residual_nbytes is not None:
             self.residuals.drop(self, [request.residual])
 
-    def run_inline(self, request: pb.Run, received: Sequence[Block], turn: Turn | None) -> list[Block]:
-        """Run a program on what was received by value, in blocks of `scratch`, and on the client's blocks on a GPU.
+    def run_inline(
+        self, request: pb.Run, received: Sequence[Block], turn: Turn | None
+    ) -> list[Block]:
+        """Run a program on what was received by value, in blocks of `scratch`, and on the client's
+        blocks on a GPU.
 
-        Return the outputs that go by value, in blocks of `scratch`. A residual that aliases an input keeps its block.
+        Return the outputs that go by value, in blocks of `scratch`. A residual that aliases an
+        input keeps its block.
         """
         program = self.program(request.program)
         named = addressed(request.outputs, program.output_nbytes)
@@ -167,7 +201,9 @@ class Session:
             None if _is_on_gpu(place, spec) else self.runtime.view(place.pointer, spec, place.owner)
             for place, spec in zip(sources, program.inputs, strict=True)
         ]
-        plan = _Plan(program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets)))
+        plan = _Plan(
+            program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets))
+        )
         if plan.is_on_gpu:
             self._run_in_turn(plan, request.residual, turn, request.turn)
         else:
@@ -180,8 +216,12 @@ class Session:
         turn.begin(number)
         try:
             views = [
-                self.runtime.view(place.pointer, spec, place.owner, turn) if place.is_on_gpu else view
-                for place, spec, view in zip(plan.inputs, plan.program.inputs, plan.views, strict=True)
+                self.runtime.view(place.pointer, spec, place.owner, turn)
+                if place.is_on_gpu
+                else view
+                for place, spec, view in zip(
+                    plan.inputs, plan.program.inputs, plan.views, strict=True
+                )
             ]
             self._run(plan.program, residual, views, plan.outputs, turn)
             turn.end()
@@ -190,7 +230,12 @@ class Session:
             raise
 
     def _run(
-        self, program: Program, residual: int, inputs: Sequence[Any], targets: Sequence[_Place], turn: Turn | None
+        self,
+        program: Program,
+        residual: int,
+        inputs: Sequence[Any],
+        targets: Sequence[_Place],
+        turn: Turn | None,
     ) -> None:
         """Run a program on views, and write its outputs to their places."""
         read = None
@@ -206,7 +251,9 @@ class Session:
                 write(output, pointer, nbytes, turn if is_on_gpu else None)
         if (kept_nbytes := program.residual_nbytes) is not None:
             if residual == 0:
-                raise ProtocolError("the run of a program that keeps a residual must name it; 0 is no name")
+                raise ProtocolError(
+                    "the run of a program that keeps a residual must name it; 0 is no name"
+                )
             self.residuals.keep(self, residual, Kept(program, value, kept_nbytes))
 
     def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Plan:
@@ -217,10 +264,17 @@ class Session:
                 f"a run names {len(inputs)} inputs and {len(outputs)} outputs; "
                 f"its program has {len(program.inputs)} and {len(program.outputs)}"
             )
-        sources = [self._locate(address, spec.nbytes) for address, spec in zip(inputs, program.inputs, strict=True)]
+        sources = [
+            self._locate(address, spec.nbytes)
+            for address, spec in zip(inputs, program.inputs, strict=True)
+        ]
         views = [self._view(*named) for named in zip(inputs, sources, program.inputs, strict=True)]
-        targets = [self._locate(*named) for named in zip(outputs, program.output_nbytes, strict=True)]
-        plan = _Plan(program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets)))
+        targets = [
+            self._locate(*named) for named in zip(outputs, program.output_nbytes, strict=True)
+        ]
+        plan = _Plan(
+            program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets))
+        )
         if not any(spec.weak for spec in program.inputs):  # a number must be read anew at each run
             if len(self._plans) >= _MAX_CACHED:
                 self._plans.clear()
@@ -241,7 +295,8 @@ class Session:
         return view
 
     def _places(self, named: Sequence[tuple[int, int]], by_value: Sequence[Block]) -> list[_Place]:
-        """Return where arrays lie: those that have an address on the GPU, and the others in these blocks."""
+        """Return where arrays lie: those that have an address on the GPU, and the others in
+        these blocks."""
         blocks = iter(by_value)
         places = []
         for address, nbytes in named:
@@ -262,14 +317,22 @@ class Session:
             raise ProtocolError(f"a block is not aligned to {ALIGNMENT} bytes")
         for slab in self.slabs:
             # In this order nothing can overflow or wrap, whatever the numbers.
-            if slab.base <= address and nbytes <= slab.nbytes and address - slab.base <= slab.nbytes - nbytes:
-                return _Place(slab.pointer + (address - slab.base), nbytes, slab, isinstance(slab, GpuSlab))
+            if (
+                slab.base <= address
+                and nbytes <= slab.nbytes
+                and address - slab.base <= slab.nbytes - nbytes
+            ):
+                return _Place(
+                    slab.pointer + (address - slab.base), nbytes, slab, isinstance(slab, GpuSlab)
+                )
         raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
 
     def peek(self, request: pb.Peek) -> bytes:
         """Return what this process sees in a few bytes of the client's."""
         if request.nbytes > _MOST_PEEKED:
-            raise ProtocolError(f"{request.nbytes} bytes are too many to peek at; at most {_MOST_PEEKED}")
+            raise ProtocolError(
+                f"{request.nbytes} bytes are too many to peek at; at most {_MOST_PEEKED}"
+            )
         place = self._locate(request.address, request.nbytes)
         if place.is_on_gpu:
             return copied_to_host(self._device("memory"), place.pointer, place.nbytes)

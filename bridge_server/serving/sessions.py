@@ -1,7 +1,7 @@
 """All sessions of a worker, from their beginning to their end.
 
-A session is opened over gRPC, lives while at least one lane is attached to it, and ends with the last lane, however
-that ends. So a killed client leaves nothing behind.
+A session is opened over gRPC, lives while at least one lane is attached to it, and ends with the
+last lane, however that ends. So a killed client leaves nothing behind.
 """
 
 import contextlib
@@ -32,7 +32,12 @@ from bridge_wire.pb import bridge_pb2 as pb
 _log = logging.getLogger(__name__)
 
 _MAX_SESSIONS = 4096
-_OF_THE_GPU = (RemoteModelError, OutOfMemory, CudaError, InternalError)  # what its failure may be told by
+_OF_THE_GPU = (
+    RemoteModelError,
+    OutOfMemory,
+    CudaError,
+    InternalError,
+)  # what its failure may be told by
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
@@ -43,9 +48,17 @@ class Sessions:
     """All sessions of a worker."""
 
     def __init__(
-        self, runtime: Runtime, *, residual_bytes: int, slab_bytes: int, on_failure: Callable[[], None] = lambda: None
+        self,
+        runtime: Runtime,
+        *,
+        residual_bytes: int,
+        slab_bytes: int,
+        on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin without any. `on_failure` is called once the worker's GPU takes no more work of this process."""
+        """Begin without any.
+
+        `on_failure` is called once the worker's GPU takes no more work of this process.
+        """
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
         self.is_draining = False
@@ -62,7 +75,9 @@ class Sessions:
         with self._lock:
             self._forget_unattached()
             if len(self._by_token) >= _MAX_SESSIONS:
-                raise OutOfMemory(f"the worker has {_MAX_SESSIONS} sessions already, each with a lane")
+                raise OutOfMemory(
+                    f"the worker has {_MAX_SESSIONS} sessions already, each with a lane"
+                )
             session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
             session.scratch.limit(self.slab_bytes)
             self._by_token[session.token] = session
@@ -99,7 +114,8 @@ class Sessions:
     def close(self, token: bytes) -> None:
         """End a session as soon as its lanes have gone; it takes no more calls from now on.
 
-        Of one with memory on a GPU, wait for that: the client must not free what is still mapped here.
+        Of one with memory on a GPU, wait for that: the client must not free what is still mapped
+          here.
         """
         with self._lock:
             session = self._by_token.get(token)
@@ -121,7 +137,9 @@ class Sessions:
 
     def refuse_if_draining(self) -> None:
         if self.is_draining:
-            raise WorkerDraining("the worker is shutting down and takes no new work; connect to another one")
+            raise WorkerDraining(
+                "the worker is shutting down and takes no new work; connect to another one"
+            )
 
     @contextlib.contextmanager
     def running(self, session: Session) -> Iterator[None]:
@@ -138,7 +156,9 @@ class Sessions:
         if session.is_closed:
             raise SessionClosed("the session was closed")
         self._running.add(call)
-        if self.is_draining:  # checked last, so that a drain that has begun since sees the call or stops it
+        if (
+            self.is_draining
+        ):  # checked last, so that a drain that has begun since sees the call or stops it
             self._running.discard(call)
             self.refuse_if_draining()
 
@@ -148,9 +168,11 @@ class Sessions:
 
     @contextlib.contextmanager
     def examined(self, error: BridgeError) -> Iterator[pb.Error]:
-        """Give the error to answer a request with. If the GPU has failed, the worker ends when that has been sent.
+        """Give the error to answer a request with. If the GPU has failed, the worker ends when that
+        has been sent.
 
-        As a message: a variable with the error itself would hold, by the traceback, all that the call has used.
+        As a message: a variable with the error itself would hold, by the traceback, all that the
+          call has used.
         """
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
             yield encode(error)
@@ -159,8 +181,9 @@ class Sessions:
         try:
             yield encode(
                 CudaError(
-                    "the worker's GPU has failed, and takes no more work of that process. It ends; a spawned or "
-                    f"supervised one is started anew, and serves the next call: {error.args[0]}"
+                    "the worker's GPU has failed, and takes no more work of that process. It ends;"
+                    " a spawned or supervised one is started anew, and serves the next call:"
+                    f" {error.args[0]}"
                 )
             )
         finally:
@@ -174,7 +197,9 @@ class Sessions:
     def _note_failure(self, reason: str) -> None:
         self.has_failed = self.is_draining = True
         _log.critical(
-            "the GPU takes no more work of this process, which ends for another to take its place: %s", reason
+            "the GPU takes no more work of this process, which ends for another to take its"
+            " place: %s",
+            reason,
         )
 
     def drain(self, grace_s: float) -> bool:
@@ -186,12 +211,17 @@ class Sessions:
         return not self._running
 
     def _forget_unattached(self) -> None:
-        """Forget the sessions that nobody has attached to in time; where there are too many, the oldest of these.
+        """Forget the sessions that nobody has attached to in time; where there are too many, the
+        oldest of these.
 
         Else whoever opens one after the other would leave none for others.
         """
         now = time.monotonic()
-        waiting = [session for session in list(self._by_token.values()) if session.lanes == 0 and not session.is_closed]
+        waiting = [
+            session
+            for session in list(self._by_token.values())
+            if session.lanes == 0 and not session.is_closed
+        ]
         surplus = len(self._by_token) - _MAX_SESSIONS + 1
         for i, session in enumerate(waiting):  # the oldest first
             if i < surplus or now - session.created > _UNATTACHED_S:

@@ -1,4 +1,7 @@
-"""Turns on the GPU: what a lane's run waits for there, and what its client may wait for afterwards. No framework."""
+"""Turns on the GPU: what a lane's run waits for there, and what its client may wait for afterwards.
+
+No framework.
+"""
 
 import contextlib
 import logging
@@ -19,17 +22,18 @@ _POLL_S = 0.002
 
 
 class Turn:
-    """How one lane's runs and its client's own work take turns on a GPU. By itself, each side waits on the host.
+    """How one lane's runs and its client's own work take turns on a GPU. By itself, each side waits
+    on the host.
 
-    A run begins when the client's work is done, which it is already when the client asks; and it has been done itself
-    when the client hears of it.
+    A run begins when the client's work is done, which it is already when the client asks; and it
+    has been done itself when the client hears of it.
     """
 
     def __init__(self, device: Device, stream: int | None) -> None:
         """Begin to take turns.
 
-        `stream` is the one that the models of this thread run on; None gives the lane a stream of its own, to which the
-        outputs are brought.
+        `stream` is the one that the models of this thread run on; None gives the lane a stream of
+        its own, to which the outputs are brought.
         """
         self.device = device
         self._held: list[tuple[Any, ...]] = []
@@ -41,14 +45,18 @@ class Turn:
         """Let a stream wait until the inputs are there; without a stream, wait here."""
 
     def copy(self, target: int, source: int, nbytes: int, *owners: object) -> None:
-        """Copy an output, once what is on this lane's stream is done. The owners are held until it has been copied."""
+        """Copy an output, once what is on this lane's stream is done.
+
+        The owners are held until it has been copied.
+        """
         self.device.copy(target, source, nbytes, self.stream)
         self._held.append(owners)
         self._held_bytes += nbytes
 
     def begin(self, number: int = 0) -> None:
-        """Begin the run of this number: no output is written before the client's work is done. Let go of what has been
-        copied by now."""
+        """Begin the run of this number: no output is written before the client's work is done. Let
+        go of what has been copied by now.
+        """
         if self._held:  # before the stream waits for the client
             if len(self._held) > _MOST_HELD or self._held_bytes > _MOST_HELD_BYTES:
                 self.finish()
@@ -67,11 +75,15 @@ class Turn:
         self._let_go()
 
     def is_stuck(self, patience_s: float) -> bool:
-        """Whether this lane's work waits for good for a client that has ended the lane: if it has for that long."""
+        """Whether this lane's work waits for good for a client that has ended the lane: if it
+        has for that long."""
         return False
 
     def close(self) -> None:
-        """Finish, and let go of everything. Where the GPU has failed, there is nothing left to wait for."""
+        """Finish, and let go of everything.
+
+        Where the GPU has failed, there is nothing left to wait for.
+        """
         with contextlib.suppress(CudaError):
             self.finish()
         self._let_go()
@@ -100,9 +112,14 @@ class TurnByWords(Turn):
     """Turns in order by two counters in a slab: neither host waits."""
 
     def __init__(
-        self, device: Device, pointer: int, stream: int | None, is_connected: Callable[[], bool] = lambda: True
+        self,
+        device: Device,
+        pointer: int,
+        stream: int | None,
+        is_connected: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Begin to take turns by the words at a pointer; `is_connected` says whether the client may still write there.
+        """Begin to take turns by the words at a pointer; `is_connected` says whether the client may
+        still write there.
 
         Raises:
           CudaError: this process does not see what the client writes there.
@@ -119,7 +136,9 @@ class TurnByWords(Turn):
             super().__init__(device, stream)
             self._done = device.new_event()
         except BaseException:
-            with contextlib.suppress(CudaError):  # end the wait, on a stream that does not wait itself
+            with contextlib.suppress(
+                CudaError
+            ):  # end the wait, on a stream that does not wait itself
                 Words(device, pointer, device.new_urgent_stream(), is_clients=False).release(FIRST)
             words.close()
             raise
@@ -135,7 +154,10 @@ class TurnByWords(Turn):
         self.device.record(self._done, self.stream)  # to ask for it costs less than to read a word
 
     def is_stuck(self, patience_s: float) -> bool:
-        """No: what is missing of a client that is gone is written here, in its place. Nobody will see the outputs."""
+        """No: what is missing of a client that is gone is written here, in its place.
+
+        Nobody will see the outputs.
+        """
         with contextlib.suppress(CudaError):
             self._wait_here(patience_s)
         return False
@@ -144,7 +166,9 @@ class TurnByWords(Turn):
         deadline = None if patience_s is None else time.monotonic() + patience_s
         while not self._words.comes_within(self._number, _POLL_S):
             if not self._is_connected() or (deadline is not None and time.monotonic() > deadline):
-                _log.info("a client has ended before its GPU came to a call; the call reads what is there")
+                _log.info(
+                    "a client has ended before its GPU came to a call; the call reads what is there"
+                )
                 self._words.release(self._number)
 
     def _expect(self, number: int) -> None:
@@ -159,15 +183,19 @@ class TurnByWords(Turn):
 
 
 class TurnByEvents(Turn):
-    """Turns in order by one event of each side, which it records behind its work: neither host waits.
+    """Turns in order by one event of each side, which it records behind its work: neither host
+    waits.
 
-    CUDA has nobody record the event of a process that was killed before its GPU came to it. What waits for that, and
-    all that comes behind it on the stream, waits forever.
+    CUDA has nobody record the event of a process that was killed before its GPU came to it. What
+    waits for that, and all that comes behind it on the stream, waits forever.
     """
 
-    def __init__(self, device: Device, ready: int, stream: int | None, *, is_shared: bool = True) -> None:
-        """Begin to take turns; `ready` is the client's event, which is this object's from now on, `done` this side's,
-        which another process can open if it is shared."""
+    def __init__(
+        self, device: Device, ready: int, stream: int | None, *, is_shared: bool = True
+    ) -> None:
+        """Begin to take turns; `ready` is the client's event, which is this object's from now on,
+        `done` this side's, which another process can open if it is shared.
+        """
         super().__init__(device, stream)
         self._ready: int | None = ready
         self.done = device.new_event(is_shared=is_shared)
@@ -206,10 +234,15 @@ class TurnByEvents(Turn):
 
 
 def turn_with(
-    device: Device, event: bytes, words: int | None, stream: int | None, is_connected: Callable[[], bool]
+    device: Device,
+    event: bytes,
+    words: int | None,
+    stream: int | None,
+    is_connected: Callable[[], bool],
 ) -> Turn:
-    """Begin to take turns with a client that offers the handle of an event, or words at a pointer: in that way, or
-    without either if it does not work here."""
+    """Begin to take turns with a client that offers the handle of an event, or words at a pointer:
+    in that way, or without either if it does not work here.
+    """
     try:
         if words is not None:
             return TurnByWords(device, words, stream, is_connected)

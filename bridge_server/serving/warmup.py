@@ -12,7 +12,8 @@ _log = logging.getLogger(__name__)
 
 
 def warm_up(programs: Programs, text: str) -> None:
-    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a client that trains would ask for them."""
+    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a client that trains
+    would ask for them."""
     name, _, signature = text.rpartition("=")
     if not name:
         if len(programs.models) != 1:

@@ -27,7 +27,10 @@ _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
 _LAST_BYTES_S = 0.5  # for what has been handed to gRPC but not sent yet
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 16 << 20),  # of signatures with very many leaves; tensors come in chunks
+    (
+        "grpc.max_receive_message_length",
+        16 << 20,
+    ),  # of signatures with very many leaves; tensors come in chunks
     ("grpc.keepalive_time_ms", 60_000),  # finds out about clients whose host has vanished
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.so_reuseport", 0),  # a second worker on the port must fail, not share it
@@ -36,7 +39,8 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Who may connect over TCP, and how: a token to present, and a TLS certificate and key in PEM form."""
+    """Who may connect over TCP, and how: a token to present, and a TLS certificate and key in
+    PEM form."""
 
     token: str | None = None
     certificate: bytes | None = None
@@ -51,16 +55,27 @@ class Worker:
     """Serves one runtime's models at one endpoint."""
 
     def __init__(
-        self, runtime: Runtime, programs: Programs, sessions: Sessions, endpoint: Endpoint, security: Security
+        self,
+        runtime: Runtime,
+        programs: Programs,
+        sessions: Sessions,
+        endpoint: Endpoint,
+        security: Security,
     ) -> None:
         self._sessions = sessions
         self._endpoint = endpoint
         self._health = health.HealthServicer()
-        pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")  # they start on demand
+        pool = futures.ThreadPoolExecutor(
+            MAX_THREADS, thread_name_prefix="grpc"
+        )  # they start on demand
         self._server = grpc.server(pool, interceptors=[Entrance(security.token)], options=_OPTIONS)
-        add_BridgeServicer_to_server(Service(runtime, programs, sessions, endpoint.lane_path), self._server)
+        add_BridgeServicer_to_server(
+            Service(runtime, programs, sessions, endpoint.lane_path), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
         self._announce(health_pb2.HealthCheckResponse.NOT_SERVING)
         with _private_files():
             self.address = self._listen(security)
@@ -118,7 +133,8 @@ def _private_files() -> Iterator[None]:
 
 
 def _remove_stale_socket(path: str) -> None:
-    """Remove a socket that a killed worker has left behind, but never one that a worker listens on."""
+    """Remove a socket that a killed worker has left behind, but never one that a worker listens
+    on."""
     if listens(path):
         raise CallerError(f"another worker listens at {path}")
     with contextlib.suppress(FileNotFoundError):

@@ -1,7 +1,8 @@
-"""Attention by plain operators: the fused ones have a first reverse-mode derivative only, and need tensors with memory.
+"""Attention by plain operators: the fused ones have a first reverse-mode derivative only, and need
+tensors with memory.
 
-torch's switches are the whole process's. While the fused operators are off, calls of other threads take a little longer
-and return the same.
+torch's switches are the whole process's. While the fused operators are off, calls of other threads
+take a little longer and return the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ _FUSED: Sequence[_Setting] = (
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
-# nn.TransformerEncoder in eval mode, without gradients: padded positions get other values there than under autograd.
+# nn.TransformerEncoder in eval mode, without gradients: padded positions get other values there
+# than under autograd.
 HAVE_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _FAST_PATH: Sequence[_Setting] = ((mha.get_fastpath_enabled, mha.set_fastpath_enabled),)
 

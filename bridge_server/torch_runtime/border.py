@@ -1,8 +1,9 @@
-"""The check at the border: a program's outputs against their declared types, before anybody reads their memory.
+"""The check at the border: a program's outputs against their declared types, before anybody reads
+their memory.
 
-torch hands out tensors that are not what their declared type says: tangents in float64 of float32 scalars
-(torch.func.jvp of `x.sum() * 0.5`), zero tensors without memory, sparse gradients, fake or functorch tensors that a
-model kept. Reading their memory would return garbage or crash.
+torch hands out tensors that are not what their declared type says: tangents in float64 of float32
+scalars (torch.func.jvp of `x.sum() * 0.5`), zero tensors without memory, sparse gradients, fake or
+functorch tensors that a model kept. Reading their memory would return garbage or crash.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,11 @@ class Border:
         self._types = [(TORCH_DTYPES[spec.dtype], torch.Size(spec.shape)) for spec in specs]
 
     def checked(self, outputs: Sequence[Any]) -> Sequence[Tensor]:
-        """Return the outputs as strided tensors that have memory, and their declared dtypes and shapes.
+        """Return the outputs as strided tensors that have memory, and their declared dtypes and
+        shapes.
 
-        A tensor of another float dtype is cast to the declared one, a zero or sparse tensor is made dense.
+        A tensor of another float dtype is cast to the declared one, a zero or sparse tensor is made
+        dense.
 
         Raises:
           SpecError: an output is anything else.
@@ -42,10 +45,16 @@ class Border:
 
     def _made_dense(self, position: int, y: Any) -> Tensor:
         dtype, shape = self._types[position]
-        if not isinstance(y, Tensor) or _has_no_memory(y) or y.shape != shape or not _can_be_cast(y.dtype, dtype):
+        if (
+            not isinstance(y, Tensor)
+            or _has_no_memory(y)
+            or y.shape != shape
+            or not _can_be_cast(y.dtype, dtype)
+        ):
             raise SpecError(
-                f"output {position} of {self._where} is {described(y)}, expected {self._specs[position]}; a model must "
-                "return dense tensors of the same types in every run and derivative, and keep none of an earlier run"
+                f"output {position} of {self._where} is {described(y)}, expected"
+                f" {self._specs[position]}; a model must return dense tensors of the same types in"
+                " every run and derivative, and keep none of an earlier run"
             )
         if y._is_zerotensor():
             return torch.zeros(shape, dtype=dtype, device=y.device)
@@ -53,7 +62,8 @@ class Border:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be sparse, such as a gradient of `nn.Embedding(sparse=True)`, as a strided one."""
+    """Return a tensor that may be sparse, such as a gradient of `nn.Embedding(sparse=True)`, as
+    a strided one."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
@@ -84,7 +94,9 @@ def _is_as_declared(y: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
 
 def _has_no_memory(y: Tensor) -> bool:
     """Whether a tensor stands for one, as fake, functorch's and distributed tensors do."""
-    return y.is_meta or y.is_nested or _is_wrapped(y) or type(y).__torch_dispatch__ is not _NO_DISPATCH
+    return (
+        y.is_meta or y.is_nested or _is_wrapped(y) or type(y).__torch_dispatch__ is not _NO_DISPATCH
+    )
 
 
 def _can_be_cast(dtype: torch.dtype, declared: torch.dtype) -> bool:

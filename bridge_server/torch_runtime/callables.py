@@ -1,8 +1,9 @@
 """A model's code, called with its own state or with somebody else's, by several threads at once.
 
-A call of a module never changes that module: it is made on a copy that shares the module's tensors, or, where the
-caller passes its own, has those in their place. What it leaves in the copy's attributes is dropped.
-torch.func.functional_call would swap them in the module itself, where calls of other threads see them.
+A call of a module never changes that module: it is made on a copy that shares the module's tensors,
+or, where the caller passes its own, has those in their place. What it leaves in the copy's
+attributes is dropped. torch.func.functional_call would swap them in the module itself, where calls
+of other threads see them.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ from bridge_wire.errors import CallerError
 _log = logging.getLogger(__name__)
 
 
-Called = Callable[[Sequence[Tensor] | None, Sequence[Any], Mapping[str, Any]], tuple[Any, Sequence[Tensor]]]
+Called = Callable[
+    [Sequence[Tensor] | None, Sequence[Any], Mapping[str, Any]], tuple[Any, Sequence[Tensor]]
+]
 
 
 class Code(ABC):
@@ -34,13 +37,17 @@ class Code(ABC):
 
     def __init__(self, target: Any) -> None:
         self._target = target
-        # Set once a call was seen to keep tensors where its copies share them: calls then take turns.
+        # Set once a call was seen to keep tensors where its copies share them: calls then take
+        # turns.
         self._turns: threading.RLock | None = None
 
     def __call__(
         self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Sequence[Tensor]]:
-        """Return the result, and the state after the call. The state's values are the model's own if None."""
+        """Return the result, and the state after the call.
+
+        The state's values are the model's own if None.
+        """
         if self._turns is None:
             return self._called(values, args, kwargs)
         with self._turns:
@@ -56,7 +63,8 @@ class Code(ABC):
     ) -> tuple[Any, Sequence[Tensor]]: ...
 
     def isolated(self) -> Called:
-        """Return what to call where calls may leave tensors without values in the model's attributes."""
+        """Return what to call where calls may leave tensors without values in the model's
+        attributes."""
         return self._called
 
     def python_state(self) -> PythonState:
@@ -68,8 +76,9 @@ class Code(ABC):
         if self._turns is None:
             self._turns = threading.RLock()
             _log.warning(
-                "%s keeps tensors that depend on its arguments or parameters in a class, closure, global or cache, and "
-                "reads them in later calls: they are dropped after each call, and calls run one after the other",
+                "%s keeps tensors that depend on its arguments or parameters in a class, closure,"
+                " global or cache, and reads them in later calls: they are dropped after each call,"
+                " and calls run one after the other",
                 where,
             )
 
@@ -109,8 +118,8 @@ class CodeOfPair(Code):
 class CodeOfModule(Code):
     """A module: each call under way has a copy of it, which gets its attributes back afterwards.
 
-    Of a module that cannot be copied, or whose copies would still use the original's tensors, the original itself
-    serves one call at a time, and holds its own state whenever it does not.
+    Of a module that cannot be copied, or whose copies would still use the original's tensors, the
+    original itself serves one call at a time, and holds its own state whenever it does not.
     """
 
     def __init__(self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -147,7 +156,11 @@ class CodeOfModule(Code):
             return False
         self._one_at_a_time = threading.RLock()
         name = type(self._original.module).__name__
-        _log.warning("copies of %s use its own tensors, by a closure perhaps, so it serves one call at a time", name)
+        _log.warning(
+            "copies of %s use its own tensors, by a closure perhaps, so it serves one call at a"
+            " time",
+            name,
+        )
         return True
 
     def use_copies_once(self) -> None:
@@ -167,14 +180,22 @@ class CodeOfModule(Code):
                 self._idle.append(leased)
 
     def _copied(self) -> "_Refillable":
-        # What is in the memo already is not copied: the copy has these tensors where the module has its own.
-        memo: dict[int, Any] = {id(mine): value for mine, value in zip(self._own, self._values, strict=True)}
-        with _disable_current_modes():  # a trace must not take the copy's own tensors for made by the call
+        # What is in the memo already is not copied: the copy has these tensors where the module has
+        # its own.
+        memo: dict[int, Any] = {
+            id(mine): value for mine, value in zip(self._own, self._values, strict=True)
+        }
+        with (
+            _disable_current_modes()
+        ):  # a trace must not take the copy's own tensors for made by the call
             return _Refillable(copy.deepcopy(self._original.module, memo), self._values)
 
 
 class _Refillable:
-    """A module whose state can be replaced. Between calls it holds the tensors and attributes that it has now."""
+    """A module whose state can be replaced.
+
+    Between calls it holds the tensors and attributes that it has now.
+    """
 
     def __init__(self, module: nn.Module, state: Sequence[Tensor]) -> None:
         self.module = module
@@ -191,15 +212,17 @@ class _Refillable:
         self._recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
         self._parts = list(module.modules())
         self._at_rest = PythonState(module)
-        # Whether a graph that the last call has left may call the module again, as torch.utils.checkpoint has it do:
-        # then it must find that call's values, and the module goes with the graph. (Or with an exception.)
+        # Whether a graph that the last call has left may call the module again, as
+        # torch.utils.checkpoint has it do: then it must find that call's values, and the module
+        # goes with the graph. (Or with an exception.)
         self.is_held = False
 
     def call(
         self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Sequence[Tensor]]:
-        """Call the module with these values, or with those that it has. Afterwards it has all that it had before, but
-        keeps the values if it is held."""
+        """Call the module with these values, or with those that it has. Afterwards it has all that
+        it had before, but keeps the values if it is held.
+        """
         references = list(map(sys.getrefcount, self._parts)) if torch.is_grad_enabled() else []
         if values is not None:
             self._fill(values)
@@ -220,14 +243,16 @@ class _Refillable:
         """Call the module with these values.
 
         Raises:
-          CallerError: the call has left a graph that would call the module again, and find other values.
+          CallerError: the call has left a graph that would call the module again, and find other
+            values.
         """
         try:
             called = self.call(values, args, kwargs)
             if self.is_held:
                 raise CallerError(
-                    f"{type(self.module).__name__} runs parts of itself again in its backward pass, as under "
-                    "torch.utils.checkpoint, and cannot be copied: let it be copied, or do without"
+                    f"{type(self.module).__name__} runs parts of itself again in its backward pass,"
+                    " as under torch.utils.checkpoint, and cannot be copied: let it be copied, or"
+                    " do without"
                 )
             return called
         finally:

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 
 
 class Call:
-    """The function from parameters (if the caller passes them), a key (if streams are named) and leaves to outputs.
+    """The function from parameters (if the caller passes them), a key (if streams are named) and
+    leaves to outputs.
 
     It changes none of the arrays that it is given, whatever the model does to them.
     """
@@ -47,8 +48,12 @@ class Call:
         self._is_bound = not call.parameters
         self.key = self._passed if call.rngs else None  # where it is among the inputs
         self.leaves = self._passed + (self.key is not None)  # where they begin
-        self._changing = [i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable]
-        self._results = Results(model.name, classes, [model.parameters[i].path for i in self._changing])
+        self._changing = [
+            i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable
+        ]
+        self._results = Results(
+            model.name, classes, [model.parameters[i].path for i in self._changing]
+        )
         self._is_traced = False
         self._is_told = False
         self.is_opaque = False  # whether torch.func was seen to fail on it
@@ -92,15 +97,18 @@ class Call:
         if self.draws and self.key is None and not self._is_told:
             self._is_told = True
             _log.warning(
-                "%s draws random numbers without a key, so derivatives of it which run it again are taken with others "
-                "than its value; pass a key",
+                "%s draws random numbers without a key, so derivatives of it which run it again are"
+                " taken with others than its value; pass a key",
                 self.where,
             )
 
     def protect_inputs(self) -> None:
-        """Give the model copies of all inputs from now on: a trace cannot show writes that depend on Python's state."""
+        """Give the model copies of all inputs from now on: a trace cannot show writes that
+        depend on Python's state."""
         self._written_state = list(range(len(self._model.values)))
-        self._written_leaves = [i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak]
+        self._written_leaves = [
+            i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak
+        ]
 
     @functools.cached_property
     def has_custom_functions(self) -> bool:
@@ -109,7 +117,9 @@ class Call:
 
     def _trial(self) -> Trial:
         state = self._model.values
-        passed = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]  # which the caller may have cast
+        passed = [
+            TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]
+        ]  # which the caller may have cast
         dtypes = [each.dtype for each in state] if self._is_bound else passed
         inputs, snapshot = self.inputs[self.leaves :], self._model.apply.python_state
         return Trial(self._isolated, state, dtypes, inputs, self.device, self.where, snapshot)
@@ -117,19 +127,23 @@ class Call:
     def _refuse_strays(self, traced: Traced) -> None:
         paths = [self._model.parameters[i].path for i in sorted(traced.strays)]
         raise CallerError(
-            f"model {self._model.name!r} uses its parameter {paths[0]!r} by another way than its registration, "
-            "such as a list or a closure, so that the caller's cannot take its place; use the registered one, or leave "
-            "the parameters on the worker"
+            f"model {self._model.name!r} uses its parameter {paths[0]!r} by another way than its"
+            " registration, such as a list or a closure, so that the caller's cannot take its"
+            " place; use the registered one, or leave the parameters on the worker"
         )
 
     def _written(self, traced: Traced) -> set[int]:
-        """Return what has to be copied before the model gets it, among the state and then the leaves."""
+        """Return what has to be copied before the model gets it, among the state and then the
+        leaves."""
         written = set(traced.written)
         parameters, leaves = self._model.parameters, self.inputs[self.leaves :]
         if not traced.is_fake:
-            # Other values may lead elsewhere. Weights can be large, and no model was seen to change only them.
+            # Other values may lead elsewhere. Weights can be large, and no model was seen to change
+            # only them.
             written |= {i for i, parameter in enumerate(parameters) if not parameter.trainable}
-        if not traced.is_fake or any(spec.weak for spec in leaves):  # a trace holds for the numbers it was made with
+        if not traced.is_fake or any(
+            spec.weak for spec in leaves
+        ):  # a trace holds for the numbers it was made with
             written |= {len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak}
         return written
 
@@ -137,12 +151,23 @@ class Call:
         return functools.partial(self._outputs_of, apply=self._model.apply.isolated())
 
     def _outputs_of(
-        self, state: Sequence[Tensor] | None, leaves: Sequence[Any], apply: Callable[..., tuple[Any, Any]]
+        self,
+        state: Sequence[Tensor] | None,
+        leaves: Sequence[Any],
+        apply: Callable[..., tuple[Any, Any]],
     ) -> list[Tensor]:
-        args, kwargs = (tuple(leaves), {}) if self._is_flat else trees.build(self._arguments, leaves, self._classes)
+        args, kwargs = (
+            (tuple(leaves), {})
+            if self._is_flat
+            else trees.build(self._arguments, leaves, self._classes)
+        )
         value, after = apply(state, args, kwargs)
         buffers = [after[i].detach() for i in self._changing]  # no gradient goes through state
-        return self._results.take(value, buffers) if self._is_traced else self._results.learn(value, buffers)
+        return (
+            self._results.take(value, buffers)
+            if self._is_traced
+            else self._results.learn(value, buffers)
+        )
 
 
 def _is_flat(arguments: pb.Tree) -> bool:

@@ -12,11 +12,14 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
-    """Return the engine's own entry, which takes half the time of torch.autograd.grad; None if this torch has none."""
+    """Return the engine's own entry, which takes half the time of torch.autograd.grad; None if
+    this torch has none."""
     try:
         run = torch.autograd.Variable._execution_engine.run_backward
         x = torch.ones(2).requires_grad_()
-        (gradient,) = run((x * 3,), (torch.ones(2),), False, False, (x,), True, accumulate_grad=False)
+        (gradient,) = run(
+            (x * 3,), (torch.ones(2),), False, False, (x,), True, accumulate_grad=False
+        )
         return run if gradient.tolist() == [3.0, 3.0] and x.grad is None else None
     except Exception:  # private: any release may lack it, or want other arguments
         return None
@@ -37,19 +40,38 @@ def backward(
     keep = retain_graph or create_graph
     if _engine is None:
         return torch.autograd.grad(
-            outputs, inputs, weights, retain_graph=keep, create_graph=create_graph, allow_unused=True
+            outputs,
+            inputs,
+            weights,
+            retain_graph=keep,
+            create_graph=create_graph,
+            allow_unused=True,
         )
-    return _engine(tuple(outputs), tuple(weights), keep, create_graph, tuple(inputs), True, accumulate_grad=False)
+    return _engine(
+        tuple(outputs),
+        tuple(weights),
+        keep,
+        create_graph,
+        tuple(inputs),
+        True,
+        accumulate_grad=False,
+    )
 
 
 @contextlib.contextmanager
 def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
-    """Raise NotImplementedError in a backward pass that is to be differentiated, where it cannot be.
+    """Raise NotImplementedError in a backward pass that is to be differentiated, where it cannot
+    be.
 
-    An autograd.Function whose backward runs under torch.no_grad, or detaches, returns gradients that depend on their
-    cotangents and do not say so: autograd would take the next derivative for zero.
+    An autograd.Function whose backward runs under torch.no_grad, or detaches, returns gradients
+    that depend on their cotangents and do not say so: autograd would take the next derivative for
+    zero.
     """
-    nodes = [node for node in nodes_of([_edge(y) for y in outputs]) if isinstance(node, BackwardCFunction)]
+    nodes = [
+        node
+        for node in nodes_of([_edge(y) for y in outputs])
+        if isinstance(node, BackwardCFunction)
+    ]
     handles = [node.register_hook(functools.partial(_refuse_lost, node)) for node in nodes]
     try:
         yield
@@ -64,10 +86,16 @@ def _edge(output: Any) -> GradientEdge | None:
     return get_gradient_edge(output) if output.requires_grad else None
 
 
-def _refuse_lost(node: Any, gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]) -> None:
+def _refuse_lost(
+    node: Any, gradients: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
+) -> None:
     if not any(ct is not None and ct.requires_grad for ct in cotangents):
         return
-    lost = [i for i, gradient in enumerate(gradients) if gradient is not None and not gradient.requires_grad]
+    lost = [
+        i
+        for i, gradient in enumerate(gradients)
+        if gradient is not None and not gradient.requires_grad
+    ]
     if not lost:
         return
     if all(_is_zero(gradients[i]) for i in lost):  # of a zero cotangent, perhaps
@@ -77,9 +105,9 @@ def _refuse_lost(node: Any, gradients: Sequence[Tensor | None], cotangents: Sequ
         if all(_is_zero(gradients[i]) for i in lost):
             return
     raise NotImplementedError(
-        f"a second derivative, or a forward-mode one, of an autograd.Function whose backward ({node.name()}) is not "
-        "differentiable, as under torch.no_grad; write that backward in differentiable operators, or take first "
-        "derivatives in reverse mode only"
+        "a second derivative, or a forward-mode one, of an autograd.Function whose backward"
+        f" ({node.name()}) is not differentiable, as under torch.no_grad; write that backward in"
+        " differentiable operators, or take first derivatives in reverse mode only"
     )
 
 
@@ -88,7 +116,8 @@ def _is_zero(gradient: Tensor | None) -> bool:
 
 
 def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
-    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which the client owns."""
+    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which
+    the client owns."""
     theirs = {x.untyped_storage().data_ptr() for x in inputs}
     sizes: dict[int, int] = {}
     for node in nodes_of(edges):
@@ -115,7 +144,9 @@ def _saved_by(node: Any) -> list[Tensor]:
     saved: list[Any] = []
     for name in dir(node):
         if name.startswith("_saved_") or name == "saved_tensors":
-            with contextlib.suppress(RuntimeError):  # freed, or changed since: then the graph does not use it
+            with contextlib.suppress(
+                RuntimeError
+            ):  # freed, or changed since: then the graph does not use it
                 value = getattr(node, name)
                 saved += value if isinstance(value, list | tuple) else [value]
     return [each for each in saved if isinstance(each, Tensor) and _has_memory(each)]

@@ -27,16 +27,28 @@ class Parts(NamedTuple):
 
 
 def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
-    """Return the parts of a function, a module, or a pair of either and its parameters; None for anything else.
+    """Return the parts of a function, a module, or a pair of either and its parameters; None for
+    anything else.
 
     Their tensors are on the device; for another one than the host, a module is moved there.
     """
     if device != HOST:
         target = _moved(target, device)
-    if isinstance(target, tuple) and len(target) == 2 and callable(target[0]) and isinstance(target[1], Mapping):
+    if (
+        isinstance(target, tuple)
+        and len(target) == 2
+        and callable(target[0])
+        and isinstance(target[1], Mapping)
+    ):
         code, params = target
-        return _of_module(name, code, params) if isinstance(code, nn.Module) else _of_pair(name, code, params)
-    if isinstance(target, torch.jit.ScriptModule):  # it holds its tensors where Python cannot replace them
+        return (
+            _of_module(name, code, params)
+            if isinstance(code, nn.Module)
+            else _of_pair(name, code, params)
+        )
+    if isinstance(
+        target, torch.jit.ScriptModule
+    ):  # it holds its tensors where Python cannot replace them
         return Parts(CodeOfFunction(target), {}, frozenset(), target.forward)
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
@@ -51,8 +63,9 @@ def _warn_of_constants(name: str, function: Callable[..., Any]) -> None:
     if paths := arrays_held(function, lambda value: isinstance(value, Tensor) and value.ndim > 0):
         shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         _log.warning(
-            "model %r is served without parameters, but holds %d tensors (%s): they are constants, which no client can "
-            "train; to train them serve the nn.Module itself, or a pair (function, params)",
+            "model %r is served without parameters, but holds %d tensors (%s): they are constants,"
+            " which no client can train; to train them serve the nn.Module itself, or a pair"
+            " (function, params)",
             name,
             len(paths),
             shown,
@@ -74,7 +87,13 @@ def _of_pair(name: str, function: Callable[..., Any], params: Mapping[str, Any])
         raise TargetError(f"two parameters of {name!r} have the same path among {sorted(state)}")
     _check(name, state)
     code = CodeOfPair(function, structure, [leaf.detach() for leaf in state.values()])
-    return Parts(code, state, frozenset(filter(lambda label: _is_inexact(state[label]), state)), function, True)
+    return Parts(
+        code,
+        state,
+        frozenset(filter(lambda label: _is_inexact(state[label]), state)),
+        function,
+        True,
+    )
 
 
 def _of_module(name: str, module: nn.Module, given: Mapping[str, Tensor]) -> Parts:
@@ -82,12 +101,19 @@ def _of_module(name: str, module: nn.Module, given: Mapping[str, Tensor]) -> Par
     own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if unknown := sorted(given.keys() - own.keys()):
         raise TargetError(f"{name!r} has no parameter {unknown[0]!r}; it has {sorted(own)[:20]}")
-    # What has no counterpart in the other framework, such as a quantized weight, stays with the worker.
-    sent = {label: each for label, each in own.items() if each.layout is torch.strided and each.dtype in DTYPES}
+    # What has no counterpart in the other framework, such as a quantized weight, stays with the
+    # worker.
+    sent = {
+        label: each
+        for label, each in own.items()
+        if each.layout is torch.strided and each.dtype in DTYPES
+    }
     state = {label: given.get(label, each) for label, each in sent.items()}
     _check(name, state)
     trained = {label for label, each in module.named_parameters() if each.requires_grad}
-    trainable = frozenset(label for label in state if label in trained and _is_inexact(state[label]))
+    trainable = frozenset(
+        label for label in state if label in trained and _is_inexact(state[label])
+    )
     code = CodeOfModule(module, list(sent.values()), [each.detach() for each in state.values()])
     return Parts(code, state, trainable, module.forward)
 
@@ -95,10 +121,19 @@ def _of_module(name: str, module: nn.Module, given: Mapping[str, Tensor]) -> Par
 def _check(name: str, state: Mapping[str, Any]) -> None:
     for label, leaf in state.items():
         if not isinstance(leaf, Tensor) or leaf.dtype not in DTYPES:
-            what = f"a tensor of {leaf.dtype}" if isinstance(leaf, Tensor) else f"a {type(leaf).__qualname__}"
-            raise TargetError(f"the parameter {label!r} of {name!r} is {what}; expected a dense tensor")
+            what = (
+                f"a tensor of {leaf.dtype}"
+                if isinstance(leaf, Tensor)
+                else f"a {type(leaf).__qualname__}"
+            )
+            raise TargetError(
+                f"the parameter {label!r} of {name!r} is {what}; expected a dense tensor"
+            )
         if nn.parameter.is_lazy(leaf) or leaf.is_meta:
-            raise TargetError(f"the parameter {label!r} of {name!r} has no values yet; initialise the module first")
+            raise TargetError(
+                f"the parameter {label!r} of {name!r} has no values yet; initialise the module"
+                " first"
+            )
 
 
 def _is_inexact(leaf: Tensor) -> bool:

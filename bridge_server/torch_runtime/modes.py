@@ -1,7 +1,9 @@
-"""What the caller has set for a thread of its process, and no model may notice: elsewhere it would not, either.
+"""What the caller has set for a thread of its process, and no model may notice: elsewhere it would
+not, either.
 
-A worker has threads of its own, and so does compiled code. Only a call in the caller's process and thread could see
-inference mode, which would make all of its gradients zero, or autocast, which would change its types.
+A worker has threads of its own, and so does compiled code. Only a call in the caller's process and
+thread could see inference mode, which would make all of its gradients zero, or autocast, which
+would change its types.
 """
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext

@@ -26,7 +26,10 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 class Program(runtime.Program):
-    """Code with its signature. `run` is what subclasses say; this calls it, with nothing recorded by autograd."""
+    """Code with its signature.
+
+    `run` is what subclasses say; this calls it, with nothing recorded by autograd.
+    """
 
     def __init__(
         self,
@@ -44,8 +47,8 @@ class Program(runtime.Program):
     ) -> None:
         """Make a program of code.
 
-        `placing` brings its inputs to where it runs, where that is not the host. `protect` makes later runs get copies
-        of their inputs: it is called when a run has written to them.
+        `placing` brings its inputs to where it runs, where that is not the host. `protect` makes
+        later runs get copies of their inputs: it is called when a run has written to them.
         """
         self.inputs = inputs
         self.outputs = outputs
@@ -86,13 +89,16 @@ class Program(runtime.Program):
     def _refuse_writes(self) -> None:
         self._protect()
         raise CallerError(
-            f"{self.where} wrote into its arguments, which it did not do when the call was prepared: the caller's "
-            "arrays may have changed. From now on it gets copies"
+            f"{self.where} wrote into its arguments, which it did not do when the call was"
+            " prepared: the caller's arrays may have changed. From now on it gets copies"
         )
 
 
 class Kept(NamedTuple):
-    """A residual: the graph of one run, by its two ends. It holds what backward formulas have saved, no more."""
+    """A residual: the graph of one run, by its two ends.
+
+    It holds what backward formulas have saved, no more.
+    """
 
     outputs: Sequence[Any]  # a GradientEdge for each; None where an output depends on nothing
     primals: Sequence[Tensor]
@@ -106,7 +112,9 @@ class KeepingProgram(Program):
     def __init__(self, composed: Composed, wrt: tuple[int, ...], where: str, **how: Any) -> None:
         super().__init__(composed.inputs, composed.outputs, where, self._keep, **how)
         self.wrt = wrt
-        self.differentiable = tuple(i for i, spec in enumerate(composed.outputs) if spec.dtype.is_inexact)
+        self.differentiable = tuple(
+            i for i, spec in enumerate(composed.outputs) if spec.dtype.is_inexact
+        )
         self._f = composed.f
         self._is_measured = False
 
@@ -121,14 +129,21 @@ class KeepingProgram(Program):
             self._is_measured = True
         return [y.detach() for y in outputs], kept
 
-    def pullback(self, wrt: Sequence[int], outputs: Sequence[int], placing: Placing | None) -> Program:
+    def pullback(
+        self, wrt: Sequence[int], outputs: Sequence[int], placing: Placing | None
+    ) -> Program:
         """Return the program from a residual and cotangents of `outputs` to cotangents of `wrt`."""
         positions = [self.wrt.index(i) for i in wrt]
 
         def pull(cotangents: Sequence[Tensor], kept: Kept) -> tuple[Sequence[Tensor], None]:
             edges = [kept.outputs[i] for i in outputs]
             # A client may pull back along a residual as often as it likes.
-            return pull_back(edges, [kept.primals[i] for i in positions], cotangents, retain_graph=True), None
+            return (
+                pull_back(
+                    edges, [kept.primals[i] for i in positions], cotangents, retain_graph=True
+                ),
+                None,
+            )
 
         program = Program(
             tuple(self.outputs[i] for i in outputs),
@@ -145,10 +160,12 @@ class KeepingProgram(Program):
 
 
 def _versions(tensors: Sequence[Any]) -> list[int]:
-    """Return how often each tensor has been written to: a detached alias counts for its original."""
+    """Return how often each tensor has been written to: a detached alias counts for its
+    original."""
     return [x._version for x in tensors if isinstance(x, Tensor)]
 
 
 def _is_clients(x: Any) -> bool:
-    """Whether an input lies in the client's memory: what was brought to the device has memory of torch's own."""
+    """Whether an input lies in the client's memory: what was brought to the device has memory of
+    torch's own."""
     return isinstance(x, Tensor) and not x.untyped_storage().resizable()

@@ -1,7 +1,8 @@
 """Snapshots of a model's Python state: the objects that its code can change, and their contents.
 
-A call of a served model is a function of its inputs, so whatever forward caches in an attribute, a list or a closure is
-put back afterwards: it belongs to the parameters and arguments of that one call.
+A call of a served model is a function of its inputs, so whatever forward caches in an attribute, a
+list or a closure is put back afterwards: it belongs to the parameters and arguments of that one
+call.
 """
 
 import functools
@@ -17,9 +18,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What nn.Module keeps besides its parts, parameters and buffers: hooks, by far the most of its containers.
-_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-_ATOMS = (Tensor, str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.BuiltinFunctionType)
+# What nn.Module keeps besides its parts, parameters and buffers: hooks, by far the most of its
+# containers.
+_HOOKS = frozenset(
+    name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name
+)
+_ATOMS = (
+    Tensor,
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    bool,
+    type(None),
+    types.ModuleType,
+    types.BuiltinFunctionType,
+)
 _LIBRARIES = frozenset({"torch", "numpy", "jax", "jaxlib", "builtins", *sys.stdlib_module_names})
 _MISSING = object()
 _END = object()
@@ -28,16 +43,20 @@ _LruCache = type(functools.lru_cache(lambda: None))
 
 
 class PythonState:
-    """The contents of all containers that can be reached from an object: instances' attributes, dicts, lists, sets.
+    """The contents of all containers that can be reached from an object: instances' attributes,
+    dicts, lists, sets.
 
-    With `follows_code`, also of those that functions reach: closures, globals that they name, classes, lru_caches.
+    With `follows_code`, also of those that functions reach: closures, globals that they name,
+    classes, lru_caches.
     """
 
     def __init__(self, root: Any, *, follows_code: bool = False) -> None:
         self._contents: list[_Contents] = []
         self.holds_tensors = False
         self._types: set[type] = set()
-        seen: dict[int, Any] = {}  # by identity, and kept: an id is only an object's as long as it lives
+        seen: dict[
+            int, Any
+        ] = {}  # by identity, and kept: an id is only an object's as long as it lives
         pending = deque([root])  # the nearest first
         while pending and len(seen) < _MOST_OBJECTS:
             value = pending.popleft()
@@ -48,10 +67,16 @@ class PythonState:
             self._types.add(type(value))
             pending.extend(self._visit(value, follows_code))
         self._is_whole = not pending
-        # All values in one row, and iterables of all that are there now: one pass finds that nothing has changed.
+        # All values in one row, and iterables of all that are there now: one pass finds that
+        # nothing has changed.
         lives = [contents.live for contents in self._contents if contents.live is not None]
-        self._lives: list[Iterable[Any]] | None = [*lives, (_END,)] if len(lives) == len(self._contents) else None
-        self._values = [*itertools.chain.from_iterable(contents.values for contents in self._contents), _END]
+        self._lives: list[Iterable[Any]] | None = (
+            [*lives, (_END,)] if len(lives) == len(self._contents) else None
+        )
+        self._values = [
+            *itertools.chain.from_iterable(contents.values for contents in self._contents),
+            _END,
+        ]
 
     def may_reach(self, kinds: tuple[type, ...]) -> bool:
         """Whether an instance of these classes can be reached, or that was not found out."""
@@ -59,14 +84,17 @@ class PythonState:
 
     def restore(self) -> None:
         """Put everything back that has changed since."""
-        if self._lives is not None and all(map(operator.is_, itertools.chain.from_iterable(self._lives), self._values)):
+        if self._lives is not None and all(
+            map(operator.is_, itertools.chain.from_iterable(self._lives), self._values)
+        ):
             return
         for contents in self._contents:
             if not contents.is_unchanged():
                 contents.restore()
 
     def restore_tensors(self) -> None:
-        """Put back the containers that have got tensors since, and leave those alone that others may have changed."""
+        """Put back the containers that have got tensors since, and leave those alone that others
+        may have changed."""
         for contents in self._contents:
             if contents.has_got_tensors():
                 contents.restore()
@@ -84,7 +112,9 @@ class PythonState:
         if isinstance(value, types.FunctionType | types.MethodType | functools.partial | _LruCache):
             return self._visit_code(value) if follows_code else ()
         attributes = getattr(value, "__dict__", None)
-        if not isinstance(attributes, dict) or not (isinstance(value, nn.Module) or _is_users(type(value).__module__)):
+        if not isinstance(attributes, dict) or not (
+            isinstance(value, nn.Module) or _is_users(type(value).__module__)
+        ):
             return ()
         self._note(_Dict(attributes))
         found = [each for name, each in attributes.items() if name not in _HOOKS]
@@ -109,7 +139,8 @@ class PythonState:
             yield from self._visit_globals(value.__globals__, set(_names_in(value.__code__)))
 
     def _visit_globals(self, variables: dict[str, Any], names: set[str]) -> Iterator[Any]:
-        """Visit the global variables that code names, and the variables of modules that it imports."""
+        """Visit the global variables that code names, and the variables of modules that it
+        imports."""
         yield from self._note(_Globals(variables, sorted(names)))
         for name in names & variables.keys():
             module = variables[name]
@@ -142,7 +173,9 @@ class _Contents(ABC):
         if self.is_unchanged():
             return False
         before = set(map(id, self.values))
-        return any(PythonState(value).holds_tensors for value in self.now() if id(value) not in before)
+        return any(
+            PythonState(value).holds_tensors for value in self.now() if id(value) not in before
+        )
 
 
 class _Dict(_Contents):
@@ -156,7 +189,9 @@ class _Dict(_Contents):
         return self._container.values()
 
     def restore(self) -> None:
-        kind = OrderedDict if isinstance(self._container, OrderedDict) else dict  # a subclass may refuse, or compute
+        kind = (
+            OrderedDict if isinstance(self._container, OrderedDict) else dict
+        )  # a subclass may refuse, or compute
         kind.clear(self._container)
         kind.update(self._container, zip(self._keys, self.values, strict=True))
 
@@ -172,7 +207,9 @@ class _Collection(_Contents):
         return self._container
 
     def restore(self) -> None:
-        fill = self._container.update if isinstance(self._container, set) else self._container.extend
+        fill = (
+            self._container.update if isinstance(self._container, set) else self._container.extend
+        )
         self._container.clear()
         fill(self.values)
 
@@ -186,7 +223,9 @@ class _Class(_Contents):
         self.values = [vars(cls)[name] for name in self._names]
 
     def _own(self) -> list[str]:
-        return [name for name in vars(self._cls) if not (name.startswith("__") and name.endswith("__"))]
+        return [
+            name for name in vars(self._cls) if not (name.startswith("__") and name.endswith("__"))
+        ]
 
     def now(self) -> Iterable[Any]:
         return [vars(self._cls)[name] for name in self._own()]
@@ -261,11 +300,16 @@ def _is_filled(cell: Any) -> bool:
 
 def _is_table_of_cache(value: Any) -> bool:
     """Whether a dict is an lru_cache's own, which nobody else may change."""
-    return isinstance(value, dict) and any(type(each).__name__ == "_lru_list_elem" for each in value.values())
+    return isinstance(value, dict) and any(
+        type(each).__name__ == "_lru_list_elem" for each in value.values()
+    )
 
 
 def _is_users(module: Any) -> bool:
-    """Whether code of this module may keep a model's tensors. A class may have anything for its `__module__`."""
+    """Whether code of this module may keep a model's tensors.
+
+    A class may have anything for its `__module__`.
+    """
     return isinstance(module, str) and module.partition(".")[0] not in _LIBRARIES
 
 

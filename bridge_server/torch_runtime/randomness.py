@@ -1,10 +1,12 @@
-"""Random numbers. torch draws from one generator per device for the whole process, whatever the thread.
+"""Random numbers. torch draws from one generator per device for the whole process, whatever the
+thread.
 
-So calls that draw run one after the other: then a call with a key of its own has its numbers to itself, and leaves the
-others' as they were.
+So calls that draw run one after the other: then a call with a key of its own has its numbers to
+itself, and leaves the others' as they were.
 
-torch draws in the order of memory, and a derivative or a batch of a call may lay a tensor out in another way than the
-call itself. Where that can be, numbers are drawn in row-major order, so that one key drops the same elements in all.
+torch draws in the order of memory, and a derivative or a batch of a call may lay a tensor out in
+another way than the call itself. Where that can be, numbers are drawn in row-major order, so that
+one key drops the same elements in all.
 """
 
 import contextlib
@@ -17,7 +19,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_drawing = threading.RLock()  # the backward pass of a checkpoint draws again, inside of a call that draws
+_drawing = (
+    threading.RLock()
+)  # the backward pass of a checkpoint draws again, inside of a call that draws
 
 
 @contextlib.contextmanager
@@ -36,7 +40,8 @@ def drawing(*, is_seeded: bool, in_row_major_order: bool = False) -> Iterator[No
 
 
 class StreamAside:
-    """A stream of random numbers of its own: it begins as torch's stands now, and torch's goes on as if unused."""
+    """A stream of random numbers of its own: it begins as torch's stands now, and torch's goes
+    on as if unused."""
 
     def __init__(self) -> None:
         self._states: list[Tensor] = []
@@ -52,10 +57,15 @@ class StreamAside:
 
 
 class RowMajorDraws(TorchDispatchMode):
-    """Has operators that draw see row-major tensors only, whatever the layout of those that they are given."""
+    """Has operators that draw see row-major tensors only, whatever the layout of those that they
+    are given."""
 
     def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        operator: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not is_random(operator):
@@ -65,7 +75,9 @@ class RowMajorDraws(TorchDispatchMode):
         for i, argument in enumerate(operator._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given, drawn = (
-                    (args[i], drawn_args[i]) if i < len(args) else (kwargs[argument.name], drawn_kwargs[argument.name])
+                    (args[i], drawn_args[i])
+                    if i < len(args)
+                    else (kwargs[argument.name], drawn_kwargs[argument.name])
                 )
                 if drawn is not given:
                     given.copy_(drawn)
@@ -91,7 +103,8 @@ def seed(key: torch.Tensor) -> None:
 
 
 def _mixed(number: int) -> int:
-    """Return 64 bits of which each depends on all of the number's: a CPU's generator looks at the last 32 only.
+    """Return 64 bits of which each depends on all of the number's: a CPU's generator looks at the
+    last 32 only.
 
     The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
     """

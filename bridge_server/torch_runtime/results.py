@@ -19,7 +19,10 @@ _Taker = Callable[[Any, list[Any]], None]
 
 
 class Results:
-    """The results of one call: of which structure and types they are. `buffers` are further outputs of it."""
+    """The results of one call: of which structure and types they are.
+
+    `buffers` are further outputs of it.
+    """
 
     def __init__(self, model: str, classes: trees.Classes, buffers: Sequence[str]) -> None:
         self.tree = trees.flat(0)
@@ -30,7 +33,8 @@ class Results:
         self._take: _Taker = _take_leaf
 
     def learn(self, value: Any, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of which a result and buffers consist, and hold later ones to their types.
+        """Return the outputs of which a result and buffers consist, and hold later ones to their
+        types.
 
         Raises:
           StructureError, SpecError: something in it is no tensor, or one that cannot be sent.
@@ -40,7 +44,9 @@ class Results:
         outputs = [*leaves, *buffers]
         leaves.clear()  # a reference cycle of the encoder holds it until the next collection
         if not outputs:
-            raise StructureError(f"the result of model {self._model!r} holds no tensor; does it return one?")
+            raise StructureError(
+                f"the result of model {self._model!r} holds no tensor; does it return one?"
+            )
         for i, y in enumerate(outputs):
             self._check(i, y)
         self.specs = tuple(map(spec_of, outputs))
@@ -57,28 +63,39 @@ class Results:
             self._take(value, outputs)
         except _Different:
             raise StructureError(
-                f"the result of model {self._model!r} has another structure than when the call was prepared: it "
-                f"had tensors at {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
+                f"the result of model {self._model!r} has another structure than when the call was"
+                " prepared: it had tensors at"
+                f" {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
             ) from None
         outputs += buffers
         for i, (y, spec) in enumerate(zip(outputs, self.specs, strict=True)):
-            if not isinstance(y, Tensor) or y.shape != spec.shape or DTYPES.get(y.dtype) is not spec.dtype:
+            if (
+                not isinstance(y, Tensor)
+                or y.shape != spec.shape
+                or DTYPES.get(y.dtype) is not spec.dtype
+            ):
                 raise SpecError(
-                    f"{self._label(i)} of model {self._model!r} is now {described(y)}, and was {spec} when the call "
-                    "was prepared; a model's outputs must have the same types whenever its inputs have"
+                    f"{self._label(i)} of model {self._model!r} is now {described(y)}, and was"
+                    f" {spec} when the call was prepared; a model's outputs must have the same"
+                    " types whenever its inputs have"
                 )
         return outputs
 
     def _check(self, position: int, y: Any) -> None:
         if not isinstance(y, Tensor):
-            raise StructureError(f"{self._label(position)} of model {self._model!r} is {described(y)}; return a tensor")
+            raise StructureError(
+                f"{self._label(position)} of model {self._model!r} is {described(y)}; return a"
+                " tensor"
+            )
         if y.layout is not torch.strided or y.dtype not in DTYPES:
             raise SpecError(
-                f"{self._label(position)} of model {self._model!r} is a tensor of {y.dtype} and {y.layout}, which has "
-                "no counterpart; return a dense tensor of another type"
+                f"{self._label(position)} of model {self._model!r} is a tensor of {y.dtype} and"
+                f" {y.layout}, which has no counterpart; return a dense tensor of another type"
             )
         if y.device.type == "meta":
-            raise SpecError(f"{self._label(position)} of model {self._model!r} is on meta, and has no values")
+            raise SpecError(
+                f"{self._label(position)} of model {self._model!r} is on meta, and has no values"
+            )
 
     def _label(self, position: int) -> str:
         return [*trees.leaf_paths(self.tree, "the result"), *self._buffers][position]
@@ -91,7 +108,8 @@ class _Different(Exception):
 def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
     """Return what takes apart the values of a tree, of which `value` is the first.
 
-    `trees.encode` would do, but it takes longer, and what it leaves behind holds the leaves until the next collection.
+    `trees.encode` would do, but it takes longer, and what it leaves behind holds the leaves until
+    the next collection.
     """
     kind = tree.WhichOneof("kind")
     if kind == "leaf":
@@ -105,7 +123,10 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
         return lambda value, leaves: _take_items(value, keys, takers, leaves)
     if kind == "dataclass":
         fields = list(node.fields)
-        takers = [_taker_of(item, getattr(value, field)) for field, item in zip(fields, node.items, strict=True)]
+        takers = [
+            _taker_of(item, getattr(value, field))
+            for field, item in zip(fields, node.items, strict=True)
+        ]
         cls, beyond = type(value), trees.attributes_beyond(value, fields)
         return lambda value, leaves: _take_fields(value, cls, beyond, fields, takers, leaves)
     takers = [_taker_of(item, each) for each, item in zip(value, node.items, strict=True)]
@@ -126,17 +147,25 @@ def _take_none(value: Any, leaves: list[Any]) -> None:
 
 
 def _take_sequence(
-    value: Any, container: type[Sequence[Any]], named: type | None, takers: Sequence[_Taker], leaves: list[Any]
+    value: Any,
+    container: type[Sequence[Any]],
+    named: type | None,
+    takers: Sequence[_Taker],
+    leaves: list[Any],
 ) -> None:
     if not isinstance(value, container) or len(value) != len(takers):
         raise _Different
-    if type(value) is not named and (named is not None or hasattr(value, "_fields")):  # of another namedtuple's class
+    if type(value) is not named and (
+        named is not None or hasattr(value, "_fields")
+    ):  # of another namedtuple's class
         raise _Different
     for take, item in zip(takers, value, strict=True):
         take(item, leaves)
 
 
-def _take_items(value: Any, keys: Sequence[Any], takers: Sequence[_Taker], leaves: list[Any]) -> None:
+def _take_items(
+    value: Any, keys: Sequence[Any], takers: Sequence[_Taker], leaves: list[Any]
+) -> None:
     if not isinstance(value, Mapping) or len(value) != len(keys):
         raise _Different
     for take, key in zip(takers, keys, strict=True):

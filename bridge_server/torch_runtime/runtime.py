@@ -14,7 +14,12 @@ from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
 from bridge_server.serving.turns import Turn
-from bridge_server.signatures import check_differentiable, check_pullback, check_signature, positional_names
+from bridge_server.signatures import (
+    check_differentiable,
+    check_pullback,
+    check_signature,
+    positional_names,
+)
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import parts_of
@@ -50,11 +55,12 @@ class TorchRuntime(Runtime):
         parts = parts_of(name, target, self._device)
         if parts is None:
             raise TargetError(
-                f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a function, an "
-                "nn.Module, or a pair (function or module, parameters)"
+                f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a"
+                " function, an nn.Module, or a pair (function or module, parameters)"
             )
         parameters = [
-            Parameter(label, types.spec_of(tensor), label in parts.trainable) for label, tensor in parts.state.items()
+            Parameter(label, types.spec_of(tensor), label in parts.trainable)
+            for label, tensor in parts.state.items()
         ]
         return Model(
             name=name,
@@ -74,7 +80,8 @@ class TorchRuntime(Runtime):
         how: dict[str, Any] = {
             "draws": base.draws,
             "is_seeded": base.key is not None,
-            # A forward-mode derivative or a batch may lay out tensors as the call does not; vjp runs the call.
+            # A forward-mode derivative or a batch may lay out tensors as the call does not; vjp
+            # runs the call.
             "draws_in_row_major_order": base.draws_by_layout or bool(kinds - {"vjp"}),
             "has_fast_path": base.has_fast_path,
             "placing": self._placing(base.key),
@@ -88,14 +95,18 @@ class TorchRuntime(Runtime):
             check_differentiable("keep", wrt, composed.inputs)
             program = KeepingProgram(composed, wrt, base.where, **how)
         else:
-            program = Program(composed.inputs, composed.outputs, base.where, _running(composed, base), **how)
+            program = Program(
+                composed.inputs, composed.outputs, base.where, _running(composed, base), **how
+            )
         if not call.transforms:
             program.result = base.result
         return program
 
     def fingerprint(self, model: Model, call: pb.Call) -> bytes:
         made = Fingerprint()
-        made.add("torch", torch.__version__, code_of(model), call.SerializeToString(deterministic=True))
+        made.add(
+            "torch", torch.__version__, code_of(model), call.SerializeToString(deterministic=True)
+        )
         made.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
         if not call.parameters:
             made.add(self._values.of(model))
@@ -104,9 +115,13 @@ class TorchRuntime(Runtime):
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = tuple(parameter.spec for parameter in model.parameters)
-        return Program((), outputs, f"the parameters of {model.name!r}", lambda _, __: (model.values, None))
+        return Program(
+            (), outputs, f"the parameters of {model.name!r}", lambda _, __: (model.values, None)
+        )
 
-    def prepare_pullback(self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]) -> Preparation:
+    def prepare_pullback(
+        self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]
+    ) -> Preparation:
         assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
         check_pullback(program, wrt, outputs)
         yield "tracing"
@@ -128,12 +143,18 @@ class TorchRuntime(Runtime):
         return not self._is_on_host and is_refused(lambda: torch.zeros(1).to(self._device).cpu())
 
     def stream(self) -> int | None:
-        return torch.cuda.current_stream(self._device).cuda_stream if self._device.type == "cuda" else None
+        return (
+            torch.cuda.current_stream(self._device).cuda_stream
+            if self._device.type == "cuda"
+            else None
+        )
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if turn is not None:
             return types.tensor_in_turn(pointer, spec, owner, turn)
-        return types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
+        return (
+            types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
+        )
 
     def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         if turn is not None:
@@ -145,15 +166,23 @@ class TorchRuntime(Runtime):
             with model_errors(_OUTPUT):
                 types.write(array, pointer, nbytes)
 
-    def exclusive(self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any) -> Sequence[int | None]:
+    def exclusive(
+        self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any
+    ) -> Sequence[int | None]:
         return [types.exclusive_pointer(output) for output in outputs]
 
     def _placing(self, key: int | None = None) -> Placing | None:
-        """Return what brings a program's inputs to the GPU; `key` is the position of one that is for the host."""
-        return None if self._is_on_host else functools.partial(types.brought_to, self._device, kept=key)
+        """Return what brings a program's inputs to the GPU; `key` is the position of one that is
+        for the host."""
+        return (
+            None
+            if self._is_on_host
+            else functools.partial(types.brought_to, self._device, kept=key)
+        )
 
     def _call(self, model: Model, call: pb.Call) -> Call:
-        """Return the call without its transforms, which is traced once for all programs that are derived from it."""
+        """Return the call without its transforms, which is traced once for all programs that are
+        derived from it."""
         plain = pb.Call()
         plain.CopyFrom(call)
         plain.ClearField("transforms")
@@ -162,15 +191,20 @@ class TorchRuntime(Runtime):
         known = self._calls.get(key)
         if known is None:
             inputs = decode_all(call.inputs)
-            where = f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
-            known = self._calls[key] = Call(model, plain, inputs, self._classes, self._device, where)
+            where = (
+                f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
+            )
+            known = self._calls[key] = Call(
+                model, plain, inputs, self._classes, self._device, where
+            )
             if len(self._calls) > _MAX_CALLS:  # to forget one costs no more than another trace
                 self._calls.pop(next(iter(self._calls)), None)
         return known
 
 
 def _device(options: Options) -> torch.device:
-    """Return where models run: those of a worker on the GPU if there is one, and a guest's where they are."""
+    """Return where models run: those of a worker on the GPU if there is one, and a guest's where
+    they are."""
     if options.is_guest:
         device = torch.device(options.device)
         if device != types.HOST:
@@ -185,9 +219,12 @@ def _device(options: Options) -> torch.device:
     return device
 
 
-def _running(composed: Composed, call: Call) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
+def _running(
+    composed: Composed, call: Call
+) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
     def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
-        # The model gets tensors of its own, over the same memory: a session's views are there for every call.
+        # The model gets tensors of its own, over the same memory: a session's views are there for
+        # every call.
         own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[call.leaves :]]
         return [y.detach() for y in composed.f([*arrays[: call.leaves], *own])], None
 

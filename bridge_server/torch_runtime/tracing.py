@@ -1,8 +1,9 @@
 """What a call returns and touches, found out before its first run.
 
-The call is made once with fake tensors, which have types and no data, as its state and its inputs. Tensors that it
-makes of nothing else are real: a model may keep those. A model that cannot be called so, because it looks at values, is
-run on zeros; if it refuses these or does not end on them, on ones, or on identity matrices.
+The call is made once with fake tensors, which have types and no data, as its state and its inputs.
+Tensors that it makes of nothing else are real: a model may keep those. A model that cannot be
+called so, because it looks at values, is run on zeros; if it refuses these or does not end on them,
+on ones, or on identity matrices.
 """
 
 import gc
@@ -40,8 +41,8 @@ _NOTHING: AbstractContextManager[None] = nullcontext()
 # Operators that keep statistics write these arguments, and their schemas do not say so.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 
-# A run on made-up values that takes so many operators, some seconds, seems to have no end: others are tried. If it has
-# none on any of them, each gets more, a minute or two.
+# A run on made-up values that takes so many operators, some seconds, seems to have no end: others
+# are tried. If it has none on any of them, each gets more, a minute or two.
 _MOST_OPERATORS = (100_000, 3_000_000)
 
 Function = Callable[[Sequence[Tensor], Sequence[Any]], Sequence[Tensor]]
@@ -52,24 +53,33 @@ Filling = Callable[[Spec, torch.device], Any]
 class Traced(NamedTuple):
     """What a trace has found out."""
 
-    written: frozenset[int]  # positions of what was changed in place, among the state and then the inputs
-    strays: frozenset[int]  # positions of state of which the original was used instead of what was passed
+    written: frozenset[
+        int
+    ]  # positions of what was changed in place, among the state and then the inputs
+    strays: frozenset[
+        int
+    ]  # positions of state of which the original was used instead of what was passed
     draws: bool  # whether random numbers were drawn
     draws_by_layout: bool  # whether they were drawn for tensors that are not row-major
     reads_kept: bool  # whether a call reads tensors that an earlier one made of its state or inputs
-    overwrites: bool  # whether tensors were written that are neither state nor inputs nor made in the call
+    overwrites: (
+        bool  # whether tensors were written that are neither state nor inputs nor made in the call
+    )
     has_fast_path: bool  # whether it may run layers that torch computes otherwise under autograd
-    needs_grad: bool  # whether it works only while autograd records, as a model does that differentiates inside
+    # whether it works only while autograd records, as a model does that differentiates inside
+    needs_grad: bool
     is_fake: bool  # whether it holds whatever the values are
-    operators: bytes  # a digest of the operators that depend on state, inputs or draws, and of their other arguments
+    # a digest of the operators that depend on state, inputs or draws, and of their other arguments
+    operators: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A call of `f(state, inputs)`, to be made with tensors like these and inputs of these types on a device.
+    """A call of `f(state, inputs)`, to be made with tensors like these and inputs of these types on
+    a device.
 
-    The state gets other dtypes. `isolated` returns `f` on a copy of the model that is used no more afterwards, and
-    `snapshot` the Python state that the copy shares with the model.
+    The state gets other dtypes. `isolated` returns `f` on a copy of the model that is used no more
+    afterwards, and `snapshot` the Python state that the copy shares with the model.
     """
 
     isolated: Callable[[], Function]
@@ -85,7 +95,8 @@ class Trial:
 
         Raises:
           RemoteModelError: the model raises, whatever the values.
-          CallerError: it does not end, whatever the values, or keeps a tensor of the trace for good.
+          CallerError: it does not end, whatever the values, or keeps a tensor of the trace for
+            good.
         """
         try:
             return self._made_either_way(zeros, math.inf, is_fake=True)
@@ -96,7 +107,8 @@ class Trial:
         return self._traced_on_values(why)
 
     def has_custom_functions(self) -> bool:
-        """Whether derivatives of the call pass an autograd.Function; also if that cannot be told."""
+        """Whether derivatives of the call pass an autograd.Function; also if that cannot be
+        told."""
         before, f = self.snapshot(), self.isolated()
         watch = _Watch(self.state, math.inf, FakeTensorMode(allow_non_fake_inputs=True))
         try:
@@ -120,7 +132,8 @@ class Trial:
                 try:
                     traced = self._made_either_way(filling, most_operators, is_fake=False)
                 except BaseException as error:
-                    # A model may use this very package: on fake tensors, that is an error of ours, too.
+                    # A model may use this very package: on fake tensors, that is an error of ours,
+                    # too.
                     if isinstance(error, BridgeError) or not is_models(error):
                         raise
                     if _first_line(error) == _first_line(why):  # then it is not for the values
@@ -128,12 +141,15 @@ class Trial:
                     refused[name] = error
                     continue
                 reason = _first_line(why)
-                _log.warning("%s was run once on %s, since it cannot be traced: %s", self.where, name, reason)
+                _log.warning(
+                    "%s was run once on %s, since it cannot be traced: %s", self.where, name, reason
+                )
                 return traced
         if endless := [name for name, error in refused.items() if isinstance(error, _Endless)]:
             raise CallerError(
-                f"{self.where} looks at values, so it was run to find out what it returns, and did not end within "
-                f"{_MOST_OPERATORS[-1]} operators on {' or on '.join(endless)}; bound its loops by a number of steps"
+                f"{self.where} looks at values, so it was run to find out what it returns, and did"
+                f" not end within {_MOST_OPERATORS[-1]} operators on {' or on '.join(endless)};"
+                " bound its loops by a number of steps"
             )
         raise remote(refused["zeros"], self.where) from refused["zeros"]
 
@@ -146,15 +162,20 @@ class Trial:
                 raise
             return self._made(filling, most_operators, is_fake=is_fake, needs_grad=True)
 
-    def _made(self, filling: Filling, most_operators: float, *, is_fake: bool, needs_grad: bool) -> Traced:
-        """Make the call, and see to it that none of its tensors is left where the next one would find it."""
+    def _made(
+        self, filling: Filling, most_operators: float, *, is_fake: bool, needs_grad: bool
+    ) -> Traced:
+        """Make the call, and see to it that none of its tensors is left where the next one would
+        find it."""
         before, f = self.snapshot(), self.isolated()
         fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
         watch = _Watch(self.state, most_operators, fake)
         again = _Watch(self.state, most_operators, fake)
         try:
             self._run(f, watch, filling, needs_grad)
-            reads_kept = bool(watch.survivors()) and self._reads_kept(f, watch, again, filling, needs_grad)
+            reads_kept = bool(watch.survivors()) and self._reads_kept(
+                f, watch, again, filling, needs_grad
+            )
         except BaseException as error:
             del f
             _forget_frames(error)
@@ -163,9 +184,10 @@ class Trial:
         del f
         if left := _take_back((watch, again), before):
             raise _LeftBehind(
-                f"{self.where} keeps tensors ({left}) that it made of its arguments or parameters in an object that "
-                "the bridge cannot put back, so a later call would return another call's values; keep them in an "
-                "attribute of the module, or do not keep them"
+                f"{self.where} keeps tensors ({left}) that it made of its arguments or parameters"
+                " in an object that the bridge cannot put back, so a later call would return"
+                " another call's values; keep them in an attribute of the module, or do not keep"
+                " them"
             )
         return Traced(
             frozenset(watch.written),
@@ -180,10 +202,13 @@ class Trial:
             watch.ran.digest(),
         )
 
-    def _reads_kept(self, f: Function, watch: "_Watch", again: "_Watch", filling: Filling, needs_grad: bool) -> bool:
+    def _reads_kept(
+        self, f: Function, watch: "_Watch", again: "_Watch", filling: Filling, needs_grad: bool
+    ) -> bool:
         """Call again, and return whether this reads what the first call has kept.
 
-        A call that keeps nothing more has a cache, though it may not have read it; one that does has a log.
+        A call that keeps nothing more has a cache, though it may not have read it; one that does
+        has a log.
         """
         again.kept = watch.survivors()
         try:
@@ -194,12 +219,21 @@ class Trial:
         return again.reads_kept or not again.survivors()
 
     def _run(
-        self, f: Function, watch: "_Watch", filling: Filling, needs_grad: bool, *, is_recorded: bool = False
+        self,
+        f: Function,
+        watch: "_Watch",
+        filling: Filling,
+        needs_grad: bool,
+        *,
+        is_recorded: bool = False,
     ) -> Sequence[Tensor]:
         state = list(zip(self.state, self.dtypes, strict=True))
         if watch.fake is not None:
             with watch.fake:
-                copies = [torch.empty(each.shape, dtype=dtype, device=each.device) for each, dtype in state]
+                copies = [
+                    torch.empty(each.shape, dtype=dtype, device=each.device)
+                    for each, dtype in state
+                ]
                 arrays = [filling(spec, self.device) for spec in self.inputs]
         else:
             copies = [each.detach().to(dtype, copy=True) for each, dtype in state]
@@ -208,7 +242,9 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(needs_grad))
             stack.enter_context(no_fast_path)
-            if watch.fake is None:  # what is drawn here is missed nowhere; fake tensors draw nothing
+            if (
+                watch.fake is None
+            ):  # what is drawn here is missed nowhere; fake tensors draw nothing
                 stack.enter_context(drawing(is_seeded=True))
             stack.enter_context(watch)
             if is_recorded:
@@ -223,7 +259,8 @@ def _as_variable(x: Any) -> Any:
 
 
 def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
-    """Take away the tensors made of the state or the inputs that have outlived their calls; return which cannot be.
+    """Take away the tensors made of the state or the inputs that have outlived their calls; return
+    which cannot be.
 
     Those raise from now on where they are fake.
     """
@@ -233,7 +270,11 @@ def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
     left = set().union(*(watch.survivors() for watch in watches))
     if not left:
         return ""
-    kept = [each for each in gc.get_objects() if issubclass(type(each), Tensor) and _storage(each) in left]
+    kept = [
+        each
+        for each in gc.get_objects()
+        if issubclass(type(each), Tensor) and _storage(each) in left
+    ]
     for each in kept:
         if isinstance(each, FakeTensor):
             each.__class__ = _Left
@@ -257,10 +298,12 @@ class _Left(FakeTensor):
     """A fake tensor that a model has kept where it cannot be taken away: every use raises."""
 
     @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise RuntimeError(
-            f"{operator} got a tensor without values, which a model kept when the bridge prepared a call of it; clear "
-            "the cache that holds it"
+            f"{operator} got a tensor without values, which a model kept when the bridge prepared a"
+            " call of it; clear the cache that holds it"
         )
 
 
@@ -290,8 +333,8 @@ class _Endless(BaseException):
 class _Watch(TorchDispatchMode):
     """Sees every operator that runs, and notes what it does besides returning tensors.
 
-    `fake` is the mode of the tensors that are followed; None where they are real. Followed are the state and inputs of
-    the call, and all that is made of them, by their storages.
+    `fake` is the mode of the tensors that are followed; None where they are real. Followed are the
+    state and inputs of the call, and all that is made of them, by their storages.
     """
 
     def __init__(
@@ -314,9 +357,13 @@ class _Watch(TorchDispatchMode):
         self._originals = {_storage(x): i for i, x in enumerate(originals)}
         self._followed: dict[int, StorageWeakRef] = {}
         self._made: dict[int, StorageWeakRef] = {}  # in this call, of nothing that is followed
-        self.overwritten: dict[int, StorageWeakRef] = {}  # was there before, and is neither state nor input
+        self.overwritten: dict[
+            int, StorageWeakRef
+        ] = {}  # was there before, and is neither state nor input
         self.ran = Fingerprint()
-        self._numbers: dict[int | None, int] = {}  # of the storages that operators in the fingerprint have made
+        self._numbers: dict[
+            int | None, int
+        ] = {}  # of the storages that operators in the fingerprint have made
 
     def follow(self, tensors: Sequence[Any]) -> None:
         """Follow these, the state and the inputs, which are written by position."""
@@ -325,19 +372,26 @@ class _Watch(TorchDispatchMode):
         self._numbers = dict(self._positions)
 
     def survivors(self) -> set[int]:
-        """Return the storages that are followed and still there, once what only cycles hold is gone."""
+        """Return the storages that are followed and still there, once what only cycles hold is
+        gone."""
         if any(not weak.expired() for weak in self._followed.values()):
             gc.collect()
         return {storage for storage, weak in self._followed.items() if not weak.expired()}
 
     def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        operator: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         self._left -= 1
         if self._left < 0:
             raise _Endless
         kwargs = kwargs or {}
-        given = {each.name: each.default_value for each in operator._schema.arguments} | dict(kwargs)
+        given = {each.name: each.default_value for each in operator._schema.arguments} | dict(
+            kwargs
+        )
         for argument, value in zip(operator._schema.arguments, args, strict=False):
             given[argument.name] = value
         written: list[Tensor] = []
@@ -354,16 +408,21 @@ class _Watch(TorchDispatchMode):
         # Attention bears the tag with and without dropout.
         if is_random(operator) and given.get("dropout_p") != 0:
             self.draws = True
-            self.draws_by_layout |= not all(each.layout is torch.strided and each.is_contiguous() for each in read)
-        # Constants count by their values: whether they are made in this call or were kept by an earlier one.
+            self.draws_by_layout |= not all(
+                each.layout is torch.strided and each.is_contiguous() for each in read
+            )
+        # Constants count by their values: whether they are made in this call or were kept by an
+        # earlier one.
         is_recorded = is_random(operator) or any(_storage(x) in self._numbers for x in read)
         if is_recorded:
-            self.ran.add(operator, *(f"{name}={self._named(value)}" for name, value in given.items()))
+            self.ran.add(
+                operator, *(f"{name}={self._named(value)}" for name, value in given.items())
+            )
         is_followed = any(map(self._is_followed, read))
         foreign = [x for x in written if not self._is_followed(x) and _storage(x) not in self._made]
         _note(foreign, self.overwritten)
-        # Real tensors into which fake ones were written have other values than they should; and what the call has not
-        # made, it must not change.
+        # Real tensors into which fake ones were written have other values than they should; and
+        # what the call has not made, it must not change.
         is_unreal = is_followed or any(_storage(x) in self.overwritten for x in read)
         if self.fake is None or any(isinstance(x, FakeTensor) for x in read):
             context: AbstractContextManager[object] = _NOTHING
@@ -378,14 +437,18 @@ class _Watch(TorchDispatchMode):
             for x in (*written, *made):
                 self._numbers.setdefault(_storage(x), len(self._numbers))
         is_followed |= any(isinstance(x, FakeTensor) for x in made)
-        _note([*written, *made] if is_followed else made, self._followed if is_followed else self._made)
+        _note(
+            [*written, *made] if is_followed else made,
+            self._followed if is_followed else self._made,
+        )
         return outputs
 
     def _named(self, value: Any) -> str:
         return str(pytree.tree_map_only(Tensor, self._name, value))
 
     def _name(self, x: Tensor) -> str:
-        """Return which tensor this is: of the call, by the number of its storage; of the model, by its values."""
+        """Return which tensor this is: of the call, by the number of its storage; of the model,
+        by its values."""
         storage = _storage(x)
         number = self._numbers.get(storage)
         where = f"{x.dtype}{list(x.shape)}"
@@ -400,7 +463,11 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    return [each for each in (value if isinstance(value, list | tuple) else [value]) if isinstance(each, Tensor)]
+    return [
+        each
+        for each in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(each, Tensor)
+    ]
 
 
 def _note(tensors: Sequence[Tensor], storages: dict[int, StorageWeakRef]) -> None:

@@ -1,9 +1,10 @@
 """Derivatives and batches of a call, each a function of a flat list of arrays again.
 
-There are two ways to make each of them. torch.func's transforms compose with everything, but not with code that they
-cannot look into, such as an autograd.Function without setup_context. Plain autograd does with any torch code: a
-derivative is a backward pass, a forward-mode derivative two of them, a batch its rows one by one. A reverse-mode
-derivative that no batch and no forward-mode derivative is made of is always plain, which is also the fastest.
+There are two ways to make each of them. torch.func's transforms compose with everything, but not
+with code that they cannot look into, such as an autograd.Function without setup_context. Plain
+autograd does with any torch code: a derivative is a backward pass, a forward-mode derivative two of
+them, a batch its rows one by one. A reverse-mode derivative that no batch and no forward-mode
+derivative is made of is always plain, which is also the fastest.
 """
 
 import functools
@@ -40,7 +41,8 @@ class Composed(NamedTuple):
 
 
 def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) -> Composed:
-    """Return the call with the transforms applied to it in order; `is_kept` says that it is going to be pulled back."""
+    """Return the call with the transforms applied to it in order; `is_kept` says that it is
+    going to be pulled back."""
     plain = functional = Composed(call, call.inputs, call.outputs)
     kinds = [transform.WhichOneof("kind") for transform in transforms]
     last = max((i for i, kind in enumerate(kinds) if kind != "vjp"), default=-1)
@@ -50,20 +52,30 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
             inputs = batched(plain.inputs, transform.vmap)
             is_keyed_by_row |= call.key is not None and transform.vmap.axes[call.key] >= 0
             randomness = "different" if call.key is None else "same"
-            functional = _vmap(functional, transform.vmap, inputs, functools.partial(_batched, randomness=randomness))
+            functional = _vmap(
+                functional,
+                transform.vmap,
+                inputs,
+                functools.partial(_batched, randomness=randomness),
+            )
             plain = _vmap(plain, transform.vmap, inputs, _row_by_row)
         elif kind == "jvp":
             _check(kind, transform.jvp, plain)
-            functional = _jvp(functional, transform.jvp, pushed_again if "jvp" in kinds[:i] else pushed_forward)
+            functional = _jvp(
+                functional, transform.jvp, pushed_again if "jvp" in kinds[:i] else pushed_forward
+            )
             plain = _jvp(plain, transform.jvp, _pushed_by_two_pullbacks)
         elif kind == "vjp":
             _check(kind, transform.vjp, plain)
-            functional = _vjp(functional, transform.vjp, _pulled_back_within if i < last else _pulled_back)
+            functional = _vjp(
+                functional, transform.vjp, _pulled_back_within if i < last else _pulled_back
+            )
             plain = _vjp(plain, transform.vjp, _pulled_back)
         else:
             raise ProtocolError("a transform has no kind")
     order = len(kinds) - kinds.count("vmap") + is_kept
-    # torch.func has no generator for each row, and takes the derivative of an undifferentiable backward for zero.
+    # torch.func has no generator for each row, and takes the derivative of an undifferentiable
+    # backward for zero.
     is_plain = last < 0 or is_keyed_by_row or (order > 1 and call.has_custom_functions)
     f = plain.f if is_plain else _Either(functional.f, plain.f, call)
     is_higher = "jvp" in kinds or order > 1
@@ -73,7 +85,8 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
 def pull_back(
     outputs: Sequence[Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], **how: bool
 ) -> list[Tensor]:
-    """Return the cotangents of the primals, in jax.vjp's convention: linear, where torch's gradient is conjugate.
+    """Return the cotangents of the primals, in jax.vjp's convention: linear, where torch's gradient
+    is conjugate.
 
     An output is a tensor or its GradientEdge; None if it depends on nothing.
     """
@@ -84,7 +97,7 @@ def pull_back(
     ]
 
 
-# What the transforms are to their inputs and outputs ---------------------------------------------------------------
+# What the transforms are to their inputs and outputs ----------------------------------------------
 
 _Selected = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -117,7 +130,10 @@ def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Ten
 
 
 def _vmap(
-    of: Composed, transform: pb.Transform.Vmap, inputs: tuple[Spec, ...], batch: Callable[..., list[Tensor]]
+    of: Composed,
+    transform: pb.Transform.Vmap,
+    inputs: tuple[Spec, ...],
+    batch: Callable[..., list[Tensor]],
 ) -> Composed:
     axes, size = tuple(transform.axes), transform.size
     mapped = tuple(i for i, axis in enumerate(axes) if axis >= 0)
@@ -133,7 +149,9 @@ def _vmap(
     return Composed(transformed, inputs, outputs)
 
 
-def _restricted(f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]) -> _Selected:
+def _restricted(
+    f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]
+) -> _Selected:
     """Return `f` as a function of the inputs `wrt` alone, to the selected outputs alone."""
 
     def restricted(primals: Sequence[Tensor]) -> list[Tensor]:
@@ -143,10 +161,12 @@ def _restricted(f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequen
     return restricted
 
 
-# By torch.func -----------------------------------------------------------------------------------------------------
+# By torch.func ------------------------------------------------------------------------------------
 
 
-def _pulled_back_within(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def _pulled_back_within(
+    f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
     if not primals or not cotangents:
         return [torch.zeros_like(x) for x in primals]
     pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)[1]
@@ -154,18 +174,27 @@ def _pulled_back_within(f: _Selected, primals: list[Tensor], cotangents: Sequenc
 
 
 def _batched(
-    of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int, *, randomness: str
+    of: Composed,
+    arrays: Sequence[Any],
+    mapped: Sequence[int],
+    axes: Sequence[int],
+    size: int,
+    *,
+    randomness: str,
 ) -> list[Tensor]:
     def row(*values: Tensor) -> tuple[Tensor, ...]:
         return tuple(of.f(replaced(arrays, mapped, values)))
 
     dims = tuple(axes[i] for i in mapped)
-    # What such a hook is asked for later would be computed outside of the batch, as torch.utils.checkpoint does.
+    # What such a hook is asked for later would be computed outside of the batch, as
+    # torch.utils.checkpoint does.
     with torch.autograd.graph.disable_saved_tensors_hooks("a batch cannot be computed again"):
-        return list(torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped)))
+        return list(
+            torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped))
+        )
 
 
-# By autograd alone -------------------------------------------------------------------------------------------------
+# By autograd alone --------------------------------------------------------------------------------
 
 
 def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
@@ -174,7 +203,8 @@ def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tenso
         xs = [_as_variable(x) for x in primals]
         if not is_differentiated:
             return pull_back(f(xs), xs, cotangents)
-        # As variables too: else a backward that can be differentiated once only does not notice the second time.
+        # As variables too: else a backward that can be differentiated once only does not notice the
+        # second time.
         ys = f(xs)
         with refusing_dead_ends(ys):
             made = pull_back(ys, xs, [_as_variable(ct) for ct in cotangents], create_graph=True)
@@ -182,8 +212,11 @@ def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tenso
         return made
 
 
-def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tangents of the outputs: the pullback is linear, and its own pullback is the derivative.
+def _pushed_by_two_pullbacks(
+    f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the tangents of the outputs: the pullback is linear, and its own pullback is the
+    derivative.
 
     Both times torch's conjugate is taken, so there is nothing to conjugate.
     """
@@ -196,14 +229,21 @@ def _pushed_by_two_pullbacks(f: _Selected, primals: list[Tensor], tangents: Sequ
             pulled = _gradients(ys, xs, probes, create_graph=True)
         _refuse_dead_ends(pulled)
         pushed = _gradients(pulled, probes, tangents, create_graph=is_differentiated)
-    return [torch.zeros_like(y) if tangent is None else tangent for y, tangent in zip(ys, pushed, strict=True)]
+    return [
+        torch.zeros_like(y) if tangent is None else tangent
+        for y, tangent in zip(ys, pushed, strict=True)
+    ]
 
 
 def _row_by_row(
     of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int
 ) -> list[Tensor]:
-    # A row has memory of its own, as outside of a batch: as_strided counts from where the memory begins.
-    rows = [of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped])) for n in range(size)]
+    # A row has memory of its own, as outside of a batch: as_strided counts from where the memory
+    # begins.
+    rows = [
+        of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped]))
+        for n in range(size)
+    ]
     if not rows:
         device = next((x.device for x in arrays if isinstance(x, Tensor)), HOST)
         return [zeros(spec._replace(shape=(0, *spec.shape)), device) for spec in of.outputs]
@@ -237,8 +277,8 @@ class _Either:
         if not self._call.is_opaque:  # once for all that is made of the call
             self._call.is_opaque = True
             _log.warning(
-                "torch.func cannot transform %s, so batches of it run row by row and forward-mode derivatives as two "
-                "backward passes: %s",
+                "torch.func cannot transform %s, so batches of it run row by row and forward-mode"
+                " derivatives as two backward passes: %s",
                 self._call.where,
                 str(error).partition("\n")[0],
             )
@@ -260,17 +300,22 @@ def _gradients(
 
 
 def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
-    """Raise an error if a further derivative would pass one that has none: autograd would make zeros of it."""
-    for node in nodes_of([get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]):
+    """Raise an error if a further derivative would pass one that has none: autograd would make
+    zeros of it."""
+    for node in nodes_of(
+        [get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]
+    ):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(
-                "a second derivative, or a forward-mode one, of an autograd.Function whose backward is marked with "
-                "@once_differentiable; write that backward in differentiable operators"
+                "a second derivative, or a forward-mode one, of an autograd.Function whose backward"
+                " is marked with @once_differentiable; write that backward in differentiable"
+                " operators"
             )
 
 
 def _as_variable(x: Tensor) -> Tensor:
-    """Return the tensor as one that gradients can be taken of, a link in the graph that it may belong to."""
+    """Return the tensor as one that gradients can be taken of, a link in the graph that it may
+    belong to."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -286,7 +331,7 @@ def _with_simple_attention(f: Flat) -> Flat:
     return simple
 
 
-# What a client may ask for -----------------------------------------------------------------------------------------
+# What a client may ask for ------------------------------------------------------------------------
 
 
 def _check(kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed) -> None:

@@ -18,7 +18,9 @@ from bridge_wire.specs import Spec
 keep_owners_by(lambda buffer: torch.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))  # type: ignore[attr-defined]
 
 HOST = torch.device("cpu")
-TORCH_DTYPES: Mapping[DType, torch.dtype] = {dtype: getattr(torch, name) for name, dtype in BY_NAME.items()}
+TORCH_DTYPES: Mapping[DType, torch.dtype] = {
+    dtype: getattr(torch, name) for name, dtype in BY_NAME.items()
+}
 DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
 
@@ -31,7 +33,8 @@ def spec_of(tensor: Tensor) -> Spec:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return the elements of a tensor, row-major, as bytes; of one that has no dense memory, its text."""
+    """Return the elements of a tensor, row-major, as bytes; of one that has no dense memory, its
+    text."""
     with _disable_current_modes():
         try:
             dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -65,10 +68,15 @@ def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
 
 
 def tensor_in_turn(pointer: int, spec: Spec, owner: Any, turn: Turn) -> Tensor:
-    """Return a tensor over memory of a GPU that `owner` keeps alive. The turn's stream, torch's own, waits for it."""
+    """Return a tensor over memory of a GPU that `owner` keeps alive.
+
+    The turn's stream, torch's own, waits for it.
+    """
     if 0 in spec.shape:
         return zeros(spec)
-    return torch.utils.dlpack.from_dlpack(DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order))
+    return torch.utils.dlpack.from_dlpack(
+        DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order)
+    )
 
 
 def _in_order(stream: int | None) -> None:
@@ -76,12 +84,14 @@ def _in_order(stream: int | None) -> None:
 
 
 def brought_to(device: torch.device, inputs: Sequence[Any], kept: int | None) -> list[Any]:
-    """Return a program's inputs with its tensors on a device, but for one position, which the host has to read.
+    """Return a program's inputs with its tensors on a device, but for one position, which the host
+    has to read.
 
     The host's memory has been read by then.
     """
     return [
-        x.to(device) if isinstance(x, Tensor) and x.device != device and i != kept else x for i, x in enumerate(inputs)
+        x.to(device) if isinstance(x, Tensor) and x.device != device and i != kept else x
+        for i, x in enumerate(inputs)
     ]
 
 
@@ -94,7 +104,8 @@ def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
 
 
 def write_in_turn(tensor: Tensor, pointer: int, nbytes: int, turn: Turn) -> None:
-    """Copy a tensor's elements, row-major, to memory of a GPU, when the turn's stream comes to it."""
+    """Copy a tensor's elements, row-major, to memory of a GPU, when the turn's stream comes to
+    it."""
     if tensor.is_cuda and not _is_row_major(tensor):
         tensor_in_turn(pointer, spec_of(tensor), None, turn).copy_(tensor.detach())
         return

@@ -1,10 +1,13 @@
-"""Views and in-place writes of traced tensors, for which JAX's arrays have no counterpart. Imports both frameworks.
+"""Views and in-place writes of traced tensors, for which JAX's arrays have no counterpart. Imports
+both frameworks.
 
-A traced tensor is a base, which holds an array, or a view, which knows how to read its parent's array and how that
-array looks after a write into the view. `_elem`, torchax's attribute for a tensor's array, becomes a property: a read
-of a view reads its parent again if the memory was written since, and a write into a view goes up to the base.
+A traced tensor is a base, which holds an array, or a view, which knows how to read its parent's
+array and how that array looks after a write into the view. `_elem`, torchax's attribute for a
+tensor's array, becomes a property: a read of a view reads its parent again if the memory was
+written since, and a write into a view goes up to the base.
 
-As in torch, a write under no_grad, or through a detached tensor, changes the value and leaves the derivative.
+As in torch, a write under no_grad, or through a detached tensor, changes the value and leaves the
+derivative.
 """
 
 import math
@@ -25,7 +28,8 @@ Array = Any
 
 
 class View(NamedTuple):
-    """How a view reads its parent's array, and how the parent's array looks after a write into the view."""
+    """How a view reads its parent's array, and how the parent's array looks after a write into
+    the view."""
 
     read: Callable[[Array], Array]
     written: Callable[[Array, Array], Array]
@@ -35,11 +39,17 @@ class Place:
     """The array of a tensor: a base, or a view of its parent's array."""
 
     def __init__(
-        self, value: Array, parent: "Place | None" = None, view: View | None = None, is_detached: bool = False
+        self,
+        value: Array,
+        parent: "Place | None" = None,
+        view: View | None = None,
+        is_detached: bool = False,
     ) -> None:
         self.parent = parent
         self.view = view
-        self.is_detached = is_detached  # whether it has a derivative of its own, and only the value in common
+        self.is_detached = (
+            is_detached  # whether it has a derivative of its own, and only the value in common
+        )
         self.base: Place = self if parent is None else parent.base
         self._value = value
         self._version = 0  # of a base, how often its memory was written
@@ -49,7 +59,9 @@ class Place:
     def of_view(cls, parent: "Place", view: View, *, is_detached: bool) -> "Place":
         """Return the place of a view."""
         value = view.read(parent.read())
-        return cls(jax.lax.stop_gradient(value) if is_detached else value, parent, view, is_detached)
+        return cls(
+            jax.lax.stop_gradient(value) if is_detached else value, parent, view, is_detached
+        )
 
     def read(self) -> Array:
         """Return the array, as it is after all writes."""
@@ -76,7 +88,10 @@ class Place:
 
 
 def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
-    """Make `_elem` of torchax's tensors a property that follows views and writes. Note each tensor that is made."""
+    """Make `_elem` of torchax's tensors a property that follows views and writes.
+
+    Note each tensor that is made.
+    """
 
     def read(tensor: Any) -> Array:
         return tensor.place.read()
@@ -109,11 +124,13 @@ def _with_value(old: Array, new: Array) -> Array:
 
 
 @_with_value.defjvp
-def _with_value_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _with_value_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     return _with_value(*primals), tangents[0]
 
 
-# The views of ATen ------------------------------------------------------------------------------------------------
+# The views of ATen --------------------------------------------------------------------------------
 
 
 def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[View] | None:
@@ -121,7 +138,9 @@ def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
     make = _VIEWS.get(operator)
     if make is None:
         return None
-    arguments = {each.name: each.default_value for each in operator._schema.arguments} | dict(kwargs)
+    arguments = {each.name: each.default_value for each in operator._schema.arguments} | dict(
+        kwargs
+    )
     arguments.update(zip((each.name for each in operator._schema.arguments), args, strict=False))
     x, *others = arguments.values()
     made = make(x, *others)
@@ -129,7 +148,8 @@ def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 
 
 def makes_views(operator: Any) -> bool:
-    """Whether an operator's schema says that its result shares memory with an argument that it does not write."""
+    """Whether an operator's schema says that its result shares memory with an argument that it
+    does not write."""
     schema = getattr(operator, "_schema", None)
     return schema is not None and any(
         each.alias_info is not None and not each.alias_info.is_write for each in schema.returns
@@ -142,7 +162,8 @@ def indexed(index: Any) -> View:
 
 
 def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> View:
-    """Return what `torch.as_strided` makes of a tensor that is contiguous and the base of its memory."""
+    """Return what `torch.as_strided` makes of a tensor that is contiguous and the base of its
+    memory."""
     positions = np.full(tuple(size), offset or 0)
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         shape = [1] * len(size)
@@ -167,7 +188,9 @@ def _part(read: Callable[[Array], Array]) -> View:
     """Return a view that has some of its parent's elements, each once."""
 
     def written(x: Array, value: Array) -> Array:
-        is_seen = _transposed(read, jnp.zeros(x.shape, jnp.int32), jnp.ones(value.shape, jnp.int32)) > 0
+        is_seen = (
+            _transposed(read, jnp.zeros(x.shape, jnp.int32), jnp.ones(value.shape, jnp.int32)) > 0
+        )
         return jnp.where(is_seen, _transposed(read, x, value), x)
 
     return View(read, written)
@@ -183,14 +206,17 @@ def _transposed(read: Callable[[Array], Array], x: Array, value: Array) -> Array
 
 def _refuse_overlap() -> None:
     raise CallerError(
-        "the torch code writes into a tensor of which several elements are the same memory, such as one that expand "
-        "has made; torch refuses this too: write into a .clone() of it"
+        "the torch code writes into a tensor of which several elements are the same memory, such as"
+        " one that expand has made; torch refuses this too: write into a .clone() of it"
     )
 
 
 def _expand(x: Tensor, size: Sequence[int], implicit: bool = False) -> View:
     lead = len(size) - x.ndim
-    shape = [*size[:lead], *(own if new == -1 else new for own, new in zip(x.shape, size[lead:], strict=True))]
+    shape = [
+        *size[:lead],
+        *(own if new == -1 else new for own, new in zip(x.shape, size[lead:], strict=True)),
+    ]
     if math.prod(shape) == x.numel():
         return _whole(lambda x: jnp.reshape(x, shape))
     return View(lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap())
@@ -204,7 +230,9 @@ def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
     return _whole(lambda x: jnp.swapaxes(x, dim0, dim1) if x.ndim else x)
 
 
-def _slice(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> View:
+def _slice(
+    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> View:
     return indexed((slice(None),) * (dim % x.ndim) + (slice(start, end, step),))
 
 
@@ -249,19 +277,23 @@ def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
     return _part(lambda x: jnp.diagonal(x, offset, dim1, dim2))
 
 
-def _as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> View:
+def _as_strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> View:
     return strided(x, size, stride, storage_offset)
 
 
 def _view_as_real(x: Tensor) -> View:
     return View(
-        lambda x: jnp.stack([x.real, x.imag], -1), lambda x, value: jax.lax.complex(value[..., 0], value[..., 1])
+        lambda x: jnp.stack([x.real, x.imag], -1),
+        lambda x, value: jax.lax.complex(value[..., 0], value[..., 1]),
     )
 
 
 def _view_as_complex(x: Tensor) -> View:
     return View(
-        lambda x: jax.lax.complex(x[..., 0], x[..., 1]), lambda x, value: jnp.stack([value.real, value.imag], -1)
+        lambda x: jax.lax.complex(x[..., 0], x[..., 1]),
+        lambda x, value: jnp.stack([value.real, value.imag], -1),
     )
 
 
@@ -272,8 +304,9 @@ def _view_as_dtype(x: Tensor, dtype: torch.dtype) -> View:
 
 def _refuse_ended(*arrays: Array) -> Array:
     raise CallerError(
-        "the torch code uses a tensor that an earlier call of traced code has made and kept, in a closure, a class, a "
-        "global or a cache: make it again in each call, or keep it in an attribute of the traced module"
+        "the torch code uses a tensor that an earlier call of traced code has made and kept, in a"
+        " closure, a class, a global or a cache: make it again in each call, or keep it in an"
+        " attribute of the traced module"
     )
 
 

@@ -1,4 +1,7 @@
-"""Tensors as JAX arrays and back, in pytrees, without a copy where that can be. No programs run here."""
+"""Tensors as JAX arrays and back, in pytrees, without a copy where that can be.
+
+No programs run here.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,17 +24,18 @@ _NAMES = {getattr(torch, name): name for name in BY_NAME}
 def to_jax(tree: Any, *, copy: bool | None = None) -> Any:
     """Return a pytree with each of its tensors as a JAX array; all other leaves stay what they are.
 
-    An array without a copy shares the tensor's memory, layout and lifetime: what is written into the tensor later
-    shows in the array. A copy is needed where a tensor has gaps or broadcast axes, a conjugate or negative bit, memory
-    that is not aligned to 64 bytes, or 64-bit integers while JAX runs without x64: they are narrowed if they fit.
+    An array without a copy shares the tensor's memory, layout and lifetime: what is written into
+    the tensor later shows in the array. A copy is needed where a tensor has gaps or broadcast axes,
+    a conjugate or negative bit, memory that is not aligned to 64 bytes, or 64-bit integers while
+    JAX runs without x64: they are narrowed if they fit.
 
     Args:
       copy: True always copies, False never, None if needed.
     Raises:
       CopyNeeded: copy=False, and it cannot be done without one.
       DTypeError: JAX has no such dtype, or not without x64.
-      StructureError: a tensor is sparse, has no memory here, or requires a gradient, which would be lost: detach it,
-        or call within torch.no_grad().
+      StructureError: a tensor is sparse, has no memory here, or requires a gradient, which would be
+        lost: detach it, or call within torch.no_grad().
     """
     return _map(lambda leaf: _as_array(leaf, copy), Tensor, tree)
 
@@ -39,10 +43,12 @@ def to_jax(tree: Any, *, copy: bool | None = None) -> Any:
 def to_torch(tree: Any, *, copy: bool | None = None) -> Any:
     """Return a pytree with each of its JAX arrays as a tensor; all other leaves stay what they are.
 
-    A tensor without a copy shares the array's memory. JAX takes arrays for immutable: write only into copies.
+    A tensor without a copy shares the array's memory. JAX takes arrays for immutable: write only
+    into copies.
 
     Args:
-      copy: True always copies, False never, None if needed: where an array is spread over several devices.
+      copy: True always copies, False never, None if needed: where an array is spread over several
+        devices.
     Raises:
       CopyNeeded: copy=False, and it cannot be done without one.
       DTypeError: torch has no such dtype.
@@ -70,17 +76,23 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
     if tensor.requires_grad:
         if torch.is_grad_enabled():
             raise StructureError(
-                "the tensor requires a gradient, which would be lost; .detach() it, call within torch.no_grad(), or "
-                "make the function that uses it a RemoteJaxFunction"
+                "the tensor requires a gradient, which would be lost; .detach() it, call within"
+                " torch.no_grad(), or make the function that uses it a RemoteJaxFunction"
             )
         tensor = tensor.detach()
-    if isinstance(tensor, FakeTensor):  # JAX would read at an address of nothing, and end the process
-        raise StructureError("the tensor stands for one whose values are not known yet, while torch traces this code")
+    if isinstance(
+        tensor, FakeTensor
+    ):  # JAX would read at an address of nothing, and end the process
+        raise StructureError(
+            "the tensor stands for one whose values are not known yet, while torch traces this code"
+        )
     try:
         made = _importable(tensor)
         is_copy = made.data_ptr() != tensor.data_ptr()
         if is_copy and copy is False:
-            raise CopyNeeded(f"JAX cannot share a tensor of {_described(tensor)}; allow a copy with copy=None")
+            raise CopyNeeded(
+                f"JAX cannot share a tensor of {_described(tensor)}; allow a copy with copy=None"
+            )
         if copy and not is_copy:
             made = made.clone()
         return jax.dlpack.from_dlpack(made)
@@ -94,7 +106,9 @@ def _importable(tensor: Tensor) -> Tensor:
     """Return the tensor itself if JAX can take it as it is, and else a copy that it can take."""
     name = _NAMES.get(tensor.dtype)
     if name is None:
-        raise DTypeError(f"the tensor has dtype {tensor.dtype}, which has no counterpart in JAX; cast it")
+        raise DTypeError(
+            f"the tensor has dtype {tensor.dtype}, which has no counterpart in JAX; cast it"
+        )
     if name in NEEDS_X64 and not has_x64():
         tensor = _narrowed(tensor, name)
     tensor = tensor.resolve_conj().resolve_neg()
@@ -109,8 +123,8 @@ def _narrowed(tensor: Tensor, name: str) -> Tensor:
     narrow = NARROWED.get(name)
     if narrow is None:
         raise DTypeError(
-            f"the tensor has dtype {name}, but JAX runs without x64; cast it to a 32-bit type or call "
-            'jax.config.update("jax_enable_x64", True)'
+            f"the tensor has dtype {name}, but JAX runs without x64; cast it to a 32-bit type or"
+            ' call jax.config.update("jax_enable_x64", True)'
         )
     dtype = getattr(torch, narrow.name)
     if tensor.numel():
@@ -119,7 +133,8 @@ def _narrowed(tensor: Tensor, name: str) -> Tensor:
         floor = torch.iinfo(dtype).min if name == "int64" else 0
         if low < floor or high > torch.iinfo(dtype).max:
             raise DTypeError(
-                f"the tensor has dtype {name} and values from {low} to {high}; JAX runs without x64 and holds "
+                f"the tensor has dtype {name} and values from {low} to {high}; JAX runs without x64"
+                " and holds "
                 f'{narrow.name} only: call jax.config.update("jax_enable_x64", True)'
             )
     return tensor.to(dtype)
@@ -138,23 +153,32 @@ def _is_compact(tensor: Tensor) -> bool:
 
 
 def _described(tensor: Tensor) -> str:
-    bits = "".join(f", {bit}" for bit, is_set in (("conj", tensor.is_conj()), ("neg", tensor.is_neg())) if is_set)
+    bits = "".join(
+        f", {bit}"
+        for bit, is_set in (("conj", tensor.is_conj()), ("neg", tensor.is_neg()))
+        if is_set
+    )
     offset = "" if tensor.data_ptr() % ALIGNMENT == 0 else ", not aligned to 64 bytes"
-    return f"dtype {tensor.dtype}, shape {list(tensor.shape)} and strides {list(tensor.stride())}{bits}{offset}"
+    return (
+        f"dtype {tensor.dtype}, shape {list(tensor.shape)} and strides"
+        f" {list(tensor.stride())}{bits}{offset}"
+    )
 
 
 def _as_tensor(array: jax.Array, copy: bool | None) -> Tensor:
     if isinstance(array, jax.core.Tracer):
         raise StructureError(
-            "the array is traced and has no values; call to_torch outside of jit, grad and vmap, or make the torch "
-            "function a RemoteTorchFunction or a trace_torch"
+            "the array is traced and has no values; call to_torch outside of jit, grad and vmap, or"
+            " make the torch function a RemoteTorchFunction or a trace_torch"
         )
     if array.is_deleted():
         raise StructureError("the array was deleted, or donated")
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise DTypeError("the array holds PRNG keys; pass jax.random.key_data of it")
     if str(array.dtype) not in BY_NAME:
-        raise DTypeError(f"the array has dtype {array.dtype}, which has no counterpart in torch; cast it")
+        raise DTypeError(
+            f"the array has dtype {array.dtype}, which has no counterpart in torch; cast it"
+        )
     if not array.is_fully_addressable:
         raise StructureError("the array lies on devices of other processes, too")
     if len(array.sharding.device_set) > 1:

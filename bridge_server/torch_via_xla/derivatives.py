@@ -1,7 +1,9 @@
-"""Operators whose derivatives torchax leaves to JAX, and torch defines otherwise where they are none or are not finite.
+"""Operators whose derivatives torchax leaves to JAX, and torch defines otherwise where they are
+none or are not finite.
 
-At zero and on borders, that is: a norm of zeros has the derivative zero in torch and none in JAX, the larger end of a
-clamp belongs to it, and the first of equal maxima has all of the gradient. The values are the same.
+At zero and on borders, that is: a norm of zeros has the derivative zero in torch and none in JAX,
+the larger end of a clamp belongs to it, and the first of equal maxima has all of the gradient. The
+values are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +22,11 @@ def _abs(x: Any) -> Any:
 
 def _atan2(y: Any, x: Any) -> Any:
     is_origin = (x == 0) & (y == 0)
-    return jnp.where(is_origin, jax.lax.stop_gradient(jnp.arctan2(y, x)), jnp.arctan2(y, jnp.where(is_origin, 1, x)))
+    return jnp.where(
+        is_origin,
+        jax.lax.stop_gradient(jnp.arctan2(y, x)),
+        jnp.arctan2(y, jnp.where(is_origin, 1, x)),
+    )
 
 
 def _cdist(x: Any, y: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
@@ -45,9 +51,17 @@ def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
     return jnp.where(is_linear, x, jnp.log1p(jnp.exp(jnp.where(is_linear, 0, x * beta))) / beta)
 
 
-def _vector_norm(x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def _vector_norm(
+    x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
     x = x if dtype is None else x.astype(str(dtype).removeprefix("torch."))
-    axes = tuple(range(x.ndim)) if dim is None or dim == [] else tuple(dim) if isinstance(dim, list | tuple) else (dim,)
+    axes = (
+        tuple(range(x.ndim))
+        if dim is None or dim == []
+        else tuple(dim)
+        if isinstance(dim, list | tuple)
+        else (dim,)
+    )
     is_zero = jnp.all(x == 0, axes, keepdims=True)
     sizes = _abs(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
     made = jnp.where(is_zero, 0, _norm(jnp.where(is_zero, 1, sizes), ord, axes))
@@ -70,7 +84,8 @@ def _norm(sizes: Any, ord: float, axes: tuple[int, ...]) -> Any:
 
 
 def _first(position: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what takes the elements along an axis that are at these positions, and the positions."""
+    """Return what takes the elements along an axis that are at these positions, and the
+    positions."""
 
     def taken(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
         if not x.ndim:

@@ -1,4 +1,7 @@
-"""torchax's operators, made to work with the torch that is here. Imports both frameworks, and torchax when needed."""
+"""torchax's operators, made to work with the torch that is here.
+
+Imports both frameworks, and torchax when needed.
+"""
 
 import contextlib
 import functools
@@ -25,7 +28,14 @@ from bridge_server.jax_runtime.types import has_x64
 from bridge_server.switches import Switch
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_via_xla import mutations
-from bridge_server.torch_via_xla.aliases import Place, follow_writes, indexed, makes_views, strided, views
+from bridge_server.torch_via_xla.aliases import (
+    Place,
+    follow_writes,
+    indexed,
+    makes_views,
+    strided,
+    views,
+)
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.derivatives import OPERATORS
 from bridge_server.torch_via_xla.functions import applied, apply_plainly, take_over
@@ -35,10 +45,14 @@ from bridge_server.torch_via_xla.lowerings import RANDOM
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import BridgeError, CallerError, DTypeError
 
-_OF_VALUES = {torch.tensor, torch.as_tensor}  # what makes tensors of Python's values, whose range is checked
+_OF_VALUES = {
+    torch.tensor,
+    torch.as_tensor,
+}  # what makes tensors of Python's values, whose range is checked
 # Methods of torchax's tensors that are no views, as torch's own are, or change the tensor itself.
 _NOT_TORCHS = ("__setitem__", "detach", "flatten", "type_as")
-# Functions of which torchax has its own version. ATen's operators, of which torch composes them, are more exact.
+# Functions of which torchax has its own version. ATen's operators, of which torch composes them,
+# are more exact.
 _COMPOSED = (
     torch.Tensor.__getitem__,
     torch.Tensor.resize_,
@@ -52,8 +66,8 @@ _COMPOSED = (
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten._to_copy.default)
 _WITHOUT_LOWERING = (
-    "the torch code calls {}, which tracing cannot turn into JAX; write the code without it, or run it by "
-    "RemoteTorchFunction, in a worker or in this process"
+    "the torch code calls {}, which tracing cannot turn into JAX; write the code without it, or run"
+    " it by RemoteTorchFunction, in a worker or in this process"
 )
 _LOSSY = {torch.float64, torch.complex128}
 
@@ -72,14 +86,22 @@ def environment() -> Any:
 
 @functools.cache
 def _made_environment() -> Any:
-    """Return the torchax environment of this module: its tables of operators, with what they lack."""
+    """Return the torchax environment of this module: its tables of operators, with what they
+    lack."""
     with _as_torchax_expects():
         try:
             from torchax import tensor
             from torchax.ops.ops_registry import Operator
-            from torchax.tensor import Environment, OperatorNotFound, RuntimeProperty, XLADispatchMode
+            from torchax.tensor import (
+                Environment,
+                OperatorNotFound,
+                RuntimeProperty,
+                XLADispatchMode,
+            )
         except ImportError as error:
-            raise CallerError(f"tracing torch code needs torchax: pip install torchax ({error})") from error
+            raise CallerError(
+                f"tracing torch code needs torchax: pip install torchax ({error})"
+            ) from error
         # A device that any torch has, unlike torchax's "jax": a traced tensor has no memory here.
         for name in _NOT_TORCHS:
             delattr(tensor.Tensor, name)
@@ -88,7 +110,8 @@ def _made_environment() -> Any:
         follow_writes(tensor.Tensor, lambda made: env.note_made(made))
 
         class Bridge(Environment):
-            """An environment that takes tensors of torch's own for constants, and loses nothing in silence."""
+            """An environment that takes tensors of torch's own for constants, and loses nothing
+            in silence."""
 
             def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
                 if not has_x64():
@@ -96,7 +119,12 @@ def _made_environment() -> Any:
                 if func in _OF_VALUES and not _holds_tensors((args, kwargs)):
                     with no_dispatch(), torch._C.DisableTorchFunction():
                         made = func(
-                            *args, **{name: value for name, value in (kwargs or {}).items() if name != "device"}
+                            *args,
+                            **{
+                                name: value
+                                for name, value in (kwargs or {}).items()
+                                if name != "device"
+                            },
                         )
                     return self._constant(made)
                 if func is torch.tensor:
@@ -132,7 +160,8 @@ def _made_environment() -> Any:
                     raise CallerError(f"{_WITHOUT_LOWERING.format(func)} ({error})") from error
                 except Exception as error:
                     raise CallerError(f"{_WITHOUT_LOWERING.format(func)} ({error})") from error
-                # A composition may say that it does not know a case, and C++ would read results that are not there.
+                # A composition may say that it does not know a case, and C++ would read results
+                # that are not there.
                 if made is NotImplemented or not _is_result_of(func, made):
                     raise CallerError(_WITHOUT_LOWERING.format(func))
                 given = {id(each) for each in torch_pytree.tree_leaves((args, kwargs))}
@@ -144,7 +173,9 @@ def _made_environment() -> Any:
                 if leaf.place.parent is not None or (is_given and func not in _COPIES):
                     return leaf
                 array = leaf._elem
-                return self.j2t_iso(array if torch.is_grad_enabled() else jax.lax.stop_gradient(array))
+                return self.j2t_iso(
+                    array if torch.is_grad_enabled() else jax.lax.stop_gradient(array)
+                )
 
             def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
                 """Call what makes views of its first argument."""
@@ -153,7 +184,9 @@ def _made_environment() -> Any:
                 if of is None:
                     return self._new(func, (), args, kwargs)
                 with no_dispatch(), torch._C.DisableTorchFunction():
-                    laid_out = func(*args, **kwargs)  # it looks at sizes and strides only, for there are no elements
+                    laid_out = func(
+                        *args, **kwargs
+                    )  # it looks at sizes and strides only, for there are no elements
                 is_detached = func is torch.ops.aten.detach.default or not torch.is_grad_enabled()
                 made = [
                     self._tensor_at(Place.of_view(base, view, is_detached=is_detached), layout)
@@ -183,7 +216,9 @@ def _made_environment() -> Any:
                 """Call what writes into its arguments: compute the new values, and write them."""
                 given = mutations.arguments(func, args, kwargs)
                 targets = {each.alias: given[each.name] for each in mutations.written(func)}
-                leaves = [leaf for leaf in torch_pytree.tree_leaves(targets) if isinstance(leaf, Tensor)]
+                leaves = [
+                    leaf for leaf in torch_pytree.tree_leaves(targets) if isinstance(leaf, Tensor)
+                ]
                 if not all(hasattr(leaf, "place") for leaf in leaves):
                     self._refuse_to_write(func, given, leaves)
                     return func(*args, **kwargs)
@@ -191,7 +226,9 @@ def _made_environment() -> Any:
                     return self._become(func, view, args, kwargs)
                 operator = mutations.functional(func)
                 made = self.dispatch(operator, types, *mutations.call_of(operator, given))
-                values = [leaf for leaf in torch_pytree.tree_leaves(made) if isinstance(leaf, Tensor)]
+                values = [
+                    leaf for leaf in torch_pytree.tree_leaves(made) if isinstance(leaf, Tensor)
+                ]
                 new = len(values) - len(leaves)  # what is written comes last
                 for leaf, value in zip(leaves, values[new:], strict=True):
                     self._assign(leaf, value, func, is_out="out" in func._overloadname)
@@ -202,14 +239,15 @@ def _made_environment() -> Any:
                     can_cast = torch.can_cast(value.dtype, target.dtype)
                 if not can_cast:
                     raise RuntimeError(
-                        f"result type {value.dtype} can't be cast to the desired output type {target.dtype}"
+                        f"result type {value.dtype} can't be cast to the desired output type"
+                        f" {target.dtype}"
                     )
                 array = self.t2j_iso(value).astype(target._elem.dtype)
                 if array.shape != target._elem.shape:
                     if not is_out or target.place.parent is not None:
                         raise RuntimeError(
-                            f"output with shape {list(target.shape)} doesn't match the shape {list(value.shape)} of "
-                            f"what {func} writes into it"
+                            f"output with shape {list(target.shape)} doesn't match the shape"
+                            f" {list(value.shape)} of what {func} writes into it"
                         )
                     target.place = Place(target._elem)
                     with no_dispatch(), torch._C.DisableTorchFunction():
@@ -227,13 +265,19 @@ def _made_environment() -> Any:
                     func(*args, **kwargs)
                 return args[0]
 
-            def _refuse_to_write(self, func: Any, given: Mapping[str, Any], leaves: Sequence[Tensor]) -> None:
-                """Refuse traced values in a tensor that is not traced. Note other writes, to undo them."""
+            def _refuse_to_write(
+                self, func: Any, given: Mapping[str, Any], leaves: Sequence[Tensor]
+            ) -> None:
+                """Refuse traced values in a tensor that is not traced.
+
+                Note other writes, to undo them.
+                """
                 if any(hasattr(leaf, "place") for leaf in torch_pytree.tree_leaves(given)):
                     raise CallerError(
-                        f"the torch code writes a traced value into a tensor of shape {list(leaves[0].shape)} that it "
-                        f"holds as a constant (by {func}): register the tensor as a buffer, make it within the traced "
-                        "code, or run the code by RemoteTorchFunction"
+                        "the torch code writes a traced value into a tensor of shape"
+                        f" {list(leaves[0].shape)} that it holds as a constant (by {func}):"
+                        " register the tensor as a buffer, make it within the traced code, or run"
+                        " the code by RemoteTorchFunction"
                     )
                 for leaf in leaves:
                     self.param.note_write(leaf)
@@ -250,23 +294,34 @@ def _made_environment() -> Any:
                 """Index by traced positions. torch would look at their values, to make a view."""
                 target = self._constant(target)
                 items = index if isinstance(index, tuple) else (index,)
-                if any(isinstance(item, slice) and _has_traced_position((item.start, item.stop)) for item in items):
+                if any(
+                    isinstance(item, slice) and _has_traced_position((item.start, item.stop))
+                    for item in items
+                ):
                     raise CallerError(
-                        "the torch code takes a slice whose bounds are traced, so that its size depends on values; "
-                        "index with torch.arange and a mask, or run the code by RemoteTorchFunction"
+                        "the torch code takes a slice whose bounds are traced, so that its size"
+                        " depends on values; index with torch.arange and a mask, or run the code by"
+                        " RemoteTorchFunction"
                     )
                 at = self.t2j_iso(index)
-                place = Place.of_view(target.place, indexed(at), is_detached=not torch.is_grad_enabled())
+                place = Place.of_view(
+                    target.place, indexed(at), is_detached=not torch.is_grad_enabled()
+                )
                 with no_dispatch(), torch._C.DisableTorchFunction():
-                    made = self._tensor_at(place, torch.empty(place.read().shape, dtype=target.dtype, device="meta"))
+                    made = self._tensor_at(
+                        place, torch.empty(place.read().shape, dtype=target.dtype, device="meta")
+                    )
                 if func is torch.Tensor.__getitem__:
                     return made
                 with self._dispatch_mode:
-                    torch.ops.aten.copy_.default(made, value if isinstance(value, Tensor) else torch.tensor(value))
+                    torch.ops.aten.copy_.default(
+                        made, value if isinstance(value, Tensor) else torch.tensor(value)
+                    )
                 return None
 
             def _get_op_or_decomp(self, func: Any) -> Any:
-                """Return torchax's version of an operator, or torch's own composition of simpler ones."""
+                """Return torchax's version of an operator, or torch's own composition of simpler
+                ones."""
                 try:
                     return super()._get_op_or_decomp(func)
                 except OperatorNotFound:
@@ -303,7 +358,8 @@ def _made_environment() -> Any:
                 try:
                     yield
                 except TypeError:
-                    # Of a DTypeError within `x * y`, Python makes a TypeError that tells nobody anything.
+                    # Of a DTypeError within `x * y`, Python makes a TypeError that tells nobody
+                    # anything.
                     if mine.refusal is not None:
                         raise mine.refusal from None
                     raise
@@ -313,7 +369,8 @@ def _made_environment() -> Any:
 
             @contextlib.contextmanager
             def within(self, rng: jax.Array | None) -> Iterator[None]:
-                """Trace code with random numbers from this key: a part of what is traced already, or by itself."""
+                """Trace code with random numbers from this key: a part of what is traced
+                already, or by itself."""
                 with contextlib.ExitStack() as stack:
                     is_part = self._is_tracing()
                     stack.enter_context(self.drawing_from(rng))
@@ -339,7 +396,10 @@ def _made_environment() -> Any:
             def _refuse_lossy(self, func: Any, args: Any, kwargs: Any) -> None:
                 for value in torch_pytree.tree_leaves((args, kwargs)):
                     if isinstance(value, torch.dtype) and value in _LOSSY:
-                        what = f"the torch code computes in {value} (in {getattr(func, '__name__', func)})"
+                        what = (
+                            f"the torch code computes in {value} (in"
+                            f" {getattr(func, '__name__', func)})"
+                        )
                         self._refuse(DTypeError(f"{what}, but JAX runs without x64: {TURN_ON_X64}"))
 
             def _refuse(self, error: DTypeError) -> NoReturn:
@@ -353,7 +413,8 @@ def _made_environment() -> Any:
                 return self._constant(leaf) if isinstance(leaf, Tensor) else self.j2t_iso(leaf)
 
             def _current(self, leaf: Tensor) -> Tensor:
-                """Return what stands for a tensor in this trace, if it is a parameter or a view of one."""
+                """Return what stands for a tensor in this trace, if it is a parameter or a view
+                of one."""
                 if hasattr(leaf, "place"):
                     return leaf
                 original, traced = self.param.stand_ins.get(_storage(leaf), (None, None))
@@ -362,18 +423,27 @@ def _made_environment() -> Any:
                 if leaf is original:
                     return traced
                 with no_dispatch(), torch._C.DisableTorchFunction():
-                    is_view = original.is_contiguous() and leaf.dtype == original.dtype and not leaf.is_conj()
+                    is_view = (
+                        original.is_contiguous()
+                        and leaf.dtype == original.dtype
+                        and not leaf.is_conj()
+                    )
                     if not is_view:
                         raise CallerError(
-                            f"the torch code reads a parameter of shape {list(original.shape)} through another tensor "
-                            "that shares its memory, and that tracing cannot make of the parameter's value: make the "
-                            "view in forward, or run the code by RemoteTorchFunction"
+                            f"the torch code reads a parameter of shape {list(original.shape)}"
+                            " through another tensor that shares its memory, and that tracing"
+                            " cannot make of the parameter's value: make the view in forward, or"
+                            " run the code by RemoteTorchFunction"
                         )
                     offset = leaf.storage_offset() - original.storage_offset()
                     view = strided(original, leaf.shape, leaf.stride(), offset)
-                    layout = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+                    layout = torch.empty_strided(
+                        leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta"
+                    )
                 is_detached = original.requires_grad and not leaf.requires_grad
-                return self._tensor_at(Place.of_view(traced.place, view, is_detached=is_detached), layout)
+                return self._tensor_at(
+                    Place.of_view(traced.place, view, is_detached=is_detached), layout
+                )
 
             def _constant(self, tensor: Tensor) -> Tensor:
                 tensor = self._current(tensor)
@@ -398,7 +468,8 @@ def _made_environment() -> Any:
                 self._written: dict[int, tuple[Tensor, Tensor]] = {}
 
             def stand_in(self, original: Tensor, traced: Tensor) -> None:
-                """Have a traced tensor stand for a parameter or buffer, by whichever reference the code reads it."""
+                """Have a traced tensor stand for a parameter or buffer, by whichever reference
+                the code reads it."""
                 self.stand_ins[_storage(original)] = original, traced
 
             def note_write(self, constant: Tensor) -> None:
@@ -415,14 +486,18 @@ def _made_environment() -> Any:
 
             def get_and_rotate_prng_key(self) -> jax.Array:
                 if self.prng is None:
-                    raise CallerError("the torch code draws random numbers: pass rng=, a key of jax.random.key")
+                    raise CallerError(
+                        "the torch code draws random numbers: pass rng=, a key of jax.random.key"
+                    )
                 key: jax.Array = super().get_and_rotate_prng_key()
                 return key
 
         class Dispatch(XLADispatchMode):
             """What sees each operator that torch calls."""
 
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
                 if func.namespace == "prims":  # of which some of torch's compositions consist
                     with self:
                         return func.impl_aten(*args, **(kwargs or {}))
@@ -434,7 +509,9 @@ def _made_environment() -> Any:
     _let_masks_be_traced(tensor.Tensor)
     for kind in torch.return_types.all_return_types:
         with contextlib.suppress(ValueError):  # it is known already
-            jax.tree_util.register_pytree_node(kind, lambda x: (tuple(x), None), functools.partial(_rebuilt, kind))
+            jax.tree_util.register_pytree_node(
+                kind, lambda x: (tuple(x), None), functools.partial(_rebuilt, kind)
+            )
     for operator, f in {**OPERATORS, **LOWERINGS}.items():
         env.override_op_definition(operator, _of_tensors(env, f))
     for operator, f in RANDOM.items():
@@ -470,7 +547,8 @@ def _is_result_of(operator: Any, made: Any) -> bool:
 
 
 def _with_tensors_for_lists(index: Any) -> Any:
-    """Return an index with a tensor in the place of each list: on a traced tensor's device its values would be lost."""
+    """Return an index with a tensor in the place of each list: on a traced tensor's device its
+    values would be lost."""
     if isinstance(index, tuple):
         return tuple(_with_tensors_for_lists(item) for item in index)
     is_plain = isinstance(index, list | range | np.ndarray) and not _holds_tensors(index)
@@ -480,7 +558,10 @@ def _with_tensors_for_lists(index: Any) -> Any:
 def _has_traced_position(index: Any) -> bool:
     """Whether an index has a traced number in it."""
     return any(
-        hasattr(leaf, "place") and not leaf.ndim and not leaf.is_floating_point() and leaf.dtype is not torch.bool
+        hasattr(leaf, "place")
+        and not leaf.ndim
+        and not leaf.is_floating_point()
+        and leaf.dtype is not torch.bool
         for item in (index if isinstance(index, tuple | list) else [index])
         for leaf in ([item.start, item.stop, item.step] if isinstance(item, slice) else [item])
     )
@@ -501,9 +582,10 @@ def _ending(trace: Any) -> Iterator[None]:
         for kept in (each() for each in trace.made):
             if kept is not None:
                 raise CallerError(
-                    f"the torch code has kept a traced tensor of shape {list(kept.shape)} in {holder_of(kept)}, where "
-                    "it would outlive the call: return it, make it again in each call, or keep it in an attribute of "
-                    "the traced module, which is put back after each call"
+                    f"the torch code has kept a traced tensor of shape {list(kept.shape)} in"
+                    f" {holder_of(kept)}, where it would outlive the call: return it, make it again"
+                    " in each call, or keep it in an attribute of the traced module, which is put"
+                    " back after each call"
                 )
     finally:
         for kept in (each() for each in trace.made):
@@ -524,17 +606,21 @@ def _set_data(x: Any, other: Any) -> None:
 
 
 def _with_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords of `torch.tensor` with the dtype that torch would find in its data, partly traced."""
+    """Return the keywords of `torch.tensor` with the dtype that torch would find in its data,
+    partly traced."""
     if kwargs.get("dtype") is not None:
         return dict(kwargs)
     leaves = torch_pytree.tree_leaves(args[:1] or kwargs.get("data"))
     with no_dispatch(), torch._C.DisableTorchFunction():
-        dtypes = [leaf.dtype if isinstance(leaf, Tensor) else torch.tensor(leaf).dtype for leaf in leaves]
+        dtypes = [
+            leaf.dtype if isinstance(leaf, Tensor) else torch.tensor(leaf).dtype for leaf in leaves
+        ]
         return {**kwargs, "dtype": functools.reduce(torch.promote_types, dtypes)}
 
 
 def _let_masks_be_traced(kind: type[Tensor]) -> None:
-    """Keep nn.TransformerEncoder from looking at a traced mask's values: whether it is causal is but a hint."""
+    """Keep nn.TransformerEncoder from looking at a traced mask's values: whether it is causal is
+    but a hint."""
     original = transformer._detect_is_causal_mask
 
     def detect(mask: Any, is_causal: Any = None, size: Any = None) -> bool:
@@ -545,10 +631,11 @@ def _let_masks_be_traced(kind: type[Tensor]) -> None:
 
 @contextlib.contextmanager
 def _as_torchax_expects() -> Iterator[None]:
-    """Import torchax as if all the operators were there that its tables name, and undo what it does besides.
+    """Import torchax as if all the operators were there that its tables name, and undo what it does
+    besides.
 
-    torchax 0.0.13 names overloads of ATen with Dimname, which torch 2.13 has no more: they cannot be called, so it does
-    not matter what stands for them.
+    torchax 0.0.13 names overloads of ATen with Dimname, which torch 2.13 has no more: they cannot
+    be called, so it does not matter what stands for them.
     """
     packet = torch._ops.OpOverloadPacket
     original = packet.__getattr__
@@ -564,7 +651,8 @@ def _as_torchax_expects() -> Iterator[None]:
     with (
         simple_attention,  # torchax turns fused attention off for good
         patch.object(packet, "__getattr__", with_stand_ins),
-        # With a device named "jax", for which torch has no code, torch.compile fails, whatever it compiles.
+        # With a device named "jax", for which torch has no code, torch.compile fails, whatever it
+        # compiles.
         patch.object(torch.utils, "rename_privateuse1_backend"),
         patch.object(torch, "_register_device_module"),
         patch.dict(os.environ),
@@ -573,7 +661,8 @@ def _as_torchax_expects() -> Iterator[None]:
 
 
 def _drawing(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of a key and arrays as one that takes its key from the trace, and has no derivative."""
+    """Return a function of a key and arrays as one that takes its key from the trace, and has no
+    derivative."""
 
     def drawn(*args: Any, generator: Any = None, **kwargs: Any) -> Any:
         return jax.lax.stop_gradient(f(env.get_and_rotate_prng_key(generator), *args, **kwargs))
@@ -591,7 +680,7 @@ def _of_tensors(env: Any, f: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-# What torchax computes without writing the statistics back -------------------------------------------------------
+# What torchax computes without writing the statistics back ----------------------------------------
 
 
 def _batch_norm(
@@ -608,7 +697,9 @@ def _batch_norm(
         return _normalized(x, [1, -1], running_mean, running_var, weight, bias, eps)
     count = math.prod(x.shape) // x.shape[1]
     if training and count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {list(x.shape)}"
+        )
     axes = [0, *range(2, x.ndim)]
     mean, var = x.mean(axes), x.var(axes, correction=0)
     _update(running_mean, mean, momentum)
@@ -645,7 +736,13 @@ def _update(running: Tensor | None, new: Tensor, momentum: float) -> None:
 
 
 def _normalized(
-    x: Tensor, lead: list[int], mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    lead: list[int],
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
 ) -> Tensor:
     ones = [1] * (x.ndim - 2)
     y = (x - mean.reshape(lead + ones)) * torch.rsqrt(var.reshape(lead + ones) + eps)

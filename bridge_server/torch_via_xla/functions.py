@@ -18,8 +18,9 @@ _plain_apply = Function.__dict__["apply"]
 
 
 def take_over(apply: Callable[..., Any]) -> Callable[[], None]:
-    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every thread. Return what
-    ends that."""
+    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every
+    thread. Return what ends that.
+    """
 
     def give_back() -> None:
         Function.apply = _plain_apply  # type: ignore[method-assign]
@@ -34,7 +35,8 @@ def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Apply an autograd.Function to arguments of which some are traced tensors of the environment."""
+    """Apply an autograd.Function to arguments of which some are traced tensors of the
+    environment."""
     if function is CheckpointFunction:  # XLA decides itself what is computed again
         return args[0](*args[2:])
     has_setup = function.setup_context is not Function.setup_context
@@ -46,7 +48,9 @@ def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, A
     others = _without_tensors(args)
     arrays = env.unwrapped([args[i] for i in positions])
     dtypes = [x.dtype for x in arrays]
-    left: dict[str, Any] = {}  # by the latest trace of the forward pass, which the backward pass is never older than
+    left: dict[
+        str, Any
+    ] = {}  # by the latest trace of the forward pass, which the backward pass is never older than
 
     def traced_forward(arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
         given = _filled(env, others, arrays)
@@ -76,7 +80,9 @@ def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, A
     def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[None, list[Any]]:
         with env.within(None), torch.enable_grad():
             gradients = traced_backward(residuals, cotangents)
-        return None, [_gradient(gradients[i], dtype) for i, dtype in zip(positions, dtypes, strict=True)]
+        return None, [
+            _gradient(gradients[i], dtype) for i, dtype in zip(positions, dtypes, strict=True)
+        ]
 
     call = jax.custom_vjp(lambda key, arrays: forward(key, arrays)[0])
     call.defvjp(forward, backward)
@@ -111,7 +117,11 @@ def _materialized(cotangent: Any) -> Any:
 
 
 def _gradient(gradient: Any, dtype: Any) -> Any:
-    return None if gradient is None or not jnp.issubdtype(dtype, jnp.inexact) else gradient.astype(dtype)
+    return (
+        None
+        if gradient is None or not jnp.issubdtype(dtype, jnp.inexact)
+        else gradient.astype(dtype)
+    )
 
 
 class _Context:
@@ -134,4 +144,6 @@ class _Context:
         """Cotangents are always there."""
 
     def mark_dirty(self, *tensors: Any) -> None:
-        raise CallerError("an autograd.Function that writes into its inputs cannot be traced; return new tensors")
+        raise CallerError(
+            "an autograd.Function that writes into its inputs cannot be traced; return new tensors"
+        )

@@ -1,4 +1,7 @@
-"""Where Python keeps an object: for errors that name a cache which the bridge cannot empty. Imports no framework."""
+"""Where Python keeps an object: for errors that name a cache which the bridge cannot empty.
+
+Imports no framework.
+"""
 
 import gc
 import types
@@ -13,7 +16,9 @@ def holder_of(value: Any, depth: int = 3) -> str:
         if isinstance(referrer, types.CellType):
             return "a variable of an enclosing function"
         if isinstance(referrer, dict):
-            keys = dict(zip(map(id, referrer.values()), referrer, strict=True))  # a closure here would be a referrer
+            keys = dict(
+                zip(map(id, referrer.values()), referrer, strict=True)
+            )  # a closure here would be a referrer
             if owner := _owner_of(referrer):
                 return f"{owner}, as {keys[id(value)]!r}"
         if type(referrer).__name__ == "_lru_cache_wrapper":

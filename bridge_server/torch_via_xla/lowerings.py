@@ -1,7 +1,8 @@
-"""ATen operators as JAX functions where torchax has none, or others than torch's. Imports both frameworks.
+"""ATen operators as JAX functions where torchax has none, or others than torch's. Imports both
+frameworks.
 
-The symmetric solvers read one triangle, as LAPACK does, and their gradients are those of torch's formulas, which are
-Hermitian matrices. Random operators draw by a key, and have no derivative.
+The symmetric solvers read one triangle, as LAPACK does, and their gradients are those of torch's
+formulas, which are Hermitian matrices. Random operators draw by a key, and have no derivative.
 """
 
 import functools
@@ -17,7 +18,7 @@ from bridge_server.torch_via_xla.aliases import with_value
 
 aten = torch.ops.aten
 
-# Symmetric and Hermitian matrices ---------------------------------------------------------------------------------
+# Symmetric and Hermitian matrices -----------------------------------------------------------------
 
 
 def _reflected(a: Any, upper: bool) -> Any:
@@ -31,7 +32,10 @@ def _reflected(a: Any, upper: bool) -> Any:
 
 
 def _hermitian(a: Any, upper: bool = False) -> Any:
-    """Return the Hermitian matrix that has this triangle. Its derivative is that of the matrix's Hermitian part."""
+    """Return the Hermitian matrix that has this triangle.
+
+    Its derivative is that of the matrix's Hermitian part.
+    """
     return with_value((a + jnp.conj(jnp.swapaxes(a, -1, -2))) / 2, _reflected(a, upper))
 
 
@@ -55,7 +59,9 @@ def _cholesky_ex(a: Any, upper: bool = False, check_errors: bool = False) -> tup
     return made, is_wrong.astype(jnp.int32)
 
 
-def _pinv(a: Any, rcond: Any = None, hermitian: bool = False, *, atol: Any = None, rtol: Any = None) -> Any:
+def _pinv(
+    a: Any, rcond: Any = None, hermitian: bool = False, *, atol: Any = None, rtol: Any = None
+) -> Any:
     """Return torch.linalg.pinv, of which torch makes the tolerances in float64."""
     rtol = rcond if rtol is None else rtol
     if rtol is None:
@@ -106,7 +112,7 @@ def _slogdet(a: Any) -> tuple[Any, ...]:
     return (sign, size, *_lu(a))
 
 
-# Special functions ------------------------------------------------------------------------------------------------
+# Special functions --------------------------------------------------------------------------------
 
 
 def _polygamma(n: int, x: Any) -> Any:
@@ -140,7 +146,9 @@ def _digamma_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 
 
 def _log_ndtr(x: Any) -> Any:
-    return jax.scipy.special.log_ndtr(x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32))
+    return jax.scipy.special.log_ndtr(
+        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    )
 
 
 def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
@@ -149,11 +157,14 @@ def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
     return jnp.where(is_masked, 0, jax.nn.softmax(jnp.where(is_masked, 0, x), dim))
 
 
-# Pooling and positions --------------------------------------------------------------------------------------------
+# Pooling and positions ----------------------------------------------------------------------------
 
 
-def _max_unpool(x: Any, indices: Any, output_size: Sequence[int], stride: Any = None, padding: Any = None) -> Any:
-    """Return torch's max_unpool, in which one of several values at a position stays, and all have its derivative."""
+def _max_unpool(
+    x: Any, indices: Any, output_size: Sequence[int], stride: Any = None, padding: Any = None
+) -> Any:
+    """Return torch's max_unpool, in which one of several values at a position stays, and all
+    have its derivative."""
     spatial = len(output_size)
     lead = x.shape[:-spatial]
     values, positions = (each.reshape(*lead, -1) for each in (x, indices))
@@ -185,7 +196,8 @@ def _adaptive_max_pool(x: Any, output_size: Sequence[int]) -> tuple[Any, Any]:
 
 
 def _windows(size: int, count: int) -> tuple[Any, Any]:
-    """Return the positions of each window of an adaptive pool along an axis, and which of them are in it."""
+    """Return the positions of each window of an adaptive pool along an axis, and which of them
+    are in it."""
     starts = np.arange(count) * size // count
     ends = -(-(np.arange(count) + 1) * size // count)
     positions = starts[:, None] + np.arange((ends - starts).max())
@@ -193,18 +205,32 @@ def _windows(size: int, count: int) -> tuple[Any, Any]:
 
 
 def _take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
-    return jnp.take_along_axis(x.reshape(-1), indices.reshape(-1), 0) if dim is None else _along(x, indices, dim)
+    return (
+        jnp.take_along_axis(x.reshape(-1), indices.reshape(-1), 0)
+        if dim is None
+        else _along(x, indices, dim)
+    )
 
 
 def _along(x: Any, indices: Any, dim: int) -> Any:
     dim %= x.ndim
-    shape = np.broadcast_shapes(*((*each.shape[:dim], 1, *each.shape[dim + 1 :]) for each in (x, indices)))
-    x, indices = (jnp.broadcast_to(each, (*shape[:dim], each.shape[dim], *shape[dim + 1 :])) for each in (x, indices))
+    shape = np.broadcast_shapes(
+        *((*each.shape[:dim], 1, *each.shape[dim + 1 :]) for each in (x, indices))
+    )
+    x, indices = (
+        jnp.broadcast_to(each, (*shape[:dim], each.shape[dim], *shape[dim + 1 :]))
+        for each in (x, indices)
+    )
     return jnp.take_along_axis(x, indices, dim)
 
 
 def _searchsorted(
-    ordered: Any, values: Any, out_int32: bool = False, right: bool = False, side: str | None = None, sorter: Any = None
+    ordered: Any,
+    values: Any,
+    out_int32: bool = False,
+    right: bool = False,
+    side: str | None = None,
+    sorter: Any = None,
 ) -> Any:
     side = side or ("right" if right else "left")
     ordered = ordered if sorter is None else jnp.take_along_axis(ordered, sorter, -1)
@@ -255,7 +281,9 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten.adaptive_max_pool2d: _adaptive_max_pool,
     aten.adaptive_max_pool3d: _adaptive_max_pool,
     aten.cholesky: _cholesky,
-    aten.digamma: lambda x: digamma(x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)),
+    aten.digamma: lambda x: digamma(
+        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    ),
     aten.linalg_cholesky_ex: _cholesky_ex,
     aten.max_unpool2d: _max_unpool,
     aten.max_unpool3d: _max_unpool,
@@ -268,7 +296,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     torch.Tensor.take_along_dim: _take_along_dim,
 }
 
-# Random operators -------------------------------------------------------------------------------------------------
+# Random operators ---------------------------------------------------------------------------------
 
 
 def _like(draw: Callable[..., Any]) -> Callable[..., Any]:
@@ -313,7 +341,9 @@ def _integers(key: Any, x: Any, low: int = 0, high: int | None = None) -> Any:
     return jax.random.randint(key, x.shape, low, high).astype(x.dtype)
 
 
-def _normal_of(key: Any, mean: Any, std: Any = 1.0, size: Any = None, dtype: Any = None, **_: Any) -> Any:
+def _normal_of(
+    key: Any, mean: Any, std: Any = 1.0, size: Any = None, dtype: Any = None, **_: Any
+) -> Any:
     """Return torch.normal, of tensors or of numbers with a size."""
     if size is not None:
         kind = str(dtype or torch.get_default_dtype()).removeprefix("torch.")

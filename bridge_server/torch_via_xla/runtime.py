@@ -8,7 +8,8 @@ from bridge_server.torch_via_xla.tracing import trace_torch
 
 
 class XlaRuntime(JaxRuntime):
-    """Serves torch models as JAX models: traced into JAX, compiled once per signature, run on any of its devices."""
+    """Serves torch models as JAX models: traced into JAX, compiled once per signature, run on
+    any of its devices."""
 
     def adapt(self, name: str, target: Any) -> Model:
         return super().adapt(name, trace_torch(target))

@@ -19,10 +19,11 @@ from bridge_wire.errors import CallerError, StructureError
 
 
 def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | TracedFunction":
-    """Return torch code as a pure function of JAX arrays: for jit, vmap, grad, any of JAX's devices.
+    """Return torch code as a pure function of JAX arrays: for jit, vmap, grad, any of JAX's
+    devices.
 
-    Of a module it takes the parameters first: see TracedModule. Tensors that the code holds in other ways, as
-    attributes or in closures, are constants.
+    Of a module it takes the parameters first: see TracedModule. Tensors that the code holds in
+    other ways, as attributes or in closures, are constants.
 
     Raises:
       CallerError: torchax is not installed.
@@ -32,12 +33,17 @@ def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | Trace
     if isinstance(target, nn.Module):
         return TracedModule(target)
     if not callable(target):
-        raise StructureError(f"a {type(target).__qualname__} is no torch code; expected an nn.Module or a function")
+        raise StructureError(
+            f"a {type(target).__qualname__} is no torch code; expected an nn.Module or a function"
+        )
     return TracedFunction(target)
 
 
 class TracedFunction:
-    """A torch function of tensors as a function of arrays. Numbers, strings and None are passed on as they are."""
+    """A torch function of tensors as a function of arrays.
+
+    Numbers, strings and None are passed on as they are.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         environment()
@@ -56,7 +62,8 @@ class TracedModule:
     The module's mode, train or eval, is the one it has when the function is traced.
 
     Attributes:
-      params: arrays named as in `named_parameters()`, copied. Tied ones have one name, and stay tied.
+      params: arrays named as in `named_parameters()`, copied. Tied ones have one name, and stay
+        tied.
       buffers: likewise of `named_buffers()`.
     """
 
@@ -82,25 +89,39 @@ class TracedModule:
         Args:
           params: arrays by name; those left out are the module's.
           buffers: likewise.
-          mutable: also return the buffers after the call, such as BatchNorm's statistics: `(result, buffers)`.
+          mutable: also return the buffers after the call, such as BatchNorm's statistics: `(result,
+            buffers)`.
           rng: the key of what the module draws at random.
         Raises:
-          CallerError: a name that the module does not have, or random numbers were drawn without `rng`.
+          CallerError: a name that the module does not have, or random numbers were drawn without
+            `rng`.
           DTypeError: the code computes in 64 bits, but JAX runs without x64.
         """
-        state = {**_checked("params", params, self.params), **_checked("buffers", buffers, self.buffers)}
+        state = {
+            **_checked("params", params, self.params),
+            **_checked("buffers", buffers, self.buffers),
+        }
         before = PythonState(self.module)
         with _tracing(rng) as env:
             try:
-                result, after = _called(env, functools.partial(self._call, env), (state, *args), kwargs)
+                result, after = _called(
+                    env, functools.partial(self._call, env), (state, *args), kwargs
+                )
             finally:
                 before.restore()
-        return (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}) if mutable else result
+        return (
+            (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers})
+            if mutable
+            else result
+        )
 
     apply = __call__
 
     def _call(self, env: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        for name, original in {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}.items():
+        for name, original in {
+            **dict(self.module.named_parameters()),
+            **dict(self.module.named_buffers()),
+        }.items():
             env.param.stand_in(original, state[name])
         named = {f"module.{name}": tensor for name, tensor in state.items()}
         return functional_call(self._whole, named, args, kwargs)
@@ -124,7 +145,10 @@ def _checked(what: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> dic
 
 
 def _called(env: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call torch code with arrays, and return arrays. No traced tensor is left in the caller's variables."""
+    """Call torch code with arrays, and return arrays.
+
+    No traced tensor is left in the caller's variables.
+    """
     args, kwargs = env.wrapped((args, kwargs))
     return env.unwrapped(function(*args, **kwargs))
 

@@ -1,1 +1,4 @@
-"""Checks of a host for both doctors: environment, shared memory, namespaces, GPUs. Imports no framework."""
+"""Checks of a host for both doctors: environment, shared memory, namespaces, GPUs.
+
+Imports no framework.
+"""

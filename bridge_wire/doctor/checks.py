@@ -1,4 +1,7 @@
-"""What a doctor finds: checks, each with a verdict, and the remedy where one is needed. Never imports torch or jax."""
+"""What a doctor finds: checks, each with a verdict, and the remedy where one is needed.
+
+Never imports torch or jax.
+"""
 
 import dataclasses
 import json
@@ -51,4 +54,7 @@ def as_table(checks: Sequence[Check]) -> str:
 
 def as_json(checks: Sequence[Check]) -> str:
     """Return the checks, and their gravest verdict, as a JSON object."""
-    return json.dumps({"verdict": worst(checks), "checks": [dataclasses.asdict(check) for check in checks]}, indent=2)
+    return json.dumps(
+        {"verdict": worst(checks), "checks": [dataclasses.asdict(check) for check in checks]},
+        indent=2,
+    )

@@ -1,6 +1,7 @@
 """A live exchange of GPU memory with a child: what a worker and a client do, without either.
 
-`python -m bridge_wire.doctor.cuda_exchange FD UUID` is the child, at the other end of the socket FD.
+`python -m bridge_wire.doctor.cuda_exchange FD UUID` is the child, at the other end of the socket
+FD.
 """
 
 import contextlib
@@ -24,12 +25,15 @@ _DONE, _FAILED = b"+", b"-"  # how the child's answer begins
 
 
 def with_child(uuid: bytes, way: str) -> None:
-    """Share memory of a GPU with a child: what this process writes the child must read, and the reverse.
+    """Share memory of a GPU with a child: what this process writes the child must read, and the
+    reverse.
 
-    Each side waits for the other's work by words or events, or else (`HOST`) has done its own before it hands over.
+    Each side waits for the other's work by words or events, or else (`HOST`) has done its own
+    before it hands over.
 
     Raises:
-      CudaError: the device is not to be used, the child cannot open the memory, or sees other memory.
+      CudaError: the device is not to be used, the child cannot open the memory, or sees other
+        memory.
       WorldError: the child ended.
     """
     with contextlib.ExitStack() as held:
@@ -38,7 +42,9 @@ def with_child(uuid: bytes, way: str) -> None:
         held.callback(side.device.free, memory)
         side.share(memory, way, is_child=False)
         handle = side.device.handle_of(memory)
-        lane = held.enter_context(lane_to_child(__spec__.name, uuid.hex()))  # it lets go before the memory is freed
+        lane = held.enter_context(
+            lane_to_child(__spec__.name, uuid.hex())
+        )  # it lets go before the memory is freed
         written = os.urandom(NBYTES)
         side.write(memory, written)
         lane.send(handle + way.encode().ljust(_WAY_BYTES) + side.hand_over())
@@ -59,7 +65,10 @@ def _answer(lane: FramedSocket) -> tuple[bytes, bytes]:
 
 
 class _Side:
-    """What one of the two processes does on the GPU, and how it hands over. What it holds, it gives back by `held`."""
+    """What one of the two processes does on the GPU, and how it hands over.
+
+    What it holds, it gives back by `held`.
+    """
 
     def __init__(self, device: Device, held: contextlib.ExitStack) -> None:
         self.device = device
@@ -72,7 +81,9 @@ class _Side:
         self._way = way
         if way == WORDS:
             if not self.device.has_words:
-                raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
+                raise CudaError(
+                    "this driver has streams neither write nor wait for words of 64 bits"
+                )
             stream = self.device.new_urgent_stream()
             self._words = Words(self.device, memory + _WORDS_AT, stream, is_clients=not is_child)
             self._held.callback(self._words.close)
@@ -92,7 +103,10 @@ class _Side:
         return data.raw
 
     def hand_over(self) -> bytes:
-        """Let the other side go on. Returns the handle of the event that it must wait for, if that is the way."""
+        """Let the other side go on.
+
+        Returns the handle of the event that it must wait for, if that is the way.
+        """
         if self._way == HOST:
             self.device.synchronize(self._stream)
             return b""
@@ -112,7 +126,9 @@ class _Side:
             while self.device.is_busy(self._stream):
                 if time.monotonic() > deadline:
                     self._words.release(FIRST)
-                    raise CudaError("a stream does not see the word that another process's has written")
+                    raise CudaError(
+                        "a stream does not see the word that another process's has written"
+                    )
                 time.sleep(_POLL_S)
         if handle:
             event = self.device.open_event(handle)
@@ -128,7 +144,9 @@ def _be_the_child(fd: int, uuid: bytes) -> None:
             return
         with contextlib.ExitStack() as held:
             try:
-                side = _Side(device_of(uuid), held)  # it has what it copies from, so it stays until the end
+                side = _Side(
+                    device_of(uuid), held
+                )  # it has what it copies from, so it stays until the end
                 answer = _DONE + _answered(side, request, held)
             except CudaError as error:
                 answer = _FAILED + str(error).encode()

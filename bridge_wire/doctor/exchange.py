@@ -42,7 +42,8 @@ def with_child() -> None:
 
 @contextlib.contextmanager
 def lane_to_child(module: str, *arguments: str) -> Iterator[FramedSocket]:
-    """Run `python -m MODULE FD ARGUMENTS`, with the other end of this socket as FD. It ends with the context.
+    """Run `python -m MODULE FD ARGUMENTS`, with the other end of this socket as FD. It ends with
+    the context.
 
     Raises:
       WorldError: the child did not start, or ended while it was spoken to.
@@ -64,7 +65,9 @@ def lane_to_child(module: str, *arguments: str) -> Iterator[FramedSocket]:
             finally:
                 child.kill()
     except OSError as error:  # a timeout too
-        raise WorldError(f"a child did not receive the memory: {error or type(error).__name__}") from error
+        raise WorldError(
+            f"a child did not receive the memory: {error or type(error).__name__}"
+        ) from error
     finally:
         lane.close()
 

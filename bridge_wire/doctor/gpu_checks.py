@@ -1,6 +1,8 @@
-"""What a doctor looks at where there may be GPUs: driver, devices, CuPy, settings, and a live exchange of memory.
+"""What a doctor looks at where there may be GPUs: driver, devices, CuPy, settings, and a live
+exchange of memory.
 
-Frameworks are found by the metadata of their packages, and CuPy is imported only where there is a GPU.
+Frameworks are found by the metadata of their packages, and CuPy is imported only where there is a
+GPU.
 """
 
 import os
@@ -25,7 +27,9 @@ BY_HOST = "tensors on the GPU travel through the host"
 
 _DRIVER = "NVIDIA driver"
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
-_EXPOSE = "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
+_EXPOSE = (
+    "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
+)
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _OFF = ("", "false", "False", "0")  # all else is on, as XLA's client reads it
 _XLA_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
@@ -59,24 +63,31 @@ def checks() -> Iterator[Check]:
         return
     told = _nvidia_smi()
     versions = {each.driver for each in told.values()}
-    yield ok(_DRIVER, f"{', '.join(sorted(versions)) or _kernel_s_version()}, for CUDA {driver.version()}")
+    yield ok(
+        _DRIVER,
+        f"{', '.join(sorted(versions)) or _kernel_s_version()}, for CUDA {driver.version()}",
+    )
     yield _devices(gpus, told)
     yield from _modes(gpus, told)
     cupy = _cupy(driver.version())
     yield cupy
     yield _allocators(os.environ)
-    yield ok("MPS", "its daemon's pipes are here" if has_mps() else "off: processes take turns on a GPU")
+    yield ok(
+        "MPS", "its daemon's pipes are here" if has_mps() else "off: processes take turns on a GPU"
+    )
     if cupy.verdict == OK:
         yield from map(exchanged, gpus)
 
 
 def has_mps() -> bool:
-    """Whether the pipes of an MPS daemon are there: where it is told to make them, or at CUDA's default."""
+    """Whether the pipes of an MPS daemon are there: where it is told to make them, or at CUDA's
+    default."""
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
 
 
 def exchanged(gpu: Gpu) -> Check:
-    """Whether a child opens this process's memory on the GPU, and how they wait for each other's work."""
+    """Whether a child opens this process's memory on the GPU, and how they wait for each other's
+    work."""
     name = f"memory of cuda:{gpu.ordinal}"
     found = f"{NBYTES} random bytes crossed to a child and back"
     refused = []
@@ -106,9 +117,9 @@ def remedy() -> str:
     if platform.version() == _GVISOR:
         return "gVisor passes no CUDA IPC: use another container runtime"
     return (
-        "give the processes one user; in containers, process numbers that differ, as in one PID namespace "
-        "(`pid: service:namespaces`), for memory, and one /dev/shm (`ipc: service:namespaces`) for events; see "
-        "docs/gpu.md"
+        "give the processes one user; in containers, process numbers that differ, as in one PID"
+        " namespace (`pid: service:namespaces`), for memory, and one /dev/shm (`ipc:"
+        " service:namespaces`) for events; see docs/gpu.md"
     )
 
 
@@ -131,7 +142,8 @@ def _kernel_s_version() -> str:
 
 
 def _nvidia_smi() -> Mapping[str, _Told]:
-    """Return what nvidia-smi tells by UUID, of hidden devices as well; nothing where it is missing or fails."""
+    """Return what nvidia-smi tells by UUID, of hidden devices as well; nothing where it is
+    missing or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -149,7 +161,9 @@ def _devices(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Check:
     setting = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
     hidden = told.keys() - {gpu.label for gpu in gpus}
     listed = ", ".join(f"cuda:{gpu.ordinal} {gpu.name} {gpu.label}" for gpu in gpus)
-    return ok("GPUs", listed + setting + (f"; hidden: {', '.join(sorted(hidden))}" if hidden else ""))
+    return ok(
+        "GPUs", listed + setting + (f"; hidden: {', '.join(sorted(hidden))}" if hidden else "")
+    )
 
 
 def _modes(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Iterator[Check]:
@@ -172,7 +186,11 @@ def _cupy(driver: str) -> Check:
     if not found:
         return slow(name, f"not installed: {BY_HOST}", package)
     if len(found) > 1:
-        return slow(name, f"{listed}: they overwrite each other", f"pip uninstall {' '.join(found)}, then {package}")
+        return slow(
+            name,
+            f"{listed}: they overwrite each other",
+            f"pip uninstall {' '.join(found)}, then {package}",
+        )
     built_for = re.search(r"cuda(\d+)x", listed)
     if built_for and int(built_for[1]) > int(driver.partition(".")[0]):
         return slow(
@@ -184,11 +202,16 @@ def _cupy(driver: str) -> Check:
 
 
 def _allocators(environment: Mapping[str, str]) -> Check:
-    """The settings of torch's and JAX's allocators; the bridge works with any, by a copy on the device."""
+    """The settings of torch's and JAX's allocators; the bridge works with any, by a copy on the
+    device."""
     name = "GPU allocators"
-    found = ", ".join(f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment)
+    found = ", ".join(
+        f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment
+    )
     if all(each in environment for each in _XLA_FRACTIONS):
-        return broken(name, f"{found}: JAX refuses to start with both", f"unset {_XLA_FRACTIONS[1]}")
+        return broken(
+            name, f"{found}: JAX refuses to start with both", f"unset {_XLA_FRACTIONS[1]}"
+        )
     if environment.get(_PREALLOCATE, "") not in _OFF:
         return slow(
             name,
@@ -196,5 +219,8 @@ def _allocators(environment: Mapping[str, str]) -> Check:
             f"set {_PREALLOCATE}=false; a worker does where it is not set",
         )
     if not environment.get(_PREALLOCATE) and installed("jax"):
-        found = f"{found or 'no setting'}; JAX takes 75 % of the memory when it starts, except in a worker"
+        found = (
+            f"{found or 'no setting'}; JAX takes 75 % of the memory when it starts, except in a"
+            " worker"
+        )
     return ok(name, found or "no setting")

@@ -1,4 +1,5 @@
-"""What the host, and the environment of this process, give the bridge: a doctor's checks for either side.
+"""What the host, and the environment of this process, give the bridge: a doctor's checks for either
+side.
 
 Frameworks are found by the metadata of their packages: nothing here imports them.
 """
@@ -28,7 +29,9 @@ _BY_VALUE = "tensors travel by value over gRPC"
 def checks() -> Iterator[Check]:
     """Look at everything that a client and a worker have in common."""
     yield ok(
-        "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver())}"
+        "system",
+        f"{platform.system()} {platform.release()}, {platform.machine()},"
+        f" {' '.join(platform.libc_ver())}",
     )
     yield ok("python", platform.python_version())
     yield ok("packages", _listed(_NEEDED) or "none is installed as a package")
@@ -58,14 +61,20 @@ def memfd() -> Check:
     try:
         slab = create_slab(PAGE, 0)
     except OutOfMemory as error:
-        return slow(name, f"{error}: {_BY_VALUE}", "free memory, or allow memfd_create in the sandbox")
+        return slow(
+            name, f"{error}: {_BY_VALUE}", "free memory, or allow memfd_create in the sandbox"
+        )
     try:
         os.ftruncate(slab.fd, 0)
     except PermissionError:
         return ok(name, "work: a sealed memfd keeps its size")
     finally:
         slab.close()
-    return broken(name, "a sealed memfd was shrunk: a peer could crash this process", "use another kernel or sandbox")
+    return broken(
+        name,
+        "a sealed memfd was shrunk: a peer could crash this process",
+        "use another kernel or sandbox",
+    )
 
 
 def descriptor_passing() -> Check:
@@ -74,8 +83,12 @@ def descriptor_passing() -> Check:
     try:
         exchange.with_child()
     except WorldError as error:
-        return slow(name, f"{error}: {_BY_VALUE}", "allow SCM_RIGHTS over Unix sockets in the sandbox")
-    return ok(name, f"{exchange.NBYTES} random bytes crossed to a child and back, over a Unix socket")
+        return slow(
+            name, f"{error}: {_BY_VALUE}", "allow SCM_RIGHTS over Unix sockets in the sandbox"
+        )
+    return ok(
+        name, f"{exchange.NBYTES} random bytes crossed to a child and back, over a Unix socket"
+    )
 
 
 def huge_pages() -> Check:
@@ -84,7 +97,11 @@ def huge_pages() -> Check:
     private, shared = _chosen("enabled"), _chosen("shmem_enabled")
     found = f"{private or 'not told'}; for shared memory {shared or 'not told'}"
     if private == "never":
-        return slow(name, found, f"as root: echo madvise > {_HUGE_PAGES}/enabled; 64 MiB calls gain 1.3 to 3 times")
+        return slow(
+            name,
+            found,
+            f"as root: echo madvise > {_HUGE_PAGES}/enabled; 64 MiB calls gain 1.3 to 3 times",
+        )
     return ok(name, found)
 
 
@@ -94,7 +111,10 @@ def shared_memory_files() -> Check:
         space = os.statvfs("/dev/shm")
     except OSError:
         return ok("/dev/shm", "none, and the bridge needs none")
-    return ok("/dev/shm", f"{space.f_blocks * space.f_frsize // _MIB} MiB, of which the bridge needs nothing")
+    return ok(
+        "/dev/shm",
+        f"{space.f_blocks * space.f_frsize // _MIB} MiB, of which the bridge needs nothing",
+    )
 
 
 def cores(name: str, usable: int, quota: float | None = None) -> Check:
@@ -102,7 +122,11 @@ def cores(name: str, usable: int, quota: float | None = None) -> Check:
     found = f"{usable} usable" if quota is None else f"{usable} usable, {quota:g} by quota"
     if usable > 1 and (quota is None or quota > 1):
         return ok(name, found)
-    return slow(name, found, "give it two cores or more: on one, each call costs several sleeps and wake-ups")
+    return slow(
+        name,
+        found,
+        "give it two cores or more: on one, each call costs several sleeps and wake-ups",
+    )
 
 
 def namespaces() -> Check:

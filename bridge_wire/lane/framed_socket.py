@@ -1,7 +1,8 @@
-"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both sides.
+"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both
+sides.
 
-With a mailbox, messages lie there as long as both sides poll, and the socket is for waking a side that sleeps, for
-descriptors, for long messages, and for noticing the end of the peer.
+With a mailbox, messages lie there as long as both sides poll, and the socket is for waking a side
+that sleeps, for descriptors, for long messages, and for noticing the end of the peer.
 """
 
 import array
@@ -23,13 +24,16 @@ from bridge_wire.memory.copying import usable_cores
 from bridge_wire.memory.slabs import create_slab, map_received
 
 _BUFFER_BYTES = 64 << 10
-# An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors come this way.
+# An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors
+# come this way.
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-# A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for this long. Much
-# shorter, and two sides that block keep each other waiting longer than either polls (measured, 2 virtual cores).
+# A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for
+# this long. Much shorter, and two sides that block keep each other waiting longer than either polls
+# (measured, 2 virtual cores).
 _SPIN_S = 200e-6
-# Where messages are expected later than this, polling would only take a core from whoever computes them. What is
-# expected is a moving average of the last waits, none counted as longer than the limit.
+# Where messages are expected later than this, polling would only take a core from whoever computes
+# them. What is expected is a moving average of the last waits, none counted as longer than the
+# limit.
 _SOON_S = 2 * _SPIN_S
 _LONGEST_COUNTED_S = 4 * _SOON_S
 # By then a message is seen that was put into the mailbox while this side fell asleep.
@@ -41,9 +45,11 @@ _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class FramedSocket:
-    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one thread.
+    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one
+    thread.
 
-    With a mailbox, the two sides have to take turns: of two messages in a row, the second may arrive first.
+    With a mailbox, the two sides have to take turns: of two messages in a row, the second may
+      arrive first.
 
     Descriptors that come with a message are dropped unless it `takes_descriptors`.
     """
@@ -65,12 +71,17 @@ class FramedSocket:
         self._use(None)
 
     def offer_mailbox(self) -> None:
-        """Offer a mailbox to the peer, which takes descriptors. It serves as soon as the peer has mapped it."""
+        """Offer a mailbox to the peer, which takes descriptors.
+
+        It serves as soon as the peer has mapped it.
+        """
         if not (self._may_spin and mailbox.is_usable()):
             return
         try:
             memory = create_slab(mailbox.NBYTES, 0, name="bridge-mailbox")
-        except OutOfMemory:  # no descriptor, most likely: the socket alone does as well, if more slowly
+        except (
+            OutOfMemory
+        ):  # no descriptor, most likely: the socket alone does as well, if more slowly
             return
         try:
             self.send(_NUDGE, (memory.fd,))
@@ -97,7 +108,8 @@ class FramedSocket:
             self._socket.sendall(frame)
 
     def has_unread(self) -> bool:
-        """Whether the last message still lies in the mailbox; of a peer that is gone: it was never received."""
+        """Whether the last message still lies in the mailbox; of a peer that is gone: it was
+        never received."""
         return self._mailbox is not None and self._mailbox.is_unread()
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
@@ -132,7 +144,9 @@ class FramedSocket:
 
     def peer_uid(self) -> int:
         """Return the user id of the peer, as the kernel knows it."""
-        credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        credentials = self._socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+        )
         return _CREDENTIALS.unpack(credentials)[1]
 
     def has_ended(self) -> bool:
@@ -157,7 +171,8 @@ class FramedSocket:
         return not any(events & select.POLLHUP for _, events in poll.poll(0))
 
     def stop_receiving(self) -> None:
-        """Let nothing more come in, and wake whoever waits for it here; what is under way can still be answered."""
+        """Let nothing more come in, and wake whoever waits for it here; what is under way can
+        still be answered."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
@@ -167,7 +182,11 @@ class FramedSocket:
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the connection, and let go of the mailbox and of every descriptor that came unclaimed. Idempotent."""
+        """Close the connection, and let go of the mailbox and of every descriptor that came
+        unclaimed.
+
+        Idempotent.
+        """
         self._socket.close()
         self._use(None)
         for fd in self.take_descriptors():
@@ -175,7 +194,9 @@ class FramedSocket:
 
     def _use(self, box: Mailbox | None) -> None:
         self._mailbox = box
-        self._is_there: Callable[[], Any] = functools.partial(self._poll, 0) if box is None else box.has_message
+        self._is_there: Callable[[], Any] = (
+            functools.partial(self._poll, 0) if box is None else box.has_message
+        )
 
     def _takes_offer(self) -> bool:
         """Take the mailbox that came with an empty message, if one did."""
@@ -186,8 +207,9 @@ class FramedSocket:
         return True
 
     def _wait(self, timeout_s: float | None) -> bool:
-        """Wait until there is something to read, and return True, or a message in the mailbox, and return False. By
-        polling first, where that is likely to save a wake-up."""
+        """Wait until there is something to read, and return True, or a message in the mailbox, and
+        return False. By polling first, where that is likely to save a wake-up.
+        """
         # What nobody waits for is done first: once a message is there, each step delays its answer.
         is_there, clock, give_way = self._is_there, time.perf_counter, os.sched_yield
         self._expected_s += (min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s) / 2
@@ -230,7 +252,9 @@ class FramedSocket:
         try:
             if not self._takes_descriptors:
                 return self._socket.recv_into(self._buffer)
-            count, ancillary, _, _ = self._socket.recvmsg_into([self._buffer], _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+            count, ancillary, _, _ = self._socket.recvmsg_into(
+                [self._buffer], _ANCILLARY_BYTES, _CLOSE_ON_EXEC
+            )
         except ConnectionResetError:
             return 0
         for level, kind, data in ancillary:
@@ -238,6 +262,10 @@ class FramedSocket:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._descriptors.extend(fds)
-                if len(self._descriptors) > _MAX_DESCRIPTORS:  # of a message that never ends, or of many
-                    raise ProtocolError(f"more than {_MAX_DESCRIPTORS} descriptors came that no message has claimed")
+                if (
+                    len(self._descriptors) > _MAX_DESCRIPTORS
+                ):  # of a message that never ends, or of many
+                    raise ProtocolError(
+                        f"more than {_MAX_DESCRIPTORS} descriptors came that no message has claimed"
+                    )
         return count

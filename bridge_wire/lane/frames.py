@@ -1,4 +1,5 @@
-"""The framing of the local lane, without I/O: a little-endian uint32 length, then that many bytes."""
+"""The framing of the local lane, without I/O: a little-endian uint32 length, then that many
+bytes."""
 
 import struct
 
@@ -13,7 +14,9 @@ _LENGTH = struct.Struct("<I")
 def encode(payload: bytes) -> bytes:
     """Return the frame of one message."""
     if len(payload) > MAX_FRAME:
-        raise ProtocolError(f"a message of {len(payload)} bytes exceeds the frame limit of {MAX_FRAME} bytes")
+        raise ProtocolError(
+            f"a message of {len(payload)} bytes exceeds the frame limit of {MAX_FRAME} bytes"
+        )
     return _LENGTH.pack(len(payload)) + payload
 
 
@@ -26,7 +29,9 @@ class FrameDecoder:
     def feed(self, data: bytes | memoryview) -> bytes | None:
         """Take the next bytes of the stream, and return the next whole message as `next` does."""
         if not self._pending and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
-            return bytes(data[4:])  # exactly one message, as nearly always: not by way of the buffer
+            return bytes(
+                data[4:]
+            )  # exactly one message, as nearly always: not by way of the buffer
         self._pending += data
         return self.next()
 
@@ -34,7 +39,8 @@ class FrameDecoder:
         """Return the next whole message of what was fed, or None until more bytes have come.
 
         Raises:
-          ProtocolError: the stream announces a message over the limit. It cannot be read any further.
+          ProtocolError: the stream announces a message over the limit. It cannot be read any
+            further.
         """
         pending = self._pending
         if len(pending) < 4:

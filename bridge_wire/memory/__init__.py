@@ -1,1 +1,4 @@
-"""Blocks of shared memory: allocation, slabs, leases, copies, DLPack, CUDA IPC. Imports no framework."""
+"""Blocks of shared memory: allocation, slabs, leases, copies, DLPack, CUDA IPC.
+
+Imports no framework.
+"""

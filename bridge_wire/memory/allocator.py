@@ -1,6 +1,7 @@
 """Which bytes of an address space are free. Pure bookkeeping: no memory is touched here."""
 
-# XLA reads an array in place only where it is aligned to 64 bytes; above a page, pages are kept whole.
+# XLA reads an array in place only where it is aligned to 64 bytes; above a page, pages are kept
+# whole.
 ALIGNMENT = 64
 _PAGE = 4096
 
@@ -12,7 +13,8 @@ def rounded(nbytes: int) -> int:
 
 
 class Allocator:
-    """A best-fit allocator. Neighbours among freed extents are merged when a request does not fit otherwise.
+    """A best-fit allocator. Neighbours among freed extents are merged when a request does not fit
+    otherwise.
 
     Sizes are as `rounded` returns them. Not thread-safe.
     """
@@ -60,4 +62,7 @@ class Allocator:
             if merged and sum(merged[-1]) == start:
                 start, size = merged[-1][0], merged.pop()[1] + size
             merged.append((start, size))
-        self._spans, self._freed = merged, []  # at the end, lest Ctrl-C lose what was not merged yet
+        self._spans, self._freed = (
+            merged,
+            [],
+        )  # at the end, lest Ctrl-C lose what was not merged yet

@@ -1,5 +1,5 @@
-"""Copies of memory to memory. Large ones by several threads, which sleep afterwards: torch's own would go on spinning
-for a while, on the cores that the other side needs next.
+"""Copies of memory to memory. Large ones by several threads, which sleep afterwards: torch's own
+would go on spinning for a while, on the cores that the other side needs next.
 """
 
 import ctypes
@@ -7,7 +7,8 @@ import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-# Measured on 2 cores: 64 MiB take 5.0 ms with one thread and 2.3 ms with two; below this, waking them costs more.
+# Measured on 2 cores: 64 MiB take 5.0 ms with one thread and 2.3 ms with two; below this, waking
+# them costs more.
 _LARGE = 4 << 20
 _MOST_THREADS = 4
 
@@ -15,14 +16,18 @@ _MOST_THREADS = 4
 def copy(target: int, source: int, nbytes: int, *owners: object) -> None:
     """Copy `nbytes` bytes from one address to another; the ranges do not overlap.
 
-    The owners keep both ranges alive. They are held until the last thread is done, also if this one is interrupted.
+    The owners keep both ranges alive. They are held until the last thread is done, also if this one
+    is interrupted.
     """
     if nbytes < _LARGE or (threads := min(usable_cores(), _MOST_THREADS)) == 1:
         ctypes.memmove(target, source, nbytes)
         return
     step = nbytes // threads
     pool = _pool(os.getpid())
-    others = [pool.submit(_move, target + i * step, source + i * step, step, owners) for i in range(1, threads)]
+    others = [
+        pool.submit(_move, target + i * step, source + i * step, step, owners)
+        for i in range(1, threads)
+    ]
     ctypes.memmove(target, source, step)
     rest = step * threads
     ctypes.memmove(target + rest, source + rest, nbytes - rest)
@@ -35,7 +40,8 @@ def _move(target: int, source: int, nbytes: int, owners: tuple[object, ...]) -> 
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use; where only Linux could say, that of the machine."""
+    """Return the number of cores that this process may use; where only Linux could say, that of
+    the machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

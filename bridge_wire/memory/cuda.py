@@ -1,7 +1,9 @@
-"""CUDA, as far as the bridge needs it: memory and events that another process can open, streams and copies.
+"""CUDA, as far as the bridge needs it: memory and events that another process can open, streams and
+copies.
 
-CuPy carries it; it is imported, and a CUDA context made, when a device is first used. To list the devices takes the
-driver alone. Pointers, events and streams are the integers that CUDA's own interfaces take.
+CuPy carries it; it is imported, and a CUDA context made, when a device is first used. To list the
+devices takes the driver alone. Pointers, events and streams are the integers that CUDA's own
+interfaces take.
 """
 
 import contextlib
@@ -30,7 +32,8 @@ _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 
 
 class Gpu(NamedTuple):
-    """A device: its number in this process, which CUDA_VISIBLE_DEVICES decides, and what it is called everywhere."""
+    """A device: its number in this process, which CUDA_VISIBLE_DEVICES decides, and what it is
+    called everywhere."""
 
     ordinal: int
     uuid: bytes
@@ -55,7 +58,8 @@ class _Handle(ctypes.Structure):
 
 
 class Driver:
-    """CUDA's driver, by ctypes, which releases the GIL during each call: many of them wait for the GPU."""
+    """CUDA's driver, by ctypes, which releases the GIL during each call: many of them wait for
+    the GPU."""
 
     def __init__(self) -> None:
         """Load the driver.
@@ -84,11 +88,17 @@ class Driver:
     def size_of(self, pointer: int) -> int:
         """Return the bytes from a pointer to the end of its allocation. Needs a context."""
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
-        self._call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
+        self._call(
+            "cuMemGetAddressRange_v2",
+            ctypes.byref(base),
+            ctypes.byref(size),
+            ctypes.c_uint64(pointer),
+        )
         return base.value + size.value - pointer
 
     def has_words(self, ordinal: int) -> bool:
-        """Whether streams of a device can write words of 64 bits in its memory, and wait for them."""
+        """Whether streams of a device can write words of 64 bits in its memory, and wait for
+        them."""
         device, found = ctypes.c_int(), ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ordinal)
         self._call("cuDeviceGetAttribute", ctypes.byref(found), _HAS_WORDS, device)
@@ -99,7 +109,12 @@ class Driver:
     def map(self, handle: bytes) -> int:
         """Map another process's allocation."""
         pointer = ctypes.c_uint64()
-        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(pointer), _Handle.from_buffer_copy(handle), _LAZY_PEER_ACCESS)
+        self._call(
+            "cuIpcOpenMemHandle_v2",
+            ctypes.byref(pointer),
+            _Handle.from_buffer_copy(handle),
+            _LAZY_PEER_ACCESS,
+        )
         return pointer.value
 
     def unmap(self, pointer: int) -> None:
@@ -116,13 +131,19 @@ class Driver:
         """Return a stream of the highest priority."""
         stream, least, greatest = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
         self._call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
-        self._call("cuStreamCreateWithPriority", ctypes.byref(stream), _STREAM_NON_BLOCKING, greatest)
+        self._call(
+            "cuStreamCreateWithPriority", ctypes.byref(stream), _STREAM_NON_BLOCKING, greatest
+        )
         return stream.value or 0
 
     def write_word(self, stream: int, pointer: int, value: int) -> None:
         """Have a stream write a word."""
         self._call(
-            "cuStreamWriteValue64_v2", ctypes.c_void_p(stream), ctypes.c_uint64(pointer), ctypes.c_uint64(value), 0
+            "cuStreamWriteValue64_v2",
+            ctypes.c_void_p(stream),
+            ctypes.c_uint64(pointer),
+            ctypes.c_uint64(value),
+            0,
         )
 
     def wait_for_word(self, stream: int, pointer: int, value: int) -> None:
@@ -142,15 +163,25 @@ class Driver:
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == 0)
 
     def is_pending(self, event: int) -> bool:
-        """Whether something before the event's last record is still to be done, as far as is known. Never blocks."""
+        """Whether something before the event's last record is still to be done, as far as is known.
+
+        Never blocks.
+        """
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == _NOT_READY)
 
     def is_busy(self, stream: int) -> bool:
-        """Whether something on a stream has still to be done. Never blocks. Needs the context of the stream."""
+        """Whether something on a stream has still to be done.
+
+        Never blocks. Needs the context of the stream.
+        """
         return bool(self._library.cuStreamQuery(ctypes.c_void_p(stream)) == _NOT_READY)
 
     def _gpu(self, ordinal: int) -> Gpu:
-        device, uuid, name = ctypes.c_int(), (ctypes.c_ubyte * UUID_BYTES)(), ctypes.create_string_buffer(256)
+        device, uuid, name = (
+            ctypes.c_int(),
+            (ctypes.c_ubyte * UUID_BYTES)(),
+            ctypes.create_string_buffer(256),
+        )
         self._call("cuDeviceGet", ctypes.byref(device), ordinal)
         self._call("cuDeviceGetUuid_v2", uuid, device)
         self._call("cuDeviceGetName", name, len(name), device)
@@ -160,10 +191,14 @@ class Driver:
         try:
             status = getattr(self._library, name)(*arguments)
         except AttributeError:
-            raise CudaError(f"the NVIDIA driver has no {name}: it is older than CUDA 11.7") from None
+            raise CudaError(
+                f"the NVIDIA driver has no {name}: it is older than CUDA 11.7"
+            ) from None
         if status:
             error = OutOfMemory if status == _OUT_OF_MEMORY else CudaError
-            raise error(f"the NVIDIA driver answers {name} with error {status}, {self._name_of(status)}")
+            raise error(
+                f"the NVIDIA driver answers {name} with error {status}, {self._name_of(status)}"
+            )
 
     def _name_of(self, status: int) -> str:
         name = ctypes.c_char_p()
@@ -228,14 +263,17 @@ class Device:
         """
         if len(handle) != HANDLE_BYTES:
             raise CudaError(f"a handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
-        # By the driver, as all that opens and closes: CuPy would keep the GIL, CUDA may wait for the whole device
-        # (pytorch#15937, tensorpipe#321), and that for a model's callback in Python.
+        # By the driver, as all that opens and closes: CuPy would keep the GIL, CUDA may wait for
+        # the whole device (pytorch#15937, tensorpipe#321), and that for a model's callback in
+        # Python.
         pointer = self._by_driver(driver().map, handle)
         try:
             with self._current():
                 size = driver().size_of(pointer)
             if size < nbytes:
-                raise CudaError(f"the memory behind a handle has {size} bytes, but {nbytes} were announced")
+                raise CudaError(
+                    f"the memory behind a handle has {size} bytes, but {nbytes} were announced"
+                )
         except BaseException:
             self.close(pointer)
             raise
@@ -284,7 +322,8 @@ class Device:
         return self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
 
     def new_urgent_stream(self) -> int:
-        """Return a stream that no other one's work delays: those of high priority have hardware queues of their own."""
+        """Return a stream that no other one's work delays: those of high priority have hardware
+        queues of their own."""
         return self._by_driver(driver().new_urgent_stream)
 
     @property
@@ -320,7 +359,10 @@ class Device:
         self._do(self._runtime.deviceSynchronize)
 
     def is_busy(self, stream: int) -> bool:
-        """Whether something on the stream has still to be done. Never blocks; a GPU that has failed does nothing."""
+        """Whether something on the stream has still to be done.
+
+        Never blocks; a GPU that has failed does nothing.
+        """
         with self._current():
             return driver().is_busy(stream)
 
@@ -344,7 +386,9 @@ class Device:
 
     def _by_driver(self, action: Callable[..., _T], *arguments: Any) -> _T:
         with self._current():
-            self._do(self._runtime.setDevice, self.gpu.ordinal)  # the driver looks for this thread's context
+            self._do(
+                self._runtime.setDevice, self.gpu.ordinal
+            )  # the driver looks for this thread's context
             try:
                 return action(*arguments)
             except CudaError as error:
@@ -377,11 +421,16 @@ def device_of(uuid: bytes) -> Device:
     visible = driver().gpus()
     gpu = next((each for each in visible if each.uuid == uuid), None)
     if gpu is None:
-        raise CudaError(f"this process cannot see {label_of(uuid)}; change CUDA_VISIBLE_DEVICES, or the container's")
+        raise CudaError(
+            f"this process cannot see {label_of(uuid)}; change CUDA_VISIBLE_DEVICES, or the"
+            " container's"
+        )
     try:
         from cupy.cuda import runtime
     except ImportError as error:
-        raise CudaError(f"CuPy is needed beside a GPU: install torch-jax-bridge[cuda] ({error})") from error
+        raise CudaError(
+            f"CuPy is needed beside a GPU: install torch-jax-bridge[cuda] ({error})"
+        ) from error
     device = Device(gpu, runtime, is_only=len(visible) == 1)
     device.free_bytes()  # makes the context, so that a device out of order is found out here
     return device

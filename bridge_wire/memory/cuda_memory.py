@@ -1,7 +1,8 @@
-"""Slabs of a GPU's memory: leased from by the client that owns them, mapped by the worker that was given their handles.
+"""Slabs of a GPU's memory: leased from by the client that owns them, mapped by the worker that was
+given their handles.
 
-They are allocations of the bridge's own. Not all memory of the frameworks can be exported, and whoever opens a handle
-can reach all that lies behind it.
+They are allocations of the bridge's own. Not all memory of the frameworks can be exported, and
+whoever opens a handle can reach all that lies behind it.
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from bridge_wire.memory.slabs import Slab
 
 _T = TypeVar("_T")
 
-# What CUDA maps into another process at once; a smaller allocation would show others that lie beside it.
+# What CUDA maps into another process at once; a smaller allocation would show others that lie
+# beside it.
 UNIT = 2 << 20
 ALIGNMENT = 256
 # Far beyond any slab of the host's: both are in one address space.
@@ -32,7 +34,10 @@ _NO_VIEW = memoryview(b"")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuSlab(Slab):
-    """Memory of a GPU, at `pointer` there for this process. `handle` opens it in another, and is empty in that."""
+    """Memory of a GPU, at `pointer` there for this process.
+
+    `handle` opens it in another, and is empty in that.
+    """
 
     handle: bytes
 
@@ -40,8 +45,9 @@ class GpuSlab(Slab):
 class GpuPool(Pool):
     """Leases blocks of one GPU's memory. Thread-safe.
 
-    Work on a GPU goes on after a block has died here. So its memory serves the stream again that it was leased for,
-    whose work comes in order, and any other stream only once that has been made to wait for the first.
+    Work on a GPU goes on after a block has died here. So its memory serves the stream again that it
+    was leased for, whose work comes in order, and any other stream only once that has been made to
+    wait for the first.
     """
 
     _FIRST_BASE = FIRST_ADDRESS
@@ -50,17 +56,24 @@ class GpuPool(Pool):
     slabs: tuple[GpuSlab, ...]
 
     def __init__(self, device: Device, *, max_bytes: int | None = None) -> None:
-        """Make a pool; the cap is by default BRIDGE_SLAB_MAX_BYTES, or half of what the GPU has free now."""
-        super().__init__(max_bytes=configured_max_bytes(device.free_bytes() // 2) if max_bytes is None else max_bytes)
+        """Make a pool; the cap is by default BRIDGE_SLAB_MAX_BYTES, or half of what the GPU has
+        free now."""
+        super().__init__(
+            max_bytes=configured_max_bytes(device.free_bytes() // 2)
+            if max_bytes is None
+            else max_bytes
+        )
         self.device = device
         self._memory = memory = _Allocations(device)
         self._ready = defaultdict(lambda: _Ended(memory))  # by size and stream
         self.lenders: list[Any] = []  # allocators whose memory was adopted, but those in use
-        # What streams have given back to all was in use until these events; a stream waits for them once.
+        # What streams have given back to all was in use until these events; a stream waits for them
+        # once.
         self._fences: dict[int, int] = {}
         self._fenced: set[int] = set()
         self._fencing = threading.Lock()
-        # Blocks with the words of lanes, which are never used for anything else; and those that no lane has now.
+        # Blocks with the words of lanes, which are never used for anything else; and those that no
+        # lane has now.
         self._words: list[Block] = []
         self._spare_words: list[Block] = []
 
@@ -91,8 +104,9 @@ class GpuPool(Pool):
         return block
 
     def lease_words(self, stream: int) -> Block:
-        """Return a block for the words of a lane, to be cleared on a stream. It is no tensor's, and never dies: a
-        worker that is late may still write there."""
+        """Return a block for the words of a lane, to be cleared on a stream. It is no tensor's, and
+        never dies: a worker that is late may still write there.
+        """
         try:
             return self._spare_words.pop()
         except IndexError:
@@ -123,7 +137,9 @@ class GpuPool(Pool):
             event = self._fences[stream] = self._memory.new_event()
         try:
             self.device.record(event, stream)
-        except CudaError:  # its owner has destroyed the stream; what was on it is done when the device is
+        except (
+            CudaError
+        ):  # its owner has destroyed the stream; what was on it is done when the device is
             self.device.synchronize_all()
         return event
 
@@ -143,7 +159,8 @@ class GpuPool(Pool):
     def adopt(self, pointer: int, nbytes: int) -> None:
         """Share memory of a lender's, as a slab that nothing is leased from.
 
-        It is the base of an allocation of whole units, which the lender keeps. What was adopted before stays so.
+        It is the base of an allocation of whole units, which the lender keeps. What was adopted
+        before stays so.
 
         Raises:
           CudaError: it cannot be exported.
@@ -151,12 +168,17 @@ class GpuPool(Pool):
         with self._lock:
             if any(slab.pointer == pointer for slab in self.slabs):
                 return
-            slab = GpuSlab(_NO_VIEW, pointer, self._next_base, nbytes, -1, self.device.handle_of(pointer))
+            slab = GpuSlab(
+                _NO_VIEW, pointer, self._next_base, nbytes, -1, self.device.handle_of(pointer)
+            )
             self._next_base = slab.base + nbytes + UNIT
             self.slabs = (*self.slabs, slab)
 
     def close(self) -> None:
-        """End the leasing. Memory without a block is freed now, the rest when other such memory is made or freed."""
+        """End the leasing.
+
+        Memory without a block is freed now, the rest when other such memory is made or freed.
+        """
         super().close()
         self._words.clear()
         self._spare_words.clear()
@@ -174,8 +196,8 @@ class GpuPool(Pool):
         return GpuSlab(_NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer))
 
 
-# What is nobody's any more, and how to end it. A finalizer only adds to it: it may run in the middle of anything, and
-# CUDA waits for the GPU before it frees memory.
+# What is nobody's any more, and how to end it. A finalizer only adds to it: it may run in the
+# middle of anything, and CUDA waits for the GPU before it frees memory.
 _left: deque[tuple[Callable[[Any], None], Any]] = deque()
 
 
@@ -194,8 +216,9 @@ def end_what_is_left() -> None:
 
 
 def leave_event(device: Device, event: int) -> None:
-    """Have an event of this process be destroyed, once it has passed. CUDA lets whoever waits for one that is destroyed
-    before wait forever, if that is another process (pytorch#15974)."""
+    """Have an event of this process be destroyed, once it has passed. CUDA lets whoever waits for
+    one that is destroyed before wait forever, if that is another process (pytorch#15974).
+    """
     leave(_end_event, (device, event))
 
 
@@ -253,7 +276,10 @@ class _OpenedSlab(GpuSlab):
 
 
 class _Ended(list[int]):
-    """The addresses of blocks that have died. It keeps their memory, as every block does that returns to it."""
+    """The addresses of blocks that have died.
+
+    It keeps their memory, as every block does that returns to it.
+    """
 
     __slots__ = ("_memory",)
 
@@ -263,13 +289,16 @@ class _Ended(list[int]):
 
 
 class _Allocations:
-    """What a pool has on the GPU, which ends with the pool and its last block; of a forked child it is the parent's."""
+    """What a pool has on the GPU, which ends with the pool and its last block; of a forked child
+    it is the parent's."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._pointers: list[int] = []
         self._events: list[int] = []
-        weakref.finalize(self, _leave, device, self._pointers, self._events, os.getpid()).atexit = False
+        weakref.finalize(
+            self, _leave, device, self._pointers, self._events, os.getpid()
+        ).atexit = False
 
     def allocate(self, nbytes: int) -> int:
         pointer = self._device.allocate(nbytes)

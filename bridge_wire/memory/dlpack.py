@@ -1,6 +1,7 @@
 """DLPack, the one adapter between raw memory and the frameworks' arrays, in both directions.
 
-Structures and codes are those of dlpack.h 1.1; the unversioned capsule is exported, since every consumer takes it.
+Structures and codes are those of dlpack.h 1.1; the unversioned capsule is exported, since every
+consumer takes it.
 """
 
 import ctypes
@@ -59,12 +60,14 @@ _carrier: Callable[[Any], Any] | None = None
 
 
 def keep_owners_by(carrier: Callable[[Any], Any]) -> None:
-    """Have what an exporter's owner is kept by be made by `carrier`: the DLPack capsule of some library's array over a
-    buffer. For whoever imports such a library, before anything is exported with an owner.
+    """Have what an exporter's owner is kept by be made by `carrier`: the DLPack capsule of some
+    library's array over a buffer. For whoever imports such a library, before anything is exported
+    with an owner.
 
-    A consumer may let go of an array anywhere: without the GIL, at the interpreter's end, and above all while an
-    exception is being raised, as when `[f(x), 1 / 0]` drops its first item. A deleter written in Python, a callback of
-    ctypes, would clear that exception, and the interpreter crash. The libraries' own deleters, in C, know all that.
+    A consumer may let go of an array anywhere: without the GIL, at the interpreter's end, and above
+    all while an exception is being raised, as when `[f(x), 1 / 0]` drops its first item. A deleter
+    written in Python, a callback of ctypes, would clear that exception, and the interpreter crash.
+    The libraries' own deleters, in C, know all that.
     """
     global _carrier
     _carrier = carrier
@@ -73,8 +76,8 @@ def keep_owners_by(carrier: Callable[[Any], Any]) -> None:
 class Exporter:
     """An array over raw memory that any DLPack consumer can import without a copy.
 
-    With an `owner`, that object lives until the consumer's array dies. Without one, the memory's lifetime is the
-    caller's business.
+    With an `owner`, that object lives until the consumer's array dies. Without one, the memory's
+    lifetime is the caller's business.
     """
 
     __slots__ = ("_owner", "pointer", "spec")
@@ -107,7 +110,10 @@ class Exporter:
     def _carried(self) -> Any:
         """Return a capsule whose deleter, a library's own, also drops the owner."""
         if _carrier is None:
-            raise CallerError("import bridge_client.torch or bridge_client.jax first, which know how to keep an array")
+            raise CallerError(
+                "import bridge_client.torch or bridge_client.jax first, which know how to keep an"
+                " array"
+            )
         shape = self.spec.shape
         kept = (ctypes.c_int64 * max(1, len(shape)))(*shape)
         kept.owner = self._owner  # type: ignore[attr-defined]
@@ -122,20 +128,28 @@ class Exporter:
         # Consumers take a null pointer only for an empty array, and some do not take it even then.
         pointer, ndim = self.pointer or shape, len(self.spec.shape)
         device = self.__dlpack_device__()
-        return _DLTensor(pointer, *device, ndim, dtype.dlpack_code, dtype.dlpack_bits, 1, shape, None, 0)
+        return _DLTensor(
+            pointer, *device, ndim, dtype.dlpack_code, dtype.dlpack_bits, 1, shape, None, 0
+        )
 
 
 class DeviceExporter(Exporter):
-    """An array over a device's raw memory. `wait` lets a consumer's stream wait until the memory may be read, or waits
-    itself when it is given None.
+    """An array over a device's raw memory. `wait` lets a consumer's stream wait until the memory
+    may be read, or waits itself when it is given None.
 
-    Streams are named as in the array API standard: a consumer that names none is kept waiting, and -1 asks for nothing.
+    Streams are named as in the array API standard: a consumer that names none is kept waiting, and
+      -1 asks for nothing.
     """
 
     __slots__ = ("_device", "_wait")
 
     def __init__(
-        self, pointer: int, spec: Spec, owner: Any, device: tuple[int, int], wait: Callable[[int | None], None]
+        self,
+        pointer: int,
+        spec: Spec,
+        owner: Any,
+        device: tuple[int, int],
+        wait: Callable[[int | None], None],
     ) -> None:
         super().__init__(pointer, spec, owner)
         self._device = device
@@ -151,7 +165,10 @@ class DeviceExporter(Exporter):
 
 
 class Borrowed(NamedTuple):
-    """A view of a producer's memory: valid while `capsule` lives. Strides are in elements; None means row-major."""
+    """A view of a producer's memory: valid while `capsule` lives.
+
+    Strides are in elements; None means row-major.
+    """
 
     pointer: int
     spec: Spec
@@ -180,7 +197,9 @@ def borrow(producer: Any) -> Borrowed:
         raise StructureError(f"a {type(producer).__qualname__} has no __dlpack__; pass an array")
     device, _ = producer.__dlpack_device__()
     if device != CPU[0]:
-        raise StructureError(f"the array is on DLPack device type {device}; expected host memory, type {CPU[0]}")
+        raise StructureError(
+            f"the array is on DLPack device type {device}; expected host memory, type {CPU[0]}"
+        )
     try:
         capsule = producer.__dlpack__()
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -190,7 +209,10 @@ def borrow(producer: Any) -> Borrowed:
     tensor = _DLManagedTensor.from_address(_capsule_pointer(capsule, b"dltensor")).tensor
     dtype = _CODES.get((tensor.code, tensor.bits))
     if dtype is None or tensor.lanes != 1:
-        raise StructureError(f"DLPack type ({tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes) is not supported")
+        raise StructureError(
+            f"DLPack type ({tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes) is not"
+            " supported"
+        )
     sizes = ctypes.c_int64 * tensor.ndim
     shape = tuple(sizes.from_address(tensor.shape)) if tensor.ndim else ()
     strides = tuple(sizes.from_address(tensor.strides)) if tensor.ndim and tensor.strides else None
@@ -198,7 +220,10 @@ def borrow(producer: Any) -> Borrowed:
 
 
 def data_pointer(producer: Any) -> int:
-    """Return where the first element of a DLPack producer's host memory lies. Valid while the producer lives."""
+    """Return where the first element of a DLPack producer's host memory lies.
+
+    Valid while the producer lives.
+    """
     tensor = _capsule_pointer(producer.__dlpack__(), b"dltensor")
     # `data` is the first field of the first field.
     return ctypes.c_void_p.from_address(tensor).value or 0

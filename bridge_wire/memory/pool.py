@@ -1,9 +1,9 @@
 """The owner of a session's tensors: slabs, and blocks leased from them.
 
-A block is its memory: whoever keeps it, or a view or a tensor made of it, keeps the lease. When the last of them dies
-the block's address goes on the list of its size, in whichever thread that happens, and serves the next request. The
-finalizer does no more than that, since it may run in the middle of anything; neither it nor a request that such a
-list can serve takes a lock.
+A block is its memory: whoever keeps it, or a view or a tensor made of it, keeps the lease. When the
+last of them dies the block's address goes on the list of its size, in whichever thread that
+happens, and serves the next request. The finalizer does no more than that, since it may run in the
+middle of anything; neither it nor a request that such a list can serve takes a lock.
 """
 
 import contextlib
@@ -46,13 +46,15 @@ class Returned(Protocol):
 
 
 class Block:
-    """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this process.
+    """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this
+    process.
 
-    It exports them as a writable buffer. The lease ends when it and everything that was made of it are gone. A block
-    of zero bytes has address 0.
+    It exports them as a writable buffer. The lease ends when it and everything that was made of it
+    are gone. A block of zero bytes has address 0.
     """
 
-    # Each number of bytes has a class of its own, since ctypes has a type for each size of an array: see _class_of.
+    # Each number of bytes has a class of its own, since ctypes has a type for each size of an
+    # array: see _class_of.
     __slots__ = ()
     address: int
     pointer: int
@@ -122,7 +124,8 @@ class Pool:
         self._ready: defaultdict[Any, list[int]] = defaultdict(list)  # by size
         self._lock = threading.Lock()
         self._is_closed = False
-        # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long as its views.
+        # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long
+        # as its views.
         self._descriptors: list[int] = []
         self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
 
@@ -156,7 +159,8 @@ class Pool:
         return block
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
-        """Return the address of memory of this process that lies in a slab, aligned as a block is; else None."""
+        """Return the address of memory of this process that lies in a slab, aligned as a block
+        is; else None."""
         for slab in self.slabs:
             if 0 <= pointer - slab.pointer <= slab.nbytes - nbytes:
                 address = pointer - slab.pointer + slab.base
@@ -180,7 +184,10 @@ class Pool:
             return self._leased()
 
     def close(self) -> None:
-        """Close the slabs' descriptors. Leased blocks stay valid; their pages go with their last view."""
+        """Close the slabs' descriptors.
+
+        Leased blocks stay valid; their pages go with their last view.
+        """
         with self._lock:
             self._is_closed = True
             self._allocator = Allocator()
@@ -192,7 +199,8 @@ class Pool:
         return self._count - sum(map(len, list(self._ready.values())))
 
     def _allocate(self, size: int) -> int:
-        """Make an extent for a request that no ended lease has left one for, and return its address."""
+        """Make an extent for a request that no ended lease has left one for, and return its
+        address."""
         with self._lock:
             if self._is_closed:
                 raise closed()
@@ -211,7 +219,8 @@ class Pool:
         return address
 
     def _take_back(self) -> None:
-        """Give what ended leases have left back to the allocator, which may make larger extents of it."""
+        """Give what ended leases have left back to the allocator, which may make larger extents
+        of it."""
         taken: list[tuple[Any, int]] = []
         for key, addresses in list(self._ready.items()):
             with contextlib.suppress(IndexError):  # other threads lease from these lists, too
@@ -235,8 +244,9 @@ class Pool:
         room = self.max_bytes // self._UNIT * self._UNIT - self.slab_bytes
         if size > room:
             raise OutOfMemory(
-                f"a block of {size} bytes does not fit: the slabs hold {self.slab_bytes} of at most {self.max_bytes} "
-                f"bytes, in {self._leased()} leased blocks; free tensors or raise BRIDGE_SLAB_MAX_BYTES"
+                f"a block of {size} bytes does not fit: the slabs hold {self.slab_bytes} of at most"
+                f" {self.max_bytes} bytes, in {self._leased()} leased blocks; free tensors or raise"
+                " BRIDGE_SLAB_MAX_BYTES"
             )
         slab = self._new_slab(min(step, room), self._next_base)
         # The gap keeps two slabs' extents from ever merging into one.

@@ -1,7 +1,8 @@
 """Slabs: shared mappings without a name.
 
-A slab is a sealed memfd. The client creates it, and hands its descriptor over once; the worker checks what it got
-before it maps it. The kernel frees the pages when the last mapping of either side is gone, however it went.
+A slab is a sealed memfd. The client creates it, and hands its descriptor over once; the worker
+checks what it got before it maps it. The kernel frees the pages when the last mapping of either
+side is gone, however it went.
 """
 
 import ctypes
@@ -19,12 +20,23 @@ from bridge_wire.errors import OutOfMemory, ProtocolError
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; Python 3.11's mmap module does not name it
 # Without these, a peer could truncate the file and let this process die of SIGBUS.
-_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 2) | getattr(fcntl, "F_SEAL_GROW", 4) | getattr(fcntl, "F_SEAL_SEAL", 1)
+_SEALS = (
+    getattr(fcntl, "F_SEAL_SHRINK", 2)
+    | getattr(fcntl, "F_SEAL_GROW", 4)
+    | getattr(fcntl, "F_SEAL_SEAL", 1)
+)
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -32,9 +44,11 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Slab:
-    """One mapping: `nbytes` of memory at `pointer` in this process and at `base` in the session's address space.
+    """One mapping: `nbytes` of memory at `pointer` in this process and at `base` in the session's
+    address space.
 
-    `fd` is the memfd, or -1 where the memory cannot be shared. The mapping lives as long as any slice of `view`.
+    `fd` is the memfd, or -1 where the memory cannot be shared. The mapping lives as long as any
+    slice of `view`.
     """
 
     view: memoryview
@@ -49,8 +63,11 @@ class Slab:
             os.close(self.fd)
 
 
-def create_slab(nbytes: int, base: int, *, shareable: bool = True, name: str = "bridge-slab") -> Slab:
-    """Return a new slab of at least `nbytes` bytes, with every page present: a fault costs more than the write.
+def create_slab(
+    nbytes: int, base: int, *, shareable: bool = True, name: str = "bridge-slab"
+) -> Slab:
+    """Return a new slab of at least `nbytes` bytes, with every page present: a fault costs more
+    than the write.
 
     `name` is what /proc/PID/maps shows.
 
@@ -60,7 +77,9 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True, name: str = "
     nbytes = -(-nbytes // PAGE) * PAGE
     # A memfd has no quota, so the kernel would rather kill a process than refuse.
     if nbytes > (available := _available_bytes()):
-        raise OutOfMemory(f"the system has no room for a slab of {nbytes} bytes: {available} are available")
+        raise OutOfMemory(
+            f"the system has no room for a slab of {nbytes} bytes: {available} are available"
+        )
     fd = -1
     try:
         if shareable:
@@ -72,11 +91,15 @@ def create_slab(nbytes: int, base: int, *, shareable: bool = True, name: str = "
         # Fails before Linux 5.14; the pages then come one by one.
         _libc.madvise(pointer, nbytes, _MADV_POPULATE_WRITE)
         return Slab(view, pointer, base, nbytes, fd)
-    except BaseException as error:  # KeyboardInterrupt, for one: the pages of a large slab take a while
+    except (
+        BaseException
+    ) as error:  # KeyboardInterrupt, for one: the pages of a large slab take a while
         if fd >= 0:
             os.close(fd)
         if isinstance(error, OSError):
-            raise OutOfMemory(f"the system refused a slab of {nbytes} bytes: {error.strerror}") from error
+            raise OutOfMemory(
+                f"the system refused a slab of {nbytes} bytes: {error.strerror}"
+            ) from error
         raise
 
 
@@ -84,7 +107,8 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
     """Return the slab behind a descriptor that a peer sent. Takes ownership of the descriptor.
 
     Raises:
-      ProtocolError: it is not a memfd sealed against shrinking, growing and unsealing, of exactly this size.
+      ProtocolError: it is not a memfd sealed against shrinking, growing and unsealing, of exactly
+        this size.
     """
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -97,7 +121,9 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
             raise ProtocolError("the memfd of a slab lacks the seals SHRINK, GROW and SEAL")
         size = os.fstat(fd).st_size
         if size != nbytes or nbytes == 0 or nbytes % PAGE:
-            raise ProtocolError(f"the memfd of a slab has {size} bytes, but {nbytes} were announced")
+            raise ProtocolError(
+                f"the memfd of a slab has {size} bytes, but {nbytes} were announced"
+            )
         try:
             view, pointer = _map(fd, nbytes)
         except OSError as error:
@@ -119,7 +145,8 @@ def memfd_works() -> bool:
 
 
 def _available_bytes() -> int:
-    """Return what the machine, and this process's control group, can still give; without /proc, no limit."""
+    """Return what the machine, and this process's control group, can still give; without /proc,
+    no limit."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) << 10

@@ -1,4 +1,7 @@
-"""The client of docker/compose.yaml: fits two parameters by gradients through the worker. Its image has no jax."""
+"""The client of docker/compose.yaml: fits two parameters by gradients through the worker.
+
+Its image has no jax.
+"""
 
 import os
 
@@ -19,4 +22,6 @@ with connect(os.environ["BRIDGE_ADDRESS"], require=memory) as session:
         loss = ((wave(t, amplitude, rate) - seen) ** 2).mean()
         loss.backward()
         optimizer.step()
-    print(f"lane {session.lane}, memory {session.memory}: amplitude {amplitude:.2f}, rate {rate:.2f}")
+    print(
+        f"lane {session.lane}, memory {session.memory}: amplitude {amplitude:.2f}, rate {rate:.2f}"
+    )

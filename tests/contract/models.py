@@ -1,4 +1,5 @@
-"""The models of the runtimes' contract, each made of the array functions that JAX and torch both have."""
+"""The models of the runtimes' contract, each made of the array functions that JAX and torch both
+have."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +42,9 @@ MODELS: Mapping[str, Callable[[Any], Any]] = {
     "same": lambda np: lambda x: x,
     "product": lambda np: lambda x, number: x * number,
     "transposed": lambda np: lambda x: (x.T, np.broadcast_to(x[0], (3, 4))),
-    "nested": lambda np: lambda tree, kind: {"kept": [tree["a"] * 2, None], "sum": tree["b"][0] + len(kind)},
+    "nested": lambda np: (
+        lambda tree, kind: {"kept": [tree["a"] * 2, None], "sum": tree["b"][0] + len(kind)}
+    ),
     "refusing": lambda np: refusing,
     "speechless": lambda np: speechless,
     "ending": lambda np: ending,

@@ -50,13 +50,15 @@ def raises(y: Any) -> Any:
     ids=["nothing", "value", "no derivative", "other derivative", "exception"],
 )
 def test_planted_faults_are_seen(spoil: Callable[[Any], Any], expected: dict[str, str]) -> None:
-    """A spoilt value, derivative or error is a fault in the checks that concern it, and in no other."""
+    """A spoilt value, derivative or error is a fault in the checks that concern it, and in no
+    other."""
     right = dict.fromkeys(("value", "vmap", "gradient", "jvp", "hvp", "again"), "right")
     assert statuses(Planted(spoil)) == right | expected
 
 
 def test_a_fake_tensor_mode_that_is_left_is_seen() -> None:
-    """With a mode still active after the call, torch's own state is broken, and the check says so."""
+    """With a mode still active after the call, torch's own state is broken, and the check says
+    so."""
     mode = FakeTensorMode()
     checks = dict(Checks(SIN, 0, InProcess()).run())
     with mode:

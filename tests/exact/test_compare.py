@@ -35,7 +35,8 @@ def test_rounding_is_right() -> None:
 
 
 def test_what_an_eps_of_the_inputs_moves_as_far_is_right() -> None:
-    """An ill-conditioned result may differ as its inputs' rounding moves it; a discontinuous one may not."""
+    """An ill-conditioned result may differ as its inputs' rounding moves it; a discontinuous one
+    may not."""
     got = ONE * np.float32(1.0001)
     assert judge_values([got], [ONE], lambda: [0.0]).status == "wrong"
     assert judge_values([got], [ONE], lambda: [1e-4]).status == "right"
@@ -46,16 +47,30 @@ def test_exceptions_without_a_type_are_faults() -> None:
     """A BridgeError is a refusal, but for the end of the worker; anything else is a fault."""
     typed = (BridgeError,)
     assert judge_refusal(Refusal(SpecError("no")), None, typed, "torch").status == "refused"
-    assert judge_refusal(Refusal(SpecError("no")), Refusal(ValueError()), typed, "torch").status == "as torch"
+    assert (
+        judge_refusal(Refusal(SpecError("no")), Refusal(ValueError()), typed, "torch").status
+        == "as torch"
+    )
     assert judge_refusal(Refusal(IndexError("no")), None, typed, "torch").status == "untyped"
-    assert judge_refusal(Refusal(WorkerDied("gone")), Refusal(ValueError()), typed, "torch").status == "crash"
+    assert (
+        judge_refusal(Refusal(WorkerDied("gone")), Refusal(ValueError()), typed, "torch").status
+        == "crash"
+    )
 
 
 def test_known_verdicts_are_listed_with_their_reason() -> None:
     """A row of known.toml holds for its entries, checks and status only."""
     records = [
-        {"way": "inproc", "case": "op/logcumsumexp/float32/plain/0", "checks": {"hvp": ["inherited", "x"]}},
-        {"way": "inproc", "case": "op/logcumsumexp/float32/plain/0", "checks": {"value": ["wrong", "y"]}},
+        {
+            "way": "inproc",
+            "case": "op/logcumsumexp/float32/plain/0",
+            "checks": {"hvp": ["inherited", "x"]},
+        },
+        {
+            "way": "inproc",
+            "case": "op/logcumsumexp/float32/plain/0",
+            "checks": {"value": ["wrong", "y"]},
+        },
     ]
     found = summary.summarise(records, summary.Known())
     assert found["counts"]["inproc"] == {"hvp": {"listed": 1}, "value": {"wrong": 1}}

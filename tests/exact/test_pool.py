@@ -31,12 +31,15 @@ for line in sys.stdin:
 def test_a_sample_that_ends_its_process_costs_no_other(
     what: str, timeout_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The samples before and after it, and the next entry, have their verdicts; its own says what happened."""
+    """The samples before and after it, and the next entry, have their verdicts; its own says
+    what happened."""
     monkeypatch.setattr(pool, "_COMMAND", [sys.executable, "-c", CHILD])
     records: list[dict[str, Any]] = []
     entries = [Entry("op", name, "float32", "plain") for name in (what, "sin")]
     Pool([], timeout_s, tmp_path, records.append).run(entries)
-    verdicts = {record["case"]: record["checks"]["value"][0] for record in records if "case" in record}
+    verdicts = {
+        record["case"]: record["checks"]["value"][0] for record in records if "case" in record
+    }
     assert [verdicts[f"{entries[0]}/{i}"] for i in range(3)] == ["right", what, "right"]
     assert [verdicts[f"{entries[1]}/{i}"] for i in range(3)] == ["right"] * 3
     assert [record["done"] for record in records if "done" in record] == list(map(str, entries))

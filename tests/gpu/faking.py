@@ -25,8 +25,9 @@ _MODULES = ("fake_cuda", "cupy", "cupy.cuda")
 
 
 def environment(directory: Path, *gpus: str, nbytes: int | None = None) -> dict[str, str]:
-    """Return the variables of a process that is to see the GPUs of the machine in this directory; by default it has
-    one."""
+    """Return the variables of a process that is to see the GPUs of the machine in this directory;
+    by default it has one.
+    """
     machine = directory / "gpus"
     machine.mkdir(exist_ok=True)
     paths = [str(FAKE), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -40,7 +41,10 @@ def environment(directory: Path, *gpus: str, nbytes: int | None = None) -> dict[
 
 @contextlib.contextmanager
 def installed(directory: Path, *gpus: str, nbytes: int | None = None) -> Iterator[Any]:
-    """Let this process, and those that it starts, see the GPUs of the machine in this directory. Gives `fake_cuda`."""
+    """Let this process, and those that it starts, see the GPUs of the machine in this directory.
+
+    Gives `fake_cuda`.
+    """
     variables = environment(directory, *gpus, nbytes=nbytes)
     before = {name: os.environ.pop(name, None) for name in _VARIABLES}
     modules = {name: sys.modules.pop(name) for name in _MODULES if name in sys.modules}

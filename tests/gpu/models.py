@@ -1,4 +1,7 @@
-"""The JAX models of workers whose GPU is none: they run on the host, whose memory the GPU's is. Runs in .venv-jax."""
+"""The JAX models of workers whose GPU is none: they run on the host, whose memory the GPU's is.
+
+Runs in .venv-jax.
+"""
 
 import threading
 import time
@@ -40,7 +43,8 @@ _is_late = False
 
 
 def late(x):
-    """The input plus one, which is on its way to the client until the file beside this machine's memory exists."""
+    """The input plus one, which is on its way to the client until the file beside this machine's
+    memory exists."""
 
     def delay(value):
         global _is_late

@@ -1,4 +1,5 @@
-"""JAX on the host, posing as JAX on the GPU that is none: the few lines that only CUDA can run are replaced."""
+"""JAX on the host, posing as JAX on the GPU that is none: the few lines that only CUDA can run
+are replaced."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ def _pointer_of(self: gpu.OnGpu, array: jax.Array) -> int:
 
 @contextlib.contextmanager
 def jax_on_gpu() -> Iterator[int]:
-    """Let all arrays of jax lie on the one GPU there is, but for those that are on another of the host's devices. Gives
-    XLA's stream there.
+    """Let all arrays of jax lie on the one GPU there is, but for those that are on another of the
+    host's devices. Gives XLA's stream there.
 
     XLA on the host waits for no stream: so the end of each callback waits for this one.
     """
@@ -38,7 +39,9 @@ def jax_on_gpu() -> Iterator[int]:
         patch.setattr(gpu, "stream_of", lambda device: stream)
         patch.setattr(gpu, "stream_of_callback", lambda context: stream)
         patch.setattr(gpu.OnGpu, "pointer_of", _pointer_of)
-        patch.setattr(gpu.OnGpu, "reference_to", lambda self, array: array.addressable_data(0).__dlpack__())
+        patch.setattr(
+            gpu.OnGpu, "reference_to", lambda self, array: array.addressable_data(0).__dlpack__()
+        )
         patch.setattr(callbacks, "_deliver", delivered)
         primitives.lower_as(callbacks.call_back_on_gpu, "cpu")
         try:

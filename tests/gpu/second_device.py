@@ -1,4 +1,5 @@
-"""JAX models on another device than the host's memory belongs to: what a GPU is to them, without one.
+"""JAX models on another device than the host's memory belongs to: what a GPU is to them, without
+one.
 
 Run by test_runtimes in an interpreter that forces two CPU devices.
 """
@@ -15,23 +16,34 @@ SECOND = jax.devices("cpu")[1]
 
 
 def runs_there(runtime: JaxRuntime) -> None:
-    hosted = Hosted(runtime, lambda x, unused, scale: (jnp.sin(x) * scale, jnp.ones(2, jnp.bfloat16)))
+    hosted = Hosted(
+        runtime, lambda x, unused, scale: (jnp.sin(x) * scale, jnp.ones(2, jnp.bfloat16))
+    )
     x = placed(np.arange(6, dtype=np.float32).reshape(2, 3))
     unused = placed(np.ones(4, np.float16))
     program = hosted.call(x, unused, 2.0)
     number = placed(np.float64(3.0))
-    views = [hosted.view(array, spec) for array, spec in zip((x, unused, number), program.inputs, strict=True)]
+    views = [
+        hosted.view(array, spec)
+        for array, spec in zip((x, unused, number), program.inputs, strict=True)
+    ]
     for _ in range(2):
         outputs, _ = program.run(views, None)
         assert {device for y in outputs for device in y.devices()} == {SECOND}
-        np.testing.assert_allclose(hosted.written(outputs[0], program.outputs[0]), np.sin(x) * 3, rtol=1e-6, atol=1e-6)
-        np.testing.assert_array_equal(hosted.written(outputs[1], program.outputs[1]).astype(np.float32), [1, 1])
+        np.testing.assert_allclose(
+            hosted.written(outputs[0], program.outputs[0]), np.sin(x) * 3, rtol=1e-6, atol=1e-6
+        )
+        np.testing.assert_array_equal(
+            hosted.written(outputs[1], program.outputs[1]).astype(np.float32), [1, 1]
+        )
         x += 1  # what a view shows is read at each run
     assert runtime.exclusive(outputs, views, None) == [None, None]
 
 
 def keeps_there(runtime: JaxRuntime) -> None:
-    own = jax.device_put(np.float32([1, 2, 3]), jax.devices("cpu")[0])  # a model may be loaded elsewhere
+    own = jax.device_put(
+        np.float32([1, 2, 3]), jax.devices("cpu")[0]
+    )  # a model may be loaded elsewhere
     hosted = Hosted(runtime, (lambda w, x: jnp.sin(w * x), own))
     (w,) = runtime.prepare_parameters(hosted.model).run((), None)[0]
     assert w.devices() == {SECOND}

@@ -24,11 +24,14 @@ def _outcomes(size: gpu.Size) -> list[bool]:
 
 
 def test_a_good_run_meets_every_limit() -> None:
-    """There are five; how two processes do where inputs are copied in is reported at three sizes."""
+    """There are five; how two processes do where inputs are copied in is reported at three
+    sizes."""
     assert _outcomes(_size()) == [True] * 5
     size = _size(worker=9.0, staged=200.0)
     reported = [
-        row for row in gpu.judged({KIB: size, 64 * MIB: size, gpu.GIB: size}) if row.endswith("| none | 9.000 | |")
+        row
+        for row in gpu.judged({KIB: size, 64 * MIB: size, gpu.GIB: size})
+        if row.endswith("| none | 9.000 | |")
     ]
     assert len(reported) == 3
 
@@ -51,7 +54,10 @@ def test_the_tables_show_every_way_and_limit() -> None:
     """By size."""
     table = gpu.tables({64 * MIB: _size()})
     assert table[0] == "| forward + VJP, p50 | native | one process | worker | slab | staged |"
-    assert table[2] == "| 64 MiB | 1000.000 ms | 1000.000 ms | 1400.000 ms | 1050.000 ms | 30000.000 ms |"
+    assert (
+        table[2]
+        == "| 64 MiB | 1000.000 ms | 1000.000 ms | 1400.000 ms | 1050.000 ms | 30000.000 ms |"
+    )
     assert len(gpu.judged({64 * MIB: _size()})) == 5
 
 
@@ -62,7 +68,9 @@ def test_a_size_that_was_not_staged_through_the_host_says_so() -> None:
     assert table[3].startswith("| 1 GiB | ") and table[3].endswith("| not measured |")
 
 
-@pytest.mark.parametrize(("text", "sizes"), [("1KiB", (KIB,)), ("1KiB,64MiB,2GiB", (KIB, 64 * MIB, 2 * gpu.GIB))])
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("1KiB", (KIB,)), ("1KiB,64MiB,2GiB", (KIB, 64 * MIB, 2 * gpu.GIB))]
+)
 def test_a_user_names_the_sizes(text: str, sizes: tuple[int, ...]) -> None:
     """In binary units."""
     assert gpu._sizes(text) == sizes
@@ -70,7 +78,9 @@ def test_a_user_names_the_sizes(text: str, sizes: tuple[int, ...]) -> None:
         gpu._sizes("64MB")
 
 
-def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """And that is no failure."""
     monkeypatch.setattr(gpu, "gpus", lambda: ())
     assert gpu.main([]) == 0
@@ -80,7 +90,11 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, caps
 def test_it_runs_on_the_host_to_show_that_it_works() -> None:
     """All ways agree, and are timed."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "--rehearse"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "bench.gpu", "--rehearse"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "\n| 1 KiB | " in done.stdout and "one process by DLPack" in done.stdout

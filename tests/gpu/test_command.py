@@ -1,4 +1,5 @@
-"""`make gpu`, without a GPU: it ends in time whatever its steps do, and each of them works as far as it can here."""
+"""`make gpu`, without a GPU: it ends in time whatever its steps do, and each of them works as
+far as it can here."""
 
 import os
 import re
@@ -47,7 +48,12 @@ def test_steps_that_hang_or_crash_cost_no_more_than_their_time(
     plan = (
         (
             gpu.Step("hangs", "torch", 2, ("python", "-c", _HANGS)),
-            gpu.Step("crashes", "jax", 30, ("python", "-c", "import os; print('so far', flush=True); os.abort()")),
+            gpu.Step(
+                "crashes",
+                "jax",
+                30,
+                ("python", "-c", "import os; print('so far', flush=True); os.abort()"),
+            ),
             gpu.Step("is missing", "jax", 30, ("no-such-program",)),
         ),
         (gpu.Step("works", "probe", 30, ("python", "-c", "print('an answer')")),),
@@ -58,11 +64,16 @@ def test_steps_that_hang_or_crash_cost_no_more_than_their_time(
     assert gpu.main(["--limit", "22", "--out", str(tmp_path / "out")], plan) == 1
     assert time.monotonic() - begun < 22 + 10
     summary = (tmp_path / "out" / "summary.txt").read_text()
-    found = {re.split(r"(?:ok  |LOOK)  ", line)[1].partition(": ")[0]: line for line in summary.splitlines()}
+    found = {
+        re.split(r"(?:ok  |LOOK)  ", line)[1].partition(": ")[0]: line
+        for line in summary.splitlines()
+    }
     assert "LOOK" in found["hangs"] and "TIME UP" in found["hangs"]
     assert "SIGABRT" in found["crashes"] and "status 127" in found["is missing"]
     assert "ok" in found["works"] and found["works"].endswith("an answer")
-    assert "TIME UP" in found["takes all"] and found["comes too late"].endswith("NOT RUN: the time is up")
+    assert "TIME UP" in found["takes all"] and found["comes too late"].endswith(
+        "NOT RUN: the time is up"
+    )
     assert "so far" in (tmp_path / "out" / "jax.txt").read_text()
     assert len(list((tmp_path / "out").iterdir())) <= 8
     children = re.findall(r"^\d+$", (tmp_path / "out" / "torch.txt").read_text(), re.MULTILINE)
@@ -70,14 +81,29 @@ def test_steps_that_hang_or_crash_cost_no_more_than_their_time(
 
 
 def test_a_rehearsal_on_the_faked_cuda_ends_in_time(tmp_path: Path) -> None:
-    """As `make gpu LIMIT=60`: the first steps answer, later ones are said not to have run, and all files are there."""
+    """As `make gpu LIMIT=60`: the first steps answer, later ones are said not to have run, and
+    all files are there."""
     out = tmp_path / "out"
     command = [sys.executable, _COMMAND, "--rehearse", "--limit", "60", "--out", out]
     begun = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert time.monotonic() - begun < 70, done.stdout
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*(f"{name}.txt" for name in ("facts", "probe", "torch", "jax", "faults", "programs", "bench", "summary"))]
+        [
+            *(
+                f"{name}.txt"
+                for name in (
+                    "facts",
+                    "probe",
+                    "torch",
+                    "jax",
+                    "faults",
+                    "programs",
+                    "bench",
+                    "summary",
+                )
+            )
+        ]
     )
     summary = (out / "summary.txt").read_text()
     assert re.search(r"ok +doctor: .* 0 broken", summary), done.stdout
@@ -97,13 +123,17 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 _ANSWERS = {
     "exchange": "words: yes; events: yes; host: yes",
     "handles": "0 bytes: a handle of 0 bytes.*; the process goes on",
-    "export": "preallocate=true: .*afterwards JAX computes; preallocate=false: .*afterwards JAX computes",
+    "export": (
+        "preallocate=true: .*afterwards JAX computes; preallocate=false: .*afterwards JAX computes"
+    ),
     "namespaces": "own PIDs: .*; equal PID numbers: ",
     "donation": "no: the result is right, .*; one that is referred to: computed 2.0",
     "deleter": "no: it had not run|not told: ",
     "events": r"yes: \d streams in 10 imports",
     "words": "yes: crossed True after .* released by this process True",
-    "rerecorded": "a later record on an idle stream: no effect, .*; on one that is late: no effect, ",
+    "rerecorded": (
+        "a later record on an idle stream: no effect, .*; on one that is late: no effect, "
+    ),
     "opening": r"kernel there: event made \d.*; kernel here: event made \d.* memory freed \d",
     "destroyed": "destroyed: query 0, wait ok, synchronize ok, destroy ok; killed: query 0, ",
     "dead": "killed: the stream stands still; .*; destroyed: the stream goes on",
@@ -147,28 +177,53 @@ def test_the_tests_that_the_plan_names_exist(gpu: ModuleType) -> None:
 def test_wheels_are_unpacked_without_pip(gpu: ModuleType, tmp_path: Path) -> None:
     """Those of this interpreter and machine; the others are named."""
     tag, machine = f"cp{sys.version_info.major}{sys.version_info.minor}", os.uname().machine
-    fit = ("a-1-py3-none-any", f"b-1-{tag}-{tag}-manylinux_2_17_{machine}", f"c-1-cp37-abi3-linux_{machine}")
+    fit = (
+        "a-1-py3-none-any",
+        f"b-1-{tag}-{tag}-manylinux_2_17_{machine}",
+        f"c-1-cp37-abi3-linux_{machine}",
+    )
     unfit = ("d-1-cp27-cp27m-any", f"e-1-{tag}-{tag}-macosx_11_0_riscv")
     for name in (*fit, *unfit):
         with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
             archive.writestr(f"{name[0]}.py", "")
     assert gpu.unpack(tmp_path, tmp_path / "packages") == [f"{name}.whl" for name in unfit]
-    assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == ["a.py", "b.py", "c.py"]
+    assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == [
+        "a.py",
+        "b.py",
+        "c.py",
+    ]
 
 
 def test_make_needs_no_environment_where_an_interpreter_is_named() -> None:
     """A borrowed machine has neither pip nor the time for it."""
     settings = ["PYTHON=python3", "LIMIT=60", "WHEELS=/wheels", "OUT=/out"]
     done = subprocess.run(
-        ["make", "--no-print-directory", "-n", "gpu", *settings], cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["make", "--no-print-directory", "-n", "gpu", *settings],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert done.stdout.split() == ["python3", "tools/gpu.py", "--limit", "60", "--wheels", "/wheels", "--out", "/out"]
+    assert done.stdout.split() == [
+        "python3",
+        "tools/gpu.py",
+        "--limit",
+        "60",
+        "--wheels",
+        "/wheels",
+        "--out",
+        "/out",
+    ]
 
 
 def test_the_command_needs_python_alone() -> None:
     """What it imports itself is of the standard library."""
     program = "import sys; sys.path.insert(0, 'tools'); import gpu; print(*sorted(sys.modules))"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-I", "-S", "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr

@@ -99,7 +99,9 @@ def test_the_driver_tells_its_version_and_the_devices(two_gpus: Any) -> None:
     assert gpus()[0].name == "Fake GPU 0"
 
 
-def test_a_device_is_found_by_uuid_under_any_numbering(two_gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_found_by_uuid_under_any_numbering(
+    two_gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """CUDA_VISIBLE_DEVICES renumbers the devices, and hides some."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,0")
     assert device_of(_TWO).gpu.ordinal == 0
@@ -110,7 +112,9 @@ def test_a_device_is_found_by_uuid_under_any_numbering(two_gpus: Any, monkeypatc
         device_of(_ONE)
 
 
-def test_without_cupy_a_device_says_what_to_install(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cupy_a_device_says_what_to_install(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Devices are listed all the same."""
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     assert gpus()
@@ -118,7 +122,9 @@ def test_without_cupy_a_device_says_what_to_install(fake_cuda: Any, monkeypatch:
         device_of(_ONE)
 
 
-def test_a_device_out_of_order_is_found_out_at_once(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_out_of_order_is_found_out_at_once(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before anything is built on it."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "memGetInfo:700")
     with pytest.raises(CudaError, match="IllegalAddress"):
@@ -170,7 +176,9 @@ def test_ones_own_handles_are_refused(device: Device) -> None:
         device.open_event(device.event_handle_of(event))
 
 
-def test_another_processes_memory_and_event_are_opened_and_let_go(device: Device, fake_cuda: Any) -> None:
+def test_another_processes_memory_and_event_are_opened_and_let_go(
+    device: Device, fake_cuda: Any
+) -> None:
     """All of the memory, or part of it."""
     with _Exporter(_ONE, 4 << 20) as other:
         for nbytes in (256, 4 << 20):
@@ -183,7 +191,9 @@ def test_another_processes_memory_and_event_are_opened_and_let_go(device: Device
         assert not fake_cuda.held()["openmem"] and not fake_cuda.held()["openevent"]
 
 
-def test_smaller_memory_than_announced_is_refused_and_let_go(device: Device, fake_cuda: Any) -> None:
+def test_smaller_memory_than_announced_is_refused_and_let_go(
+    device: Device, fake_cuda: Any
+) -> None:
     """Nothing could check each access."""
     with _Exporter(_ONE, 2 << 20) as other:
         with pytest.raises(CudaError, match="has 2097152 bytes, but 2097153 were announced"):
@@ -195,7 +205,13 @@ def test_a_handle_of_freed_memory_is_refused(device: Device) -> None:
     """Its process has ended."""
     with _Exporter(_ONE, 4096) as other:
         pass
-    os.unlink(next(path for path in Path(os.environ["FAKE_CUDA_DIR"]).iterdir() if path.name.startswith("mem-")))
+    os.unlink(
+        next(
+            path
+            for path in Path(os.environ["FAKE_CUDA_DIR"]).iterdir()
+            if path.name.startswith("mem-")
+        )
+    )
     with pytest.raises(CudaError, match="refused"):
         device.open(other.memory, 4096)
 
@@ -223,7 +239,8 @@ def test_each_device_does_what_it_is_asked_on_itself(two_gpus: Any) -> None:
 
 
 def test_streams_take_turns_by_events(device: Device, fake_cuda: Any) -> None:
-    """A copy on a stream that waits for an event comes after what was on the recorded one; asking never blocks."""
+    """A copy on a stream that waits for an event comes after what was on the recorded one;
+    asking never blocks."""
     source, target = device.allocate(256), device.allocate(256)
     ctypes.memset(source, 7, 256)
     writing, reading, event = device.new_stream(), device.new_stream(), device.new_event()
@@ -244,9 +261,13 @@ def test_streams_take_turns_by_events(device: Device, fake_cuda: Any) -> None:
     assert set(fake_cuda.held()) == {"bytes", "mem"}
 
 
-def test_what_another_process_can_delay_lets_other_threads_run(fake_cuda: Any, device: Device) -> None:
-    """Handles are opened and closed by the driver through ctypes, which releases the GIL: CuPy keeps it, and CUDA may
-    wait meanwhile for the other process's kernel, and that for a callback in Python."""
+def test_what_another_process_can_delay_lets_other_threads_run(
+    fake_cuda: Any, device: Device
+) -> None:
+    """Handles are opened and closed by the driver through ctypes, which releases the GIL: CuPy
+    keeps it, and CUDA may wait meanwhile for the other process's kernel, and that for a callback in
+    Python.
+    """
     used: list[str] = []
 
     class Runtime:
@@ -262,12 +283,19 @@ def test_what_another_process_can_delay_lets_other_threads_run(fake_cuda: Any, d
         noting.close(noting.open(other.memory, 2 << 20))
         noting.destroy_event(noting.open_event(other.event))
     assert used == []
-    assert not driver()._library.__class__.__name__.startswith("Py")  # ctypes.PyDLL would keep the GIL
+    assert not driver()._library.__class__.__name__.startswith(
+        "Py"
+    )  # ctypes.PyDLL would keep the GIL
 
 
 def test_streams_take_turns_by_words(device: Device, fake_cuda: Any) -> None:
-    """What comes on a stream that waits for a word comes when another stream, or a copy, has written it."""
-    word, waiting, writing = device.allocate(2 << 20), device.new_stream(), device.new_urgent_stream()
+    """What comes on a stream that waits for a word comes when another stream, or a copy, has
+    written it."""
+    word, waiting, writing = (
+        device.allocate(2 << 20),
+        device.new_stream(),
+        device.new_urgent_stream(),
+    )
     assert device.has_words
     copy_to_device(device, word, bytes(8))
     device.wait_for_word(word, 3, waiting)
@@ -292,7 +320,9 @@ def test_a_driver_without_words_says_so(device: Device, monkeypatch: pytest.Monk
         device.write_word(device.allocate(4096), 1, 0)
 
 
-def test_what_cuda_refuses_says_which_device_and_why(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cuda_refuses_says_which_device_and_why(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By CUDA's own name of the error."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcGetEventHandle:801")
     with pytest.raises(CudaError, match=f"{device.gpu.label} refused: cudaErrorNotSupported"):

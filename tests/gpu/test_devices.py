@@ -1,4 +1,7 @@
-"""The choice of a worker's device: what a process sees from then on, and what is refused. With a fake CUDA."""
+"""The choice of a worker's device: what a process sees from then on, and what is refused.
+
+With a fake CUDA.
+"""
 
 import os
 import subprocess
@@ -34,7 +37,13 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Choose:
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
 
-    def choose(device: str | None, fraction: float | None = None, *, is_spread: bool = False, **variables: str) -> None:
+    def choose(
+        device: str | None,
+        fraction: float | None = None,
+        *,
+        is_spread: bool = False,
+        **variables: str,
+    ) -> None:
         os.environ.update(variables)
         devices.choose(device, fraction, is_spread=is_spread)
 
@@ -63,20 +72,28 @@ def two_gpus(tmp_path: Path) -> Any:
 def test_a_process_sees_the_device_that_was_chosen(
     choose: Choose, two_gpus: Any, device: str | None, visible: str | None, left: str
 ) -> None:
-    """By its number among those that are visible, or by its UUID; what the user has narrowed stays narrowed."""
-    choose(device, **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}), BRIDGE_DEVICE="cuda:1")
+    """By its number among those that are visible, or by its UUID; what the user has narrowed
+    stays narrowed."""
+    choose(
+        device,
+        **({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}),
+        BRIDGE_DEVICE="cuda:1",
+    )
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
     # A worker that this one starts would count anew.
     assert ("BRIDGE_DEVICE" in os.environ) == (device is None)
 
 
 @pytest.mark.parametrize("device", ["cuda:2", "GPU-ff", "GPU-"])
-def test_a_device_that_is_not_there_is_refused_with_those_that_are(choose: Choose, two_gpus: Any, device: str) -> None:
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(
+    choose: Choose, two_gpus: Any, device: str
+) -> None:
     """A prefix that fits several is none."""
     with pytest.raises(CallerError) as raised:
         choose(device)
-    assert f"--device {device} is not here; this process may use cuda:0 ({ONE}, Fake GPU 0), cuda:1 (" in str(
-        raised.value
+    assert (
+        f"--device {device} is not here; this process may use cuda:0 ({ONE}, Fake GPU 0), cuda:1 ("
+        in str(raised.value)
     )
 
 
@@ -113,7 +130,9 @@ def test_memory_is_taken_as_it_is_needed(choose: Choose) -> None:
 @pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
 def test_two_fractions_are_refused(choose: Choose, name: str) -> None:
     """XLA takes either of its variables, which the option would contradict."""
-    with pytest.raises(CallerError, match=rf"--gpu-memory-fraction 0.5 and the variable {name}=0.9"):
+    with pytest.raises(
+        CallerError, match=rf"--gpu-memory-fraction 0.5 and the variable {name}=0.9"
+    ):
         choose(None, 0.5, **{name: "0.9"})
 
 
@@ -138,7 +157,14 @@ def test_a_worker_on_a_gpu_is_ready_to_share_it_before_a_client_asks(
 
 def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables: str) -> str:
     """Return what a worker says that refuses to start, where there are two fake GPUs."""
-    command = [python_of(venv), "-m", "bridge_server", "--torch-model", "tests.torch_server.models:square", *args]
+    command = [
+        python_of(venv),
+        "-m",
+        "bridge_server",
+        "--torch-model",
+        "tests.torch_server.models:square",
+        *args,
+    ]
     made = {**os.environ, **environment(tmp_path, ONE, TWO), **variables}
     done = subprocess.run(command, cwd=ROOT, env=made, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, ""), done
@@ -146,8 +172,13 @@ def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables:
 
 
 def test_the_choice_is_made_once_by_the_process_that_stays(tmp_path: Path) -> None:
-    """A worker executes itself anew for its allocator; the second GPU is not looked for among one. No GPU, no torch."""
-    assert "--device cuda:1, but torch finds cpu:0 only" in _refusal(tmp_path, BRIDGE_DEVICE="cuda:1")
+    """A worker executes itself anew for its allocator; the second GPU is not looked for among one.
+
+    No GPU, no torch.
+    """
+    assert "--device cuda:1, but torch finds cpu:0 only" in _refusal(
+        tmp_path, BRIDGE_DEVICE="cuda:1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,6 +191,8 @@ def test_the_choice_is_made_once_by_the_process_that_stays(tmp_path: Path) -> No
         (["--gpu-memory-fraction=half"], "'half' is no fraction"),
     ],
 )
-def test_what_is_no_device_and_no_fraction_is_refused(tmp_path: Path, args: list[str], said: str) -> None:
+def test_what_is_no_device_and_no_fraction_is_refused(
+    tmp_path: Path, args: list[str], said: str
+) -> None:
     """With what was seen, and what was expected."""
     assert said in _refusal(tmp_path, *args)

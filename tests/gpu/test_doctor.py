@@ -42,7 +42,7 @@ def _says(folder: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
     monkeypatch.setenv("PATH", str(folder))
 
 
-# Without a GPU ----------------------------------------------------------------------------------------------------
+# Without a GPU ------------------------------------------------------------------------------------
 
 
 def _without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,9 @@ def test_a_host_without_a_gpu_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert list(gpu_checks.checks()) == [ok("NVIDIA driver", "no NVIDIA driver")]
 
 
-def test_a_container_that_was_given_no_gpu_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_container_that_was_given_no_gpu_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The kernel has the driver, but its library is not here."""
     _without_a_library(monkeypatch)
     (tmp_path / "version").write_text("NVRM version")
@@ -69,7 +71,9 @@ def test_a_container_that_was_given_no_gpu_is_told(monkeypatch: pytest.MonkeyPat
     assert check.verdict == SLOW and "not visible" in check.found and "--gpus" in check.remedy
 
 
-def test_a_driver_that_does_not_start_is_told(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_start_is_told(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the setting that may be the cause."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (check,) = gpu_checks.checks()
@@ -77,7 +81,7 @@ def test_a_driver_that_does_not_start_is_told(fake_cuda: Any, monkeypatch: pytes
     assert check.remedy.startswith("change CUDA_VISIBLE_DEVICES=''; ")
 
 
-# With one ---------------------------------------------------------------------------------------------------------
+# With one -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [main, bridge_server], ids=["client", "worker"])
@@ -92,7 +96,9 @@ def test_both_doctors_find_a_gpu_well(
     monkeypatch.setenv("BRIDGE_ALLOCATOR", "system")
     _says(tmp_path / "bin", monkeypatch, f"echo '{fake_cuda.ONE}, 580.65.06, Default'")
     assert command(["doctor", "--json"]) == 0
-    checks = {check["name"]: Check(**check) for check in json.loads(capsys.readouterr().out)["checks"]}
+    checks = {
+        check["name"]: Check(**check) for check in json.loads(capsys.readouterr().out)["checks"]
+    }
     assert checks["NVIDIA driver"] == ok("NVIDIA driver", "580.65.06, for CUDA 13.0")
     assert checks["GPUs"] == ok("GPUs", f"cuda:0 Fake GPU 0 {fake_cuda.ONE}")
     assert checks["CuPy"] == ok("CuPy", "cupy-cuda13x 14.2.0")
@@ -102,8 +108,11 @@ def test_both_doctors_find_a_gpu_well(
     assert fake_cuda.held() == {}
 
 
-def test_gpus_are_told_without_nvidia_smi(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The kernel tells the driver's version where it can; a program that fails is as good as none."""
+def test_gpus_are_told_without_nvidia_smi(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The kernel tells the driver's version where it can; a program that fails is as good as
+    none."""
     version = tmp_path / "version"
     monkeypatch.setattr(gpu_checks, "_VERSION_FILE", version)
     monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
@@ -114,7 +123,10 @@ def test_gpus_are_told_without_nvidia_smi(fake_cuda: Any, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", "")
     for line in (
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:10:52 UTC 2025",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@host)",
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build "
+            " (root@host)"
+        ),
     ):
         version.write_text(line + "\nGCC version:  gcc version 12.3.0 (Ubuntu 12.3.0)\n")
         assert _found()["NVIDIA driver"].found == "580.65.06, for CUDA 13.0"
@@ -124,7 +136,11 @@ def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path
     """With the setting that hides them."""
     with installed(tmp_path) as fake:
         monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
-        _says(tmp_path / "bin", monkeypatch, f"echo '{fake.ONE}, 580, Default'; echo '{fake.TWO}, 580, Default'")
+        _says(
+            tmp_path / "bin",
+            monkeypatch,
+            f"echo '{fake.ONE}, 580, Default'; echo '{fake.TWO}, 580, Default'",
+        )
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         assert _found()["GPUs"].found.endswith(f"(CUDA_VISIBLE_DEVICES='0'); hidden: {fake.TWO}")
 
@@ -146,7 +162,7 @@ def test_mps_is_told(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert "daemon" in _found()["MPS"].found
 
 
-# CuPy and settings ------------------------------------------------------------------------------------------------
+# CuPy and settings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +173,12 @@ def test_mps_is_told(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ({"cupy-cuda12x": "13.6"}, "13.0", OK, "cupy-cuda12x 13.6"),
         ({"cupy-cuda13x": "14.2"}, "12.4", SLOW, "or cupy-cuda12x"),
         ({"cupy": "14.2"}, "12.4", OK, "cupy 14.2"),
-        ({"cupy-cuda12x": "13.6", "cupy-cuda13x": "14.2"}, "13.0", SLOW, "pip uninstall cupy-cuda12x cupy-cuda13x"),
+        (
+            {"cupy-cuda12x": "13.6", "cupy-cuda13x": "14.2"},
+            "13.0",
+            SLOW,
+            "pip uninstall cupy-cuda12x cupy-cuda13x",
+        ),
     ],
     ids=["none", "fits", "older", "newer than the driver", "built here", "two"],
 )
@@ -183,20 +204,32 @@ def test_without_cupy_nothing_is_exchanged(fake_cuda: Any, monkeypatch: pytest.M
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, OK, "XLA_PYTHON_CLIENT_PREALLOCATE=false"),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, OK, "expandable_segments:True"),
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, SLOW, "a worker does where it is not set"),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "no"}, SLOW, "XLA_PYTHON_CLIENT_PREALLOCATE=no: JAX takes most"),
-        ({"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}, BROKEN, "refuses to start"),
+        (
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "no"},
+            SLOW,
+            "XLA_PYTHON_CLIENT_PREALLOCATE=no: JAX takes most",
+        ),
+        (
+            {"XLA_CLIENT_MEM_FRACTION": ".5", "XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"},
+            BROKEN,
+            "refuses to start",
+        ),
     ],
 )
-def test_settings_of_the_allocators_are_told(settings: dict[str, str], verdict: str, said: str) -> None:
+def test_settings_of_the_allocators_are_told(
+    settings: dict[str, str], verdict: str, said: str
+) -> None:
     """As they are; what hinders others, or JAX itself, with the remedy."""
     check = gpu_checks._allocators(settings)
     assert check.verdict == verdict and said in check.found + check.remedy
 
 
-# The exchange -----------------------------------------------------------------------------------------------------
+# The exchange -------------------------------------------------------------------------------------
 
 
-def test_without_words_the_exchange_is_in_order_by_events(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_words_the_exchange_is_in_order_by_events(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever words fail; the check says why, and is well."""
     for variable, value, said in (
         ("FAKE_CUDA_WORDS", "0", "neither write nor wait"),
@@ -205,19 +238,25 @@ def test_without_words_the_exchange_is_in_order_by_events(fake_cuda: Any, monkey
     ):
         monkeypatch.setenv(variable, value)
         check = gpu_checks.exchanged(gpus()[0])
-        assert check.verdict == OK and check.found.startswith(f"{_CROSSED}, in order by events; not by words: ")
+        assert check.verdict == OK and check.found.startswith(
+            f"{_CROSSED}, in order by events; not by words: "
+        )
         assert said in check.found
         monkeypatch.delenv(variable)
     assert fake_cuda.held() == {}
 
 
-def test_without_either_the_exchange_waits_on_the_host(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_either_the_exchange_waits_on_the_host(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Wherever events fail: the check is slow, and says which way it went."""
     monkeypatch.setenv("FAKE_CUDA_WORDS", "0")
     for function in ("ipcGetEventHandle", "ipcOpenEventHandle"):
         monkeypatch.setenv("FAKE_CUDA_FAILS", f"{function}:801")
         check = gpu_checks.exchanged(gpus()[0])
-        assert check.verdict == SLOW and check.found.startswith(f"{_CROSSED}, in order only by waiting")
+        assert check.verdict == SLOW and check.found.startswith(
+            f"{_CROSSED}, in order only by waiting"
+        )
         assert "cudaErrorNotSupported" in check.found
     assert fake_cuda.held() == {}
 
@@ -239,7 +278,11 @@ def test_memory_that_no_other_process_opens_is_slow(
     monkeypatch.setattr(platform, "version", lambda: version)
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenMemHandle:400")
     check = gpu_checks.exchanged(gpus()[0])
-    assert check.verdict == SLOW and "cudaErrorInvalidResourceHandle" in check.found and remedy in check.remedy
+    assert (
+        check.verdict == SLOW
+        and "cudaErrorInvalidResourceHandle" in check.found
+        and remedy in check.remedy
+    )
     assert fake_cuda.held() == {}
 
 
@@ -247,7 +290,10 @@ def test_a_child_that_ends_or_sees_other_memory_is_found(
     fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Neither passes for an exchange."""
-    echo = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.recv(999); s.sendall({}); s.recv(1)"
+    echo = (
+        "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.recv(999);"
+        " s.sendall({}); s.recv(1)"
+    )
     answer = "bytes([1, 1, 0, 0]) + b'+' + bytes(256)"
     python = sys.executable
     for child, error, said in (
@@ -264,8 +310,11 @@ def test_a_child_that_ends_or_sees_other_memory_is_found(
 
 
 @pytest.mark.parametrize("kind", ["words", "events"])
-def test_the_child_does_not_read_too_early(kind: str, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is late on this process's stream is there when the child reads; with the stream of another it is not."""
+def test_the_child_does_not_read_too_early(
+    kind: str, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is late on this process's stream is there when the child reads; with the stream of
+    another it is not."""
     side, writes, answer = cuda_exchange._Side, cuda_exchange._Side.write, cuda_exchange._answer
 
     def late(self: Any, pointer: int, data: bytes) -> None:
@@ -277,7 +326,9 @@ def test_the_child_does_not_read_too_early(kind: str, fake_cuda: Any, monkeypatc
 
     def held(self: Any, pointer: int, data: bytes) -> None:
         released = fake_cuda.hold(self._stream)
-        monkeypatch.setattr(cuda_exchange, "_answer", lambda lane: (answer(lane), released.set())[0])
+        monkeypatch.setattr(
+            cuda_exchange, "_answer", lambda lane: (answer(lane), released.set())[0]
+        )
         writes(self, pointer, data)
 
     monkeypatch.setattr(side, "write", held)
@@ -295,10 +346,14 @@ def test_the_child_does_not_read_too_early(kind: str, fake_cuda: Any, monkeypatc
         cuda_exchange.with_child(_UUID, kind)
 
 
-def test_the_child_tells_cudas_error_and_not_the_handle(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_tells_cudas_error_and_not_the_handle(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What fails in the child arrives as text."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenMemHandle:400")
-    with pytest.raises(CudaError, match=rf"{fake_cuda.ONE} refused: .*cudaErrorInvalidResourceHandle"):
+    with pytest.raises(
+        CudaError, match=rf"{fake_cuda.ONE} refused: .*cudaErrorInvalidResourceHandle"
+    ):
         cuda_exchange.with_child(_UUID, "events")
 
 
@@ -310,19 +365,24 @@ from bridge_wire.doctor import gpu_checks
 assert len(list(gpu_checks.checks())) > 4
 print(*(name for name in ("torch", "jax", "numpy", "cupy") if name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout, done.stderr) == ("cupy\n", "")
 
 
-# A worker on a GPU ------------------------------------------------------------------------------------------------
+# A worker on a GPU --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[str]:
-    """The address of a worker that runs its models on the fake GPU, as this process's doctor sees it."""
+    """The address of a worker that runs its models on the fake GPU, as this process's doctor
+    sees it."""
     with (
         installed(tmp_path_factory.mktemp("machine")),
-        spawn(jax_model="tests.gpu.models:sine", python=python_of(".venv-jax"), cwd=ROOT) as session,
+        spawn(
+            jax_model="tests.gpu.models:sine", python=python_of(".venv-jax"), cwd=ROOT
+        ) as session,
     ):
         yield session.address
 
@@ -337,16 +397,24 @@ def test_memory_on_the_workers_gpu_is_exchanged_live(worker: str, way: str) -> N
     """The worker sees what this process writes there, and nothing is left of it."""
     fake = sys.modules["fake_cuda"]
     before = fake.held()
-    said = f"memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by {way}"
+    said = (
+        f"memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by {way}"
+    )
     assert _its_gpu(worker) == ok("its GPU", f"Fake GPU 0 {fake.ONE}: {said}")
     assert eventually(lambda: fake.held() == before)
 
 
-def test_a_worker_without_words_whose_events_do_not_open_is_slow(worker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_without_words_whose_events_do_not_open_is_slow(
+    worker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each call then waits for the GPU."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenEventHandle:801,streamWaitValue64:801")
     check = _its_gpu(worker)
-    assert check.verdict == SLOW and "each call waits for the GPU on the host" in check.found and check.remedy
+    assert (
+        check.verdict == SLOW
+        and "each call waits for the GPU on the host" in check.found
+        and check.remedy
+    )
 
 
 @pytest.mark.parametrize(

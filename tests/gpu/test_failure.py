@@ -1,4 +1,5 @@
-"""A worker whose GPU takes no more work of its process: it says so, and ends for another to take its place."""
+"""A worker whose GPU takes no more work of its process: it says so, and ends for another to take
+its place."""
 
 from pathlib import Path
 
@@ -48,4 +49,6 @@ def test_a_device_without_room_has_not_failed() -> None:
 
     assert not is_refused(lambda: None)
     assert not is_refused(lambda: fail(OutOfMemoryError("CUDA out of memory")))
-    assert is_refused(lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered")))
+    assert is_refused(
+        lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    )

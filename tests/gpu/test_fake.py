@@ -1,4 +1,5 @@
-"""The fake CUDA puts work in order as CUDA does, and no better: tests of the bridge would show nothing otherwise."""
+"""The fake CUDA puts work in order as CUDA does, and no better: tests of the bridge would show
+nothing otherwise."""
 
 import ctypes
 import os
@@ -60,8 +61,11 @@ def test_streams_do_not_wait_for_each_other(fake_cuda: Any, stream: int) -> None
     held.set()
 
 
-def test_a_stream_waits_for_the_event_as_it_was_recorded_at_the_time(fake_cuda: Any, stream: int) -> None:
-    """Neither an event that was never recorded holds a stream up, nor a record that comes after the wait."""
+def test_a_stream_waits_for_the_event_as_it_was_recorded_at_the_time(
+    fake_cuda: Any, stream: int
+) -> None:
+    """Neither an event that was never recorded holds a stream up, nor a record that comes after
+    the wait."""
     event, other = fake_cuda.eventCreateWithFlags(_ASYNC), fake_cuda.streamCreateWithFlags(1)
     fake_cuda.streamWaitEvent(other, event)
     fake_cuda.eventSynchronize(event)
@@ -82,7 +86,9 @@ def test_a_stream_waits_for_the_event_as_it_was_recorded_at_the_time(fake_cuda: 
     assert _passed(fake_cuda, event)
 
 
-def test_a_later_record_on_another_stream_does_not_stand_for_an_earlier_one(fake_cuda: Any, stream: int) -> None:
+def test_a_later_record_on_another_stream_does_not_stand_for_an_earlier_one(
+    fake_cuda: Any, stream: int
+) -> None:
     """Who waits for a record waits for that one."""
     event = fake_cuda.eventCreateWithFlags(_ASYNC)
     held = fake_cuda.hold(stream)
@@ -137,8 +143,11 @@ sys.stdin.readline()
 """
 
 
-def test_another_process_sees_the_memory_and_waits_for_the_event(fake_cuda: Any, stream: int, tmp_path: Path) -> None:
-    """Both by their handles; a process that dies holds nothing, and never comes to what it has recorded."""
+def test_another_process_sees_the_memory_and_waits_for_the_event(
+    fake_cuda: Any, stream: int, tmp_path: Path
+) -> None:
+    """Both by their handles; a process that dies holds nothing, and never comes to what it has
+    recorded."""
     memory, event = _filled(fake_cuda, b"-"), fake_cuda.eventCreateWithFlags(_ASYNC)
     handles = fake_cuda.ipcGetMemHandle(memory).hex(), fake_cuda.ipcGetEventHandle(event).hex()
     with subprocess.Popen(
@@ -194,7 +203,11 @@ def test_an_unfinished_stream_does_not_keep_a_process_alive(fake_cuda: Any) -> N
 def test_a_context_that_broke_stays_broken(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal address, unlike other errors, ends the use of CUDA in a process."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "getDevice:801,malloc:700")
-    for function, status in ((fake_cuda.getDevice, 801), (fake_cuda.memGetInfo, 0), (lambda: fake_cuda.malloc(1), 700)):
+    for function, status in (
+        (fake_cuda.getDevice, 801),
+        (fake_cuda.memGetInfo, 0),
+        (lambda: fake_cuda.malloc(1), 700),
+    ):
         if status:
             with pytest.raises(fake_cuda.CUDARuntimeError) as raised:
                 function()

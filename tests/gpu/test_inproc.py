@@ -68,7 +68,9 @@ def stream(session: InprocSession) -> Iterator[int]:
 def _call(session: InprocSession) -> Program:
     arguments = trees.encode(((0.0,), {}), lambda leaf: isinstance(leaf, float), trees.Classes())[0]
     name = next(iter(session.models))
-    return session.prepare_call(pb.Call(model=name, arguments=arguments, inputs=[specs.encode(_SPEC)]))
+    return session.prepare_call(
+        pb.Call(model=name, arguments=arguments, inputs=[specs.encode(_SPEC)])
+    )
 
 
 def _block(session: InprocSession, stream: int, value: np.ndarray) -> Block:
@@ -91,10 +93,13 @@ def _value(session: InprocSession, stream: int, block: Block) -> np.ndarray:
 def test_a_run_comes_in_the_order_of_the_callers_stream(
     session: InprocSession, stream: int, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads what was put there before it, late as it may be, and its outputs, late too, are there for what comes
-    after it."""
+    """It reads what was put there before it, late as it may be, and its outputs, late too, are
+    there for what comes after it.
+    """
     program, begin = _call(session), NearTurn.begin
-    monkeypatch.setattr(NearTurn, "begin", lambda self: (begin(self), on_gpu.sleep(self.stream, 0.05)))
+    monkeypatch.setattr(
+        NearTurn, "begin", lambda self: (begin(self), on_gpu.sleep(self.stream, 0.05))
+    )
     block = _block(session, stream, np.zeros_like(X))
     on_gpu.sleep(stream, 0.05)
     _overwrite(session, stream, block)
@@ -122,7 +127,9 @@ def test_without_the_models_event_its_result_is_missed(
 ) -> None:
     """In the other direction, too."""
     program, begin, held = _call(session), NearTurn.begin, []
-    monkeypatch.setattr(NearTurn, "begin", lambda self: (begin(self), held.append(on_gpu.hold(self.stream))))
+    monkeypatch.setattr(
+        NearTurn, "begin", lambda self: (begin(self), held.append(on_gpu.hold(self.stream)))
+    )
     monkeypatch.setattr(NearTurn, "precede", lambda self, stream: None)
     (made,) = session.run(program, [_block(session, stream, X)], stream=stream)
     assert not np.allclose(_value(session, stream, made), np.sin(X) * X)
@@ -145,7 +152,9 @@ def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> N
     pullback = keeping.pullback((0,), (0,))
     ones = _block(session, other, np.ones_like(X))
     (made,) = session.run_pullback(pullback, residual, [ones], stream=other)
-    np.testing.assert_allclose(_value(session, other, made), np.cos(X) * X + np.sin(X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        _value(session, other, made), np.cos(X) * X + np.sin(X), rtol=1e-6, atol=1e-6
+    )
     session.drop_residual(residual)
     with pytest.raises(ResidualGone):
         session.run_pullback(pullback, residual, [ones], stream=other)
@@ -187,7 +196,8 @@ def test_everything_is_given_back(session: InprocSession, stream: int, on_gpu: A
 
 
 def test_arrays_of_jax_and_a_torch_module() -> None:
-    """A module of this process is called and differentiated with arrays on the GPU, at once and in compiled code."""
+    """A module of this process is called and differentiated with arrays on the GPU, at once and
+    in compiled code."""
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 2)
     f = RemoteTorchFunction(module)
@@ -198,7 +208,9 @@ def test_arrays_of_jax_and_a_torch_module() -> None:
     with jax_on_gpu():
         for wrapped in (lambda f: f, jax.jit):
             np.testing.assert_allclose(wrapped(f)(x), expected(x), rtol=1e-5, atol=1e-6)
-            np.testing.assert_allclose(wrapped(jax.grad(loss(f)))(x), jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                wrapped(jax.grad(loss(f)))(x), jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6
+            )
             batched = wrapped(jax.vmap(jax.grad(loss(f))))(x)
             np.testing.assert_allclose(batched, jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6)
         stats = f.session.stats()
@@ -217,9 +229,11 @@ def test_models_on_the_host_and_arrays_on_a_gpu(
         for wrapped in (lambda f: f, jax.jit):
             np.testing.assert_allclose(wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6, atol=1e-6)
     assert f.session.stats()["bytes_through_host"] == 4 * X.nbytes
-    assert [record.message for record in caplog.records if "through the host" in record.message] == [
-        "tensors on a GPU travel through the host, since the models run on no GPU; move them there, or make one jax's "
-        "default device"
+    assert [
+        record.message for record in caplog.records if "through the host" in record.message
+    ] == [
+        "tensors on a GPU travel through the host, since the models run on no GPU; move them there,"
+        " or make one jax's default device"
     ]
     f.session.close()
 
@@ -238,7 +252,10 @@ class _OnGpu(torch.nn.Module):
 
 def test_torch_models_run_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """And those without any where jax's arrays are by default; not on several devices."""
-    assert torch_device_of([torch.nn.Linear(1, 1), (torch.sin, {"w": torch.zeros(1)}), torch.sin]) == "cpu"
+    assert (
+        torch_device_of([torch.nn.Linear(1, 1), (torch.sin, {"w": torch.zeros(1)}), torch.sin])
+        == "cpu"
+    )
     assert torch_device_of([_OnGpu("cuda:1"), torch.sin]) == "cuda:1"
     with pytest.raises(TargetError, match="on cpu and cuda:0; put them on one device"):
         torch_device_of([_OnGpu("cuda:0"), torch.nn.Linear(1, 1)])

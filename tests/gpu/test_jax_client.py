@@ -22,7 +22,9 @@ from tests.conftest import ROOT, eventually, python_of
 from tests.gpu.faking import installed
 from tests.gpu.posing import jax_on_gpu
 
-_MODELS = {name: f"tests.gpu.torch_models:{name}" for name in ("scaled", "picked", "large", "network")}
+_MODELS = {
+    name: f"tests.gpu.torch_models:{name}" for name in ("scaled", "picked", "large", "network")
+}
 X = jnp.linspace(0.1, 2.0, 6).reshape(2, 3)
 Y = jnp.linspace(1.0, 3.0, 6).reshape(2, 3)
 
@@ -61,7 +63,9 @@ def _staged(session: Session) -> int:
     return session.stats()["bytes_through_host"]
 
 
-def test_arrays_on_the_gpu_stay_there(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
+def test_arrays_on_the_gpu_stay_there(
+    scaled: RemoteTorchFunction, session: Session, stream: int
+) -> None:
     """Inputs are copied into shared memory once, and outputs lie there."""
     before = session.stats()
     made = scaled(X, Y)
@@ -86,11 +90,16 @@ def test_what_a_call_has_made_is_passed_on_as_it_lies(
 def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
     scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """XLA copies it instead, or raises. Since jax 0.11 it writes into the block, and nobody refers to that."""
+    """XLA copies it instead, or raises.
+
+    Since jax 0.11 it writes into the block, and nobody refers to that.
+    """
     referred: list[Any] = []
     reference_to = gpu.OnGpu.reference_to
     monkeypatch.setattr(
-        gpu.OnGpu, "reference_to", lambda self, array: referred.append(array.shape) or reference_to(self, array)
+        gpu.OnGpu,
+        "reference_to",
+        lambda self, array: referred.append(array.shape) or reference_to(self, array),
     )
     for ends_process in (True, False):
         monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", ends_process)
@@ -99,7 +108,9 @@ def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
         assert referred == [X.shape] * ends_process
     monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", True)
     made = scaled(X, Y)
-    np.testing.assert_allclose(jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6, atol=1e-6
+    )
     np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6, atol=1e-6)
     blocks = session.stats()["blocks"]
     del made
@@ -108,10 +119,15 @@ def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_what_a_residual_aliases_is_not_donated(
-    is_compiled: bool, scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
+    is_compiled: bool,
+    scaled: RemoteTorchFunction,
+    session: Session,
+    stream: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """XLA would write into an array over a block, and the pullback would read that: the memory is referred to as long
-    as the residual is kept, or in compiled code, where nobody can, copied."""
+    """XLA would write into an array over a block, and the pullback would read that: the memory is
+    referred to as long as the residual is kept, or in compiled code, where nobody can, copied.
+    """
 
     class Reference:
         """To an array's memory."""
@@ -136,10 +152,14 @@ def test_what_a_residual_aliases_is_not_donated(
     assert len(references) == 2 and all(reference() is not None for reference in references)
     pull_back(value)
     del value, pull_back
-    assert eventually(lambda: gc.collect() >= 0 and all(reference() is None for reference in references))
+    assert eventually(
+        lambda: gc.collect() >= 0 and all(reference() is None for reference in references)
+    )
 
 
-def test_without_a_backend_for_the_host_arrays_of_every_type_stay_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_backend_for_the_host_arrays_of_every_type_stay_on_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """As with JAX_PLATFORMS=cuda, where nothing could be tried on the host."""
     local_devices = jax.local_devices
 
@@ -161,13 +181,18 @@ def test_without_a_backend_for_the_host_arrays_of_every_type_stay_on_the_gpu(mon
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_derivatives(is_compiled: bool, scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
-    """Gradients, forward-mode derivatives and batches, at once and compiled, with nothing through the host."""
+def test_derivatives(
+    is_compiled: bool, scaled: RemoteTorchFunction, session: Session, stream: int
+) -> None:
+    """Gradients, forward-mode derivatives and batches, at once and compiled, with nothing
+    through the host."""
     wrapped = jax.jit if is_compiled else lambda f: f
     before = _staged(session)
     loss = lambda f: lambda x, y: (f(x, y) ** 2).sum()  # noqa: E731
     for made, expected in zip(
-        wrapped(jax.grad(loss(scaled), (0, 1)))(X, Y), jax.grad(loss(_same), (0, 1))(X, Y), strict=True
+        wrapped(jax.grad(loss(scaled), (0, 1)))(X, Y),
+        jax.grad(loss(_same), (0, 1))(X, Y),
+        strict=True,
     ):
         np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
     pushed = wrapped(lambda x, y: jax.jvp(scaled, (x, y), (y, x)))(X, Y)
@@ -177,11 +202,15 @@ def test_derivatives(is_compiled: bool, scaled: RemoteTorchFunction, session: Se
     assert _staged(session) == before
 
 
-def test_residuals_are_pulled_back(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
+def test_residuals_are_pulled_back(
+    scaled: RemoteTorchFunction, session: Session, stream: int
+) -> None:
     """A handle finds its residual from within compiled code and without."""
     calls = session.stats()["calls"]
     made, pull = jax.vjp(scaled, X, Y)
-    np.testing.assert_allclose(pull(made)[0], jax.vjp(_same, X, Y)[1](made)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        pull(made)[0], jax.vjp(_same, X, Y)[1](made)[0], rtol=1e-5, atol=1e-6
+    )
     jax.jit(lambda x, y: jax.vjp(scaled, x, y)[1](x))(X, Y)
     jax.jit(pull)(made)
     assert session.stats()["calls"] - calls == 5
@@ -189,7 +218,9 @@ def test_residuals_are_pulled_back(scaled: RemoteTorchFunction, session: Session
     assert eventually(lambda: gc.collect() >= 0 and session.stats()["residuals"] == 0)
 
 
-def test_a_loop_in_compiled_code(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
+def test_a_loop_in_compiled_code(
+    scaled: RemoteTorchFunction, session: Session, stream: int
+) -> None:
     """Handles are stacked by a scan and found again by its transpose."""
     many = lambda f: lambda x: jax.lax.scan(lambda c, y: (f(c, y), None), x, Y)[0].sum()  # noqa: E731
     made = jax.jit(jax.grad(many(scaled)))(X[0])
@@ -198,11 +229,15 @@ def test_a_loop_in_compiled_code(scaled: RemoteTorchFunction, session: Session, 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
 def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) -> None:
-    """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are checked and narrowed."""
+    """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are
+    checked and narrowed."""
     wrapped = jax.jit if is_compiled else lambda f: f
     scaled, picked = (RemoteTorchFunction(session, name=name) for name in ("scaled", "picked"))
     np.testing.assert_allclose(
-        wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y), 3 * np.asarray(_same(X, Y)), rtol=1e-6, atol=1e-6
+        wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y),
+        3 * np.asarray(_same(X, Y)),
+        rtol=1e-6,
+        atol=1e-6,
     )
     before = _staged(session)
     rows, columns = wrapped(picked)(X, jnp.array([1, -2, 1]))
@@ -220,7 +255,9 @@ def test_parameters_on_the_gpu(is_compiled: bool, session: Session, stream: int)
     network = RemoteTorchFunction(session, name="network")
     params = jax.device_put(network.params)
     loss = lambda apply: lambda params: (apply(params, X) ** 2).sum()  # noqa: E731
-    expected = jax.grad(loss(lambda params, x: x @ params["layer.weight"].T + params["layer.bias"]))(params)
+    expected = jax.grad(
+        loss(lambda params, x: x @ params["layer.weight"].T + params["layer.bias"])
+    )(params)
     wrapped = jax.jit if is_compiled else lambda f: f
     made = wrapped(jax.grad(loss(network.apply)))(params)
     for name, value in expected.items():
@@ -244,24 +281,37 @@ class _Buffer(DeviceExporter):
     """Memory on the GPU as XLA shows it to a callback."""
 
     def __init__(self, pointer: int) -> None:
-        super().__init__(pointer, Spec(BY_NAME["float32"], X.shape), None, (2, 0), lambda stream: None)
+        super().__init__(
+            pointer, Spec(BY_NAME["float32"], X.shape), None, (2, 0), lambda stream: None
+        )
 
     @property
     def value(self) -> Any:
-        return np.ctypeslib.as_array((ctypes.c_float * X.size).from_address(self.pointer)).reshape(X.shape)
+        return np.ctypeslib.as_array((ctypes.c_float * X.size).from_address(self.pointer)).reshape(
+            X.shape
+        )
 
 
 def test_a_callback_waits_for_nothing(
-    scaled: RemoteTorchFunction, session: Session, machine: Any, stream: int, monkeypatch: pytest.MonkeyPatch
+    scaled: RemoteTorchFunction,
+    session: Session,
+    machine: Any,
+    stream: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Inputs are read when XLA's stream comes to it, and outputs written when the worker's turn is over."""
+    """Inputs are read when XLA's stream comes to it, and outputs written when the worker's turn
+    is over."""
     scaled(X, Y)
     (call,) = scaled._calls.values()
     found: list[Any] = []
     monkeypatch.setattr(
-        callbacks, "buffer_callback", lambda called, *_, **__: found.append(called) or (lambda *xs: xs[:1])
+        callbacks,
+        "buffer_callback",
+        lambda called, *_, **__: found.append(called) or (lambda *xs: xs[:1]),
     )
-    monkeypatch.setattr(callbacks, "_deliver", inspect.getclosurevars(callbacks._deliver).nonlocals["deliver"])
+    monkeypatch.setattr(
+        callbacks, "_deliver", inspect.getclosurevars(callbacks._deliver).nonlocals["deliver"]
+    )
     callbacks.call_back_on_gpu(runs.Run(call.program), X, Y)
     pool = session.gpu_pool()
     assert pool is not None
@@ -303,8 +353,12 @@ def test_arrays_on_another_gpu_travel_through_the_host(
     np.testing.assert_allclose(jax.jit(scaled)(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 6 * X.nbytes
     loss = lambda f: lambda x: f(x, Y).sum()  # noqa: E731
-    np.testing.assert_allclose(jax.jit(jax.grad(loss(scaled)))(X), jax.grad(loss(_same))(X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(loss(scaled)))(X), jax.grad(loss(_same))(X), rtol=1e-6, atol=1e-6
+    )
     monkeypatch.setattr(session, "gpu_pool", lambda: None)
     before = _staged(session)
-    np.testing.assert_allclose(jax.jit(lambda x, y: scaled(x, y))(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(lambda x, y: scaled(x, y))(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6
+    )
     assert _staged(session) - before == 3 * X.nbytes

@@ -23,7 +23,9 @@ def test_slabs_are_whole_units_and_blocks_aligned(device: Device) -> None:
     pool = GpuPool(device)
     blocks = [pool.lease(nbytes) for nbytes in (1, 255, 256, 257, 5000, 20 << 20)]
     assert all(slab.nbytes % UNIT == 0 for slab in pool.slabs) and len(pool.slabs) == 2
-    assert all(block.pointer % ALIGNMENT == 0 and block.address >= FIRST_ADDRESS for block in blocks)
+    assert all(
+        block.pointer % ALIGNMENT == 0 and block.address >= FIRST_ADDRESS for block in blocks
+    )
     ends = sorted((block.address, block.address + block.nbytes) for block in blocks)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
     assert pool.live_blocks() == 6
@@ -45,7 +47,8 @@ def test_memory_in_a_slab_has_an_address_if_it_is_aligned(device: Device) -> Non
 
 
 def test_a_block_serves_its_own_stream_first(device: Device, fake_cuda: Any) -> None:
-    """The stream that has used the memory need not wait for anything; another one gets other memory."""
+    """The stream that has used the memory need not wait for anything; another one gets other
+    memory."""
     pool = GpuPool(device)
     one, two = device.new_stream(), device.new_stream()
     address = pool.lease(1024, one).address
@@ -53,8 +56,11 @@ def test_a_block_serves_its_own_stream_first(device: Device, fake_cuda: Any) -> 
     assert pool.lease(1024, one).address == address
 
 
-def test_a_block_that_dies_while_others_are_taken_back_is_not_among_them(device: Device, fake_cuda: Any) -> None:
-    """What its stream is still to do with it may come after the event that other streams wait for."""
+def test_a_block_that_dies_while_others_are_taken_back_is_not_among_them(
+    device: Device, fake_cuda: Any
+) -> None:
+    """What its stream is still to do with it may come after the event that other streams wait
+    for."""
     pool = GpuPool(device, max_bytes=UNIT)
     one, two = device.new_stream(), device.new_stream()
     blocks, record = [pool.lease(UNIT // 2, one) for _ in range(2)], device.record
@@ -70,8 +76,11 @@ def test_a_block_that_dies_while_others_are_taken_back_is_not_among_them(device:
     assert not blocks and pool.lease(UNIT, two).nbytes == UNIT
 
 
-def test_another_stream_waits_for_the_one_that_used_the_memory(device: Device, fake_cuda: Any) -> None:
-    """A full pool gives a stream what another has left, and the stream comes to it only when that is done."""
+def test_another_stream_waits_for_the_one_that_used_the_memory(
+    device: Device, fake_cuda: Any
+) -> None:
+    """A full pool gives a stream what another has left, and the stream comes to it only when
+    that is done."""
     pool = GpuPool(device, max_bytes=UNIT)
     one, two = device.new_stream(), device.new_stream()
     block = pool.lease(UNIT, one)
@@ -87,8 +96,11 @@ def test_another_stream_waits_for_the_one_that_used_the_memory(device: Device, f
     assert copied_to_host(device, pointer, 4) == bytes(written)
 
 
-def test_a_stream_that_its_owner_has_destroyed_delays_nothing(device: Device, fake_cuda: Any) -> None:
-    """Its fence can no longer be recorded, so the device is waited for: then its memory serves another stream."""
+def test_a_stream_that_its_owner_has_destroyed_delays_nothing(
+    device: Device, fake_cuda: Any
+) -> None:
+    """Its fence can no longer be recorded, so the device is waited for: then its memory serves
+    another stream."""
     pool = GpuPool(device, max_bytes=UNIT)
     gone, other = device.new_stream(), device.new_stream()
     pool.lease(UNIT, gone)
@@ -108,7 +120,9 @@ def test_a_full_pool_says_how_full(device: Device) -> None:
     assert pool.lease(4 << 20).nbytes == 4 << 20
 
 
-def test_a_gpu_without_room_is_out_of_memory(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_room_is_out_of_memory(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The device's own refusal has the same type as the pool's."""
     pool = GpuPool(device, max_bytes=1 << 40)
     monkeypatch.setenv("FAKE_CUDA_BYTES", str(64 << 20))
@@ -145,7 +159,8 @@ def test_a_closed_pool_still_puts_streams_in_order(device: Device, fake_cuda: An
 
 
 def test_a_block_outlives_its_pool(device: Device, fake_cuda: Any) -> None:
-    """Its memory is freed after it, when other memory is made or freed: a finalizer does nothing on the GPU."""
+    """Its memory is freed after it, when other memory is made or freed: a finalizer does nothing
+    on the GPU."""
     pool = GpuPool(device)
     block = pool.lease(1024)
     pool.close()

@@ -17,7 +17,8 @@ FILES = sorted(ON_GPU.rglob("*.py"))
 
 
 def test_processes_keep_the_callers_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packages of a bare machine lie in a folder that PYTHONPATH names: one function alone sets it, and appends."""
+    """The packages of a bare machine lie in a folder that PYTHONPATH names: one function alone
+    sets it, and appends."""
     monkeypatch.setenv("PYTHONPATH", "/wheels")
     assert machine.without("torch")["PYTHONPATH"].endswith(":/wheels")
     setting = [path.name for path in FILES if '"PYTHONPATH":' in path.read_text()]
@@ -25,7 +26,8 @@ def test_processes_keep_the_callers_import_path(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_no_subprocess_outlives_its_test() -> None:
-    """A subprocess is ended by its timeout, with its output, before the alarm ends the whole run."""
+    """A subprocess is ended by its timeout, with its output, before the alarm ends the whole
+    run."""
     for path in FILES:
         module = ast.parse(path.read_text())
         of_module = [_limit_in(node) for node in module.body if isinstance(node, ast.Assign)]
@@ -33,9 +35,14 @@ def test_no_subprocess_outlives_its_test() -> None:
             calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
             runs = [call for call in calls if ast.unparse(call.func) == "subprocess.run"]
             timeouts = [
-                _constant(module, word.value) for call in runs for word in call.keywords if word.arg == "timeout"
+                _constant(module, word.value)
+                for call in runs
+                for word in call.keywords
+                if word.arg == "timeout"
             ]
-            assert len(timeouts) == len(runs), f"{path.name}, {function.name}: subprocess.run without a timeout"
+            assert len(timeouts) == len(runs), (
+                f"{path.name}, {function.name}: subprocess.run without a timeout"
+            )
             marks = [_limit_in(decorator) for decorator in function.decorator_list]
             limit = max([WAIT_S, *of_module, *marks])
             assert all(timeout < limit for timeout in timeouts), (
@@ -44,7 +51,8 @@ def test_no_subprocess_outlives_its_test() -> None:
 
 
 def _limit_in(node: ast.AST) -> int:
-    """Return the largest sum of numbers given as `limit_s`; names count as nothing less than 240."""
+    """Return the largest sum of numbers given as `limit_s`; names count as nothing less than
+    240."""
     found = [
         word.value
         for call in ast.walk(node)
@@ -76,7 +84,8 @@ def test_stuck():
 
 
 def test_a_test_that_waits_forever_ends_the_run_with_its_stacks(tmp_path: Path) -> None:
-    """After WAIT_S seconds by default, and not after ten minutes of a borrowed machine's fifteen."""
+    """After WAIT_S seconds by default, and not after ten minutes of a borrowed machine's
+    fifteen."""
     assert WAIT_S == 45
     (tmp_path / "test_stuck.py").write_text(_STUCK)
     (tmp_path / "conftest.py").write_text(
@@ -103,7 +112,8 @@ def test_a_test_that_waits_forever_ends_the_run_with_its_stacks(tmp_path: Path) 
 
 
 def test_the_case_with_a_broken_worker_ends_without_its_stream() -> None:
-    """It reports inside the `with`, and leaves by os._exit: the session would wait for a stream that stands still."""
+    """It reports inside the `with`, and leaves by os._exit: the session would wait for a stream
+    that stands still."""
     source = (ON_GPU / "jax_client" / "cases.py").read_text()
     program = source.split('_BREAKING = """')[1].split('"""')[0]
     block = ast.parse(program).body[-1]
@@ -120,7 +130,13 @@ def test_the_demos_model_multiplies_in_full_precision() -> None:
         "print(jax.jit(module.apply).lower(variables, jnp.zeros((1, head.FEATURES))).as_text())\n"
     )
     done = subprocess.run(
-        [python_of(".venv-jax"), "-c", program], cwd=ROOT / "examples", capture_output=True, text=True, timeout=120
+        [python_of(".venv-jax"), "-c", program],
+        cwd=ROOT / "examples",
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     products = [line for line in done.stdout.splitlines() if "dot_general" in line]
-    assert len(products) == 2 and all("precision = [HIGHEST, HIGHEST]" in line for line in products), done.stderr
+    assert len(products) == 2 and all(
+        "precision = [HIGHEST, HIGHEST]" in line for line in products
+    ), done.stderr

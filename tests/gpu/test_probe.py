@@ -1,4 +1,5 @@
-"""The questions of docs/gpu.md: the ones that the probe asks, and what it makes of answers where there is no GPU."""
+"""The questions of docs/gpu.md: the ones that the probe asks, and what it makes of answers where
+there is no GPU."""
 
 import re
 from typing import Any
@@ -15,7 +16,9 @@ def test_the_page_has_the_questions_that_are_asked() -> None:
     assert rows == [question.text for question in gpu_probe.QUESTIONS.values()]
 
 
-def test_without_a_gpu_nothing_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_is_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The status is 1, and the line says why."""
     monkeypatch.setattr(gpu_probe, "gpus", lambda: ())
     assert gpu_probe.main(["exchange"]) == 1

@@ -1,4 +1,5 @@
-"""Runtimes whose models run on another device than the host: what is brought there and taken from there, in order.
+"""Runtimes whose models run on another device than the host: what is brought there and taken from
+there, in order.
 
 Without a GPU: JAX's second CPU device stands for one, and memory of the fake CUDA for a GPU's.
 """
@@ -30,8 +31,13 @@ _ARRAYS = {"jax": jnp, "torch": torch}
 
 
 def test_jax_models_run_on_a_device_that_is_not_the_hosts() -> None:
-    """Host memory is brought to the device at each run, outputs and the model's own parameters come from there."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    """Host memory is brought to the device at each run, outputs and the model's own parameters
+    come from there."""
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(ROOT),
+    }
     command = [python_of(".venv-jax"), "-m", "tests.gpu.second_device"]
     subprocess.run(command, env=environment, cwd=ROOT, check=True, timeout=120)
 
@@ -94,8 +100,11 @@ class _Memory:
         return made
 
 
-def test_a_run_reads_and_writes_gpu_memory_in_its_turn(framework: str, runtime: Runtime, turn: _Recorded) -> None:
-    """An input is read where it lies; outputs, row-major or not, are copied to theirs on the turn's stream."""
+def test_a_run_reads_and_writes_gpu_memory_in_its_turn(
+    framework: str, runtime: Runtime, turn: _Recorded
+) -> None:
+    """An input is read where it lies; outputs, row-major or not, are copied to theirs on the
+    turn's stream."""
     arrays = _ARRAYS[framework]
     hosted = Hosted(runtime, lambda x, y: (arrays.sin(x) + y, x.T))
     x, y = np.arange(6, dtype=np.float32).reshape(2, 3), placed(np.float32([1, 2, 3]))
@@ -103,7 +112,10 @@ def test_a_run_reads_and_writes_gpu_memory_in_its_turn(framework: str, runtime: 
     there = _Memory(turn, x)
     turn.begin()
     # One input on the GPU, one in host memory.
-    views = [runtime.view(there.pointer, program.inputs[0], there, turn), hosted.view(y, program.inputs[1])]
+    views = [
+        runtime.view(there.pointer, program.inputs[0], there, turn),
+        hosted.view(y, program.inputs[1]),
+    ]
     outputs, _ = program.run(views, None)
     targets = [_Memory(turn, np.zeros(spec.shape, np.float32)) for spec in program.outputs]
     for output, target in zip(outputs, targets, strict=True):
@@ -117,7 +129,8 @@ def test_a_run_reads_and_writes_gpu_memory_in_its_turn(framework: str, runtime: 
 def test_an_output_is_held_until_it_is_copied(
     framework: str, runtime: Runtime, turn: _Recorded, fake_cuda: Any
 ) -> None:
-    """What a copy reads stays as it is while the turn's stream has not come to it, whatever runs meanwhile."""
+    """What a copy reads stays as it is while the turn's stream has not come to it, whatever runs
+    meanwhile."""
     arrays = _ARRAYS[framework]
     hosted = Hosted(runtime, lambda x: arrays.sin(x))
     x = placed(np.linspace(0, 1, 1 << 16, dtype=np.float32))
@@ -125,16 +138,26 @@ def test_an_output_is_held_until_it_is_copied(
     target = _Memory(turn, np.zeros_like(x))
     release = fake_cuda.hold(turn.stream)
     try:
-        runtime.write(program.run([hosted.view(x, program.inputs[0])], None)[0][0], target.pointer, x.nbytes, turn)
-        others = [hosted.run(program, np.full_like(x, i)) for i in range(8)]  # would be given that memory
+        runtime.write(
+            program.run([hosted.view(x, program.inputs[0])], None)[0][0],
+            target.pointer,
+            x.nbytes,
+            turn,
+        )
+        others = [
+            hosted.run(program, np.full_like(x, i)) for i in range(8)
+        ]  # would be given that memory
     finally:
         release.set()
     np.testing.assert_allclose(target.read(), np.sin(x), rtol=1e-6, atol=1e-6)
     assert len(others) == 8
 
 
-def test_no_stream_begins_before_the_clients_work_is_done(runtime: Runtime, turn: _Recorded) -> None:
-    """The turn's stream waits for the client when a run begins; what imports memory on another waits for itself."""
+def test_no_stream_begins_before_the_clients_work_is_done(
+    runtime: Runtime, turn: _Recorded
+) -> None:
+    """The turn's stream waits for the client when a run begins; what imports memory on another
+    waits for itself."""
     turn.begin()
     assert turn.waits == [turn.stream]
     x = _Memory(turn, np.ones(3, np.float32))
@@ -152,8 +175,11 @@ def test_a_gpu_is_known_by_its_number_in_this_process(fake_cuda: Any) -> None:
     assert TorchRuntime(Options()).stream() is None
 
 
-def test_torch_runs_on_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatch, fake_cuda: Any) -> None:
-    """Within the fraction of its memory that was allowed; a guest stays where its user's tensors are."""
+def test_torch_runs_on_the_first_gpu_that_it_sees(
+    monkeypatch: pytest.MonkeyPatch, fake_cuda: Any
+) -> None:
+    """Within the fraction of its memory that was allowed; a guest stays where its user's tensors
+    are."""
     limits: list[Any] = []
 
     class Stream:
@@ -163,7 +189,9 @@ def test_torch_runs_on_the_first_gpu_that_it_sees(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "init", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit)
+    )
     runtime = TorchRuntime(Options(gpu_memory_fraction=0.5))
     assert limits == [(0.5, torch.device("cuda", 0))]
     assert runtime.gpu() == gpus()[0]
@@ -181,7 +209,8 @@ class _ElsewhereTorch(TorchRuntime):
 
 
 def test_torch_models_run_where_their_runtime_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules are moved there, inputs are brought there at each run, but for the key that the host reads."""
+    """Modules are moved there, inputs are brought there at each run, but for the key that the
+    host reads."""
     moved: list[Any] = []
     brought: list[int] = []
     original, placing = torch.nn.Module.to, types.brought_to
@@ -235,9 +264,18 @@ class JaxRuntimeError(RuntimeError):
     ("error", "kind"),
     [
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
-        (JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."), OutOfMemory),
-        (JaxRuntimeError("INTERNAL: Error Execute: RESOURCE_EXHAUSTED: Out of memory"), OutOfMemory),
-        (JaxRuntimeError("INTERNAL: CpuCallback error:\nRESOURCE_EXHAUSTED: says a model"), RemoteModelError),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."),
+            OutOfMemory,
+        ),
+        (
+            JaxRuntimeError("INTERNAL: Error Execute: RESOURCE_EXHAUSTED: Out of memory"),
+            OutOfMemory,
+        ),
+        (
+            JaxRuntimeError("INTERNAL: CpuCallback error:\nRESOURCE_EXHAUSTED: says a model"),
+            RemoteModelError,
+        ),
         (ValueError("RESOURCE_EXHAUSTED: says a model"), RemoteModelError),
     ],
 )

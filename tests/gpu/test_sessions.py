@@ -1,4 +1,5 @@
-"""Calls on GPU memory between a client and a worker, on a GPU that is none: handles, order, and what is left behind."""
+"""Calls on GPU memory between a client and a worker, on a GPU that is none: handles, order, and
+what is left behind."""
 
 import ctypes
 import math
@@ -16,8 +17,8 @@ import pytest
 
 from bridge_client import Session, connect, spawn
 from bridge_client.programs import Program
+from bridge_client.remote import lanes
 from bridge_client.remote.gpu import Ordering
-from bridge_client.remote.session import lanes
 from bridge_server.serving.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
@@ -77,7 +78,9 @@ class Machine:
     def write(self, block: Block, *values: float) -> None:
         """Put a copy of values to a block on the stream."""
         self.source = (ctypes.c_float * len(values))(*values)
-        self.pool.device.copy(block.pointer, ctypes.addressof(self.source), block.nbytes, self.stream)
+        self.pool.device.copy(
+            block.pointer, ctypes.addressof(self.source), block.nbytes, self.stream
+        )
 
     def read(self, block: Block) -> list[float]:
         """Return the values of a block when the stream has come to it."""
@@ -98,7 +101,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tupl
     with installed(directory) as fake:
         names = ("sine", "scaled", "refusing", "late", "gated")
         models = {name: f"tests.gpu.models:{name}" for name in names}
-        with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=environment(directory)) as session:
+        with spawn(
+            jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=environment(directory)
+        ) as session:
             yield fake, directory, session.address  # type: ignore[attr-defined]
 
 
@@ -123,15 +128,21 @@ def prepared(session: Session, model: str, *inputs: Spec) -> Program:
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     arguments = pb.Tree(
         tuple=pb.Tree.Sequence(
-            items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(inputs))), pb.Tree(dict=pb.Tree.Mapping())]
+            items=[
+                pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(inputs))),
+                pb.Tree(dict=pb.Tree.Mapping()),
+            ]
         )
     )
     assert trees.argument_paths(arguments)
-    return session.prepare_call(pb.Call(model=model, arguments=arguments, inputs=map(specs.encode, inputs)))
+    return session.prepare_call(
+        pb.Call(model=model, arguments=arguments, inputs=map(specs.encode, inputs))
+    )
 
 
 def test_arrays_stay_on_the_gpu(on_gpu: Machine) -> None:
-    """A call reads and writes the client's blocks there, over either lane, and nothing goes through the host."""
+    """A call reads and writes the client's blocks there, over either lane, and nothing goes
+    through the host."""
     program = prepared(on_gpu.session, "sine", FOUR)
     (made,) = on_gpu.run(program, on_gpu.put(0.0, 0.5, 1.0, 1.5))
     assert on_gpu.read(made) == pytest.approx([0.0, 0.958851, 1.682942, 1.994990], abs=1e-5)
@@ -140,7 +151,8 @@ def test_arrays_stay_on_the_gpu(on_gpu: Machine) -> None:
 
 
 def test_numbers_and_host_arrays_come_along(on_gpu: Machine) -> None:
-    """A run takes what is on the host by the host's memory, or by value, beside what is on the GPU."""
+    """A run takes what is on the host by the host's memory, or by value, beside what is on the
+    GPU."""
     program = prepared(on_gpu.session, "scaled", FOUR, FOUR, NUMBER)
     host, number = on_gpu.session.pool.lease(16), on_gpu.session.pool.lease(8)
     host.buffer.cast("f")[:] = memoryview((ctypes.c_float * 4)(1, 2, 3, 4)).cast("B").cast("f")
@@ -157,7 +169,9 @@ def test_a_residual_keeps_its_inputs_on_the_gpu(on_gpu: Machine) -> None:
     del x, made
     assert on_gpu.session.stats()["blocks"] == 1
     pullback = program.pullback((0,), (0,))
-    (gradient,) = on_gpu.session.run_pullback(pullback, residual, [on_gpu.put(1, 2, 3, 4)], stream=on_gpu.stream)
+    (gradient,) = on_gpu.session.run_pullback(
+        pullback, residual, [on_gpu.put(1, 2, 3, 4)], stream=on_gpu.stream
+    )
     assert on_gpu.read(gradient) == [2, 4, 6, 8]
     del gradient
     on_gpu.session.drop_residual(residual)
@@ -165,7 +179,8 @@ def test_a_residual_keeps_its_inputs_on_the_gpu(on_gpu: Machine) -> None:
 
 
 def _finds_late_input(machine: Machine, *, is_awaited: bool = True) -> bool:
-    """Whether a call finds what is still on its way to its input when it is made; for as long as it is not awaited."""
+    """Whether a call finds what is still on its way to its input when it is made; for as long as
+    it is not awaited."""
     program = prepared(machine.session, "sine", FOUR)
     x = machine.put(0, 0, 0, 0)
     machine.run(program, x)
@@ -179,7 +194,8 @@ def _finds_late_input(machine: Machine, *, is_awaited: bool = True) -> bool:
 
 
 def _finds_late_output(machine: Machine, *, is_awaited: bool = True) -> bool:
-    """Whether what comes on the stream after a call finds outputs that were still on their way at the reply."""
+    """Whether what comes on the stream after a call finds outputs that were still on their way
+    at the reply."""
     gate = machine.fake.directory().parent / "gate"
     program = prepared(machine.session, "late", FOUR)
     x = machine.put(1, 2, 3, 4)
@@ -199,7 +215,9 @@ def test_a_call_waits_for_the_clients_work(on_gpu: Machine) -> None:
     assert _finds_late_input(on_gpu)
 
 
-def test_in_order_with_another_stream_a_call_would_not_wait(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_order_with_another_stream_a_call_would_not_wait(
+    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above sees what it is meant to see."""
     begin, idle = Ordering.begin, on_gpu.pool.device.new_stream()
     monkeypatch.setattr(Ordering, "begin", lambda self, stream: begin(self, idle))
@@ -207,23 +225,32 @@ def test_in_order_with_another_stream_a_call_would_not_wait(on_gpu: Machine, mon
 
 
 def test_the_clients_work_waits_for_a_call(on_gpu: Machine) -> None:
-    """On the GPU: the reply comes before the outputs do, and what the client does with them comes after both."""
+    """On the GPU: the reply comes before the outputs do, and what the client does with them
+    comes after both."""
     assert _finds_late_output(on_gpu)
 
 
-def test_unless_its_stream_waits_the_client_would_not(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unless_its_stream_waits_the_client_would_not(
+    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above sees what it is meant to see."""
     monkeypatch.setattr(Ordering, "end", lambda self, stream, outputs: None)
     assert not _finds_late_output(on_gpu, is_awaited=False)
 
 
 @pytest.mark.parametrize(
-    "refused", ["ipcGetEventHandle", "ipcOpenEventHandle", "streamWaitValue64", "streamWriteValue64"]
+    "refused",
+    ["ipcGetEventHandle", "ipcOpenEventHandle", "streamWaitValue64", "streamWriteValue64"],
 )
 def test_what_cuda_refuses_here_is_done_another_way(
-    on_gpu: Machine, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
+    on_gpu: Machine,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refused: str,
 ) -> None:
-    """Words, or else events, or else both sides wait on the host: calls are as right, and the log says why."""
+    """Words, or else events, or else both sides wait on the host: calls are as right, and the
+    log says why."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", f"{refused}:801")
     with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
         machine = Machine(on_gpu.fake, on_gpu.directory, session)
@@ -252,7 +279,10 @@ def test_a_user_chooses_how_lanes_are_in_order(
         expected = "events" if (chosen, way) == ("words", "events") else chosen
         assert session.stats()[f"gpu_lanes_by_{expected}"] == 1
     monkeypatch.setenv("BRIDGE_GPU_ORDER", "luck")
-    with connect(on_gpu.session.address) as session, pytest.raises(CallerError, match="expected one of words, events"):  # type: ignore[attr-defined]
+    with (
+        connect(on_gpu.session.address) as session,
+        pytest.raises(CallerError, match="expected one of words, events"),
+    ):  # type: ignore[attr-defined]
         session.gpu_pool()
 
 
@@ -277,7 +307,9 @@ def test_a_full_gpu_is_out_of_memory_and_the_next_call_works(on_gpu: Machine) ->
     test_arrays_stay_on_the_gpu(on_gpu)
 
 
-def test_a_closed_session_has_been_unmapped_by_the_worker_before_its_memory_is_freed(on_gpu: Machine) -> None:
+def test_a_closed_session_has_been_unmapped_by_the_worker_before_its_memory_is_freed(
+    on_gpu: Machine,
+) -> None:
     """To free what another process has mapped is undefined in CUDA."""
     test_arrays_stay_on_the_gpu(on_gpu)
     assert on_gpu.fake.held()["openmem"] >= 1
@@ -303,16 +335,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_client_killed_while_the_gpu_waits_for_it(machine: Any, way: str) -> None:
-    """The worker writes its word in its place, at once. But the event of a dead process comes never, and all behind it
-    on the stream waits forever: another process takes over."""
+    """The worker writes its word in its place, at once. But the event of a dead process comes
+    never, and all behind it on the stream waits forever: another process takes over.
+    """
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
         address, first = session.address, session._host._process.pid  # type: ignore[attr-defined]
-        done = subprocess.run([sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env)
+        done = subprocess.run(
+            [sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env
+        )
         assert done.returncode == -signal.SIGKILL
         assert way == "words" or eventually(session._host.has_ended)  # type: ignore[attr-defined]
-        assert session.gpu_pool() is not None  # of the next worker: the session had not looked for one yet
+        assert (
+            session.gpu_pool() is not None
+        )  # of the next worker: the session had not looked for one yet
         begun = time.monotonic()
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
@@ -339,12 +376,15 @@ session.run(program, [x], stream=stream)
 
 @by_words
 def test_a_client_killed_while_the_workers_host_waits_for_it(machine: Any, way: str) -> None:
-    """As where a framework names no stream for what it imports: the wait ends with the client's connection."""
+    """As where a framework names no stream for what it imports: the wait ends with the client's
+    connection."""
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
         address, first = session.address, session._host._process.pid  # type: ignore[attr-defined]
-        done = subprocess.run([sys.executable, "-c", _DYING_IN_A_CALL, address], cwd=ROOT, env=os.environ | env)
+        done = subprocess.run(
+            [sys.executable, "-c", _DYING_IN_A_CALL, address], cwd=ROOT, env=os.environ | env
+        )
         assert done.returncode == -signal.SIGKILL
         client = Machine(machine[0], directory, session)
         (made,) = client.run(prepared(session, "sine", FOUR), client.put(0, 0, 0, 0))
@@ -355,13 +395,20 @@ def test_a_client_killed_while_the_workers_host_waits_for_it(machine: Any, way: 
 
 @by_words
 @pytest.mark.parametrize("lane", ["local", "grpc"])
-def test_a_worker_killed_while_the_gpu_waits_for_it(machine: Any, way: str, lane: str, caplog: Any) -> None:
-    """By words the client's stream goes on at once, whatever the client's threads wait for; what the worker had not
-    written is NaN, and the next call says so. The call after that reaches another worker."""
+def test_a_worker_killed_while_the_gpu_waits_for_it(
+    machine: Any, way: str, lane: str, caplog: Any
+) -> None:
+    """By words the client's stream goes on at once, whatever the client's threads wait for; what
+    the worker had not written is NaN, and the next call says so. The call after that reaches
+    another worker.
+    """
     fake, directory, _ = machine
     models = {name: f"tests.gpu.models:{name}" for name in ("late", "sine")}
     worker = {"python": python_of(".venv-jax"), "cwd": ROOT, "env": environment(directory)}
-    with spawn(jax_model=models, **worker) as spawned, connect(spawned.address, lane=lane) as session:  # type: ignore[attr-defined]
+    with (
+        spawn(jax_model=models, **worker) as spawned,
+        connect(spawned.address, lane=lane) as session,
+    ):  # type: ignore[attr-defined]
         client = Machine(fake, directory, session)
         late, x = prepared(session, "late", FOUR), client.put(1, 2, 3, 4)
         (made,) = client.run(late, x)
@@ -374,7 +421,9 @@ def test_a_worker_killed_while_the_gpu_waits_for_it(machine: Any, way: str, lane
         assert "had written the outputs of 1 calls" in caplog.text
         with pytest.raises(WorkerDied, match="earlier calls, which are NaN"):
             client.run(late, x)
-        spawned.run(prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)])  # starts another worker
+        spawned.run(
+            prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)]
+        )  # starts another worker
 
 
 @by_words
@@ -404,7 +453,8 @@ def test_words_of_ended_lanes_serve_again_only_when_nobody_writes_them(local: Ma
 
 @by_words
 def test_calls_of_a_lane_from_several_streams_keep_their_order(local: Machine) -> None:
-    """A call on an idle stream does not let an earlier one of the lane begin, whose inputs are still on their way."""
+    """A call on an idle stream does not let an earlier one of the lane begin, whose inputs are
+    still on their way."""
     device, program = local.pool.device, prepared(local.session, "sine", FOUR)
     other, x, y = device.new_stream(), local.put(0, 0, 0, 0), local.put(0, 0, 0, 0)
     local.run(program, x)
@@ -425,7 +475,8 @@ def test_calls_of_a_lane_from_several_streams_keep_their_order(local: Machine) -
 
 
 def test_a_stream_that_goes_on_is_not_stuck(local: Machine) -> None:
-    """With an event of a client that was killed: not before a run waits for it, whatever else keeps the stream busy."""
+    """With an event of a client that was killed: not before a run waits for it, whatever else
+    keeps the stream busy."""
     fake, device = local.fake, local.pool.device
     ready, never = device.new_event(), device.new_stream()
     turn = TurnByEvents(device, ready, local.stream)
@@ -444,7 +495,8 @@ def test_a_stream_that_goes_on_is_not_stuck(local: Machine) -> None:
 
 
 def test_a_session_is_closed_when_the_gpu_is_done_with_it(on_gpu: Machine) -> None:
-    """The worker waits on the GPU for this process, which must not end before, nor destroy what is waited for."""
+    """The worker waits on the GPU for this process, which must not end before, nor destroy what
+    is waited for."""
     program = prepared(on_gpu.session, "sine", FOUR)
     busy = on_gpu.fake.hold(on_gpu.stream)
     (made,) = on_gpu.run(program, on_gpu.session.pool.lease(16))
@@ -480,20 +532,27 @@ def test_a_bad_handle_is_refused_and_the_worker_lives(local: Machine, bad: str) 
     test_arrays_stay_on_the_gpu(local)
 
 
-def test_opening_a_handle_may_take_as_long_as_the_gpus_work(on_gpu: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA may open it behind the other process's kernels: what has a few seconds otherwise is given minutes there."""
+def test_opening_a_handle_may_take_as_long_as_the_gpus_work(
+    on_gpu: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA may open it behind the other process's kernels: what has a few seconds otherwise is
+    given minutes there."""
     limits: list[float] = []
     for kind in (lanes.LocalLane, lanes.GrpcLane):
         ask = kind.ask
         monkeypatch.setattr(
-            kind, "ask", lambda lane, request, limit, ask=ask: limits.append(limit) or ask(lane, request, limit)
+            kind,
+            "ask",
+            lambda lane, request, limit, ask=ask: limits.append(limit) or ask(lane, request, limit),
         )
     with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):  # type: ignore[attr-defined]
         pass
     assert len(limits) >= 2 and min(limits) >= 120
 
 
-@pytest.mark.parametrize("bad", ["unaligned", "on the host", "beyond the slab", "in the middle of nowhere"])
+@pytest.mark.parametrize(
+    "bad", ["unaligned", "on the host", "beyond the slab", "in the middle of nowhere"]
+)
 def test_words_that_lie_wrong_are_refused(local: Machine, bad: str) -> None:
     """Before the worker touches anything; the lane ends, and the next call works."""
     host = local.session.pool.lease(256)
@@ -513,7 +572,8 @@ def test_words_that_lie_wrong_are_refused(local: Machine, bad: str) -> None:
 
 @pytest.mark.parametrize("way", ["events"], indirect=True)
 def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Machine) -> None:
-    """CUDA leaves that undefined: either side destroys its copy before the other one can destroy the event."""
+    """CUDA leaves that undefined: either side destroys its copy before the other one can destroy
+    the event."""
     before = on_gpu.fake.held()
     for _ in range(3):
         with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
@@ -524,14 +584,20 @@ def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Ma
     assert on_gpu.fake.held()["undefined"] == before["undefined"]
 
 
-def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(local: Machine, way: str) -> None:
+def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
+    local: Machine, way: str
+) -> None:
     """Else the worker's host would wait for the client's GPU, too."""
     device, stream = local.pool.device, local.pool.device.new_stream()
     event, client, memory = device.new_event(), device.new_stream(), device.allocate(UNIT)
     words = Words(device, memory, device.new_urgent_stream(), is_clients=True)
     words.clear()
     copy_to_device(device, memory, bytes([FIRST]))
-    turn = TurnByWords(device, memory, stream) if way == "words" else TurnByEvents(device, event, stream)
+    turn = (
+        TurnByWords(device, memory, stream)
+        if way == "words"
+        else TurnByEvents(device, event, stream)
+    )
     held = local.fake.hold(client)
     device.record(event, client)
     try:
@@ -575,8 +641,11 @@ def test_a_worker_without_a_gpu_shares_none(jax_worker: Session) -> None:
         assert session.memory == "memfd" and session.gpu_pool() is None
 
 
-def test_a_client_that_sees_no_gpu_says_why(machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its tensors on a GPU go through the host, counted and logged once; where that is forbidden, it is an error."""
+def test_a_client_that_sees_no_gpu_says_why(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its tensors on a GPU go through the host, counted and logged once; where that is
+    forbidden, it is an error."""
     _, _, address = machine
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     from bridge_wire.memory import cuda

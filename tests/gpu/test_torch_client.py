@@ -1,7 +1,8 @@
-"""RemoteJaxFunction with tensors on a GPU that is none: torch takes every tensor for one there, but those that it is
-told of.
+"""RemoteJaxFunction with tensors on a GPU that is none: torch takes every tensor for one there, but
+those that it is told of.
 
-What only torch with CUDA can do is replaced here, and nothing else; the tests on a GPU are in `on_gpu`.
+What only torch with CUDA can do is replaced here, and nothing else; the tests on a GPU are in
+`on_gpu`.
 """
 
 import contextlib
@@ -53,8 +54,12 @@ def session(worker: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
         monkeypatch.setattr(gpu, "current_stream", lambda index: stream)
         monkeypatch.setattr(gpu, "index_of", lambda tensor: 0)
         monkeypatch.setattr(gpu, "tensor_over", lambda pool, *of: _tensor_over(*of))
-        monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: id(tensor) not in _on_host), raising=False)
-        monkeypatch.setattr(Tensor, "is_cpu", property(lambda tensor: id(tensor) in _on_host), raising=False)
+        monkeypatch.setattr(
+            Tensor, "is_cuda", property(lambda tensor: id(tensor) not in _on_host), raising=False
+        )
+        monkeypatch.setattr(
+            Tensor, "is_cpu", property(lambda tensor: id(tensor) in _on_host), raising=False
+        )
         yield session
         device.destroy_stream(stream)
 
@@ -121,9 +126,13 @@ def test_any_derivative_is_taken_there(session: Session) -> None:
     """The same programs: hessian, and vmap of grad."""
     f = RemoteJaxFunction(session, name="sine")
     x = torch.randn(4)
-    torch.testing.assert_close(torch.func.hessian(lambda x: f(x).sum())(x), torch.diag(-2 * x.sin()))
+    torch.testing.assert_close(
+        torch.func.hessian(lambda x: f(x).sum())(x), torch.diag(-2 * x.sin())
+    )
     rows = torch.randn(3, 4)
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(rows), 2 * rows.cos())
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(rows), 2 * rows.cos()
+    )
 
 
 def test_parameters_on_the_gpu_live_in_the_slab(session: Session) -> None:
@@ -144,8 +153,11 @@ def test_parameters_on_the_gpu_live_in_the_slab(session: Session) -> None:
     assert all(lies_on_gpu(session, parameter) for parameter in model.parameters())
 
 
-def test_what_torch_allocates_in_the_session_is_not_copied(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The segments of a pool of torch's own are shared when the context ends; the next context uses the pool again."""
+def test_what_torch_allocates_in_the_session_is_not_copied(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The segments of a pool of torch's own are shared when the context ends; the next context
+    uses the pool again."""
     device = session.gpu_pool().device  # type: ignore[union-attr]
     pointer = device.allocate(UNIT)
     segments = [{"address": pointer, "total_size": UNIT}]

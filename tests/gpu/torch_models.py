@@ -1,4 +1,7 @@
-"""Torch models for workers whose GPU is none: they run on the host, whose memory is the GPU's. Run in .venv-torch."""
+"""Torch models for workers whose GPU is none: they run on the host, whose memory is the GPU's.
+
+Run in .venv-torch.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ def scaled(x: Tensor, y: Tensor, *, by: float = 1.0) -> Tensor:
 
 
 def picked(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of these numbers, and where each has its largest element: integers of 64 bits both ways."""
+    """The rows of these numbers, and where each has its largest element: integers of 64 bits
+    both ways."""
     chosen = x[rows]
     return chosen * 2, chosen.argmax(-1)
 

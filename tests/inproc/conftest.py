@@ -1,4 +1,5 @@
-"""What these tests share: JAX is up before any of them, so that none is blamed for its threads and descriptors."""
+"""What these tests share: JAX is up before any of them, so that none is blamed for its threads
+and descriptors."""
 
 import jax
 import jax.numpy as jnp

@@ -45,8 +45,13 @@ def pointer(array: jax.Array) -> int:
 
 @pytest.mark.parametrize("name", list(BY_NAME))
 def test_every_dtype_is_shared_in_both_directions(name: str) -> None:
-    """Every dtype that both frameworks have keeps its bits, and its memory, on the way to JAX and back."""
-    tensor = torch.arange(64, dtype=torch.uint8).repeat(BY_NAME[name].itemsize).view(getattr(torch, name))
+    """Every dtype that both frameworks have keeps its bits, and its memory, on the way to JAX
+    and back."""
+    tensor = (
+        torch.arange(64, dtype=torch.uint8)
+        .repeat(BY_NAME[name].itemsize)
+        .view(getattr(torch, name))
+    )
     if name == "bool":
         tensor = torch.arange(64) % 3 == 0
     with jax.enable_x64(name in NEEDS_X64):
@@ -71,9 +76,12 @@ def test_compact_layouts_are_shared(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", list(UNSHARABLE))
 def test_other_layouts_are_copied(layout: str) -> None:
-    """What XLA cannot read in place is copied, with the same values; copy=False then raises CopyNeeded."""
+    """What XLA cannot read in place is copied, with the same values; copy=False then raises
+    CopyNeeded."""
     tensor = UNSHARABLE[layout]()
-    np.testing.assert_array_equal(np.asarray(to_jax(tensor)), tensor.resolve_conj().resolve_neg().numpy())
+    np.testing.assert_array_equal(
+        np.asarray(to_jax(tensor)), tensor.resolve_conj().resolve_neg().numpy()
+    )
     with pytest.raises(CopyNeeded, match="copy=None") as caught:
         to_jax({"w": [tensor]}, copy=False)
     assert isinstance(caught.value, ValueError)
@@ -107,7 +115,8 @@ def test_shared_memory_outlives_its_first_owner() -> None:
 
 
 def test_structures_keep_their_form() -> None:
-    """Pytrees keep their containers, and leaves that are neither tensors nor arrays stay as they are."""
+    """Pytrees keep their containers, and leaves that are neither tensors nor arrays stay as they
+    are."""
     other = object()
     tree = {
         "pair": Pair(torch.ones(2), [torch.zeros(3), None]),
@@ -128,7 +137,8 @@ def test_structures_keep_their_form() -> None:
 
 
 def test_a_state_dict_becomes_arrays() -> None:
-    """A module's state_dict, or its parameters under no_grad, become arrays that share their memory."""
+    """A module's state_dict, or its parameters under no_grad, become arrays that share their
+    memory."""
     module = torch.nn.Linear(3, 2)
     state = to_jax(module.state_dict())
     assert pointer(state["weight"]) == module.weight.data_ptr()
@@ -137,14 +147,17 @@ def test_a_state_dict_becomes_arrays() -> None:
 
 
 def test_64_bit_integers_are_narrowed_if_they_fit() -> None:
-    """Without x64, int64 and uint64 become 32 bits wide where their values allow it; with x64 they stay."""
+    """Without x64, int64 and uint64 become 32 bits wide where their values allow it; with x64
+    they stay."""
     for dtype, narrow in ((torch.int64, "int32"), (torch.uint64, "uint32")):
         array = to_jax(torch.tensor([0, 7], dtype=dtype))
         assert (str(array.dtype), array.tolist()) == (narrow, [0, 7])
         with pytest.raises(CopyNeeded):
             to_jax(torch.tensor([1], dtype=dtype), copy=False)
         with jax.enable_x64(True):
-            assert str(to_jax(torch.tensor([1], dtype=dtype)).dtype) == str(dtype).removeprefix("torch.")
+            assert str(to_jax(torch.tensor([1], dtype=dtype)).dtype) == str(dtype).removeprefix(
+                "torch."
+            )
 
 
 @pytest.mark.parametrize(
@@ -160,13 +173,15 @@ def test_64_bit_integers_are_narrowed_if_they_fit() -> None:
     ids=str,
 )
 def test_nothing_is_narrowed_with_loss(tensor: Tensor) -> None:
-    """Without x64, 64-bit floats, and integers that do not fit, raise DTypeError that names the remedy."""
+    """Without x64, 64-bit floats, and integers that do not fit, raise DTypeError that names the
+    remedy."""
     with pytest.raises(DTypeError, match="jax_enable_x64"):
         to_jax(tensor)
 
 
 def test_a_gradient_is_not_lost_in_silence() -> None:
-    """A tensor that requires a gradient is refused while gradients are recorded, and passes detached."""
+    """A tensor that requires a gradient is refused while gradients are recorded, and passes
+    detached."""
     tensor = torch.ones(2, requires_grad=True)
     with pytest.raises(StructureError, match="detach"):
         to_jax(tensor)
@@ -184,7 +199,9 @@ def test_a_gradient_is_not_lost_in_silence() -> None:
     ],
     ids=["sparse", "meta", "half complex", "fake"],
 )
-def test_tensors_without_a_counterpart_are_refused(make: Callable[[], Tensor], message: str) -> None:
+def test_tensors_without_a_counterpart_are_refused(
+    make: Callable[[], Tensor], message: str
+) -> None:
     """A tensor that JAX cannot have is refused with the reason."""
     with pytest.raises((StructureError, DTypeError), match=message):
         to_jax(make())
@@ -197,7 +214,8 @@ def test_transformed_tensors_are_refused() -> None:
 
 
 def test_arrays_without_a_counterpart_are_refused() -> None:
-    """A traced or deleted array, PRNG keys, and dtypes that torch lacks are refused with the reason."""
+    """A traced or deleted array, PRNG keys, and dtypes that torch lacks are refused with the
+    reason."""
     deleted = jnp.ones(2)
     deleted.delete()
     with pytest.raises(StructureError, match="deleted"):

@@ -1,4 +1,5 @@
-"""Callables with arrays inside are served as functions, and the log says that nothing in them can be trained."""
+"""Callables with arrays inside are served as functions, and the log says that nothing in them
+can be trained."""
 
 import functools
 import re
@@ -38,7 +39,10 @@ JAX = {
     "object": (Holder(W), r"inner\['w'\]\[0\]"),
     "method": (Holder(W).method, r"__self__\.inner"),
     "partial": (functools.partial(jnp.multiply, W), r"args\[0\]"),
-    "method of a module": (nnx.Linear(3, 3, rngs=nnx.Rngs(0)).__call__, "2 arrays.*__self__.kernel"),
+    "method of a module": (
+        nnx.Linear(3, 3, rngs=nnx.Rngs(0)).__call__,
+        "2 arrays.*__self__.kernel",
+    ),
 }
 TORCH = {
     "closure": (closing_over(torch.ones(3)), "array"),
@@ -73,14 +77,19 @@ def test_tensors_in_a_torch_callable_are_named(caplog: pytest.LogCaptureFixture,
     assert re.search(path, line)
 
 
-@pytest.mark.parametrize("target", [jnp.sin, jax.jit(lambda x: x), lambda x, n=3: x * n, closing_over(2.0)])
-def test_functions_without_arrays_are_served_without_a_word(caplog: pytest.LogCaptureFixture, target: Any) -> None:
+@pytest.mark.parametrize(
+    "target", [jnp.sin, jax.jit(lambda x: x), lambda x, n=3: x * n, closing_over(2.0)]
+)
+def test_functions_without_arrays_are_served_without_a_word(
+    caplog: pytest.LogCaptureFixture, target: Any
+) -> None:
     """A function that holds no array draws no warning."""
     assert not logged(caplog, jax_model={"m": target})
 
 
 def test_statistics_of_a_pair_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """A pair (apply, variables) with other collections than `params` draws a warning that names them."""
+    """A pair (apply, variables) with other collections than `params` draws a warning that names
+    them."""
     variables = {"params": {"w": W}, "batch_stats": {"mean": W}}
     (line,) = logged(caplog, jax_model={"m": (lambda v, x: x, variables)})
     assert "['batch_stats'] are trained like parameters" in line

@@ -1,4 +1,5 @@
-"""RemoteJaxFunction with a JAX model of the same process: what is shared, what is copied, what follows JAX's settings.
+"""RemoteJaxFunction with a JAX model of the same process: what is shared, what is copied, what
+follows JAX's settings.
 
 What holds of every session is in tests/test_session_contract.py.
 """
@@ -34,7 +35,8 @@ def sine(x):
 
 
 def test_gradients_are_those_of_torch() -> None:
-    """A JAX function in this process has the value and the gradient of the same function in torch."""
+    """A JAX function in this process has the value and the gradient of the same function in
+    torch."""
     x = torch.randn(4, 5, requires_grad=True)
     (gradient,) = torch.autograd.grad(RemoteJaxFunction(sine)(x).square().sum(), x)
     (expected,) = torch.autograd.grad((x.sin() * 2).square().sum(), x)
@@ -42,7 +44,8 @@ def test_gradients_are_those_of_torch() -> None:
 
 
 def test_there_is_neither_a_worker_nor_a_thread() -> None:
-    """The session of a function says where it runs; nothing is started for it, and what is kept goes with the graph."""
+    """The session of a function says where it runs; nothing is started for it, and what is kept
+    goes with the graph."""
     threads = threading.active_count()
     f = RemoteJaxFunction(sine)
     assert (f.session.lane, f.session.memory, f.session.framework) == ("inproc", "dlpack", "jax")
@@ -52,13 +55,19 @@ def test_there_is_neither_a_worker_nor_a_thread() -> None:
     y.backward(torch.ones(64))
     del y
     stats = f.session.stats()
-    assert (stats["residuals"], stats["residual_bytes"], stats["calls"], stats["fallbacks"]) == (0, 0, 2, 0)
+    assert (stats["residuals"], stats["residual_bytes"], stats["calls"], stats["fallbacks"]) == (
+        0,
+        0,
+        2,
+        0,
+    )
     # What would have told of a slow compilation is on its way out.
     assert eventually(lambda: threading.active_count() == threads)
 
 
 def test_nothing_is_copied() -> None:
-    """Aligned row-major tensors are read where they lie, and outputs and gradients lie where XLA made them."""
+    """Aligned row-major tensors are read where they lie, and outputs and gradients lie where XLA
+    made them."""
     f = RemoteJaxFunction(sine)
     x, cotangent = torch.randn(1024, requires_grad=True), torch.ones(1024)
     for _ in range(CALLS):
@@ -71,7 +80,8 @@ def test_nothing_is_copied() -> None:
 @pytest.mark.parametrize("parameters", ["client", "worker"])
 @pytest.mark.parametrize("is_recorded", [False, True])
 def test_outputs_share_memory_with_nothing(parameters: str, is_recorded: bool) -> None:
-    """Changing an output in place changes no input, no parameter, no other output and no residual."""
+    """Changing an output in place changes no input, no parameter, no other output and no
+    residual."""
     weight = np.ones((64,), np.float32)
     constant = jnp.ones(64)
 
@@ -102,7 +112,8 @@ def test_inputs_are_read_anew() -> None:
 
 
 def test_views_go_before_their_memory() -> None:
-    """JAX keeps no array over a tensor's memory when that has died; and arrays that somebody deletes are made anew."""
+    """JAX keeps no array over a tensor's memory when that has died; and arrays that somebody
+    deletes are made anew."""
     f = RemoteJaxFunction(sine)
     x = torch.zeros(64)
     f(x)
@@ -125,7 +136,8 @@ def _arrays_over(tensor: torch.Tensor) -> list[jax.Array]:
 
 
 def test_parameters_are_trained_in_place() -> None:
-    """A model's parameters are nn.Parameters of their own, read where they lie; the model's stay as they were."""
+    """A model's parameters are nn.Parameters of their own, read where they lie; the model's stay
+    as they were."""
     f = RemoteJaxFunction(affine)
     assert {name for name, _ in f.named_parameters()} == {"weight", "bias"}
     optimizer = torch.optim.SGD(f.parameters(), lr=0.1)
@@ -139,7 +151,9 @@ def test_parameters_are_trained_in_place() -> None:
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
     assert f.session.stats()["bytes_copied"] == before
-    np.testing.assert_array_equal(RemoteJaxFunction(affine).bias.detach().numpy(), affine[1]["bias"])
+    np.testing.assert_array_equal(
+        RemoteJaxFunction(affine).bias.detach().numpy(), affine[1]["bias"]
+    )
 
 
 def test_every_transform_is_there() -> None:
@@ -173,7 +187,8 @@ def test_residuals_are_not_recomputed() -> None:
 
 
 def test_x64_follows_jax_at_each_call() -> None:
-    """The same function takes 64-bit tensors while JAX has them, and refuses them with the remedy while it has not."""
+    """The same function takes 64-bit tensors while JAX has them, and refuses them with the
+    remedy while it has not."""
     f = RemoteJaxFunction(sine)
     x = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(DTypeError, match="jax_enable_x64"):
@@ -196,7 +211,8 @@ def test_numbers_take_the_types_of_the_setting() -> None:
 
 
 def test_a_backward_under_another_setting_is_recomputed() -> None:
-    """A residual that was kept with x64 serves no backward pass without it: that runs the inputs once more."""
+    """A residual that was kept with x64 serves no backward pass without it: that runs the inputs
+    once more."""
     f = RemoteJaxFunction(sine)
     x = torch.zeros(3, requires_grad=True)
     with jax.enable_x64(True):
@@ -224,11 +240,14 @@ def _failing(x):
     return jax.pure_callback(refuse, x, x)
 
 
-@pytest.mark.parametrize(("model", "kind"), [(_refusing, "ValueError"), (_failing, "XlaRuntimeError")])
+@pytest.mark.parametrize(
+    ("model", "kind"), [(_refusing, "ValueError"), (_failing, "XlaRuntimeError")]
+)
 def test_errors_are_the_same_as_a_workers(
     model: Callable[..., Any], kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What a model raises, while it is traced or while it runs, is a RemoteModelError; the function serves on."""
+    """What a model raises, while it is traced or while it runs, is a RemoteModelError; the
+    function serves on."""
     caplog.set_level("CRITICAL", "jax._src.callback")
     f = RemoteJaxFunction(model)
     for _ in range(2):
@@ -238,7 +257,8 @@ def test_errors_are_the_same_as_a_workers(
 
 
 def test_what_is_no_model_is_refused() -> None:
-    """A target that is neither an address, a session nor a model raises TargetError; several need a name."""
+    """A target that is neither an address, a session nor a model raises TargetError; several
+    need a name."""
     with pytest.raises(TargetError, match="expected a function"):
         RemoteJaxFunction(3)
     with pytest.raises(CallerError, match="as it is"):
@@ -248,13 +268,15 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 def test_time_limits_are_refused() -> None:
-    """A call in this process cannot be given up, so asking for a time limit is an error and not ignored."""
+    """A call in this process cannot be given up, so asking for a time limit is an error and not
+    ignored."""
     with pytest.raises(CallerError, match="timeout_s"):
         RemoteJaxFunction(sine, timeout_s=1.0)(torch.ones(2))
 
 
 def test_copies_call_the_same_model_and_pickles_are_refused() -> None:
-    """A deep copy has parameters of its own and calls the same model; a pickle is refused with the remedy."""
+    """A deep copy has parameters of its own and calls the same model; a pickle is refused with
+    the remedy."""
     f = RemoteJaxFunction(affine)
     copied = copy.deepcopy(f)
     x = torch.ones(2, 3)
@@ -272,7 +294,8 @@ def test_submitted_calls_work() -> None:
 
 
 def test_compiled_modules_contain_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile takes a module that calls a JAX function of this process, without a graph break."""
+    """torch.compile takes a module that calls a JAX function of this process, without a graph
+    break."""
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # else a thread stays behind
     f = RemoteJaxFunction(sine)
 
@@ -284,12 +307,15 @@ def test_compiled_modules_contain_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(4, requires_grad=True)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(model(x).sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(model(x).sum(), x)
+    )
     torch._dynamo.reset()
 
 
 def test_without_jax_the_error_says_what_is_missing() -> None:
-    """In an environment without jax, a function as the target raises CallerError that names the remedy."""
+    """In an environment without jax, a function as the target raises CallerError that names the
+    remedy."""
     program = """
         from bridge_client.torch import RemoteJaxFunction
         from bridge_wire.errors import CallerError

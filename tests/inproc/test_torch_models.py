@@ -28,13 +28,20 @@ def sine(x: Tensor) -> Tensor:
 
 
 def test_transforms_are_jaxs() -> None:
-    """A torch function of this process goes through jit, grad, hessian, vmap and scan, without a worker."""
+    """A torch function of this process goes through jit, grad, hessian, vmap and scan, without a
+    worker."""
     f = RemoteTorchFunction(sine)
     x = jnp.arange(3.0)
     assert (f.session.lane, f.session.memory, f.session.framework) == ("inproc", "dlpack", "torch")
-    np.testing.assert_allclose(jax.jit(jax.grad(lambda x: f(x).sum()))(x), 2 * jnp.cos(x), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)), atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(f)(jnp.ones((4, 3))), 2 * jnp.sin(jnp.ones((4, 3))), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(lambda x: f(x).sum()))(x), 2 * jnp.cos(x), rtol=1e-6, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        jax.vmap(f)(jnp.ones((4, 3))), 2 * jnp.sin(jnp.ones((4, 3))), rtol=1e-6, atol=1e-6
+    )
     scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, x)[0]
     np.testing.assert_allclose(scanned, (2 * jnp.sin(x)).sum(), rtol=1e-6, atol=1e-6)
 
@@ -100,11 +107,18 @@ def test_training_with_optax_equals_torch() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [lambda x: x, lambda x: x.view(-1), lambda x: (x, x[:2]), lambda x: x.add_(1), lambda x: (y := x * 2, y)],
+    [
+        lambda x: x,
+        lambda x: x.view(-1),
+        lambda x: (x, x[:2]),
+        lambda x: x.add_(1),
+        lambda x: (y := x * 2, y),
+    ],
     ids=["identity", "view", "slice", "in place", "twice"],
 )
 def test_outputs_share_memory_with_nothing(model: Callable[[Tensor], Any]) -> None:
-    """An array that a model returned stays what it is, whatever the next call does; so do the arrays it was given."""
+    """An array that a model returned stays what it is, whatever the next call does; so do the
+    arrays it was given."""
     x = jnp.zeros(64)
     f = RemoteTorchFunction(model)
     outputs = jax.tree.leaves(f(x))
@@ -127,9 +141,12 @@ def test_a_models_own_state_is_not_handed_out() -> None:
     assert not weight.any()
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")]
+)
 def test_modes_of_torch_around_a_call_change_nothing(mode: Callable[[], Any]) -> None:
-    """A call within no_grad, inference mode or autocast has the value, type and gradients that it has elsewhere."""
+    """A call within no_grad, inference mode or autocast has the value, type and gradients that
+    it has elsewhere."""
     model = nn.Linear(3, 2)
     x = jnp.ones((4, 3))
     inside, outside = RemoteTorchFunction(model), RemoteTorchFunction(model)
@@ -140,7 +157,9 @@ def test_modes_of_torch_around_a_call_change_nothing(mode: Callable[[], Any]) ->
         with mode():
             assert f(x).dtype == jnp.float32
     assert seen[0] == expected[0]
-    assert seen[1].tolist() == expected[1].tolist() == jax.grad(lambda x: inside(x).sum())(x).tolist()
+    assert (
+        seen[1].tolist() == expected[1].tolist() == jax.grad(lambda x: inside(x).sum())(x).tolist()
+    )
 
 
 def test_both_directions_in_one_program() -> None:
@@ -156,7 +175,8 @@ def test_both_directions_in_one_program() -> None:
 
 
 def test_a_torch_model_may_compute_with_jax() -> None:
-    """A model that hands its tensors to JAX cannot be traced, so it is run, and works in compiled code too."""
+    """A model that hands its tensors to JAX cannot be traced, so it is run, and works in
+    compiled code too."""
     f = RemoteTorchFunction(lambda x: to_torch(jnp.sin(to_jax(x))))
     x = jnp.arange(3.0)
     for call in (f, jax.jit(f)):
@@ -164,7 +184,8 @@ def test_a_torch_model_may_compute_with_jax() -> None:
 
 
 def test_what_is_no_model_is_refused() -> None:
-    """A target that is neither an address, a session nor a model is refused with what was expected."""
+    """A target that is neither an address, a session nor a model is refused with what was
+    expected."""
     with pytest.raises(TargetError, match=r"nn\.Module"):
         RemoteTorchFunction(3)
     with pytest.raises(CallerError, match="one framework"):
@@ -172,7 +193,8 @@ def test_what_is_no_model_is_refused() -> None:
 
 
 def test_without_torch_the_error_says_what_is_missing() -> None:
-    """In an environment without torch, a function as the target raises CallerError that names the remedy."""
+    """In an environment without torch, a function as the target raises CallerError that names
+    the remedy."""
     program = """
         from bridge_client.jax import RemoteTorchFunction
         from bridge_wire.errors import CallerError

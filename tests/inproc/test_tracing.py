@@ -54,7 +54,9 @@ def test_networks_agree_with_torch(kind: type[nn.Module], dtype: torch.dtype) ->
     scale = max(1.0, max(g.abs().max().item() for g in expected.values()))
     assert_same(value, expected_value, TOLERANCE[dtype] * max(1.0, expected_value.item()))
     for name, gradient in expected.items():
-        torch.testing.assert_close(to_torch(gradients[name]) / scale, gradient / scale, rtol=0, atol=TOLERANCE[dtype])
+        torch.testing.assert_close(
+            to_torch(gradients[name]) / scale, gradient / scale, rtol=0, atol=TOLERANCE[dtype]
+        )
 
 
 @pytest.mark.parametrize("kind", [ViT, Transformer])
@@ -80,13 +82,16 @@ def test_functions_go_through_every_transform() -> None:
     for transform in (jax.jit, jax.grad, jax.hessian, lambda f: jax.jit(jax.grad(f)), jax.jacfwd):
         np.testing.assert_allclose(transform(f)(x), transform(g)(x), rtol=1e-6, atol=1e-6)
     batch = jnp.ones((4, 3))
-    np.testing.assert_allclose(jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6, atol=1e-6
+    )
     scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, batch)[0]
     np.testing.assert_allclose(scanned, 4 * g(batch[0]), rtol=1e-6, atol=1e-6)
 
 
 def test_in_place_code_changes_nothing_outside() -> None:
-    """Code that writes into its inputs, slices and fresh tensors computes the same, and leaves the arrays alone."""
+    """Code that writes into its inputs, slices and fresh tensors computes the same, and leaves
+    the arrays alone."""
 
     def f(x: Tensor) -> Tensor:
         y = torch.zeros(3)
@@ -149,10 +154,12 @@ _OF_SEVERAL = ("unbind", "split", "chunk")
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(
     ("name", "is_recorded"),
-    [(name, True) for name in _VIEWS if name not in _OF_SEVERAL] + [(name, False) for name in _VIEWS],
+    [(name, True) for name in _VIEWS if name not in _OF_SEVERAL]
+    + [(name, False) for name in _VIEWS],
 )
 def test_writes_into_views_are_torchs(name: str, is_recorded: bool, dtype: torch.dtype) -> None:
-    """In-place operators on each kind of view give torch's values and derivatives, of the view and of its base."""
+    """In-place operators on each kind of view give torch's values and derivatives, of the view
+    and of its base."""
 
     def f(x: Tensor) -> Tensor:
         y = x.sin() + 0.1
@@ -171,13 +178,16 @@ def test_writes_into_views_are_torchs(name: str, is_recorded: bool, dtype: torch
         seen, pull = jax.vjp(jax.jit(trace_torch(f)), x)
         _, slope = jax.jvp(jax.jit(trace_torch(f)), (x,), (jnp.ones_like(x),))
         assert_same(
-            [seen, *pull(jnp.ones_like(seen)), slope], [expected.detach(), gradient, gradient.sum()], TOLERANCE[dtype]
+            [seen, *pull(jnp.ones_like(seen)), slope],
+            [expected.detach(), gradient, gradient.sum()],
+            TOLERANCE[dtype],
         )
 
 
 @pytest.mark.parametrize("write", [torch.sin, torch.cumsum], ids=["sin", "cumsum"])
 def test_results_go_into_out(write: Callable[..., Tensor]) -> None:
-    """The out= form of an operator writes into the tensor, a part of it, or one without elements."""
+    """The out= form of an operator writes into the tensor, a part of it, or one without
+    elements."""
 
     def f(x: Tensor) -> Tensor:
         more = (0,) if write is torch.cumsum else ()
@@ -227,7 +237,8 @@ def test_positions_may_be_traced() -> None:
 
 
 class _Holding(nn.Module):
-    """Reads its parameter and its buffer by other references, keeps what it computes, and counts."""
+    """Reads its parameter and its buffer by other references, keeps what it computes, and
+    counts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,12 +259,15 @@ class _Holding(nn.Module):
             self.squares.append(self.in_a_list[0] * self.weight)
         self.seen["x"] = x
         self.calls += 1
-        return (self.squares[0] * x + self.grid).sum() * self.in_a_tuple[0].sum() + self.view.square().sum()
+        return (self.squares[0] * x + self.grid).sum() * self.in_a_tuple[
+            0
+        ].sum() + self.view.square().sum()
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
 def test_a_module_is_a_function_of_its_parameters_alone(wrap: Callable[..., Any]) -> None:
-    """A parameter is replaced and differentiated by each reference to it, and a call leaves no attribute changed."""
+    """A parameter is replaced and differentiated by each reference to it, and a call leaves no
+    attribute changed."""
     module, x = _Holding(), torch.tensor([1.0, 2.0, 3.0])
     h = trace_torch(module)
     for scale in (1, 2):
@@ -286,10 +300,15 @@ def _keep_in_a_class(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("f", "where"),
-    [(_keep_in_a_class, "class _Keeping, as 'kept'"), (lambda x: x * _cached(3), "cache of _cached")],
+    [
+        (_keep_in_a_class, "class _Keeping, as 'kept'"),
+        (lambda x: x * _cached(3), "cache of _cached"),
+    ],
     ids=["class", "cache"],
 )
-def test_tensors_that_outlive_a_trace_are_refused(f: Callable[[Tensor], Tensor], where: str) -> None:
+def test_tensors_that_outlive_a_trace_are_refused(
+    f: Callable[[Tensor], Tensor], where: str
+) -> None:
     """A traced tensor that the code keeps elsewhere is named, and refused if it is used later."""
     try:
         with pytest.raises(CallerError, match=where):
@@ -302,7 +321,8 @@ def test_tensors_that_outlive_a_trace_are_refused(f: Callable[[Tensor], Tensor],
 
 
 def test_constants_take_no_traced_values() -> None:
-    """A tensor that the code holds is not written with traced values, and keeps its value after the call."""
+    """A tensor that the code holds is not written with traced values, and keeps its value after
+    the call."""
     held = torch.zeros(3)
     with pytest.raises(CallerError, match="as a constant"):
         trace_torch(lambda x: held.add_(x))(jnp.ones(3))
@@ -311,7 +331,8 @@ def test_constants_take_no_traced_values() -> None:
 
 
 def test_writes_into_views_that_nothing_else_shows() -> None:
-    """They are followed: into slices, rows and reshaped tensors, parts of a chunk, and copies of transposed ones."""
+    """They are followed: into slices, rows and reshaped tensors, parts of a chunk, and copies of
+    transposed ones."""
 
     def f(x: Tensor) -> tuple[Tensor, ...]:
         rows = torch.zeros(3, 4)
@@ -329,7 +350,9 @@ def test_writes_into_views_that_nothing_else_shows() -> None:
         return rows, flat, first + second, turned, other, x + 0.5, as_ints
 
     x = np.linspace(0, 3, 16, dtype=np.float32).reshape(4, 4)
-    for seen, expected in zip(jax.jit(trace_torch(f))(jnp.asarray(x)), f(torch.tensor(x)), strict=True):
+    for seen, expected in zip(
+        jax.jit(trace_torch(f))(jnp.asarray(x)), f(torch.tensor(x)), strict=True
+    ):
         assert_same(seen, expected, 1e-6)
 
 
@@ -356,7 +379,9 @@ def test_no_gradient_goes_through_no_grad() -> None:
 
     x = jnp.asarray([1.0, 2.0])
     for derivative in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.jacrev(f))):
-        np.testing.assert_allclose(derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            derivative(trace_torch(f))(x), x**2 + 3 * x**2 + x, rtol=1e-6, atol=1e-6
+        )
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -393,7 +418,8 @@ class _Parts(torch.autograd.Function):
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
 def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> None:
-    """An autograd.Function has the derivative that it defines, also a second time, in batches, and where it draws."""
+    """An autograd.Function has the derivative that it defines, also a second time, in batches,
+    and where it draws."""
     x = jnp.asarray([0.3, 1.7])
     rounded = trace_torch(lambda x: _StraightThrough.apply(x * 2, 5.0).sum())
     value, gradient = wrap(jax.value_and_grad(rounded))(x)
@@ -407,7 +433,9 @@ def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> No
     assert ((drawn > 0) & (drawn < 1)).all()
     slope = jax.grad(lambda x: f(x, rng=key)[0].sum())
     np.testing.assert_allclose(wrap(slope)(x), 30 * x**2, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(wrap(jax.grad(lambda x: slope(x).sum()))(x), 60 * x, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        wrap(jax.grad(lambda x: slope(x).sum()))(x), 60 * x, rtol=1e-6, atol=1e-6
+    )
     leaf = torch.tensor([0.3], requires_grad=True)
     _StraightThrough.apply(leaf, 2.0).backward()
     assert leaf.grad is not None and leaf.grad.item() == 2.0  # torch's own are what they were
@@ -419,8 +447,14 @@ _ON_BORDERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
     "cdist": (lambda x: torch.cdist(x.view(2, 2), x.view(2, 2)), [0, 1, 2, 3]),
     "clamp": (lambda x: x.clamp(0, 1) + x.clamp(min=2), [0, 1, 2, -1]),
     "leaky_relu": (functional.leaky_relu, [0, -1, 1, 0]),
-    "max": (lambda x: x.view(2, 2).max(1).values + x.view(2, 2).min(0, keepdim=True)[0], [1, 1, 0, 0]),
-    "norm": (lambda x: x.norm() + torch.linalg.vector_norm(x.view(2, 2), ord=3, dim=1).sum(), [0, 0, 0, 0]),
+    "max": (
+        lambda x: x.view(2, 2).max(1).values + x.view(2, 2).min(0, keepdim=True)[0],
+        [1, 1, 0, 0],
+    ),
+    "norm": (
+        lambda x: x.norm() + torch.linalg.vector_norm(x.view(2, 2), ord=3, dim=1).sum(),
+        [0, 0, 0, 0],
+    ),
     "normalize": (lambda x: functional.normalize(x.view(2, 2)), [3, 4, 0, 0]),
     "relu6": (functional.relu6, [0, 6, 1, 7]),
     "sinc": (torch.sinc, [0, 1, 0.5, 0]),
@@ -430,7 +464,8 @@ _ON_BORDERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
 
 @pytest.mark.parametrize("name", _ON_BORDERS)
 def test_derivatives_on_borders_are_torchs(name: str) -> None:
-    """At zero, at the ends of a clamp, among equal maxima, and far out, where JAX's would be others, or none."""
+    """At zero, at the ends of a clamp, among equal maxima, and far out, where JAX's would be
+    others, or none."""
     f, values = _ON_BORDERS[name]
     leaf = torch.tensor(values, dtype=torch.float32, requires_grad=True)
     expected = f(leaf)
@@ -448,7 +483,10 @@ def _of_eigenvectors(a: Tensor) -> Tensor:
 
 _MATRIX = torch.tensor([[4.0, 1.0, 0.5], [0.2, 5.0, 2.0], [-1.0, 0.3, 6.0]])
 _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
-    "adaptive_max_pool": (lambda x: functional.adaptive_max_pool2d(x, (2, 3)), torch.randn(1, 2, 5, 7)),
+    "adaptive_max_pool": (
+        lambda x: functional.adaptive_max_pool2d(x, (2, 3)),
+        torch.randn(1, 2, 5, 7),
+    ),
     "cholesky": (torch.linalg.cholesky, _MATRIX),
     "cholesky upper": (lambda x: torch.linalg.cholesky(x, upper=True), _MATRIX),
     "det": (torch.linalg.det, _MATRIX),
@@ -456,7 +494,9 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "eigh": (_of_eigenvectors, _MATRIX),
     "eigvalsh": (torch.linalg.eigvalsh, _MATRIX),
     "embedding_bag": (
-        lambda w: functional.embedding_bag(torch.tensor([0, 2, 2, 1]), w, torch.tensor([0, 1]), padding_idx=1),
+        lambda w: functional.embedding_bag(
+            torch.tensor([0, 2, 2, 1]), w, torch.tensor([0, 1]), padding_idx=1
+        ),
         torch.randn(3, 4),
     ),
     "log_ndtr": (torch.special.log_ndtr, torch.tensor([-30.0, -1.0, 0.0, 2.0, 30.0])),
@@ -468,7 +508,9 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "pinv of a hermitian": (lambda x: torch.linalg.pinv(x, hermitian=True), _MATRIX),
     "polygamma": (lambda x: torch.polygamma(2, x), torch.tensor([-0.4, 0.6, 2.0])),
     "safe_softmax": (
-        lambda x: torch.ops.aten._safe_softmax(x.masked_fill(torch.eye(2)[[0, 0]] > 0, -torch.inf).T, 1),
+        lambda x: torch.ops.aten._safe_softmax(
+            x.masked_fill(torch.eye(2)[[0, 0]] > 0, -torch.inf).T, 1
+        ),
         torch.randn(2, 2),
     ),
     "slogdet": (lambda x: torch.linalg.slogdet(x)[1], _MATRIX),
@@ -480,7 +522,8 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", _AS_TORCH)
 def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
-    """Operators that JAX defines otherwise have torch's value and gradient, at once and under jit."""
+    """Operators that JAX defines otherwise have torch's value and gradient, at once and under
+    jit."""
     f, values = _AS_TORCH[name]
     leaf = values.to(dtype).requires_grad_()
     expected = f(leaf)
@@ -489,7 +532,9 @@ def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
     with jax.enable_x64(dtype is torch.float64):
         for h in (trace_torch(f), jax.jit(trace_torch(f))):
             seen, pull = jax.vjp(h, to_jax(leaf.detach()))
-            assert_same([seen, *pull(to_jax(weights))], [expected.detach(), gradient], 10 * TOLERANCE[dtype])
+            assert_same(
+                [seen, *pull(to_jax(weights))], [expected.detach(), gradient], 10 * TOLERANCE[dtype]
+            )
 
 
 @pytest.mark.parametrize(
@@ -506,7 +551,8 @@ def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
     ],
 )
 def test_distributions_follow_the_key(draw: Callable[[Tensor], Tensor], mean: float) -> None:
-    """What is drawn in place has the distribution, differs from key to key, and has no derivative."""
+    """What is drawn in place has the distribution, differs from key to key, and has no
+    derivative."""
     h, x = trace_torch(lambda x: draw(x * 1)), jnp.zeros(20_000)
     first, second = (h(x, rng=jax.random.key(seed)) for seed in (0, 1))
     assert not np.array_equal(first, second)
@@ -534,8 +580,12 @@ def test_named_tuples_of_torch_pass_jit() -> None:
 @pytest.mark.parametrize("is_reentrant", [False, True])
 def test_checkpoints_have_gradients(is_reentrant: bool) -> None:
     """What torch.utils.checkpoint wraps has its derivative when traced."""
-    checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, torch.sin, use_reentrant=is_reentrant)
-    np.testing.assert_allclose(jax.grad(lambda x: trace_torch(checkpoint)(x).sum())(jnp.ones(2)), jnp.cos(jnp.ones(2)))
+    checkpoint = functools.partial(
+        torch.utils.checkpoint.checkpoint, torch.sin, use_reentrant=is_reentrant
+    )
+    np.testing.assert_allclose(
+        jax.grad(lambda x: trace_torch(checkpoint)(x).sum())(jnp.ones(2)), jnp.cos(jnp.ones(2))
+    )
 
 
 def test_structures_numbers_and_keywords_pass() -> None:
@@ -551,7 +601,8 @@ def test_structures_numbers_and_keywords_pass() -> None:
 
 
 def test_tensors_in_closures_are_constants() -> None:
-    """A tensor that the code holds, as an attribute or in a closure, is a constant; it is not changed."""
+    """A tensor that the code holds, as an attribute or in a closure, is a constant; it is not
+    changed."""
     weight = torch.arange(3.0)
 
     class Scaled(nn.Module):
@@ -571,7 +622,11 @@ def test_devices_are_jaxs() -> None:
     """Code that moves tensors, or makes them beside others, runs wherever JAX does."""
 
     def f(x: Tensor) -> Tensor:
-        return x.to("cpu").cpu().to(x.device, torch.float32) + torch.arange(3, device=x.device) + x.new_zeros(3)
+        return (
+            x.to("cpu").cpu().to(x.device, torch.float32)
+            + torch.arange(3, device=x.device)
+            + x.new_zeros(3)
+        )
 
     assert jax.jit(trace_torch(f))(jnp.zeros(3)).tolist() == [0.0, 1.0, 2.0]
 
@@ -595,7 +650,8 @@ def test_threads_trace_at_once() -> None:
 
 
 def test_traces_side_by_side_leave_torch_as_it_was() -> None:
-    """What tracing switches off for the whole process is on again after the last of several traces."""
+    """What tracing switches off for the whole process is on again after the last of several
+    traces."""
     begun, go_on = threading.Event(), threading.Event()
 
     def slow(x: Tensor) -> Tensor:
@@ -664,7 +720,8 @@ def test_batch_norm_refuses_one_value_per_channel() -> None:
 
 
 def test_random_numbers_follow_the_key() -> None:
-    """Dropout draws from `rng`: the same key draws the same, another one differently, also under jit and vmap."""
+    """Dropout draws from `rng`: the same key draws the same, another one differently, also under
+    jit and vmap."""
     h = trace_torch(nn.Dropout(0.5).train())
     x, key, other = jnp.ones(64), jax.random.key(0), jax.random.PRNGKey(1)
     first = h({}, x, rng=key)
@@ -675,9 +732,12 @@ def test_random_numbers_follow_the_key() -> None:
     assert len({row.tobytes() for row in np.asarray(drawn)}) == 4
 
 
-@pytest.mark.parametrize("draw", [torch.rand_like, torch.randn_like, functional.dropout, torch.bernoulli])
+@pytest.mark.parametrize(
+    "draw", [torch.rand_like, torch.randn_like, functional.dropout, torch.bernoulli]
+)
 def test_random_numbers_need_a_key(draw: Callable[[Tensor], Tensor]) -> None:
-    """Without `rng`, code that draws random numbers says so, instead of drawing the same ones for ever."""
+    """Without `rng`, code that draws random numbers says so, instead of drawing the same ones
+    for ever."""
     with pytest.raises(CallerError, match="rng="):
         jax.jit(trace_torch(draw))(jnp.full(3, 0.5))
     assert trace_torch(draw)(jnp.full(3, 0.5), rng=jax.random.key(0)).shape == (3,)
@@ -696,7 +756,8 @@ def test_random_numbers_need_a_key(draw: Callable[[Tensor], Tensor]) -> None:
     ids=["double", "to", "zeros", "sum", "complex", "constant"],
 )
 def test_64_bits_are_not_narrowed_in_silence(f: Callable[[Tensor], Tensor]) -> None:
-    """Code that computes in 64-bit floats is refused while JAX runs without x64, and runs with it."""
+    """Code that computes in 64-bit floats is refused while JAX runs without x64, and runs with
+    it."""
     with pytest.raises(DTypeError, match="jax_enable_x64"):
         trace_torch(f)(jnp.ones(3))
     with jax.enable_x64(True):
@@ -704,7 +765,8 @@ def test_64_bits_are_not_narrowed_in_silence(f: Callable[[Tensor], Tensor]) -> N
 
 
 def test_64_bit_modules_need_x64() -> None:
-    """A module in float64 is refused while JAX runs without x64, and an int64 array that does not fit likewise."""
+    """A module in float64 is refused while JAX runs without x64, and an int64 array that does
+    not fit likewise."""
     with pytest.raises(DTypeError, match="jax_enable_x64"):
         trace_torch(nn.Linear(2, 2).double())
     for f in (lambda x: x, lambda x: torch.tensor([2**31])):
@@ -765,7 +827,8 @@ def test_training_with_optax_equals_torch() -> None:
 
 
 def test_torchax_comes_only_when_something_is_traced() -> None:
-    """Importing bridge_client.inproc loads no torchax, and torch.compile works before and after a trace."""
+    """Importing bridge_client.inproc loads no torchax, and torch.compile works before and after
+    a trace."""
     program = """
         import os, sys, jax.numpy as jnp, torch
         from bridge_client.inproc import to_jax, trace_torch

@@ -21,7 +21,9 @@ from tests.inproc import served
 def address() -> Iterator[str]:
     """Where a worker listens that runs in the environment with both frameworks."""
     targets = {name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "network")}
-    with spawn(torch_model=targets, python=python_of(".venv-both"), cwd=ROOT, args=["--via-xla", "--x64"]) as session:
+    with spawn(
+        torch_model=targets, python=python_of(".venv-both"), cwd=ROOT, args=["--via-xla", "--x64"]
+    ) as session:
         yield session.address
 
 
@@ -44,7 +46,8 @@ def test_torch_models_run_in_xla(worker: Session) -> None:
 
 
 def test_a_network_agrees_with_torch(worker: Session) -> None:
-    """The value and the gradients, seen from torch, are those of the network run by torch itself."""
+    """The value and the gradients, seen from torch, are those of the network run by torch
+    itself."""
     network, x = served.network, torch.randn(2, 2, 5, 5, dtype=torch.float64)
     remote = RemoteJaxFunction(worker, name="network")
     seen, expected = remote(x), network(x)
@@ -53,7 +56,9 @@ def test_a_network_agrees_with_torch(worker: Session) -> None:
     assert named.keys() == dict(network.named_parameters()).keys()
     gradients = torch.autograd.grad(seen.sum(), list(named.values()))
     for name, gradient in zip(named, gradients, strict=True):
-        (reference,) = torch.autograd.grad(expected.sum(), network.get_parameter(name), retain_graph=True)
+        (reference,) = torch.autograd.grad(
+            expected.sum(), network.get_parameter(name), retain_graph=True
+        )
         torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-9)
 
 
@@ -63,12 +68,16 @@ def test_state_and_randomness_follow_the_caller(worker: Session) -> None:
         g = RemoteTorchFunction(worker, name="normed")
         x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
         call = lambda key: g.apply(g.params, x, buffers=g.buffers, mutable=True, rng=key)  # noqa: E731
-        (first, buffers), (again, _), (other, _) = (call(jax.random.key(seed)) for seed in (0, 0, 1))
+        (first, buffers), (again, _), (other, _) = (
+            call(jax.random.key(seed)) for seed in (0, 0, 1)
+        )
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, other)
         hidden = x @ g.params["0.weight"].T + g.params["0.bias"]
         np.testing.assert_allclose(buffers["1.running_mean"], 0.1 * hidden.mean(0), rtol=1e-10)
-        np.testing.assert_allclose(buffers["1.running_var"], 0.9 + 0.1 * hidden.var(0, ddof=1), rtol=1e-10)
+        np.testing.assert_allclose(
+            buffers["1.running_var"], 0.9 + 0.1 * hidden.var(0, ddof=1), rtol=1e-10
+        )
         assert to_torch(buffers["1.num_batches_tracked"]).item() == 1
 
 
@@ -83,4 +92,9 @@ def test_transforms_and_numbers_pass(worker: Session) -> None:
 def test_via_xla_needs_both_frameworks() -> None:
     """In an environment without jax the worker says what is missing, and exits."""
     with pytest.raises(WorkerCrashed, match="needs jax and torchax"):
-        spawn(torch_model="tests.inproc.served:sine", python=python_of(".venv-torch"), cwd=ROOT, args=["--via-xla"])
+        spawn(
+            torch_model="tests.inproc.served:sine",
+            python=python_of(".venv-torch"),
+            cwd=ROOT,
+            args=["--via-xla"],
+        )

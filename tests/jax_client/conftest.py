@@ -1,4 +1,5 @@
-"""What these tests share: a session of their own with the torch worker, and jax with 64-bit types where asked for."""
+"""What these tests share: a session of their own with the torch worker, and jax with 64-bit
+types where asked for."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,11 +25,14 @@ def session(torch_worker: Session) -> Iterator[Session]:
 
 @pytest.fixture(scope="session")
 def mortal_worker() -> Iterator[Session]:
-    """A worker that tests may kill, if they have it started again; it has hardly any room for residuals."""
+    """A worker that tests may kill, if they have it started again; it has hardly any room for
+    residuals."""
     models = {name: f"tests.torch_server.models:{name}" for name in ("sine", "smooth", "gated")}
     args = ["--residual-bytes", "100"]
     with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT, args=args) as session:
-        RemoteTorchFunction(session, name="sine")(jax.numpy.ones(3))  # so that it has its slab and its lane
+        RemoteTorchFunction(session, name="sine")(
+            jax.numpy.ones(3)
+        )  # so that it has its slab and its lane
         yield session
 
 
@@ -46,7 +50,8 @@ def remote(session: Session) -> Remote:
 
 @pytest.fixture(params=["local", "grpc", "inproc"])
 def any_lane(request: pytest.FixtureRequest, torch_worker: Session) -> Iterator[Remote]:
-    """Makes functions of a session on each of the lanes in turn, and of one with the models of this process."""
+    """Makes functions of a session on each of the lanes in turn, and of one with the models of
+    this process."""
     if request.param == "inproc":
         hosted = {
             name: getattr(module, name)
@@ -68,7 +73,8 @@ def x64() -> Iterator[None]:
 
 
 def holds_nothing(session: Session) -> bool:
-    """Whether neither residuals nor blocks are left, once what was computed and collected is really gone."""
+    """Whether neither residuals nor blocks are left, once what was computed and collected is
+    really gone."""
 
     def is_empty() -> bool:
         stats = session.stats()

@@ -1,4 +1,5 @@
-"""Calls on four devices; run by test_sharding.py as a program of its own, since jax counts its devices only once."""
+"""Calls on four devices; run by test_sharding.py as a program of its own, since jax counts its
+devices only once."""
 
 import sys
 
@@ -38,16 +39,29 @@ def spread(value: jax.Array, mesh: Mesh) -> jax.Array:
     return jax.device_put(value, NamedSharding(mesh, P("data")))
 
 
-def expect(session: Session, f: object, arguments: tuple, expected: object, calls: int, *, sums: bool = False) -> None:
-    """Check what a jitted function makes, in how many calls, and that nothing is gathered on the way."""
+def expect(
+    session: Session,
+    f: object,
+    arguments: tuple,
+    expected: object,
+    calls: int,
+    *,
+    sums: bool = False,
+) -> None:
+    """Check what a jitted function makes, in how many calls, and that nothing is gathered on the
+    way."""
     compiled = jax.jit(f).lower(*arguments).compile()  # type: ignore[arg-type]
     text = compiled.as_text()
-    assert "all-gather" not in text and "collective-permute" not in text and "all-to-all" not in text
+    assert (
+        "all-gather" not in text and "collective-permute" not in text and "all-to-all" not in text
+    )
     assert ("all-reduce" in text) == sums
     before = session.stats()["calls"]
     seen = jax.block_until_ready(compiled(*arguments))
     assert session.stats()["calls"] - before == calls, session.stats()["calls"] - before
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected
+    )
 
 
 def in_shard_map(session: Session, mesh: Mesh) -> None:
@@ -58,12 +72,21 @@ def in_shard_map(session: Session, mesh: Mesh) -> None:
 
 
 def where_specs_are_declared(session: Session, mesh: Mesh) -> None:
-    f, x = RemoteTorchFunction(session, name="square", in_specs=P("data"), out_specs=P("data")), rows(8, 3)
+    f, x = (
+        RemoteTorchFunction(session, name="square", in_specs=P("data"), out_specs=P("data")),
+        rows(8, 3),
+    )
     sharded = spread(x, mesh)
     expect(session, f, (sharded,), x**2, 4)
     assert jax.jit(f)(sharded).sharding.spec == P("data")
     expect(session, jax.grad(lambda x: f(jnp.sin(x)).sum()), (sharded,), jnp.sin(2 * x), 8)
-    expect(session, lambda x: jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (x,))[1], (sharded,), 2 * x, 4)
+    expect(
+        session,
+        lambda x: jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (x,))[1],
+        (sharded,),
+        2 * x,
+        4,
+    )
     np.testing.assert_allclose(f(sharded), x**2)  # at once
     before = session.stats()["calls"]
     np.testing.assert_allclose(f(x), x**2)  # on one device
@@ -72,7 +95,9 @@ def where_specs_are_declared(session: Session, mesh: Mesh) -> None:
 
 def with_parameters(session: Session, mesh: Mesh) -> None:
     one = RemoteTorchFunction(session, name="vit")
-    spread_out = RemoteTorchFunction(session, name="vit", in_specs=(P("data"),), out_specs=P("data"))
+    spread_out = RemoteTorchFunction(
+        session, name="vit", in_specs=(P("data"),), out_specs=P("data")
+    )
     images, params = rows(8, 3, 8, 8), one.params
 
     def loss(f: RemoteTorchFunction) -> object:
@@ -85,10 +110,14 @@ def with_parameters(session: Session, mesh: Mesh) -> None:
 def state_and_keys(session: Session, mesh: Mesh) -> None:
     f = RemoteTorchFunction(session, name="normed", in_specs=P("data"), out_specs=P("data"))
     x, params, buffers = rows(8, 3), f.params, f.buffers
-    _, changed = jax.jit(lambda x: f.apply(params, x, buffers=buffers, mutable=True))(spread(x, mesh))
+    _, changed = jax.jit(lambda x: f.apply(params, x, buffers=buffers, mutable=True))(
+        spread(x, mesh)
+    )
     shards = [f.apply(params, shard, buffers=buffers, mutable=True)[1] for shard in jnp.split(x, 4)]
     for name in buffers:  # the mean of what each shard makes of it
-        np.testing.assert_allclose(changed[name], np.mean([shard[name] for shard in shards], 0), rtol=1e-10)
+        np.testing.assert_allclose(
+            changed[name], np.mean([shard[name] for shard in shards], 0), rtol=1e-10
+        )
     g = RemoteTorchFunction(session, name="dropped", in_specs=P("data"), out_specs=P("data"))
     ones, params, key = spread(jnp.ones((4, 4)), mesh), g.params, jax.random.key(0)
     made = np.asarray(jax.jit(lambda key: g.apply(params, ones, rng=key))(key))

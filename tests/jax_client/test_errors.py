@@ -12,7 +12,13 @@ from jax.errors import JaxRuntimeError
 
 from bridge_client import Session, connect
 from bridge_client.jax import RemoteTorchFunction
-from bridge_wire.errors import CallTimeout, RemoteModelError, SpecError, WorkerDied, WorkerUnavailable
+from bridge_wire.errors import (
+    CallTimeout,
+    RemoteModelError,
+    SpecError,
+    WorkerDied,
+    WorkerUnavailable,
+)
 from tests.jax_client.conftest import Remote, holds_nothing, kill
 from tests.workers import Background, Gate, run_program
 
@@ -25,7 +31,8 @@ def gate(tmp_path: Path) -> Gate:
 
 
 def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session: Session) -> None:
-    """The first time as later, from jit, grad, scan and vmap: as the model's error, with the remote traceback."""
+    """The first time as later, from jit, grad, scan and vmap: as the model's error, with the
+    remote traceback."""
     f = remote("raises_below_zero")
     for transform in (
         lambda x: f(x),
@@ -38,7 +45,9 @@ def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session:
             if good:
                 assert np.isfinite(compiled(X)).all()
                 continue
-            with pytest.raises(RemoteModelError, match="ValueError: there is a negative value") as raised:
+            with pytest.raises(
+                RemoteModelError, match="ValueError: there is a negative value"
+            ) as raised:
                 jax.block_until_ready(compiled(-X))
             assert isinstance(raised.value, JaxRuntimeError)
             assert raised.value.remote_type == "builtins.ValueError"
@@ -50,17 +59,23 @@ def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session:
 
 
 def test_a_model_that_returns_nothing_on_zeros(remote: Remote) -> None:
-    """A result that was empty when the call was prepared is looked at, though XLA has no use for empty arrays."""
+    """A result that was empty when the call was prepared is looked at, though XLA has no use for
+    empty arrays."""
     for wrap in (lambda f: f, jax.jit):
         with pytest.raises(
-            SpecError, match=r"\['found'\] of model 'growing' is now float32\[4\], and was float32\[0\]"
+            SpecError,
+            match=r"\['found'\] of model 'growing' is now float32\[4\], and was float32\[0\]",
         ):
             jax.block_until_ready(wrap(remote("growing"))(X))
 
 
-def test_what_is_wrong_with_a_call_is_said_while_it_is_traced(remote: Remote, session: Session) -> None:
+def test_what_is_wrong_with_a_call_is_said_while_it_is_traced(
+    remote: Remote, session: Session
+) -> None:
     """Before any data moves, jit raises what Prepare says."""
-    with pytest.raises(RemoteModelError, match=r"no arrays of shape \(4,\) here.*\n.*args\[0\]: float32\[4\]"):
+    with pytest.raises(
+        RemoteModelError, match=r"no arrays of shape \(4,\) here.*\n.*args\[0\]: float32\[4\]"
+    ):
         jax.jit(remote("refusing"))(X)
     assert session.stats()["calls"] == 0
 
@@ -76,7 +91,9 @@ def test_an_error_of_somebody_else_stays_what_it_is() -> None:
     assert type(raised.value) is JaxRuntimeError
 
 
-def test_a_worker_that_dies_during_a_call_in_compiled_code(mortal_worker: Session, tmp_path: Path) -> None:
+def test_a_worker_that_dies_during_a_call_in_compiled_code(
+    mortal_worker: Session, tmp_path: Path
+) -> None:
     """The call ends with WorkerDied, and the next one has a new worker."""
     gate = Gate(tmp_path / "gate")
     f = jax.jit(lambda x: RemoteTorchFunction(mortal_worker, name="gated")(x, str(gate)))
@@ -102,9 +119,12 @@ def test_a_worker_that_nobody_starts_again(mortal_worker: Session) -> None:
 
 
 def test_a_call_that_takes_too_long(torch_worker: Session, gate: Gate) -> None:
-    """timeout_s holds in compiled code too; the memory of such a call comes back when the worker has let go of it."""
+    """timeout_s holds in compiled code too; the memory of such a call comes back when the worker
+    has let go of it."""
     with connect(torch_worker.address) as session:
-        jax.eval_shape(lambda x: RemoteTorchFunction(session, name="gated")(x, str(gate)), X)  # traced without a limit
+        jax.eval_shape(
+            lambda x: RemoteTorchFunction(session, name="gated")(x, str(gate)), X
+        )  # traced without a limit
         f = RemoteTorchFunction(session, name="gated", timeout_s=1.0)
         with pytest.raises(CallTimeout, match=r"no answer within 1\.0 s"):
             jax.jit(lambda x: f(x, str(gate)))(X).block_until_ready()
@@ -113,7 +133,9 @@ def test_a_call_that_takes_too_long(torch_worker: Session, gate: Gate) -> None:
         assert holds_nothing(session)
 
 
-def test_a_call_in_compiled_code_can_be_interrupted(remote: Remote, session: Session, gate: Gate, ctrl_c: None) -> None:
+def test_a_call_in_compiled_code_can_be_interrupted(
+    remote: Remote, session: Session, gate: Gate, ctrl_c: None
+) -> None:
     """Ctrl-C ends it with KeyboardInterrupt, the first time as later, and no block is lost."""
     f = jax.jit(lambda x: remote("gated")(x, str(gate)))
 

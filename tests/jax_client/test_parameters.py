@@ -1,4 +1,5 @@
-"""Modules: their parameters, buffers and random numbers, training, and Flax models that they are a part of."""
+"""Modules: their parameters, buffers and random numbers, training, and Flax models that they are
+a part of."""
 
 from typing import Any
 
@@ -49,11 +50,14 @@ MODULES = {
 def test_gradients_of_modules_are_torchs(
     remote: Remote, session: Session, name: str, dtype: str, tolerance: float
 ) -> None:
-    """By each parameter and each input, as torch has them in float64; by one forward and one backward."""
+    """By each parameter and each input, as torch has them in float64; by one forward and one
+    backward."""
     module, inputs = MODULES[name]
     f = remote(name)
     cast = lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None)  # noqa: E731
-    params, buffers = ({name: cast(value) for name, value in own.items()} for own in (f.params, f.buffers))
+    params, buffers = (
+        {name: cast(value) for name, value in own.items()} for own in (f.params, f.buffers)
+    )
     arrays = list(map(cast, inputs))
     assert list(params) == [n for n, _ in module.named_parameters()]
     assert list(f.buffers) == [n for n, _ in module.named_buffers()]
@@ -77,13 +81,18 @@ def test_second_derivatives_of_a_module(remote: Remote) -> None:
     """Hessian-vector products by the parameters of a vision transformer are torch's, to 1e-8."""
     f, module = remote("vit"), models.vit
     params = f.params
-    direction = {name: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape) for name, p in params.items()}
+    direction = {
+        name: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape)
+        for name, p in params.items()
+    }
     loss = lambda p: (f.apply(p, jnp.asarray(IMAGES)) ** 2).sum()  # noqa: E731
     seen = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,))[1])(params, direction)
     own = list(module.parameters())
     vectors = [torch.tensor(np.asarray(d)) for d in direction.values()]
     with sdpa_kernel(SDPBackend.MATH):  # torch's faster attention has no second derivative
-        made = torch.autograd.grad((module(torch.tensor(IMAGES)) ** 2).sum(), own, create_graph=True)
+        made = torch.autograd.grad(
+            (module(torch.tensor(IMAGES)) ** 2).sum(), own, create_graph=True
+        )
         expected = torch.autograd.grad(made, own, vectors)
     for name, value in zip(params, expected, strict=True):
         np.testing.assert_allclose(seen[name], value.numpy(), rtol=1e-8, atol=1e-8)
@@ -92,7 +101,10 @@ def test_second_derivatives_of_a_module(remote: Remote) -> None:
 @pytest.mark.usefixtures("x64")
 def test_training_with_optax_is_training_in_torch(remote: Remote, session: Session) -> None:
     """100 steps of Adam, in a scan, end where torch's end, to 1e-8."""
-    f, module = remote("perceptron"), torch_models._made(lambda: torch_models._perceptron().double())
+    f, module = (
+        remote("perceptron"),
+        torch_models._made(lambda: torch_models._perceptron().double()),
+    )
     x, y = jnp.asarray(ROWS), jnp.asarray(RNG.normal(size=(5, 3)))
     optimizer = optax.adam(1e-2)
 
@@ -103,7 +115,9 @@ def test_training_with_optax_is_training_in_torch(remote: Remote, session: Sessi
         return (optax.apply_updates(params, updates), moments), loss
 
     params = f.params
-    (trained, _), losses = jax.jit(lambda s: jax.lax.scan(step, s, None, length=100))((params, optimizer.init(params)))
+    (trained, _), losses = jax.jit(lambda s: jax.lax.scan(step, s, None, length=100))(
+        (params, optimizer.init(params))
+    )
     in_torch = torch.optim.Adam(module.parameters(), 1e-2)
     for loss in losses:
         in_torch.zero_grad()
@@ -119,7 +133,8 @@ def test_training_with_optax_is_training_in_torch(remote: Remote, session: Sessi
 
 
 def test_whose_parameters_a_call_uses(remote: Remote, session: Session) -> None:
-    """A plain call uses the worker's own, `apply` those that it is given, parameters="client" those of the object."""
+    """A plain call uses the worker's own, `apply` those that it is given, parameters="client"
+    those of the object."""
     f, x = remote("single"), jnp.asarray(ROWS, jnp.float32)
     twice = {name: 2 * value for name, value in f.params.items()}
     np.testing.assert_array_equal(f(x), f.apply(f.params, x))
@@ -138,7 +153,8 @@ def test_whose_parameters_a_call_uses(remote: Remote, session: Session) -> None:
 
 
 def test_parameters_are_checked(remote: Remote, session: Session) -> None:
-    """Names that are missing or unknown, shapes that differ, and 64-bit floats without x64, by name."""
+    """Names that are missing or unknown, shapes that differ, and 64-bit floats without x64, by
+    name."""
     f, x = remote("single"), jnp.ones((1, 4))
     params = f.params
     with pytest.raises(StructureError, match=r"params lacks \['0.bias'\] and has \['bias'\]"):
@@ -147,25 +163,36 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
         f.apply({k: v for k, v in params.items() if k != "0.bias"}, x)
     with pytest.raises(StructureError, match="params is a list; expected a dict of arrays by name"):
         f.apply([x], x)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"):
+    with pytest.raises(
+        SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"
+    ):
         jax.eval_shape(f.apply, {**params, "0.bias": jnp.ones(7)}, x)
-    with pytest.raises(SpecError, match=r"parameter `0.bias` has shape \[\]; the model's has \[8\]"):
+    with pytest.raises(
+        SpecError, match=r"parameter `0.bias` has shape \[\]; the model's has \[8\]"
+    ):
         f.apply({**params, "0.bias": 0.0}, x)
-    with pytest.raises(DTypeError, match=r"parameter `0.weight` has dtype float64, .*set jax_enable_x64"):
+    with pytest.raises(
+        DTypeError, match=r"parameter `0.weight` has dtype float64, .*set jax_enable_x64"
+    ):
         _ = remote("perceptron").params
-    with pytest.raises(StructureError, match=r"rng has dtype float32 and shape \[2\]; expected one key"):
+    with pytest.raises(
+        StructureError, match=r"rng has dtype float32 and shape \[2\]; expected one key"
+    ):
         f.apply(params, x, rng=jnp.ones(2))
 
 
 def test_buffers_and_random_numbers(remote: Remote) -> None:
-    """BatchNorm returns its new statistics, and dropout follows the key: in jit, at once, and for each kind of key."""
+    """BatchNorm returns its new statistics, and dropout follows the key: in jit, at once, and
+    for each kind of key."""
     f, x = remote("batch_norm"), jnp.asarray(ROWS, jnp.float32)
     params, buffers = f.params, f.buffers
     call = lambda buffers, key: f.apply(params, x, buffers=buffers, mutable=True, rng=key)  # noqa: E731
     key = jax.random.key(1)
     made, changed = call(buffers, key)
     assert call({**buffers, "1.num_batches_tracked": 3}, key)[1]["1.num_batches_tracked"] == 4
-    module = torch_models._made(lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)))
+    module = torch_models._made(
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    )
     module(torch.tensor(np.asarray(x)))
     for name, value in module.named_buffers():
         np.testing.assert_allclose(changed[name], value.numpy(), rtol=1e-5, atol=1e-7)
@@ -194,7 +221,8 @@ class LinenNet(linen.Module):
 
 
 def test_a_layer_of_a_linen_model(remote: Remote, session: Session) -> None:
-    """Its parameters begin as the worker's, are trained with the others, and its statistics follow."""
+    """Its parameters begin as the worker's, are trained with the others, and its statistics
+    follow."""
     f, x = remote("batch_norm"), jnp.asarray(ROWS, jnp.float32)
     net = LinenNet(LinenModule(f))
     variables = jax.jit(net.init)(jax.random.key(0), x)
@@ -212,7 +240,11 @@ def test_a_layer_of_a_linen_model(remote: Remote, session: Session) -> None:
 
         (value, changed), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
         updates, state = optimizer.update(gradients, state)
-        return {"params": optax.apply_updates(variables["params"], updates), **changed}, state, value
+        return (
+            {"params": optax.apply_updates(variables["params"], updates), **changed},
+            state,
+            value,
+        )
 
     state = optimizer.init(variables["params"])
     losses = []

@@ -1,4 +1,5 @@
-"""Residuals: a forward under grad runs once, and what it keeps on the worker goes with the last use."""
+"""Residuals: a forward under grad runs once, and what it keeps on the worker goes with the last
+use."""
 
 import gc
 from collections.abc import Callable
@@ -28,13 +29,17 @@ def kept(session: Session) -> int:
     return session.stats()["residuals"]
 
 
-def test_outside_jit_a_residual_lives_as_long_as_its_pullback(remote: Remote, session: Session) -> None:
+def test_outside_jit_a_residual_lives_as_long_as_its_pullback(
+    remote: Remote, session: Session
+) -> None:
     """It serves each use of the pullback, and goes with it."""
     _, pull = jax.vjp(remote("sine"), X)
     assert kept(session) == 1
     calls = session.stats()["calls"]
     for scale in (1, 2):
-        np.testing.assert_allclose(pull(scale * jnp.ones(4))[0], scale * SLOPE, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            pull(scale * jnp.ones(4))[0], scale * SLOPE, rtol=1e-5, atol=1e-6
+        )
     assert (session.stats()["calls"] - calls, kept(session)) == (2, 1)
     del pull
     assert eventually(lambda: kept(session) == 0)
@@ -56,12 +61,16 @@ def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session
     apply = jax.jit(lambda pull, cotangent: pull(cotangent)[0])
     assert kept(session) == 1
     for scale in (1, 2):
-        np.testing.assert_allclose(apply(pull, scale * jnp.ones(4)), scale * SLOPE, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            apply(pull, scale * jnp.ones(4)), scale * SLOPE, rtol=1e-5, atol=1e-6
+        )
         assert kept(session) == 0
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
-def test_a_pullback_that_fails_takes_it_too(remote: Remote, session: Session, wrap: Callable[..., Any]) -> None:
+def test_a_pullback_that_fails_takes_it_too(
+    remote: Remote, session: Session, wrap: Callable[..., Any]
+) -> None:
     """What a backward that raised would have read is of no more use."""
     gradient = wrap(jax.grad(lambda x: remote("fails_backwards")(x).sum()))
     with pytest.raises(RemoteModelError, match="no way back"):

@@ -1,4 +1,5 @@
-"""jax's transformations of a remote torch function, each compared in float64 with those of the same function in jax."""
+"""jax's transformations of a remote torch function, each compared in float64 with those of the
+same function in jax."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -69,7 +70,12 @@ TRANSFORMS: dict[str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, in
     "third derivative": (lambda f, x: jacfwd(jacrev(grad(squared(f))))(x), X, 8, 5),
     "grad of jvp": (lambda f, x: grad(lambda y: jvp(f, (y,), (y,))[1].sum())(x), X, 3, 1),
     "vmap": (lambda f, x: vmap(f)(x), ROWS, 1, 1),
-    "vmap of vmap": (lambda f, x: vmap(vmap(f, in_axes=1, out_axes=1))(jnp.stack([x, x + 1])), ROWS, 1, 1),
+    "vmap of vmap": (
+        lambda f, x: vmap(vmap(f, in_axes=1, out_axes=1))(jnp.stack([x, x + 1])),
+        ROWS,
+        1,
+        1,
+    ),
     "vmap of grad": (lambda f, x: vmap(grad(squared(f)))(x), ROWS, 2, 2),
     "grad of vmap": (lambda f, x: grad(lambda y: (vmap(f)(y) ** 2).sum())(x), ROWS, 2, 2),
     "vmap of hessian": (lambda f, x: vmap(hessian(squared(f)))(x), ROWS, 4, 3),
@@ -77,10 +83,17 @@ TRANSFORMS: dict[str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, in
     "grad of scan": (lambda f, x: grad(lambda y: stepped(f)(y).sum())(x), X, 6, 6),
     "jvp of scan": (lambda f, x: jvp(stepped(f), (x,), (x,)), X, 6, 6),
     "vmap of grad of scan": (lambda f, x: vmap(grad(lambda y: stepped(f)(y).sum()))(x), ROWS, 6, 6),
-    "grad of scan of checkpoint": (lambda f, x: grad(lambda y: stepped(f, jax.checkpoint)(y).sum())(x), X, 6, 6),
+    "grad of scan of checkpoint": (
+        lambda f, x: grad(lambda y: stepped(f, jax.checkpoint)(y).sum())(x),
+        X,
+        6,
+        6,
+    ),
     "grad of lax.map": (lambda f, x: grad(lambda y: jax.lax.map(f, y).sum())(x), ROWS, 4, 4),
     "while": (
-        lambda f, x: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x))[1],
+        lambda f, x: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x))[
+            1
+        ],
         X,
         3,
         3,
@@ -92,8 +105,11 @@ TRANSFORMS: dict[str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, in
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_transforms_are_those_of_the_function_in_jax(remote: Remote, session: Session, name: str) -> None:
-    """At once and inside jit, each gives what jax makes of the same function in jax, to 1e-10, in so many calls."""
+def test_transforms_are_those_of_the_function_in_jax(
+    remote: Remote, session: Session, name: str
+) -> None:
+    """At once and inside jit, each gives what jax makes of the same function in jax, to 1e-10,
+    in so many calls."""
     transform, x, *expected_calls = TRANSFORMS[name]
     f, argument = remote("smooth"), jnp.asarray(x)
     expected = jit(lambda y: transform(smooth, y))(argument)
@@ -102,7 +118,9 @@ def test_transforms_are_those_of_the_function_in_jax(remote: Remote, session: Se
         before = session.stats()["calls"]
         seen = jax.block_until_ready(wrap(lambda y: transform(f, y))(argument))
         calls.append(session.stats()["calls"] - before)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected
+        )
     assert calls == expected_calls
 
 
@@ -133,14 +151,19 @@ def test_what_only_types_are_asked_of_makes_no_call(remote: Remote, session: Ses
     assert session.stats()["calls"] == before
 
 
-def test_checkpoint_saves_nothing_of_a_run(remote: Remote, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoint_saves_nothing_of_a_run(
+    remote: Remote, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Within jax.checkpoint, results are computed again instead of kept."""
-    print_saved_residuals(jax.checkpoint(lambda x: jnp.sin(remote("smooth")(x)).sum()), jnp.asarray(X))
+    print_saved_residuals(
+        jax.checkpoint(lambda x: jnp.sin(remote("smooth")(x)).sum()), jnp.asarray(X)
+    )
     assert capsys.readouterr().out.strip() == "f64[3] from the argument x"
 
 
 def test_vmap_over_some_arguments(remote: Remote) -> None:
-    """What is not mapped is the same for the whole batch, in gradients too: per sample, and of the sum."""
+    """What is not mapped is the same for the whole batch, in gradients too: per sample, and of
+    the sum."""
     x, w = jnp.asarray(ROWS), jnp.asarray(np.linspace(-1, 1, 9).reshape(3, 3))
 
     def gradients(g: Callable[..., jax.Array]) -> Any:
@@ -149,11 +172,16 @@ def test_vmap_over_some_arguments(remote: Remote) -> None:
         return jit(lambda w, x: (per_sample(w, x), of_all(w, x)))(w, x)
 
     expected = gradients(lambda x, w: jnp.tanh(w @ x) * x.sum())
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10), gradients(remote("affine")), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10),
+        gradients(remote("affine")),
+        expected,
+    )
 
 
 def test_several_results_of_which_one_matters(remote: Remote) -> None:
-    """Only the cotangents that there are travel, and only the gradients that are asked for are computed."""
+    """Only the cotangents that there are travel, and only the gradients that are asked for are
+    computed."""
     f, x, y = remote("two_results"), jnp.asarray(X), jnp.asarray(X) + 1
     seen = grad(lambda y: f(x, y)[1].sum())(y)
     np.testing.assert_allclose(seen, jnp.exp(y), rtol=1e-12)

@@ -96,11 +96,15 @@ class Transformer(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(11, 8)
         self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.decoder = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+        self.decoder = nn.TransformerDecoderLayer(
+            8, 2, 16, dropout=0.0, activation="gelu", batch_first=True
+        )
         self.head = nn.Linear(8, 11)
 
     def forward(self, source, target):
-        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=self.head.weight.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(
+            target.shape[1], dtype=self.head.weight.dtype
+        )
         memory = self.encoder(self.tokens(source))
         return self.head(self.decoder(self.tokens(target), memory, tgt_mask=mask))
 
@@ -108,7 +112,7 @@ class Transformer(nn.Module):
 transformer = _made(lambda: Transformer().double())
 
 
-# Classes -----------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 def _state_class():

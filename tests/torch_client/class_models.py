@@ -1,4 +1,7 @@
-"""Models whose arguments and results are of classes of their own, some with static parts. No torch."""
+"""Models whose arguments and results are of classes of their own, some with static parts.
+
+No torch.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -69,7 +72,13 @@ class Incomparable(Node):
         return cls(*children, n[0])
 
 
-CLASSES = {"registered": Registered, "struct": Struct, "module": Module, "node": Node, "incomparable": Incomparable}
+CLASSES = {
+    "registered": Registered,
+    "struct": Struct,
+    "module": Module,
+    "node": Node,
+    "incomparable": Incomparable,
+}
 
 
 def make(x, kind, n):
@@ -83,7 +92,9 @@ def energy(state):
 
 def class_of(state):
     """The module of a Registered, as a number: 1 for this one, 2 for the twin, 0 for neither."""
-    return jnp.asarray(isinstance(state, Registered) + 2 * isinstance(state, class_models_twin.Registered))
+    return jnp.asarray(
+        isinstance(state, Registered) + 2 * isinstance(state, class_models_twin.Registered)
+    )
 
 
 def step(state):
@@ -114,7 +125,9 @@ def twin(x):
 
 
 def train_state(x):
-    return TrainState.create(apply_fn=lambda p, x: p["w"] * x, params={"w": x}, tx=optax.sgd(0.5, momentum=0.5))
+    return TrainState.create(
+        apply_fn=lambda p, x: p["w"] * x, params={"w": x}, tx=optax.sgd(0.5, momentum=0.5)
+    )
 
 
 def trained(state, x):

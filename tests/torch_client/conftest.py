@@ -1,4 +1,5 @@
-"""What these tests share: a session of their own with a session-wide worker, so that its counts are theirs alone."""
+"""What these tests share: a session of their own with a session-wide worker, so that its counts
+are theirs alone."""
 
 from collections.abc import Callable, Iterator
 
@@ -43,7 +44,8 @@ def x64_remote(x64_session: Session) -> Remote:
 
 @pytest.fixture(params=["local", "grpc", "inproc"])
 def any_lane(request: pytest.FixtureRequest, jax_worker: Session) -> Iterator[Remote]:
-    """Makes functions of a session on each of the lanes in turn, and of one with the models of this process."""
+    """Makes functions of a session on each of the lanes in turn, and of one with the models of
+    this process."""
     if request.param == "inproc":
         names = (TESTS / "models.txt").read_text().split()
         made = host(jax_model={name: getattr(models, name) for name in names})

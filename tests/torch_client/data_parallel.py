@@ -1,4 +1,8 @@
-"""What test_training_parallel.py runs in other processes: the ranks, and the workers of a DataLoader. No jax."""
+"""What test_training_parallel.py runs in other processes: the ranks, and the workers of a
+DataLoader.
+
+No jax.
+"""
 
 import sys
 from pathlib import Path
@@ -48,16 +52,25 @@ def own_worker() -> Session:
 
 
 def run_rank() -> None:
-    """Train by DistributedDataParallel with a shared worker, then with one of this rank's own; save the weights."""
+    """Train by DistributedDataParallel with a shared worker, then with one of this rank's own;
+    save the weights."""
     rank, directory, shared = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
     for kind in ("shared", "own"):
         with connect(shared) if kind == "shared" else own_worker() as session:
             model = network(session)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(rank)  # DistributedDataParallel begins with the weights of rank 0
-            train(DistributedDataParallel(model, gradient_as_bucket_view=kind == "own"), rank, world_size=2)
+                    parameter.add_(
+                        rank
+                    )  # DistributedDataParallel begins with the weights of rank 0
+            train(
+                DistributedDataParallel(model, gradient_as_bucket_view=kind == "own"),
+                rank,
+                world_size=2,
+            )
             torch.save(model.state_dict(), f"{directory}/{kind}-{rank}.pt")
             assert session.stats()["residuals"] == 0
     distributed.destroy_process_group()
@@ -87,7 +100,9 @@ def load_rows() -> None:
         expected = 2 * torch.arange(8.0).cos()[:, None].expand(8, 3)
         sine(torch.ones(3))
         for start in ("fork", "spawn"):
-            loader = DataLoader(RemoteRows(sine), batch_size=2, num_workers=2, multiprocessing_context=start)
+            loader = DataLoader(
+                RemoteRows(sine), batch_size=2, num_workers=2, multiprocessing_context=start
+            )
             torch.testing.assert_close(torch.cat(list(loader)), expected)
             torch.testing.assert_close(sine(torch.ones(3)), 2 * torch.ones(3).sin())
             print(start)

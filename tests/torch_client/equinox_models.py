@@ -1,4 +1,8 @@
-"""A model with parameters, written with equinox; run by the worker, and by the tests as the reference. No torch."""
+"""A model with parameters, written with equinox; run by the worker, and by the tests as the
+reference.
+
+No torch.
+"""
 
 import equinox
 import jax
@@ -20,4 +24,6 @@ class Stack(equinox.Module):
 
 
 _rng = np.random.default_rng(20)
-stack = Stack([jnp.asarray(_rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (4, 4), (4, 2))], 0.2)
+stack = Stack(
+    [jnp.asarray(_rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (4, 4), (4, 2))], 0.2
+)

@@ -1,4 +1,7 @@
-"""Models with parameters, written with flax; run by the worker, and by the tests as the reference. No torch."""
+"""Models with parameters, written with flax; run by the worker, and by the tests as the reference.
+
+No torch.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -49,7 +52,9 @@ normed = (
                 "Dense_0": {"kernel": _normal(4, 3, 2), "bias": _normal(5, 2)},
                 "BatchNorm_0": {"scale": _normal(6, 2), "bias": _normal(7, 2)},
             },
-            "batch_stats": {"BatchNorm_0": {"mean": _normal(8, 2), "var": np.abs(_normal(9, 2)) + 1}},
+            "batch_stats": {
+                "BatchNorm_0": {"mean": _normal(8, 2), "var": np.abs(_normal(9, 2)) + 1}
+            },
         }
     ),
 )

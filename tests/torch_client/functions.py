@@ -40,7 +40,8 @@ _programs = 0
 
 
 def program_number(x, scale):
-    """Also return how many programs had been made of this function when this one was: two calls of one agree."""
+    """Also return how many programs had been made of this function when this one was: two calls
+    of one agree."""
     global _programs
     _programs += 1
     return x * scale, _programs
@@ -101,7 +102,7 @@ def sine_and_square(x):
     return jnp.sin(x), x**2
 
 
-# Classes -------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 class Moments(NamedTuple):
@@ -138,7 +139,9 @@ def moments(x):
 
 
 def report(x):
-    return Report(moments(x), {"none": None, "pair": (x, [x * 2]), "empty": {}, "text": "fine"}, x.sum())
+    return Report(
+        moments(x), {"none": None, "pair": (x, [x * 2]), "empty": {}, "text": "fine"}, x.sum()
+    )
 
 
 def interval(x):
@@ -154,7 +157,7 @@ def spread(value):
     return jnp.sqrt(value.variance) / value.mean
 
 
-# Counting ------------------------------------------------------------------------------------------------------
+# Counting -----------------------------------------------------------------------------------------
 
 _tally = collections.Counter()
 
@@ -179,8 +182,13 @@ counted.defvjp(lambda key, x: (x, None), _counted_backward)
 
 
 def tally(key, _):
-    """Return how often what is counted under the key was computed so far. The argument makes it no constant."""
-    return jax.pure_callback(lambda _: np.int32(_tally[key]), jax.ShapeDtypeStruct((), jnp.int32), _)
+    """Return how often what is counted under the key was computed so far.
+
+    The argument makes it no constant.
+    """
+    return jax.pure_callback(
+        lambda _: np.int32(_tally[key]), jax.ShapeDtypeStruct((), jnp.int32), _
+    )
 
 
 def counted_inputs(x, y):
@@ -188,7 +196,8 @@ def counted_inputs(x, y):
 
 
 def counted_outputs(x):
-    """Of two branches of what jax transposes even for cotangents known to be zero: custom_vjp, and scan."""
+    """Of two branches of what jax transposes even for cotangents known to be zero: custom_vjp,
+    and scan."""
 
     def branch(key, f):
         return jax.lax.scan(lambda carry, _: (f(carry), None), counted(key, x), None, length=2)[0]
@@ -200,9 +209,12 @@ def _counted_affine(params, x):
     return x @ counted("weight", params["weight"]) + counted("bias", params["bias"])
 
 
-counted_affine = (_counted_affine, {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)})
+counted_affine = (
+    _counted_affine,
+    {"weight": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)},
+)
 
-# Failing -------------------------------------------------------------------------------------------------------
+# Failing ------------------------------------------------------------------------------------------
 
 
 def raises_at_trace(x):
@@ -227,12 +239,15 @@ def raises_below_zero(x):
 
 raises_below_zero.defvjp(lambda x: (raises_below_zero(x), None), lambda _, ct: (_checked(ct) * 2,))
 
-# Parameters ----------------------------------------------------------------------------------------------------
+# Parameters ---------------------------------------------------------------------------------------
 
 
 def affine_weights(n=3, m=2, dtype=np.float32):
     rng = np.random.default_rng(0)
-    return {"weight": rng.normal(size=(n, m)).astype(dtype), "bias": rng.normal(size=m).astype(dtype)}
+    return {
+        "weight": rng.normal(size=(n, m)).astype(dtype),
+        "bias": rng.normal(size=m).astype(dtype),
+    }
 
 
 def _affine(params, x):

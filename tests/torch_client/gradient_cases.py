@@ -1,4 +1,8 @@
-"""The functions whose gradients are compared with jax.vjp: run by the worker, and by the tests themselves. No torch."""
+"""The functions whose gradients are compared with jax.vjp: run by the worker, and by the tests
+themselves.
+
+No torch.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,10 @@ def gradient_case(name, *args):
 
 def pytree(tree, scale):
     inner, (bias, *_) = tree["inner"], tree["list"]
-    return {"out": jnp.tanh(inner[0] @ inner[1]) * scale, "sum": (bias.sum(), [bias * inner[0].mean()])}
+    return {
+        "out": jnp.tanh(inner[0] @ inner[1]) * scale,
+        "sum": (bias.sum(), [bias * inner[0].mean()]),
+    }
 
 
 def several_outputs(x):
@@ -33,7 +40,9 @@ def empty(x, y):
 
 
 def convolution(images, kernels, bias):
-    made = lax.conv_general_dilated(images, kernels, (2, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    made = lax.conv_general_dilated(
+        images, kernels, (2, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
+    )
     return made + bias[:, None, None]
 
 
@@ -78,7 +87,9 @@ def while_loop(x):
 
 
 def conditional(x, flag):
-    return lax.cond(flag, jnp.sin, lambda x: x**2, x) + lax.switch(2, [jnp.cos, jnp.exp, jnp.tanh], x)
+    return lax.cond(flag, jnp.sin, lambda x: x**2, x) + lax.switch(
+        2, [jnp.cos, jnp.exp, jnp.tanh], x
+    )
 
 
 def sort(x):
@@ -98,7 +109,9 @@ def _log1p_exp(x):
     return jnp.log1p(jnp.exp(x))
 
 
-_log1p_exp.defvjp(lambda x: (_log1p_exp(x), x), lambda x, cotangent: (cotangent * jax.nn.sigmoid(x),))
+_log1p_exp.defvjp(
+    lambda x: (_log1p_exp(x), x), lambda x, cotangent: (cotangent * jax.nn.sigmoid(x),)
+)
 
 
 def custom_vjp(x):
@@ -116,11 +129,17 @@ def cross_entropy(logits, labels):
 
 def linear_systems(a, b):
     positive = a @ a.T + len(a) * jnp.eye(len(a), dtype=a.dtype)
-    return jnp.linalg.cholesky(positive), jnp.linalg.solve(positive, b), jnp.linalg.slogdet(positive)[1]
+    return (
+        jnp.linalg.cholesky(positive),
+        jnp.linalg.solve(positive, b),
+        jnp.linalg.slogdet(positive)[1],
+    )
 
 
 def triangular(a, b):
-    return jax.scipy.linalg.solve_triangular(jnp.tril(a) + 3 * jnp.eye(len(a), dtype=a.dtype), b, lower=True)
+    return jax.scipy.linalg.solve_triangular(
+        jnp.tril(a) + 3 * jnp.eye(len(a), dtype=a.dtype), b, lower=True
+    )
 
 
 def spectrum(a):
@@ -212,11 +231,13 @@ def _softplus(x):
     return jnp.log1p(jnp.exp(x))
 
 
-_softplus.defjvp(lambda primals, tangents: (_softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0]))
+_softplus.defjvp(
+    lambda primals, tangents: (_softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0])
+)
 
 
-# Each can be differentiated three times in either mode, and no third derivative is zero everywhere. Cheap to compile:
-# of each, the worker compiles some twenty programs.
+# Each can be differentiated three times in either mode, and no third derivative is zero everywhere.
+# Cheap to compile: of each, the worker compiles some twenty programs.
 SCALARS = {
     "elementwise": lambda x: (jnp.sin(x) * jnp.exp(x)).sum(),
     "quadratic form": lambda x: x @ jnp.outer(x, x) @ x,

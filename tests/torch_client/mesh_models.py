@@ -17,7 +17,13 @@ def _dense(params, x):
 
 
 _rng = np.random.default_rng(40)
-dense = (_dense, {"kernel": _rng.normal(size=(4, 6)).astype(np.float32), "bias": _rng.normal(size=6).astype("float32")})
+dense = (
+    _dense,
+    {
+        "kernel": _rng.normal(size=(4, 6)).astype(np.float32),
+        "bias": _rng.normal(size=6).astype("float32"),
+    },
+)
 dense_shardings = {"args[0]": P("data"), "kernel": P(None, "model"), "*": P("model")}
 
 

@@ -48,35 +48,50 @@ def resnet():
 
     def initial(path, leaf):
         if path[-1].key == "kernel":
-            return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(np.float32)
+            return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(
+                np.float32
+            )
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
 
-    shapes = jax.eval_shape(lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False), jax.random.key(0)
+    )
     return module, jax.tree_util.tree_map_with_path(initial, shapes)
 
 
 def train(images, labels, batches, keys):
-    """Return the variables after the training, and the losses. The n-th batch draws from the n-th key."""
+    """Return the variables after the training, and the losses.
+
+    The n-th batch draws from the n-th key.
+    """
     module, variables = resnet()
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_of(params, statistics, x, y, key):
         stream = jax.random.fold_in(jax.random.wrap_key_data(key), np.uint32(_CRC32_OF_DROPOUT))
         logits, after = module.apply(
-            {"params": params, **statistics}, x, train=True, rngs={"dropout": stream}, mutable=["batch_stats"]
+            {"params": params, **statistics},
+            x,
+            train=True,
+            rngs={"dropout": stream},
+            mutable=["batch_stats"],
         )
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), after
 
     @jax.jit
     def step(params, statistics, state, x, y, key):
-        (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, statistics, x, y, key)
+        (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            params, statistics, x, y, key
+        )
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(params, updates), after, state, loss
 
     params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
     state, losses = optimizer.init(params), []
     for batch, key in zip(batches, keys, strict=True):
-        params, statistics, state, loss = step(params, statistics, state, images[batch], labels[batch], key)
+        params, statistics, state, loss = step(
+            params, statistics, state, images[batch], labels[batch], key
+        )
         losses.append(loss)
     return {"params": params, **statistics}, np.asarray(losses)
 

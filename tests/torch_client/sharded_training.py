@@ -1,4 +1,8 @@
-"""What test_moved_parameters.py runs in other processes: training with parameters that torch shards. No jax here."""
+"""What test_moved_parameters.py runs in other processes: training with parameters that torch
+shards.
+
+No jax here.
+"""
 
 import sys
 from collections.abc import Callable
@@ -32,7 +36,9 @@ class Affine(nn.Module):
 
 def _around(module: nn.Module) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), module, nn.Linear(2, 1)).to(next(module.parameters()).dtype)
+    return nn.Sequential(nn.Linear(3, 3), module, nn.Linear(2, 1)).to(
+        next(module.parameters()).dtype
+    )
 
 
 def _shard_itself(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
@@ -65,16 +71,24 @@ KINDS: dict[str, Callable[[nn.Module, DeviceMesh], nn.Module]] = {
 
 
 def _trained(model: nn.Module, rank: int) -> dict[str, Tensor]:
-    """Return the whole weights after some steps on this rank's share of each batch, and the last output."""
+    """Return the whole weights after some steps on this rank's share of each batch, and the last
+    output."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         dtype = next(model.parameters()).dtype
-        x = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(step)).to(dtype).chunk(2)[rank]
+        x = (
+            torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(step))
+            .to(dtype)
+            .chunk(2)[rank]
+        )
         optimizer.zero_grad()
         y = model(x)
         (y - x.sin().sum(1, keepdim=True)).square().mean().backward()
         optimizer.step()
-    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in model.state_dict().items()}
+    whole = {
+        name: x.full_tensor() if hasattr(x, "full_tensor") else x
+        for name, x in model.state_dict().items()
+    }
     return {"y": y.detach(), **whole}
 
 
@@ -91,9 +105,12 @@ def _session(address: str) -> Session:
 
 
 def run_rank() -> None:
-    """Train remote models and torch modules that are sharded over two ranks; save both results of each kind."""
+    """Train remote models and torch modules that are sharded over two ranks; save both results
+    of each kind."""
     rank, directory, address = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-    distributed.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2
+    )
     mesh = init_device_mesh("cpu", (2,))
     seen: dict[str, Any] = {}
     with _session(address) as session:

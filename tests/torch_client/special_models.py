@@ -1,4 +1,8 @@
-"""Functions with what JAX has of its own: donation, custom derivatives, control flow, callbacks, remat. No torch."""
+"""Functions with what JAX has of its own: donation, custom derivatives, control flow, callbacks,
+remat.
+
+No torch.
+"""
 
 import functools
 
@@ -43,7 +47,9 @@ def scanned(x):
 
 def looped(x, count):
     """A while loop, whose derivative is forward-mode only."""
-    return jax.lax.while_loop(lambda s: s[0] < count, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x))[1]
+    return jax.lax.while_loop(lambda s: s[0] < count, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x))[
+        1
+    ]
 
 
 def bounded(x):

@@ -1,4 +1,7 @@
-"""Models with state and randomness; run by the worker, and by the tests as the reference. No torch."""
+"""Models with state and randomness; run by the worker, and by the tests as the reference.
+
+No torch.
+"""
 
 import equinox
 import flax.linen as nn
@@ -64,7 +67,12 @@ class Normed(equinox.Module):
             return self.dropout(x, key=key, inference=inference), state
 
         keys = None if key is None else jax.random.split(key, len(x))
-        batched = jax.vmap(one, in_axes=(0, None, None if key is None else 0), out_axes=(0, None), axis_name="batch")
+        batched = jax.vmap(
+            one,
+            in_axes=(0, None, None if key is None else 0),
+            out_axes=(0, None),
+            axis_name="batch",
+        )
         return batched(x, state, keys)
 
 
@@ -86,7 +94,10 @@ moving = (
 )
 noisy_haiku = (
     haiku.transform(
-        lambda x: x * haiku.get_parameter("w", (), init=jnp.ones) + jax.random.normal(haiku.next_rng_key())
+        lambda x: (
+            x * haiku.get_parameter("w", (), init=jnp.ones)
+            + jax.random.normal(haiku.next_rng_key())
+        )
     ),
     {"~": {"w": np.float32(2)}},
 )
@@ -106,7 +117,7 @@ noisy_pair = (lambda params, x, *, key: params["w"] * noise(x, key), {"w": np.fl
 counting = (lambda params, x: x * params["count"], {"count": np.int32(2)})
 
 
-# Models whose mode is an attribute: no argument of a call says how they are used -----------------------------------
+# Models whose mode is an attribute: no argument of a call says how they are used ------------------
 
 
 class Regular(nnx.Module):
@@ -127,7 +138,9 @@ class Repeated(nnx.Module):
         self.dropout = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
 
     def __call__(self, x):
-        @nnx.scan(in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry), out_axes=nnx.Carry, length=2)
+        @nnx.scan(
+            in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry), out_axes=nnx.Carry, length=2
+        )
         def step(module, x):
             return module.dropout(x) * 2
 
@@ -155,7 +168,9 @@ class InferringNormed(equinox.Module):
         self.norm = equinox.nn.BatchNorm(3, axis_name="batch", mode="ema")
 
     def __call__(self, x, state):
-        return jax.vmap(self.norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(x, state)
+        return jax.vmap(self.norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(
+            x, state
+        )
 
 
 def regular():

@@ -1,4 +1,5 @@
-"""Autograd's rules: who gets a gradient, what is computed for it, and how often one can go backward."""
+"""Autograd's rules: who gets a gradient, what is computed for it, and how often one can go
+backward."""
 
 import threading
 from collections.abc import Callable
@@ -19,22 +20,29 @@ def leaf(*shape: int) -> Tensor:
 
 @pytest.fixture
 def counts(remote: Remote) -> Callable[[str], int]:
-    """Tells how often the worker has computed the VJP of what the models of functions.py count under a key."""
+    """Tells how often the worker has computed the VJP of what the models of functions.py count
+    under a key."""
     tally = remote("tally")
     return lambda key: int(tally(key, torch.zeros(())))
 
 
-# Who gets a gradient -------------------------------------------------------------------------------------------
+# Who gets a gradient ------------------------------------------------------------------------------
 
 
 def test_each_float_leaf_that_requires_a_gradient_gets_one(any_lane: Remote) -> None:
-    """Float leaves that ask for a gradient get one of their dtype and shape, wherever they are; the others get none."""
+    """Float leaves that ask for a gradient get one of their dtype and shape, wherever they are;
+    the others get none."""
     asked = {
         "list": [leaf(2, 3), leaf(0)],
         "half": torch.rand(3, dtype=torch.float16).requires_grad_(),
         "scalar": leaf(1),
     }
-    others = {"silent": torch.rand(2), "int": torch.arange(3), "bool": torch.tensor(True), "number": 2.5}
+    others = {
+        "silent": torch.rand(2),
+        "int": torch.arange(3),
+        "bool": torch.tensor(True),
+        "number": 2.5,
+    }
     made = any_lane("echo")(asked, more=others)
     outputs = [*made["args"][0]["list"], made["args"][0]["half"], made["args"][0]["scalar"]]
     sum((y.float() * 3).sum() for y in outputs).backward()
@@ -60,7 +68,9 @@ def test_an_input_that_the_model_ignores_gets_zeros(remote: Remote) -> None:
 
 
 @pytest.mark.parametrize("asked", ["x", "y"])
-def test_a_gradient_nobody_asks_for_is_not_computed(remote: Remote, counts: Callable[[str], int], asked: str) -> None:
+def test_a_gradient_nobody_asks_for_is_not_computed(
+    remote: Remote, counts: Callable[[str], int], asked: str
+) -> None:
     """Only the VJP of the input that requires a gradient runs on the worker."""
     before = {key: counts(key) for key in "xy"}
     inputs = {key: torch.rand(3, requires_grad=key == asked) for key in "xy"}
@@ -68,8 +78,11 @@ def test_a_gradient_nobody_asks_for_is_not_computed(remote: Remote, counts: Call
     assert {key: counts(key) - before[key] for key in "xy"} == {"x": 0, "y": 0, asked: 1}
 
 
-def test_grad_of_a_subset_computes_that_subset(remote: Remote, counts: Callable[[str], int]) -> None:
-    """torch.autograd.grad and backward(inputs=) of some inputs leave out the work for the others."""
+def test_grad_of_a_subset_computes_that_subset(
+    remote: Remote, counts: Callable[[str], int]
+) -> None:
+    """torch.autograd.grad and backward(inputs=) of some inputs leave out the work for the
+    others."""
     x, y = leaf(), leaf()
     before = counts("x")
     out = remote("counted_inputs")(x, y).sum()
@@ -80,7 +93,9 @@ def test_grad_of_a_subset_computes_that_subset(remote: Remote, counts: Callable[
     torch.testing.assert_close(y.grad, only)
 
 
-def test_grad_of_an_inner_tensor_computes_that_one(remote: Remote, counts: Callable[[str], int]) -> None:
+def test_grad_of_an_inner_tensor_computes_that_one(
+    remote: Remote, counts: Callable[[str], int]
+) -> None:
     """The same where the inputs of the remote function are no leaves."""
     x, y = leaf(), leaf()
     inner = x * 2
@@ -92,7 +107,9 @@ def test_grad_of_an_inner_tensor_computes_that_one(remote: Remote, counts: Calla
     assert counts("y") == before
 
 
-def test_an_output_that_does_not_matter_costs_nothing(remote: Remote, counts: Callable[[str], int]) -> None:
+def test_an_output_that_does_not_matter_costs_nothing(
+    remote: Remote, counts: Callable[[str], int]
+) -> None:
     """The VJP of an output that no loss depends on does not run; that of the other one does."""
     x = leaf()
     before = [counts(key) for key in ("first", "second")]
@@ -102,7 +119,7 @@ def test_an_output_that_does_not_matter_costs_nothing(remote: Remote, counts: Ca
     torch.testing.assert_close(x.grad, x.detach().cos() * x.detach().sin().cos())
 
 
-# Several passes ------------------------------------------------------------------------------------------------
+# Several passes -----------------------------------------------------------------------------------
 
 
 def test_several_losses_share_one_forward(any_lane: Remote) -> None:
@@ -114,12 +131,15 @@ def test_several_losses_share_one_forward(any_lane: Remote) -> None:
     (square.sum() * 2).backward(retain_graph=True)
     torch.testing.assert_close(x.grad, x.detach().cos() + 4 * x.detach())
     (sine * square).sum().backward()
-    expected = torch.autograd.functional.jacobian(lambda x: (x.sin() + 2 * x**2 + x.sin() * x**2).sum(), x.detach())
+    expected = torch.autograd.functional.jacobian(
+        lambda x: (x.sin() + 2 * x**2 + x.sin() * x**2).sum(), x.detach()
+    )
     torch.testing.assert_close(x.grad, expected)
 
 
 def test_a_second_backward_needs_retain_graph(any_lane: Remote) -> None:
-    """Without retain_graph, torch's own error is raised; with it, each pass gives the same gradient."""
+    """Without retain_graph, torch's own error is raised; with it, each pass gives the same
+    gradient."""
     x = leaf()
     y = any_lane("sine")(x).sum()
     gradients = [torch.autograd.grad(y, x, retain_graph=True)[0] for _ in range(3)]
@@ -156,11 +176,12 @@ def test_second_derivatives_with_create_graph(x64_remote: Remote) -> None:
     torch.testing.assert_close(inputs[0].grad, -(inputs[0].sin() * inputs[1].exp()).detach())
 
 
-# In place ------------------------------------------------------------------------------------------------------
+# In place -----------------------------------------------------------------------------------------
 
 
 def test_an_input_changed_before_backward_is_torchs_error(any_lane: Remote) -> None:
-    """An in-place change of an input between forward and backward raises what torch raises for its own functions."""
+    """An in-place change of an input between forward and backward raises what torch raises for
+    its own functions."""
     x = leaf()
     inner = x * 1
     y = any_lane("sine")(inner)
@@ -201,7 +222,8 @@ def test_each_of_several_outputs_can_be_changed_in_place(remote: Remote) -> None
 
 
 def test_outputs_have_memory_of_their_own(remote: Remote) -> None:
-    """Even the identity returns a copy: changing it changes neither its input nor a later result."""
+    """Even the identity returns a copy: changing it changes neither its input nor a later
+    result."""
     identity, x = remote("identity"), torch.rand(4, 3)
     kept = x.clone()
     first = identity(x)
@@ -209,7 +231,9 @@ def test_outputs_have_memory_of_their_own(remote: Remote) -> None:
     assert len({t.data_ptr() for t in (x, first, second["a"], second["b"])}) == 4
     first.zero_()
     second["a"].fill_(7)
-    assert torch.equal(x, kept) and torch.equal(second["b"], kept) and torch.equal(identity(x), kept)
+    assert (
+        torch.equal(x, kept) and torch.equal(second["b"], kept) and torch.equal(identity(x), kept)
+    )
 
 
 def test_a_sparse_cotangent(remote: Remote) -> None:
@@ -224,7 +248,8 @@ def test_a_sparse_cotangent(remote: Remote) -> None:
 
 
 def test_a_gradient_can_be_changed_in_place(remote: Remote) -> None:
-    """Gradients are memory of their own too: clipping one changes no other, nor what the worker keeps."""
+    """Gradients are memory of their own too: clipping one changes no other, nor what the worker
+    keeps."""
     identity, x, y = remote("identity"), leaf(), leaf()
     out = identity([x, y])
     loss = (out[0] + out[1]).sum()
@@ -235,7 +260,7 @@ def test_a_gradient_can_be_changed_in_place(remote: Remote) -> None:
     assert y.grad.eq(2).all() and x.grad.eq(101).all()
 
 
-# Threads -------------------------------------------------------------------------------------------------------
+# Threads ------------------------------------------------------------------------------------------
 
 
 def run_in_threads(count: int, work: Callable[[int], None]) -> None:

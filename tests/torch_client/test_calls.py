@@ -1,4 +1,5 @@
-"""What can be passed to a remote function and what comes back: structures, static values, memory layouts."""
+"""What can be passed to a remote function and what comes back: structures, static values, memory
+layouts."""
 
 import collections
 import dataclasses
@@ -39,7 +40,9 @@ def assert_same(seen: Any, expected: Any) -> None:
         return
     assert type(seen) is type(expected)
     if dataclasses.is_dataclass(expected):
-        seen, expected = ({f.name: getattr(v, f.name) for f in dataclasses.fields(v)} for v in (seen, expected))
+        seen, expected = (
+            {f.name: getattr(v, f.name) for f in dataclasses.fields(v)} for v in (seen, expected)
+        )
     if isinstance(expected, dict):
         assert set(seen) == set(expected)
         for key in expected:
@@ -67,7 +70,9 @@ STRUCTURES = {
     "nested": {"a": [(x(), None), {"b": {"c": [x() + 1]}}], "d": ()},
     "namedtuple": Point(x(), x() + 1),
     "dataclass": Sample(x(), torch.tensor(3, dtype=torch.int32)),
-    "dataclass of a namedtuple": {"boxes": [Box(Point(x(), None), x() + 1), Box(Point(x(), None), x())]},
+    "dataclass of a namedtuple": {
+        "boxes": [Box(Point(x(), None), x() + 1), Box(Point(x(), None), x())]
+    },
     "text": {"text": "label", "x": x()},
     "an OrderedDict": dict(b=x(), a=x() + 1),
 }
@@ -81,7 +86,8 @@ def test_a_structure_comes_back_as_it_went(remote: Remote, structure: str) -> No
 
 
 def test_positional_and_keyword_arguments_arrive_where_they_belong(any_lane: Remote) -> None:
-    """Positional and keyword arguments, all of them structures, arrive under their positions and names."""
+    """Positional and keyword arguments, all of them structures, arrive under their positions and
+    names."""
     sent = (x(), {"w": [x() + 1]}), {"scale": x() + 2, "more": (None, x() + 3)}
     made = any_lane("echo")(*sent[0], **sent[1])
     assert_same(made, {"args": list(sent[0]), "kwargs": sent[1]})
@@ -128,7 +134,9 @@ class ModelOutput(collections.OrderedDict[str, Any]):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_counts_as_a_dict_or_tuple_travels_as_one(remote: Remote, value: Any, plain: Any) -> None:
+def test_what_counts_as_a_dict_or_tuple_travels_as_one(
+    remote: Remote, value: Any, plain: Any
+) -> None:
     """So a tensor's shape, or a mapping of another library, can be passed as it is."""
     for _ in range(2):
         assert_same(remote("identity")(value), plain)
@@ -142,7 +150,7 @@ def test_two_instances_of_a_signature_differ_in_data_only(remote: Remote) -> Non
         assert_same(identity(value), value)
 
 
-# Outputs -------------------------------------------------------------------------------------------------------
+# Outputs ------------------------------------------------------------------------------------------
 
 
 def test_a_namedtuple_of_the_model_has_its_name_and_fields(remote: Remote) -> None:
@@ -162,7 +170,8 @@ def test_a_dataclass_of_the_model_has_its_name_and_fields(remote: Remote) -> Non
 
 
 def test_a_custom_node_comes_back_with_its_fields(remote: Remote) -> None:
-    """A pytree node that the model's author registered comes back as a class with its name and fields."""
+    """A pytree node that the model's author registered comes back as a class with its name and
+    fields."""
     made = remote("interval")(x())
     assert (type(made).__name__, made.low.item(), made.high.item()) == ("Interval", 0, 5)
 
@@ -174,7 +183,8 @@ def test_a_frozen_dict_comes_back_as_a_dict(remote: Remote) -> None:
 
 @pytest.mark.parametrize("maker", ["moments", "report"])
 def test_a_class_of_the_model_round_trips(remote: Remote, maker: str) -> None:
-    """What the model returned can be passed on, and is an instance of the model's own class there."""
+    """What the model returned can be passed on, and is an instance of the model's own class
+    there."""
     made = remote(maker)(x() + 1)
     expected = (x() + 1).var(correction=0).sqrt() / (x() + 1).mean()
     torch.testing.assert_close(remote("spread")(made), expected)
@@ -186,7 +196,7 @@ def test_numbers_that_the_model_returns_become_tensors(remote: Remote) -> None:
     assert isinstance(number, Tensor) and number.shape == () and not number.is_floating_point()
 
 
-# Static values and numbers -------------------------------------------------------------------------------------
+# Static values and numbers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("values", [(2.0, 3.5), (2, 3), (-1, 2**31 - 1), (0.5, float("nan"))])
@@ -214,22 +224,32 @@ def test_a_complex_number_is_data(remote: Remote) -> None:
 def test_a_static_number_makes_a_program_per_value(remote: Remote) -> None:
     """What static_argnames names is part of the program, by position and by keyword alike."""
     model = remote("program_number", static_argnames=("scale",))
-    numbers = [model(x(), 11.5)[1], model(x(), 12.5)[1], model(x(), 11.5)[1], model(x(), scale=13.5)[1]]
+    numbers = [
+        model(x(), 11.5)[1],
+        model(x(), 12.5)[1],
+        model(x(), 11.5)[1],
+        model(x(), scale=13.5)[1],
+    ]
     assert numbers[0] == numbers[2] and len({int(number) for number in numbers}) == 3
 
 
 def test_a_call_under_grad_makes_one_program(remote: Remote) -> None:
-    """The forward pass that keeps a residual; the one that keeps none is made when it is first run."""
+    """The forward pass that keeps a residual; the one that keeps none is made when it is first
+    run."""
     model = remote("program_number")
     recorded = model(torch.rand(5, 7).requires_grad_(), 1.0)[1]
-    assert model(torch.rand(5, 7), 1.0)[1] == recorded + 2  # the program, and the trace of its fingerprint
+    assert (
+        model(torch.rand(5, 7), 1.0)[1] == recorded + 2
+    )  # the program, and the trace of its fingerprint
 
 
 @pytest.mark.parametrize("static_argnames", ["exponent", ["exponent"]])
 def test_python_can_count_with_a_static_number(remote: Remote, static_argnames: Any) -> None:
     """A static number is a Python number in the model, given by position or by keyword."""
     power = remote("power", static_argnames=static_argnames)
-    assert_same([power(x(), 3), power(x(), exponent=2), power(x(), 0)], [x() ** 3, x() ** 2, x() ** 0])
+    assert_same(
+        [power(x(), 3), power(x(), exponent=2), power(x(), 0)], [x() ** 3, x() ** 2, x() ** 0]
+    )
 
 
 def test_bools_and_texts_and_none_are_static(remote: Remote) -> None:
@@ -243,7 +263,8 @@ def test_bools_and_texts_and_none_are_static(remote: Remote) -> None:
 
 
 def test_one_and_true_are_different_signatures(remote: Remote) -> None:
-    """True is static and 1 is data, though they are equal in Python; neither is taken for the other."""
+    """True is static and 1 is data, though they are equal in Python; neither is taken for the
+    other."""
     model = remote("program_number", static_argnames="scale")
     numbers = [int(model(x(), scale)[1]) for scale in (1, True, 1.0)]
     assert len(set(numbers)) == 3
@@ -256,7 +277,8 @@ def test_a_static_minus_zero_is_not_zero(remote: Remote) -> None:
 
 
 def test_a_static_structure_is_what_its_values_are(remote: Remote) -> None:
-    """A shape or a dataclass can be static; those whose values are equal in Python, but differ, are not the same."""
+    """A shape or a dataclass can be static; those whose values are equal in Python, but differ,
+    are not the same."""
 
     @dataclasses.dataclass(frozen=True)
     class New:
@@ -274,7 +296,9 @@ class Labelled(Tensor):
 
 
 @pytest.mark.parametrize("make", [Labelled, nn.Buffer, nn.Parameter])
-def test_a_tensor_of_a_subclass_is_a_tensor(any_lane: Remote, make: Callable[[Tensor], Tensor]) -> None:
+def test_a_tensor_of_a_subclass_is_a_tensor(
+    any_lane: Remote, make: Callable[[Tensor], Tensor]
+) -> None:
     """What has memory like any tensor is passed like one, and gets its gradient."""
     x = make(torch.rand(3)).requires_grad_()
     y = any_lane("sine")(x)

@@ -1,4 +1,5 @@
-"""Instances of the model's classes come back to it exactly, with their static parts, or are refused."""
+"""Instances of the model's classes come back to it exactly, with their static parts, or are
+refused."""
 
 import collections
 import dataclasses
@@ -56,7 +57,8 @@ def x(session: Session) -> Tensor:
 
 @pytest.mark.parametrize("kind", STATIC)
 def test_static_parts_come_back_to_the_model(remote: Remote, x: Tensor, kind: str) -> None:
-    """A static field travels with its instance: of each instance its own, also after fields were replaced."""
+    """A static field travels with its instance: of each instance its own, also after fields were
+    replaced."""
     make, energy = remote("make", static_argnames="n"), remote("energy")
     states = {n: make(x, kind, n) for n in (5, 2, 0)}
     for n, state in states.items():
@@ -78,7 +80,8 @@ def test_derivatives_go_through_states(remote: Remote, x: Tensor, kind: str) -> 
 
 @pytest.mark.parametrize("kind", STATIC)
 def test_a_loop_over_a_state_prepares_nothing_anew(remote: Remote, x: Tensor, kind: str) -> None:
-    """A step whose result is the state's own class and static parts is one program, and one class."""
+    """A step whose result is the state's own class and static parts is one program, and one
+    class."""
     step, state = remote("step"), remote("make", static_argnames="n")(x, kind, 4)
     classes = {type(state := step(state)) for _ in range(4)}
     assert len(classes) == 1
@@ -87,16 +90,21 @@ def test_a_loop_over_a_state_prepares_nothing_anew(remote: Remote, x: Tensor, ki
 
 
 def test_static_parts_that_cannot_be_compared_are_refused(remote: Remote, x: Tensor) -> None:
-    """Instances whose static parts cannot be told apart can be read; one that is passed on is right or refused."""
+    """Instances whose static parts cannot be told apart can be read; one that is passed on is
+    right or refused."""
     make, energy = remote("make", static_argnames="n"), remote("energy")
     first, second = (make(x, "incomparable", n) for n in (5, 2))
     torch.testing.assert_close(energy(first), 5 * (x**2).sum())
-    with pytest.raises(StructureError, match=r"Incomparable.* cannot be rebuilt: its static parts cannot be compared"):
+    with pytest.raises(
+        StructureError,
+        match=r"Incomparable.* cannot be rebuilt: its static parts cannot be compared",
+    ):
         energy(second)
 
 
 def test_classes_of_one_name_are_told_apart(remote: Remote, x: Tensor) -> None:
-    """Two classes of the same name and fields, in two modules, are each itself in the model, whichever came last."""
+    """Two classes of the same name and fields, in two modules, are each itself in the model,
+    whichever came last."""
     make, twin, class_of, energy = (
         remote("make", static_argnames="n"),
         remote("twin"),
@@ -110,8 +118,9 @@ def test_classes_of_one_name_are_told_apart(remote: Remote, x: Tensor) -> None:
 
 
 def test_classes_of_the_caller_are_none_of_the_model(remote: Remote, x: Tensor) -> None:
-    """A class of the caller's with the name and the fields of one of the model's is another one there, also after the
-    model has returned its own."""
+    """A class of the caller's with the name and the fields of one of the model's is another one
+    there, also after the model has returned its own.
+    """
 
     @dataclasses.dataclass
     class Registered:
@@ -126,7 +135,8 @@ def test_classes_of_the_caller_are_none_of_the_model(remote: Remote, x: Tensor) 
 
 
 def test_a_namedtuple_keeps_its_methods(remote: Remote, x: Tensor) -> None:
-    """A namedtuple of the model's is an instance of its class there; one of the caller's with that name is not."""
+    """A namedtuple of the model's is an instance of its class there; one of the caller's with
+    that name is not."""
     torch.testing.assert_close(remote("doubled")(remote("pair")(x)), 4 * x)
     other = collections.namedtuple("Pair", ["x", "y"])
     with pytest.raises(RemoteModelError, match=r"AttributeError"):
@@ -134,7 +144,8 @@ def test_a_namedtuple_keeps_its_methods(remote: Remote, x: Tensor) -> None:
 
 
 def test_a_train_state_trains(remote: Remote, x: Tensor) -> None:
-    """flax's TrainState, with an optimizer and a function as static parts, takes its steps on the worker."""
+    """flax's TrainState, with an optimizer and a function as static parts, takes its steps on
+    the worker."""
     state, trained = remote("train_state")(x), remote("trained")
     for _ in range(3):
         state = trained(state, torch.ones_like(x))
@@ -143,7 +154,8 @@ def test_a_train_state_trains(remote: Remote, x: Tensor) -> None:
 
 
 def test_attributes_that_are_no_fields_are_not_lost_in_silence(remote: Remote, x: Tensor) -> None:
-    """An instance of the caller's with more attributes than fields can be read by the model, and does not come back."""
+    """An instance of the caller's with more attributes than fields can be read by the model, and
+    does not come back."""
 
     @dataclasses.dataclass
     class Mine:
@@ -157,7 +169,8 @@ def test_attributes_that_are_no_fields_are_not_lost_in_silence(remote: Remote, x
 
 
 def test_states_of_a_worker_that_was_restarted_are_refused() -> None:
-    """After a restart, a static part of the old worker's is refused, until the new one has returned it."""
+    """After a restart, a static part of the old worker's is refused, until the new one has
+    returned it."""
     x = torch.ones(3)
     targets = {name: _TARGETS[name] for name in ("make", "energy")}
     with spawn(jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT) as session:

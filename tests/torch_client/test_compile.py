@@ -27,7 +27,8 @@ from tests.torch_client.conftest import Remote
 
 @pytest.fixture
 def nothing_is_held(x64_session: Session) -> Iterator[None]:
-    """After each test, and without what was compiled in it, there are no residuals and no leased blocks."""
+    """After each test, and without what was compiled in it, there are no residuals and no leased
+    blocks."""
     yield
     gc.collect()
     stats = x64_session.stats()
@@ -64,10 +65,15 @@ def rand(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}, {"backend": "aot_eager"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"mode": "reduce-overhead"}, {"backend": "aot_eager"}], ids=str
+)
 @pytest.mark.parametrize("name", ["sine", "affine"])
-def test_compiled_is_as_eager(x64_session: Session, x64_remote: Remote, name: str, options: dict[str, str]) -> None:
-    """Compiled in one graph, a model has the values and gradients that it has without, and leaves nothing behind."""
+def test_compiled_is_as_eager(
+    x64_session: Session, x64_remote: Remote, name: str, options: dict[str, str]
+) -> None:
+    """Compiled in one graph, a model has the values and gradients that it has without, and
+    leaves nothing behind."""
     module = Sandwich(x64_remote(name).double())
     compiled = torch.compile(module, fullgraph=True, **options)
     x = rand(4, 3)
@@ -81,7 +87,8 @@ def test_compiled_is_as_eager(x64_session: Session, x64_remote: Remote, name: st
 
 
 def test_the_second_call_compiles_nothing(x64_session: Session, x64_remote: Remote) -> None:
-    """A model is one graph, compiled once; each call then runs the forward and the backward pass on the worker once."""
+    """A model is one graph, compiled once; each call then runs the forward and the backward pass
+    on the worker once."""
     module = Sandwich(x64_remote("affine").double())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, backend=counter)
@@ -101,8 +108,11 @@ def test_there_is_no_graph_break(x64_remote: Remote) -> None:
     assert (explained.graph_break_count, explained.graph_count) == (0, 1), explained.break_reasons
 
 
-def test_a_compiled_forward_keeps_one_residual_until_backward(x64_session: Session, x64_remote: Remote) -> None:
-    """The residual of a compiled forward pass goes with its backward pass, or with the output that nobody keeps."""
+def test_a_compiled_forward_keeps_one_residual_until_backward(
+    x64_session: Session, x64_remote: Remote
+) -> None:
+    """The residual of a compiled forward pass goes with its backward pass, or with the output
+    that nobody keeps."""
     sine = x64_remote("sine")
     compiled = torch.compile(lambda x: sine(x).sum(), fullgraph=True, backend="aot_eager")
     y = compiled(rand(3).requires_grad_())
@@ -124,15 +134,23 @@ def test_a_compiled_forward_keeps_one_residual_until_backward(x64_session: Sessi
         ("halved", True, [[(n, 2)] for n in (4, 5, 7)]),
     ],
 )
-def test_dynamic_shapes(x64_remote: Remote, name: str, dynamic: bool | None, shapes: list[Any]) -> None:
-    """What was compiled for one size serves the others, as soon as torch has seen that it changes."""
+def test_dynamic_shapes(
+    x64_remote: Remote, name: str, dynamic: bool | None, shapes: list[Any]
+) -> None:
+    """What was compiled for one size serves the others, as soon as torch has seen that it
+    changes."""
     remote = x64_remote(name).double()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda *xs: remote(*xs).tanh(), fullgraph=True, dynamic=dynamic, backend=counter)
+    compiled = torch.compile(
+        lambda *xs: remote(*xs).tanh(), fullgraph=True, dynamic=dynamic, backend=counter
+    )
     for sizes in shapes:
         xs = [rand(*size).requires_grad_() for size in sizes]
         made, expected = compiled(*xs), remote(*xs).tanh()
-        assert_same([made, *torch.autograd.grad(made.sum(), xs)], [expected, *torch.autograd.grad(expected.sum(), xs)])
+        assert_same(
+            [made, *torch.autograd.grad(made.sum(), xs)],
+            [expected, *torch.autograd.grad(expected.sum(), xs)],
+        )
     assert counter.frame_count <= 2
 
 
@@ -146,12 +164,16 @@ def test_sizes_that_a_model_looks_at(x64_remote: Remote) -> None:
 
 
 def test_graphs_of_different_programs_differ(x64_remote: Remote) -> None:
-    """What names a program in a graph follows from its call and its outputs' types, since torch finds compiled code of
-    other processes again on disk by its graph; and no two programs here have the same name."""
+    """What names a program in a graph follows from its call and its outputs' types, since torch
+    finds compiled code of other processes again on disk by its graph; and no two programs here have
+    the same name.
+    """
 
     def number_of(name: str) -> int:
         graph = make_fx(x64_remote(name))(rand(3)).graph
-        [node] = [node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default]
+        [node] = [
+            node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default
+        ]
         return node.args[1]
 
     sine, again, outer = number_of("sine"), number_of("sine"), number_of("outer")
@@ -162,7 +184,8 @@ def test_graphs_of_different_programs_differ(x64_remote: Remote) -> None:
 
 
 def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:
-    """Batches and derivatives of torch.func within compiled code are compiled anew for each size."""
+    """Batches and derivatives of torch.func within compiled code are compiled anew for each
+    size."""
     sine = x64_remote("sine")
     run = torch.func.vmap(torch.func.grad(lambda x: sine(x).sum()))
     compiled = torch.compile(lambda x: run(x), fullgraph=True, dynamic=True, backend="aot_eager")
@@ -175,7 +198,9 @@ def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:
 def test_exported_for_all_sizes(x64_remote: Remote, strict: bool) -> None:
     """An exported module takes all sizes that it was exported for, and is differentiable."""
     module, dim = Sandwich(x64_remote("sine")), torch.export.Dim("batch", min=2, max=64)
-    exported = torch.export.export(module, (rand(4, 3),), dynamic_shapes={"x": {0: dim}}, strict=strict)
+    exported = torch.export.export(
+        module, (rand(4, 3),), dynamic_shapes={"x": {0: dim}}, strict=strict
+    )
     for size in (2, 7, 64):
         x = rand(size, 3)
         assert_same(gradients(exported.module(), module, x), gradients(module, module, x))
@@ -210,12 +235,21 @@ class Settings(dict[str, Any]):
 
 
 def test_structures_that_torchs_tracer_refuses(x64_remote: Remote) -> None:
-    """None, texts, namedtuples, dataclasses and dicts of one's own are in compiled calls what they are in others."""
+    """None, texts, namedtuples, dataclasses and dicts of one's own are in compiled calls what
+    they are in others."""
     echo, x = x64_remote("echo"), rand(3)
 
     def run(x: Tensor) -> Any:
-        settings = Settings(b=x * 2, a=None, samples=OrderedDict(second=Sample(x), first=Sample(None)))
-        return echo(settings, None, [Pair(None, x), "text", x.shape], mask=None, pair=Pair(x, Sample(Pair("x", x))))
+        settings = Settings(
+            b=x * 2, a=None, samples=OrderedDict(second=Sample(x), first=Sample(None))
+        )
+        return echo(
+            settings,
+            None,
+            [Pair(None, x), "text", x.shape],
+            mask=None,
+            pair=Pair(x, Sample(Pair("x", x))),
+        )
 
     made, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
     assert leaves_of(made) == leaves_of(expected)
@@ -233,7 +267,10 @@ def leaves_of(tree: Any) -> list[Any]:
     if is_dataclass(tree):
         return [type(tree).__name__, *leaves_of(vars(tree))]
     if isinstance(tree, dict):
-        return [type(tree).__name__, *(leaf for key in tree for leaf in (key, *leaves_of(tree[key])))]
+        return [
+            type(tree).__name__,
+            *(leaf for key in tree for leaf in (key, *leaves_of(tree[key]))),
+        ]
     if isinstance(tree, list | tuple):
         return [type(tree).__name__, *(leaf for item in tree for leaf in leaves_of(item))]
     return [tree.tolist() if isinstance(tree, Tensor) else tree]
@@ -241,7 +278,8 @@ def leaves_of(tree: Any) -> list[Any]:
 
 @pytest.mark.parametrize("first", [2, 0.5], ids=["int", "float"])
 def test_numbers_that_change(x64_remote: Remote, first: float) -> None:
-    """A Python number is data in compiled calls, too: after it has changed once, further values compile nothing."""
+    """A Python number is data in compiled calls, too: after it has changed once, further values
+    compile nothing."""
     case, x = x64_remote("gradient_case"), rand(2, 3)
 
     def run(x: Tensor, n: float) -> Tensor:
@@ -272,20 +310,26 @@ def test_compiled_autograd(x64_remote: Remote) -> None:
     assert_same(x.grad, 2 * x.sin() + 2 * x * x.cos())
 
 
-def test_a_call_that_cannot_be_compiled_is_named(x64_remote: Remote, caplog: pytest.LogCaptureFixture) -> None:
-    """When a traced call fails, the log says which signature: Dynamo's error does not. Without fullgraph, the model's
-    error is raised."""
+def test_a_call_that_cannot_be_compiled_is_named(
+    x64_remote: Remote, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When a traced call fails, the log says which signature: Dynamo's error does not. Without
+    fullgraph, the model's error is raised.
+    """
     matmul, x = x64_remote("matmul"), rand(2, 3)
     with pytest.raises(Unsupported):
         torch.compile(matmul, fullgraph=True, backend="aot_eager")(x, x)
-    logged = [record.message for record in caplog.records if record.name == "bridge_client.torch.compiled"]
+    logged = [
+        record.message for record in caplog.records if record.name == "bridge_client.torch.compiled"
+    ]
     assert "'matmul' called with (args[0]: float64[2,3], args[1]: float64[2,3])" in logged[0]
     with pytest.raises(RemoteModelError, match=r"args\[0\]: float64\[2,3\]"):
         torch.compile(matmul, backend="aot_eager")(x, x)
 
 
 def test_training_compiled(x64_remote: Remote) -> None:
-    """The parameters of a compiled module are read anew at each step: it trains as the module does."""
+    """The parameters of a compiled module are read anew at each step: it trains as the module
+    does."""
 
     def losses(compile: bool) -> list[float]:
         module = x64_remote("affine").double()
@@ -315,12 +359,15 @@ def test_compiled_code_casts_under_autocast(x64_remote: Remote) -> None:
 
 
 def test_compiled_code_looks_for_no_derivatives(x64_remote: Remote) -> None:
-    """Graphs of torch.compile name operators that have none, since they are derived; what is exported may yet be."""
+    """Graphs of torch.compile name operators that have none, since they are derived; what is
+    exported may yet be."""
     sine, x = x64_remote("sine"), rand(3).requires_grad_()
     named: list[Any] = []
 
     def noting(graph: GraphModule, _: Any) -> Any:
-        named.extend(node.target for node in graph.graph.nodes if "torch_jax_bridge" in str(node.target))
+        named.extend(
+            node.target for node in graph.graph.nodes if "torch_jax_bridge" in str(node.target)
+        )
         return make_boxed_func(graph.forward)
 
     y = torch.compile(sine, fullgraph=True, backend=aot_autograd(fw_compiler=noting))(x)
@@ -341,9 +388,12 @@ def test_traced_by_make_fx(x64_remote: Remote, mode: str) -> None:
     assert_same(traced(x), 2 * x.cos())
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning"
+)
 def test_traced_by_jit(x64_remote: Remote) -> None:
-    """torch.jit.trace records the operator, not the result as a constant; its gradients are right."""
+    """torch.jit.trace records the operator, not the result as a constant; its gradients are
+    right."""
     sine = x64_remote("sine")
     traced = torch.jit.trace(lambda x: sine(x) + 1, rand(3))
     x = rand(3).requires_grad_()
@@ -353,7 +403,8 @@ def test_traced_by_jit(x64_remote: Remote) -> None:
 
 
 def test_a_graph_recorded_under_grad_is_differentiable(x64_remote: Remote) -> None:
-    """What make_fx recorded of inputs that require a gradient has the gradients of what it recorded."""
+    """What make_fx recorded of inputs that require a gradient has the gradients of what it
+    recorded."""
     sine = x64_remote("sine")
     x = rand(3).requires_grad_()
     traced = make_fx(lambda x: sine(x))(x)
@@ -369,7 +420,9 @@ def test_a_recorded_gradient_is_differentiable(x64_remote: Remote) -> None:
 
     x = rand(3).requires_grad_()
     traced = make_fx(gradient)(x)
-    assert torch.ops.torch_jax_bridge.pull_back.default in {node.target for node in traced.graph.nodes}
+    assert torch.ops.torch_jax_bridge.pull_back.default in {
+        node.target for node in traced.graph.nodes
+    }
     assert_same(traced(x), 4 * x.detach() ** 2)
     assert_same(torch.autograd.grad(traced(x).sum(), x)[0], 4 * x.detach())
 
@@ -377,23 +430,29 @@ def test_a_recorded_gradient_is_differentiable(x64_remote: Remote) -> None:
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["sine", "affine"])
 def test_exported(x64_remote: Remote, name: str, strict: bool) -> None:
-    """torch.export makes a program of a module with a remote call, whose values are the module's."""
+    """torch.export makes a program of a module with a remote call, whose values are the
+    module's."""
     module = Sandwich(x64_remote(name).double())
     exported = torch.export.export(module, (rand(4, 3),), strict=strict)
     x = rand(4, 3)
     assert_same(exported.module()(x), module(x))
-    for parameter in module.parameters():  # of any module torch keeps those after a strict export (2.13)
+    for (
+        parameter
+    ) in module.parameters():  # of any module torch keeps those after a strict export (2.13)
         parameter.data = parameter.data.clone()
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_the_operator_is_registered_soundly(x64_remote: Remote, requires_grad: bool) -> None:
-    """torch.library.opcheck finds nothing wrong with the operators: schema, autograd, fake tensors, AOT dispatch."""
+    """torch.library.opcheck finds nothing wrong with the operators: schema, autograd, fake
+    tensors, AOT dispatch."""
     product = x64_remote("product")
     # The program's number is what make_fx writes into the graph.
     graph = make_fx(lambda x, y: product(x, y))(rand(3), rand(3)).graph
     args = [rand(3).requires_grad_(requires_grad), rand(3)]
-    (node,) = (node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default)
+    (node,) = (
+        node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default
+    )
     made = torch.library.opcheck(torch.ops.torch_jax_bridge.run.default, (args, node.args[1]))
     assert set(made.values()) == {"SUCCESS"}, made
     # Of no handle that is known: it is computed from the inputs.

@@ -1,4 +1,5 @@
-"""Every dtype of the wire's table, there and back over both lanes, and the dtypes of results and gradients."""
+"""Every dtype of the wire's table, there and back over both lanes, and the dtypes of results and
+gradients."""
 
 from collections.abc import Iterator
 
@@ -23,14 +24,17 @@ def x64_on(x64_worker: Session, lane: str) -> Iterator[Remote]:
 
 
 def patterns(name: str) -> Tensor:
-    """Return many bit patterns of a type: all of the one-byte types', and random ones of the others'."""
+    """Return many bit patterns of a type: all of the one-byte types', and random ones of the
+    others'."""
     dtype = getattr(torch, name)
     if dtype is torch.bool:
         return torch.tensor([True, False, True])
     if dtype.itemsize == 1:
         return torch.arange(256).to(torch.uint8).view(dtype)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (64 * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(dtype)
+    return torch.randint(256, (64 * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(
+        dtype
+    )
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -39,7 +43,8 @@ def bits(tensor: Tensor) -> list[int]:
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_every_dtype_comes_back_bit_by_bit(x64_on: Remote, name: str) -> None:
-    """The identity returns each dtype with every bit as it was: NaNs, infinities, subnormal and extreme numbers."""
+    """The identity returns each dtype with every bit as it was: NaNs, infinities, subnormal and
+    extreme numbers."""
     for value in (patterns(name), patterns(name)[:0], patterns(name)[1]):
         made = x64_on("identity")(value)
         assert (made.dtype, made.shape) == (value.dtype, value.shape)
@@ -48,7 +53,11 @@ def test_every_dtype_comes_back_bit_by_bit(x64_on: Remote, name: str) -> None:
 
 def test_all_dtypes_travel_in_one_call(any_lane: Remote) -> None:
     """Tensors of all dtypes that a worker without x64 has come back together."""
-    sent = {name: patterns(name) for name in BY_NAME if name not in ("int64", "uint64", "float64", "complex128")}
+    sent = {
+        name: patterns(name)
+        for name in BY_NAME
+        if name not in ("int64", "uint64", "float64", "complex128")
+    }
     made = any_lane("identity")(sent)
     for name, value in sent.items():
         assert made[name].dtype is value.dtype and bits(made[name]) == bits(value)
@@ -64,7 +73,8 @@ def test_a_narrowed_integer_keeps_its_value(any_lane: Remote, name: str) -> None
 
 @pytest.mark.parametrize("name", BY_NAME)
 def test_outputs_keep_the_models_dtype(x64_remote: Remote, name: str) -> None:
-    """What the model returns arrives in the dtype that the model chose, whatever the inputs were."""
+    """What the model returns arrives in the dtype that the model chose, whatever the inputs
+    were."""
     made = x64_remote("cast")(torch.tensor([1.0, 0.5, 2.0]), name)
     assert made.dtype is getattr(torch, name)
     expected = torch.tensor([1.0, 0.5, 2.0]).to(made.dtype)

@@ -1,4 +1,5 @@
-"""What is refused, and how the error says so: before any data moves, naming the leaf; and the model's own errors."""
+"""What is refused, and how the error says so: before any data moves, naming the leaf; and the
+model's own errors."""
 
 import gc
 from collections.abc import Callable
@@ -52,8 +53,18 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         r"args\[1\]\['w'\]: float32\[2,3\]",
     ),
     "a missing key": ("weighted", lambda: ({"x": x()}, {"v": x().T}), RemoteModelError, "KeyError"),
-    "a missing argument": ("matmul", lambda: (x(),), RemoteModelError, "missing 1 required positional argument: 'y'"),
-    "too many arguments": ("sine", lambda: (x(), x()), RemoteModelError, "takes 1 positional argument"),
+    "a missing argument": (
+        "matmul",
+        lambda: (x(),),
+        RemoteModelError,
+        "missing 1 required positional argument: 'y'",
+    ),
+    "too many arguments": (
+        "sine",
+        lambda: (x(), x()),
+        RemoteModelError,
+        "takes 1 positional argument",
+    ),
     "float64": ("sine", lambda: (x(torch.float64),), DTypeError, r"`args\[0\]`.*float64.*--x64"),
     "float64 in a dict": (
         "identity",
@@ -61,7 +72,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         DTypeError,
         r"`args\[0\]\['a'\]\[0\]`.*--x64",
     ),
-    "complex128": ("identity", lambda: (x(torch.complex128),), DTypeError, r"`args\[0\]`.*complex128.*--x64"),
+    "complex128": (
+        "identity",
+        lambda: (x(torch.complex128),),
+        DTypeError,
+        r"`args\[0\]`.*complex128.*--x64",
+    ),
     "a large int64": (
         "identity",
         lambda: ([torch.tensor([1, 2**31])],),
@@ -81,44 +97,87 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         r"`args\[0\]`.*--x64",
     ),
     "a number beyond int64": ("product", lambda: (x(), 2**63), DTypeError, r"`args\[1\]`.*64 bits"),
-    "a number beyond int32": ("product", lambda: (x(), 2**31), DTypeError, r"`args\[1\]`.*2147483648.*--x64"),
-    "an object": ("identity", lambda: ({"w": object()},), StructureError, r"args\[0\]\['w'\].*object"),
+    "a number beyond int32": (
+        "product",
+        lambda: (x(), 2**31),
+        DTypeError,
+        r"`args\[1\]`.*2147483648.*--x64",
+    ),
+    "an object": (
+        "identity",
+        lambda: ({"w": object()},),
+        StructureError,
+        r"args\[0\]\['w'\].*object",
+    ),
     "a set": ("identity", lambda: ([1.0, {1, 2}],), StructureError, r"args\[0\]\[1\].*set"),
     "bytes": ("identity", lambda: (b"abc",), StructureError, r"args\[0\].*bytes"),
-    "a module": ("identity", lambda: (torch.nn.Linear(2, 2),), StructureError, r"args\[0\].*Linear"),
+    "a module": (
+        "identity",
+        lambda: (torch.nn.Linear(2, 2),),
+        StructureError,
+        r"args\[0\].*Linear",
+    ),
     "a sparse tensor": (
         "identity",
         lambda: ({"s": x().to_sparse()},),
         StructureError,
         r"`args\[0\]\['s'\]`.*sparse.*to_dense",
     ),
-    "a CSR tensor": ("identity", lambda: (x().to_sparse_csr(),), StructureError, r"`args\[0\]`.*sparse_csr"),
+    "a CSR tensor": (
+        "identity",
+        lambda: (x().to_sparse_csr(),),
+        StructureError,
+        r"`args\[0\]`.*sparse_csr",
+    ),
     "a meta tensor": ("identity", lambda: (x().to("meta"),), SpecError, r"`args\[0\]` is on meta"),
-    "a quantized tensor": ("identity", lambda: ([quantized()],), DTypeError, r"`args\[0\]\[0\]`.*qint8"),
+    "a quantized tensor": (
+        "identity",
+        lambda: ([quantized()],),
+        DTypeError,
+        r"`args\[0\]\[0\]`.*qint8",
+    ),
     "a key": ("identity", lambda: ({(1, 2): x()},), StructureError, r"args\[0\].*key"),
     "keys without an order": ("identity", lambda: ({"a": x(), 1: x()},), StructureError, "sorted"),
-    "a list that contains itself": ("identity", lambda: (_endless(),), StructureError, "contain themselves"),
+    "a list that contains itself": (
+        "identity",
+        lambda: (_endless(),),
+        StructureError,
+        "contain themselves",
+    ),
     "a masked array": (
         "identity",
         lambda: (np.ma.array([1.0], mask=[True]),),
         StructureError,
         r"`args\[0\]`.*mask.*filled",
     ),
-    "too many dimensions": ("identity", lambda: (torch.ones([1] * 65),), SpecError, r"`args\[0\]`.*65 dimensions"),
+    "too many dimensions": (
+        "identity",
+        lambda: (torch.ones([1] * 65),),
+        SpecError,
+        r"`args\[0\]`.*65 dimensions",
+    ),
     "a nested tensor": (
         "identity",
         lambda: (torch.nested.nested_tensor([x()[0], x()[0, :1]], layout=torch.jagged),),
         StructureError,
         "nested tensor.*to_padded_tensor",
     ),
-    "a text of objects": ("identity", lambda: (["fine", ("also", complex)],), StructureError, r"args\[0\]\[1\]\[1\]"),
+    "a text of objects": (
+        "identity",
+        lambda: (["fine", ("also", complex)],),
+        StructureError,
+        r"args\[0\]\[1\]\[1\]",
+    ),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*(deprecated|beta state)")
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_call_is_refused_before_data_moves(session: Session, remote: Remote, wrong: str) -> None:
-    """The error has the right type and names the leaf; nothing was run, copied or kept; and the next call works."""
+def test_a_wrong_call_is_refused_before_data_moves(
+    session: Session, remote: Remote, wrong: str
+) -> None:
+    """The error has the right type and names the leaf; nothing was run, copied or kept; and the
+    next call works."""
     model, args, kind, text = WRONG[wrong]
     f = remote(model)
     before = session.stats()
@@ -134,12 +193,18 @@ def test_a_wrong_call_is_refused_before_data_moves(session: Session, remote: Rem
 )
 def test_what_cannot_be_static_is_named(remote: Remote, value: Any) -> None:
     """Also what has no hash, and what could be data."""
-    with pytest.raises(StructureError, match=r"`kwargs\['y'\]\[0\]` is a .*, and static; expected a number"):
+    with pytest.raises(
+        StructureError, match=r"`kwargs\['y'\]\[0\]` is a .*, and static; expected a number"
+    ):
         remote("product", static_argnames="y")(x(), y=[value])
 
 
-@pytest.mark.parametrize("foreign", [lambda x: x.to("meta"), torch.Tensor.to_sparse, torch.Tensor.to_mkldnn])
-def test_a_tensor_without_readable_memory_is_refused_at_each_call(remote: Remote, foreign: Any) -> None:
+@pytest.mark.parametrize(
+    "foreign", [lambda x: x.to("meta"), torch.Tensor.to_sparse, torch.Tensor.to_mkldnn]
+)
+def test_a_tensor_without_readable_memory_is_refused_at_each_call(
+    remote: Remote, foreign: Any
+) -> None:
     """Also after a call of the same shape and dtype, whose program is known."""
     f = remote("sine")
     f(x())
@@ -175,7 +240,8 @@ def test_an_int64_in_range_is_narrowed(remote: Remote) -> None:
 
 
 def test_an_int64_is_checked_at_each_call(remote: Remote) -> None:
-    """The range is checked for the values of each call, and not for the first one of a signature only."""
+    """The range is checked for the values of each call, and not for the first one of a signature
+    only."""
     identity = remote("identity")
     for _ in range(2):
         assert identity(torch.tensor([5])).item() == 5
@@ -196,7 +262,7 @@ def test_64_bits_pass_where_the_worker_has_them(x64_remote: Remote) -> None:
         assert made.dtype is value.dtype and made.tolist() == value.tolist()
 
 
-# Models and options --------------------------------------------------------------------------------------------
+# Models and options -------------------------------------------------------------------------------
 
 
 def test_an_unknown_model_is_named(session: Session) -> None:
@@ -236,11 +302,12 @@ def test_a_closed_session_says_so(remote: Remote, session: Session) -> None:
         sine(x())
 
 
-# The model's own errors ----------------------------------------------------------------------------------------
+# The model's own errors ---------------------------------------------------------------------------
 
 
 def test_a_model_that_raises_while_traced_shows_its_traceback(any_lane: Remote) -> None:
-    """The remote type, message and traceback arrive as text; the traceback begins in the model's file."""
+    """The remote type, message and traceback arrive as text; the traceback begins in the model's
+    file."""
     with pytest.raises(RemoteModelError, match="dislikes every input") as raised:
         any_lane("raises_at_trace")(x())
     error = raised.value
@@ -253,17 +320,24 @@ def test_an_error_names_static_values_too(any_lane: Remote) -> None:
     """The signature in a model's error has what was static in the call: it may be the reason."""
     with pytest.raises(RemoteModelError, match="KeyError") as raised:
         any_lane("branch")(torch.ones(3), True, mode="sideways" + "!" * 1000)
-    assert "'branch' called with (args[0]: float32[3], args[1]=True, kwargs['mode']='sideways!" in str(raised.value)
+    assert (
+        "'branch' called with (args[0]: float32[3], args[1]=True, kwargs['mode']='sideways!"
+        in str(raised.value)
+    )
     assert "!" * 40 not in str(raised.value).splitlines()[1]
 
 
 def test_a_model_that_raises_while_it_runs_shows_its_traceback(any_lane: Remote) -> None:
-    """An exception in a callback of compiled code arrives with the model's own message and traceback."""
+    """An exception in a callback of compiled code arrives with the model's own message and
+    traceback."""
     model = any_lane("raises_below_zero")
     with pytest.raises(RemoteModelError, match="dislikes negative numbers") as raised:
         model(-x())
     assert raised.value.remote_type
-    assert "ArithmeticError" in raised.value.remote_traceback and "_refuse_negative" in raised.value.remote_traceback
+    assert (
+        "ArithmeticError" in raised.value.remote_traceback
+        and "_refuse_negative" in raised.value.remote_traceback
+    )
     assert model(x()).eq(2).all()
 
 
@@ -290,7 +364,8 @@ FAILING: dict[str, Callable[[Remote], Any]] = {
 
 @pytest.mark.parametrize("failing", FAILING)
 def test_errors_leave_nothing_behind(session: Session, remote: Remote, failing: str) -> None:
-    """After errors no block is leased and no residual kept, however often they happen; and the next call works."""
+    """After errors no block is leased and no residual kept, however often they happen; and the
+    next call works."""
     for _ in range(3):
         with pytest.raises(BridgeError):
             FAILING[failing](remote)

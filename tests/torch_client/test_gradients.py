@@ -1,4 +1,5 @@
-"""Gradients of many functions against two independent sources: jax.vjp in this process, and finite differences."""
+"""Gradients of many functions against two independent sources: jax.vjp in this process, and
+finite differences."""
 
 import zlib
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def integers(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
-# The arguments of each case, of `r(*shape)` for normally distributed numbers; small, for finite differences.
+# The arguments of each case, of `r(*shape)` for normally distributed numbers; small, for finite
+# differences.
 ARGUMENTS: dict[str, Callable[[Random], tuple[Any, ...]]] = {
     "sine": lambda r: (r(2, 3), r(2, 3)),
     "broadcast": lambda r: (r(3, 1), r(4), r()),
@@ -47,7 +49,12 @@ ARGUMENTS: dict[str, Callable[[Random], tuple[Any, ...]]] = {
     "cholesky and solve": lambda r: (r(3, 3), r(3, 2)),
     "triangular solve": lambda r: (r(3, 3), r(3, 2)),
     "eigenvalues": lambda r: (r(3, 3),),
-    "attention": lambda r: (r(2, 2, 3), r(2, 3, 3), r(2, 3, 2), np.array([[True, False, True], [True, True, True]])),
+    "attention": lambda r: (
+        r(2, 2, 3),
+        r(2, 3, 3),
+        r(2, 3, 2),
+        np.array([[True, False, True], [True, True, True]]),
+    ),
     "layer norm": lambda r: (r(2, 4), r(4), r(4)),
     "fft": lambda r: (r(2, 6),),
     "kinks": lambda r: (r(6),),
@@ -83,7 +90,8 @@ def random(seed: str) -> Random:
 
 
 def arguments(case: str, dtype: Any = np.float64) -> tuple[Any, ...]:
-    """Return the case's arguments with all floats in the given dtype; complex numbers in the matching one."""
+    """Return the case's arguments with all floats in the given dtype; complex numbers in the
+    matching one."""
 
     def cast(x: Any) -> Any:
         if np.iscomplexobj(x):
@@ -93,13 +101,19 @@ def arguments(case: str, dtype: Any = np.float64) -> tuple[Any, ...]:
     return jax.tree.map(cast, ARGUMENTS[case](random(case)))
 
 
-def remote_vjp(f: Callable[..., Any], args: Any, seed: str) -> tuple[list[Any], list[np.ndarray], list[Tensor]]:
-    """Return the outputs of `f(*args)`, random cotangents for the float ones, and the gradients of all float inputs."""
+def remote_vjp(
+    f: Callable[..., Any], args: Any, seed: str
+) -> tuple[list[Any], list[np.ndarray], list[Tensor]]:
+    """Return the outputs of `f(*args)`, random cotangents for the float ones, and the gradients
+    of all float inputs."""
     inputs = [x.requires_grad_() for x in float_leaves(args)]
     outputs = jax.tree.leaves(f(*args))
     r = random(seed)
     differentiable = [y for y in outputs if y.requires_grad]
-    given = [torch.tensor(r(*y.shape) + (1j * r(*y.shape) if y.is_complex() else 0)).to(y) for y in differentiable]
+    given = [
+        torch.tensor(r(*y.shape) + (1j * r(*y.shape) if y.is_complex() else 0)).to(y)
+        for y in differentiable
+    ]
     gradients = torch.autograd.grad(differentiable, inputs, given)
     return outputs, [as_numpy(ct) for ct in given], list(gradients)
 
@@ -110,10 +124,14 @@ def as_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().numpy()
 
 
-def check_against_jax(remote: Remote, case: str, dtype: Any, tolerance: float, args: Any = None) -> None:
+def check_against_jax(
+    remote: Remote, case: str, dtype: Any, tolerance: float, args: Any = None
+) -> None:
     numpy_args = arguments(case, dtype)
     f = remote("gradient_case")
-    outputs, given, gradients = remote_vjp(lambda *a: f(case, *a), to_torch(numpy_args) if args is None else args, case)
+    outputs, given, gradients = remote_vjp(
+        lambda *a: f(case, *a), to_torch(numpy_args) if args is None else args, case
+    )
     expected_outputs, expected = vjp(CASES[case], numpy_args, given, x64=True)
     assert len(gradients) == len(expected) == len(float_leaves(numpy_args))
     for seen, wanted in zip(outputs + gradients, expected_outputs + expected, strict=True):
@@ -129,7 +147,8 @@ def test_float64_gradients_are_those_of_jax(x64_remote: Remote, case: str) -> No
 
 @pytest.mark.parametrize("case", CASES)
 def test_float32_gradients_are_those_of_jax(x64_remote: Remote, case: str) -> None:
-    """Outputs and gradients are those of jax.vjp in float32 to 1e-6, and have the inputs' dtypes."""
+    """Outputs and gradients are those of jax.vjp in float32 to 1e-6, and have the inputs'
+    dtypes."""
     check_against_jax(x64_remote, case, np.float32, LOOSE_IN_FLOAT32.get(case, 1e-6))
 
 
@@ -149,7 +168,9 @@ def test_float64_gradients_are_the_finite_differences(x64_remote: Remote, case: 
         return tuple(y for y in outputs if is_inexact(y.dtype))
 
     inputs = [leaves[i].requires_grad_() for i in wrt]
-    assert torch.autograd.gradcheck(of_floats, inputs, fast_mode=False, check_undefined_grad=case == "several outputs")
+    assert torch.autograd.gradcheck(
+        of_floats, inputs, fast_mode=False, check_undefined_grad=case == "several outputs"
+    )
 
 
 @pytest.mark.parametrize("case", TORCH)
@@ -170,10 +191,22 @@ def test_the_gradient_of_the_imaginary_step_has_torchs_sign(x64_remote: Remote) 
         square = f("complex products", torch.zeros((), dtype=z.dtype), z - 1j)[2]
         (gradient,) = torch.autograd.grad(square, z)
         z = (z - 0.2 * gradient).detach().requires_grad_()
-    torch.testing.assert_close(z.detach(), torch.tensor(1j, dtype=torch.complex128), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        z.detach(), torch.tensor(1j, dtype=torch.complex128), atol=1e-6, rtol=0
+    )
 
 
-SMALL = ["sine", "broadcast", "scalar", "empty", "matmul", "kinks", "layer norm", "unused input", "several outputs"]
+SMALL = [
+    "sine",
+    "broadcast",
+    "scalar",
+    "empty",
+    "matmul",
+    "kinks",
+    "layer norm",
+    "unused input",
+    "several outputs",
+]
 
 
 @pytest.mark.parametrize("case", SMALL)

@@ -1,4 +1,5 @@
-"""Functions with what JAX has of its own: donation, custom derivatives, control flow, callbacks, remat."""
+"""Functions with what JAX has of its own: donation, custom derivatives, control flow, callbacks,
+remat."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -20,7 +21,17 @@ from tests.torch_client import special_models
 from tests.torch_client.conftest import Remote
 from tests.torch_client.reference import assert_within
 
-MODELS = ["donating", "clipped", "softened", "scanned", "looped", "bounded", "remembered", "called_back", "printing"]
+MODELS = [
+    "donating",
+    "clipped",
+    "softened",
+    "scanned",
+    "looped",
+    "bounded",
+    "remembered",
+    "called_back",
+    "printing",
+]
 
 
 def hosting(*args: str) -> Session:
@@ -50,7 +61,9 @@ def result(y: Any) -> Any:
     return y[1] if isinstance(y, tuple) else y
 
 
-@pytest.mark.parametrize("name", ["clipped", "softened", "scanned", "bounded", "remembered", "called_back"])
+@pytest.mark.parametrize(
+    "name", ["clipped", "softened", "scanned", "bounded", "remembered", "called_back"]
+)
 def test_values_and_gradients_are_those_of_jax(remote: Remote, name: str) -> None:
     """The value, the gradient and a batch are what JAX makes of such a function itself."""
     f, g = remote(name), getattr(special_models, name)
@@ -77,7 +90,8 @@ def test_forward_mode_is_that_of_jax(remote: Remote, name: str) -> None:
 
 
 def test_derivatives_that_jax_refuses_say_what_to_do(remote: Remote) -> None:
-    """Forward mode of a custom_vjp, and reverse mode of a while loop, raise JAX's error with advice."""
+    """Forward mode of a custom_vjp, and reverse mode of a while loop, raise JAX's error with
+    advice."""
     x = batch()
     with pytest.raises(RemoteModelError, match=r"custom_vjp function\.[\s\S]*reverse mode works"):
         jvp(remote("clipped"), (x,), (x,))
@@ -86,15 +100,22 @@ def test_derivatives_that_jax_refuses_say_what_to_do(remote: Remote) -> None:
 
 
 @pytest.fixture(params=[[], ["--no-jit"]], ids=["compiled", "--no-jit"])
-def donating(request: pytest.FixtureRequest, special_worker: Session) -> Iterator[Callable[..., RemoteJaxFunction]]:
+def donating(
+    request: pytest.FixtureRequest, special_worker: Session
+) -> Iterator[Callable[..., RemoteJaxFunction]]:
     """Makes functions of a worker that compiles, and of one that does not."""
-    with hosting(*request.param) if request.param else connect(special_worker.address, lane="local") as session:
+    with (
+        hosting(*request.param)
+        if request.param
+        else connect(special_worker.address, lane="local") as session
+    ):
         yield RemoteJaxFunction(session, name="donating")
 
 
 def test_donated_arguments_stay_as_they_are(donating: Callable[..., Tensor]) -> None:
-    """A function that was compiled with donate_argnums leaves its inputs intact, which may lie in the slab and be the
-    same one twice, and warns of nothing."""
+    """A function that was compiled with donate_argnums leaves its inputs intact, which may lie in
+    the slab and be the same one twice, and warns of nothing.
+    """
     x, y = batch(), batch() + 1
     first = donating(x, y)  # in the slab from now on
     copies = [t.clone() for t in (x, y, first)]
@@ -108,7 +129,9 @@ def test_donated_arguments_stay_as_they_are(donating: Callable[..., Tensor]) -> 
         assert torch.equal(seen, copy)
 
 
-def test_what_a_model_prints_is_logged(special_worker: Session, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_model_prints_is_logged(
+    special_worker: Session, caplog: pytest.LogCaptureFixture
+) -> None:
     """The output of jax.debug.print goes where the worker's log goes."""
     with connect(special_worker.address, lane="local") as session, caplog.at_level(logging.INFO):
         y = RemoteJaxFunction(session, name="printing")(torch.ones(3))

@@ -54,15 +54,22 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_arrives_with_its_values(remote: Remote, layout: str) -> None:
-    """A tensor of any strides, offset, conjugate or negative bit arrives with the values that torch shows."""
+    """A tensor of any strides, offset, conjugate or negative bit arrives with the values that
+    torch shows."""
     value = LAYOUTS[layout]().detach()
     made = remote("identity")(value)
-    expected = value.int() if value.dtype is torch.int64 else value  # this worker has no 64-bit integers
+    expected = (
+        value.int() if value.dtype is torch.int64 else value
+    )  # this worker has no 64-bit integers
     assert made.is_contiguous() and not made.is_conj() and not made.is_neg()
-    torch.testing.assert_close(made, expected.resolve_conj().resolve_neg().contiguous(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        made, expected.resolve_conj().resolve_neg().contiguous(), rtol=0, atol=0
+    )
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if LAYOUTS[name]().is_floating_point()])
+@pytest.mark.parametrize(
+    "layout", [name for name in LAYOUTS if LAYOUTS[name]().is_floating_point()]
+)
 def test_a_gradient_fits_its_inputs_layout(remote: Remote, layout: str) -> None:
     """The gradient of an input of any layout has its values where torch's own would be."""
     value = LAYOUTS[layout]().detach().requires_grad_()
@@ -73,7 +80,9 @@ def test_a_gradient_fits_its_inputs_layout(remote: Remote, layout: str) -> None:
 
 def test_layouts_arrive_over_every_lane(any_lane: Remote) -> None:
     """Many layouts in one call, over both lanes."""
-    values = {name: make().detach() for name, make in LAYOUTS.items() if make().dtype is not torch.int64}
+    values = {
+        name: make().detach() for name, make in LAYOUTS.items() if make().dtype is not torch.int64
+    }
     made = any_lane("identity")(values)
     for name, value in values.items():
         torch.testing.assert_close(made[name], value.resolve_conj().resolve_neg(), rtol=0, atol=0)
@@ -87,7 +96,8 @@ def test_a_thousand_leaves_arrive_in_order(any_lane: Remote) -> None:
 
 
 def test_a_large_tensor_arrives_whole(any_lane: Remote) -> None:
-    """A tensor larger than the first slab, and than gRPC's message limit, arrives whole, and so does its gradient."""
+    """A tensor larger than the first slab, and than gRPC's message limit, arrives whole, and so
+    does its gradient."""
     value = torch.rand(5_000_003).requires_grad_()
     any_lane("identity")(value)[1:].sum().backward()
     assert value.grad is not None
@@ -102,7 +112,8 @@ def test_the_same_tensor_twice_is_one_value_twice(remote: Remote) -> None:
 
 
 def test_an_output_is_passed_on_without_a_copy(remote: Remote, session: Session) -> None:
-    """An output lies in the session's memory, so the next call takes it as it is: only outputs are written."""
+    """An output lies in the session's memory, so the next call takes it as it is: only outputs
+    are written."""
     sine = remote("sine")
     y = sine(torch.rand(1000))
     sine(y)
@@ -112,8 +123,11 @@ def test_an_output_is_passed_on_without_a_copy(remote: Remote, session: Session)
 
 
 @pytest.mark.parametrize("dtype", ["float32", torch.float32, np.float32, np.dtype("float32")])
-def test_an_array_of_the_session_is_passed_without_a_copy(remote: Remote, session: Session, dtype: object) -> None:
-    """session.empty gives memory that the worker sees already; it is leased until the tensor dies."""
+def test_an_array_of_the_session_is_passed_without_a_copy(
+    remote: Remote, session: Session, dtype: object
+) -> None:
+    """session.empty gives memory that the worker sees already; it is leased until the tensor
+    dies."""
     x = torch.from_dlpack(session.empty((10, 100), dtype)).fill_(0.5)
     before = session.stats()["bytes_copied"]
     torch.testing.assert_close(remote("sine")(x), 2 * x.sin())
@@ -124,9 +138,16 @@ def test_an_array_of_the_session_is_passed_without_a_copy(remote: Remote, sessio
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "kind"),
-    [(-1, "float32", SpecError), ((2, 1.5), "float32", SpecError), (2**61, "float64", SpecError), (3, "f", DTypeError)],
+    [
+        (-1, "float32", SpecError),
+        ((2, 1.5), "float32", SpecError),
+        (2**61, "float64", SpecError),
+        (3, "f", DTypeError),
+    ],
 )
-def test_an_array_that_cannot_be_is_refused(session: Session, shape: Any, dtype: str, kind: type[Exception]) -> None:
+def test_an_array_that_cannot_be_is_refused(
+    session: Session, shape: Any, dtype: str, kind: type[Exception]
+) -> None:
     """Before any memory is asked for."""
     with pytest.raises(kind):
         session.empty(shape, dtype)
@@ -140,7 +161,7 @@ def test_a_view_of_an_output_is_passed_on(remote: Remote) -> None:
         torch.testing.assert_close(sine(view), 2 * view.sin())
 
 
-# NumPy ---------------------------------------------------------------------------------------------------------
+# NumPy --------------------------------------------------------------------------------------------
 
 ARRAYS: dict[str, Callable[[], object]] = {
     "array": lambda: np.arange(6, dtype=np.float32).reshape(2, 3),

@@ -1,4 +1,7 @@
-"""Many calls leave both processes as they were. BRIDGE_LEAK_CALLS=100000 makes it the long run of the acceptance."""
+"""Many calls leave both processes as they were.
+
+BRIDGE_LEAK_CALLS=100000 makes it the long run of the acceptance.
+"""
 
 import gc
 import os
@@ -30,7 +33,10 @@ def children() -> set[int]:
 def worker() -> Iterator[tuple[Session, int]]:
     """A worker of this test's own, and its process: its size must not depend on other tests."""
     before = children()
-    models = {name: f"tests.torch_client.functions:{name}" for name in ("echo", "affine", "raises_below_zero")}
+    models = {
+        name: f"tests.torch_client.functions:{name}"
+        for name in ("echo", "affine", "raises_below_zero")
+    }
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT) as session:
         (pid,) = children() - before
         yield session, pid
@@ -51,8 +57,11 @@ def resident_bytes(pid: int) -> int:
 
 
 def caller(session: Session) -> Callable[[int], None]:
-    """Return a function that makes the n-th of a mixture of calls: sizes, structures, gradients, parameters, errors."""
-    echo, affine, raising = (RemoteJaxFunction(session, name=name) for name in ("echo", "affine", "raises_below_zero"))
+    """Return a function that makes the n-th of a mixture of calls: sizes, structures, gradients,
+    parameters, errors."""
+    echo, affine, raising = (
+        RemoteJaxFunction(session, name=name) for name in ("echo", "affine", "raises_below_zero")
+    )
     optimizer = torch.optim.SGD(affine.parameters(), lr=1e-3)
 
     def call(n: int) -> None:
@@ -73,7 +82,8 @@ def caller(session: Session) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("lane", ["local", "grpc"])
 def test_many_calls_leave_no_trace(worker: tuple[Session, int], lane: str) -> None:
-    """After thousands of mixed calls both processes have the size, descriptors, threads and slabs that they had."""
+    """After thousands of mixed calls both processes have the size, descriptors, threads and
+    slabs that they had."""
     session, worker_pid = worker
     pids = (os.getpid(), worker_pid)
     with connect(session.address, lane=lane) as session:
@@ -88,7 +98,10 @@ def test_many_calls_leave_no_trace(worker: tuple[Session, int], lane: str) -> No
         gc.collect()
         after = [held(pid) for pid in pids], [resident_bytes(pid) for pid in pids]
         for now, then in zip(after[0], before[0], strict=True):
-            assert all(now[kind] <= then[kind] + slack for kind, slack in SLACK.items()), (then, now)
+            assert all(now[kind] <= then[kind] + slack for kind, slack in SLACK.items()), (
+                then,
+                now,
+            )
         for now, then in zip(after[1], before[1], strict=True):
             assert now <= then * (1 + GROWTH)
         stats = session.stats()
@@ -103,7 +116,9 @@ def test_sessions_come_and_go(worker: tuple[Session, int]) -> None:
 
     def visit() -> None:
         with connect(address) as visitor:
-            RemoteJaxFunction(visitor, name="affine")(torch.ones(1, 3).requires_grad_()).sum().backward()
+            RemoteJaxFunction(visitor, name="affine")(
+                torch.ones(1, 3).requires_grad_()
+            ).sum().backward()
 
     def seen() -> tuple[int, ...]:
         gc.collect()
@@ -118,7 +133,8 @@ def test_sessions_come_and_go(worker: tuple[Session, int]) -> None:
 
 
 def test_threads_that_ended_leave_no_lanes(worker: tuple[Session, int]) -> None:
-    """Threads that called and ended, many after each other, leave as many connections as ran at once."""
+    """Threads that called and ended, many after each other, leave as many connections as ran at
+    once."""
     with connect(worker[0].address, lane="local") as session:
         echo = RemoteJaxFunction(session, name="echo")
 
@@ -137,12 +153,17 @@ def test_threads_that_ended_leave_no_lanes(worker: tuple[Session, int]) -> None:
 
 
 def test_a_forgotten_session_ends(worker: tuple[Session, int]) -> None:
-    """A session that nobody refers to any more ends without close(): its slabs and connections go on both sides."""
+    """A session that nobody refers to any more ends without close(): its slabs and connections
+    go on both sides."""
     address, worker_pid = worker[0].address, worker[1]
 
     def seen() -> tuple[int, ...]:
         gc.collect()
-        return tuple(held(pid)[kind] for pid in (os.getpid(), worker_pid) for kind in ("descriptors", "slabs"))
+        return tuple(
+            held(pid)[kind]
+            for pid in (os.getpid(), worker_pid)
+            for kind in ("descriptors", "slabs")
+        )
 
     before = seen()
     for _ in range(3):

@@ -27,7 +27,9 @@ def mesh_worker() -> Iterator[Session]:
     """A worker with four devices, in two rows of two."""
     targets = {name: f"tests.torch_client.mesh_models:{name}" for name in MODELS}
     args = ["--mesh", "data=2,model=2"]
-    with spawn(jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT, args=args, env=FOUR_DEVICES) as session:
+    with spawn(
+        jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT, args=args, env=FOUR_DEVICES
+    ) as session:
         yield session
 
 
@@ -51,7 +53,10 @@ def test_a_mesh_changes_no_result(remote: Remote) -> None:
     model, x = remote("dense"), batch().requires_grad_()
     torch.testing.assert_close(model(x), in_torch(model, x))
     leaves = [x, *model.parameters()]
-    seen, expected = (torch.autograd.grad(f(x).square().sum(), leaves) for f in (model, lambda x: in_torch(model, x)))
+    seen, expected = (
+        torch.autograd.grad(f(x).square().sum(), leaves)
+        for f in (model, lambda x: in_torch(model, x))
+    )
     torch.testing.assert_close(seen, expected)
     kernel = model.kernel.detach()
 
@@ -60,7 +65,9 @@ def test_a_mesh_changes_no_result(remote: Remote) -> None:
 
     seen = hessian(lambda k: loss(lambda own, args: functional_call(model, own, args), k))(kernel)
     bias = model.bias.detach()
-    torch.testing.assert_close(seen, hessian(lambda k: torch.tanh(x.detach() @ k + bias).sum())(kernel))
+    torch.testing.assert_close(
+        seen, hessian(lambda k: torch.tanh(x.detach() @ k + bias).sum())(kernel)
+    )
     many = torch.stack([batch(), batch() + 1])
     torch.testing.assert_close(vmap(model)(many), in_torch(model, many))
 
@@ -75,8 +82,11 @@ def test_programs_are_spread_over_the_devices(remote: Remote) -> None:
 
 
 @pytest.mark.parametrize("parameters", ["client", "worker"])
-def test_arrays_lie_as_the_module_says(mesh_worker: Session, caplog: pytest.LogCaptureFixture, parameters: str) -> None:
-    """XLA itself reports that a device holds half of the input's rows and half of the kernel's columns."""
+def test_arrays_lie_as_the_module_says(
+    mesh_worker: Session, caplog: pytest.LogCaptureFixture, parameters: str
+) -> None:
+    """XLA itself reports that a device holds half of the input's rows and half of the kernel's
+    columns."""
     x = batch().repeat(2, 1)
     with connect(mesh_worker.address, lane="local") as session, caplog.at_level(logging.INFO):
         model = RemoteJaxFunction(session, name="dense", parameters=parameters)
@@ -105,8 +115,11 @@ def test_sizes_that_the_mesh_does_not_divide(remote: Remote) -> None:
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused(tmp_path: Path, args: list[str], message: str) -> None:
-    """Too few devices, no mesh at all, a mesh that is none and shardings of nothing end the worker, saying so."""
+    """Too few devices, no mesh at all, a mesh that is none and shardings of nothing end the
+    worker, saying so."""
     model, *options = args
-    with Worker(tmp_path, f"--jax-model=tests.torch_client.mesh_models:{model}", *options) as worker:
+    with Worker(
+        tmp_path, f"--jax-model=tests.torch_client.mesh_models:{model}", *options
+    ) as worker:
         assert worker.wait() == 2
     assert message in worker.stderr

@@ -1,7 +1,8 @@
 """Autocast, GradScaler and training in 16 bits.
 
-Autocast does not reach into a remote function: it computes in the dtypes that it is given, forward and backward, as a
-torch.library.custom_op does; cast_inputs= asks for what torch.amp.custom_fwd(cast_inputs=) does.
+Autocast does not reach into a remote function: it computes in the dtypes that it is given, forward
+and backward, as a torch.library.custom_op does; cast_inputs= asks for what
+torch.amp.custom_fwd(cast_inputs=) does.
 """
 
 import math
@@ -40,7 +41,8 @@ def test_autocast_changes_nothing(remote: Remote, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_what_autocast_made_arrives_as_it_is(remote: Remote, dtype: torch.dtype) -> None:
-    """What a layer before it made in 16 bits arrives in 16 bits, and its gradient goes back in them."""
+    """What a layer before it made in 16 bits arrives in 16 bits, and its gradient goes back in
+    them."""
     before, identity = nn.Linear(3, 3), remote("identity")
     with torch.autocast("cpu", dtype):
         hidden = before(rows())
@@ -52,7 +54,8 @@ def test_what_autocast_made_arrives_as_it_is(remote: Remote, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_cast_inputs_casts_under_autocast_only(remote: Remote, dtype: torch.dtype) -> None:
-    """With cast_inputs, floats and parameters are cast while autocast is on; gradients have the parameters' dtype."""
+    """With cast_inputs, floats and parameters are cast while autocast is on; gradients have the
+    parameters' dtype."""
     model = remote("affine", cast_inputs=dtype)
     assert model(rows()).dtype is torch.float32
     with torch.autocast("cpu", torch.bfloat16):
@@ -67,9 +70,16 @@ def test_cast_inputs_casts_under_autocast_only(remote: Remote, dtype: torch.dtyp
 
 
 def test_cast_inputs_leaves_other_types(x64_remote: Remote) -> None:
-    """float64, integers, booleans and Python numbers pass as they are, as under torch.amp.custom_fwd."""
+    """float64, integers, booleans and Python numbers pass as they are, as under
+    torch.amp.custom_fwd."""
     echo = x64_remote("echo", cast_inputs=torch.bfloat16)
-    sent = {"wide": rows().double(), "float": rows(), "int": torch.arange(3), "bool": torch.tensor([True]), "n": 2.5}
+    sent = {
+        "wide": rows().double(),
+        "float": rows(),
+        "int": torch.arange(3),
+        "bool": torch.tensor([True]),
+        "n": 2.5,
+    }
     with torch.autocast("cpu"):
         made = echo(sent)["args"][0]
     assert {name: made[name].dtype for name in ("wide", "float", "int", "bool")} == {
@@ -82,7 +92,8 @@ def test_cast_inputs_leaves_other_types(x64_remote: Remote) -> None:
 
 
 def test_the_backward_pass_does_as_the_forward_pass_did(remote: Remote) -> None:
-    """Whether autocast is on during backward does not matter: the gradient is that of what was computed."""
+    """Whether autocast is on during backward does not matter: the gradient is that of what was
+    computed."""
     model = remote("affine", cast_inputs=torch.bfloat16)
     with torch.autocast("cpu"):
         y = model(rows())
@@ -100,15 +111,21 @@ def test_cast_inputs_must_be_a_float_dtype(remote: Remote) -> None:
 
 def network(remote: Remote, **options: object) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), remote("affine", **options), nn.Tanh(), nn.Linear(2, 1))
+    return nn.Sequential(
+        nn.Linear(3, 3), nn.Tanh(), remote("affine", **options), nn.Tanh(), nn.Linear(2, 1)
+    )
 
 
 def test_a_gradient_scaler_scales_and_unscales(remote: Remote) -> None:
-    """With GradScaler the gradients after unscale_ are those without it, and the optimizer steps."""
+    """With GradScaler the gradients after unscale_ are those without it, and the optimizer
+    steps."""
     x = rows()
     model, twin = network(remote), network(remote)
     twin(x).square().mean().backward()
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer, scaler = (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.amp.GradScaler("cpu", init_scale=2.0**10),
+    )
     scaler.scale(model(x).square().mean()).backward()
     scaler.unscale_(optimizer)
     for seen, wanted in zip(model.parameters(), twin.parameters(), strict=True):
@@ -122,7 +139,10 @@ def test_a_gradient_scaler_scales_and_unscales(remote: Remote) -> None:
 def test_a_gradient_scaler_skips_a_step_that_overflowed(remote: Remote) -> None:
     """A scale at which float16 overflows in the remote gradient skips the step and is halved."""
     model = network(remote, cast_inputs=torch.float16)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer, scaler = (
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.amp.GradScaler("cpu", init_scale=2.0**40),
+    )
     before = model[2].weight.detach().clone()
     with torch.autocast("cpu", torch.float16):
         loss = model(rows()).float().square().mean()
@@ -166,7 +186,11 @@ def test_training_with_parameters_of_16_bits(remote: Remote, dtype: torch.dtype)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
-    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {dtype}
+    assert (
+        {p.dtype for p in model.parameters()}
+        == {p.grad.dtype for p in model.parameters()}
+        == {dtype}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

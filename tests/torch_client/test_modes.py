@@ -1,4 +1,5 @@
-"""Training and inference mode of flax.nnx and equinox models: `train` and `eval` of a RemoteJaxFunction reach them."""
+"""Training and inference mode of flax.nnx and equinox models: `train` and `eval` of a
+RemoteJaxFunction reach them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,8 @@ _TARGETS = {name: f"tests.torch_client.stateful_models:{name}" for name in _FACT
 
 @pytest.fixture(scope="module", params=["worker", "worker with x64", "in process"])
 def served(request: pytest.FixtureRequest) -> Iterator[Session]:
-    """A session with models that have modes: in a worker, in one with 64-bit types, and in this process."""
+    """A session with models that have modes: in a worker, in one with 64-bit types, and in this
+    process."""
     if request.param == "in process":
         models = host(jax_model={name: getattr(stateful_models, name)() for name in _FACTORIES})
     else:
@@ -58,12 +60,14 @@ def batch(session: Session) -> Tensor:
 
 
 def in_inference(x: Tensor) -> Tensor:
-    """What BatchNorm makes of a batch with the statistics that it begins with, mean 0 and variance 1."""
+    """What BatchNorm makes of a batch with the statistics that it begins with, mean 0 and
+    variance 1."""
     return x / (1 + 1e-5) ** 0.5
 
 
 def test_eval_reaches_nnx(remote: Remote, batch: Tensor) -> None:
-    """After `eval`, BatchNorm uses its running statistics and dropout drops nothing; after `train`, both train."""
+    """After `eval`, BatchNorm uses its running statistics and dropout drops nothing; after
+    `train`, both train."""
     model = remote("regular", rngs="default", mutable=True)
     model.eval()
     torch.testing.assert_close(model(batch), in_inference(batch), rtol=1e-5, atol=1e-6)
@@ -92,7 +96,8 @@ def test_without_a_word_a_model_keeps_its_own_mode(remote: Remote, batch: Tensor
 
 
 def test_nnx_with_its_own_keys_is_not_trained_with_one_mask(remote: Remote, batch: Tensor) -> None:
-    """A model in training mode that would draw the same at each call is refused, and the error names `rngs`."""
+    """A model in training mode that would draw the same at each call is refused, and the error
+    names `rngs`."""
     for parameters in ("client", "worker"):
         with pytest.raises(CallerError, match=r"\['default'\].*rngs=.*mutable=True.*\.eval\(\)"):
             remote("regular", parameters=parameters)(batch)
@@ -102,7 +107,9 @@ def test_nnx_with_its_own_keys_is_not_trained_with_one_mask(remote: Remote, batc
         grad(batch)
 
 
-@pytest.mark.parametrize("options", [{"rngs": "default"}, {"mutable": True}], ids=["rngs", "mutable"])
+@pytest.mark.parametrize(
+    "options", [{"rngs": "default"}, {"mutable": True}], ids=["rngs", "mutable"]
+)
 def test_each_call_has_its_own_mask(remote: Remote, batch: Tensor, options: dict[str, Any]) -> None:
     """With `rngs`, or with `mutable` by nnx's own counts, calls in training mode draw anew."""
     model = remote("regular", **options)
@@ -111,7 +118,8 @@ def test_each_call_has_its_own_mask(remote: Remote, batch: Tensor, options: dict
 
 
 def test_a_transform_that_draws_nothing_is_served(remote: Remote, batch: Tensor) -> None:
-    """Variables that nnx.scan has replaced are no draw: a model that drops nothing needs no keys."""
+    """Variables that nnx.scan has replaced are no draw: a model that drops nothing needs no
+    keys."""
     assert torch.equal(remote("repeated")(batch), 4 * batch)
     with pytest.raises(CallerError, match="rngs="):
         remote("repeated").train()(batch)
@@ -138,7 +146,9 @@ def test_eval_reaches_equinox_with_state(remote: Remote, batch: Tensor) -> None:
     assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
-def test_compiled_code_follows_the_mode(remote: Remote, batch: Tensor, fresh_compiler: None) -> None:
+def test_compiled_code_follows_the_mode(
+    remote: Remote, batch: Tensor, fresh_compiler: None
+) -> None:
     """torch.compile compiles anew when the mode changes."""
     model = remote("regular", rngs="default")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -164,7 +174,9 @@ def test_a_model_without_modes_is_not_prepared_again() -> None:
 def test_a_mode_that_there_is_not_is_refused(session: Session) -> None:
     """A call that names no known mode is a ProtocolError."""
     leaf, none = pb.Tree(leaf=pb.Tree.Leaf()), pb.Tree(dict=pb.Tree.Mapping())
-    arguments = pb.Tree(tuple=pb.Tree.Sequence(items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), none]))
+    arguments = pb.Tree(
+        tuple=pb.Tree.Sequence(items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), none])
+    )
     spec = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[4, 3])
     with pytest.raises(ProtocolError, match="mode 7"):
         session.prepare_call(pb.Call(model="regular", arguments=arguments, inputs=[spec], mode=7))  # type: ignore[arg-type]

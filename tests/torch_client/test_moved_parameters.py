@@ -1,4 +1,5 @@
-"""Parameters whose memory is replaced, resized or refilled by somebody else: each call uses the current values."""
+"""Parameters whose memory is replaced, resized or refilled by somebody else: each call uses the
+current values."""
 
 import contextlib
 import copy
@@ -151,14 +152,26 @@ def convert_by_swapping(model: nn.Module) -> Poke:
 
 
 MOVES = [
-    *(swap_tensors, assign_data, set_source, set_storage, export_to_numpy, free_and_refill, fill_empty),
+    *(
+        swap_tensors,
+        assign_data,
+        set_source,
+        set_storage,
+        export_to_numpy,
+        free_and_refill,
+        fill_empty,
+    ),
     *(assign_state, view_a_vector, view_one_vector_each, replace_by_name, convert_by_swapping),
 ]
 
 
 def outcome(model: nn.Module) -> list[Tensor]:
     """Return the output and the gradients of one forward and backward."""
-    x = torch.linspace(-1, 1, 12, dtype=next(model.parameters()).dtype).reshape(4, 3).requires_grad_()
+    x = (
+        torch.linspace(-1, 1, 12, dtype=next(model.parameters()).dtype)
+        .reshape(4, 3)
+        .requires_grad_()
+    )
     model.zero_grad()
     y = model(x)
     y.square().sum().backward()
@@ -168,9 +181,12 @@ def outcome(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("is_called_before", [False, True], ids=["new", "called before"])
 def test_the_current_values_are_used(
-    pair: tuple[RemoteJaxFunction, Affine], move: Callable[[nn.Module], Poke], is_called_before: bool
+    pair: tuple[RemoteJaxFunction, Affine],
+    move: Callable[[nn.Module], Poke],
+    is_called_before: bool,
 ) -> None:
-    """After a move, a write by another owner of the memory, and a step, outputs and gradients are torch's."""
+    """After a move, a write by another owner of the memory, and a step, outputs and gradients
+    are torch's."""
     if is_called_before:
         torch.testing.assert_close(*map(outcome, pair))
     pokes = [move(model) for model in pair]
@@ -185,7 +201,8 @@ def test_the_current_values_are_used(
 
 
 def test_a_copied_view_stays_a_view(pair: tuple[RemoteJaxFunction, Affine]) -> None:
-    """What deepcopy makes of a model and a view of its parameter share memory, as the originals do."""
+    """What deepcopy makes of a model and a view of its parameter share memory, as the originals
+    do."""
     results = []
     for model in pair:
         copied, view = copy.deepcopy((model, model.bias.detach()))
@@ -196,7 +213,8 @@ def test_a_copied_view_stays_a_view(pair: tuple[RemoteJaxFunction, Affine]) -> N
 
 
 def test_values_given_for_one_call_are_followed(pair: tuple[RemoteJaxFunction, Affine]) -> None:
-    """torch.func.functional_call uses the current values of nn.Parameters, and leaves their memory in place."""
+    """torch.func.functional_call uses the current values of nn.Parameters, and leaves their
+    memory in place."""
     results = []
     for model in pair:
         memory = {name: value.detach() * 2 for name, value in model.named_parameters()}
@@ -212,7 +230,9 @@ def test_values_given_for_one_call_are_followed(pair: tuple[RemoteJaxFunction, A
 
 @pytest.mark.parametrize("nbytes", [0, 4], ids=["freed", "shrunk"])
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["row-major", "transposed"])
-def test_a_parameter_without_memory_is_an_error_naming_it(remote: Remote, nbytes: int, is_transposed: bool) -> None:
+def test_a_parameter_without_memory_is_an_error_naming_it(
+    remote: Remote, nbytes: int, is_transposed: bool
+) -> None:
     """A storage that is smaller than its parameter is refused before it is read."""
     model = remote("affine")
     value = model.weight.detach().clone()
@@ -224,7 +244,8 @@ def test_a_parameter_without_memory_is_an_error_naming_it(remote: Remote, nbytes
 
 
 def test_memory_of_the_session_cannot_be_freed(remote: Remote) -> None:
-    """The storage of a parameter in the session's memory refuses to be resized, and keeps its values."""
+    """The storage of a parameter in the session's memory refuses to be resized, and keeps its
+    values."""
     model = remote("affine")
     before = outcome(model)
     with pytest.raises(RuntimeError, match="not resizable"):
@@ -235,7 +256,8 @@ def test_memory_of_the_session_cannot_be_freed(remote: Remote) -> None:
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("hook", ["prune", "weight_norm"])
 def test_hooks_on_a_branch_compute_its_parameters(remote: Remote, hook: str) -> None:
-    """A weight that a hook of a submodule computes from others follows these at each call, with their gradients."""
+    """A weight that a hook of a submodule computes from others follows these at each call, with
+    their gradients."""
     model = remote("perceptron")
     dense = model.params.Dense_0
     plain = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -261,7 +283,8 @@ def test_hooks_on_a_branch_compute_its_parameters(remote: Remote, hook: str) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_residual_in_process_does_not_read_freed_memory(dtype: torch.dtype) -> None:
-    """Where an input's storage is freed after the forward and refilled elsewhere, gradients are those of its values."""
+    """Where an input's storage is freed after the forward and refilled elsewhere, gradients are
+    those of its values."""
     with jax.enable_x64(True), host(jax_model={"multiply": lambda x, w: x * w}) as session:
         x, w = (torch.rand(1 << 16, dtype=dtype).requires_grad_() for _ in range(2))
         values = x.detach().clone()
@@ -277,7 +300,7 @@ def test_a_residual_in_process_does_not_read_freed_memory(dtype: torch.dtype) ->
         torch.testing.assert_close([x.grad, w.grad], [w.detach(), values])
 
 
-# Sharded -------------------------------------------------------------------------------------------------------
+# Sharded ------------------------------------------------------------------------------------------
 
 _MODULE = "tests.torch_client.sharded_training"
 
@@ -299,8 +322,11 @@ def _ranks(directory: Path, address: str, venv: str) -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("where", ["worker", "in process"])
-def test_two_ranks_that_shard_train_as_torch_modules_do(tmp_path: Path, x64_worker: Session, where: str) -> None:
-    """Under fully_shard, around the model, a parent and with mixed precision, weights are those of torch modules."""
+def test_two_ranks_that_shard_train_as_torch_modules_do(
+    tmp_path: Path, x64_worker: Session, where: str
+) -> None:
+    """Under fully_shard, around the model, a parent and with mixed precision, weights are those
+    of torch modules."""
     address, venv = (x64_worker.address, ".venv-torch") if where == "worker" else ("", ".venv-both")
     with _ranks(tmp_path, address, venv) as ranks:
         for rank in ranks:
@@ -311,12 +337,16 @@ def test_two_ranks_that_shard_train_as_torch_modules_do(tmp_path: Path, x64_work
         assert len(seen) == 4
         for kind, (remote, plain) in seen.items():
             tolerance = 0.05 if "bfloat16" in kind else 1e-10
-            torch.testing.assert_close(remote, plain, rtol=tolerance, atol=tolerance, msg=lambda m, k=kind: f"{k}: {m}")
+            torch.testing.assert_close(
+                remote, plain, rtol=tolerance, atol=tolerance, msg=lambda m, k=kind: f"{k}: {m}"
+            )
 
 
 def test_a_sharded_parameter_is_an_error_naming_it(jax_worker: Session) -> None:
     """A DTensor that no hook has gathered is refused by name, wherever it comes from."""
     with connect(jax_worker.address) as session:
-        done = run_program(f"from {_MODULE} import refuse; refuse()", session.address, venv=".venv-torch")
+        done = run_program(
+            f"from {_MODULE} import refuse; refuse()", session.address, venv=".venv-torch"
+        )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["branch", "distributed", "unhooked", "argument"]

@@ -1,4 +1,5 @@
-"""A worker in another Python with another jax: .venv-jax-next, which `make setup` makes where it finds one."""
+"""A worker in another Python with another jax: .venv-jax-next, which `make setup` makes where it
+finds one."""
 
 import json
 import subprocess
@@ -24,13 +25,19 @@ VERSIONS = "import json, sys, jax; print(json.dumps([*sys.version_info[:2], jax.
 def next_worker() -> Iterator[Session]:
     """A worker of the other Python."""
     if not (ROOT / NEXT).exists():
-        pytest.skip(f"`make setup` found no Python newer than {sys.version_info[0]}.{sys.version_info[1]}: no {NEXT}")
+        pytest.skip(
+            f"`make setup` found no Python newer than {sys.version_info[0]}.{sys.version_info[1]}:"
+            f" no {NEXT}"
+        )
     names = {
         "sine": "tests.models",
         "identity": "tests.torch_client.functions",
         "affine": "tests.torch_client.functions",
     }
-    names |= {"perceptron": "tests.torch_client.flax_models", "raises_at_trace": "tests.torch_client.functions"}
+    names |= {
+        "perceptron": "tests.torch_client.flax_models",
+        "raises_at_trace": "tests.torch_client.functions",
+    }
     models = {name: f"{module}:{name}" for name, module in names.items()}
     with spawn(jax_model=models, python=python_of(NEXT), cwd=ROOT) as session:
         # The first call creates the memory that later tests find.
@@ -40,15 +47,20 @@ def next_worker() -> Iterator[Session]:
 
 def test_the_worker_has_another_python_and_jax(next_worker: Session) -> None:
     """The environment is what it is for: neither its Python nor its jax is this process's."""
-    made = subprocess.run([python_of(NEXT), "-c", VERSIONS], capture_output=True, text=True, check=True)
+    made = subprocess.run(
+        [python_of(NEXT), "-c", VERSIONS], capture_output=True, text=True, check=True
+    )
     major, minor, jax_version = json.loads(made.stdout)
     assert (major, minor) > sys.version_info[:2]
-    here = subprocess.run([sys.executable, "-c", VERSIONS], capture_output=True, text=True, check=True)
+    here = subprocess.run(
+        [sys.executable, "-c", VERSIONS], capture_output=True, text=True, check=True
+    )
     assert jax_version != json.loads(here.stdout)[2]
 
 
 def test_a_forward_and_its_gradient(next_worker: Session) -> None:
-    """Values and gradients, of structures too, are right across Python versions, and nothing is kept."""
+    """Values and gradients, of structures too, are right across Python versions, and nothing is
+    kept."""
     x = torch.rand(3, 4).requires_grad_()
     sine, identity = (RemoteJaxFunction(next_worker, name=name) for name in ("sine", "identity"))
     y = identity({"a": (sine(x), None), "b": [torch.arange(3)]})

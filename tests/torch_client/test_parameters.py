@@ -1,4 +1,5 @@
-"""A model's parameters as parameters of an nn.Module: names, memory, state dicts, copies and casts."""
+"""A model's parameters as parameters of an nn.Module: names, memory, state dicts, copies and
+casts."""
 
 import copy
 import io
@@ -38,7 +39,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
 
 
-# Names and kinds -----------------------------------------------------------------------------------------------
+# Names and kinds ----------------------------------------------------------------------------------
 
 DENSE = ["Dense_0.bias", "Dense_0.kernel"]
 NAMES = {
@@ -55,7 +56,8 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_named_by_tree_path(session: Session, remote: Remote, name: str) -> None:
-    """What is trainable is a parameter and the rest a buffer, under the names and in the order of Describe."""
+    """What is trainable is a parameter and the rest a buffer, under the names and in the order
+    of Describe."""
     model = remote(name)
     parameters, buffers = NAMES[name]
     assert [n for n, _ in model.named_parameters()] == parameters
@@ -63,7 +65,9 @@ def test_parameters_are_named_by_tree_path(session: Session, remote: Remote, nam
     described = session.models[name].parameters
     assert [info.path for info in described if info.trainable] == parameters
     assert [info.path for info in described if not info.trainable] == buffers
-    assert all(isinstance(x, nn.Parameter) and x.requires_grad and x.is_leaf for x in model.parameters())
+    assert all(
+        isinstance(x, nn.Parameter) and x.requires_grad and x.is_leaf for x in model.parameters()
+    )
     assert not any(x.requires_grad for x in model.buffers())
     assert all(is_in_slab(session, x) for x in (*model.parameters(), *model.buffers()))
 
@@ -78,7 +82,8 @@ def reference(name: str, x: np.ndarray) -> Any:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_computes_what_it_does_in_jax(any_lane: Remote, name: str) -> None:
-    """With its parameters as they came, or left on the worker, the model returns what it returns in jax."""
+    """With its parameters as they came, or left on the worker, the model returns what it returns
+    in jax."""
     x = batch()
     expected = np.asarray(reference(name, x.numpy()))
     assert_within(any_lane(name)(x), expected, 1e-6)
@@ -116,12 +121,13 @@ def test_a_module_used_twice_adds_its_gradients(remote: Remote) -> None:
     torch.testing.assert_close(model.weight.grad, (3 * x + 2).sum(0)[:, None].expand(3, 2))
 
 
-# Frozen --------------------------------------------------------------------------------------------------------
+# Frozen -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", ["bias", "weight"])
 def test_nothing_is_computed_for_a_frozen_parameter(remote: Remote, frozen: str) -> None:
-    """A parameter with requires_grad_(False) gets no gradient, and the worker computes none; nor for a buffer."""
+    """A parameter with requires_grad_(False) gets no gradient, and the worker computes none; nor
+    for a buffer."""
     model, tally = remote("counted_affine"), remote("tally")
     other = {"bias": "weight", "weight": "bias"}[frozen]
     before = {key: int(tally(key, 0.0)) for key in (frozen, other)}
@@ -131,18 +137,21 @@ def test_nothing_is_computed_for_a_frozen_parameter(remote: Remote, frozen: str)
     assert set(gradients(model)) == {other}
 
 
-def test_a_module_without_trainable_parameters_keeps_nothing(session: Session, remote: Remote) -> None:
+def test_a_module_without_trainable_parameters_keeps_nothing(
+    session: Session, remote: Remote
+) -> None:
     """requires_grad_(False) on the whole module makes its calls cheap ones."""
     model = remote("perceptron").requires_grad_(False)
     y = model(batch())
     assert not y.requires_grad and session.stats()["residuals"] == 0
 
 
-# State dicts, copies and casts ---------------------------------------------------------------------------------
+# State dicts, copies and casts --------------------------------------------------------------------
 
 
 def test_a_state_dict_round_trips(remote: Remote) -> None:
-    """torch.save and torch.load(weights_only=True) carry the parameters and buffers of one module to another."""
+    """torch.save and torch.load(weights_only=True) carry the parameters and buffers of one
+    module to another."""
     source, target = remote("normed"), remote("normed")
     with torch.no_grad():
         for x in (*source.parameters(), *source.buffers()):
@@ -151,13 +160,19 @@ def test_a_state_dict_round_trips(remote: Remote) -> None:
     torch.save(source.state_dict(), file)
     file.seek(0)
     before = states(target)
-    assert str(target.load_state_dict(torch.load(file, weights_only=True))) == "<All keys matched successfully>"
+    assert (
+        str(target.load_state_dict(torch.load(file, weights_only=True)))
+        == "<All keys matched successfully>"
+    )
     torch.testing.assert_close(target(batch()), source(batch()), rtol=0, atol=0)
-    assert {n: p for n, (p, _) in states(target).items()} == {n: p for n, (p, _) in before.items()}  # still in place
+    assert {n: p for n, (p, _) in states(target).items()} == {
+        n: p for n, (p, _) in before.items()
+    }  # still in place
 
 
 def test_load_state_dict_can_assign(session: Session, remote: Remote) -> None:
-    """With assign=True the loaded tensors become the parameters; they move into the slab when nobody else has them."""
+    """With assign=True the loaded tensors become the parameters; they move into the slab when
+    nobody else has them."""
     model = remote("affine")
     loaded = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
     model.load_state_dict(loaded, assign=True)
@@ -196,8 +211,11 @@ def test_a_copy_is_independent(session: Session, remote: Remote) -> None:
 
 
 @pytest.mark.parametrize("made_anew", [copy.deepcopy, lambda model: model.bfloat16().float()])
-def test_a_state_dict_shows_later_steps(remote: Remote, made_anew: Callable[[nn.Module], nn.Module]) -> None:
-    """What state_dict() gave before the first call are views of the parameters, as of any module, after it too."""
+def test_a_state_dict_shows_later_steps(
+    remote: Remote, made_anew: Callable[[nn.Module], nn.Module]
+) -> None:
+    """What state_dict() gave before the first call are views of the parameters, as of any
+    module, after it too."""
     model = made_anew(remote("affine"))
     held = model.state_dict()
     model(torch.ones(1, 3))
@@ -207,7 +225,8 @@ def test_a_state_dict_shows_later_steps(remote: Remote, made_anew: Callable[[nn.
 
 
 def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote: Remote) -> None:
-    """After share_memory() other processes see what an optimizer does here, also once the model has been called."""
+    """After share_memory() other processes see what an optimizer does here, also once the model
+    has been called."""
     model = remote("affine").share_memory()
     seen_elsewhere = model.bias.detach()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -219,13 +238,18 @@ def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_module_can_be_cast(session: Session, remote: Remote, dtype: torch.dtype) -> None:
-    """to(dtype) casts the parameters, and the model then computes and is differentiated in that type."""
+    """to(dtype) casts the parameters, and the model then computes and is differentiated in that
+    type."""
     model, x = remote("affine"), batch()
     expected = model(x)
     assert model.to(dtype) is model
     y = model(x.to(dtype))
     y.sum().backward()
-    assert {y.dtype, *(x.dtype for x in model.parameters()), *(g.dtype for g in gradients(model).values())} == {dtype}
+    assert {
+        y.dtype,
+        *(x.dtype for x in model.parameters()),
+        *(g.dtype for g in gradients(model).values()),
+    } == {dtype}
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
     assert all(is_in_slab(session, x) for x in model.parameters())
     torch.testing.assert_close(model.float()(x), expected, rtol=0.05, atol=0.05)
@@ -250,7 +274,8 @@ def test_float64_parameters_without_x64_are_an_error_naming_the_first(remote: Re
 
 
 def test_a_parameter_of_another_shape_is_an_error_naming_it(any_lane: Remote) -> None:
-    """A parameter whose shape was changed is refused before any data moves, with its path and both shapes."""
+    """A parameter whose shape was changed is refused before any data moves, with its path and
+    both shapes."""
     model = any_lane("perceptron")
     model.params.Dense_1.kernel = nn.Parameter(torch.zeros(4, 2))
     with pytest.raises(SpecError, match=r"`params\.Dense_1\.kernel` has shape \[4, 2\].*\[5, 2\]"):
@@ -260,7 +285,10 @@ def test_a_parameter_of_another_shape_is_an_error_naming_it(any_lane: Remote) ->
 def test_functional_call_uses_other_parameters(remote: Remote) -> None:
     """torch.func.functional_call computes with the given tensors and is differentiable in them."""
     model = remote("affine")
-    weights = {"weight": torch.ones(3, 2, requires_grad=True), "bias": torch.zeros(2, requires_grad=True)}
+    weights = {
+        "weight": torch.ones(3, 2, requires_grad=True),
+        "bias": torch.zeros(2, requires_grad=True),
+    }
     y = torch.func.functional_call(model, weights, (batch(),))
     torch.testing.assert_close(y.detach(), batch().sum(1, keepdim=True).expand(-1, 2))
     y.sum().backward()
@@ -272,7 +300,9 @@ def test_a_pruned_or_normalised_weight_is_used(remote: Remote) -> None:
     """torch.nn.utils.parametrize works on its parameters."""
     model = remote("affine")
     nn.utils.parametrize.register_parametrization(model, "weight", _Doubled())
-    expected = batch() @ (2 * torch.from_numpy(affine[1]["weight"])) + torch.from_numpy(affine[1]["bias"])
+    expected = batch() @ (2 * torch.from_numpy(affine[1]["weight"])) + torch.from_numpy(
+        affine[1]["bias"]
+    )
     torch.testing.assert_close(model(batch()), expected)
 
 

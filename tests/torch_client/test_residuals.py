@@ -1,4 +1,5 @@
-"""How long the worker keeps what a backward pass needs, and what torch's own tools for saved tensors do to that."""
+"""How long the worker keeps what a backward pass needs, and what torch's own tools for saved
+tensors do to that."""
 
 import gc
 from collections.abc import Callable
@@ -21,14 +22,18 @@ def leaf(*shape: int) -> Tensor:
 
 
 def kept(session: Session) -> int:
-    """Return how many residuals the worker keeps for the session. Without a collection: references must suffice."""
+    """Return how many residuals the worker keeps for the session.
+
+    Without a collection: references must suffice.
+    """
     stats = session.stats()
     assert (stats["residuals"] == 0) == (stats["residual_bytes"] == 0)
     return stats["residuals"]
 
 
 def test_a_residual_lives_from_forward_to_backward(session: Session, remote: Remote) -> None:
-    """One forward keeps one residual; a backward that retains keeps it; the last one releases it."""
+    """One forward keeps one residual; a backward that retains keeps it; the last one releases
+    it."""
     y = remote("sine")(leaf()).sum()
     assert kept(session) == 1
     y.backward(retain_graph=True)
@@ -48,9 +53,14 @@ def test_a_dropped_graph_releases_its_residual(session: Session, remote: Remote)
     assert kept(session) == 0
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
-def test_without_grad_nothing_is_kept(session: Session, remote: Remote, mode: Callable[[], Any]) -> None:
-    """Under no_grad and inference_mode no residual is made, not even for inputs that require a gradient."""
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)]
+)
+def test_without_grad_nothing_is_kept(
+    session: Session, remote: Remote, mode: Callable[[], Any]
+) -> None:
+    """Under no_grad and inference_mode no residual is made, not even for inputs that require a
+    gradient."""
     x = leaf()
     with mode():
         y = remote("sine")(x)
@@ -65,7 +75,8 @@ def test_inputs_without_grad_keep_nothing(session: Session, remote: Remote) -> N
 
 
 def test_inference_tensors_are_inputs(remote: Remote) -> None:
-    """A tensor made in inference mode can be passed on in it and, where it needs no gradient, outside of it."""
+    """A tensor made in inference mode can be passed on in it and, where it needs no gradient,
+    outside of it."""
     with torch.inference_mode():
         y = remote("sine")(torch.rand(3))
         z = remote("sine")(y)
@@ -84,7 +95,8 @@ def test_blocks_return_with_their_tensors(session: Session, remote: Remote) -> N
 
 
 def test_a_failed_forward_keeps_nothing(session: Session, remote: Remote) -> None:
-    """A model that raises at run time under grad leaves neither a residual nor a block; the next call works."""
+    """A model that raises at run time under grad leaves neither a residual nor a block; the next
+    call works."""
     model = remote("raises_below_zero")
     for value in (-1.0, 1.0, -1.0):
         x = torch.full((3,), value).requires_grad_()
@@ -108,7 +120,8 @@ def test_a_failed_backward_keeps_nothing(session: Session, remote: Remote) -> No
 
 
 def test_a_hook_that_raises_leaves_nothing(session: Session, remote: Remote) -> None:
-    """An exception of the user's own hook in the middle of backward leaves nothing behind either."""
+    """An exception of the user's own hook in the middle of backward leaves nothing behind
+    either."""
 
     def refuse(gradient: Tensor) -> None:
         raise LookupError("no")
@@ -159,8 +172,11 @@ def test_checkpointing_recomputes(any_lane: Remote, use_reentrant: bool) -> None
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_keeps_no_residual(session: Session, remote: Remote, use_reentrant: bool) -> None:
-    """Between forward and backward a checkpointed call keeps nothing on the worker, and afterwards neither."""
+def test_checkpointing_keeps_no_residual(
+    session: Session, remote: Remote, use_reentrant: bool
+) -> None:
+    """Between forward and backward a checkpointed call keeps nothing on the worker, and
+    afterwards neither."""
     sine = remote("sine")
     y = checkpoint(lambda x: sine(sine(x)), leaf(), use_reentrant=use_reentrant)
     assert kept(session) == 0
@@ -177,7 +193,8 @@ def saved_in_numpy() -> saved_tensors_hooks:
 def test_hooks_for_saved_tensors_change_nothing(
     session: Session, remote: Remote, context: Callable[[], saved_tensors_hooks]
 ) -> None:
-    """Where saved tensors are packed and unpacked, even several times, gradients are the same and nothing is left."""
+    """Where saved tensors are packed and unpacked, even several times, gradients are the same
+    and nothing is left."""
     sine, x = remote("sine"), leaf(2, 3)
     with context():
         y = sine(x.mT).sum()

@@ -35,16 +35,27 @@ def batches() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def in_jax(
-    digits: tuple[np.ndarray, np.ndarray], batches: np.ndarray, tmp_path_factory: pytest.TempPathFactory
+    digits: tuple[np.ndarray, np.ndarray],
+    batches: np.ndarray,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """The training in JAX alone, in the worker's environment and beside the other one, and its result's file."""
+    """The training in JAX alone, in the worker's environment and beside the other one, and its
+    result's file."""
     folder = tmp_path_factory.mktemp("resnet")
     images, labels = digits
     torch.manual_seed(SEED)
     keys = [torch.randint(0, 2**32, (2,), dtype=torch.uint32).numpy() for _ in batches]
     tested = images[TRAINED:]
-    np.savez(folder / "data.npz", images=images, labels=labels, batches=batches, keys=keys, tested=tested)
-    command = [python_of(".venv-jax"), "-m", "tests.torch_client.resnet", folder / "data.npz", folder / "result.npz"]
+    np.savez(
+        folder / "data.npz", images=images, labels=labels, batches=batches, keys=keys, tested=tested
+    )
+    command = [
+        python_of(".venv-jax"),
+        "-m",
+        "tests.torch_client.resnet",
+        folder / "data.npz",
+        folder / "result.npz",
+    ]
     with subprocess.Popen(command, cwd=ROOT) as process:
         yield process, folder / "result.npz"
         process.kill()
@@ -85,8 +96,9 @@ def test_a_residual_network_trains_as_in_jax(
     digits: tuple[np.ndarray, np.ndarray],
     batches: np.ndarray,
 ) -> None:
-    """From torch it classifies as many digits as after its training in JAX, within a point; the same seed gives the
-    same losses."""
+    """From torch it classifies as many digits as after its training in JAX, within a point; the
+    same seed gives the same losses.
+    """
     images, labels = torch.from_numpy(digits[0]), torch.from_numpy(digits[1]).long()
     model, again = (RemoteJaxFunction(session, rngs="dropout", mutable=True) for _ in range(2))
     losses = train(model, images, labels, batches)
@@ -99,6 +111,9 @@ def test_a_residual_network_trains_as_in_jax(
     with np.load(result) as saved:
         expected = dict(saved)
     np.testing.assert_allclose(losses[:5], expected["losses"][:5], rtol=1e-3)
-    accuracy, wanted = (float((seen == digits[1][TRAINED:]).mean()) for seen in (classes.numpy(), expected["classes"]))
+    accuracy, wanted = (
+        float((seen == digits[1][TRAINED:]).mean())
+        for seen in (classes.numpy(), expected["classes"])
+    )
     assert wanted > 0.95
     assert abs(accuracy - wanted) <= 0.01

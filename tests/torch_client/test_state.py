@@ -1,4 +1,5 @@
-"""State and randomness: buffers that a call changes, and random streams whose keys torch's generator decides."""
+"""State and randomness: buffers that a call changes, and random streams whose keys torch's
+generator decides."""
 
 import copy
 import gc
@@ -21,9 +22,26 @@ from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, python_of
 from tests.torch_client.conftest import Remote
 from tests.torch_client.reference import assert_within
-from tests.torch_client.stateful_models import counted, equinox_normed, moving, noise, noisy, noisy_pair, two_noises
+from tests.torch_client.stateful_models import (
+    counted,
+    equinox_normed,
+    moving,
+    noise,
+    noisy,
+    noisy_pair,
+    two_noises,
+)
 
-MODELS = ["noisy", "counted", "equinox_normed", "moving", "noisy_haiku", "noise", "two_noises", "noisy_pair"]
+MODELS = [
+    "noisy",
+    "counted",
+    "equinox_normed",
+    "moving",
+    "noisy_haiku",
+    "noise",
+    "two_noises",
+    "noisy_pair",
+]
 STATEFUL: dict[str, dict[str, Any]] = {
     "noisy": {"rngs": "dropout", "mutable": True},
     "counted": {"rngs": "dropout", "mutable": True},
@@ -67,7 +85,8 @@ def batch() -> Tensor:
 
 
 def key_of(stream: str) -> jax.Array:
-    """Return the key of a stream in the next call: what the call is going to draw, with the stream's name."""
+    """Return the key of a stream in the next call: what the call is going to draw, with the
+    stream's name."""
     state = torch.get_rng_state()
     words = torch.randint(0, 2**32, (2,), dtype=torch.uint32).numpy()
     torch.set_rng_state(state)
@@ -78,18 +97,22 @@ def values(model: nn.Module) -> dict[str, np.ndarray]:
     return {name: buffer.numpy().copy() for name, buffer in model.named_buffers()}
 
 
-# What frameworks do ----------------------------------------------------------------------------------------------
+# What frameworks do -------------------------------------------------------------------------------
 
 
 def in_linen(x: Tensor) -> tuple[Any, list[Any]]:
     module, variables = noisy
-    y, after = module.apply(variables, x.numpy(), rngs={"dropout": key_of("dropout")}, mutable=["batch_stats"])
+    y, after = module.apply(
+        variables, x.numpy(), rngs={"dropout": key_of("dropout")}, mutable=["batch_stats"]
+    )
     return y, jax.tree.leaves(after)
 
 
 def in_equinox(x: Tensor) -> tuple[Any, list[Any]]:
     module, state = equinox_normed
-    y, after = module(jnp.asarray(x.numpy()), jax.tree.map(lambda leaf: leaf, state), key=key_of("key"))
+    y, after = module(
+        jnp.asarray(x.numpy()), jax.tree.map(lambda leaf: leaf, state), key=key_of("key")
+    )
     return y, jax.tree.leaves(after)
 
 
@@ -100,12 +123,16 @@ def in_haiku(x: Tensor) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "reference"), [("noisy", in_linen), ("equinox_normed", in_equinox), ("moving", in_haiku)]
+    ("name", "reference"),
+    [("noisy", in_linen), ("equinox_normed", in_equinox), ("moving", in_haiku)],
 )
 def test_a_call_in_training_is_that_of_the_framework(
-    stateful: Callable[[str], RemoteJaxFunction], name: str, reference: Callable[[Tensor], tuple[Any, list[Any]]]
+    stateful: Callable[[str], RemoteJaxFunction],
+    name: str,
+    reference: Callable[[Tensor], tuple[Any, list[Any]]],
 ) -> None:
-    """Result and new state are those that the framework itself gives for this key, the documented one."""
+    """Result and new state are those that the framework itself gives for this key, the
+    documented one."""
     model, x = stateful(name), batch()
     expected, state = reference(x)
     assert_within(model(x), np.asarray(expected), 1e-6)
@@ -114,7 +141,8 @@ def test_a_call_in_training_is_that_of_the_framework(
 
 
 def test_a_model_of_this_process_keeps_its_own_state() -> None:
-    """In one process the module's buffers change likewise, and the variables that the model was made of do not."""
+    """In one process the module's buffers change likewise, and the variables that the model was
+    made of do not."""
     module, variables = noisy
     arrays = jax.tree.map(jnp.asarray, variables)
     model, x = RemoteJaxFunction((module, arrays), rngs="dropout", mutable=True), batch()
@@ -125,8 +153,11 @@ def test_a_model_of_this_process_keeps_its_own_state() -> None:
     jax.tree.map(np.testing.assert_array_equal, arrays, variables)
 
 
-def test_nnx_state_is_kept_and_streams_are_reseeded(stateful: Callable[[str], RemoteJaxFunction]) -> None:
-    """An nnx module's statistics count the calls, and what is dropped follows the key of the call alone."""
+def test_nnx_state_is_kept_and_streams_are_reseeded(
+    stateful: Callable[[str], RemoteJaxFunction],
+) -> None:
+    """An nnx module's statistics count the calls, and what is dropped follows the key of the
+    call alone."""
     model, x = stateful("counted"), batch()
     torch.manual_seed(0)
     first, second = model(x), model(x)
@@ -138,7 +169,8 @@ def test_nnx_state_is_kept_and_streams_are_reseeded(stateful: Callable[[str], Re
 
 
 def test_the_default_device_does_not_matter(stateful: Callable[[str], RemoteJaxFunction]) -> None:
-    """Keys, numbers and empty tensors are made in the host's memory under torch.set_default_device, too."""
+    """Keys, numbers and empty tensors are made in the host's memory under
+    torch.set_default_device, too."""
     model, x = stateful("noisy"), batch().requires_grad_()
     with torch.device("meta"):
         y = model(x)
@@ -147,7 +179,8 @@ def test_the_default_device_does_not_matter(stateful: Callable[[str], RemoteJaxF
 
 
 def test_functions_take_the_keys_by_name(remote: Remote) -> None:
-    """Each stream of a function, or of a pair (apply, params), is a keyword argument with a key of its own."""
+    """Each stream of a function, or of a pair (apply, params), is a keyword argument with a key
+    of its own."""
     x = batch()
     expected = noise(x.numpy(), key_of("key"))
     assert_within(remote("noise", rngs="key")(x), np.asarray(expected), 1e-6)
@@ -172,14 +205,15 @@ def _haiku_key(key: jax.Array) -> jax.Array:
     return jax.random.split(key)[1]
 
 
-# Buffers ---------------------------------------------------------------------------------------------------------
+# Buffers ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_gradients_are_right_after_the_buffers_have_changed(
     stateful: Callable[[str], RemoteJaxFunction], name: str
 ) -> None:
-    """Two forwards and then both backwards give the gradients of the state that each forward has seen."""
+    """Two forwards and then both backwards give the gradients of the state that each forward has
+    seen."""
     one_by_one, together = stateful(name), stateful(name)
     expected = []
     for seed in (1, 2):
@@ -200,8 +234,11 @@ def test_gradients_are_right_after_the_buffers_have_changed(
         assert not x.requires_grad
 
 
-def test_recomputed_gradients_see_the_old_state(stateful: Callable[[str], RemoteJaxFunction], session: Session) -> None:
-    """A backward under create_graph, which runs the model anew, does so with the state and the key of its forward."""
+def test_recomputed_gradients_see_the_old_state(
+    stateful: Callable[[str], RemoteJaxFunction], session: Session
+) -> None:
+    """A backward under create_graph, which runs the model anew, does so with the state and the
+    key of its forward."""
     model, x = stateful("counted"), batch().requires_grad_()
     y = model(x).square().sum()
     model(x)
@@ -213,7 +250,8 @@ def test_recomputed_gradients_see_the_old_state(stateful: Callable[[str], Remote
 def test_buffers_change_in_place_and_in_the_slab(
     stateful: Callable[[str], RemoteJaxFunction], session: Session
 ) -> None:
-    """A buffer keeps its memory, in the slab, through calls with and without grad, as that of torch's BatchNorm."""
+    """A buffer keeps its memory, in the slab, through calls with and without grad, as that of
+    torch's BatchNorm."""
     model, x = stateful("noisy"), batch()
     addresses = [buffer.data_ptr() for buffer in model.buffers()]
     state = model.state_dict()
@@ -222,7 +260,9 @@ def test_buffers_change_in_place_and_in_the_slab(
         model(x)
     assert [buffer.data_ptr() for buffer in model.buffers()] == addresses
     assert all(session.pool.address_of(address, 12) is not None for address in addresses)
-    torch.testing.assert_close(dict(model.named_buffers()), {n: x for n, x in state.items() if n.startswith("batch")})
+    torch.testing.assert_close(
+        dict(model.named_buffers()), {n: x for n, x in state.items() if n.startswith("batch")}
+    )
 
 
 def test_no_buffer_changes_in_eval_mode(stateful: Callable[[str], RemoteJaxFunction]) -> None:
@@ -230,14 +270,18 @@ def test_no_buffer_changes_in_eval_mode(stateful: Callable[[str], RemoteJaxFunct
     model, x = stateful("noisy").eval(), batch()
     before, state = values(model), torch.get_rng_state()
     module, variables = noisy
-    assert_within(model(x, train=False), np.asarray(module.apply(variables, x.numpy(), train=False)), 1e-6)
+    assert_within(
+        model(x, train=False), np.asarray(module.apply(variables, x.numpy(), train=False)), 1e-6
+    )
     np.testing.assert_equal(values(model), before)
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(RemoteModelError, match="batch_stats"):
         model(x, train=True)
 
 
-def test_functional_call_changes_the_buffers_that_it_is_given(stateful: Callable[[str], RemoteJaxFunction]) -> None:
+def test_functional_call_changes_the_buffers_that_it_is_given(
+    stateful: Callable[[str], RemoteJaxFunction],
+) -> None:
     """Under torch.func.functional_call the given buffers change, and the module's own do not."""
     model, x = stateful("noisy"), batch()
     before = values(model)
@@ -249,25 +293,32 @@ def test_functional_call_changes_the_buffers_that_it_is_given(stateful: Callable
     torch.testing.assert_close(given, dict(expected.named_buffers()))
 
 
-def test_a_copied_model_has_state_of_its_own(stateful: Callable[[str], RemoteJaxFunction], session: Session) -> None:
-    """The statistics of a copy that was cast to and fro are in the slab too, and change apart from the original's."""
+def test_a_copied_model_has_state_of_its_own(
+    stateful: Callable[[str], RemoteJaxFunction], session: Session
+) -> None:
+    """The statistics of a copy that was cast to and fro are in the slab too, and change apart
+    from the original's."""
     model, x = stateful("noisy"), batch()
     twin = copy.deepcopy(model).double().float()
-    assert all(session.pool.address_of(buffer.data_ptr(), 12) is not None for buffer in twin.buffers())
+    assert all(
+        session.pool.address_of(buffer.data_ptr(), 12) is not None for buffer in twin.buffers()
+    )
     before = values(model)
     twin(x)
     np.testing.assert_equal(values(model), before)
     assert any((new != before[name]).any() for name, new in values(twin).items())
 
 
-def test_buffers_keep_a_dtype_that_the_module_was_cast_to(stateful: Callable[[str], RemoteJaxFunction]) -> None:
+def test_buffers_keep_a_dtype_that_the_module_was_cast_to(
+    stateful: Callable[[str], RemoteJaxFunction],
+) -> None:
     """A module cast to bfloat16 has bfloat16 statistics after a call, too."""
     model = stateful("noisy").to(torch.bfloat16)
     model(batch().to(torch.bfloat16))
     assert {buffer.dtype for buffer in model.buffers()} == {torch.bfloat16}
 
 
-# Randomness ------------------------------------------------------------------------------------------------------
+# Randomness ---------------------------------------------------------------------------------------
 
 
 def test_the_seed_decides_what_is_drawn(remote: Remote) -> None:
@@ -304,7 +355,8 @@ def test_checkpointing_draws_the_same_again(remote: Remote) -> None:
 
 
 def test_vmap_treats_randomness_as_torch_does(remote: Remote) -> None:
-    """Under vmap noise is refused, or the same, or different for each element, as `randomness` says."""
+    """Under vmap noise is refused, or the same, or different for each element, as `randomness`
+    says."""
     model = remote("noise", rngs="key")
     x = torch.zeros(3, 4)
     with pytest.raises(RuntimeError, match="randomness"):
@@ -316,7 +368,8 @@ def test_vmap_treats_randomness_as_torch_does(remote: Remote) -> None:
 
 
 def test_submitted_calls_draw_in_the_order_of_their_submission(remote: Remote) -> None:
-    """The keys of submitted calls are drawn when they are submitted; calls that change buffers cannot be."""
+    """The keys of submitted calls are drawn when they are submitted; calls that change buffers
+    cannot be."""
     model, x = remote("noise", rngs="key"), batch()
     torch.manual_seed(6)
     expected = [model(x).clone() for _ in range(4)]
@@ -333,20 +386,25 @@ def test_parameters_left_on_the_worker_may_have_randomness(remote: Remote) -> No
     """With parameters="worker" a key is sent too, and buffers cannot change."""
     x = batch()
     expected = noisy_pair[0](noisy_pair[1], x.numpy(), key=key_of("key"))
-    assert_within(remote("noisy_pair", parameters="worker", rngs="key")(x), np.asarray(expected), 1e-6)
+    assert_within(
+        remote("noisy_pair", parameters="worker", rngs="key")(x), np.asarray(expected), 1e-6
+    )
     with pytest.raises(CallerError, match="parameters='client'"):
         remote("noisy", parameters="worker", mutable=True)
 
 
-# Transforms and compilation --------------------------------------------------------------------------------------
+# Transforms and compilation -----------------------------------------------------------------------
 
 
 def test_state_under_transforms(stateful: Callable[[str], RemoteJaxFunction]) -> None:
-    """Under torch.func.grad given buffers change as BatchNorm's do; captured ones raise torch's own error."""
+    """Under torch.func.grad given buffers change as BatchNorm's do; captured ones raise torch's
+    own error."""
     model, x = stateful("noisy"), batch()
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
 
-    def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        parameters: dict[str, Tensor], buffers: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         own = {name: buffer.clone() for name, buffer in buffers.items()}
         y = torch.func.functional_call(model, {**parameters, **own}, (x,))
         return y.square().sum(), own
@@ -369,7 +427,10 @@ def test_state_has_no_tangents(stateful: Callable[[str], RemoteJaxFunction]) -> 
         torch.manual_seed(9)
         y, tangent = torch.autograd.forward_ad.unpack_dual(model(dual))
         assert tangent is not None
-        assert all(torch.autograd.forward_ad.unpack_dual(buffer).tangent is None for buffer in model.buffers())
+        assert all(
+            torch.autograd.forward_ad.unpack_dual(buffer).tangent is None
+            for buffer in model.buffers()
+        )
     kept = y != 0
     torch.testing.assert_close(tangent * x * kept, y)
 
@@ -377,7 +438,8 @@ def test_state_has_no_tangents(stateful: Callable[[str], RemoteJaxFunction]) -> 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_training(stateful: Callable[[str], RemoteJaxFunction], backend: str) -> None:
-    """A compiled module changes its buffers as an eager one, draws a new key per call, and has an eval mode."""
+    """A compiled module changes its buffers as an eager one, draws a new key per call, and has
+    an eval mode."""
     model, twin, x = stateful("noisy"), stateful("noisy"), batch().requires_grad_()
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     torch.manual_seed(10)
@@ -397,7 +459,7 @@ def test_compiled_training(stateful: Callable[[str], RemoteJaxFunction], backend
     torch.testing.assert_close(compiled(x, train=False), twin.eval()(x, train=False))
 
 
-# Bad input -------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def test_what_a_model_lacks_is_refused_by_name(remote: Remote) -> None:
@@ -429,13 +491,21 @@ def test_what_a_model_lacks_is_refused_by_name(remote: Remote) -> None:
         ("rngs", [str(i) for i in range(65)], "65 random streams"),
     ],
 )
-def test_malformed_requests_are_refused(session: Session, field: str, value: Any, message: str) -> None:
-    """A request without the parameters, without the key, or with nameless streams breaks the protocol."""
+def test_malformed_requests_are_refused(
+    session: Session, field: str, value: Any, message: str
+) -> None:
+    """A request without the parameters, without the key, or with nameless streams breaks the
+    protocol."""
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     arguments = pb.Tree(
-        tuple=pb.Tree.Sequence(items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), pb.Tree(dict=pb.Tree.Mapping())])
+        tuple=pb.Tree.Sequence(
+            items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), pb.Tree(dict=pb.Tree.Mapping())]
+        )
     )
-    array, key = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[3]), pb.Spec(dtype=pb.DTYPE_UINT32, shape=[2])
+    array, key = (
+        pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[3]),
+        pb.Spec(dtype=pb.DTYPE_UINT32, shape=[2]),
+    )
     inputs = [key, array] if "specs" not in message and field == "rngs" else [array]
     call = pb.Call(model="noise", arguments=arguments, inputs=inputs, **{field: value})
     with pytest.raises(ProtocolError, match=message):
@@ -449,4 +519,6 @@ def test_a_key_of_another_type_is_refused(session: Session) -> None:
     arguments = pb.Tree(tuple=pb.Tree.Sequence(items=[args, pb.Tree(dict=pb.Tree.Mapping())]))
     array = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2])
     with pytest.raises(ProtocolError, match=r"expected uint32\[2\]"):
-        session.prepare_call(pb.Call(model="noise", arguments=arguments, inputs=[array, array], rngs=["key"]))
+        session.prepare_call(
+            pb.Call(model="noise", arguments=arguments, inputs=[array, array], rngs=["key"])
+        )

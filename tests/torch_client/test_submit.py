@@ -1,5 +1,6 @@
-"""Calls that were submitted: futures of results, gathered, cancelled and given up. What is said of time is said by the
-order of events: the model `gated` waits until its gate opens."""
+"""Calls that were submitted: futures of results, gathered, cancelled and given up. What is said of
+time is said by the order of events: the model `gated` waits until its gate opens.
+"""
 
 import contextlib
 import gc
@@ -47,7 +48,10 @@ def gated(session: Session, gate: Gate) -> Callable[..., torch.Tensor]:
 
 
 def holds_nothing(session: Session) -> bool:
-    """Whether no block is leased and no residual kept any more. Tracebacks hold blocks, and may be in cycles."""
+    """Whether no block is leased and no residual kept any more.
+
+    Tracebacks hold blocks, and may be in cycles.
+    """
 
     def is_released() -> bool:
         gc.collect()
@@ -91,14 +95,17 @@ def test_nothing_is_submitted_to_a_closed_session(session: Session) -> None:
     session.close()
     with pytest.raises(SessionClosed):
         f.submit(torch.ones(2))
-    with contextlib.suppress(CancelledError, BridgeError):  # it may have been faster or slower than the close
+    with contextlib.suppress(
+        CancelledError, BridgeError
+    ):  # it may have been faster or slower than the close
         future.result(timeout=60)
 
 
 def test_closing_the_session_ends_what_waits_for_its_turn(
     session: Session, gate: Gate, gated: RemoteJaxFunction
 ) -> None:
-    """Futures of calls that had not begun when the session was closed have SessionClosed, and gather does not hang."""
+    """Futures of calls that had not begun when the session was closed have SessionClosed, and
+    gather does not hang."""
     futures = [gated.submit(torch.ones(3), str(gate)) for _ in range(_AT_ONCE + 2)]
     gathered = Background(lambda: gather(*futures))
     session.close()
@@ -110,13 +117,14 @@ def test_closing_the_session_ends_what_waits_for_its_turn(
             future.result(timeout=60)
 
 
-# Side by side --------------------------------------------------------------------------------------------------------
+# Side by side -------------------------------------------------------------------------------------
 
 
 def test_calls_of_several_models_overlap_with_torch_work(
     session: Session, gate: Gate, gated: RemoteJaxFunction
 ) -> None:
-    """While one model computes, others are called and answer, and this thread computes and differentiates."""
+    """While one model computes, others are called and answer, and this thread computes and
+    differentiates."""
     x, events = torch.ones(3, requires_grad=True), []
     slow = gated.submit(x, str(gate))
     slow.add_done_callback(lambda _: events.append("slow"))
@@ -132,7 +140,8 @@ def test_calls_of_several_models_overlap_with_torch_work(
 
 
 def test_independent_calls_of_one_forward_are_gathered(session: Session, tmp_path: Path) -> None:
-    """Calls that each wait for the others' gates are under way at once; gather returns their results in order."""
+    """Calls that each wait for the others' gates are under way at once; gather returns their
+    results in order."""
     gates = [Gate(tmp_path / str(i)) for i in range(4)]
     f, x = RemoteJaxFunction(session, name="gated"), torch.ones(3, requires_grad=True)
     futures = [f.submit(x * i, str(gate)) for i, gate in enumerate(gates)]
@@ -144,7 +153,9 @@ def test_independent_calls_of_one_forward_are_gathered(session: Session, tmp_pat
     assert x.grad.tolist() == [12, 12, 12]
 
 
-def test_gather_raises_after_all_have_ended(session: Session, gate: Gate, gated: RemoteJaxFunction) -> None:
+def test_gather_raises_after_all_have_ended(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
     """The first error is raised when no call is under way any more, and holds nothing then."""
     failing = RemoteJaxFunction(session, name="raises_below_zero").submit(-torch.ones(3))
     slow = gated.submit(torch.ones(3), str(gate))
@@ -174,10 +185,12 @@ def test_gather_gives_up_in_time(session: Session, gate: Gate, gated: RemoteJaxF
     assert holds_nothing(session)
 
 
-# Given up ------------------------------------------------------------------------------------------------------------
+# Given up -----------------------------------------------------------------------------------------
 
 
-def test_a_call_that_has_not_begun_can_be_cancelled(session: Session, gate: Gate, gated: RemoteJaxFunction) -> None:
+def test_a_call_that_has_not_begun_can_be_cancelled(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
     """A future that is cancelled while it waits for its turn never calls the worker."""
     busy = [gated.submit(torch.ones(3), str(gate)) for _ in range(_AT_ONCE)]
     calls, queued = session.stats()["calls"], gated.submit(torch.ones(3), str(gate))
@@ -189,8 +202,11 @@ def test_a_call_that_has_not_begun_can_be_cancelled(session: Session, gate: Gate
     assert session.stats()["calls"] == calls + _AT_ONCE
 
 
-def test_a_call_under_way_goes_on_when_cancelled(session: Session, gate: Gate, gated: RemoteJaxFunction) -> None:
-    """cancel() of a call under way says no; its blocks are leased until it has ended, and the next call works."""
+def test_a_call_under_way_goes_on_when_cancelled(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
+    """cancel() of a call under way says no; its blocks are leased until it has ended, and the
+    next call works."""
     x = torch.ones(1024, requires_grad=True)
     future = gated.submit(x, str(gate))
     gate.wait_for_a_caller()
@@ -205,8 +221,11 @@ def test_a_call_under_way_goes_on_when_cancelled(session: Session, gate: Gate, g
     assert gated(torch.ones(3), str(gate)).tolist() == [2, 2, 2]
 
 
-def test_a_submitted_call_can_time_out(session: Session, gate: Gate, gated: RemoteJaxFunction) -> None:
-    """Past timeout_s the future has CallTimeout; the call's blocks stay leased until the worker lets go of them."""
+def test_a_submitted_call_can_time_out(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
+    """Past timeout_s the future has CallTimeout; the call's blocks stay leased until the worker
+    lets go of them."""
     timed = RemoteJaxFunction(session, name="gated", timeout_s=1.0)
     future = timed.submit(torch.ones(3), str(gate))
     with pytest.raises(CallTimeout, match=r"1\.0 s"):
@@ -219,11 +238,12 @@ def test_a_submitted_call_can_time_out(session: Session, gate: Gate, gated: Remo
     assert timed(torch.ones(3), str(gate)).tolist() == [2, 2, 2]
 
 
-# Bound to the thread --------------------------------------------------------------------------------------------------
+# Bound to the thread ------------------------------------------------------------------------------
 
 
 def test_a_call_within_a_transform_is_made_at_once(session: Session) -> None:
-    """Other threads know nothing of this one's transforms and traces: a call that takes part in one is made here."""
+    """Other threads know nothing of this one's transforms and traces: a call that takes part in
+    one is made here."""
     f, x = RemoteJaxFunction(session, name="sine"), torch.rand(4, 3)
 
     def submitted(x: torch.Tensor) -> torch.Tensor:

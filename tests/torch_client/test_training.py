@@ -45,7 +45,9 @@ def test_twenty_steps_are_those_of_optax(any_lane: Remote) -> None:
 
     @jax.jit
     def step_in_jax(variables, state):
-        loss, gradient = jax.value_and_grad(lambda v: jnp.mean((module.apply(v, x) - target) ** 2))(variables)
+        loss, gradient = jax.value_and_grad(lambda v: jnp.mean((module.apply(v, x) - target) ** 2))(
+            variables
+        )
         updates, state = update_rule.update(gradient, state)
         return optax.apply_updates(variables, updates), state, loss
 
@@ -70,13 +72,15 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_copies_no_parameter(session: Session, remote: Remote, name: str) -> None:
-    """A step moves the inputs, the outputs, the cotangent and the gradients; parameters stay where they were born."""
+    """A step moves the inputs, the outputs, the cotangent and the gradients; parameters stay
+    where they were born."""
     model = remote("perceptron")
     optimizer = OPTIMIZERS[name](model.parameters())
     places = {n: p.data_ptr() for n, p in model.named_parameters()}
     losses = [step(model, optimizer)]
     x, target = data()
-    # Inputs are copied once, the output is written once, its cotangent is copied, each gradient is written once.
+    # Inputs are copied once, the output is written once, its cotangent is copied, each gradient is
+    # written once.
     expected = x.nbytes + target.nbytes + target.nbytes + sum(p.nbytes for p in model.parameters())
     for _ in range(5):
         before = session.stats()["bytes_copied"]
@@ -120,7 +124,9 @@ def test_gradient_clipping_and_schedules_work(remote: Remote) -> None:
     step(model, optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert norm > 0.1
-    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(0.1, rel=1e-3)
+    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(
+        0.1, rel=1e-3
+    )
     schedule.step()
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad.eq(0).all() for p in model.parameters())

@@ -1,4 +1,5 @@
-"""Training and loading with several processes: DistributedDataParallel, and the workers of a DataLoader."""
+"""Training and loading with several processes: DistributedDataParallel, and the workers of a
+DataLoader."""
 
 import contextlib
 from pathlib import Path
@@ -38,9 +39,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, x64_worker: Session) -> Pa
 
 
 @pytest.mark.parametrize("kind", ["shared", "own"])
-def test_two_ranks_train_as_one_process_with_the_whole_batch(trained: Path, x64_worker: Session, kind: str) -> None:
-    """With DistributedDataParallel over gloo, with one worker for both or one each, the weights are those that one
-    process gets from the doubled batch."""
+def test_two_ranks_train_as_one_process_with_the_whole_batch(
+    trained: Path, x64_worker: Session, kind: str
+) -> None:
+    """With DistributedDataParallel over gloo, with one worker for both or one each, the weights are
+    those that one process gets from the doubled batch.
+    """
     with connect(x64_worker.address) as session:
         model = network(session)
         train(model)
@@ -51,8 +55,11 @@ def test_two_ranks_train_as_one_process_with_the_whole_batch(trained: Path, x64_
 
 
 def test_workers_of_a_data_loader_call_the_function(jax_worker: Session) -> None:
-    """Forked and spawned workers of a DataLoader call and differentiate the function that they were given."""
-    done = run_program(f"from {_MODULE} import load_rows; load_rows()", jax_worker.address, venv=".venv-torch")
+    """Forked and spawned workers of a DataLoader call and differentiate the function that they
+    were given."""
+    done = run_program(
+        f"from {_MODULE} import load_rows; load_rows()", jax_worker.address, venv=".venv-torch"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fork", "spawn"]
     assert "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""What torch offers around training: optimizers, parametrizations, averages, accumulation, checkpoints, files."""
+"""What torch offers around training: optimizers, parametrizations, averages, accumulation,
+checkpoints, files."""
 
 import copy
 import io
@@ -62,7 +63,7 @@ def pair(remote: Remote) -> tuple[RemoteJaxFunction, Affine]:
     return model, Affine(dict(model.named_parameters()))
 
 
-# Optimizers ----------------------------------------------------------------------------------------------------
+# Optimizers ---------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     **{
@@ -79,8 +80,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def test_optimizers_train_it_as_a_torch_module(
     session: Session, pair: tuple[RemoteJaxFunction, Affine], name: str
 ) -> None:
-    """Each optimizer, foreach and fused ones too, takes the steps that it takes with the same model in torch, and
-    leaves the parameters where they are."""
+    """Each optimizer, foreach and fused ones too, takes the steps that it takes with the same model
+    in torch, and leaves the parameters where they are.
+    """
     model, twin = pair
     places = [p.data_ptr() for p in model.parameters()]
     losses, expected = (train(m, OPTIMIZERS[name](m.parameters())) for m in (model, twin))
@@ -91,7 +93,8 @@ def test_optimizers_train_it_as_a_torch_module(
 
 
 def test_an_optimizer_resumes_from_its_state(remote: Remote) -> None:
-    """The states of model and optimizer, saved and loaded by torch with weights_only, continue the same training."""
+    """The states of model and optimizer, saved and loaded by torch with weights_only, continue
+    the same training."""
     model, resumed = remote("affine"), remote("affine")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     train(model, optimizer)
@@ -105,11 +108,12 @@ def test_an_optimizer_resumes_from_its_state(remote: Remote) -> None:
     assert train(resumed, again) == train(model, optimizer)
 
 
-# Batches -------------------------------------------------------------------------------------------------------
+# Batches ------------------------------------------------------------------------------------------
 
 
 def test_gradients_of_parts_add_up_to_the_batch_s(remote: Remote) -> None:
-    """Losses of four parts of a batch, each divided by four, leave the gradients of the whole; clipped, they agree."""
+    """Losses of four parts of a batch, each divided by four, leave the gradients of the whole;
+    clipped, they agree."""
     model, whole = remote("affine"), remote("affine")
     loss_of(whole, rows(8)).backward()
     for part in rows(8).chunk(4):
@@ -118,15 +122,20 @@ def test_gradients_of_parts_add_up_to_the_batch_s(remote: Remote) -> None:
         for seen, wanted in zip(model.parameters(), whole.parameters(), strict=True):
             torch.testing.assert_close(seen.grad, wanted.grad)
         if not by_value:
-            norms = [nn.utils.clip_grad_norm_(m.parameters(), 0.1, foreach=True) for m in (model, whole)]
+            norms = [
+                nn.utils.clip_grad_norm_(m.parameters(), 0.1, foreach=True) for m in (model, whole)
+            ]
             torch.testing.assert_close(*norms)
     nn.utils.clip_grad_value_(model.parameters(), 0.01)
     assert all(p.grad.abs().max() <= 0.01 for p in model.parameters())
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_parts_of_a_sequential(session: Session, remote: Remote, use_reentrant: bool) -> None:
-    """checkpoint_sequential over remote and local layers gives the gradients of the layers, and keeps no residual."""
+def test_checkpointed_parts_of_a_sequential(
+    session: Session, remote: Remote, use_reentrant: bool
+) -> None:
+    """checkpoint_sequential over remote and local layers gives the gradients of the layers, and
+    keeps no residual."""
     model = nn.Sequential(nn.Linear(3, 3), remote("sine"), nn.Linear(3, 3), remote("affine"))
     x = rows().requires_grad_()
     y = checkpoint_sequential(model, 2, x, use_reentrant=use_reentrant).square().mean()
@@ -140,7 +149,8 @@ def test_checkpointed_parts_of_a_sequential(session: Session, remote: Remote, us
 
 
 def test_submitted_calls_can_be_checkpointed(session: Session, remote: Remote) -> None:
-    """Under torch.utils.checkpoint a submitted call is made at once, so that it is recomputed too."""
+    """Under torch.utils.checkpoint a submitted call is made at once, so that it is recomputed
+    too."""
     sine, x = remote("sine"), rows().requires_grad_()
     y = checkpoint(lambda x: sine.submit(sine(x)).result(), x, use_reentrant=False)
     assert session.stats()["residuals"] == 0
@@ -148,7 +158,7 @@ def test_submitted_calls_can_be_checkpointed(session: Session, remote: Remote) -
     torch.testing.assert_close(x.grad, 4 * (2 * x.detach().sin()).cos() * x.detach().cos())
 
 
-# Parametrizations ----------------------------------------------------------------------------------------------
+# Parametrizations ---------------------------------------------------------------------------------
 
 PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
     "weight_norm": weight_norm,
@@ -161,7 +171,8 @@ PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("name", PARAMETRIZED)
 def test_parametrized_weights_train(pair: tuple[RemoteJaxFunction, Affine], name: str) -> None:
-    """A parametrized weight trains as in torch: weight_norm, orthogonal, spectral_norm, and what pruning does."""
+    """A parametrized weight trains as in torch: weight_norm, orthogonal, spectral_norm, and what
+    pruning does."""
     for module in pair:
         torch.manual_seed(0)
         PARAMETRIZED[name](module)
@@ -173,7 +184,8 @@ def test_parametrized_weights_train(pair: tuple[RemoteJaxFunction, Affine], name
 
 
 def test_a_list_of_parametrizations(remote: Remote) -> None:
-    """Several parametrizations of one's own on one tensor, deep in a model, apply in order; removed, they are kept."""
+    """Several parametrizations of one's own on one tensor, deep in a model, apply in order;
+    removed, they are kept."""
 
     class Scaled(nn.Module):
         def __init__(self, by: float) -> None:
@@ -201,7 +213,8 @@ def test_a_list_of_parametrizations(remote: Remote) -> None:
 
 
 def test_a_parametrized_model_can_be_copied(remote: Remote) -> None:
-    """deepcopy of a model whose weight is parametrized gives an independent one, as AveragedModel needs."""
+    """deepcopy of a model whose weight is parametrized gives an independent one, as
+    AveragedModel needs."""
     model = weight_norm(remote("affine"))
     copied = copy.deepcopy(model)
     with torch.no_grad():
@@ -211,11 +224,12 @@ def test_a_parametrized_model_can_be_copied(remote: Remote) -> None:
     assert AveragedModel(model)(rows()).shape == (4, 2)
 
 
-# Averages ------------------------------------------------------------------------------------------------------
+# Averages -----------------------------------------------------------------------------------------
 
 
 def test_moving_averages_of_the_weights(pair: tuple[RemoteJaxFunction, Affine]) -> None:
-    """AveragedModel keeps an exponential moving average of the parameters, which calls the worker on its own."""
+    """AveragedModel keeps an exponential moving average of the parameters, which calls the
+    worker on its own."""
     averages = []
     for model in pair:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -230,12 +244,13 @@ def test_moving_averages_of_the_weights(pair: tuple[RemoteJaxFunction, Affine]) 
     update_bn([rows()], averages[0])  # has nothing to update, and no complaint
 
 
-# Files ---------------------------------------------------------------------------------------------------------
+# Files --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["normed", "perceptron"])
 def test_weights_go_through_safetensors(remote: Remote, tmp_path: Path, name: str) -> None:
-    """safetensors saves and loads a model's parameters and buffers, as a state dict and as a model."""
+    """safetensors saves and loads a model's parameters and buffers, as a state dict and as a
+    model."""
     source, first, second = (remote(name) for _ in range(3))
     with torch.no_grad():
         for x in (*source.parameters(), *source.buffers()):
@@ -245,7 +260,9 @@ def test_weights_go_through_safetensors(remote: Remote, tmp_path: Path, name: st
     first.load_state_dict(safetensors.torch.load_file(tmp_path / "dict.safetensors"))
     assert safetensors.torch.load_model(second, str(tmp_path / "model.safetensors")) == (set(), [])
     for loaded in (first, second):
-        torch.testing.assert_close(dict(loaded.state_dict()), dict(source.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            dict(loaded.state_dict()), dict(source.state_dict()), rtol=0, atol=0
+        )
         assert torch.equal(loaded(rows()), source(rows()))
 
 

@@ -1,6 +1,8 @@
-"""torch.func and the rest of torch's ways to differentiate: each transform, and transforms of transforms.
+"""torch.func and the rest of torch's ways to differentiate: each transform, and transforms of
+transforms.
 
-What they make of a remote function is compared in float64 with what they make of the same function in torch.
+What they make of a remote function is compared in float64 with what they make of the same function
+in torch.
 """
 
 import functools
@@ -60,7 +62,8 @@ def assert_same(seen: Any, expected: Any) -> None:
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    # Not torch's own, whose Hessian by x, with x for weight and bias too, is not symmetric (torch 2.13).
+    # Not torch's own, whose Hessian by x, with x for weight and bias too, is not symmetric (torch
+    # 2.13).
     centred = x - x.mean(-1, keepdim=True)
     return centred * ((centred**2).mean(-1, keepdim=True) + 1e-3).rsqrt() * x + x
 
@@ -108,8 +111,11 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", TWINS)
-def test_transforms_are_those_of_the_function_in_torch(case: Callable[..., Any], name: str, transform: str) -> None:
-    """Each transform of a remote function gives what it gives of the same function written in torch."""
+def test_transforms_are_those_of_the_function_in_torch(
+    case: Callable[..., Any], name: str, transform: str
+) -> None:
+    """Each transform of a remote function gives what it gives of the same function written in
+    torch."""
     places, twin = TWINS[name]
     transformed = TRANSFORMS[transform]
     assert_same(transformed(lambda x: case(name, *[x] * places)), transformed(twin))
@@ -130,7 +136,8 @@ def test_derivatives_by_several_arguments(case: Callable[..., Any]) -> None:
 
 
 def test_vmap_over_some_arguments(case: Callable[..., Any]) -> None:
-    """An argument whose in_dim is None is shared by the batch, and structures of in_dims reach into dicts."""
+    """An argument whose in_dim is None is shared by the batch, and structures of in_dims reach
+    into dicts."""
     assert_same(
         vmap(lambda x, y: case("matmul", x, y), in_dims=(1, None))(rand(3, 5, 2), rand(2, 4)),
         rand(3, 5, 2).transpose(0, 1) @ rand(2, 4),
@@ -151,7 +158,8 @@ def calls_of(session: Session, run: Callable[[], Any]) -> int:
 
 
 def test_a_batch_is_one_call(x64_session: Session, case: Callable[..., Any]) -> None:
-    """vmap makes one call on the worker for the whole batch, and nested vmaps one for all of theirs."""
+    """vmap makes one call on the worker for the whole batch, and nested vmaps one for all of
+    theirs."""
 
     def sine(x: Tensor) -> Tensor:
         return case("sine", x, x)
@@ -165,7 +173,8 @@ def test_a_batch_is_one_call(x64_session: Session, case: Callable[..., Any]) -> 
 def test_a_batch_of_derivatives_takes_as_many_calls_as_one(
     x64_session: Session, case: Callable[..., Any], transform: Callable[[Function], Function]
 ) -> None:
-    """Under vmap a derivative makes no more calls than without, and a Jacobian's rows are one batch too."""
+    """Under vmap a derivative makes no more calls than without, and a Jacobian's rows are one
+    batch too."""
     derivative = transform(lambda x: case("sine", x, x))
     one = calls_of(x64_session, lambda: derivative(rand(3)))
     assert one <= (4 if transform is hessian else 2)
@@ -176,7 +185,9 @@ def test_a_batch_of_derivatives_takes_as_many_calls_as_one(
 def test_integer_outputs_under_jvp(case: Callable[..., Any]) -> None:
     """Outputs of integers and booleans keep their values and have tangents of zero."""
     x = rand(5)
-    outputs, tangents = jvp(lambda x: case("mixed outputs", x)[:3], (x,), (torch.full_like(x, 2.0),))
+    outputs, tangents = jvp(
+        lambda x: case("mixed outputs", x)[:3], (x,), (torch.full_like(x, 2.0),)
+    )
     assert_same(outputs[1], x.exp())
     assert_same(tangents[1], 2 * x.exp())
     assert outputs[0] == x.argmax() and not outputs[0].is_floating_point()
@@ -191,17 +202,22 @@ def test_integer_outputs_and_inputs_under_vmap(case: Callable[..., Any]) -> None
     assert torch.equal(index.long(), x.argmax(1)) and torch.equal(signs, x > 0)
     assert_same(exponentials, x.exp())
     rows = torch.tensor([[0, 1], [3, 3], [2, 0]])
-    made = vmap(grad(lambda table, rows: case("embedding", table, rows).sum()), in_dims=(None, 0))(rand(4, 2), rows)
+    made = vmap(grad(lambda table, rows: case("embedding", table, rows).sum()), in_dims=(None, 0))(
+        rand(4, 2), rows
+    )
     counts = torch.nn.functional.one_hot(rows, 4).sum(1).double()
     assert_same(made, 2 * counts[:, :, None].expand(3, 4, 2))
 
 
 def complex_args(count: int) -> tuple[Tensor, ...]:
-    return tuple((rand(3, dtype=torch.complex128) * (1 + 0.5j) ** i).requires_grad_() for i in range(count))
+    return tuple(
+        (rand(3, dtype=torch.complex128) * (1 + 0.5j) ** i).requires_grad_() for i in range(count)
+    )
 
 
 def test_complex_derivatives_have_torchs_convention(case: Callable[..., Any]) -> None:
-    """Finite differences in torch's convention confirm the derivatives of complex functions, in both modes."""
+    """Finite differences in torch's convention confirm the derivatives of complex functions, in
+    both modes."""
     products = functools.partial(case, "complex products")
     assert gradcheck(products, complex_args(2), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(products, complex_args(2))
@@ -227,8 +243,12 @@ def test_gradcheck_in_every_mode(case: Callable[..., Any]) -> None:
     """Finite differences confirm reverse, forward, batched, and second derivatives of each kind."""
     args = rand(3).requires_grad_(), rand(3).requires_grad_()
     sine = functools.partial(case, "sine")
-    assert gradcheck(sine, args, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
-    assert gradgradcheck(sine, args, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True)
+    assert gradcheck(
+        sine, args, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert gradgradcheck(
+        sine, args, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
+    )
 
 
 def test_dual_tensors(case: Callable[..., Any]) -> None:
@@ -241,30 +261,40 @@ def test_dual_tensors(case: Callable[..., Any]) -> None:
 
 
 def test_tensors_that_are_just_zero(x64_remote: Remote) -> None:
-    """What forward mode makes without memory, a tensor that is known to be zero, is an argument like any other."""
+    """What forward mode makes without memory, a tensor that is known to be zero, is an argument
+    like any other."""
     zero = torch._efficientzerotensor(3, dtype=torch.float64)
     sine = x64_remote("sine")
     for x in (rand(3), zero):
         assert_same(sine(x), 2 * x.sin())
-    assert_same(jvp(sine, (rand(3),), (zero,)), (2 * rand(3).sin(), torch.zeros(3, dtype=torch.float64)))
+    assert_same(
+        jvp(sine, (rand(3),), (zero,)), (2 * rand(3).sin(), torch.zeros(3, dtype=torch.float64))
+    )
 
 
 def test_functions_without_forward_mode(case: Callable[..., Any]) -> None:
-    """Of a custom_vjp, jacrev(jacrev) gives the Hessian; forward mode raises JAX's error, which says what to do."""
+    """Of a custom_vjp, jacrev(jacrev) gives the Hessian; forward mode raises JAX's error, which
+    says what to do."""
     x = rand(3)
     expected = hessian(lambda x: (x.exp().log1p() * x).sum())(x)
     assert_same(jacrev(jacrev(lambda x: case("custom_vjp", x).sum()))(x), expected)
     for refused in (lambda f: jvp(f, (x,), (x,)), lambda f: hessian(f)(x)):
-        with pytest.raises(RemoteModelError, match=r"(?s)forward-mode autodiff.*in .*jvp of .*jacrev\(jacrev\(f\)\)"):
+        with pytest.raises(
+            RemoteModelError,
+            match=r"(?s)forward-mode autodiff.*in .*jvp of .*jacrev\(jacrev\(f\)\)",
+        ):
             refused(lambda x: case("custom_vjp", x).sum())
 
 
 def test_functions_without_reverse_mode(x64_remote: Remote) -> None:
-    """Of a while loop, forward mode gives the derivative; reverse mode raises JAX's error, which says what to do."""
+    """Of a while loop, forward mode gives the derivative; reverse mode raises JAX's error, which
+    says what to do."""
     doubled, x = x64_remote("doubled_until_ten"), rand(3)
     made = jacfwd(doubled)(x)
     assert_same(made, torch.diag(doubled(x) / x))
-    with pytest.raises(RemoteModelError, match=r"(?s)Reverse-mode differentiation.*in vjp of model.*jacfwd\(f\)"):
+    with pytest.raises(
+        RemoteModelError, match=r"(?s)Reverse-mode differentiation.*in vjp of model.*jacfwd\(f\)"
+    ):
         jacrev(doubled)(x)
 
 
@@ -279,9 +309,13 @@ _ADVICE = {
 def test_a_call_without_reverse_rule_says_what_works(
     any_lane: Remote, x64_remote: Remote, name: str, dtype: torch.dtype
 ) -> None:
-    """Where an input requires a gradient that JAX cannot give, the error names torch.no_grad, detach and, where it
-    works, forward mode; all of these do work."""
-    made, x = (any_lane if dtype == torch.float32 else x64_remote)(name), rand(3, dtype=dtype).requires_grad_()
+    """Where an input requires a gradient that JAX cannot give, the error names torch.no_grad,
+    detach and, where it works, forward mode; all of these do work.
+    """
+    made, x = (
+        (any_lane if dtype == torch.float32 else x64_remote)(name),
+        rand(3, dtype=dtype).requires_grad_(),
+    )
     advice = rf"(?s)torch\.no_grad\(\).*x\.detach\(\).*{_ADVICE[name]}"
     with pytest.raises(RemoteModelError, match=advice):
         made(x)
@@ -333,9 +367,12 @@ VMAPPED = {
 
 
 @pytest.mark.parametrize("wrong", VMAPPED)
-def test_a_wrong_vmap_is_refused_as_in_torch(x64_session: Session, x64_remote: Remote, wrong: str) -> None:
-    """vmap over unequal sizes, over what is no tensor, or over an axis that is not there: torch's error, in its words,
-    and no call."""
+def test_a_wrong_vmap_is_refused_as_in_torch(
+    x64_session: Session, x64_remote: Remote, wrong: str
+) -> None:
+    """vmap over unequal sizes, over what is no tensor, or over an axis that is not there: torch's
+    error, in its words, and no call.
+    """
     in_dims, args = VMAPPED[wrong]
     product = x64_remote("product")
 
@@ -352,14 +389,18 @@ def test_a_wrong_vmap_is_refused_as_in_torch(x64_session: Session, x64_remote: R
 
 
 def test_a_refused_signature_is_named_within_a_transform(x64_remote: Remote) -> None:
-    """When a transformed call cannot be compiled, the error names the signature that the model was called with."""
+    """When a transformed call cannot be compiled, the error names the signature that the model
+    was called with."""
     matmul = x64_remote("matmul")
-    with pytest.raises(RemoteModelError, match=r"'matmul' called with \(args\[0\]: float64\[2,3\], args\[1\]: "):
+    with pytest.raises(
+        RemoteModelError, match=r"'matmul' called with \(args\[0\]: float64\[2,3\], args\[1\]: "
+    ):
         vmap(matmul)(rand(5, 2, 3), rand(5, 2, 3))
 
 
 def test_randomness_beside_a_remote_function(x64_remote: Remote) -> None:
-    """Random numbers that torch makes within a vmap are the same for each row, different, or an error, as vmap says."""
+    """Random numbers that torch makes within a vmap are the same for each row, different, or an
+    error, as vmap says."""
     product, x = x64_remote("product"), torch.ones(4, dtype=torch.float64)
 
     def noisy(x: Tensor) -> Tensor:
@@ -372,26 +413,35 @@ def test_randomness_beside_a_remote_function(x64_remote: Remote) -> None:
 
 
 def test_double_and_batched_backward(x64_session: Session, case: Callable[..., Any]) -> None:
-    """create_graph differentiates a gradient again, and is_grads_batched takes a batch of cotangents in one call."""
+    """create_graph differentiates a gradient again, and is_grads_batched takes a batch of
+    cotangents in one call."""
     x = rand(3).requires_grad_()
     y = case("sine", x, x)
-    batched = [torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)[0] for _ in range(2)]
+    batched = [
+        torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+        for _ in range(2)
+    ]
     assert_same(batched, [jacrev(TWINS["sine"][1])(x.detach())] * 2)
-    again = functools.partial(torch.autograd.grad, y, x, rand(9, 3), is_grads_batched=True, retain_graph=True)
+    again = functools.partial(
+        torch.autograd.grad, y, x, rand(9, 3), is_grads_batched=True, retain_graph=True
+    )
     assert calls_of(x64_session, again) == 1
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     assert_same(torch.autograd.grad(first.sum(), x)[0], 2 * x.detach().cos() * x.detach().exp())
 
 
 def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
-    """What torch.no_grad holds constant is so for each transform around it, and not only for the innermost."""
+    """What torch.no_grad holds constant is so for each transform around it, and not only for the
+    innermost."""
 
     def weighted(f: Function, x: Tensor) -> Tensor:
         with torch.no_grad():
             value, slope = f(x), grad(lambda x: f(x).sum())(x)
         return (f(x) * value * slope).sum()
 
-    remote, local = (functools.partial(weighted, f) for f in (lambda x: case("sine", x, x), TWINS["sine"][1]))
+    remote, local = (
+        functools.partial(weighted, f) for f in (lambda x: case("sine", x, x), TWINS["sine"][1])
+    )
     assert_same(jacrev(jacrev(remote))(rand(3)), jacrev(jacrev(local))(rand(3)))
     assert_same(vmap(hessian(remote))(rand(2, 3)), vmap(hessian(local))(rand(2, 3)))
     with torch.no_grad():
@@ -399,7 +449,8 @@ def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
 
 
 def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[..., Any]) -> None:
-    """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of cotangents stay."""
+    """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of
+    cotangents stay."""
     x, rows = rand(3).requires_grad_(), rand(9, 3)
     y = case("sine", x, x)
 
@@ -421,7 +472,9 @@ def test_autograd_functional(case: Callable[..., Any], strategy: str) -> None:
     """torch.autograd.functional's jacobian and hessian, vectorized, are torch's."""
     twin = TWINS["sine"][1]
     x, options = rand(3), {"vectorize": True}
-    seen = torch.autograd.functional.jacobian(lambda x: case("sine", x, x), x, strategy=strategy, **options)
+    seen = torch.autograd.functional.jacobian(
+        lambda x: case("sine", x, x), x, strategy=strategy, **options
+    )
     assert_same(seen, jacrev(twin)(x))
     seen = torch.autograd.functional.hessian(
         lambda x: case("sine", x, x).sum(), x, outer_jacobian_strategy=strategy, **options
@@ -430,7 +483,8 @@ def test_autograd_functional(case: Callable[..., Any], strategy: str) -> None:
 
 
 def test_functional_call_and_ensembles(x64_session: Session, x64_remote: Remote) -> None:
-    """functional_call gives per-sample gradients by a model's parameters; vmap, an ensemble of models in one call."""
+    """functional_call gives per-sample gradients by a model's parameters; vmap, an ensemble of
+    models in one call."""
     model = x64_remote("affine").double()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     x = rand(5, 3)
@@ -445,7 +499,10 @@ def test_functional_call_and_ensembles(x64_session: Session, x64_remote: Remote)
     assert_same(seen, expected)
     members, _ = stack_module_state([model, model])
     members = {
-        name: (p * torch.tensor([1.0, 2.0]).view(2, *[1] * (p.dim() - 1))).detach() for name, p in members.items()
+        name: (p * torch.tensor([1.0, 2.0]).view(2, *[1] * (p.dim() - 1))).detach()
+        for name, p in members.items()
     }
-    assert_same(vmap(loss, in_dims=(0, None))(members, x), vmap(twin, in_dims=(0, None))(members, x))
+    assert_same(
+        vmap(loss, in_dims=(0, None))(members, x), vmap(twin, in_dims=(0, None))(members, x)
+    )
     assert calls_of(x64_session, lambda: vmap(loss, in_dims=(0, None))(members, x)) == 1

@@ -1,4 +1,5 @@
-"""What these tests share: functions of the torch worker, called from torch, where their twins are at hand."""
+"""What these tests share: functions of the torch worker, called from torch, where their twins
+are at hand."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,5 +20,6 @@ def session(torch_worker: Session) -> Iterator[Session]:
 
 @pytest.fixture
 def remote(session: Session) -> Remote:
-    """Makes functions of that session: `remote("sine")`. A session says nothing about frameworks, nor does the name."""
+    """Makes functions of that session: `remote("sine")`. A session says nothing about
+    frameworks, nor does the name."""
     return lambda name, **options: RemoteJaxFunction(session, name=name, **options)

@@ -1,4 +1,5 @@
-"""The torch models that the tests' workers host; runs in .venv-torch. Tests import it too, for what torch itself says.
+"""The torch models that the tests' workers host; runs in .venv-torch. Tests import it too, for what
+torch itself says.
 
 Those with the names of models in tests/models.py do the same.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Sessions and faults ---------------------------------------------------------------------------------------------
+# Sessions and faults ------------------------------------------------------------------------------
 
 
 def sine(x):
@@ -67,7 +68,10 @@ class _Gated(torch.autograd.Function):
 
 
 def _pass(gate, x):
-    """Say so beside the gate, and wait until it opens. Forgotten tests must not keep a worker for ever."""
+    """Say so beside the gate, and wait until it opens.
+
+    Forgotten tests must not keep a worker for ever.
+    """
     if isinstance(x, FakeTensor):
         return
     Path(f"{gate}.waiting").touch()
@@ -83,7 +87,7 @@ def square_factory():
     return square
 
 
-# Transforms ------------------------------------------------------------------------------------------------------
+# Transforms ---------------------------------------------------------------------------------------
 
 
 def smooth(x):
@@ -121,7 +125,7 @@ def structured(tree, scale=1.0):
     return {"hidden": hidden, "aux": [hidden.sum(), hidden.argmax(), None]}
 
 
-# Code that is not a function -------------------------------------------------------------------------------------
+# Code that is not a function ----------------------------------------------------------------------
 
 
 def in_place(x):
@@ -155,7 +159,7 @@ def forces(x):
     return torch.autograd.grad(energy, x, create_graph=True)[0]
 
 
-# Modules ---------------------------------------------------------------------------------------------------------
+# Modules ------------------------------------------------------------------------------------------
 
 
 def _made(make, seed=0):
@@ -188,7 +192,9 @@ class Residual(nn.Module):
         self.bn1 = nn.BatchNorm2d(out)
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
-        self.short = nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        self.short = (
+            nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+        )
 
     def forward(self, x):
         hidden = torch.relu(self.bn1(self.conv1(x)))
@@ -201,7 +207,9 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.patches = nn.Conv2d(3, 8, 4, 4)
-        self.layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, activation="gelu", batch_first=True
+        )
         self.head = nn.Linear(8, 3)
 
     def forward(self, images):
@@ -210,7 +218,9 @@ class Attention(nn.Module):
 
 
 tied = _made(Tied)
-resnet = _made(lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), Residual(4, 1), Residual(4, 2))).eval()
+resnet = _made(
+    lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1), Residual(4, 1), Residual(4, 2))
+).eval()
 vit = _made(Attention)
 normed = _made(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
 dropped = _made(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5)))

@@ -1,4 +1,5 @@
-"""A program's outputs are of their declared types: values, gradients, tangents and batches, in float32 too."""
+"""A program's outputs are of their declared types: values, gradients, tangents and batches, in
+float32 too."""
 
 import functools
 import warnings
@@ -32,7 +33,9 @@ def numbers(dtype: Any, *shape: int) -> np.ndarray:
     return (np.random.default_rng(0).random(shape) + 0.2).astype(dtype)
 
 
-def derivative(hosted: Hosted, transforms: list[Any], x: np.ndarray, *others: np.ndarray) -> np.ndarray:
+def derivative(
+    hosted: Hosted, transforms: list[Any], x: np.ndarray, *others: np.ndarray
+) -> np.ndarray:
     """Return the derivative of a function of one array; of a batch, of its rows."""
     is_mapped = [each.vmap.axes[0] >= 0 for each in transforms if each.HasField("vmap")]
     program = hosted.call(x[0] if any(is_mapped) else x, transforms=transforms)
@@ -40,7 +43,7 @@ def derivative(hosted: Hosted, transforms: list[Any], x: np.ndarray, *others: np
     return made
 
 
-# Scalars that meet Python numbers: torch.func.jvp returns their tangents in float64 ---------------------------------
+# Scalars that meet Python numbers: torch.func.jvp returns their tangents in float64 ---------------
 
 
 SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -56,7 +59,8 @@ SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("name", SCALARS)
 def test_forward_mode_of_scalars(runtime: TorchRuntime, name: str, dtype: Any) -> None:
-    """A scalar's tangent is its gradient times the tangent, alone, in a batch and in second derivatives."""
+    """A scalar's tangent is its gradient times the tangent, alone, in a batch and in second
+    derivatives."""
     hosted, x, v = Hosted(runtime, SCALARS[name]), numbers(dtype, 3), numbers(dtype, 3)[::-1].copy()
     tolerance: dict[str, Any] = {"rtol": 1e-5 if dtype is np.float32 else 1e-12}
     inputs = torch.tensor(x, requires_grad=True)
@@ -80,24 +84,33 @@ def test_forward_mode_of_scalars(runtime: TorchRuntime, name: str, dtype: Any) -
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.complex64])
 def test_forward_mode_of_a_scalar_argument(runtime: TorchRuntime, dtype: Any) -> None:
     """The tangent has the scalar's dtype."""
-    tangent = derivative(Hosted(runtime, lambda s: s * 2.5), [jvp([0])], np.ones((), dtype), np.ones((), dtype))
+    tangent = derivative(
+        Hosted(runtime, lambda s: s * 2.5), [jvp([0])], np.ones((), dtype), np.ones((), dtype)
+    )
     assert tangent.dtype == dtype and tangent == 2.5
 
 
-# Tensors without memory --------------------------------------------------------------------------------------------
+# Tensors without memory ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-@pytest.mark.parametrize("sign", [torch.sgn, torch.sign, torch.floor, lambda x: (x > 0).to(x.dtype), torch.round])
-def test_zero_derivatives_are_zeros(runtime: TorchRuntime, sign: Callable[[Tensor], Tensor], dtype: Any) -> None:
-    """torch's zero tensors, which have no memory, are zeros in every derivative, alone or added to others."""
+@pytest.mark.parametrize(
+    "sign", [torch.sgn, torch.sign, torch.floor, lambda x: (x > 0).to(x.dtype), torch.round]
+)
+def test_zero_derivatives_are_zeros(
+    runtime: TorchRuntime, sign: Callable[[Tensor], Tensor], dtype: Any
+) -> None:
+    """torch's zero tensors, which have no memory, are zeros in every derivative, alone or added
+    to others."""
     x = numbers(dtype, 2)
     for model, expected in ((sign, 0.0), (lambda x: 2 * x + sign(x), 2.0)):
         hosted = Hosted(runtime, model)
         for transforms in ([vjp([0])], [jvp([0])]):
             made = derivative(hosted, transforms, x, np.ones(2, dtype))
             np.testing.assert_array_equal(made, np.full(2, expected, dtype))
-        rows = derivative(hosted, [jvp([0]), vmap([0, 0], 2)], np.stack([x, x]), np.ones((2, 2), dtype))
+        rows = derivative(
+            hosted, [jvp([0]), vmap([0, 0], 2)], np.stack([x, x]), np.ones((2, 2), dtype)
+        )
         np.testing.assert_array_equal(rows, np.full((2, 2), expected, dtype))
         second = derivative(hosted, [vjp([0]), jvp([0])], x, np.ones(2, dtype), np.ones(2, dtype))
         np.testing.assert_array_equal(second, np.zeros(2, dtype))
@@ -131,7 +144,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "fake": (_fake, "FakeTensor"),
     "functorch": (_left_by_vmap, "a torch.func transform that has ended"),
     "meta": (lambda: torch.ones(3, device="meta"), "on meta"),
-    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "expected float32"),
+    "nested": (
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        "expected float32",
+    ),
     "shape": (lambda: torch.ones(4), r"float32\[4\], expected float32\[3\]"),
     "integer": (lambda: torch.ones(3, dtype=torch.int64), "int64"),
     "complex": (lambda: torch.ones(3, dtype=torch.complex64), "complex64"),
@@ -143,7 +159,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", REFUSED)
 def test_outputs_that_cannot_be_read_are_refused(kind: str) -> None:
-    """An output without memory, or of a type that torch would not cast, is refused by name and never read."""
+    """An output without memory, or of a type that torch would not cast, is refused by name and
+    never read."""
     make, text = REFUSED[kind]
     with pytest.raises(SpecError, match=f"output 0 of the model is .*{text}"):
         _border().checked([make()])
@@ -151,7 +168,8 @@ def test_outputs_that_cannot_be_read_are_refused(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_outputs_that_can_be_made_dense() -> None:
-    """Zero, sparse and subclassed tensors, and other float types, become strided tensors of the declared type."""
+    """Zero, sparse and subclassed tensors, and other float types, become strided tensors of the
+    declared type."""
     ones = torch.ones(3)
     subclass = type("Ours", (Tensor,), {})
     for given, expected in (
@@ -170,7 +188,8 @@ def test_outputs_that_can_be_made_dense() -> None:
 
 
 def test_sparse_gradients_of_parameters_are_dense(runtime: TorchRuntime) -> None:
-    """Gradients that torch keeps sparse arrive as what they stand for, through residuals and programs."""
+    """Gradients that torch keeps sparse arrive as what they stand for, through residuals and
+    programs."""
 
     def picked(table: dict[str, Tensor], i: Tensor) -> Tensor:
         return nn.functional.embedding(i, table["w"], sparse=True)
@@ -197,7 +216,8 @@ def test_a_forward_that_writes_only_now_and_then_is_found_out(runtime: TorchRunt
 
 
 def test_rows_lie_where_single_calls_do(runtime: TorchRuntime) -> None:
-    """A batch that runs row by row gives operators that count from the memory's beginning what a single call gives."""
+    """A batch that runs row by row gives operators that count from the memory's beginning what a
+    single call gives."""
     hosted = Hosted(runtime, lambda x: torch.as_strided_scatter(x, 2 * x[:2], (2,), (2,), 0))
     x = numbers(np.float64, 3, 4)
     single = [hosted.run(hosted.call(row), row)[0] for row in x]
@@ -205,7 +225,7 @@ def test_rows_lie_where_single_calls_do(runtime: TorchRuntime) -> None:
     np.testing.assert_array_equal(rows, np.stack(single))
 
 
-# Forward mode that would be silently zero --------------------------------------------------------------------------
+# Forward mode that would be silently zero ---------------------------------------------------------
 
 
 class UnderNoGrad(torch.autograd.Function):
@@ -255,11 +275,16 @@ class Stopping(torch.autograd.Function):
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("function", [UnderNoGrad, WithContext])
-def test_derivatives_of_backwards_that_have_none(runtime: TorchRuntime, function: Any, dtype: Any) -> None:
-    """First reverse-mode derivatives are right; every other one is refused, whatever the cotangent."""
+def test_derivatives_of_backwards_that_have_none(
+    runtime: TorchRuntime, function: Any, dtype: Any
+) -> None:
+    """First reverse-mode derivatives are right; every other one is refused, whatever the
+    cotangent."""
     hosted, x = Hosted(runtime, lambda x: function.apply(x)), numbers(dtype, 2)
     ones, zeros = np.ones(2, dtype), np.zeros(2, dtype)
-    np.testing.assert_allclose(derivative(hosted, [vjp([0])], x, ones), np.cos(x), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        derivative(hosted, [vjp([0])], x, ones), np.cos(x), rtol=1e-6, atol=1e-6
+    )
     for transforms, arrays in (
         ([jvp([0])], (x, ones)),
         ([vjp([0]), jvp([0])], (x, ones, ones)),
@@ -267,7 +292,10 @@ def test_derivatives_of_backwards_that_have_none(runtime: TorchRuntime, function
         ([vjp([0]), vjp([1])], (x, zeros, ones)),
         ([vjp([0]), jvp([0]), vmap([-1, -1, 0], 2)], (x, ones, np.stack([ones, zeros]))),
     ):
-        with pytest.raises(RemoteModelError, match="NotImplementedError: a second derivative, or a forward-mode one"):
+        with pytest.raises(
+            RemoteModelError,
+            match="NotImplementedError: a second derivative, or a forward-mode one",
+        ):
             derivative(hosted, transforms, *arrays)
 
 
@@ -277,11 +305,13 @@ def test_gradients_that_are_zero_by_intent(runtime: TorchRuntime) -> None:
     np.testing.assert_array_equal(derivative(hosted, [jvp([0])], x, np.ones(2)), np.ones(2))
 
 
-# One key, one mask -------------------------------------------------------------------------------------------------
+# One key, one mask --------------------------------------------------------------------------------
 
 
 def _dropped_attention(x: Tensor) -> Tensor:
-    return nn.functional.scaled_dot_product_attention(x, x.transpose(-1, -2).sin().mT, x, dropout_p=0.5)
+    return nn.functional.scaled_dot_product_attention(
+        x, x.transpose(-1, -2).sin().mT, x, dropout_p=0.5
+    )
 
 
 DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -304,7 +334,9 @@ def test_a_key_drops_the_same_in_every_layout(runtime: TorchRuntime, name: str, 
     key, x = np.array([3, 4], np.uint32), numbers(dtype, 4, 4)
     how: dict[str, Any] = {"rngs": ["dropout"]}
     value = hosted.run(hosted.call(x, **how), key, x)[0]
-    rows = hosted.run(hosted.call(x, transforms=[vmap([-1, 0], 2)], **how), key, np.stack([x, x]))[0]
+    rows = hosted.run(hosted.call(x, transforms=[vmap([-1, 0], 2)], **how), key, np.stack([x, x]))[
+        0
+    ]
     np.testing.assert_allclose(rows, np.stack([value, value]), rtol=1e-5, atol=1e-6)
 
     ct, v = numbers(dtype, *value.shape), numbers(dtype, 4, 4)
@@ -319,9 +351,14 @@ def test_a_key_drops_the_same_in_every_layout(runtime: TorchRuntime, name: str, 
 
 
 def test_an_encoder_layer_drops_the_same_in_forward_mode(runtime: TorchRuntime) -> None:
-    """The tangent of a transformer's layer in training is that of its value: a finite difference agrees."""
+    """The tangent of a transformer's layer in training is that of its value: a finite difference
+    agrees."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True).double().train()
-    hosted, key, x = Hosted(runtime, layer), np.array([0, 1], np.uint32), numbers(np.float64, 2, 5, 8)
+    hosted, key, x = (
+        Hosted(runtime, layer),
+        np.array([0, 1], np.uint32),
+        numbers(np.float64, 2, 5, 8),
+    )
     v, step = np.sin(np.arange(80.0)).reshape(x.shape), 1e-6
     value = functools.partial(hosted.run, hosted.call(x, rngs=["dropout"]), key)
     difference = (value(x + step * v)[0] - value(x - step * v)[0]) / (2 * step)
@@ -330,8 +367,11 @@ def test_an_encoder_layer_drops_the_same_in_forward_mode(runtime: TorchRuntime) 
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_padding_mask_gives_the_values_that_derivatives_see(runtime: TorchRuntime, dtype: Any) -> None:
-    """An encoder in eval mode returns the same for padded positions in a plain run and in one that keeps its graph."""
+def test_a_padding_mask_gives_the_values_that_derivatives_see(
+    runtime: TorchRuntime, dtype: Any
+) -> None:
+    """An encoder in eval mode returns the same for padded positions in a plain run and in one
+    that keeps its graph."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -344,7 +384,8 @@ def test_a_padding_mask_gives_the_values_that_derivatives_see(runtime: TorchRunt
 
 
 def test_only_layers_with_a_fast_path_cost_a_switch(runtime: TorchRuntime) -> None:
-    """A model is asked for such layers wherever its code reaches them: in itself, in a closure, in a list."""
+    """A model is asked for such layers wherever its code reaches them: in itself, in a closure,
+    in a list."""
     layer, x = nn.MultiheadAttention(8, 2).eval(), numbers(np.float32, 3, 8)
     layers = {"held": [layer]}
     for model, expected in (

@@ -1,4 +1,5 @@
-"""What a model's code keeps in Python belongs to one call: its attributes, classes, closures, globals and caches."""
+"""What a model's code keeps in Python belongs to one call: its attributes, classes, closures,
+globals and caches."""
 
 import collections
 import functools
@@ -174,7 +175,9 @@ def expected_of(kind: type[Cached], w: np.ndarray, x: np.ndarray) -> tuple[np.nd
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("kind", MODULES)
-def test_a_call_is_a_function_of_its_parameters(runtime: TorchRuntime, kind: type[Cached], dtype: Any) -> None:
+def test_a_call_is_a_function_of_its_parameters(
+    runtime: TorchRuntime, kind: type[Cached], dtype: Any
+) -> None:
     """Each call has the value of a module that was never called before, whatever came before it."""
     module = kind().to(getattr(torch, np.dtype(dtype).name))
     hosted, x = Hosted(runtime, module), np.array([0.3, 0.5, 0.7], dtype)
@@ -185,7 +188,9 @@ def test_a_call_is_a_function_of_its_parameters(runtime: TorchRuntime, kind: typ
         w = (factor * np.arange(1.0, 4.0)).astype(dtype)
         value, by_w = expected_of(kind, w, factor * x)
         for _ in range(2):
-            np.testing.assert_allclose(hosted.run(program, w, factor * x)[0], value, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                hosted.run(program, w, factor * x)[0], value, rtol=1e-5, atol=1e-6
+            )
         np.testing.assert_allclose(
             hosted.run(gradient, w, factor * x, np.ones(3, dtype))[0], by_w, rtol=1e-5, atol=1e-6
         )
@@ -203,7 +208,9 @@ def test_derivatives_of_models_that_keep_tensors(runtime: TorchRuntime, kind: ty
     hosted, x = Hosted(runtime, kind().double()), np.array([0.3, 0.5, 0.7])
     w = np.arange(1.0, 4.0)
     value, _ = expected_of(kind, w, x)
-    rows = hosted.run(hosted.call(x, parameters=True, transforms=[vmap([-1, 0], 2)]), w, np.stack([x, x]))[0]
+    rows = hosted.run(
+        hosted.call(x, parameters=True, transforms=[vmap([-1, 0], 2)]), w, np.stack([x, x])
+    )[0]
     np.testing.assert_allclose(rows, np.stack([value, value]))
     hosted.run(hosted.call(x, parameters=True, transforms=[jvp([0])]), w, x, w)
     np.testing.assert_allclose(hosted.run(hosted.call(x, parameters=True), w, x)[0], value)
@@ -279,7 +286,8 @@ def by_attribute(params: dict[str, Tensor], x: Tensor) -> Tensor:
 def test_functions_that_keep_tensors(
     runtime: TorchRuntime, function: Any, dtype: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A function that reads what it kept of other parameters gets it made anew each time, and that is told."""
+    """A function that reads what it kept of other parameters gets it made anew each time, and
+    that is told."""
     w = torch.ones(2, dtype=getattr(torch, np.dtype(dtype).name))
     hosted, x = Hosted(runtime, (function, {"w": w})), np.ones(2, dtype)
     program = hosted.call(x, parameters=True)
@@ -306,8 +314,11 @@ def projection(size: int) -> Tensor:
     return torch.randn(2, size) @ torch.randn(size, size)
 
 
-def test_a_random_table_is_drawn_once(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
-    """A random table that a cache keeps is the same in each call, and its draw leaves torch's own stream alone."""
+def test_a_random_table_is_drawn_once(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A random table that a cache keeps is the same in each call, and its draw leaves torch's
+    own stream alone."""
     projection.cache_clear()
     hosted, x = Hosted(runtime, lambda x: projection(3) @ x), np.ones(3, np.float32)
     torch.manual_seed(0)
@@ -325,7 +336,9 @@ def test_a_module_imported_within_a_call(
     runtime: TorchRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors that a module makes when it is imported are real, though a trace imported it."""
-    (tmp_path / "late_tables.py").write_text("import torch\nTABLE = torch.arange(3.0)\nSCALE = TABLE.sum() / 3\n")
+    (tmp_path / "late_tables.py").write_text(
+        "import torch\nTABLE = torch.arange(3.0)\nSCALE = TABLE.sum() / 3\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
 
     def importing(x: Tensor) -> Tensor:
@@ -337,8 +350,11 @@ def test_a_module_imported_within_a_call(
     assert type(sys.modules.pop("late_tables").TABLE) is Tensor
 
 
-def test_a_log_of_what_was_seen_is_left_alone(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
-    """A list that a model appends to and never reads gets the tensors of real calls, and none of the trace."""
+def test_a_log_of_what_was_seen_is_left_alone(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A list that a model appends to and never reads gets the tensors of real calls, and none of
+    the trace."""
     seen: list[Tensor] = []
 
     def logged(x: Tensor) -> Tensor:
@@ -378,7 +394,8 @@ class Slotted:
 
 
 def test_state_that_cannot_be_put_back_is_refused(runtime: TorchRuntime) -> None:
-    """A model that keeps its arguments where the bridge cannot reach is refused by name, and nothing has changed."""
+    """A model that keeps its arguments where the bridge cannot reach is refused by name, and
+    nothing has changed."""
     slotted = Slotted()
 
     def writing(x: Tensor) -> Tensor:
@@ -390,7 +407,9 @@ def test_state_that_cannot_be_put_back_is_refused(runtime: TorchRuntime) -> None
         return slotted.kept
 
     for function in (writing, keeping):
-        with pytest.raises(CallerError, match=r"float64\[2\].* made of its arguments or parameters"):
+        with pytest.raises(
+            CallerError, match=r"float64\[2\].* made of its arguments or parameters"
+        ):
             Hosted(runtime, function).call(np.ones(2))
     assert not HIDDEN.any()
     with pytest.raises(RuntimeError, match="clear the cache"):

@@ -63,7 +63,7 @@ def assert_same(seen: Any, expected: Any, tolerance: float = 1e-10) -> None:
         np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
 
 
-# Modules -----------------------------------------------------------------------------------------------------------
+# Modules ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,28 +81,41 @@ def test_gradients_of_modules_are_torchs(hosted: Hosted, x: np.ndarray) -> None:
     module = getattr(models, hosted.model.name)
     state = values_of(module)
     count = len(state)
-    wrt = [i for i, parameter in enumerate(hosted.model.parameters) if parameter.trainable] + [count]
+    wrt = [i for i, parameter in enumerate(hosted.model.parameters) if parameter.trainable] + [
+        count
+    ]
     program = hosted.call(x, parameters=True, keep=wrt)
     outputs, residual = hosted.run_keeping(program, *state, x)
     cotangents = [np.cos(y) for y in outputs]
-    seen = hosted.run(hosted.pullback(program, wrt, range(len(outputs))), *cotangents, residual=residual)
+    seen = hosted.run(
+        hosted.pullback(program, wrt, range(len(outputs))), *cotangents, residual=residual
+    )
 
     inputs = [torch.tensor(each, requires_grad=i in wrt) for i, each in enumerate([*state, x])]
     named = dict(zip((p.path for p in hosted.model.parameters), inputs, strict=False))
     expected = torch.utils._pytree.tree_leaves(functional_call(module, named, (inputs[-1],)))
-    gradients = torch.autograd.grad(expected, [inputs[i] for i in wrt], [torch.tensor(ct) for ct in cotangents])
+    gradients = torch.autograd.grad(
+        expected, [inputs[i] for i in wrt], [torch.tensor(ct) for ct in cotangents]
+    )
     assert_same(outputs, expected)
     assert_same(seen, gradients)
     again = hosted.run(
-        hosted.call(x, parameters=True, transforms=[vjp(wrt, range(len(outputs)))]), *state, x, *cotangents
+        hosted.call(x, parameters=True, transforms=[vjp(wrt, range(len(outputs)))]),
+        *state,
+        x,
+        *cotangents,
     )
     assert_same(again, gradients)
 
 
 @serving("tied")
 def test_tied_weights_are_one_parameter(hosted: Hosted) -> None:
-    """A weight at two places is named once, and a parameter that is not trained is no trainable one."""
-    assert [(p.path, p.trainable) for p in hosted.model.parameters] == [("scale", False), ("encoder.weight", True)]
+    """A weight at two places is named once, and a parameter that is not trained is no trainable
+    one."""
+    assert [(p.path, p.trainable) for p in hosted.model.parameters] == [
+        ("scale", False),
+        ("encoder.weight", True),
+    ]
     x, state = rand(1, 4), values_of(models.tied)
     changed = [state[0], 2 * state[1]]
     expected = np.tanh(x @ changed[1].T) @ changed[1].T * 2
@@ -112,7 +125,8 @@ def test_tied_weights_are_one_parameter(hosted: Hosted) -> None:
 def test_attention_in_eval_mode_has_forward_derivatives(
     runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """torch's fused encoder layer has none: the layer is then computed as in training, and the switches put back."""
+    """torch's fused encoder layer has none: the layer is then computed as in training, and the
+    switches put back."""
     module = copy.deepcopy(models.vit).eval()
     hosted, x = Hosted(runtime, module), rand(1, 3, 4, 4)
     with caplog.at_level(logging.WARNING, "bridge_server"):
@@ -136,7 +150,9 @@ def test_second_derivatives_of_modules(hosted: Hosted) -> None:
         return (module(x) * torch.tensor(ct)).sum()
 
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        _, expected = torch.autograd.functional.hvp(energy, torch.tensor(x), torch.tensor(direction))
+        _, expected = torch.autograd.functional.hvp(
+            energy, torch.tensor(x), torch.tensor(direction)
+        )
     forward = hosted.call(x, parameters=True, transforms=[*gradient, jvp([count])])
     assert_same(hosted.run(forward, *state, x, ct, direction), [expected])
     reverse = hosted.call(x, parameters=True, transforms=[*gradient, vjp([count])])
@@ -145,7 +161,8 @@ def test_second_derivatives_of_modules(hosted: Hosted) -> None:
 
 @serving("normed")
 def test_changed_buffers_are_outputs(hosted: Hosted) -> None:
-    """A mutable call returns the new statistics; nothing that it was given, and nothing here, is changed."""
+    """A mutable call returns the new statistics; nothing that it was given, and nothing here, is
+    changed."""
     x, state = rand(6, 3), values_of(models.normed)
     inputs = [placed(each) for each in (*state, x)]
     program = hosted.call(x, parameters=True, mutable=True, keep=[0, 1])
@@ -154,7 +171,9 @@ def test_changed_buffers_are_outputs(hosted: Hosted) -> None:
     outputs = [hosted.written(y, spec) for y, spec in zip(made, program.outputs, strict=True)]
 
     twin = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
-    twin.load_state_dict({p.path: torch.tensor(each) for p, each in zip(hosted.model.parameters, state, strict=True)})
+    twin.load_state_dict(
+        {p.path: torch.tensor(each) for p, each in zip(hosted.model.parameters, state, strict=True)}
+    )
     expected = twin(torch.tensor(x))
     assert_same(outputs, [expected, *twin.buffers()])
     for mine, theirs in zip(inputs, (*state, x), strict=True):
@@ -173,7 +192,8 @@ def test_buffers_of_other_calls_are_dropped(hosted: Hosted) -> None:
 
 
 def test_no_gradient_goes_through_buffers(runtime: TorchRuntime) -> None:
-    """The new value of a buffer is a constant to every derivative, also where the module computes it from weights."""
+    """The new value of a buffer is a constant to every derivative, also where the module
+    computes it from weights."""
 
     class Averaging(nn.Module):
         def __init__(self) -> None:
@@ -189,7 +209,9 @@ def test_no_gradient_goes_through_buffers(runtime: TorchRuntime) -> None:
     program = hosted.call(x, parameters=True, mutable=True, keep=[1])
     outputs, residual = hosted.run_keeping(program, state, x)
     assert_same(outputs, [2 * x, 0.5 + 0.5 * x.mean()])
-    made = hosted.run(hosted.pullback(program, [1], [0, 1]), np.ones(3), np.array(7.0), residual=residual)
+    made = hosted.run(
+        hosted.pullback(program, [1], [0, 1]), np.ones(3), np.array(7.0), residual=residual
+    )
     assert_same(made, [np.full(3, 2.0)])
     pushed = hosted.call(x, parameters=True, mutable=True, transforms=[jvp([1], [0, 1])])
     assert_same(hosted.run(pushed, state, x, np.ones(3)), [np.full(3, 2.0), np.array(0.0)])
@@ -203,7 +225,9 @@ def test_statistics_of_a_batch_of_calls(hosted: Hosted) -> None:
     batched = hosted.call(x[0], parameters=True, mutable=True, transforms=[vmap(axes, 2)])
     single = hosted.call(x[0], parameters=True, mutable=True)
     rows = [hosted.run(single, *state, row) for row in x]
-    assert_same(hosted.run(batched, *state, x), [np.stack(each) for each in zip(*rows, strict=True)])
+    assert_same(
+        hosted.run(batched, *state, x), [np.stack(each) for each in zip(*rows, strict=True)]
+    )
 
 
 def test_a_module_is_served_in_the_mode_it_has(runtime: TorchRuntime) -> None:
@@ -233,7 +257,9 @@ def test_a_module_with_other_values(runtime: TorchRuntime) -> None:
     assert_same(hosted.run(hosted.call(x), x), [x])
 
 
-def test_a_module_that_cannot_be_copied_is_served(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_cannot_be_copied_is_served(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its calls are made on itself, one at a time, and leave it as it is."""
     module = nn.Linear(2, 2, bias=False).double()
     module.lock = threading.Lock()
@@ -274,7 +300,8 @@ class Listing(nn.Module):
 def test_a_module_that_closes_over_itself_gets_the_callers_weights(
     runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Copies that would still use the original's weights are given up, for the original and one call at a time."""
+    """Copies that would still use the original's weights are given up, for the original and one
+    call at a time."""
     hosted, x = Hosted(runtime, Closing()), rand(3, 2)
     with caplog.at_level(logging.WARNING, "bridge_server"):
         program = hosted.call(x, parameters=True, keep=[0])
@@ -286,7 +313,8 @@ def test_a_module_that_closes_over_itself_gets_the_callers_weights(
 
 
 def test_a_weight_that_cannot_be_replaced_is_refused(runtime: TorchRuntime) -> None:
-    """A module that uses a weight past its registration would get no gradient of it; with its own weights it works."""
+    """A module that uses a weight past its registration would get no gradient of it; with its
+    own weights it works."""
     hosted, x = Hosted(runtime, Listing()), rand(2)
     with pytest.raises(CallerError, match="uses its parameter 'weight' by another way"):
         hosted.call(x, parameters=True)
@@ -294,7 +322,8 @@ def test_a_weight_that_cannot_be_replaced_is_refused(runtime: TorchRuntime) -> N
 
 
 def test_a_module_keeps_nothing_of_its_caller(runtime: TorchRuntime) -> None:
-    """After a call no module holds the caller's weights: not even an LSTM, which has a list of its own."""
+    """After a call no module holds the caller's weights: not even an LSTM, which has a list of
+    its own."""
     hosted = Hosted(runtime, models.recurrent)
     x, state = rand(1, 2, 3), values_of(models.recurrent)
     program = hosted.call(x, parameters=True)
@@ -306,7 +335,7 @@ def test_a_module_keeps_nothing_of_its_caller(runtime: TorchRuntime) -> None:
     assert [ref() for ref in weights] == [None] * len(weights)
 
 
-# Randomness --------------------------------------------------------------------------------------------------------
+# Randomness ---------------------------------------------------------------------------------------
 
 
 def key(number: int) -> np.ndarray:
@@ -315,7 +344,8 @@ def key(number: int) -> np.ndarray:
 
 @serving("dropped")
 def test_a_key_decides_what_is_dropped(hosted: Hosted) -> None:
-    """The same key drops the same in each run and in each derivative, another key something else."""
+    """The same key drops the same in each run and in each derivative, another key something
+    else."""
     x, state = rand(8, 4), values_of(models.dropped)
     program = hosted.call(x, parameters=True, rngs=_STREAMS)
     first, again, other = (hosted.run(program, *state, key(n), x)[0] for n in (1, 1, 2))
@@ -340,7 +370,10 @@ def test_a_key_decides_what_is_dropped(hosted: Hosted) -> None:
 def test_derivatives_of_what_draws_without_a_key_are_told(
     runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A derivative that draws anew is not that of the value: the log says so. One that goes by the residual is."""
+    """A derivative that draws anew is not that of the value: the log says so.
+
+    One that goes by the residual is.
+    """
     hosted, x = Hosted(runtime, nn.Dropout(0.5)), rand(4)
     hosted.call(x, keep=[0])
     hosted.call(x, transforms=[vmap([0], 2)])
@@ -357,19 +390,25 @@ def test_attention_without_dropout_draws_nothing(runtime: TorchRuntime) -> None:
     """It need not wait for others that draw, and its derivatives need no key."""
     hosted, x = Hosted(runtime, torch.nn.functional.scaled_dot_product_attention), rand(1, 2, 4)
     assert not hosted.call(x, x, x).draws
-    dropping = Hosted(runtime, lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5))
+    dropping = Hosted(
+        runtime, lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+    )
     assert dropping.call(x).draws
 
 
 @serving("dropped")
 def test_keys_in_batches(hosted: Hosted) -> None:
-    """A batch drops what its rows would: the same in each for one key, and each its own for keys of their own."""
+    """A batch drops what its rows would: the same in each for one key, and each its own for keys
+    of their own."""
     x, state = rand(3, 4), values_of(models.dropped)
     single = hosted.call(x[0], parameters=True, rngs=_STREAMS)
     for keys, axis in ((key(1), -1), (np.stack([key(n) for n in range(3)]), 0)):
         axes = [-1] * len(state) + [axis, 0]
         batched = hosted.call(x[0], parameters=True, rngs=_STREAMS, transforms=[vmap(axes, 3)])
-        rows = [hosted.run(single, *state, keys if axis < 0 else keys[i], row)[0] for i, row in enumerate(x)]
+        rows = [
+            hosted.run(single, *state, keys if axis < 0 else keys[i], row)[0]
+            for i, row in enumerate(x)
+        ]
         assert_same(hosted.run(batched, *state, keys, x), [np.stack(rows)])
 
 
@@ -427,7 +466,7 @@ def test_keys_hold_while_others_draw(hosted: Hosted) -> None:
         list(drawing)
 
 
-# Code that is no function ------------------------------------------------------------------------------------------
+# Code that is no function -------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -487,9 +526,12 @@ def test_a_model_that_looks_at_values_is_run_on_zeros_first(
 def test_a_model_that_refuses_zeros_is_run_on_other_values(
     runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Distributions look at their parameters, and have no density at a scale of zero, or none of ones everywhere."""
+    """Distributions look at their parameters, and have no density at a scale of zero, or none of
+    ones everywhere."""
     scaled = Hosted(runtime, lambda x, s: torch.distributions.Normal(x, s).log_prob(x))
-    correlated = Hosted(runtime, lambda x, c: torch.distributions.MultivariateNormal(x, c).log_prob(x))
+    correlated = Hosted(
+        runtime, lambda x, c: torch.distributions.MultivariateNormal(x, c).log_prob(x)
+    )
     x = placed(np.full(3, 2.0))
     with caplog.at_level(logging.WARNING, "bridge_server"):
         programs = [scaled.call(x, x), correlated.call(x, placed(np.eye(3)))]
@@ -500,8 +542,11 @@ def test_a_model_that_refuses_zeros_is_run_on_other_values(
     assert_same(run_on(correlated, programs[1], x, placed(np.eye(3))), [np.asarray(3 * density)])
 
 
-def test_a_loop_without_an_end_on_zeros_is_left(runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that doubles its input until it is large is run on ones; one that goes on for good is an error."""
+def test_a_loop_without_an_end_on_zeros_is_left(
+    runtime: TorchRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that doubles its input until it is large is run on ones; one that goes on for good
+    is an error."""
     monkeypatch.setattr(tracing, "_MOST_OPERATORS", (100, 1000))
 
     def doubled(x: Tensor, most: float) -> Tensor:
@@ -515,8 +560,12 @@ def test_a_loop_without_an_end_on_zeros_is_left(runtime: TorchRuntime, monkeypat
     hosted, x = Hosted(runtime, doubled), placed(np.ones(2))
     program = hosted.call(x, 20.0)
     assert_same(run_on(hosted, program, x, placed(np.asarray(20.0))), [np.full(2, 16.0)])
-    with pytest.raises(CallerError, match=r"did not end within 1000 operators on zeros or on ones or on identity"):
-        Hosted(runtime, lambda x: doubled(x, math.inf) if x.sum() < 1 else doubled(x * 0, 1.0)).call(x)
+    with pytest.raises(
+        CallerError, match=r"did not end within 1000 operators on zeros or on ones or on identity"
+    ):
+        Hosted(
+            runtime, lambda x: doubled(x, math.inf) if x.sum() < 1 else doubled(x * 0, 1.0)
+        ).call(x)
 
 
 def test_a_model_that_writes_now_and_then_is_found_out(runtime: TorchRuntime) -> None:
@@ -539,7 +588,10 @@ def test_a_model_that_writes_now_and_then_is_found_out(runtime: TorchRuntime) ->
 def test_an_output_that_changes_its_shape_is_named(hosted: Hosted) -> None:
     """A model whose output has another shape than it had is refused by name and leaf."""
     program = hosted.call(rand(3))
-    with pytest.raises(SpecError, match=r"the result\['found'\] of model 'growing' is now float64\[3\].*float64\[0\]"):
+    with pytest.raises(
+        SpecError,
+        match=r"the result\['found'\] of model 'growing' is now float64\[3\].*float64\[0\]",
+    ):
         hosted.run(program, rand(3))
 
 
@@ -570,7 +622,8 @@ def test_an_output_that_changes_its_structure_is_refused(runtime: TorchRuntime) 
 
 
 def test_records_are_results_too(runtime: TorchRuntime) -> None:
-    """Dataclasses and namedtuples of a model, and those that torch returns, consist of their fields."""
+    """Dataclasses and namedtuples of a model, and those that torch returns, consist of their
+    fields."""
 
     @dataclasses.dataclass
     class Output:
@@ -595,7 +648,11 @@ class Pair(NamedTuple):
 def test_outputs_die_with_the_call(runtime: TorchRuntime) -> None:
     """Nothing holds outputs until the garbage collector comes."""
     hosted, x = Hosted(runtime, lambda x: {"y": x + 1, "z": [x + 2]}), placed(rand(2))
-    for program in (hosted.call(x), hosted.call(x, transforms=[vjp([0])]), hosted.call(x, keep=[0])):
+    for program in (
+        hosted.call(x),
+        hosted.call(x, transforms=[vjp([0])]),
+        hosted.call(x, keep=[0]),
+    ):
         views = [hosted.view(placed(rand(2)), spec) for spec in program.inputs]
         gc.disable()
         try:
@@ -610,7 +667,9 @@ def test_outputs_die_with_the_call(runtime: TorchRuntime) -> None:
 @serving("numeral")
 def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
     """A model that returns a number, or nothing, is told which leaf that is."""
-    with pytest.raises(StructureError, match=r"the result\['count'\] of model 'numeral' is a builtins\.int"):
+    with pytest.raises(
+        StructureError, match=r"the result\['count'\] of model 'numeral' is a builtins\.int"
+    ):
         hosted.call(rand(3))
     with pytest.raises(StructureError, match=r"the result of model 'model' holds no tensor"):
         Hosted(hosted.runtime, lambda x: None).call(rand(3))
@@ -632,12 +691,16 @@ class Checkpointed(nn.Module):
 
 
 def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRuntime) -> None:
-    """A backward pass that calls parts of the module again finds the weights of its own forward, whatever was called
-    since, also within one program; modules that serve such calls go with their graphs."""
+    """A backward pass that calls parts of the module again finds the weights of its own forward,
+    whatever was called since, also within one program; modules that serve such calls go with their
+    graphs.
+    """
     module = Checkpointed()
     hosted, x, (weight, bias) = Hosted(runtime, module), rand(4, 3), values_of(module)
     leaves = [torch.tensor(each, requires_grad=True) for each in (2 * weight, 2 * bias, x)]
-    expected = torch.autograd.grad(torch.tanh(nn.functional.linear(leaves[2], *leaves[:2])).sum(), leaves)
+    expected = torch.autograd.grad(
+        torch.tanh(nn.functional.linear(leaves[2], *leaves[:2])).sum(), leaves
+    )
     ones = np.ones((4, 2))
 
     program = hosted.call(x, parameters=True, keep=[0, 1, 2])
@@ -648,9 +711,13 @@ def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRun
 
     alone = Hosted(runtime, Checkpointed(lock := threading.Lock()))
     assert not lock.locked()
-    with pytest.raises(CallerError, match="Checkpointed runs parts of itself again in its backward pass"):
+    with pytest.raises(
+        CallerError, match="Checkpointed runs parts of itself again in its backward pass"
+    ):
         alone.run_keeping(alone.call(x, parameters=True, keep=[2]), weight, bias, x)
-    assert_same(alone.run(alone.call(x, parameters=True), weight, bias, x), [np.tanh(x @ weight.T + bias)])
+    assert_same(
+        alone.run(alone.call(x, parameters=True), weight, bias, x), [np.tanh(x @ weight.T + bias)]
+    )
 
 
 def test_a_batch_of_what_is_computed_again(runtime: TorchRuntime) -> None:
@@ -683,7 +750,8 @@ def test_an_output_without_values_is_named(runtime: TorchRuntime) -> None:
 
 @serving("forces")
 def test_models_that_differentiate_inside(hosted: Hosted) -> None:
-    """autograd.grad works in a model, though nobody asked for a gradient; and its derivative does."""
+    """autograd.grad works in a model, though nobody asked for a gradient; and its derivative
+    does."""
     x = rand(3)
     assert_same(hosted.run(hosted.call(x), x), [4 * x**3])
     program = hosted.call(x, keep=[0])
@@ -719,7 +787,8 @@ def test_functions_that_torch_func_cannot_trace(hosted: Hosted, name: str) -> No
 
 
 def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime) -> None:
-    """A second derivative of an autograd.Function with a once_differentiable backward is the model's error."""
+    """A second derivative of an autograd.Function with a once_differentiable backward is the
+    model's error."""
 
     class Once(torch.autograd.Function):
         @staticmethod
@@ -740,11 +809,19 @@ def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime)
 
 @pytest.mark.parametrize(
     "transforms",
-    [[jvp([0])], [vjp([0])], [jvp([0]), jvp([0])], [vjp([0]), jvp([0])], [jvp([0]), vjp([0])], [vjp([0]), vjp([0])]],
+    [
+        [jvp([0])],
+        [vjp([0])],
+        [jvp([0]), jvp([0])],
+        [vjp([0]), jvp([0])],
+        [jvp([0]), vjp([0])],
+        [vjp([0]), vjp([0])],
+    ],
     ids=["jvp", "vjp", "jvp of jvp", "jvp of vjp", "vjp of jvp", "vjp of vjp"],
 )
 def test_no_grad_stops_both_modes(runtime: TorchRuntime, transforms: list[pb.Transform]) -> None:
-    """What is computed under no_grad is a constant for each derivative, and what enable_grad takes back is not."""
+    """What is computed under no_grad is a constant for each derivative, and what enable_grad
+    takes back is not."""
 
     def partly(x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -756,10 +833,14 @@ def test_no_grad_stops_both_modes(runtime: TorchRuntime, transforms: list[pb.Tra
     hosted, x = Hosted(runtime, partly), rand(3)
     program = hosted.call(x, transforms=transforms)
     ones = [np.ones(3)] * (len(program.inputs) - 1)
-    assert_same(hosted.run(program, x, *ones), [x**3 + 2 * x if len(transforms) == 1 else np.full(3, 2.0)])
+    assert_same(
+        hosted.run(program, x, *ones), [x**3 + 2 * x if len(transforms) == 1 else np.full(3, 2.0)]
+    )
 
 
-def test_second_forward_mode_derivatives_of_functions_with_a_rule_of_their_own(runtime: TorchRuntime) -> None:
+def test_second_forward_mode_derivatives_of_functions_with_a_rule_of_their_own(
+    runtime: TorchRuntime,
+) -> None:
     """They are not zero, as in torch, also in a batch."""
 
     class Cube(torch.autograd.Function):
@@ -787,11 +868,16 @@ def test_second_forward_mode_derivatives_of_functions_with_a_rule_of_their_own(r
     hosted, x, one = Hosted(runtime, lambda x: Cube.apply(x)), rand(3), np.ones(3)
     twice = [jvp([0]), jvp([0])]
     assert_same(hosted.run(hosted.call(x, transforms=twice), x, one, one), [6 * x])
-    assert_same(hosted.run(hosted.call(x[0], transforms=[*twice, vmap([0, 0, 0], 3)]), x, one, one), [6 * x])
-    assert_same(hosted.run(hosted.call(x, transforms=[*twice, jvp([0])]), x, one, one, one), [np.full(3, 6.0)])
+    assert_same(
+        hosted.run(hosted.call(x[0], transforms=[*twice, vmap([0, 0, 0], 3)]), x, one, one), [6 * x]
+    )
+    assert_same(
+        hosted.run(hosted.call(x, transforms=[*twice, jvp([0])]), x, one, one, one),
+        [np.full(3, 6.0)],
+    )
 
 
-# Residuals ---------------------------------------------------------------------------------------------------------
+# Residuals ----------------------------------------------------------------------------------------
 
 
 def test_a_forward_under_grad_is_run_once(runtime: TorchRuntime) -> None:
@@ -807,7 +893,9 @@ def test_a_forward_under_grad_is_run_once(runtime: TorchRuntime) -> None:
     runs.clear()
     _, residual = hosted.run_keeping(program, x)
     for _ in range(3):
-        assert_same(hosted.run(hosted.pullback(program, [0]), np.ones(2), residual=residual), [np.exp(x)])
+        assert_same(
+            hosted.run(hosted.pullback(program, [0]), np.ones(2), residual=residual), [np.exp(x)]
+        )
     assert len(runs) == 1
 
 
@@ -838,7 +926,8 @@ def test_only_what_is_asked_for_is_differentiated(runtime: TorchRuntime) -> None
 
 
 def test_residual_bytes_are_those_of_saved_tensors(runtime: TorchRuntime) -> None:
-    """A residual counts what backward formulas have saved, and not the inputs, which are the client's."""
+    """A residual counts what backward formulas have saved, and not the inputs, which are the
+    client's."""
     x = rand(128)
     for f, expected in ((lambda x: x * x, 0), (torch.exp, 1024), (lambda x: x.exp().exp(), 2048)):
         hosted = Hosted(runtime, f)
@@ -861,13 +950,25 @@ def test_a_forward_mode_derivative_can_be_kept(runtime: TorchRuntime) -> None:
 
 
 def test_only_outputs_of_their_own_memory_are_exclusive(runtime: TorchRuntime) -> None:
-    """What nobody else holds may be handed over; inputs, views, weights and what a graph or a model keeps may not."""
+    """What nobody else holds may be handed over; inputs, views, weights and what a graph or a
+    model keeps may not."""
     kept: list[Tensor] = []
 
     def various(params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
         kept[:] = [x * 2]
         twice, fresh = x * 3, x + 1
-        return fresh, x, x[1:], params["w"], kept[0], twice, twice, (x * 5)[:1], fresh.exp(), (x * 4).expand(2, 4)
+        return (
+            fresh,
+            x,
+            x[1:],
+            params["w"],
+            kept[0],
+            twice,
+            twice,
+            (x * 5)[:1],
+            fresh.exp(),
+            (x * 4).expand(2, 4),
+        )
 
     hosted, x = Hosted(runtime, (various, {"w": torch.ones(4).double()})), rand(4)
     views = [hosted.view(placed(each), spec_of(each)) for each in (x,)]
@@ -879,7 +980,7 @@ def test_only_outputs_of_their_own_memory_are_exclusive(runtime: TorchRuntime) -
     assert runtime.exclusive(outputs, views, residual)[0] == outputs[0].data_ptr()
 
 
-# Structures --------------------------------------------------------------------------------------------------------
+# Structures ---------------------------------------------------------------------------------------
 
 
 @serving("structured")

@@ -1,4 +1,5 @@
-"""Torch models in a worker without jax, called from here and compared with themselves called here."""
+"""Torch models in a worker without jax, called from here and compared with themselves called
+here."""
 
 import copy
 import threading
@@ -33,11 +34,12 @@ def summed(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return lambda x: f(x).sum()
 
 
-# The worker --------------------------------------------------------------------------------------------------------
+# The worker ---------------------------------------------------------------------------------------
 
 
 def test_the_worker_says_what_it_is(session: Session) -> None:
-    """It has 64-bit types, and its models have docstrings, arguments and parameters with torch's names."""
+    """It has 64-bit types, and its models have docstrings, arguments and parameters with torch's
+    names."""
     assert (session.framework, session.x64) == ("torch", True)
     model = session.models["tied"]
     assert model.arguments == ("x",)
@@ -47,9 +49,17 @@ def test_the_worker_says_what_it_is(session: Session) -> None:
 
 def test_variables_factories_and_warm_ups(tmp_path: Path) -> None:
     """What the command line takes for JAX models it takes for torch models."""
-    env = {"BRIDGE_TORCH_MODEL": "made=tests.torch_server.models:square_factory", "BRIDGE_FACTORY": "1"}
+    env = {
+        "BRIDGE_TORCH_MODEL": "made=tests.torch_server.models:square_factory",
+        "BRIDGE_FACTORY": "1",
+    }
     with serving(
-        tmp_path, "--listen", f"unix:{tmp_path}/w.sock", "--warmup=float64[3]", venv=".venv-torch", env=env
+        tmp_path,
+        "--listen",
+        f"unix:{tmp_path}/w.sock",
+        "--warmup=float64[3]",
+        venv=".venv-torch",
+        env=env,
     ) as worker:
         assert worker.ready_line["models"] == "made"
         assert "warming up float64[3]" in worker.stderr
@@ -57,7 +67,7 @@ def test_variables_factories_and_warm_ups(tmp_path: Path) -> None:
             assert_same(RemoteJaxFunction(session)(rand(3)), rand(3) ** 2)
 
 
-# Derivatives -------------------------------------------------------------------------------------------------------
+# Derivatives --------------------------------------------------------------------------------------
 
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]]] = {
     "forward": lambda f: f,
@@ -81,7 +91,8 @@ def test_transforms_are_torchs(remote: Remote, transform: str) -> None:
 
 
 def test_complex_functions_have_torchs_gradients(remote: Remote) -> None:
-    """Gradients of complex functions keep torch's convention on their way to the worker and back."""
+    """Gradients of complex functions keep torch's convention on their way to the worker and
+    back."""
     z, w = (torch.complex(rand(3), k * rand(3).flip(0)).requires_grad_() for k in (1, 2))
     f = remote("complex_power")
     assert_same(f(z, w), models.complex_power(z, w))
@@ -95,22 +106,27 @@ def test_structures_pass_both_ways(remote: Remote) -> None:
     seen, expected = remote("structured")(tree, scale=2.0), models.structured(tree, scale=2.0)
     assert_same(seen["hidden"], expected["hidden"])
     assert_same(seen["aux"], expected["aux"])
-    (mine,), (theirs,) = (torch.autograd.grad(y["aux"][0], tree["weights"][:1]) for y in (seen, expected))
+    (mine,), (theirs,) = (
+        torch.autograd.grad(y["aux"][0], tree["weights"][:1]) for y in (seen, expected)
+    )
     assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacfwd", "vmap", "hessian"])
 def test_old_style_functions_are_transformed_too(remote: Remote, transform: str) -> None:
-    """What torch.func cannot trace here it need not: the worker differentiates and batches it by autograd alone."""
+    """What torch.func cannot trace here it need not: the worker differentiates and batches it by
+    autograd alone."""
     x = rand(3, 2) if transform == "vmap" else rand(3)
     made = TRANSFORMS[transform]
     assert_same(made(remote("old_style"))(x), made(lambda x: x.sin() ** 3)(x))
 
 
-# Modules -----------------------------------------------------------------------------------------------------------
+# Modules ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "shape"), [("resnet", (2, 3, 8, 8)), ("vit", (2, 3, 8, 8)), ("tied", (3, 4))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("resnet", (2, 3, 8, 8)), ("vit", (2, 3, 8, 8)), ("tied", (3, 4))]
+)
 def test_modules_train_as_they_do_here(remote: Remote, name: str, shape: tuple[int, ...]) -> None:
     """The remote twin of a module has its parameters by name, and the same gradients."""
     twin, f = copy.deepcopy(getattr(models, name)), remote(name)
@@ -134,7 +150,8 @@ def test_statistics_are_written_back(remote: Remote) -> None:
 
 
 def test_dropout_follows_this_sides_generator(remote: Remote) -> None:
-    """With `rngs` the seed set here decides what is dropped there, and the gradient is that of the same mask."""
+    """With `rngs` the seed set here decides what is dropped there, and the gradient is that of
+    the same mask."""
     f, x = remote("dropped", rngs="dropout"), rand(8, 4).requires_grad_()
     torch.manual_seed(3)
     first, second = f(x), f(x)
@@ -145,11 +162,12 @@ def test_dropout_follows_this_sides_generator(remote: Remote) -> None:
     assert_same(seen, (2.0 * (first != 0).double()) @ models.dropped[0].weight)
 
 
-# Code that is no function ------------------------------------------------------------------------------------------
+# Code that is no function -------------------------------------------------------------------------
 
 
 def test_in_place_code_leaves_the_callers_tensors_alone(remote: Remote, session: Session) -> None:
-    """A model that writes into its input does not write into the caller's tensor, not even one in shared memory."""
+    """A model that writes into its input does not write into the caller's tensor, not even one
+    in shared memory."""
     f, g = remote("in_place"), remote("sine")
     x = g(rand(4))  # an output of the session, so that it is passed without a copy
     before, copied = x.clone(), session.stats()["bytes_copied"]
@@ -170,14 +188,18 @@ def test_outputs_that_cannot_be_returned_are_named(remote: Remote) -> None:
 @pytest.fixture(scope="module")
 def frugal_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that keeps no residual of more than a byte."""
-    hosted = [f"--torch-model=tests.torch_server.models:{name}" for name in ("smooth", "recurrent", "in_place")]
+    hosted = [
+        f"--torch-model=tests.torch_server.models:{name}"
+        for name in ("smooth", "recurrent", "in_place")
+    ]
     args = ["--listen", "127.0.0.1:0", "--residual-bytes", "1"]
     with serving(tmp_path_factory.mktemp("frugal"), *args, *hosted, venv=".venv-torch") as worker:
         yield worker
 
 
 def test_an_evicted_residual_is_recomputed(frugal_worker: Worker) -> None:
-    """Past the byte budget the oldest graph is dropped, and its backward runs the VJP on the inputs."""
+    """Past the byte budget the oldest graph is dropped, and its backward runs the VJP on the
+    inputs."""
     with connect(frugal_worker.address) as session:
         f, x = RemoteJaxFunction(session, name="smooth"), rand(3).requires_grad_()
         (seen,) = torch.autograd.grad(f(x).sum(), x)
@@ -200,7 +222,8 @@ def test_a_session_that_ended_leaves_nothing_mapped(frugal_worker: Worker) -> No
 
 
 def test_sessions_and_threads_run_side_by_side(torch_worker: Session) -> None:
-    """Threads on two sessions train one hosted module, each with its own weights, and get their own gradients."""
+    """Threads on two sessions train one hosted module, each with its own weights, and get their
+    own gradients."""
     start = threading.Barrier(4)
 
     def train(session: Session, thread: int) -> bool:
@@ -210,14 +233,20 @@ def test_sessions_and_threads_run_side_by_side(torch_worker: Session) -> None:
         for i in range(20):
             x = (i + 1) * rand(3, 4)
             weight = state["encoder.weight"].clone().requires_grad_()
-            (seen,) = torch.autograd.grad(functional_call(f, {"encoder.weight": weight}, (x,)).sum(), weight)
+            (seen,) = torch.autograd.grad(
+                functional_call(f, {"encoder.weight": weight}, (x,)).sum(), weight
+            )
             mine = {"encoder.weight": weight, "decoder.weight": weight}
             (expected,) = torch.autograd.grad(functional_call(twin, mine, (x,)).sum(), weight)
             if not torch.allclose(seen, expected, rtol=1e-10, atol=1e-10):
                 return False
         return True
 
-    with connect(torch_worker.address) as first, connect(torch_worker.address) as second, ThreadPoolExecutor(4) as pool:
+    with (
+        connect(torch_worker.address) as first,
+        connect(torch_worker.address) as second,
+        ThreadPoolExecutor(4) as pool,
+    ):
         sessions = [first, second] * 2
         assert all(pool.map(train, sessions, range(4)))
 
@@ -232,6 +261,13 @@ def test_an_exception_of_the_model_is_its_own(remote: Remote) -> None:
 def test_types_of_every_kind_pass(remote: Remote) -> None:
     """Integers stay integers, and every float keeps its width."""
     f = remote("square")
-    for dtype in (torch.int64, torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.complex64):
+    for dtype in (
+        torch.int64,
+        torch.uint8,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.complex64,
+    ):
         x = torch.tensor([1, 2, 3], dtype=dtype)
         assert_same(f(x), x * x)

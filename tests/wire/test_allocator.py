@@ -1,4 +1,5 @@
-"""The allocator never hands out a byte twice, keeps alignment, reuses, and gives everything back."""
+"""The allocator never hands out a byte twice, keeps alignment, reuses, and gives everything
+back."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from bridge_wire.memory.allocator import ALIGNMENT, Allocator, rounded
 PAGE = 4096
 # Allocate so many bytes, or free the n-th of the live extents.
 steps = st.lists(
-    st.tuples(st.just("allocate"), st.integers(0, 3 * PAGE)) | st.tuples(st.just("free"), st.integers(0, 1000)),
+    st.tuples(st.just("allocate"), st.integers(0, 3 * PAGE))
+    | st.tuples(st.just("free"), st.integers(0, 1000)),
     max_size=80,
 )
 span_pages = st.lists(st.integers(1, 12), min_size=1, max_size=4)
@@ -25,7 +27,9 @@ def with_spans(sizes_in_pages: list[int]) -> tuple[Allocator, list[tuple[int, in
     return allocator, spans
 
 
-def apply(allocator: Allocator, steps: list[tuple[str, int]], live: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def apply(
+    allocator: Allocator, steps: list[tuple[str, int]], live: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """Run the steps; return every extent that was given out, and leave the live ones in `live`."""
     given_out = []
     for action, number in steps:
@@ -35,7 +39,9 @@ def apply(allocator: Allocator, steps: list[tuple[str, int]], live: list[tuple[i
             size = rounded(number)
             start = allocator.allocate(size)
             if start is not None:
-                assert not any(start < s + n and s < start + size for s, n in live), "overlaps a live extent"
+                assert not any(start < s + n and s < start + size for s, n in live), (
+                    "overlaps a live extent"
+                )
                 live.append((start, size))
                 given_out.append((start, size))
     return given_out
@@ -43,7 +49,8 @@ def apply(allocator: Allocator, steps: list[tuple[str, int]], live: list[tuple[i
 
 @given(st.integers(0, 2**62))
 def test_extent_is_aligned_and_large_enough(nbytes: int) -> None:
-    """An extent's size is a multiple of 64, of a page where the request is that large, and wastes less than a page."""
+    """An extent's size is a multiple of 64, of a page where the request is that large, and
+    wastes less than a page."""
     size = rounded(nbytes)
     assert size >= nbytes and size % ALIGNMENT == 0 and size - nbytes < max(PAGE, ALIGNMENT + 1)
     assert nbytes < PAGE or size % PAGE == 0
@@ -53,7 +60,8 @@ def test_extent_is_aligned_and_large_enough(nbytes: int) -> None:
 @settings(deadline=None, max_examples=200)
 @given(span_pages, steps)
 def test_live_extents_never_overlap(spans: list[int], steps: list[tuple[str, int]]) -> None:
-    """Whatever is allocated and freed, live extents are disjoint, aligned, and inside the ranges that were added."""
+    """Whatever is allocated and freed, live extents are disjoint, aligned, and inside the ranges
+    that were added."""
     allocator, ranges = with_spans(spans)
     for start, size in apply(allocator, steps, []):
         assert start % ALIGNMENT == 0
@@ -72,14 +80,19 @@ def test_free_bytes_are_what_is_not_live(spans: list[int], steps: list[tuple[str
 
 @settings(deadline=None, max_examples=200)
 @given(span_pages, steps)
-def test_everything_freed_coalesces_to_the_original_spans(spans: list[int], steps: list[tuple[str, int]]) -> None:
-    """Once all extents are freed, each range that was added can be had again in one piece, whatever went before."""
+def test_everything_freed_coalesces_to_the_original_spans(
+    spans: list[int], steps: list[tuple[str, int]]
+) -> None:
+    """Once all extents are freed, each range that was added can be had again in one piece,
+    whatever went before."""
     allocator, ranges = with_spans(spans)
     live: list[tuple[int, int]] = []
     apply(allocator, steps, live)
     for extent in live:
         allocator.free(*extent)
-    got = sorted((allocator.allocate(size), size) for _, size in sorted(ranges, key=lambda span: -span[1]))
+    got = sorted(
+        (allocator.allocate(size), size) for _, size in sorted(ranges, key=lambda span: -span[1])
+    )
     assert got == ranges
     assert allocator.free_bytes == 0
 

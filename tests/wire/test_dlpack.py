@@ -1,4 +1,5 @@
-"""DLPack both ways: blocks become arrays of three frameworks without a copy, and their arrays are found by pointer."""
+"""DLPack both ways: blocks become arrays of three frameworks without a copy, and their arrays
+are found by pointer."""
 
 import ctypes
 import gc
@@ -33,7 +34,9 @@ SHAPES = [(2, 3), (), (4,), (0,), (3, 0, 2), (1, 1, 5)]
 Carrier = Consumer = Callable[[Any], Any]
 CARRIERS: dict[str, Carrier] = {
     "numpy": lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__(),
-    "torch": lambda buffer: torch.utils.dlpack.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)),
+    "torch": lambda buffer: torch.utils.dlpack.to_dlpack(
+        torch.frombuffer(buffer, dtype=torch.uint8)
+    ),
 }
 
 
@@ -79,12 +82,13 @@ def named(dtype: DType) -> str:
     return dtype.name
 
 
-# Export -----------------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=named)
 def test_block_becomes_a_torch_tensor_in_place(dtype: DType) -> None:
-    """torch takes every dtype and shape: the tensor lies at the block's own pointer and shows its bytes."""
+    """torch takes every dtype and shape: the tensor lies at the block's own pointer and shows
+    its bytes."""
     for shape in SHAPES:
         exporter, block = exported(dtype, shape)
         tensor = torch.from_dlpack(exporter)
@@ -97,7 +101,8 @@ def test_block_becomes_a_torch_tensor_in_place(dtype: DType) -> None:
 
 @pytest.mark.parametrize("dtype", EVERY, ids=named)
 def test_block_becomes_a_jax_array_in_place(dtype: DType) -> None:
-    """JAX takes every dtype and shape but empty ones: the array lies at the block's pointer and shows its bytes."""
+    """JAX takes every dtype and shape but empty ones: the array lies at the block's pointer and
+    shows its bytes."""
     for shape in SHAPES:
         if 0 not in shape:  # such an array lies nowhere, in JAX least of all
             exporter, block = exported(dtype, shape)
@@ -109,7 +114,8 @@ def test_block_becomes_a_jax_array_in_place(dtype: DType) -> None:
 
 @pytest.mark.parametrize("dtype", OF_NUMPY, ids=named)
 def test_block_becomes_a_numpy_array_in_place(dtype: DType) -> None:
-    """NumPy takes every dtype that it has itself: the array lies at the block's own pointer and shows its bytes."""
+    """NumPy takes every dtype that it has itself: the array lies at the block's own pointer and
+    shows its bytes."""
     for shape in SHAPES:
         exporter, block = exported(dtype, shape)
         array = np.from_dlpack(exporter)
@@ -120,7 +126,8 @@ def test_block_becomes_a_numpy_array_in_place(dtype: DType) -> None:
 
 
 def test_writes_are_seen_through_every_export() -> None:
-    """Two frameworks' arrays on one block show what a third party writes there: nothing was copied."""
+    """Two frameworks' arrays on one block show what a third party writes there: nothing was
+    copied."""
     exporter, block = exported(BY_NAME["float32"], (4,))
     tensor, array = torch.from_dlpack(exporter), np.from_dlpack(exporter)
     np.frombuffer(block.buffer, np.float32)[:] = [1, 2, 3, 4]
@@ -141,7 +148,7 @@ def test_newer_consumers_arguments_are_accepted() -> None:
     assert torch.from_dlpack(capsule).data_ptr() == block.pointer
 
 
-# Who keeps the memory alive ---------------------------------------------------------------------------------------
+# Who keeps the memory alive -----------------------------------------------------------------------
 
 CONSUMERS: list[Consumer] = [torch.from_dlpack, jax.dlpack.from_dlpack, np.from_dlpack]
 CONSUMER_NAMES = ["torch", "jax", "numpy"]
@@ -149,7 +156,11 @@ CONSUMER_NAMES = ["torch", "jax", "numpy"]
 
 def export_with_owner(nbytes: int = 64) -> tuple[Exporter, "weakref.ref[Owner]", Block]:
     block, owner = leased(nbytes), Owner()
-    return Exporter(block.pointer, Spec(BY_NAME["uint8"], (nbytes,)), owner), weakref.ref(owner), block
+    return (
+        Exporter(block.pointer, Spec(BY_NAME["uint8"], (nbytes,)), owner),
+        weakref.ref(owner),
+        block,
+    )
 
 
 @pytest.mark.parametrize("carrier", CARRIERS.values(), ids=CARRIERS)
@@ -205,7 +216,9 @@ def test_export_of_a_block_keeps_its_lease() -> None:
     """With the block's buffer as owner, the consumer's array is the lease."""
     pool = Pool(max_bytes=1 << 16, shareable=False)
     block = pool.lease(64)
-    tensor = torch.from_dlpack(Exporter(block.pointer, Spec(BY_NAME["float32"], (16,)), block.buffer))
+    tensor = torch.from_dlpack(
+        Exporter(block.pointer, Spec(BY_NAME["float32"], (16,)), block.buffer)
+    )
     del block
     assert pool.live_blocks() == 1
     del tensor
@@ -215,7 +228,8 @@ def test_export_of_a_block_keeps_its_lease() -> None:
 @pytest.mark.parametrize("carrier", CARRIERS.values(), ids=CARRIERS)
 @pytest.mark.parametrize("consume", CONSUMERS, ids=CONSUMER_NAMES)
 def test_array_may_die_while_an_exception_is_raised(consume: Consumer, carrier: Carrier) -> None:
-    """An array that goes as an exception leaves its expression disturbs neither the exception nor the interpreter."""
+    """An array that goes as an exception leaves its expression disturbs neither the exception
+    nor the interpreter."""
     keep_owners_by(carrier)
     exporter, owner, _block = export_with_owner()
     with pytest.raises(ZeroDivisionError):
@@ -246,7 +260,8 @@ def test_capsule_that_is_still_held_keeps_its_owner() -> None:
 
 
 def test_many_exports_leave_nothing_behind() -> None:
-    """Owners of a thousand exports, consumed and not, from several threads, are all gone in the end."""
+    """Owners of a thousand exports, consumed and not, from several threads, are all gone in the
+    end."""
     owners: list[weakref.ref[Owner]] = []
 
     def export(consume: bool) -> None:
@@ -281,7 +296,8 @@ def export(owned):
     held.append(block)
     return Exporter(block.pointer, Spec(BY_NAME["float32"], (16,)), block.buffer if owned else None)
 held = []
-arrays = [take(export(owned)) for take in (torch.from_dlpack, jax.dlpack.from_dlpack, np.from_dlpack)
+takers = torch.from_dlpack, jax.dlpack.from_dlpack, np.from_dlpack
+arrays = [take(export(owned)) for take in takers
           for owned in (True, False)]
 torch.arrays_that_outlive_this_module = arrays[:]
 arrays.append(arrays)
@@ -290,22 +306,33 @@ torch.a_capsule_that_outlives_this_module = export(True).__dlpack__()
 """
 
 
-@pytest.mark.parametrize("runtime", ["bridge_server.jax_runtime.types", "bridge_server.torch_runtime.types"])
+@pytest.mark.parametrize(
+    "runtime", ["bridge_server.jax_runtime.types", "bridge_server.torch_runtime.types"]
+)
 def test_live_exports_do_not_disturb_the_exit(runtime: str) -> None:
-    """An interpreter that ends with live arrays of three frameworks, and with capsules, exits with 0, silently."""
+    """An interpreter that ends with live arrays of three frameworks, and with capsules, exits
+    with 0, silently."""
     run = subprocess.run(
-        [sys.executable, "-c", EXIT_WITH_LIVE_EXPORTS, runtime], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", EXIT_WITH_LIVE_EXPORTS, runtime],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
-# Import -----------------------------------------------------------------------------------------------------------
+# Import -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=named)
 def test_torch_tensor_is_borrowed_in_place(dtype: DType) -> None:
     """A torch tensor of any dtype is found at its own pointer, with its dtype and shape."""
-    tensor = torch.zeros(2, 3, dtype=torch.uint8).repeat(1, dtype.itemsize).view(getattr(torch, dtype.name))
+    tensor = (
+        torch.zeros(2, 3, dtype=torch.uint8)
+        .repeat(1, dtype.itemsize)
+        .view(getattr(torch, dtype.name))
+    )
     borrowed = borrow(tensor)
     assert (borrowed.pointer, borrowed.spec) == (tensor.data_ptr(), Spec(dtype, (2, 3)))
     assert borrowed.is_row_major
@@ -322,7 +349,8 @@ def test_jax_array_is_borrowed_in_place(dtype: DType) -> None:
 
 @pytest.mark.parametrize("dtype", OF_NUMPY, ids=named)
 def test_numpy_array_is_borrowed_in_place(dtype: DType) -> None:
-    """A NumPy array of any dtype that NumPy has is found at its own pointer, with its dtype and shape."""
+    """A NumPy array of any dtype that NumPy has is found at its own pointer, with its dtype and
+    shape."""
     array = np.zeros((2, 3), dtype.name)
     borrowed = borrow(array)
     assert (borrowed.pointer, borrowed.spec) == (array.ctypes.data, Spec(dtype, (2, 3)))
@@ -346,7 +374,8 @@ STRIDED = {
 
 @pytest.mark.parametrize("array", STRIDED.values(), ids=STRIDED.keys())
 def test_strided_array_is_borrowed_with_its_strides(array: np.ndarray) -> None:
-    """Strides come in elements, reach the array's own elements, and `is_row_major` agrees with NumPy."""
+    """Strides come in elements, reach the array's own elements, and `is_row_major` agrees with
+    NumPy."""
     borrowed = borrow(array)
     assert borrowed.spec.shape == array.shape
     assert borrowed.is_row_major == array.flags.c_contiguous
@@ -435,10 +464,22 @@ def read_only_array() -> np.ndarray:
         torch.ones(3, requires_grad=True),
         torch.ones(3, dtype=torch.complex64).conj(),
     ],
-    ids=["number", "list", "gpu", "no capsule", "longdouble", "dates", "big-endian", "objects", "read-only",
-         "requires grad", "conjugate"],
-)  # fmt: skip
+    ids=[
+        "number",
+        "list",
+        "gpu",
+        "no capsule",
+        "longdouble",
+        "dates",
+        "big-endian",
+        "objects",
+        "read-only",
+        "requires grad",
+        "conjugate",
+    ],
+)
 def test_what_cannot_be_borrowed_is_refused(producer: Any) -> None:
-    """No producer, memory elsewhere, a type that is none of ours, or a producer that declines: a StructureError."""
+    """No producer, memory elsewhere, a type that is none of ours, or a producer that declines: a
+    StructureError."""
     with pytest.raises(StructureError):
         borrow(producer)

@@ -11,7 +11,9 @@ from bridge_wire import dtypes
 from bridge_wire.pb import bridge_pb2 as pb
 
 EVERY = list(dtypes.BY_NAME.values())
-FLOATS = {"float16", "bfloat16", "float32", "float64"} | {name for name in dtypes.BY_NAME if name.startswith("float8")}
+FLOATS = {"float16", "bfloat16", "float32", "float64"} | {
+    name for name in dtypes.BY_NAME if name.startswith("float8")
+}
 COMPLEX = {"complex64", "complex128"}
 
 
@@ -20,7 +22,8 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def test_every_wire_number_has_a_dtype() -> None:
-    """Each dtype of the contract but UNSPECIFIED is in the table, under the contract's name in lower case."""
+    """Each dtype of the contract but UNSPECIFIED is in the table, under the contract's name in
+    lower case."""
     named = {name.removeprefix("DTYPE_").lower(): number for name, number in pb.DType.items()}
     del named["unspecified"]
     assert {dtype.name: dtype.wire for dtype in EVERY} == named
@@ -52,7 +55,8 @@ def test_floats_and_complex_numbers_are_inexact(dtype: dtypes.DType) -> None:
 
 
 def test_types_that_need_x64_are_those_of_64_bit_parts() -> None:
-    """The dtypes that a worker without x64 lacks are the 64-bit ones, and complex128 of two 64-bit floats."""
+    """The dtypes that a worker without x64 lacks are the 64-bit ones, and complex128 of two
+    64-bit floats."""
     wide = {dtype.name for dtype in EVERY if dtype.itemsize == (16 if dtype.is_complex else 8)}
     assert wide == dtypes.NEEDS_X64
 
@@ -65,7 +69,9 @@ def test_only_integers_are_narrowed_and_each_to_half_its_size() -> None:
         assert (wide.dlpack_code, wide.itemsize) == (narrow.dlpack_code, 2 * narrow.itemsize)
 
 
-def test_table_that_lacks_a_type_of_the_contract_fails_at_import(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_that_lacks_a_type_of_the_contract_fails_at_import(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A dtype that the contract gains and the table does not makes the import fail."""
     monkeypatch.setattr(pb, "DType", SimpleNamespace(values=lambda: [*dtypes.BY_WIRE, 0, 99]))
     spec = importlib.util.spec_from_file_location("incomplete_dtypes", dtypes.__file__)

@@ -1,4 +1,5 @@
-"""Every error travels: as a message, as a gRPC trailer, and each under the one status the table gives it."""
+"""Every error travels: as a message, as a gRPC trailer, and each under the one status the table
+gives it."""
 
 import contextlib
 import inspect
@@ -77,7 +78,8 @@ def travelled(error: BridgeError) -> BridgeError:
 
 
 def test_tree_is_as_documented() -> None:
-    """The tree at the top of the module is the classes' own, and the table of statuses covers it."""
+    """The tree at the top of the module is the classes' own, and the table of statuses covers
+    it."""
     parents = documented_tree()
     assert {"BridgeError", *parents} == set(STATUS)
     for name, parent in parents.items():
@@ -86,7 +88,8 @@ def test_tree_is_as_documented() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_error_arrives_as_its_own_kind(kind: type[BridgeError]) -> None:
-    """An error of each kind is decoded as that very kind, with its text, and has its one gRPC status."""
+    """An error of each kind is decoded as that very kind, with its text, and has its one gRPC
+    status."""
     received = travelled(kind("what, seen, expected: é 😀"))
     assert type(received) is kind
     assert str(received) == "what, seen, expected: é 😀"
@@ -95,13 +98,17 @@ def test_error_arrives_as_its_own_kind(kind: type[BridgeError]) -> None:
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTIN_BASES.items(), ids=BUILTIN_BASES)
 def test_error_is_also_what_python_would_raise(name: str, builtin: type[Exception]) -> None:
-    """Where Python has an exception for the situation, the bridge's error is one of that kind too."""
+    """Where Python has an exception for the situation, the bridge's error is one of that kind
+    too."""
     assert issubclass(getattr(errors, name), builtin)
 
 
 def test_remote_error_carries_type_and_traceback_as_text() -> None:
-    """A RemoteModelError brings the remote class and traceback, and shows the traceback when it is printed."""
-    received = travelled(RemoteModelError("boom", remote_type="pkg.Error", remote_traceback="line 1\nline 2"))
+    """A RemoteModelError brings the remote class and traceback, and shows the traceback when it
+    is printed."""
+    received = travelled(
+        RemoteModelError("boom", remote_type="pkg.Error", remote_traceback="line 1\nline 2")
+    )
     assert isinstance(received, RemoteModelError)
     assert (received.args, received.remote_type, received.remote_traceback) == (
         ("boom",),
@@ -112,9 +119,12 @@ def test_remote_error_carries_type_and_traceback_as_text() -> None:
     assert errors.encode(received) == errors.encode(travelled(received))
 
 
-@pytest.mark.parametrize("kind", ["", "Newer", "Exception", "KeyboardInterrupt", "os.system", "bridgeerror"])
+@pytest.mark.parametrize(
+    "kind", ["", "Newer", "Exception", "KeyboardInterrupt", "os.system", "bridgeerror"]
+)
 def test_unknown_kind_becomes_a_plain_bridge_error(kind: str) -> None:
-    """A kind that this side does not know, or that is no error of the bridge, is a BridgeError with the same text."""
+    """A kind that this side does not know, or that is no error of the bridge, is a BridgeError
+    with the same text."""
     received = errors.decode(pb.Error(kind=kind, message="text"))
     assert type(received) is BridgeError and str(received) == "text"
 
@@ -128,14 +138,16 @@ def test_unexpected_exception_becomes_an_internal_error() -> None:
 
 @pytest.mark.parametrize("kind", [errors.InternalError, RemoteModelError], ids=["plain", "remote"])
 def test_text_that_utf_8_cannot_carry_still_arrives(kind: type[BridgeError]) -> None:
-    """An error whose text has a lone surrogate, as file names may, is sent with that character replaced."""
+    """An error whose text has a lone surrogate, as file names may, is sent with that character
+    replaced."""
     received = travelled(kind("bad name: \udcff.npy"))
     assert type(received) is kind
     assert str(received).startswith("bad name: ") and str(received).endswith(".npy")
 
 
 def test_endless_text_fits_in_a_frame() -> None:
-    """Of a text of any length, as of a model that shows its data, the beginning and the end arrive."""
+    """Of a text of any length, as of a model that shows its data, the beginning and the end
+    arrive."""
     endless = "first" + "é" * (4 << 20) + "last"
     error = errors.encode(RemoteModelError(endless, remote_traceback=endless))
     assert len(error.SerializeToString()) < MAX_FRAME
@@ -143,7 +155,7 @@ def test_endless_text_fits_in_a_frame() -> None:
     assert "characters are left out here" in error.traceback
 
 
-# Over gRPC --------------------------------------------------------------------------------------------------------
+# Over gRPC ----------------------------------------------------------------------------------------
 
 
 class Aborting(grpc.GenericRpcHandler):
@@ -152,7 +164,9 @@ class Aborting(grpc.GenericRpcHandler):
     error: BridgeError
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-        return grpc.unary_unary_rpc_method_handler(lambda request, context: errors.abort(context, self.error))
+        return grpc.unary_unary_rpc_method_handler(
+            lambda request, context: errors.abort(context, self.error)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +178,16 @@ def aborting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Abortin
     server.add_insecure_port(f"unix:{path}")
     server.start()
     with contextlib.closing(grpc.insecure_channel(f"unix:{path}")) as channel:
-        received_over((handler, channel), BridgeError("connect now, before what is open is counted"))
+        received_over(
+            (handler, channel), BridgeError("connect now, before what is open is counted")
+        )
         yield handler, channel
     server.stop(0).wait()
 
 
-def received_over(aborting: tuple[Aborting, grpc.Channel], error: BridgeError) -> tuple[BridgeError, grpc.StatusCode]:
+def received_over(
+    aborting: tuple[Aborting, grpc.Channel], error: BridgeError
+) -> tuple[BridgeError, grpc.StatusCode]:
     handler, channel = aborting
     handler.error = error
     with pytest.raises(grpc.RpcError) as raised:
@@ -181,17 +199,23 @@ def received_over(aborting: tuple[Aborting, grpc.Channel], error: BridgeError) -
 def test_error_ends_a_grpc_call_with_its_kind_and_status(
     kind: type[BridgeError], aborting: tuple[Aborting, grpc.Channel]
 ) -> None:
-    """A call that is aborted with an error arrives as that kind and text, under that kind's status."""
+    """A call that is aborted with an error arrives as that kind and text, under that kind's
+    status."""
     received, status = received_over(aborting, kind("some text: é"))
     assert type(received) is kind and str(received) == "some text: é"
     assert status is kind.status
 
 
 @pytest.mark.parametrize("length", [1_000, 10_000, 200_000])
-def test_long_traceback_does_not_cost_the_error_its_kind(length: int, aborting: tuple[Aborting, grpc.Channel]) -> None:
-    """However long the remote traceback, the error arrives as a RemoteModelError with the beginning of its text."""
+def test_long_traceback_does_not_cost_the_error_its_kind(
+    length: int, aborting: tuple[Aborting, grpc.Channel]
+) -> None:
+    """However long the remote traceback, the error arrives as a RemoteModelError with the
+    beginning of its text."""
     error = RemoteModelError(
-        "boom: " + "é" * length, remote_type="builtins.ValueError", remote_traceback="frame\n" * (length // 6)
+        "boom: " + "é" * length,
+        remote_type="builtins.ValueError",
+        remote_traceback="frame\n" * (length // 6),
     )
     received, status = received_over(aborting, error)
     assert isinstance(received, RemoteModelError), received

@@ -1,4 +1,5 @@
-"""One end of a local lane: whole messages, descriptors, time-outs and ends, over real socket pairs."""
+"""One end of a local lane: whole messages, descriptors, time-outs and ends, over real socket
+pairs."""
 
 import contextlib
 import os
@@ -17,7 +18,10 @@ from bridge_wire.lane.frames import MAX_FRAME, encode
 @contextlib.contextmanager
 def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
     """Two connected ends, which take descriptors."""
-    a, b = (FramedSocket(end, takes_descriptors=True) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    a, b = (
+        FramedSocket(end, takes_descriptors=True)
+        for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    )
     try:
         yield a, b
     finally:
@@ -61,7 +65,7 @@ def close_all(descriptors: list[int]) -> None:
         os.close(fd)
 
 
-# Messages ---------------------------------------------------------------------------------------------------------
+# Messages -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("payload", [b"", b"x", b"\0" * 1000], ids=["empty", "one byte", "zeros"])
@@ -95,7 +99,8 @@ def test_message_that_comes_byte_by_byte_is_put_together() -> None:
 
 
 def test_largest_message_passes_though_it_exceeds_every_buffer() -> None:
-    """A message of MAX_FRAME bytes, more than a socket holds, arrives while the sender still sends."""
+    """A message of MAX_FRAME bytes, more than a socket holds, arrives while the sender still
+    sends."""
     payload = os.urandom(MAX_FRAME)
     with pair() as (a, b):
         sender = threading.Thread(target=a.send, args=(payload,))
@@ -121,10 +126,12 @@ def test_oversized_frame_is_a_protocol_error_at_the_receiver() -> None:
             end.receive(5)
 
 
-# Time-outs and ends -----------------------------------------------------------------------------------------------
+# Time-outs and ends -------------------------------------------------------------------------------
 
 
-def test_silence_is_a_timeout_and_costs_nothing(either_pair: tuple[FramedSocket, FramedSocket]) -> None:
+def test_silence_is_a_timeout_and_costs_nothing(
+    either_pair: tuple[FramedSocket, FramedSocket],
+) -> None:
     """Nothing within the time is TimeoutError, and what comes later is received whole."""
     a, b = either_pair
     for timeout_s in (0, 0.02):
@@ -163,7 +170,8 @@ def test_end_of_the_peer_is_none(either_pair: tuple[FramedSocket, FramedSocket])
 
 
 def test_end_within_a_message_gives_no_message() -> None:
-    """A peer that ends in the middle of a frame has sent no message: nothing is made up from the rest."""
+    """A peer that ends in the middle of a frame has sent no message: nothing is made up from the
+    rest."""
     with raw_pair() as (raw, end):
         raw.send(encode(b"whole") + encode(b"cut in two")[:7])
         raw.close()
@@ -172,7 +180,8 @@ def test_end_within_a_message_gives_no_message() -> None:
 
 
 def test_reset_by_the_peer_is_an_end() -> None:
-    """A peer that closes without having read all of what it was sent has ended the connection, no more."""
+    """A peer that closes without having read all of what it was sent has ended the connection,
+    no more."""
     with pair() as (a, b):
         b.send(b"never read")
         a.close()
@@ -188,7 +197,8 @@ def test_sending_to_a_peer_that_is_gone_is_an_os_error() -> None:
 
 
 def test_message_that_went_out_whole_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A peer that takes a message with its descriptor, answers and closes at once was not gone: its answer is read."""
+    """A peer that takes a message with its descriptor, answers and closes at once was not gone:
+    its answer is read."""
     with raw_pair() as (raw, end), contextlib.closing(raw), open(os.devnull) as file:
         send_fds = socket.send_fds
 
@@ -205,7 +215,8 @@ def test_message_that_went_out_whole_is_no_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_has_ended_sees_the_end_past_what_was_said() -> None:
-    """`has_ended` is False for a live peer and True after its end, also behind messages that nobody will read."""
+    """`has_ended` is False for a live peer and True after its end, also behind messages that
+    nobody will read."""
     with pair() as (a, b):
         assert not b.has_ended()
         a.send(b"unread")
@@ -232,7 +243,8 @@ def test_half_close_ends_one_direction_only() -> None:
 
 
 def test_stop_receiving_wakes_who_waits() -> None:
-    """A thread that waits for a message returns None when another thread stops its end from receiving."""
+    """A thread that waits for a message returns None when another thread stops its end from
+    receiving."""
     with pair() as (_, b):
         received: list[bytes | None] = []
         waiting = threading.Thread(target=lambda: received.append(b.receive()))
@@ -273,12 +285,15 @@ def test_peer_s_user_is_known() -> None:
         assert a.peer_uid() == b.peer_uid() == os.geteuid()
 
 
-# Descriptors ------------------------------------------------------------------------------------------------------
+# Descriptors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_descriptors_come_with_their_message(either_pair: tuple[FramedSocket, FramedSocket], count: int) -> None:
-    """Descriptors arrive in order with the message, close on exec, and belong to whoever takes them."""
+def test_descriptors_come_with_their_message(
+    either_pair: tuple[FramedSocket, FramedSocket], count: int
+) -> None:
+    """Descriptors arrive in order with the message, close on exec, and belong to whoever takes
+    them."""
     a, b = either_pair
     sent = some_descriptors(count)
     a.send(b"here", tuple(sent))

@@ -1,4 +1,5 @@
-"""Frames are cut alike however the bytes arrive, and a stream of no frames is refused without being buffered."""
+"""Frames are cut alike however the bytes arrive, and a stream of no frames is refused without
+being buffered."""
 
 import random
 import struct
@@ -19,14 +20,17 @@ MESSAGES = [
     b"\xff" * 300,
     pb.LaneRequest(attach=pb.Attach(session=b"s" * 32)).SerializeToString(),
     pb.LaneRequest(share=pb.Share(base=4096, nbytes=1 << 24)).SerializeToString(),
-    pb.LaneRequest(run=pb.Run(program=1, inputs=[4096, 4160], outputs=[8192], residual=7)).SerializeToString(),
+    pb.LaneRequest(
+        run=pb.Run(program=1, inputs=[4096, 4160], outputs=[8192], residual=7)
+    ).SerializeToString(),
     pb.LaneRequest(release=pb.Release(residuals=range(100))).SerializeToString(),
     pb.LaneReply(error=pb.Error(kind="ProtocolError", message="é" * 500)).SerializeToString(),
 ]
 
 
 def cut(pieces: Iterable[bytes]) -> tuple[list[bytes], FrameDecoder]:
-    """Feed the pieces of a stream one by one; return the messages, taken as soon as they are whole."""
+    """Feed the pieces of a stream one by one; return the messages, taken as soon as they are
+    whole."""
     decoder, messages = FrameDecoder(), []
     for piece in pieces:
         message = decoder.feed(piece)
@@ -75,7 +79,8 @@ def test_frame_is_a_little_endian_length_and_the_payload() -> None:
 
 
 def test_largest_message_passes_and_a_longer_one_is_not_sent() -> None:
-    """A message of MAX_FRAME bytes, which a chunk with its envelope stays below, passes; one byte more is refused."""
+    """A message of MAX_FRAME bytes, which a chunk with its envelope stays below, passes; one
+    byte more is refused."""
     assert len(pb.LaneRequest(chunk=bytes(CHUNK)).SerializeToString()) <= MAX_FRAME
     assert cut([encode(bytes(MAX_FRAME))])[0] == [bytes(MAX_FRAME)]
     with pytest.raises(ProtocolError, match=str(MAX_FRAME)):
@@ -84,7 +89,8 @@ def test_largest_message_passes_and_a_longer_one_is_not_sent() -> None:
 
 @pytest.mark.parametrize("length", [MAX_FRAME + 1, 2**31, 2**32 - 1])
 def test_oversized_frame_is_refused_by_its_length_alone(length: int) -> None:
-    """A frame over the limit is a ProtocolError as soon as its length is there, before any of its payload."""
+    """A frame over the limit is a ProtocolError as soon as its length is there, before any of
+    its payload."""
     decoder = FrameDecoder()
     assert decoder.feed(struct.pack("<I", length)[:3]) is None
     with pytest.raises(ProtocolError, match=str(length)):
@@ -103,8 +109,11 @@ def test_messages_before_an_oversized_frame_are_not_lost() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=20), st.randoms(use_true_random=False))
-def test_messages_are_the_same_however_they_are_cut(messages: list[bytes], random: random.Random) -> None:
-    """Any way of cutting a stream of frames into pieces gives the same messages in the same order."""
+def test_messages_are_the_same_however_they_are_cut(
+    messages: list[bytes], random: random.Random
+) -> None:
+    """Any way of cutting a stream of frames into pieces gives the same messages in the same
+    order."""
     stream = b"".join(map(encode, messages))
     cuts = sorted(random.randrange(len(stream) + 1) for _ in range(random.randrange(10)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
@@ -116,7 +125,8 @@ def test_messages_are_the_same_however_they_are_cut(messages: list[bytes], rando
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=100)))
 def test_random_bytes_give_messages_or_a_protocol_error(pieces: list[bytes]) -> None:
-    """Arbitrary bytes give messages within the limit, or a ProtocolError; nothing is made up, nothing else raised."""
+    """Arbitrary bytes give messages within the limit, or a ProtocolError; nothing is made up,
+    nothing else raised."""
     stream = b"".join(pieces)
     try:
         messages, decoder = cut(pieces)

@@ -1,7 +1,7 @@
 """Golden bytes: each message kind of the contract, exactly as it goes over the wire.
 
-A number, a type or a name that changes by accident fails here. A change on purpose is a new protocol version, or adds a
-field, which goes into a message below together with its bytes.
+A number, a type or a name that changes by accident fails here. A change on purpose is a new
+protocol version, or adds a field, which goes into a message below together with its bytes.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,9 @@ MESSAGES: dict[str, Message] = {
     "value": T(value=V(text="v")),
     "tuple": T(tuple=T.Sequence(items=[LEAF, LEAF])),
     "list": T(list=T.Sequence(items=[LEAF])),
-    "dict": T(dict=T.Mapping(keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())])),
+    "dict": T(
+        dict=T.Mapping(keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())])
+    ),
     "namedtuple": T(namedtuple=POINT),
     "dataclass": T(dataclass=POINT),
     "the sender's class": T(dataclass=T.Record(name="P", origin="m.P")),
@@ -85,21 +87,30 @@ MESSAGES: dict[str, Message] = {
         ),
     ),
     "prepare parameters": pb.PrepareRequest(session=b"s", parameters=pb.Parameters(model="f")),
-    "prepare pullback": pb.PrepareRequest(session=b"s", pullback=pb.Pullback(program=9, wrt=[1], outputs=[0, 2])),
+    "prepare pullback": pb.PrepareRequest(
+        session=b"s", pullback=pb.Pullback(program=9, wrt=[1], outputs=[0, 2])
+    ),
     "ask for shapes": pb.PrepareRequest(
-        session=b"s", shapes=pb.Shapes(call=pb.Call(model="f"), inputs=[pb.Shape(sizes=["d0", "3"])])
+        session=b"s",
+        shapes=pb.Shapes(call=pb.Call(model="f"), inputs=[pb.Shape(sizes=["d0", "3"])]),
     ),
     "progress": pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="compiling")),
     "not prepared": pb.PrepareEvent(error=pb.Error(kind="CallerError", message="no")),
     "prepared": pb.PrepareEvent(prepared=pb.Prepared(program=3, result=LEAF, outputs=[SPEC])),
-    "prepared with a fingerprint": pb.PrepareEvent(prepared=pb.Prepared(program=3, fingerprint=b"12345678")),
+    "prepared with a fingerprint": pb.PrepareEvent(
+        prepared=pb.Prepared(program=3, fingerprint=b"12345678")
+    ),
     "shapes": pb.PrepareEvent(prepared=pb.Prepared(shapes=[pb.Shape(sizes=["2*d0"])])),
     "attach": pb.LaneRequest(attach=pb.Attach(session=b"s")),
     "share": pb.LaneRequest(share=pb.Share(base=4096, nbytes=1 << 24)),
-    "run": pb.LaneRequest(run=pb.Run(program=1, inputs=[4096, 1 << 40], outputs=[8192], residual=7, released=[5, 6])),
+    "run": pb.LaneRequest(
+        run=pb.Run(program=1, inputs=[4096, 1 << 40], outputs=[8192], residual=7, released=[5, 6])
+    ),
     "inline run": pb.LaneRequest(run=pb.Run(program=1, inline=True, data=b"\x04")),
     "release": pb.LaneRequest(release=pb.Release(residuals=[1, 300])),
-    "share on a GPU": pb.LaneRequest(share=pb.Share(base=1 << 56, nbytes=2 << 20, cuda_handle=b"h")),
+    "share on a GPU": pb.LaneRequest(
+        share=pb.Share(base=1 << 56, nbytes=2 << 20, cuda_handle=b"h")
+    ),
     "peek": pb.LaneRequest(peek=pb.Peek(address=4096, nbytes=256)),
     "order": pb.LaneRequest(order=pb.Order(event=b"e")),
     "order by words": pb.LaneRequest(order=pb.Order(words=1 << 56)),
@@ -223,7 +234,8 @@ def fields_of(descriptor: Any) -> Iterator[str]:
 
 
 def fields_used(message: Message) -> Iterator[str]:
-    """Yield the full names of a message's type, of its fields that are set, and of those of the messages in it."""
+    """Yield the full names of a message's type, of its fields that are set, and of those of the
+    messages in it."""
     yield message.DESCRIPTOR.full_name
     for field, value in message.ListFields():
         yield field.full_name
@@ -242,7 +254,9 @@ def test_message_has_its_golden_bytes(name: str) -> None:
 
 def test_every_field_of_the_contract_has_golden_bytes() -> None:
     """Each message type and each field of the contract is set in one of the golden messages."""
-    declared = {name for kind in pb.DESCRIPTOR.message_types_by_name.values() for name in fields_of(kind)}
+    declared = {
+        name for kind in pb.DESCRIPTOR.message_types_by_name.values() for name in fields_of(kind)
+    }
     used = {name for message in MESSAGES.values() for name in fields_used(message)}
     assert declared == used
     assert set(MESSAGES) == set(GOLDEN)
@@ -254,15 +268,22 @@ def test_dtypes_have_their_golden_numbers() -> None:
 
 
 def test_service_has_its_golden_methods() -> None:
-    """The service's full name, its methods, their messages and which of them stream are those of version 1."""
+    """The service's full name, its methods, their messages and which of them stream are those of
+    version 1."""
     service = pb.DESCRIPTOR.services_by_name["Bridge"]
     assert service.full_name == "bridge.v1.Bridge"
     assert {
-        method.name: (method.input_type.name, method.output_type.name, method.client_streaming, method.server_streaming)
+        method.name: (
+            method.input_type.name,
+            method.output_type.name,
+            method.client_streaming,
+            method.server_streaming,
+        )
         for method in service.methods
     } == METHODS
 
 
 def test_frame_of_a_request_has_its_golden_bytes() -> None:
-    """On a framed lane a message goes as its length in four bytes, least significant first, and its bytes."""
+    """On a framed lane a message goes as its length in four bytes, least significant first, and
+    its bytes."""
     assert frames.encode(bytes.fromhex(GOLDEN["attach"])).hex() == "05000000" + GOLDEN["attach"]

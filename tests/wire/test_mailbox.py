@@ -19,7 +19,9 @@ from bridge_wire.lane import framed_socket, mailbox
 from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.lane.mailbox import ABSENT, ASLEEP, AWAKE, CAPACITY, NBYTES, Mailbox
 
-pytestmark = pytest.mark.skipif(not mailbox.is_usable(), reason="stores of these processors may be seen out of order")
+pytestmark = pytest.mark.skipif(
+    not mailbox.is_usable(), reason="stores of these processors may be seen out of order"
+)
 
 
 @pytest.fixture
@@ -32,10 +34,12 @@ def ends(memory: memoryview) -> tuple[Mailbox, Mailbox]:
     return Mailbox(memory, is_first=True), Mailbox(memory, is_first=False)
 
 
-# The memory -------------------------------------------------------------------------------------------------------
+# The memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("message", [b"x", b"\0" * 100, os.urandom(CAPACITY)], ids=["one byte", "zeros", "full"])
+@pytest.mark.parametrize(
+    "message", [b"x", b"\0" * 100, os.urandom(CAPACITY)], ids=["one byte", "zeros", "full"]
+)
 def test_message_is_there_until_it_is_taken(ends: tuple[Mailbox, Mailbox], message: bytes) -> None:
     """Each end finds what the other has put, once."""
     for writer, reader in (ends, ends[::-1]):
@@ -49,7 +53,8 @@ def test_message_is_there_until_it_is_taken(ends: tuple[Mailbox, Mailbox], messa
 
 
 def test_message_that_cannot_be_left_is_not(ends: tuple[Mailbox, Mailbox]) -> None:
-    """A message that is too long, or comes before the last one was taken, leaves everything as it is."""
+    """A message that is too long, or comes before the last one was taken, leaves everything as
+    it is."""
     writer, reader = ends
     assert writer.put(bytes(CAPACITY + 1)) == ABSENT
     assert not writer.is_unread()
@@ -100,13 +105,16 @@ def test_any_memory_yields_a_message_or_a_protocol_error(stores: list[tuple[int,
     reader.put(b"an answer")
 
 
-# Under a socket ---------------------------------------------------------------------------------------------------
+# Under a socket -----------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
     """Two connected ends, the first of which has offered a mailbox that the second has taken."""
-    a, b = (FramedSocket(end, takes_descriptors=True) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM))
+    a, b = (
+        FramedSocket(end, takes_descriptors=True)
+        for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    )
     with contextlib.closing(a), contextlib.closing(b):
         a.offer_mailbox()
         a.send(b"hello")
@@ -141,11 +149,18 @@ def test_polling_side_gets_messages_without_the_socket() -> None:
 
 
 @pytest.mark.parametrize("spin_s", [0, 200e-6])
-def test_sides_that_take_turns_understand_each_other(monkeypatch: pytest.MonkeyPatch, spin_s: float) -> None:
-    """Messages of all lengths arrive, whether the other side polls, sleeps or is about to; also beyond a slot."""
+def test_sides_that_take_turns_understand_each_other(
+    monkeypatch: pytest.MonkeyPatch, spin_s: float
+) -> None:
+    """Messages of all lengths arrive, whether the other side polls, sleeps or is about to; also
+    beyond a slot."""
     monkeypatch.setattr(framed_socket, "_SPIN_S", spin_s)
-    monkeypatch.setattr(framed_socket, "_SETTLED_MS", 20_000)  # who has missed a message would miss it for long
-    lengths = [random.Random(0).choice([1, 60, CAPACITY, CAPACITY + 1, 70_000]) for _ in range(2000)]
+    monkeypatch.setattr(
+        framed_socket, "_SETTLED_MS", 20_000
+    )  # who has missed a message would miss it for long
+    lengths = [
+        random.Random(0).choice([1, 60, CAPACITY, CAPACITY + 1, 70_000]) for _ in range(2000)
+    ]
     with pair() as (a, b):
 
         def echo() -> None:
@@ -210,7 +225,8 @@ def test_without_memory_the_socket_serves_alone(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("nbytes", [0, NBYTES // 2, NBYTES], ids=["empty", "too small", "unsealed"])
 def test_bad_memory_is_a_protocol_error(nbytes: int) -> None:
-    """A mailbox is a sealed memfd of its size and nothing else, and a bad one leaves nothing behind."""
+    """A mailbox is a sealed memfd of its size and nothing else, and a bad one leaves nothing
+    behind."""
     before = len(os.listdir("/proc/self/fd"))
     a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with contextlib.closing(FramedSocket(b, takes_descriptors=True)) as end, a:
@@ -224,7 +240,8 @@ def test_bad_memory_is_a_protocol_error(nbytes: int) -> None:
 
 
 def test_second_offer_is_no_message() -> None:
-    """A peer that offers a mailbox again is not listened to, and its descriptors go with the connection."""
+    """A peer that offers a mailbox again is not listened to, and its descriptors go with the
+    connection."""
     before = len(os.listdir("/proc/self/fd"))
     with pair() as (a, b):
         fd = os.memfd_create("again")

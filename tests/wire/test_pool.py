@@ -1,4 +1,5 @@
-"""Blocks: leased as long as somebody looks at them, in whatever thread the last look ends; counted, capped, reused."""
+"""Blocks: leased as long as somebody looks at them, in whatever thread the last look ends;
+counted, capped, reused."""
 
 import gc
 import itertools
@@ -27,7 +28,7 @@ def small_pool(nbytes: int = 16 * PAGE) -> Pool:
     return Pool(max_bytes=nbytes, shareable=False)
 
 
-# Leases -----------------------------------------------------------------------------------------------------------
+# Leases -------------------------------------------------------------------------------------------
 
 
 def test_block_is_memory_of_this_process() -> None:
@@ -53,7 +54,8 @@ def test_lease_ends_when_the_block_dies() -> None:
 
 
 def test_block_that_died_last_is_the_next_one() -> None:
-    """Of the free blocks of a size, the one that was used last, whose pages are the warmest, comes first."""
+    """Of the free blocks of a size, the one that was used last, whose pages are the warmest,
+    comes first."""
     pool = small_pool()
     first, second = pool.lease(PAGE), pool.lease(PAGE)
     addresses = [first.address, second.address]
@@ -75,7 +77,8 @@ def test_array_on_a_block_keeps_its_lease() -> None:
 
 
 def test_torch_tensor_on_a_block_keeps_its_lease() -> None:
-    """A tensor of torch.frombuffer lies in the block, and its storage keeps the lease, through views and detach."""
+    """A tensor of torch.frombuffer lies in the block, and its storage keeps the lease, through
+    views and detach."""
     pool = small_pool()
     block = pool.lease(4096)
     tensor = torch.frombuffer(block.buffer, dtype=torch.float32)
@@ -113,7 +116,8 @@ def test_lease_ends_in_whichever_thread_drops_it() -> None:
 
 
 def test_lease_ends_when_a_cycle_is_collected() -> None:
-    """A block that only a reference cycle holds is free once the cycle is collected, from within an allocation too."""
+    """A block that only a reference cycle holds is free once the cycle is collected, from within
+    an allocation too."""
     pool = small_pool()
     cycle: list[object] = [pool.lease(10)]
     cycle.append(cycle)
@@ -123,7 +127,8 @@ def test_lease_ends_when_a_cycle_is_collected() -> None:
 
 
 def test_threads_lease_side_by_side() -> None:
-    """Many threads that lease, write and drop never see each other's bytes, and leave nothing leased."""
+    """Many threads that lease, write and drop never see each other's bytes, and leave nothing
+    leased."""
     pool = small_pool(64 * PAGE)
     mixed_up: list[int] = []
 
@@ -164,14 +169,16 @@ def test_live_blocks_never_share_a_byte(steps: list[tuple[bool, int]]) -> None:
     assert pool.live_blocks() == len(ranges)
 
 
-# Zero bytes, addresses --------------------------------------------------------------------------------------------
+# Zero bytes, addresses ----------------------------------------------------------------------------
 
 
 def test_block_of_zero_bytes_takes_nothing() -> None:
     """A block of zero bytes has address 0, is no lease, and needs no slab."""
     pool = small_pool()
     blocks = [pool.lease(0) for _ in range(3)]
-    assert all((block.address, block.nbytes, bytes(block.buffer)) == (0, 0, b"") for block in blocks)
+    assert all(
+        (block.address, block.nbytes, bytes(block.buffer)) == (0, 0, b"") for block in blocks
+    )
     assert (pool.live_blocks(), pool.slab_bytes) == (0, 0)
     assert bytes(pool.view(0, 0)) == b""
 
@@ -203,7 +210,7 @@ def test_memory_elsewhere_has_no_address() -> None:
     assert pool.address_of(slab.pointer, slab.nbytes + 1) is None
 
 
-# Growth, cap, statistics ------------------------------------------------------------------------------------------
+# Growth, cap, statistics --------------------------------------------------------------------------
 
 
 def test_slabs_grow_in_steps() -> None:
@@ -241,7 +248,8 @@ def test_slabs_never_exceed_the_cap() -> None:
 
 
 def test_cap_is_an_error_with_figures() -> None:
-    """Past the cap a block is OutOfMemory, with the sizes, the number of leases, and the remedy; the pool goes on."""
+    """Past the cap a block is OutOfMemory, with the sizes, the number of leases, and the remedy;
+    the pool goes on."""
     pool = small_pool(4 * PAGE)
     held = [pool.lease(PAGE) for _ in range(3)]
     with pytest.raises(OutOfMemory) as raised:
@@ -263,7 +271,8 @@ def test_cap_counts_only_what_is_still_leased() -> None:
 
 
 def test_freed_neighbours_serve_a_larger_block() -> None:
-    """Fragments that were freed one by one become room for one block of all their bytes, without growth."""
+    """Fragments that were freed one by one become room for one block of all their bytes, without
+    growth."""
     pool = small_pool(8 * PAGE)
     held = [pool.lease(PAGE) for _ in range(8)]
     held.clear()
@@ -295,11 +304,12 @@ def test_slabs_do_not_touch_each_other() -> None:
     assert len(held) == 2
 
 
-# The end ----------------------------------------------------------------------------------------------------------
+# The end ------------------------------------------------------------------------------------------
 
 
 def test_blocks_stay_valid_when_the_pool_is_closed() -> None:
-    """After close() tensors keep their memory, descriptors are closed, and no new block is leased."""
+    """After close() tensors keep their memory, descriptors are closed, and no new block is
+    leased."""
     before = len(os.listdir("/proc/self/fd"))
     pool = Pool(max_bytes=PAGE)
     block = pool.lease(16)
@@ -338,9 +348,14 @@ cycle.append(cycle)
 
 
 def test_live_tensors_do_not_disturb_the_exit() -> None:
-    """An interpreter that ends with live blocks, tensors on them and cycles around them exits with 0, silently."""
+    """An interpreter that ends with live blocks, tensors on them and cycles around them exits
+    with 0, silently."""
     run = subprocess.run(
-        [sys.executable, "-c", EXIT_WITH_LIVE_TENSORS], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", EXIT_WITH_LIVE_TENSORS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 

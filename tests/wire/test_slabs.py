@@ -1,4 +1,5 @@
-"""Slabs are sealed memfds, and only such are mapped from a peer; whatever else comes is refused and closed."""
+"""Slabs are sealed memfds, and only such are mapped from a peer; whatever else comes is refused
+and closed."""
 
 import contextlib
 import ctypes
@@ -41,7 +42,10 @@ def mappings() -> int:
 
 @contextlib.contextmanager
 def new_slab() -> Iterator[Slab]:
-    """A slab of two pages at the address 4096. No fixture: pytest would keep it until after the check for leaks."""
+    """A slab of two pages at the address 4096.
+
+    No fixture: pytest would keep it until after the check for leaks.
+    """
     slab = create_slab(2 * PAGE, PAGE)
     try:
         yield slab
@@ -51,7 +55,8 @@ def new_slab() -> Iterator[Slab]:
 
 @contextlib.contextmanager
 def soft_limit(what: int, value: int) -> Iterator[None]:
-    """Set a soft limit of this process, for no longer than the block: pytest itself writes files and opens them."""
+    """Set a soft limit of this process, for no longer than the block: pytest itself writes files
+    and opens them."""
     soft, hard = resource.getrlimit(what)
     resource.setrlimit(what, (value, hard))
     try:
@@ -61,7 +66,8 @@ def soft_limit(what: int, value: int) -> Iterator[None]:
 
 
 def test_slab_is_a_memfd_sealed_in_size() -> None:
-    """A new slab's descriptor is a memfd of its size, closed on exec, with the seals SHRINK, GROW and SEAL."""
+    """A new slab's descriptor is a memfd of its size, closed on exec, with the seals SHRINK,
+    GROW and SEAL."""
     with new_slab() as slab:
         assert fcntl.fcntl(slab.fd, fcntl.F_GET_SEALS) & SEALS == SEALS
         assert os.fstat(slab.fd).st_size == slab.nbytes == len(slab.view) == 2 * PAGE
@@ -84,7 +90,8 @@ def test_slab_has_no_name_in_the_file_system() -> None:
 
 
 def test_slab_s_pages_are_present() -> None:
-    """All of a slab's blocks are allocated at once: no late fault, and no SIGBUS when memory is short."""
+    """All of a slab's blocks are allocated at once: no late fault, and no SIGBUS when memory is
+    short."""
     with new_slab() as slab:
         assert os.fstat(slab.fd).st_blocks * 512 >= slab.nbytes
 
@@ -105,7 +112,8 @@ def test_unshareable_slab_has_no_descriptor() -> None:
 
 
 def test_both_mappings_show_the_same_memory() -> None:
-    """What one side writes through its mapping the other reads through its own, at another pointer."""
+    """What one side writes through its mapping the other reads through its own, at another
+    pointer."""
     with new_slab() as slab:
         received = map_received(os.dup(slab.fd), slab.nbytes, 1 << 40)
         slab.view[PAGE : PAGE + 5] = b"hello"
@@ -123,7 +131,8 @@ def test_received_descriptor_is_closed() -> None:
 
 
 def test_mapping_lives_as_long_as_a_view_of_it() -> None:
-    """The mapping outlives the slab object while a slice of its view is held, and goes with the last one."""
+    """The mapping outlives the slab object while a slice of its view is held, and goes with the
+    last one."""
     with new_slab() as slab:
         before = mappings()
         received = map_received(os.dup(slab.fd), slab.nbytes, 0)
@@ -216,7 +225,8 @@ NO_SLABS = [
 
 @pytest.mark.parametrize("make", NO_SLABS, ids=lambda make: make.__name__)
 def test_what_is_no_sealed_memfd_is_refused(make: Callable[[], int]) -> None:
-    """Anything but a sealed, writable memfd is a ProtocolError; the descriptor is closed and nothing mapped."""
+    """Anything but a sealed, writable memfd is a ProtocolError; the descriptor is closed and
+    nothing mapped."""
     before = mappings()
     fd = make()
     with pytest.raises(ProtocolError):
@@ -227,7 +237,8 @@ def test_what_is_no_sealed_memfd_is_refused(make: Callable[[], int]) -> None:
 
 @pytest.mark.parametrize("announced", [0, 1, PAGE - 1, PAGE, 3 * PAGE, 2**63, 2**64 - 1])
 def test_wrong_size_is_refused(announced: int) -> None:
-    """A sealed memfd of another size than was announced is a ProtocolError; the descriptor is closed."""
+    """A sealed memfd of another size than was announced is a ProtocolError; the descriptor is
+    closed."""
     fd = make_memfd(2 * PAGE)
     with pytest.raises(ProtocolError):
         map_received(fd, announced, 0)
@@ -236,7 +247,8 @@ def test_wrong_size_is_refused(announced: int) -> None:
 
 @pytest.mark.parametrize("nbytes", [0, 100])
 def test_memfd_of_no_whole_pages_is_refused(nbytes: int) -> None:
-    """A memfd that is empty, or ends within a page, is a ProtocolError even where its size was announced."""
+    """A memfd that is empty, or ends within a page, is a ProtocolError even where its size was
+    announced."""
     with pytest.raises(ProtocolError):
         map_received(make_memfd(nbytes), nbytes, 0)
 

@@ -17,14 +17,18 @@ WEAK = ("int64", "float64", "complex128")
 
 shapes = st.lists(st.integers(0, 2**40), max_size=6).map(tuple)
 strong = st.builds(Spec, st.sampled_from(list(BY_NAME.values())), shapes, st.just(False))
-weak = st.builds(Spec, st.sampled_from([BY_NAME[name] for name in WEAK]), st.just(()), st.just(True))
+weak = st.builds(
+    Spec, st.sampled_from([BY_NAME[name] for name in WEAK]), st.just(()), st.just(True)
+)
 
 
 def fits(spec: Spec) -> bool:
     return math.prod(size or 1 for size in spec.shape) * spec.dtype.itemsize <= MAX_NBYTES
 
 
-def message(dtype: int = pb.DTYPE_FLOAT32, shape: tuple[int, ...] = (), *, weak: bool = False) -> pb.Spec:
+def message(
+    dtype: int = pb.DTYPE_FLOAT32, shape: tuple[int, ...] = (), *, weak: bool = False
+) -> pb.Spec:
     return pb.Spec(dtype=dtype, shape=shape, weak=weak)
 
 
@@ -36,9 +40,14 @@ def test_spec_survives_the_wire(spec: Spec) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(-(2**31), 2**31 - 1), st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70), st.booleans())
+@given(
+    st.integers(-(2**31), 2**31 - 1),
+    st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70),
+    st.booleans(),
+)
 def test_decoded_spec_always_fits_in_63_bits(dtype: int, shape: list[int], weak: bool) -> None:
-    """Whatever numbers come, a spec is refused as ProtocolError or has at most 2**63 - 1 bytes in 64 dimensions."""
+    """Whatever numbers come, a spec is refused as ProtocolError or has at most 2**63 - 1 bytes
+    in 64 dimensions."""
     try:
         spec = specs.decode(message(dtype, tuple(shape), weak=weak))
     except ProtocolError:
@@ -68,15 +77,19 @@ def test_rank_is_limited_to_64() -> None:
         specs.decode(message(shape=(1,) * 65))
 
 
-@pytest.mark.parametrize("shape", [(2**62, 2), (2**32, 2**31), (2**63 - 1, 2**63 - 1), (2**63 - 1, 2)])
+@pytest.mark.parametrize(
+    "shape", [(2**62, 2), (2**32, 2**31), (2**63 - 1, 2**63 - 1), (2**63 - 1, 2)]
+)
 def test_overflowing_array_is_refused(shape: tuple[int, ...]) -> None:
-    """An int8 array of 2**63 bytes or more is a ProtocolError; the product of its sizes does not wrap."""
+    """An int8 array of 2**63 bytes or more is a ProtocolError; the product of its sizes does not
+    wrap."""
     with pytest.raises(ProtocolError, match="does not fit"):
         specs.decode(message(pb.DTYPE_INT8, shape))
 
 
 def test_largest_array_is_accepted() -> None:
-    """An int8 array of 2**63 - 1 bytes still is a spec; a float64 array of as many elements is not."""
+    """An int8 array of 2**63 - 1 bytes still is a spec; a float64 array of as many elements is
+    not."""
     assert specs.decode(message(pb.DTYPE_INT8, (MAX_NBYTES,))).nbytes == MAX_NBYTES
     with pytest.raises(ProtocolError, match="does not fit"):
         specs.decode(message(pb.DTYPE_FLOAT64, (MAX_NBYTES,)))
@@ -96,7 +109,8 @@ def test_weak_array_is_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(BY_NAME) - set(WEAK)))
 def test_weak_spec_of_no_python_number_is_refused(name: str) -> None:
-    """A Python number is an int64, a float64 or a complex128: a weak spec of another dtype is a ProtocolError."""
+    """A Python number is an int64, a float64 or a complex128: a weak spec of another dtype is a
+    ProtocolError."""
     with pytest.raises(ProtocolError):
         specs.decode(message(BY_NAME[name].wire, weak=True))
 

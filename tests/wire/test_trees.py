@@ -1,4 +1,5 @@
-"""Trees rebuild the structure that was sent, with leaves in one known order, and nothing that was not sent."""
+"""Trees rebuild the structure that was sent, with leaves in one known order, and nothing that
+was not sent."""
 
 import builtins
 import collections
@@ -105,7 +106,8 @@ STATIC = [
 
 @pytest.mark.parametrize("value", STATIC, ids=repr)
 def test_static_value_keeps_its_value_and_type(value: Any) -> None:
-    """A static value comes back equal and of the same type: True stays a bool, 1 an int, 1.0 a float."""
+    """A static value comes back equal and of the same type: True stays a bool, 1 an int, 1.0 a
+    float."""
     received = send(value)
     assert (type(received), repr(received)) == (type(value), repr(value))
 
@@ -138,13 +140,16 @@ def test_nan_comes_back_as_nan() -> None:
     ids=range(16),
 )
 def test_container_comes_back_as_it_was(value: Any) -> None:
-    """Dicts, lists, tuples, namedtuples and None, in any nesting, come back equal and of the same types."""
+    """Dicts, lists, tuples, namedtuples and None, in any nesting, come back equal and of the
+    same types."""
     received = returned(value)
     assert received == value
     assert type(received) is type(value)
 
 
-@pytest.mark.parametrize("value", [Model(A, 0.1), Frozen([A, B])], ids=["plain", "frozen with slots"])
+@pytest.mark.parametrize(
+    "value", [Model(A, 0.1), Frozen([A, B])], ids=["plain", "frozen with slots"]
+)
 def test_dataclass_comes_back_as_its_own_class(value: Any) -> None:
     """A dataclass that this process sent comes back as an instance of that very class."""
     received = returned(value)
@@ -164,7 +169,8 @@ def test_leaves_come_in_depth_first_order() -> None:
 
 
 def test_dict_leaves_come_in_the_order_of_sorted_keys() -> None:
-    """A dict's leaves are counted by sorted key, however it was filled, so equal dicts have equal trees."""
+    """A dict's leaves are counted by sorted key, however it was filled, so equal dicts have
+    equal trees."""
     assert leaves_of({"b": B, "a": A, "c": C}) == [A, B, C]
     one, _ = trees.encode({"b": B, "a": A}, is_array, Classes())
     other, _ = trees.encode({"a": A, "b": B}, is_array, Classes())
@@ -208,13 +214,14 @@ values = st.recursive(
 @settings(deadline=None)
 @given(values)
 def test_any_structure_comes_back_equal(value: Any) -> None:
-    """Whatever the nesting, what comes back equals what was sent, and has one path for each leaf."""
+    """Whatever the nesting, what comes back equals what was sent, and has one path for each
+    leaf."""
     tree, leaves = trees.encode(value, is_array, Classes())
     assert returned(value) == value
     assert len(trees.leaf_paths(tree, "x")) == len(leaves)
 
 
-# Depth, and what cannot be sent -----------------------------------------------------------------------------------
+# Depth, and what cannot be sent -------------------------------------------------------------------
 
 
 def nested(depth: int, value: Any = None) -> Any:
@@ -226,7 +233,9 @@ def nested(depth: int, value: Any = None) -> Any:
 @pytest.mark.parametrize("innermost", [A, 1j, "s"], ids=["array", "complex", "text"])
 def test_deepest_tree_passes_in_a_whole_request(innermost: Any) -> None:
     """A structure of MAX_DEPTH levels still parses inside the message that carries it."""
-    args, leaves = trees.encode((nested(trees.MAX_DEPTH - 1, innermost),), is_array, classes := Classes())
+    args, leaves = trees.encode(
+        (nested(trees.MAX_DEPTH - 1, innermost),), is_array, classes := Classes()
+    )
     kwargs, _ = trees.encode({}, is_array, classes)
     call = pb.Call(model="m", arguments=trees.arguments(args, kwargs))
     received = pb.PrepareRequest.FromString(pb.PrepareRequest(call=call).SerializeToString())
@@ -235,7 +244,8 @@ def test_deepest_tree_passes_in_a_whole_request(innermost: Any) -> None:
 
 
 def test_deeper_structure_is_refused_with_its_path() -> None:
-    """One level more is a StructureError that names the place, and so is a structure that contains itself."""
+    """One level more is a StructureError that names the place, and so is a structure that
+    contains itself."""
     with pytest.raises(StructureError, match=r"x(\[0\])+ is nested more than 40 levels"):
         trees.encode(nested(trees.MAX_DEPTH + 1), is_array, Classes(), root="x")
     endless: list[Any] = []
@@ -253,10 +263,13 @@ class Named(str):
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1, 2}, b"bytes", Model, Colour.RED, Named("n"), len], ids=lambda value: type(value).__name__
+    "value",
+    [object(), {1, 2}, b"bytes", Model, Colour.RED, Named("n"), len],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_part_of_a_tree_is_refused_with_its_path(value: Any) -> None:
-    """Anything but a leaf, a container or a plain static value is a StructureError naming its path and type."""
+    """Anything but a leaf, a container or a plain static value is a StructureError naming its
+    path and type."""
     with pytest.raises(StructureError, match=r"args\[0\]\['w'\]\.x"):
         trees.encode(({"w": Point(value, A)},), is_array, Classes(), root="args")
 
@@ -282,7 +295,7 @@ def test_text_that_utf_8_cannot_carry_is_refused(value: Any) -> None:
         trees.encode([value], is_array, Classes(), root="args")
 
 
-# Paths ------------------------------------------------------------------------------------------------------------
+# Paths --------------------------------------------------------------------------------------------
 
 
 def test_leaves_have_the_paths_that_python_would_write() -> None:
@@ -322,12 +335,13 @@ EMPTY_TUPLE, EMPTY_DICT = pb.Tree(tuple=pb.Tree.Sequence()), pb.Tree(dict=pb.Tre
     ids=["nothing", "leaf", "empty", "list", "swapped", "three", "no kind"],
 )
 def test_arguments_that_are_no_args_and_kwargs_are_refused(tree: pb.Tree) -> None:
-    """A call's arguments must be a tuple of a tuple and a dict; anything else is a ProtocolError."""
+    """A call's arguments must be a tuple of a tuple and a dict; anything else is a
+    ProtocolError."""
     with pytest.raises(ProtocolError, match="tuple of a tuple and a dict"):
         trees.argument_paths(tree)
 
 
-# Malformed trees --------------------------------------------------------------------------------------------------
+# Malformed trees ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "word"), [(0, "more"), (1, "more"), (3, "fewer"), (9, "fewer")])
@@ -346,7 +360,11 @@ def test_wrong_number_of_leaves_is_refused(count: int, word: str) -> None:
         pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(text="a")], items=[])),
         pb.Tree(dict=pb.Tree.Mapping(keys=[], items=[leaf()])),
         pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(text="a")] * 2, items=[leaf()] * 2)),
-        pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(integer=1), pb.Value(boolean=True)], items=[leaf()] * 2)),
+        pb.Tree(
+            dict=pb.Tree.Mapping(
+                keys=[pb.Value(integer=1), pb.Value(boolean=True)], items=[leaf()] * 2
+            )
+        ),
         pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value()], items=[leaf()])),
         record("namedtuple", "P", ["x"], 2),
         record("dataclass", "P", ["x", "y"], 1),
@@ -354,12 +372,27 @@ def test_wrong_number_of_leaves_is_refused(count: int, word: str) -> None:
     ids=range(10),
 )
 def test_malformed_tree_is_refused(tree: pb.Tree) -> None:
-    """Nodes and values of no kind, and keys or fields that do not match their items, are ProtocolErrors."""
+    """Nodes and values of no kind, and keys or fields that do not match their items, are
+    ProtocolErrors."""
     with pytest.raises(ProtocolError):
         trees.build(tree, [A] * 2, Classes())
 
 
-UNSAFE = ["", "1x", "a b", "a.b", "a,b", "class", "None", "x=1", "x:int", "x\n", "__import__('os')", "a;b", "é\u0301-"]
+UNSAFE = [
+    "",
+    "1x",
+    "a b",
+    "a.b",
+    "a,b",
+    "class",
+    "None",
+    "x=1",
+    "x:int",
+    "x\n",
+    "__import__('os')",
+    "a;b",
+    "é\u0301-",
+]
 
 
 @pytest.mark.parametrize("kind", ["namedtuple", "dataclass"])
@@ -375,11 +408,20 @@ def test_name_that_is_no_identifier_is_refused(kind: str, name: str) -> None:
 @pytest.mark.parametrize("kind", ["namedtuple", "dataclass"])
 @pytest.mark.parametrize(
     "fields",
-    [["x", "x"], ["\ufb01", "fi"], ["__class__"], ["__dict__"], ["__init__"], ["__slots__"], ["__setattr__"]],
+    [
+        ["x", "x"],
+        ["\ufb01", "fi"],
+        ["__class__"],
+        ["__dict__"],
+        ["__init__"],
+        ["__slots__"],
+        ["__setattr__"],
+    ],
     ids=ascii,
 )
 def test_fields_that_no_class_can_have_are_refused(kind: str, fields: list[str]) -> None:
-    """Field names that are equal, also after Python's own normalization, or Python's own, are a ProtocolError."""
+    """Field names that are equal, also after Python's own normalization, or Python's own, are a
+    ProtocolError."""
     with pytest.raises(ProtocolError):
         trees.build(record(kind, "P", fields), [A] * len(fields), Classes())
 
@@ -390,12 +432,13 @@ def test_namedtuple_fields_may_not_begin_with_an_underscore() -> None:
         trees.build(record("namedtuple", "P", ["_replace"]), [A], Classes())
 
 
-# Classes ----------------------------------------------------------------------------------------------------------
+# Classes ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["namedtuple", "dataclass"])
 def test_class_unknown_here_is_made_once(kind: str) -> None:
-    """A class never seen here is made from its name and fields, and is the same one each time they come."""
+    """A class never seen here is made from its name and fields, and is the same one each time
+    they come."""
     first = trees.build(record(kind, "Thing", ["x", "y"]), [A, B], classes := Classes())
     second = trees.build(record(kind, "Thing", ["x", "y"]), [B, C], classes)
     assert type(first) is type(second)
@@ -424,7 +467,8 @@ def test_registries_do_not_share_classes() -> None:
 
 
 def test_class_that_was_sent_comes_back_from_the_peer() -> None:
-    """A class that goes to the peer, is remade there and comes back is the sender's own class again."""
+    """A class that goes to the peer, is remade there and comes back is the sender's own class
+    again."""
     here, there = Classes(), Classes()
     at_the_peer = send(Model(A, Point(B, C)), here, there)
     returned = send(at_the_peer, there, here)
@@ -434,7 +478,8 @@ def test_class_that_was_sent_comes_back_from_the_peer() -> None:
 
 @pytest.mark.parametrize("make", [collections.namedtuple, dataclasses.make_dataclass])
 def test_classes_of_one_name_are_told_apart(make: Callable[..., Any]) -> None:
-    """Of several classes with the same module, name and fields, as in a notebook, each comes back as itself."""
+    """Of several classes with the same module, name and fields, as in a notebook, each comes
+    back as itself."""
     classes = [make("Redefined", ["x", "y"]) for _ in range(3)]
     here, there = Classes(), Classes()
     at_the_peer = [send(cls(A, B), here, there) for cls in classes]
@@ -449,7 +494,8 @@ def test_a_class_of_the_peer_is_none_of_this_process() -> None:
 
 
 def test_attributes_that_are_no_fields_are_not_lost_in_silence() -> None:
-    """An instance with attributes besides its fields is sent, and refused when it comes back; caches do not count."""
+    """An instance with attributes besides its fields is sent, and refused when it comes back;
+    caches do not count."""
     model = Model(A)
     model.more = B  # type: ignore[attr-defined]
     at_the_peer = send(model)
@@ -471,11 +517,13 @@ def test_attributes_of_a_namedtuple_are_not_lost_in_silence() -> None:
 
 
 def test_a_class_that_was_never_sent_is_refused() -> None:
-    """An origin that this process does not know, as after a restart, is a StructureError that says what to do."""
+    """An origin that this process does not know, as after a restart, is a StructureError that
+    says what to do."""
     tree = record("dataclass", "Model", ["weights", "rate"])
     tree.dataclass.returned = "other.Model"
     with pytest.raises(
-        StructureError, match=r"'other.Model' is not known here.*call the function that returns it again"
+        StructureError,
+        match=r"'other.Model' is not known here.*call the function that returns it again",
     ):
         trees.build(tree, [A, B], Classes())
 
@@ -491,7 +539,8 @@ def test_a_returned_class_has_the_fields_and_kind_that_were_sent() -> None:
 
 
 def test_a_record_of_an_older_peer_is_not_guessed() -> None:
-    """A record without origin makes a class, but where this process has sent such a class it is refused."""
+    """A record without origin makes a class, but where this process has sent such a class it is
+    refused."""
     plain = record("dataclass", "Fresh", ["x"])
     assert type(trees.build(plain, [A], Classes())).__name__ == "Fresh"
     fresh = dataclasses.make_dataclass("Fresh", ["x"])
@@ -547,25 +596,33 @@ class Static:
 
 @pytest.mark.parametrize("number", [0, False, 0.0, -0.0, 1, True, 1.0], ids=repr)
 def test_static_parts_come_back(number: Any) -> None:
-    """An instance comes back with its very static parts, also where they equal those of another instance."""
+    """An instance comes back with its very static parts, also where they equal those of another
+    instance."""
     for other in (0, False, 0.0, -0.0, 1, True, 1.0):
         trees.encode(Static(A, other), is_array, Classes(), expand=structured)
     tree, leaves = trees.encode(Static(A, number), is_array, Classes(), expand=structured)
     back = send(trees.build(tree, leaves, Classes()))
-    assert (type(back), type(back.number), repr(back.number)) == (Static, type(number), repr(number))
+    assert (type(back), type(back.number), repr(back.number)) == (
+        Static,
+        type(number),
+        repr(number),
+    )
 
 
 def test_static_parts_have_origins_that_cannot_be_guessed() -> None:
-    """The origin of a class with static parts tells nothing of them; equal instances have the same one."""
+    """The origin of a class with static parts tells nothing of them; equal instances have the
+    same one."""
     first, second, other = (
-        trees.encode(Static(A, n), is_array, Classes(), expand=structured)[0].dataclass.origin for n in (5, 5, 6)
+        trees.encode(Static(A, n), is_array, Classes(), expand=structured)[0].dataclass.origin
+        for n in (5, 5, 6)
     )
     assert first == second != other
     assert len(first.rpartition("#")[2]) == 32
 
 
 def test_static_parts_without_hash_are_refused_when_they_come_back() -> None:
-    """Static parts that cannot be compared are sent once; an instance that comes back is refused."""
+    """Static parts that cannot be compared are sent once; an instance that comes back is
+    refused."""
     tree, leaves = trees.encode(Static(A, []), is_array, Classes(), expand=structured)
     with pytest.raises(StructureError, match=r"Static.*static parts cannot be compared"):
         send(trees.build(tree, leaves, Classes()))
@@ -573,7 +630,8 @@ def test_static_parts_without_hash_are_refused_when_they_come_back() -> None:
 
 @pytest.mark.parametrize("name", ["Popen", "SystemExit", "Point", "dict"])
 def test_peer_s_names_reach_no_class_of_this_process(name: str) -> None:
-    """A name that comes from the peer is never looked up: neither in builtins, nor in modules that are loaded."""
+    """A name that comes from the peer is never looked up: neither in builtins, nor in modules
+    that are loaded."""
     modules = set(sys.modules)
     made = type(trees.build(record("dataclass", name, ["args"]), [A], Classes()))
     assert made not in (getattr(builtins, name, None), globals().get(name))
@@ -582,7 +640,8 @@ def test_peer_s_names_reach_no_class_of_this_process(name: str) -> None:
 
 
 def test_made_dataclasses_are_adopted_once() -> None:
-    """The framework is told of each dataclass that is made, once; not of namedtuples, nor of classes learnt."""
+    """The framework is told of each dataclass that is made, once; not of namedtuples, nor of
+    classes learnt."""
     adopted: list[tuple[type, tuple[str, ...]]] = []
     classes = Classes(adopt=lambda cls, fields: adopted.append((cls, fields)))
     for _ in range(2):
@@ -593,7 +652,8 @@ def test_made_dataclasses_are_adopted_once() -> None:
 
 
 def test_oldest_classes_are_forgotten() -> None:
-    """A peer that keeps inventing classes takes no room from the others: the oldest are forgotten, and made anew."""
+    """A peer that keeps inventing classes takes no room from the others: the oldest are
+    forgotten, and made anew."""
     classes = Classes()
     first = type(trees.build(record("namedtuple", "N0", []), [], classes))
     for i in range(2000):
@@ -609,7 +669,9 @@ def test_class_s_own_expansion_is_used() -> None:
     def expand(value: Any) -> trees.Node | None:
         if not isinstance(value, range):
             return None
-        return trees.Node(range, ("start", "stop"), [value.start, value.stop], lambda items: range(*items))
+        return trees.Node(
+            range, ("start", "stop"), [value.start, value.stop], lambda items: range(*items)
+        )
 
     tree, leaves = trees.encode({"r": range(2, 5)}, is_array, classes := Classes(), expand=expand)
     received = trees.build(tree, leaves, classes)
@@ -619,16 +681,23 @@ def test_class_s_own_expansion_is_used() -> None:
 
 
 def test_trees_differ_by_more_than_origins() -> None:
-    """Without origins, trees of two processes are equal only if containers, classes' names and static values are."""
+    """Without origins, trees of two processes are equal only if containers, classes' names and
+    static values are."""
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
 
     def record(name: str, origin: str, item: pb.Tree = leaf) -> pb.Tree:
-        inner = pb.Tree(dataclass=pb.Tree.Record(name=name, fields=["x"], items=[item], origin=origin))
+        inner = pb.Tree(
+            dataclass=pb.Tree.Record(name=name, fields=["x"], items=[item], origin=origin)
+        )
         return pb.Tree(list=pb.Tree.Sequence(items=[inner]))
 
     plain = trees.without_origins(record("State", "one"))
     assert plain == trees.without_origins(record("State", "two"))
     assert plain != trees.without_origins(record("Other", "one"))
-    assert plain != trees.without_origins(record("State", "one", pb.Tree(value=pb.Value(integer=1))))
+    assert plain != trees.without_origins(
+        record("State", "one", pb.Tree(value=pb.Value(integer=1)))
+    )
     sequence = pb.Tree.Sequence(items=[leaf])
-    assert trees.without_origins(pb.Tree(list=sequence)) != trees.without_origins(pb.Tree(tuple=sequence))
+    assert trees.without_origins(pb.Tree(list=sequence)) != trees.without_origins(
+        pb.Tree(tuple=sequence)
+    )

@@ -1,4 +1,5 @@
-"""Makes the packages that TESTS_BLOCKED names unimportable: one environment may have both frameworks, no process."""
+"""Makes the packages that TESTS_BLOCKED names unimportable: one environment may have both
+frameworks, no process."""
 
 import os
 import sys

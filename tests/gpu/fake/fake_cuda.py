@@ -1,8 +1,10 @@
-"""CUDA without a GPU: the functions of the driver and of CuPy that `bridge_wire.memory.cuda` uses, over mapped files.
+"""CUDA without a GPU: the functions of the driver and of CuPy that `bridge_wire.memory.cuda` uses,
+over mapped files.
 
-"Device memory" is a file of FAKE_CUDA_DIR, mapped shared. Streams are queues, each worked off by a thread of its own,
-so that work is as asynchronous as on a GPU, also where CUDA would be kinder, as with copies from the host. Handles and
-events reach other processes. Where CUDA refuses, this refuses with the same number.
+"Device memory" is a file of FAKE_CUDA_DIR, mapped shared. Streams are queues, each worked off by a
+thread of its own, so that work is as asynchronous as on a GPU, also where CUDA would be kinder, as
+with copies from the host. Handles and events reach other processes. Where CUDA refuses, this
+refuses with the same number.
 
   FAKE_CUDA_DIR    where memory and events are; the processes of one "machine" have it in common
   FAKE_CUDA_GPUS   the devices, as "GPU-..." with commas; one by default, none if empty
@@ -53,7 +55,14 @@ _SLOTS = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
@@ -74,9 +83,10 @@ def directory() -> Path:
 
 
 def held(where: Path | None = None) -> Counter[str]:
-    """Return what living processes hold: "bytes", and how many of "mem", "event", "stream" and, of other processes'
-    memory and events, "openmem" and "openevent". "undefined" counts what they did that CUDA leaves undefined: use an
-    opened event after its owner has destroyed it."""
+    """Return what living processes hold: "bytes", and how many of "mem", "event", "stream" and, of
+    other processes' memory and events, "openmem" and "openevent". "undefined" counts what they did
+    that CUDA leaves undefined: use an opened event after its owner has destroyed it.
+    """
     found: Counter[str] = Counter()
     for path in _held_files(where or directory()):
         kind = path.name.partition("-")[0]
@@ -118,7 +128,9 @@ def _lives(pid: int) -> bool:
 
 def visible() -> tuple[bytes, ...]:
     """Return the UUIDs of the devices that this process may use."""
-    there = [label.strip() for label in os.environ.get("FAKE_CUDA_GPUS", ONE).split(",") if label.strip()]
+    there = [
+        label.strip() for label in os.environ.get("FAKE_CUDA_GPUS", ONE).split(",") if label.strip()
+    ]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return tuple(map(_uuid, there))
@@ -126,7 +138,9 @@ def visible() -> tuple[bytes, ...]:
     for word in chosen.split(","):
         if word.strip().isdecimal() and int(word) < len(there):
             found.append(there[int(word)])
-        elif word.strip() and (matching := [label for label in there if label.startswith(word.strip())]):
+        elif word.strip() and (
+            matching := [label for label in there if label.startswith(word.strip())]
+        ):
             found.append(matching[0])
         else:
             break  # as CUDA does: what follows an unknown device is not seen either
@@ -151,7 +165,8 @@ def _current() -> bytes:
     return devices[_thread.device]
 
 
-# What a process has: by pointer, number of the event and number of the stream. Numbers look like pointers.
+# What a process has: by pointer, number of the event and number of the stream. Numbers look like
+# pointers.
 
 _numbers = itertools.count(0x7F0000010000, 0x100)
 _lock = threading.RLock()
@@ -162,7 +177,8 @@ _broken_by = 0  # the error that has made this process's context unusable
 
 
 class _File:
-    """A mapping of a file of the directory; `name` is what this process holds by it. It ends with its last user."""
+    """A mapping of a file of the directory; `name` is what this process holds by it. It ends
+    with its last user."""
 
     def __init__(self, name: str, source: str, nbytes: int | None) -> None:
         """Create the file of so many bytes; None opens the one that is there."""
@@ -172,7 +188,9 @@ class _File:
             if nbytes is not None:
                 os.ftruncate(fd, nbytes)
             self.nbytes = os.fstat(fd).st_size
-            self.pointer = _libc.mmap(None, self.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+            self.pointer = _libc.mmap(
+                None, self.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0
+            )
         finally:
             os.close(fd)
         # Not at exit: what is on a stream may use it until the very end.
@@ -194,7 +212,10 @@ class _Memory:
 
 
 class _Event:
-    """A count of records, and for each, in slots used in turn, whether a stream has come to it. In shared memory."""
+    """A count of records, and for each, in slots used in turn, whether a stream has come to it.
+
+    In shared memory.
+    """
 
     def __init__(self, file: _File, device: bytes, flags: int, handle: bytes) -> None:
         self.file, self.device, self.flags, self.handle = file, device, flags, handle
@@ -284,7 +305,9 @@ def _event(number: int) -> _Event:
     except KeyError:
         raise CUDARuntimeError(_INVALID_HANDLE) from None
     _, _, source = found.file.name.partition("@")
-    if source and not (directory() / source).exists():  # it was opened here, and its owner has destroyed it
+    if (
+        source and not (directory() / source).exists()
+    ):  # it was opened here, and its owner has destroyed it
         (directory() / f"undefined-{os.getpid()}-{number}").touch()
     return found
 
@@ -295,7 +318,9 @@ def _of_runtime(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def checked(*arguments: Any) -> Any:
         global _broken_by
-        fails = dict(entry.split(":") for entry in os.environ.get("FAKE_CUDA_FAILS", "").split(",") if entry)
+        fails = dict(
+            entry.split(":") for entry in os.environ.get("FAKE_CUDA_FAILS", "").split(",") if entry
+        )
         status = _broken_by or int(fails.get(function.__name__, 0))
         if status:
             _broken_by = status if status == 700 else 0
@@ -342,7 +367,9 @@ def malloc(size: int) -> int:
     serial = next(_numbers)
     name = f"mem-{os.getpid()}-{serial}-{device.hex()}"
     file = _File(name, name, size)
-    _memory[file.pointer] = _Memory(file, device, _handle.pack(b"mem-", os.getpid(), serial, device))
+    _memory[file.pointer] = _Memory(
+        file, device, _handle.pack(b"mem-", os.getpid(), serial, device)
+    )
     return file.pointer
 
 
@@ -423,7 +450,9 @@ def eventCreateWithFlags(flags: int) -> int:
     number, device = next(_numbers), _current()
     name = f"event-{os.getpid()}-{number}-{device.hex()}"
     file = _File(name, name, 8 * (1 + _SLOTS))
-    _events[number] = _Event(file, device, flags, _handle.pack(b"evnt", os.getpid(), number, device))
+    _events[number] = _Event(
+        file, device, flags, _handle.pack(b"evnt", os.getpid(), number, device)
+    )
     return number
 
 
@@ -529,7 +558,9 @@ class _Word:
     """64 bits of a device's memory, which is kept."""
 
     def __init__(self, pointer: int) -> None:
-        found = [m for start, m in list(_memory.items()) if start <= pointer <= start + m.file.nbytes - 8]
+        found = [
+            m for start, m in list(_memory.items()) if start <= pointer <= start + m.file.nbytes - 8
+        ]
         if not found or pointer % 8:
             raise CUDARuntimeError(_INVALID_VALUE)
         self._file = found[0].file
@@ -660,7 +691,10 @@ class _Loader(_CDLL):
 
 
 def install() -> None:
-    """Let ctypes find this as the driver. CuPy is the package beside this file, for whom that is on the path."""
+    """Let ctypes find this as the driver.
+
+    CuPy is the package beside this file, for whom that is on the path.
+    """
     ctypes.CDLL = _Loader  # type: ignore[misc]
 
 
@@ -674,7 +708,10 @@ def uninstall() -> None:
 
 
 def pose_as_host() -> Callable[[], None]:
-    """Let frameworks take the device's memory for the host's, which it is. Returns how to undo it."""
+    """Let frameworks take the device's memory for the host's, which it is.
+
+    Returns how to undo it.
+    """
     from bridge_wire.memory.cuda import Device
 
     before = {name: Device.__dict__[name] for name in ("dlpack_type", "dlpack_device")}

@@ -22,8 +22,10 @@ def limit_s(item: pytest.Item) -> int:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test that waits for a GPU cannot be interrupted, and may wait for a dead process forever: SIGALRM ends the run
-    then, and prints the stacks of all threads (`tests.conftest.pytest_configure`)."""
+    """A test that waits for a GPU cannot be interrupted, and may wait for a dead process forever:
+    SIGALRM ends the run then, and prints the stacks of all threads
+    (`tests.conftest.pytest_configure`).
+    """
     if item.config.getoption("gpu"):
         signal.alarm(limit_s(item))
     result = yield
@@ -40,8 +42,9 @@ def gpu() -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    """After each test there are no more threads than before. Descriptors are CUDA's own affair, and children the
-    workers'."""
+    """After each test there are no more threads than before. Descriptors are CUDA's own affair, and
+    children the workers'.
+    """
     before = held()["threads"]
     yield
     gc.collect()

@@ -1,8 +1,10 @@
-"""The machine that the tests in this directory run on: its GPU's memory, and processes with one framework each.
+"""The machine that the tests in this directory run on: its GPU's memory, and processes with one
+framework each.
 
 One interpreter may carry both frameworks there, so each process is kept from the other one.
 
-BRIDGE_TESTS_REHEARSE=1 lets `pytest --gpu` run them on the host as far as that is possible, for the sake of the tests.
+BRIDGE_TESTS_REHEARSE=1 lets `pytest --gpu` run them on the host as far as that is possible, for the
+sake of the tests.
 """
 
 import ctypes

@@ -1,4 +1,5 @@
-"""The tests of `jax_client/cases.py`, run once in a process without torch, and told here one by one."""
+"""The tests of `jax_client/cases.py`, run once in a process without torch, and told here one by
+one."""
 
 import os
 import re
@@ -43,7 +44,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementT
 @pytest.mark.parametrize("name", re.findall(r"^def (test_\w+)", _CASES.read_text(), re.MULTILINE))
 def test_case(name: str, results: dict[str, list[ElementTree.Element]]) -> None:
     """As it was found there."""
-    failed = [part.text for case in results[name] for part in case if part.tag in ("failure", "error")]
+    failed = [
+        part.text for case in results[name] for part in case if part.tag in ("failure", "error")
+    ]
     assert not failed, "\n\n".join(map(str, failed))
     if all(case.find("skipped") is not None for case in results[name]):
         pytest.skip("skipped there")

@@ -1,4 +1,7 @@
-"""A JAX program and a torch worker on one GPU. Run by test_jax_client, in a process of its own that has no torch."""
+"""A JAX program and a torch worker on one GPU.
+
+Run by test_jax_client, in a process of its own that has no torch.
+"""
 
 import contextlib
 import gc
@@ -34,7 +37,8 @@ def torch_only() -> Iterator[Session]:
 
 @pytest.fixture(params=["local", "grpc"])
 def session(request: pytest.FixtureRequest, torch_only: Session) -> Iterator[Session]:
-    """A new session over each of the lanes, through which no byte of an array on the GPU goes by the host."""
+    """A new session over each of the lanes, through which no byte of an array on the GPU goes by
+    the host."""
     with connect(torch_only.address, lane=request.param) as session:
         yield session
         assert session.stats()["bytes_through_host"] == session.stats()["fallbacks"] == 0
@@ -68,11 +72,16 @@ def test_derivatives_of_every_kind_are_right(session: Session) -> None:
     _close(jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)))
     _close(jax.vmap(jax.grad(lambda x: f(x).sum()))(x[:, None]), 2 * jnp.cos(x)[:, None])
     _close(jax.jvp(f, (x,), (jnp.ones_like(x),))[1], 2 * jnp.cos(x))
-    _close(jax.lax.scan(lambda carry, _: (f(carry) / 2, None), x, None, length=3)[0], jnp.sin(jnp.sin(jnp.sin(x))))
+    _close(
+        jax.lax.scan(lambda carry, _: (f(carry) / 2, None), x, None, length=3)[0],
+        jnp.sin(jnp.sin(jnp.sin(x))),
+    )
     _close(jax.grad(lambda x: jax.checkpoint(f)(x).sum())(x), 2 * jnp.cos(x))
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize(
+    "dtype", ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "complex64"]
+)
 def test_every_dtype_arrives_as_it_is(dtype: str, session: Session) -> None:
     """Bit by bit."""
     x = jnp.arange(300).astype(dtype)
@@ -80,7 +89,8 @@ def test_every_dtype_arrives_as_it_is(dtype: str, session: Session) -> None:
 
 
 def test_integers_are_converted_on_the_gpu(session: Session) -> None:
-    """Both ways, at once and under jit; what does not fit in 32 bits is an error, and the next call works."""
+    """Both ways, at once and under jit; what does not fit in 32 bits is an error, and the next
+    call works."""
     x = jax.random.uniform(jax.random.key(3), (50, 7))
     for wrapped in (lambda f: f, jax.jit):
         places = wrapped(RemoteTorchFunction(session, name="largest"))(x, jnp.arange(-50, 0))
@@ -104,7 +114,8 @@ def test_calls_pass_on_what_they_have_made(session: Session) -> None:
 
 @needs_cuda
 def test_memory_is_not_used_again_before_xla_has_read_it(session: Session) -> None:
-    """An array dies while a computation is still about to read it, and its memory is that of the next results."""
+    """An array dies while a computation is still about to read it, and its memory is that of the
+    next results."""
     from tests.gpu.on_gpu.jax_models import late
 
     f, slow, x = RemoteTorchFunction(session, name="sine"), jax.jit(late), jnp.ones(_SIZE)
@@ -139,7 +150,9 @@ def test_a_module_trains(session: Session) -> None:
     def loss(params: Any) -> Any:
         return ((g.apply(params, x) - wanted) ** 2).mean()
 
-    step = jax.jit(lambda params: jax.tree.map(lambda p, d: p - 0.2 * d, params, jax.grad(loss)(params)))
+    step = jax.jit(
+        lambda params: jax.tree.map(lambda p, d: p - 0.2 * d, params, jax.grad(loss)(params))
+    )
     params = first = g.params
     for _ in range(100):
         params = step(params)
@@ -185,7 +198,9 @@ def test_no_room_for_torch_is_out_of_memory(torch_only: Session) -> None:
     """A typed error, and the worker serves on."""
     with connect(torch_only.address) as session:
         with pytest.raises(OutOfMemory):
-            RemoteTorchFunction(session, name="outer")(jnp.ones(1 << 17)).block_until_ready()  # 64 GiB
+            RemoteTorchFunction(session, name="outer")(
+                jnp.ones(1 << 17)
+            ).block_until_ready()  # 64 GiB
         _close(RemoteTorchFunction(session, name="sine")(jnp.ones(3)), 2 * jnp.sin(jnp.ones(3)))
 
 
@@ -201,7 +216,8 @@ from tests.gpu.on_gpu import machine
 
 with machine.torch_worker("broken", "sine") as session:
     first, x = machine.pid_of(session), jnp.ones(10)
-    np.testing.assert_allclose(RemoteTorchFunction(session, name="sine")(x), 2 * jnp.sin(x), rtol=1e-5, atol=1e-6)
+    sine = RemoteTorchFunction(session, name="sine")
+    np.testing.assert_allclose(sine(x), 2 * jnp.sin(x), rtol=1e-5, atol=1e-6)
     said = ""
     for _ in range(3):
         try:
@@ -218,20 +234,28 @@ with machine.torch_worker("broken", "sine") as session:
     assert machine.pid_of(session) != first
     print("right", flush=True)
     session._host.close()
-    os._exit(0)  # a stream here may wait for the broken worker forever: JAX, at its end, would wait for that stream
+    # A stream here may wait for the broken worker forever, and JAX, at its end, for that stream.
+    os._exit(0)
 """
 
 
 @needs_cuda
 @pytest.mark.gpu(limit_s=130)
 def test_a_context_that_breaks_ends_the_worker_and_the_next_call_starts_another() -> None:
-    """The error says what CUDA said. In a process of its own: a stream there may wait for the broken one forever."""
-    done = subprocess.run([sys.executable, "-c", _BREAKING], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """The error says what CUDA said.
+
+    In a process of its own: a stream there may wait for the broken one forever.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _BREAKING], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "right\n", done.stderr
 
 
 @needs_cuda
-@pytest.mark.parametrize("settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values())))
+@pytest.mark.parametrize(
+    "settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values()))
+)
 def test_every_allocator_of_a_torch_worker_works(settings: dict[str, str]) -> None:
     """By one copy on the device."""
     with machine.torch_worker("sine", env=settings) as session:

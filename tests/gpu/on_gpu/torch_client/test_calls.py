@@ -1,4 +1,5 @@
-"""A torch program and a JAX worker on one GPU: values, derivatives, and no byte through the host."""
+"""A torch program and a JAX worker on one GPU: values, derivatives, and no byte through the
+host."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -66,10 +67,21 @@ def test_forward_and_backward_are_right(remote: Callable[[str], RemoteJaxFunctio
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bool, torch.int8, torch.uint8, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.complex64],
+    [
+        torch.bool,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.complex64,
+    ],
     ids=str,
 )
-def test_every_dtype_arrives_as_it_is(dtype: torch.dtype, remote: Callable[[str], RemoteJaxFunction]) -> None:
+def test_every_dtype_arrives_as_it_is(
+    dtype: torch.dtype, remote: Callable[[str], RemoteJaxFunction]
+) -> None:
     """Bit by bit."""
     x = torch.arange(300, device=DEVICE).to(dtype)
     assert torch.equal(remote("unchanged")(x), x)
@@ -122,7 +134,9 @@ def test_a_module_trains(remote: Callable[[str], RemoteJaxFunction]) -> None:
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])  # the latter needs a compiler for C on the machine
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", "inductor"]
+)  # the latter needs a compiler for C on the machine
 def test_compiled_code_calls_it(
     backend: str, remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,11 +151,16 @@ def test_compiled_code_calls_it(
 
 @needs_cuda
 def test_what_is_made_in_shared_memory_is_not_copied(session: Session) -> None:
-    """By session.empty, by torch in allocate_in, and by an earlier call: the output is all that is written."""
+    """By session.empty, by torch in allocate_in, and by an earlier call: the output is all that
+    is written."""
     f = RemoteJaxFunction(session, name="sine")
     with allocate_in(session):
         allocated = torch.ones(1 << 20, device=DEVICE)
-    for x in (allocated, torch.from_dlpack(session.empty(1 << 20, device="cuda")).fill_(1), f(allocated)):
+    for x in (
+        allocated,
+        torch.from_dlpack(session.empty(1 << 20, device="cuda")).fill_(1),
+        f(allocated),
+    ):
         before = session.stats()["bytes_copied"]
         y = f(x)
         assert session.stats()["bytes_copied"] - before == y.nbytes
@@ -153,7 +172,10 @@ def test_a_cuda_graph_refuses_a_call(remote: Callable[[str], RemoteJaxFunction])
     """With a clear error; the next call works."""
     f, x = remote("sine"), _rand(64)
     f(x)
-    with pytest.raises(CallerError, match="out of the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(CallerError, match="out of the capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         f(x)
     _close(f(x), _native(x))
 

@@ -18,7 +18,16 @@ from bridge_wire.memory.cuda_memory import FIRST_ADDRESS, UNIT
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, eventually
 from tests.gpu.on_gpu import machine
-from tests.gpu.on_gpu.machine import DEVICE, JAX, MIB, needs_cuda, returns_to, settled_bytes, used_bytes, without
+from tests.gpu.on_gpu.machine import (
+    DEVICE,
+    JAX,
+    MIB,
+    needs_cuda,
+    returns_to,
+    settled_bytes,
+    used_bytes,
+    without,
+)
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
@@ -50,7 +59,7 @@ def _works(session: Session) -> bool:
     return torch.allclose(RemoteJaxFunction(session, name="sine")(x), x.sin() * 2, atol=1e-5)
 
 
-# Handles ----------------------------------------------------------------------------------------------------------
+# Handles ------------------------------------------------------------------------------------------
 
 
 def _handles() -> dict[str, bytes]:
@@ -105,7 +114,9 @@ def test_less_memory_than_announced_is_refused_by_the_worker(worker: Session) ->
         assert _works(session)
         link = session._link  # type: ignore[attr-defined]
         lane = link.take(session.pool)
-        share = pb.Share(base=FIRST_ADDRESS * 2, nbytes=4 * UNIT, cuda_handle=device.handle_of(pointer))
+        share = pb.Share(
+            base=FIRST_ADDRESS * 2, nbytes=4 * UNIT, cuda_handle=device.handle_of(pointer)
+        )
         with pytest.raises(CudaError, match="were announced"):
             lane.ask(pb.LaneRequest(share=share))
         link.give_back(lane)
@@ -113,7 +124,7 @@ def test_less_memory_than_announced_is_refused_by_the_worker(worker: Session) ->
     device.free(pointer)
 
 
-# Ends -------------------------------------------------------------------------------------------------------------
+# Ends ---------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_is_killed_takes_its_memory_along(own_worker: Session) -> None:
@@ -132,13 +143,16 @@ def test_a_worker_that_is_killed_takes_its_memory_along(own_worker: Session) -> 
 
 
 def test_a_worker_that_is_killed_in_a_call_is_noticed(worker: Session) -> None:
-    """The call ends with WorkerDied, the next one finds another worker, and CUDA still works here."""
+    """The call ends with WorkerDied, the next one finds another worker, and CUDA still works
+    here."""
     with machine.jax_worker("sine") as session:
         f, x = RemoteJaxFunction(session), torch.ones(1 << 20, device=DEVICE)
         f(x)
         torch.cuda.synchronize()
         (lane,) = session._link._idle  # type: ignore[attr-defined]
-        os.kill(machine.pid_of(session), signal.SIGSTOP)  # it takes the request, and does nothing about it
+        os.kill(
+            machine.pid_of(session), signal.SIGSTOP
+        )  # it takes the request, and does nothing about it
         handle = f.submit(x)
         assert eventually(lambda: lane not in session._link._idle)  # type: ignore[attr-defined]
         time.sleep(0.5)
@@ -172,10 +186,12 @@ def test_a_client_that_is_killed_leaves_nothing(worker: Session) -> None:
     assert _works(worker)
 
 
-# Memory that runs out ---------------------------------------------------------------------------------------------
+# Memory that runs out -----------------------------------------------------------------------------
 
 
-def test_no_room_in_the_slabs_is_out_of_memory(worker: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_room_in_the_slabs_is_out_of_memory(
+    worker: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the cap that a user has set; the next call works."""
     monkeypatch.setenv("BRIDGE_SLAB_MAX_BYTES", str(64 * MIB))
     with connect(worker.address) as session:
@@ -186,8 +202,12 @@ def test_no_room_in_the_slabs_is_out_of_memory(worker: Session, monkeypatch: pyt
 
 def test_no_room_for_xla_is_out_of_memory() -> None:
     """In the worker, which serves on."""
-    with machine.jax_worker("outer", "sine", args=("--device", "cuda:0", "--gpu-memory-fraction", "0.05")) as session:
+    with machine.jax_worker(
+        "outer", "sine", args=("--device", "cuda:0", "--gpu-memory-fraction", "0.05")
+    ) as session:
         with pytest.raises(OutOfMemory):
-            y = RemoteJaxFunction(session, name="outer")(torch.ones(1 << 17, device=DEVICE))  # 64 GiB
+            y = RemoteJaxFunction(session, name="outer")(
+                torch.ones(1 << 17, device=DEVICE)
+            )  # 64 GiB
             y.sum().item()
         assert _works(session)

@@ -22,7 +22,10 @@ _SIZE = 1 << 20
 def session(worker: Session) -> Iterator[Session]:
     """A session of each test's own."""
     with connect(worker.address) as session:
-        for name in ("sine", "late"):  # what is compiled and copied for the first time waits for too much
+        for name in (
+            "sine",
+            "late",
+        ):  # what is compiled and copied for the first time waits for too much
             RemoteJaxFunction(session, name=name)(torch.zeros(_SIZE, device=DEVICE))
         torch.cuda.synchronize()
         yield session
@@ -47,7 +50,8 @@ def _late_result(session: Session) -> Tensor:
 
 
 def test_the_lanes_are_in_order_on_the_gpu(session: Session) -> None:
-    """In the way that BRIDGE_GPU_ORDER names: nothing below would show anything if each call waited on the host."""
+    """In the way that BRIDGE_GPU_ORDER names: nothing below would show anything if each call
+    waited on the host."""
     way = os.environ.get("BRIDGE_GPU_ORDER", "words")
     assert session.stats()[f"gpu_lanes_by_{way}"] == 1
 

@@ -1,4 +1,5 @@
-"""Whole programs on a GPU: the demo, ten thousand calls, both frameworks in one process, the doctor."""
+"""Whole programs on a GPU: the demo, ten thousand calls, both frameworks in one process, the
+doctor."""
 
 import os
 import random
@@ -13,7 +14,17 @@ import torch
 from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction
 from tests.conftest import ROOT
-from tests.gpu.on_gpu.machine import DEVICE, JAX, MEMORY, MIB, REHEARSED, TORCH, needs_cuda, used_bytes, without
+from tests.gpu.on_gpu.machine import (
+    DEVICE,
+    JAX,
+    MEMORY,
+    MIB,
+    REHEARSED,
+    TORCH,
+    needs_cuda,
+    used_bytes,
+    without,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -29,14 +40,17 @@ x = torch.rand(1 << 20, device="cuda", requires_grad=True)
 f = RemoteJaxFunction(lambda x: jnp.sin(x) * 2)
 y = f(x)
 y.sum().backward()
-assert y.is_cuda and torch.allclose(y, 2 * x.sin(), atol=1e-5) and torch.allclose(x.grad, 2 * x.cos(), atol=1e-5)
+assert y.is_cuda and torch.allclose(y, 2 * x.sin(), atol=1e-5)
+assert torch.allclose(x.grad, 2 * x.cos(), atol=1e-5)
 array = to_jax(x.detach())
 assert array.unsafe_buffer_pointer() == x.data_ptr() and to_torch(array).data_ptr() == x.data_ptr()
 g = RemoteTorchFunction(lambda x: torch.sin(x) * 2)
 for wrapped in (lambda g: g, jax.jit):
     assert jnp.allclose(wrapped(g)(array), 2 * jnp.sin(array), atol=1e-5)
-    assert jnp.allclose(wrapped(jax.grad(lambda x: g(x).sum()))(array), 2 * jnp.cos(array), atol=1e-5)
-    assert jnp.allclose(wrapped(jax.vmap(jax.grad(g)))(array[:100]), 2 * jnp.cos(array[:100]), atol=1e-5)
+    gradient = wrapped(jax.grad(lambda x: g(x).sum()))(array)
+    assert jnp.allclose(gradient, 2 * jnp.cos(array), atol=1e-5)
+    rows = wrapped(jax.vmap(jax.grad(g)))(array[:100])
+    assert jnp.allclose(rows, 2 * jnp.cos(array[:100]), atol=1e-5)
 linear = torch.nn.Linear(4, 3, device="cuda")
 h, rows = RemoteTorchFunction(linear), array[:40].reshape(10, 4)
 expected = to_jax(linear(to_torch(rows)).detach())
@@ -50,7 +64,8 @@ print("right")
 
 @pytest.mark.gpu(limit_s=250)
 def test_the_demo_learns(tmp_path: Path) -> None:
-    """Client and worker on the GPU, neither with the other's framework, and no byte through the host."""
+    """Client and worker on the GPU, neither with the other's framework, and no byte through the
+    host."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nTESTS_BLOCKED="{" ".join(TORCH)}" exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -64,7 +79,9 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.match(r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes\n", done.stdout)
+    assert re.match(
+        r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes\n", done.stdout
+    )
     assert f"lane and memory:  local, {MEMORY}\n" in done.stdout
     assert REHEARSED or "through the host: 0 bytes" in done.stdout
 
@@ -80,7 +97,9 @@ def test_many_calls_of_mixed_sizes_leave_nothing(worker: Session) -> None:
             if i == _CALLS // 10:
                 torch.cuda.empty_cache()
                 used = used_bytes()
-            x = torch.full((random.choice(sizes),), i / _CALLS, device=DEVICE, requires_grad=bool(i % 3))
+            x = torch.full(
+                (random.choice(sizes),), i / _CALLS, device=DEVICE, requires_grad=bool(i % 3)
+            )
             y = f(x)
             if i % 3:
                 y.sum().backward()
@@ -113,7 +132,12 @@ def test_the_doctor_finds_all_well(worker: Session) -> None:
     """The driver, CuPy, a child that opens this process's memory, and the worker that does."""
     command = ["doctor", worker.address]
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from bridge_client.cli import main; sys.exit(main())", *command],
+        [
+            sys.executable,
+            "-c",
+            "import sys; from bridge_client.cli import main; sys.exit(main())",
+            *command,
+        ],
         cwd=ROOT,
         env=os.environ | without(*JAX, *TORCH),
         capture_output=True,

@@ -1,4 +1,5 @@
-"""Whatever allocator either side uses, and whatever it has been told to take: a call takes one copy on the device."""
+"""Whatever allocator either side uses, and whatever it has been told to take: a call takes one
+copy on the device."""
 
 import os
 import subprocess
@@ -25,14 +26,17 @@ with connect(sys.argv[1], require="cuda_ipc") as session:
     x = torch.rand(1 << 20, device="cuda", requires_grad=True)
     y = RemoteJaxFunction(session, name="sine")(x)
     y.sum().backward()
-    assert torch.allclose(y, 2 * x.sin(), atol=1e-5) and torch.allclose(x.grad, 2 * x.cos(), atol=1e-5)
+    assert torch.allclose(y, 2 * x.sin(), atol=1e-5)
+    assert torch.allclose(x.grad, 2 * x.cos(), atol=1e-5)
     assert session.stats()["bytes_through_host"] == 0
 print("right")
 """
 
 
 @pytest.mark.gpu(limit_s=130)
-@pytest.mark.parametrize("settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values())))
+@pytest.mark.parametrize(
+    "settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values()))
+)
 def test_every_allocator_of_the_client_works(settings: dict[str, str], worker: Session) -> None:
     """In a process of its own, since torch reads them once."""
     done = subprocess.run(
