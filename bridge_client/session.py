@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bridge_client.programs import Program, residual_id, unpin
 from bridge_wire import specs
@@ -67,6 +67,18 @@ class ModelInfo:
 def _unchanged(blocks: list[Block]) -> list[Block]:
     """Return the outputs of a run as they are."""
     return blocks
+
+
+class Run(NamedTuple):
+    """One run of a program on memory of its session: see `Session.run`."""
+
+    program: Program
+    inputs: Sequence[Placed]
+    residual: int = 0  # the id of what the run keeps or, of a pullback, reads
+    copied: int = 0
+    timeout_s: float | None = None
+    make: Callable[[list[Block]], Any] = _unchanged
+    stream: int | None = None
 
 
 def _paired(blocks: list[Block], residual: int) -> tuple[list[Block], int]:
@@ -255,7 +267,7 @@ class Session(ABC):
           CallTimeout: no answer within `timeout_s` seconds, or else the session's; None waits.
           OutOfMemory: no room for the outputs; nothing was sent.
         """
-        return self._run(program, inputs, 0, copied, timeout_s, make, stream)
+        return self._run(Run(program, inputs, 0, copied, timeout_s, make, stream))
 
     def run_keeping(
         self,
@@ -274,10 +286,12 @@ class Session(ABC):
         as `run`.
         """
         id = residual_id(next(self._ids), program.fingerprint)
+
+        def make_both(outputs: list[Block]) -> Any:
+            return make(outputs, id)
+
         try:
-            return self._run(
-                program, inputs, id, copied, timeout_s, lambda outputs: make(outputs, id), stream
-            )
+            return self._run(Run(program, inputs, id, copied, timeout_s, make_both, stream))
         except BaseException:
             self.drop_residual(id)
             raise
@@ -289,7 +303,6 @@ class Session(ABC):
         cotangents: Sequence[Placed],
         *,
         copied: int = 0,
-        timeout_s: float | None = None,
         make: Callable[[list[Block]], Any] = _unchanged,
         stream: int | None = None,
     ) -> Any:
@@ -299,23 +312,11 @@ class Session(ABC):
           ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs
             instead.
         """
-        return self._run(program, cotangents, residual, copied, timeout_s, make, stream)
+        return self._run(Run(program, cotangents, residual, copied, None, make, stream))
 
     @abstractmethod
-    def _run(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        residual: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block]], _T],
-        stream: int | None,
-    ) -> _T:
-        """Run a program.
-
-        `residual` is the id of what it keeps or, of a pullback, reads; otherwise 0.
-        """
+    def _run(self, run: Run) -> Any:
+        """Run a program."""
 
     @abstractmethod
     def drop_residual(self, id: int) -> None:

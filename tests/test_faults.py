@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from bridge_client import Session, connect, spawn
-from bridge_client.remote.lanes import LocalLane
+from bridge_client.remote.local_lane import LocalLane
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
     BridgeError,
@@ -629,10 +629,10 @@ def test_very_many_dropped_residuals_fit_in_what_is_sent(worker: Worker, lane: s
     """However many residuals a program has let go of since its last call, the next calls tell
     the worker."""
     with connect(worker.address, lane=lane) as session:
-        session._dropped.extend(range(2**60, 2**60 + 300_000))
+        session._unfinished.release_later(range(2**60, 2**60 + 300_000))
         for _ in range(3):
             assert squares(session, 2.0) == [4.0]
-        assert not session._dropped
+        assert not session._unfinished.to_release()
 
 
 # Forks --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from bridge_client.remote.connecting import check_address
-from bridge_client.remote.lanes import from_rpc
+from bridge_client.remote.grpc_lane import from_rpc
 from bridge_client.remote.link import Tls, open_channel
 
 SERVING = "SERVING"

@@ -4,15 +4,15 @@ Imports no framework itself.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from bridge_client.inproc.gpu import NearTurn, ProcessGpuMemory, Turns
 from bridge_client.inproc.memory import ProcessMemory, Views, pointer_of
 from bridge_client.programs import Program, shapes_of
 from bridge_client.progress import logged_when_slow
-from bridge_client.session import Placed, Session, closed, lanes_by_way
+from bridge_client.session import Placed, Run, Session, closed, lanes_by_way
 from bridge_server import runtime
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_server.serving.programs import Programs
@@ -23,8 +23,6 @@ from bridge_wire.memory.cuda_memory import GpuPool, is_on_gpu
 from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
-
-_T = TypeVar("_T")
 
 
 def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
@@ -236,50 +234,35 @@ class InprocSession(Session):
                     made: runtime.Program = finished.value
                     return made
 
-    def _run(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        residual: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block]], _T],
-        stream: int | None,
-    ) -> _T:
-        self._refuse_time_limit(program, timeout_s)
+    def _run(self, run: Run) -> Any:
+        self._refuse_time_limit(run.program, run.timeout_s)
         with self._runtime.apart():
-            if stream is None:
-                blocks = self._run_apart(program, inputs, residual, copied)
+            if run.stream is None:
+                blocks = self._run_on_host(run)
             else:
-                blocks = self._run_in_turn(program, inputs, residual, copied, stream)
-        return make(blocks)
+                blocks = self._run_on_gpu(run, run.stream)
+        return run.make(blocks)
 
-    def _run_in_turn(
-        self, program: Program, inputs: Sequence[Placed], residual: int, copied: int, stream: int
-    ) -> list[Block]:
-        """Run a program on the GPU: on memory there and on the host, with the outputs in slabs
-        there."""
+    def _run_on_gpu(self, run: Run, stream: int) -> list[Block]:
+        """Run a program on memory on the GPU and on the host, with the outputs in slabs there."""
         gpu, turns = self._gpu, self._turns
         if gpu is None or turns is None:
-            raise (
-                closed()
-                if self._is_closed
-                else ProtocolError("a run names a stream, but no gpu_pool was asked for")
-            )
-        prepared = self._prepared(program)
-        kept = self._kept(prepared, residual) if program.is_pullback else None
+            if self._is_closed:
+                raise closed()
+            raise ProtocolError("a run names a stream, but no gpu_pool was asked for")
+        program = self._prepared(run.program)
+        forward = self._forward_of(run, program)
         with turns.taken(self._runtime.stream(), stream) as turn:
-            arrays = [self._view(*each, turn) for each in zip(inputs, prepared.inputs, strict=True)]
-            outputs, value = prepared.run(arrays, None if kept is None else kept.value)
-            blocks = [gpu.lease(nbytes, stream) for nbytes in prepared.output_nbytes]
+            described = zip(run.inputs, program.inputs, strict=True)
+            arrays = [self._view(placed, spec, turn) for placed, spec in described]
+            outputs, value = program.run(arrays, None if forward is None else forward.value)
+            blocks = [gpu.lease(nbytes, stream) for nbytes in program.output_nbytes]
             for output, block in zip(outputs, blocks, strict=True):
                 if block.nbytes:
                     self._runtime.write(output, block.pointer, block.nbytes, turn)
-        if kept is not None and kept.stream not in (None, stream):
-            turn.precede(kept.stream)  # the pullback may have read the inputs of that run
-        if residual and kept is None:
-            self._residuals[residual] = _Residual(prepared, value, inputs, stream)
-        self._count(copied + sum(prepared.output_nbytes))
+        if forward is not None and forward.stream not in (None, stream):
+            turn.precede(forward.stream)  # the pullback may have read the inputs of that run
+        self._finish(run, program, value, sum(program.output_nbytes))
         return blocks
 
     def _view(self, placed: Placed, spec: Spec, turn: NearTurn) -> Any:
@@ -287,46 +270,45 @@ class InprocSession(Session):
             return self._runtime.view(pointer_of(placed), spec, placed, turn)
         return self._views.of(placed, spec)
 
-    def _run_apart(
-        self, program: Program, inputs: Sequence[Placed], residual: int, copied: int
-    ) -> list[Block]:
-        prepared = self._prepared(program)
-        read = self._kept(prepared, residual).value if program.is_pullback else None
-        arrays = list(map(self._views.of, inputs, prepared.inputs))
-        outputs, value = prepared.run(arrays, read)
-        if residual and not program.is_pullback:
-            self._residuals[residual] = _Residual(prepared, value, inputs, None)
-        # The worker's own parameters are handed out as copies: whoever trains them must not change
-        # the model.
-        is_model_state = program.request.HasField("parameters")
-        pointers = (
-            [None] * len(outputs)
-            if is_model_state
-            else self._runtime.exclusive(outputs, arrays, value)
-        )
-        blocks: list[Block] = []
-        for output, pointer, nbytes in zip(outputs, pointers, prepared.output_nbytes, strict=True):
+    def _run_on_host(self, run: Run) -> list[Block]:
+        program = self._prepared(run.program)
+        forward = self._forward_of(run, program)
+        arrays = list(map(self._views.of, run.inputs, program.inputs))
+        outputs, value = program.run(arrays, None if forward is None else forward.value)
+        if run.program.request.HasField("parameters"):
+            # Copies of the model's own: a client that trains them must not change the model.
+            pointers: Sequence[int | None] = [None] * len(outputs)
+        else:
+            pointers = self._runtime.exclusive(outputs, arrays, value)
+        written, blocks = 0, []
+        for output, pointer, nbytes in zip(outputs, pointers, program.output_nbytes, strict=True):
             if pointer is not None and nbytes:
                 blocks.append(self.pool.adopt(pointer, nbytes, output))
                 continue
             block = self.pool.lease(nbytes)
             if nbytes:
                 self._runtime.write(output, block.pointer, nbytes)
-                copied += nbytes
+                written += nbytes
             blocks.append(block)
-        self._count(copied)
+        self._finish(run, program, value, written)
         return blocks
 
-    def _count(self, copied: int) -> None:
+    def _forward_of(self, run: Run, program: runtime.Program) -> _Residual | None:
+        """Return the residual that a pullback reads; None for any other program."""
+        if not run.program.is_pullback:
+            return None
+        residual = self._residuals.get(run.residual)
+        if residual is None or residual.program is not program.pullback_of:
+            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
+        return residual
+
+    def _finish(self, run: Run, program: runtime.Program, value: Any, written: int) -> None:
+        """Keep the residual of a run that has one, and count the run."""
+        if run.residual and not run.program.is_pullback:
+            self._residuals[run.residual] = _Residual(program, value, run.inputs, run.stream)
         with self._lock:
             self._calls += 1
-            self._bytes_copied += copied
-
-    def _kept(self, pullback: runtime.Program, residual: int) -> _Residual:
-        kept = self._residuals.get(residual)
-        if kept is None or kept.program is not pullback.pullback_of:
-            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
-        return kept
+            self._bytes_copied += run.copied + written
 
 
 def _name_of(target: Any) -> str:

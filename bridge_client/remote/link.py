@@ -17,7 +17,9 @@ import grpc
 
 from bridge_client.progress import logged_when_slow
 from bridge_client.remote.gpu import Ordering
-from bridge_client.remote.lanes import GrpcLane, Lane, LocalLane, Stale, from_rpc
+from bridge_client.remote.grpc_lane import GrpcLane, from_rpc
+from bridge_client.remote.lanes import Lane, Stale
+from bridge_client.remote.local_lane import LocalLane
 from bridge_client.remote.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback

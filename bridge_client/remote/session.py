@@ -3,19 +3,19 @@
 import atexit
 import contextlib
 import logging
-import operator
 import os
 import threading
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from bridge_client.programs import Program, model_tag, shapes_of
-from bridge_client.remote.lanes import ENDS_LANE, Lane, Stale
+from bridge_client.remote.lanes import ENDS_LANE, Call, Lane, Stale
 from bridge_client.remote.link import Link, Terms
-from bridge_client.session import Placed, Session, checked_limit, closed, lanes_by_way
+from bridge_client.remote.unfinished import Forward, Unfinished
+from bridge_client.session import Run, Session, checked_limit, closed, lanes_by_way
 from bridge_wire import trees
 from bridge_wire.errors import (
     BridgeError,
@@ -33,17 +33,14 @@ from bridge_wire.errors import (
     WorkerUnavailable,
 )
 from bridge_wire.memory.cuda import device_of
-from bridge_wire.memory.cuda_memory import GpuPool, end_what_is_left, is_on_gpu
-from bridge_wire.memory.pool import Block, Pool
+from bridge_wire.memory.cuda_memory import GpuPool, end_what_is_left
+from bridge_wire.memory.pool import Pool
 from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import decode_all
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-_MOST_UNCOUNTED = 1000
-_MOST_RELEASED = 100_000  # by one message, which has to fit in a frame
-_address_of = operator.attrgetter("address")
 
 
 class Host(Protocol):
@@ -60,22 +57,6 @@ class Host(Protocol):
         """End a worker that this process has started. Idempotent."""
 
 
-class _Residual(NamedTuple):
-    """What keeps alive the blocks that a residual on the worker may alias."""
-
-    link: Link
-    inputs: Sequence[Placed]
-    stream: int | None  # on which the inputs' blocks are used
-
-
-class _Abandoned(NamedTuple):
-    """A call that was given up: its blocks must not be reused before the worker lets go of them."""
-
-    lane: Lane
-    leases: tuple[Any, ...]
-    residual: int  # which the call may keep yet, so it is released afterwards; 0: none
-
-
 class RemoteSession(Session):
     """A connection to one worker. Made by `connect` and `spawn`.
 
@@ -87,7 +68,7 @@ class RemoteSession(Session):
         self.timeout_s = checked_limit(timeout_s)
         self._host = host
         self._terms = terms
-        self._calls = self._bytes_copied = self._fallbacks = 0
+        self._fallbacks = 0
         self._start_afresh()
         _sessions.add(self)
         self._require_link()
@@ -101,13 +82,8 @@ class RemoteSession(Session):
         self._no_gpu = ""
         self._link: Link | None = None
         self._lock = threading.Lock()
-        self._residuals: dict[int, _Residual] = {}
-        self._dropped: deque[int] = deque()
-        self._uncounted: deque[int] = (
-            deque()
-        )  # the bytes that each call has copied: to append takes no lock
-        self._abandoned: list[_Abandoned] = []
-        self._changed_models: set[str] = set()  # which were reported
+        self._unfinished = Unfinished()
+        self._changed_models: set[str] = set()  # reported already
 
     @property
     def framework(self) -> str:
@@ -164,7 +140,8 @@ class RemoteSession(Session):
         return self._require_link().address
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
-        self._over_link(self._name_of, program, timeout_s)
+        limit_s = timeout_s or program.timeout_s or self.timeout_s
+        self._over_link(self._name_of, program, limit_s)
         return program
 
     def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
@@ -174,25 +151,22 @@ class RemoteSession(Session):
         return [tuple(shape.sizes) for shape in prepared.shapes]
 
     def drop_residual(self, id: int) -> None:
-        if self._residuals.pop(id, None) is not None:
-            self._dropped.append(id)
+        self._unfinished.drop(id)
 
     def stats(self) -> Mapping[str, int]:
-        with self._lock:
-            self._sweep_abandoned()
+        self._unfinished.sweep()
         usage = self._usage()
-        with self._lock:
-            self._count()
-            return {
-                "calls": self._calls,
-                "bytes_copied": self._bytes_copied,
-                "bytes_through_host": self._bytes_through_host,
-                "blocks": sum(pool.live_blocks() for pool in self._pools()),
-                "slab_bytes": sum(pool.slab_bytes for pool in self._pools()),
-                "residuals": usage.residuals,
-                "residual_bytes": usage.residual_bytes,
-                "fallbacks": self._fallbacks + bool(self._bytes_through_host),
-            } | lanes_by_way(Counter() if self._link is None else self._link.ways)
+        calls, bytes_copied = self._unfinished.totals()
+        return {
+            "calls": calls,
+            "bytes_copied": bytes_copied,
+            "bytes_through_host": self._bytes_through_host,
+            "blocks": sum(pool.live_blocks() for pool in self._pools()),
+            "slab_bytes": sum(pool.slab_bytes for pool in self._pools()),
+            "residuals": usage.residuals,
+            "residual_bytes": usage.residual_bytes,
+            "fallbacks": self._fallbacks + bool(self._bytes_through_host),
+        } | lanes_by_way(Counter() if self._link is None else self._link.ways)
 
     def _pools(self) -> list[Pool]:
         return [self.pool] if self._gpu is None else [self.pool, self._gpu]
@@ -205,9 +179,7 @@ class RemoteSession(Session):
             link, self._link = self._link, None
         if link is not None:
             link.close()
-        while self._abandoned:
-            self._abandoned.pop().lane.close()
-        self._residuals.clear()
+        self._unfinished.close()
         if self._gpu is not None:
             self._gpu.close()
         self._host.close()
@@ -278,91 +250,56 @@ class RemoteSession(Session):
 
     # Calls ----------------------------------------------------------------------------------------
 
-    def _run(
-        self,
-        program: Program,
-        inputs: Sequence[Placed],
-        residual: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block]], _T],
-        stream: int | None,
-    ) -> _T:
-        if (link := self._link) is not None:
-            try:
-                return self._run_over(
-                    link, program, inputs, residual, copied, timeout_s, make, stream
-                )
-            except Stale:
-                self._forget(link)
-        return self._over_link(
-            self._run_over, program, inputs, residual, copied, timeout_s, make, stream
-        )
+    def _run(self, run: Run) -> Any:
+        return self._over_link(self._run_over, run)
 
-    def _run_over(
-        self,
-        link: Link,
-        program: Program,
-        inputs: Sequence[Placed],
-        residual: int,
-        copied: int,
-        timeout_s: float | None,
-        make: Callable[[list[Block]], _T],
-        stream: int | None,
-    ) -> _T:
-        kept: _Residual | None = None
-        if residual:
-            if not program.is_pullback:
-                self._residuals[residual] = _Residual(link, inputs, stream)
-            elif (kept := self._residuals.get(residual)) is None or kept.link is not link:
-                raise ResidualGone("the residual belongs to an earlier life of the worker")
+    def _run_over(self, link: Link, run: Run) -> Any:
+        forward = self._forward_of(link, run)
+        call = self._call(link, run)
+        lane: Lane | None = None
+        try:
+            lane = link.take(self.pool, call.timeout_s, None if run.stream is None else self._gpu)
+            outputs = lane.run(call)
+            if forward is not None and forward.stream not in (None, run.stream):
+                lane.free_after(forward.stream)  # the pullback may have read that run's inputs
+        except BaseException as error:
+            self._unfinished.release_later(call.released)
+            if lane is not None:
+                self._after_failure(link, error, lane, call)
+            raise
+        link.give_back(lane)
+        copied = run.copied + lane.bytes_by_value(call)
+        self._unfinished.count(copied + run.program.outputs_nbytes)
+        return outputs
+
+    def _forward_of(self, link: Link, run: Run) -> Forward | None:
+        """Return the forward whose residual a pullback reads; note a run that keeps one.
+
+        Raises:
+          ResidualGone: the residual was kept over another link.
+        """
+        if not run.residual:
+            return None
+        if not run.program.is_pullback:
+            self._unfinished.keep(run.residual, Forward(link, run.inputs, run.stream))
+            return None
+        forward = self._unfinished.forward(run.residual)
+        if forward is None or forward.link is not link:
+            raise ResidualGone("the residual belongs to an earlier life of the worker")
+        return forward
+
+    def _call(self, link: Link, run: Run) -> Call:
+        """Prepare the program on this link if it is new there, and lease the outputs' blocks."""
+        program, gpu = run.program, None if run.stream is None else self._gpu
+        timeout_s = run.timeout_s or program.timeout_s or self.timeout_s
         named, name = program.name
         if named is not link:
             name = self._name_of(link, program, timeout_s)
-        gpu = None if stream is None else self._gpu
         if gpu is None:
             outputs = list(map(self.pool.lease, program.output_nbytes))
         else:
-            outputs = [gpu.lease(nbytes, stream or 0) for nbytes in program.output_nbytes]
-        released = self._take_dropped() if self._dropped else None
-        request = pb.LaneRequest()
-        run = request.run
-        run.program = name
-        run.inputs.extend(map(_address_of, inputs))
-        run.outputs.extend(map(_address_of, outputs))
-        run.residual = residual
-        if released:
-            run.released.extend(released)
-        payload = None if link.memory == "memfd" else self._payload(program, inputs)
-        lane: Lane | None = None
-        try:
-            limit_s = timeout_s or program.timeout_s or self.timeout_s
-            lane = link.take(self.pool, limit_s, gpu)
-            if lane.ordering is None or stream is None:
-                made = lane.run(request, payload, outputs, limit_s, make)
-            else:
-                run.turn = lane.ordering.begin(stream)
-                made = lane.run(request, payload, outputs, limit_s, make)
-                lane.ordering.end(stream, outputs)
-                if kept is not None and kept.stream not in (None, stream):
-                    lane.ordering.end(
-                        kept.stream
-                    )  # the pullback may have read the inputs of that run
-        except BaseException as error:
-            self._dropped.extend(released or ())
-            if lane is not None:
-                keeps = residual if program.keeps_residual else 0
-                self._after_failure(link, error, _Abandoned(lane, (inputs, outputs), keeps))
-            raise
-        link.give_back(lane)
-        if payload is not None:
-            copied += sum(map(len, payload))
-        self._uncounted.append(copied + program.outputs_nbytes)
-        if self._abandoned or len(self._uncounted) > _MOST_UNCOUNTED:
-            with self._lock:
-                self._sweep_abandoned()
-                self._count()
-        return made
+            outputs = [gpu.lease(nbytes, run.stream or 0) for nbytes in program.output_nbytes]
+        return Call(run, name, outputs, self._unfinished.to_release(), timeout_s, self.pool)
 
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
         """Return the worker's name for a program, which it prepares if it is new on this link."""
@@ -377,7 +314,7 @@ class RemoteSession(Session):
         what = f"model {model!r}" if model else "a pullback"
         is_known = program.identity.link not in (None, link)
         try:
-            prepared = link.prepare(request, what, timeout_s or program.timeout_s or self.timeout_s)
+            prepared = link.prepare(request, what, timeout_s)
         except (SpecError, DTypeError, StructureError, UnknownModel) as error:
             if is_known:
                 raise ModelChanged(
@@ -423,44 +360,17 @@ class RemoteSession(Session):
                 what,
             )
 
-    def _payload(self, program: Program, inputs: Sequence[Placed]) -> list[memoryview]:
-        return [
-            self.pool.view(placed.address, spec.nbytes)
-            for placed, spec in zip(inputs, program.inputs, strict=True)
-            if not is_on_gpu(placed.address)
-        ]
-
-    def _after_failure(self, link: Link, error: BaseException, call: _Abandoned) -> None:
+    def _after_failure(self, link: Link, error: BaseException, lane: Lane, call: Call) -> None:
         """Put the lane back if it can still be used; else keep the call's blocks until the
         worker lets go of them."""
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
-            link.give_back(call.lane)
+            link.give_back(lane)
         elif isinstance(error, Stale | PeerError | WorkerDied):
-            if call.lane.ordering is not None and not isinstance(error, PeerError):
-                link.worker_has_gone(call.lane.ordering)
-            call.lane.close()
-        elif call.lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
-            with self._lock:
-                self._abandoned.append(call)
-
-    def _count(self) -> None:
-        while self._uncounted:
-            self._bytes_copied += self._uncounted.popleft()
-            self._calls += 1
-
-    def _sweep_abandoned(self) -> None:
-        ended = [call for call in self._abandoned if call.lane.has_ended()]
-        self._abandoned = [call for call in self._abandoned if call not in ended]
-        for call in ended:
-            call.lane.close()
-            if call.residual:
-                self._dropped.append(call.residual)
-
-    def _take_dropped(self) -> list[int]:
-        taken: list[int] = []
-        while self._dropped and len(taken) < _MOST_RELEASED:
-            taken.append(self._dropped.popleft())
-        return taken
+            if lane.ordering is not None and not isinstance(error, PeerError):
+                link.worker_has_gone(lane.ordering)
+            lane.close()
+        elif lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
+            self._unfinished.abandon(lane, call)
 
     def _usage(self) -> pb.Usage:
         link = self._link
@@ -470,11 +380,11 @@ class RemoteSession(Session):
             lane = link.take(self.pool)
         except (Stale, BridgeError):  # a worker that is gone holds nothing
             return pb.Usage()
-        dropped = self._take_dropped()
+        dropped = self._unfinished.to_release()
         try:
             usage = lane.release(dropped)
         except BaseException as error:
-            self._dropped.extend(dropped)
+            self._unfinished.release_later(dropped)
             lane.close()
             if isinstance(error, Stale | BridgeError):
                 return pb.Usage()
@@ -511,7 +421,7 @@ _of_the_parent: list[Any] = []
 
 def _after_fork_in_child() -> None:
     for session in list(_sessions):
-        _of_the_parent.append((session._link, session._abandoned, session.pool, session._gpu))
+        _of_the_parent.append((session._link, session._unfinished, session.pool, session._gpu))
         session._forget_threads()
         session._start_afresh()
 

@@ -17,8 +17,9 @@ import pytest
 
 from bridge_client import Session, connect, spawn
 from bridge_client.programs import Program
-from bridge_client.remote import lanes
 from bridge_client.remote.gpu import Ordering
+from bridge_client.remote.grpc_lane import GrpcLane
+from bridge_client.remote.local_lane import LocalLane
 from bridge_server.serving.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
@@ -538,7 +539,7 @@ def test_opening_a_handle_may_take_as_long_as_the_gpus_work(
     """CUDA may open it behind the other process's kernels: what has a few seconds otherwise is
     given minutes there."""
     limits: list[float] = []
-    for kind in (lanes.LocalLane, lanes.GrpcLane):
+    for kind in (LocalLane, GrpcLane):
         ask = kind.ask
         monkeypatch.setattr(
             kind,

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from bridge_client.remote.lanes import from_rpc
+from bridge_client.remote.grpc_lane import from_rpc
 from bridge_wire import errors
 from bridge_wire.errors import BridgeError, RemoteModelError
 from bridge_wire.lane.frames import MAX_FRAME

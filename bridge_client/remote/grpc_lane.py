@@ -1,0 +1,205 @@
+"""The gRPC lane: a stream; the bytes of the tensors travel in its messages."""
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from bridge_client.remote.lanes import HANDSHAKE_S, Call, Lane, Stale, raise_if_failed
+from bridge_client.remote.watching import Watch
+from bridge_wire.errors import (
+    TRAILER,
+    BridgeError,
+    CallTimeout,
+    Unauthenticated,
+    WorkerDied,
+    WorkerUnavailable,
+    decode,
+)
+from bridge_wire.lane import inline
+from bridge_wire.memory.cuda_memory import is_on_gpu
+from bridge_wire.memory.pool import Block
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+class GrpcLane(Lane):
+    """A gRPC stream; the bytes of the tensors follow each message in chunks.
+
+    Works between hosts.
+    """
+
+    name = "grpc"
+    memory = "inline"
+
+    def __init__(self, stub: Any, token: bytes) -> None:
+        """Open the stream and attach.
+
+        Raises:
+          BridgeError: the worker refused, or cannot be reached.
+        """
+        self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._call = stub.Lane(_flattened(self._outgoing))
+        try:
+            with self._deadline(HANDSHAKE_S):
+                self._exchange(iter([pb.LaneRequest(attach=pb.Attach(session=token))]))
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, request: pb.LaneRequest, call: Call) -> Any:
+        _address_on_gpu(request.run, call)
+        by_value = [block for block in call.outputs if not is_on_gpu(block.address)]
+        limit: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if call.timeout_s is not None:
+            limit = self._deadline(call.timeout_s)
+        with limit:
+            self._send(_with_bytes(request, self._payload(call)))
+            outputs = call.run.make(call.outputs)
+            self._receive_outputs(by_value)
+            return outputs
+
+    def bytes_by_value(self, call: Call) -> int:
+        return sum(map(len, self._payload(call)))
+
+    def _payload(self, call: Call) -> list[memoryview]:
+        described = zip(call.run.inputs, call.run.program.inputs, strict=True)
+        return [
+            call.pool.view(placed.address, spec.nbytes)
+            for placed, spec in described
+            if not is_on_gpu(placed.address)
+        ]
+
+    @contextlib.contextmanager
+    def _deadline(self, timeout_s: float) -> Iterator[None]:
+        """End the stream when the time is up: a stream that is open already takes no deadline of
+        its own."""
+        # Taken by whichever comes first, the end of the call or that of its time.
+        over = threading.Lock()
+
+        def expire() -> None:
+            if over.acquire(blocking=False):
+                self._call.cancel()
+
+        timer = threading.Timer(timeout_s, expire)
+        timer.daemon = True
+        timer.start()
+        failure: WorkerDied | None = None
+        try:
+            yield
+        except WorkerDied as error:
+            failure = error
+        finally:
+            timer.cancel()
+            in_time = over.acquire(blocking=False)
+        if not in_time:
+            raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+        if failure is not None:
+            raise failure
+
+    def _receive_outputs(self, blocks: Sequence[Block]) -> None:
+        data = self._receive().ran.data
+        inline.fill(blocks, data, (self._receive().chunk for _ in itertools.count()))
+
+    def ask(self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S) -> pb.LaneReply:
+        with self._deadline(timeout_s):
+            return self._exchange(iter([request]))
+
+    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+        call = self._call
+
+        def ended() -> None:
+            if call.code() is not grpc.StatusCode.CANCELLED:  # by this side
+                action()
+
+        call.add_callback(ended)
+
+    def abandon(self) -> bool:
+        self._end_stream()
+        # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it
+        # lets go.
+        return self.ordering is not None
+
+    def has_ended(self) -> bool:
+        return self.ordering is None
+
+    def close(self) -> None:
+        super().close()
+        self._end_stream()
+
+    def _end_stream(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._outgoing.put(None)
+            self._call.cancel()
+
+    def _exchange(self, requests: Iterator[pb.LaneRequest]) -> pb.LaneReply:
+        self._send(requests)
+        return self._receive()
+
+    def _send(self, requests: Iterator[pb.LaneRequest]) -> None:
+        if not self._call.is_active():
+            raise Stale
+        self._outgoing.put(requests)
+
+    def _receive(self) -> pb.LaneReply:
+        try:
+            reply = next(self._call)
+        except StopIteration:
+            raise WorkerDied(
+                "the worker ended the stream during a call; the next call reconnects"
+            ) from None
+        except grpc.RpcError as error:
+            # The error is the stream itself: with a traceback it would be a cycle that keeps the
+            # call's blocks.
+            raise from_rpc(error, during_call=True) from error.with_traceback(None)
+        return raise_if_failed(reply)
+
+
+def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
+    """Return the bridge's error for a grpc.RpcError: the worker's own where it sent one, else
+    the connection's."""
+    for key, value in error.trailing_metadata() or ():
+        if key == TRAILER:
+            return decode(pb.Error.FromString(value))
+    code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return CallTimeout("the worker gave no answer in time")
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        return Unauthenticated(details)
+    if during_call:
+        return WorkerDied(
+            f"the connection to the worker broke during a call ({code.name}); the next call"
+            " reconnects"
+        )
+    return WorkerUnavailable(f"no worker answers ({code.name}: {details})")
+
+
+def _flattened(
+    outgoing: "queue.SimpleQueue[Iterator[pb.LaneRequest] | None]",
+) -> Iterator[pb.LaneRequest]:
+    while (requests := outgoing.get()) is not None:
+        yield from requests
+
+
+def _address_on_gpu(message: pb.Run, call: Call) -> None:
+    """Write the addresses of tensors on the GPU; 0 stands for a tensor that travels by value."""
+    message.inline = True
+    for field, tensors in ((message.inputs, call.run.inputs), (message.outputs, call.outputs)):
+        addresses = [x.address if is_on_gpu(x.address) else 0 for x in tensors]
+        if any(addresses):
+            field.extend(addresses)
+
+
+def _with_bytes(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
+    if inline.are_small(sum(map(len, inputs))):
+        request.run.data = b"".join(inputs)
+        yield request
+        return
+    yield request
+    for chunk in inline.chunks_of(inputs):
+        yield pb.LaneRequest(chunk=chunk)
