@@ -25,7 +25,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
 from bridge_server.runtime import Description, Model, Preparation, Program, Runtime
-from bridge_server.serving import lanes
+from bridge_server.serving import conversation, local_lanes
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.service import Service
 from bridge_server.serving.sessions import Sessions
@@ -510,8 +510,8 @@ class Target:
             raise Fault("a good client received other bytes than its own")
 
     def _replies(self, stream: Stream) -> Generator[pb.LaneReply, None, None]:
-        requests = lanes._requests(stream)  # type: ignore[arg-type]
-        return lanes.serve(requests, self.sessions, stream.take_descriptors)
+        requests = local_lanes._requests(stream)  # type: ignore[arg-type]
+        return conversation.Conversation(self.sessions, requests, stream.take_descriptors).replies()
 
     def _prepare(self, request: pb.PrepareRequest) -> int:
         """Return the program's name, or 0 when the service has refused."""
@@ -672,7 +672,7 @@ def run(
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    with mock.patch.object(lanes._log, "disabled", True):
+    with mock.patch.object(conversation._log, "disabled", True):
         yield
 
 

@@ -25,10 +25,10 @@ import pytest
 from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
-from bridge_client.remote.lanes import from_rpc
+from bridge_client.remote.grpc_lane import from_rpc
 from bridge_server.runtime import Model
 from bridge_server.serving.admission import Entrance
-from bridge_server.serving.lanes import LocalLanes
+from bridge_server.serving.local_lanes import LocalLanes
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.residuals import Kept, Residuals
 from bridge_server.serving.service import Service
@@ -1196,7 +1196,7 @@ def test_connection_that_says_nothing_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A local lane without a first request holds its thread for so long only."""
-    monkeypatch.setattr("bridge_server.serving.lanes.ATTACH_S", 0.1)
+    monkeypatch.setattr("bridge_server.serving.local_lanes.ATTACH_S", 0.1)
     lanes = LocalLanes(f"{tmp_path}/w.sock.lane", SESSIONS)
     lanes.start()
     with (

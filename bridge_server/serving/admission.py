@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from bridge_server.serving.lanes import ATTACH_S
+from bridge_server.serving.conversation import ATTACH_S
 from bridge_wire.errors import OutOfMemory, ProtocolError, Unauthenticated, abort
 from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb

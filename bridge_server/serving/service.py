@@ -10,7 +10,7 @@ import grpc
 from bridge_server.process import malloc
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.serving.admission import MAX_PROBES
-from bridge_server.serving.lanes import serve
+from bridge_server.serving.conversation import Conversation
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
@@ -147,7 +147,7 @@ class Service(BridgeServicer):
                 ),
             )
         try:
-            yield from serve(request_iterator, self._sessions)
+            yield from Conversation(self._sessions, request_iterator).replies()
         finally:
             self._free_lanes.release()
 

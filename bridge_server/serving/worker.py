@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from bridge_server.process.endpoints import Endpoint, listens
 from bridge_server.runtime import Runtime
 from bridge_server.serving.admission import Entrance
-from bridge_server.serving.lanes import LocalLanes
+from bridge_server.serving.local_lanes import LocalLanes
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.service import MAX_THREADS, Service
 from bridge_server.serving.sessions import Sessions

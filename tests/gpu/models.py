@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bridge_server.jax_runtime import JaxRuntime
-from bridge_server.serving import lanes
+from bridge_server.serving import conversation
 from bridge_server.serving.turns import Turn
 from bridge_wire.memory.cuda import gpus
 
 JaxRuntime.gpu = lambda self: gpus()[0]
-lanes.STUCK_S = 0.5  # no test waits for longer
+conversation.STUCK_S = 0.5  # no test waits for longer
 
 
 def sine(x):

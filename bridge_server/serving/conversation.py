@@ -1,0 +1,193 @@
+"""A lane's conversation: one request after the other, each answered before the next is read.
+
+A framed Unix socket and a gRPC stream are the two sources of requests.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+
+from bridge_server.serving.session import Session, addressed, nbytes_of
+from bridge_server.serving.sessions import Sessions
+from bridge_server.serving.turns import Turn, TurnByEvents, TurnByWords
+from bridge_wire.errors import (
+    BridgeError,
+    OutOfMemory,
+    PeerError,
+    ProtocolError,
+    encode,
+    unexpected,
+)
+from bridge_wire.lane import inline
+from bridge_wire.memory.pool import Block
+from bridge_wire.pb import bridge_pb2 as pb
+
+_log = logging.getLogger(__name__)
+
+STUCK_S = 60.0  # longer than any client's GPU work lasts after the client has ended
+ATTACH_S = 10.0  # deadline for a connection's first request: each connection holds a thread
+RAN = pb.LaneReply(ran=pb.Ran())
+_DONE = pb.LaneReply(done=pb.Done())
+
+Replies = Generator[pb.LaneReply, None, None]
+
+
+class Conversation:
+    """The dialogue with one client over one lane: the attached session, and its turn on a GPU."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        requests: Iterator[pb.LaneRequest],
+        take_descriptors: Callable[[], list[int]] = list,
+        is_connected: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`is_connected` reports whether the client may still be alive, as far as is known."""
+        self._sessions = sessions
+        self._requests = requests
+        self._take_descriptors = take_descriptors
+        self._is_connected = is_connected
+        self._session: Session | None = None
+        self._turn: Turn | None = None
+
+    def replies(self) -> Replies:
+        """Answer requests until the client ends the lane, or an error does (see `_refused`)."""
+        try:
+            for request in self._requests:
+                descriptors = self._take_descriptors()
+                try:
+                    session = self._session
+                    if session is None or not request.HasField("run") or request.run.inline:
+                        yield from self._answer(request, descriptors)
+                        continue
+                    call = object()  # the hot path, with as few function calls as possible
+                    self._sessions.begin(session, call)
+                    try:
+                        session.run(request.run, self._turn)
+                        yield RAN
+                    finally:  # after the reply was sent, so that a drain does not cut it off
+                        self._sessions.end(call)
+                except GeneratorExit:  # the connection broke: nobody receives the reply
+                    self._take_back(request)
+                    raise
+                except Exception as error:
+                    if (yield from self._refused(error)):
+                        return
+                finally:
+                    for fd in descriptors:
+                        os.close(fd)
+        finally:
+            self._end()
+
+    def _answer(self, request: pb.LaneRequest, descriptors: list[int]) -> Replies:
+        kind = request.WhichOneof("kind")
+        if self._session is None:
+            if kind != "attach":
+                raise ProtocolError("the first request on a lane must be `attach`")
+            self._session = self._sessions.attach(request.attach.session)
+            yield _DONE
+            return
+        session = self._session
+        match kind:
+            case "run":
+                yield from self._run_inline(session, request.run)
+            case "release":
+                session.residuals.drop(session, request.release.residuals)
+                yield pb.LaneReply(usage=session.usage())
+            case "peek":
+                yield pb.LaneReply(peeked=session.peek(request.peek))
+            case "share":
+                session.add_slab(descriptors, request.share, self._sessions.slab_bytes)
+                yield _DONE
+            case "order":
+                yield pb.LaneReply(ordered=self._order(session, request.order))
+            case _:
+                raise ProtocolError(f"a lane takes no {kind or 'empty'!r} request here")
+
+    def _order(self, session: Session, order: pb.Order) -> pb.Ordered:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.close()
+        self._turn = session.take_turns(order, self._is_connected)
+        if isinstance(self._turn, TurnByEvents):
+            handle = self._turn.device.event_handle_of(self._turn.done)
+            return pb.Ordered(event=handle)
+        return pb.Ordered(by_words=isinstance(self._turn, TurnByWords))
+
+    def _run_inline(self, session: Session, run: pb.Run) -> Replies:
+        session.residuals.drop(session, run.released)
+        program = session.program(run.program)
+        named = addressed(run.inputs, nbytes_of(program.inputs))
+        sizes = [nbytes for address, nbytes in named if not address]
+        inputs = self._received(session, run.data, sizes)
+        with self._sessions.running(session):
+            blocks = session.run_inline(run, inputs, self._turn)
+            buffers = [block.buffer for block in blocks]
+            if inline.are_small(sum(map(len, buffers))):
+                yield pb.LaneReply(ran=pb.Ran(data=b"".join(buffers)))
+                return
+            yield RAN
+            for chunk in inline.chunks_of(buffers):
+                yield pb.LaneReply(chunk=chunk)
+
+    def _received(self, session: Session, data: bytes, sizes: Sequence[int]) -> list[Block]:
+        chunks = self._chunks()
+        try:
+            blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
+        except OutOfMemory:
+            if not data:  # the chunks are on their way: read them, so that the lane can go on
+                for nbytes in sizes:
+                    for _ in inline.taken(nbytes, chunks):
+                        pass
+            raise
+        inline.fill(blocks, data, chunks)
+        return blocks
+
+    def _chunks(self) -> Iterator[bytes]:
+        for request in self._requests:
+            if request.WhichOneof("kind") != "chunk":
+                raise ProtocolError("an inline run was not followed by all of its inputs' bytes")
+            yield request.chunk
+
+    def _refused(self, error: Exception) -> Generator[pb.LaneReply, None, bool]:
+        """Reply with an error; return whether the lane ends.
+
+        | error                                     | the lane |
+        |-------------------------------------------|----------|
+        | PeerError: the client broke the contract  | ends     |
+        | MemoryError, or a fault of the bridge     | ends     |
+        | any other BridgeError, of this call alone | goes on  |
+        | any error, once the GPU has failed        | ends     |
+        """
+        if isinstance(error, PeerError):
+            yield failed(error)
+            return True
+        if isinstance(error, BridgeError):
+            with self._sessions.examined(error) as reply:
+                yield pb.LaneReply(error=reply)
+            return self._sessions.has_failed
+        if isinstance(error, MemoryError):
+            yield failed(unexpected(error))
+            return True
+        _log.error("a request failed unexpectedly", exc_info=error)
+        with self._sessions.examined(unexpected(error)) as reply:
+            yield pb.LaneReply(error=reply)
+        return True
+
+    def _take_back(self, request: pb.LaneRequest) -> None:
+        if self._session is not None and request.HasField("run"):
+            self._session.take_back(request.run)
+
+    def _end(self) -> None:
+        if self._turn is not None and self._turn.is_stuck(STUCK_S):
+            self._sessions.give_up("a client has ended on which the GPU waits")
+            return
+        if self._turn is not None:
+            self._turn.close()  # before the client sees the end of a call that it gave up
+        if self._session is not None:
+            self._sessions.detach(self._session)
+
+
+def failed(error: BridgeError) -> pb.LaneReply:
+    """Return the reply that carries an error."""
+    return pb.LaneReply(error=encode(error))
