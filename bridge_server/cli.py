@@ -5,17 +5,16 @@ Flags come before BRIDGE_* variables, and those before the defaults.
 
 import argparse
 import io
-import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from bridge_server.process import devices, doctor, endpoints, targets
+from bridge_server.process import devices, doctor, endpoints, logs, targets
 from bridge_server.process.malloc import restart_with_a_good_allocator
+from bridge_server.process.options import parse
 from bridge_server.process.parent import watch_parent
 from bridge_server.process.shutdown import Stopped, StopSignals, end_as_orphan, end_at_the_latest
 from bridge_server.runtime import Model, Options, Runtime
@@ -23,7 +22,6 @@ from bridge_server.serving.programs import Programs
 from bridge_server.serving.sessions import Sessions
 from bridge_server.serving.warmup import warm_up
 from bridge_server.serving.worker import Security, Worker
-from bridge_wire import __version__
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.memory.pool import half_of_memory
 
@@ -31,7 +29,6 @@ _log = logging.getLogger("bridge_server")
 
 OK, FAILED, USAGE = 0, 1, 2
 _DRAIN_S = 30.0
-_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LAST_S = 5.0  # for what models do when the interpreter ends
 
 
@@ -43,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["doctor"]:
         return doctor.main(argv[1:])
-    options = _arguments(argv)
-    _set_up_logging(options.log_level)
+    options = parse(argv)
+    logs.set_up(options.log_level)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            line_buffering=True
-        )  # what a model prints is for whoever reads the log now
+        # A reader of the log sees a model's prints at once.
+        sys.stdout.reconfigure(line_buffering=True)
     status = FAILED
     try:
         _serve(options)
@@ -64,16 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    if options.jax_model and options.torch_model:
-        raise CallerError(
-            "--jax-model and --torch-model exclude each other: start one worker for each framework"
-        )
-    if not (options.jax_model or options.torch_model):
-        raise CallerError(
-            "nothing to serve: name a model with --jax-model or --torch-model module:attribute"
-        )
-    if options.via_xla and not options.torch_model:
-        raise CallerError("--via-xla runs torch models through XLA: name one with --torch-model")
+    _check(options)
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
@@ -82,18 +69,13 @@ def _serve(options: argparse.Namespace) -> None:
             "INSECURE: anyone who can reach %s can run this worker's models", endpoint.address
         )
     stop = StopSignals()
-    # In the process that stays: a number means another device where fewer are seen.
+    # After the restart, which could hide other GPUs: a number would then name another device.
     devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
     if options.parent_pid:
         watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
     stdout = _copy_of_stdout()
-
     with stop.at_once():
-        runtime = _runtime(options)
-        models = _load(options.jax_model or options.torch_model, options.factory, runtime)
-        _let_loggers_speak()
-        devices.refuse_host(options.device, runtime)
-        devices.make_ready(runtime)
+        runtime, models = _runtime_with_models(options)
     programs = Programs(runtime, models)
     sessions = Sessions(
         runtime,
@@ -108,25 +90,59 @@ def _serve(options: argparse.Namespace) -> None:
             for warmup in options.warmup:
                 warm_up(programs, warmup)
         worker.announce_ready()
-        found = ",".join(runtime.describe().devices)
-        print(
-            f"bridge_server ready endpoint={worker.address} models={','.join(models)}"
-            f" lanes=local,grpc devices={found}",
-            file=stdout,
-            flush=True,
-        )
+        _print_ready(worker, models, runtime, stdout)
         stop.wait()
-        if not stop.has_given_up:
-            _log.info("draining: no new work; waiting for the calls under way")
-            is_drained = worker.drain(_DRAIN_S)
-            if not is_drained:
-                _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
+        is_drained = _drain(worker, stop)
     finally:
         worker.close()
     if not is_drained:
-        # What frameworks tear down at the interpreter's end may wait for the GPU, or crash; and the
+        # A framework's cleanup at the interpreter's end may wait for the GPU, or crash; and the
         # interpreter itself would wait for the calls.
         os._exit(FAILED)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.jax_model and options.torch_model:
+        raise CallerError(
+            "--jax-model and --torch-model exclude each other: start one worker for each framework"
+        )
+    if not (options.jax_model or options.torch_model):
+        raise CallerError(
+            "nothing to serve: name a model with --jax-model or --torch-model module:attribute"
+        )
+    if options.via_xla and not options.torch_model:
+        raise CallerError("--via-xla runs torch models through XLA: name one with --torch-model")
+
+
+def _runtime_with_models(options: argparse.Namespace) -> tuple[Runtime, Mapping[str, Model]]:
+    runtime = _runtime(options)
+    models = _load(options.jax_model or options.torch_model, options.factory, runtime)
+    logs.enable_loggers()
+    devices.refuse_host(options.device, runtime)
+    devices.make_ready(runtime)
+    return runtime, models
+
+
+def _print_ready(
+    worker: Worker, models: Mapping[str, Model], runtime: Runtime, stdout: TextIO
+) -> None:
+    devices = ",".join(runtime.describe().devices)
+    line = (
+        f"bridge_server ready endpoint={worker.address} models={','.join(models)}"
+        f" lanes=local,grpc devices={devices}"
+    )
+    print(line, file=stdout, flush=True)
+
+
+def _drain(worker: Worker, stop: StopSignals) -> bool:
+    """Finish the calls under way; return whether all have finished."""
+    if stop.has_given_up:
+        return False
+    _log.info("draining: no new work; waiting for the calls under way")
+    is_drained = worker.drain(_DRAIN_S)
+    if not is_drained:
+        _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
+    return is_drained
 
 
 def _copy_of_stdout() -> TextIO:
@@ -226,183 +242,3 @@ def _token(file: str | None) -> str | None:
             "a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints"
         )
     return token or None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bridge_server",
-        description=(
-            "Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks"
-            " at the environment instead."
-        ),
-        epilog=(
-            "Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES,"
-            " and so on."
-        ),
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-    def add(flag: str, help: str, **how: Any) -> None:
-        parser.add_argument(flag, help=help, **how)
-
-    listed = {"action": "append", "default": []}
-    add(
-        "--jax-model",
-        "function, (apply, params), flax or equinox module; repeatable",
-        metavar="[NAME=]MOD:ATTR",
-        **listed,
-    )
-    add(
-        "--torch-model",
-        "function, nn.Module, or a pair of either and its parameters; repeatable",
-        metavar="[NAME=]MOD:ATTR",
-        **listed,
-    )
-    add(
-        "--via-xla",
-        "run torch models through XLA, traced by torchax: also on JAX's devices",
-        action="store_true",
-    )
-    add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
-    add(
-        "--listen",
-        "default: a socket in a directory that only you can enter",
-        metavar="unix:PATH|HOST:PORT",
-    )
-    add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
-    add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
-    add(
-        "--mesh",
-        "spread JAX models over devices; their modules say how, in ATTR_shardings",
-        type=_mesh,
-        default={},
-        metavar="AXIS=SIZE,...",
-    )
-    add(
-        "--device",
-        "what models run on; default: the framework's choice, the first GPU if it finds one",
-        type=devices.parse_device,
-        metavar="cpu|cuda|cuda:N|GPU-UUID",
-    )
-    add(
-        "--gpu-memory-fraction",
-        "most of the GPU's memory that the framework may take; default: the framework's",
-        type=devices.parse_fraction,
-        metavar="F",
-    )
-    add(
-        "--residual-bytes",
-        "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
-        "default: half of the memory, of the host or the GPU",
-        type=_bytes,
-        metavar="BYTES",
-    )
-    add(
-        "--session-slab-bytes",
-        "most memory that one client may share",
-        type=_bytes,
-        default=1 << 40,
-        metavar="BYTES",
-    )
-    add(
-        "--warmup",
-        "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
-        metavar="[NAME=]DTYPE[SHAPE],...",
-        **listed,
-    )
-    add(
-        "--token-file",
-        "clients must present the token in this file, or in BRIDGE_TOKEN",
-        metavar="FILE",
-    )
-    add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
-    add("--tls-key", "private key of --tls-cert", metavar="PEM")
-    add("--insecure", "allow TCP beyond loopback without TLS or token", action="store_true")
-    add(
-        "--log-level",
-        "least level that is logged",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-    )
-    add("--parent-pid", argparse.SUPPRESS, type=int)
-    parser.add_argument("--version", action="version", version=f"bridge_server {__version__}")
-    return parser
-
-
-def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options, those from variables parsed as if they stood before the command
-    line's."""
-    parser = _parser()
-    from_variables: list[str] = []
-    for action in parser._actions:
-        flag = action.option_strings[-1]
-        value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
-        if (
-            value is None
-            or flag in ("--version", "--help")
-            or any(word.partition("=")[0] == flag for word in argv)
-        ):
-            continue
-        if action.nargs == 0:
-            from_variables += [flag] if _is_on(parser, flag, value) else []
-        else:
-            values = value.split() if isinstance(action.default, list) else [value]
-            from_variables += [f"{flag}={each}" for each in values]
-    return parser.parse_args([*from_variables, *argv])
-
-
-def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
-    word = value.strip().lower()
-    if word not in (*_ON, *_OFF):
-        parser.error(f"the variable for {flag} is {value!r}; expected 1 or 0")
-    return word in _ON
-
-
-def _bytes(text: str) -> int:
-    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    number = text.rstrip("KMGTiB")
-    unit = text[len(number) :].rstrip("iB")
-    if not number.isdecimal() or unit not in units:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
-    return int(number) * units[unit]
-
-
-def _mesh(text: str) -> dict[str, int]:
-    axes: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, size = part.partition("=")
-        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
-            raise argparse.ArgumentTypeError(f"{text!r} is no mesh such as data=2,model=2")
-        axes[name] = int(size)
-    return axes
-
-
-def _set_up_logging(level: str) -> None:
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(text if sys.stderr.isatty() else _JsonFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    for name in ("bridge_server", "bridge_wire"):
-        logging.getLogger(name).setLevel(level.upper())
-
-
-def _let_loggers_speak() -> None:
-    """Turn the worker's loggers on again: a module that calls logging.config turns off all that
-    it does not name."""
-    for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
-            logger.disabled = False
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, for log collectors and for the parent of a spawned worker."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
-        if record.exc_info:
-            message = f"{message}\n{self.formatException(record.exc_info)}"
-        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
-        return json.dumps(
-            {"time": when, "level": record.levelname, "logger": record.name, "message": message}
-        )

@@ -1,0 +1,36 @@
+"""The worker's log: text for a terminal, JSON lines for anything else."""
+
+import json
+import logging
+import sys
+import time
+
+
+def set_up(level: str) -> None:
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(text if sys.stderr.isatty() else _JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in ("bridge_server", "bridge_wire"):
+        logging.getLogger(name).setLevel(level.upper())
+
+
+def enable_loggers() -> None:
+    """Turn the worker's loggers on again: a module that calls logging.config turns off all that
+    it does not name."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
+            logger.disabled = False
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for log collectors and for the parent of a spawned worker."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message = f"{message}\n{self.formatException(record.exc_info)}"
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        return json.dumps(
+            {"time": when, "level": record.levelname, "logger": record.name, "message": message}
+        )

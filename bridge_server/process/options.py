@@ -1,0 +1,177 @@
+"""The flags of `bridge_server`, and the BRIDGE_* variables that stand for them."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bridge_server.process import devices
+from bridge_wire import __version__
+
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+_LISTED: dict[str, Any] = {"action": "append", "default": []}
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options, those from variables parsed as if they stood before the command
+    line's."""
+    parser = _parser()
+    from_variables: list[str] = []
+    for action in parser._actions:
+        flag = action.option_strings[-1]
+        value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
+        if (
+            value is None
+            or flag in ("--version", "--help")
+            or any(word.partition("=")[0] == flag for word in argv)
+        ):
+            continue
+        if action.nargs == 0:
+            from_variables += [flag] if _is_on(parser, flag, value) else []
+        else:
+            values = value.split() if isinstance(action.default, list) else [value]
+            from_variables += [f"{flag}={each}" for each in values]
+    return parser.parse_args([*from_variables, *argv])
+
+
+def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
+    word = value.strip().lower()
+    if word not in (*_ON, *_OFF):
+        parser.error(f"the variable for {flag} is {value!r}; expected 1 or 0")
+    return word in _ON
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "bridge_server",
+        description=(
+            "Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks"
+            " at the environment instead."
+        ),
+        epilog=(
+            "Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES,"
+            " and so on."
+        ),
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def add(flag: str, help: str, **how: Any) -> None:
+        parser.add_argument(flag, help=help, **how)
+
+    _add_models(add)
+    _add_serving(add)
+    _add_running(add)
+    _add_security(add)
+    parser.add_argument("--version", action="version", version=f"bridge_server {__version__}")
+    return parser
+
+
+def _add_models(add: Callable[..., Any]) -> None:
+    add(
+        "--jax-model",
+        "function, (apply, params), flax or equinox module; repeatable",
+        metavar="[NAME=]MOD:ATTR",
+        **_LISTED,
+    )
+    add(
+        "--torch-model",
+        "function, nn.Module, or a pair of either and its parameters; repeatable",
+        metavar="[NAME=]MOD:ATTR",
+        **_LISTED,
+    )
+    add(
+        "--via-xla",
+        "run torch models through XLA, traced by torchax: also on JAX's devices",
+        action="store_true",
+    )
+    add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
+    add(
+        "--warmup",
+        "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
+        metavar="[NAME=]DTYPE[SHAPE],...",
+        **_LISTED,
+    )
+
+
+def _add_serving(add: Callable[..., Any]) -> None:
+    add(
+        "--listen",
+        "default: a socket in a directory that only you can enter",
+        metavar="unix:PATH|HOST:PORT",
+    )
+    add(
+        "--residual-bytes",
+        "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
+        "default: half of the memory, of the host or the GPU",
+        type=_bytes,
+        metavar="BYTES",
+    )
+    add(
+        "--session-slab-bytes",
+        "most memory that one client may share",
+        type=_bytes,
+        default=1 << 40,
+        metavar="BYTES",
+    )
+    add(
+        "--log-level",
+        "least level that is logged",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+    )
+    add("--parent-pid", argparse.SUPPRESS, type=int)
+
+
+def _add_running(add: Callable[..., Any]) -> None:
+    add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
+    add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
+    add(
+        "--mesh",
+        "spread JAX models over devices; their modules say how, in ATTR_shardings",
+        type=_mesh,
+        default={},
+        metavar="AXIS=SIZE,...",
+    )
+    add(
+        "--device",
+        "what models run on; default: the framework's choice, the first GPU if it finds one",
+        type=devices.parse_device,
+        metavar="cpu|cuda|cuda:N|GPU-UUID",
+    )
+    add(
+        "--gpu-memory-fraction",
+        "most of the GPU's memory that the framework may take; default: the framework's",
+        type=devices.parse_fraction,
+        metavar="F",
+    )
+
+
+def _add_security(add: Callable[..., Any]) -> None:
+    add(
+        "--token-file",
+        "clients must present the token in this file, or in BRIDGE_TOKEN",
+        metavar="FILE",
+    )
+    add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
+    add("--tls-key", "private key of --tls-cert", metavar="PEM")
+    add("--insecure", "allow TCP beyond loopback without TLS or token", action="store_true")
+
+
+def _bytes(text: str) -> int:
+    number = text.rstrip("KMGTiB")
+    unit = text[len(number) :].rstrip("iB")
+    if not number.isdecimal() or unit not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
+    return int(number) * _UNITS[unit]
+
+
+def _mesh(text: str) -> dict[str, int]:
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
+            raise argparse.ArgumentTypeError(f"{text!r} is no mesh such as data=2,model=2")
+        axes[name] = int(size)
+    return axes
