@@ -1,13 +1,11 @@
-"""The command `bridge_client`: looks at a worker from the client's side.
-
-Works where there is no framework.
-"""
+"""The command `bridge_client`: inspects a worker from the client's side. Imports no framework."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
 from pathlib import Path
+from typing import Any
 
 from bridge_client.commands import doctor
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
@@ -38,71 +36,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Misuse(Exception):
-    """The command was asked for something that this worker cannot be asked for."""
+    """The command line asks for something that this worker cannot do."""
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("bridge_client", description="Look at a bridge worker.")
     parser.add_argument("--version", action="version", version=f"bridge_client {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-
     describe = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"
     )
     describe.set_defaults(action=_with_session(_describe))
-
-    check = commands.add_parser(
-        "check-gradients",
-        help="compare a model's VJP, JVP and finite differences",
-        description=(
-            "Compare the derivatives of a worker's models with finite differences, at random"
-            " arguments of the types given by --input, or else by the worker's --warmup. Exits with"
-            " status 1 on a mismatch."
-        ),
-    )
-    check.add_argument(
-        "--model", metavar="NAME", help="default: each model whose arguments are known"
-    )
-    check.add_argument(
-        "--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]"
-    )
-    check.add_argument(
-        "--range",
-        nargs=2,
-        type=float,
-        metavar=("LOW", "HIGH"),
-        help="of the arguments' numbers",
-        default=(LOW, HIGH),
-    )
-    check.add_argument(
-        "--seed", type=int, default=0, help="of the random numbers (default: %(default)s)"
-    )
-    check.set_defaults(action=_with_session(_check_gradients))
-
-    health = commands.add_parser(
-        "health",
-        help="ask whether a worker takes calls, as a probe",
-        description=(
-            "Ask a worker's health service, which needs no token. Exits with status 0 if it is"
-            " SERVING, and with 1 otherwise."
-        ),
-    )
-    health.add_argument(
-        "--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g"
-    )
-    health.set_defaults(action=_health)
-
-    diagnose = commands.add_parser(
-        "doctor",
-        help="look for what is slow or broken, on this host and on the way to a worker",
-        description=(
-            "Look at this host and environment and, given an address, at the worker there. Exits"
-            " with status 1 if something is broken; what is slow works."
-        ),
-    )
-    diagnose.add_argument("--json", action="store_true", help="print a JSON object")
-    diagnose.set_defaults(action=_doctor)
-
+    check = _add_check_gradients(commands)
+    health = _add_health(commands)
+    diagnose = _add_doctor(commands)
     for command in (describe, check, health):
         command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     diagnose.add_argument("address", type=_address, nargs="?", help="unix:PATH or HOST:PORT")
@@ -117,6 +64,62 @@ def _parser() -> argparse.ArgumentParser:
             "--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path
         )
     return parser
+
+
+def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "check-gradients",
+        help="compare a model's VJP, JVP and finite differences",
+        description=(
+            "Compare the derivatives of a worker's models with finite differences, at random"
+            " arguments of the types given by --input, or else by the worker's --warmup. Exits with"
+            " status 1 on a mismatch."
+        ),
+    )
+    add = command.add_argument
+    add("--model", metavar="NAME", help="default: each model whose arguments are known")
+    add("--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]")
+    add(
+        "--range",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="of the arguments' numbers",
+        default=(LOW, HIGH),
+    )
+    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    command.set_defaults(action=_with_session(_check_gradients))
+    return command
+
+
+def _add_health(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "health",
+        help="ask whether a worker takes calls, as a probe",
+        description=(
+            "Ask a worker's health service, which needs no token. Exits with status 0 if it is"
+            " SERVING, and with 1 otherwise."
+        ),
+    )
+    command.add_argument(
+        "--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g"
+    )
+    command.set_defaults(action=_health)
+    return command
+
+
+def _add_doctor(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="look for faults and slow paths, on this host and on the way to a worker",
+        description=(
+            "Look at this host and environment and, given an address, at the worker there. Exits"
+            " with status 1 if something is broken; a slow path still works."
+        ),
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.set_defaults(action=_doctor)
+    return command
 
 
 def _address(text: str) -> str:
@@ -203,7 +206,7 @@ def _signatures(
     found = [(model, arrays) for model in models for arrays in model.signatures]
     if not found:
         raise _Misuse(
-            f"nobody said what arguments {options.model or 'the models'} take: give --input, or"
+            f"the argument types of {options.model or 'the models'} are unknown: give --input, or"
             " start the worker with --warmup"
         )
     return found

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bridge_wire import trees
+from bridge_wire import classes, trees
 from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
 # What to do about it, by what a framework says.
@@ -105,4 +105,4 @@ def _machinery() -> tuple[str, ...]:
     homes = [
         str(Path(module.__file__).parent) for module in frameworks if module and module.__file__
     ]
-    return (_HERE, trees.__file__, contextlib.__file__, *homes)
+    return (_HERE, classes.__file__, trees.__file__, contextlib.__file__, *homes)

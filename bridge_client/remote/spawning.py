@@ -13,6 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import IO
 
 from bridge_client.remote.connecting import check_terms
 from bridge_client.remote.link import Terms
@@ -114,7 +115,7 @@ class _Child:
         self._directory = _directory_for("worker.sock.lane")
         self._process: subprocess.Popen[str] | None = None
         self._owner = os.getpid()
-        self._threads: list[threading.Thread] = []
+        self._output: _Output | None = None
         self._is_closed = False
         self._address = ""
 
@@ -156,9 +157,31 @@ class _Child:
 
     def _start(self) -> None:
         address = f"unix:{self._directory}/worker.sock"
-        last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        process = self._process = self._popen(address)
+        output = self._output = _Output(process, f"bridge_server ready endpoint={address} ")
+        started = time.monotonic()
+        output.wait(self._startup_timeout_s)
+        if output.is_ready:
+            self._address = address
+            _log.debug("the worker was ready after %.1f s", time.monotonic() - started)
+            return
+        if output.has_ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_S)
+        self._stop(0)
+        if output.has_ended:
+            raise WorkerCrashed(
+                f"the worker exited with status {process.returncode} before it was ready:"
+                f"\n  {output.last_lines()}"
+            )
+        raise StartupTimeout(
+            f"the worker was not ready within {self._startup_timeout_s:g} s and was killed; its"
+            f" last lines:\n  {output.last_lines()}"
+        )
+
+    def _popen(self, address: str) -> subprocess.Popen[str]:
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [*self._command, "--listen", address, "--parent-pid", str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -167,63 +190,13 @@ class _Child:
                 errors="replace",
                 env=self._env,
                 cwd=self._cwd,
-                # Ctrl-C is for this process, which then ends the worker in order
+                # Ctrl-C is for this process, which then shuts the worker down in order.
                 start_new_session=True,
             )
         except OSError as error:
             raise WorkerCrashed(
                 f"the worker cannot be started: {self._command[0]}: {error.strerror}"
             ) from error
-        self._process = process
-        ready = threading.Event()
-        is_ready = []
-
-        def read_stdout() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                # Not necessarily at its beginning: a model may have printed something without an
-                # end.
-                if f"bridge_server ready endpoint={address} " in line:
-                    is_ready.append(True)
-                    ready.set()
-                else:
-                    last_lines.append(line.rstrip())
-                    _worker_log.info("%s", line.rstrip())
-            ready.set()
-
-        def read_stderr() -> None:
-            assert process.stderr is not None
-            for line in process.stderr:
-                level, text = _parse_log_line(line.rstrip())
-                last_lines.append(text)
-                _worker_log.log(level, "%s", text)
-
-        self._threads = [
-            threading.Thread(target=t, name="worker-log", daemon=True)
-            for t in (read_stdout, read_stderr)
-        ]
-        started = time.monotonic()
-        for thread in self._threads:
-            thread.start()
-        ready.wait(self._startup_timeout_s)
-        if is_ready:
-            self._address = address
-            _log.debug("the worker was ready after %.1f s", time.monotonic() - started)
-            return
-        has_ended = ready.is_set()
-        if has_ended:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_S)
-        self._stop(0)
-        shown = "\n  ".join(last_lines) or "(no output)"
-        if has_ended:
-            raise WorkerCrashed(
-                f"the worker ended with status {process.returncode} before it was ready:\n  {shown}"
-            )
-        raise StartupTimeout(
-            f"the worker was not ready within {self._startup_timeout_s:g} s and was killed; its"
-            f" last lines:\n  {shown}"
-        )
 
     def _stop(self, grace_s: float) -> None:
         process = self._process
@@ -236,13 +209,65 @@ class _Child:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             process.wait()
+        if self._output is not None:
+            self._output.close()
+
+
+class _Output:
+    """Reads both streams of a worker into the log, and notices when the worker is ready."""
+
+    def __init__(self, process: subprocess.Popen[str], ready: str) -> None:
+        self._streams = process.stdout, process.stderr
+        self._ready = ready
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+        self._event = threading.Event()
+        self.is_ready = False
+        self._threads = [
+            threading.Thread(target=read, args=(stream,), name="worker-log", daemon=True)
+            for read, stream in zip(
+                (self._read_stdout, self._read_stderr), self._streams, strict=True
+            )
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the worker closed its stdout before it was ready."""
+        return self._event.is_set() and not self.is_ready
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the worker is ready or has ended."""
+        self._event.wait(timeout_s)
+
+    def last_lines(self) -> str:
+        return "\n  ".join(self._last_lines) or "(no output)"
+
+    def close(self) -> None:
+        """Close both streams once the worker has ended."""
         for thread in self._threads:
             thread.join(timeout=1.0)
-        for thread, stream in zip(self._threads, (process.stdout, process.stderr), strict=True):
-            # A process that the model has started may hold the other end: to close ours would wait
-            # for it.
+        for thread, stream in zip(self._threads, self._streams, strict=True):
+            # A process started by the model may hold the other end: closing would wait for it.
             if stream is not None and not thread.is_alive():
                 stream.close()
+
+    def _read_stdout(self, stream: IO[str]) -> None:
+        for line in stream:
+            # Not always at the line's start: a model may have printed text without a newline.
+            if self._ready in line:
+                self.is_ready = True
+                self._event.set()
+                continue
+            self._last_lines.append(line.rstrip())
+            _worker_log.info("%s", line.rstrip())
+        self._event.set()
+
+    def _read_stderr(self, stream: IO[str]) -> None:
+        for line in stream:
+            level, text = _parse_log_line(line.rstrip())
+            self._last_lines.append(text)
+            _worker_log.log(level, "%s", text)
 
 
 def _directory_for(name: str) -> str:

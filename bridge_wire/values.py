@@ -1,0 +1,48 @@
+"""Static values as messages: None, bools, numbers and texts.
+
+A static value is part of a call's signature, not data.
+"""
+
+from typing import Any
+
+from bridge_wire.errors import ProtocolError, StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+def encode_value(value: Any) -> pb.Value | None:
+    if value is None:
+        return pb.Value(none=True)
+    # Exact types: a subclass (an enum, a NumPy scalar) would come back as something else.
+    kind = type(value)
+    if kind is bool:
+        return pb.Value(boolean=value)
+    if kind is str:
+        try:
+            return pb.Value(text=value)
+        except UnicodeEncodeError:
+            raise StructureError(
+                f"the text {value[:80]!r} has lone surrogates, which UTF-8 cannot carry"
+            ) from None
+    if kind is float:
+        return pb.Value(real=value)
+    if kind is complex:
+        return pb.Value(complex=pb.Value.Complex(real=value.real, imag=value.imag))
+    if kind is int:
+        if not -(2**63) <= value < 2**63:
+            raise StructureError(
+                f"the static integer {value} does not fit in 64 bits; pass it as a string"
+            )
+        return pb.Value(integer=value)
+    return None
+
+
+def decode_value(value: pb.Value) -> Any:
+    """Return the static value that a message carries."""
+    kind = value.WhichOneof("kind")
+    if kind is None:
+        raise ProtocolError("a static value has no kind")
+    if kind == "none":
+        return None
+    if kind == "complex":
+        return complex(value.complex.real, value.complex.imag)
+    return getattr(value, kind)
