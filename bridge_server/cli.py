@@ -1,6 +1,6 @@
-"""The command `bridge_server`.
+"""The command `bridge_server`: loads models, serves them, and drains on a signal.
 
-Flags come before BRIDGE_* variables, and those before the defaults.
+Precedence: flags, then BRIDGE_* variables, then defaults. Imports a framework only in `_runtime`.
 """
 
 import argparse
@@ -29,11 +29,11 @@ _log = logging.getLogger("bridge_server")
 
 OK, FAILED, USAGE = 0, 1, 2
 _DRAIN_S = 30.0
-_LAST_S = 5.0  # for what models do when the interpreter ends
+_LAST_S = 5.0  # for cleanup by models when the interpreter exits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a worker until it is told to stop.
+    """Run a worker until a signal stops it.
 
     Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse.
     """
@@ -66,7 +66,7 @@ def _serve(options: argparse.Namespace) -> None:
     restart_with_a_good_allocator()
     if endpoint.is_exposed and not security.is_any:
         _log.warning(
-            "INSECURE: anyone who can reach %s can run this worker's models", endpoint.address
+            "INSECURE: any client that reaches %s can run this worker's models", endpoint.address
         )
     stop = StopSignals()
     # After the restart, which could hide other GPUs: a number would then name another device.
@@ -146,8 +146,7 @@ def _drain(worker: Worker, stop: StopSignals) -> bool:
 
 
 def _copy_of_stdout() -> TextIO:
-    """Return this process's stdout as it is before models are imported, which may replace it or
-    close it."""
+    """Return a copy of stdout, since an imported model may replace or close the original."""
     try:
         return os.fdopen(os.dup(sys.stdout.fileno()), "w")
     except (AttributeError, OSError):  # there is none, or one without a descriptor

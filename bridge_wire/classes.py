@@ -21,18 +21,18 @@ _NUMBERS = (bool, int, float, complex)
 
 
 class Node(NamedTuple):
-    """A class instance taken apart."""
+    """The parts of a class instance."""
 
     cls: type
     fields: tuple[str, ...]
     children: Sequence[Any]
-    # Function from children to an instance with the same static parts; hashable, and equal for
-    # equal static parts. Or a text: why there is no such function.
+    # Function from children to an instance with the same static parts: hashable, and equal for
+    # equal static parts. Or a text: the reason why instances cannot be rebuilt.
     builder: Any
     has_static: bool = False  # whether an instance has parts besides its class and children
 
 
-# Takes a class instance apart. None: not a container.
+# Returns the parts of a class instance; None: the value is no container.
 Expand = Callable[[Any], Node | None]
 
 
@@ -47,11 +47,10 @@ class Instance(NamedTuple):
 
 
 class _Structured(NamedTuple):
-    """Builder of instances of which a framework knows the structure: the class and its static
-    parts."""
+    """Builder of instances whose class and static parts lie in a framework's structure."""
 
     structure: Any
-    exact: Hashable  # tells static numbers apart that are equal: 1, 1.0 and True
+    exact: Hashable  # distinguishes equal static numbers: 1, 1.0 and True
     unflatten: Callable[[Any, Sequence[Any]], Any]
 
     def __call__(self, items: Sequence[Any]) -> Any:
@@ -85,7 +84,7 @@ def structured(
 
 
 def expand_dataclass(value: Any) -> Node | None:
-    """Return what a dataclass instance consists of, or None for anything else."""
+    """Return a dataclass instance's class and fields, or None for any other value."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return None
     names = tuple(field.name for field in dataclasses.fields(value))
@@ -106,12 +105,11 @@ def node_of_fields(value: Any, fields: tuple[str, ...], children: Sequence[Any])
 
 
 def attributes_beyond(value: Any, fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the attributes of an instance that are not among its fields, save caches of
-    properties."""
+    """Return the names of attributes beyond an instance's fields, except cached properties."""
     attributes = getattr(value, "__dict__", None)
-    if not attributes or (
-        len(attributes) <= len(fields) and not isinstance(value, tuple)
-    ):  # the usual case
+    if not attributes:
+        return ()
+    if len(attributes) <= len(fields) and not isinstance(value, tuple):  # the usual case
         return ()
     if _WITHOUT in attributes:
         return cast("tuple[str, ...]", attributes[_WITHOUT])
@@ -125,17 +123,16 @@ def attributes_beyond(value: Any, fields: Sequence[str]) -> tuple[str, ...]:
 
 _INCOMPARABLE = "its static parts cannot be compared with those of others"
 
-# An attribute of instances that were put together again without these attributes.
+# Attribute of rebuilt instances: the names of attributes that they lack.
 _WITHOUT = "_bridge_without"
 
 
 class _Origins:
-    """Names under which peers know this process's classes with their static parts, and the builders
-    behind the names.
+    """The origins of this process's classes: names known to peers, and the builders behind them.
 
-    A peer that returns an instance returns its name, so no other class is ever used. A class
-    without static parts is named by its module, the same in each process; one with static parts
-    gets a name that cannot be guessed.
+    A peer returns an instance together with its origin, so no other class is ever used. The origin
+    of a class without static parts is its module and name, equal in each process. A class with
+    static parts gets an origin that cannot be guessed.
     """
 
     def __init__(self) -> None:
@@ -144,7 +141,7 @@ class _Origins:
         self._nodes: dict[str, tuple[str, Node]] = {}
 
     def name_of(self, kind: str, node: Node) -> str:
-        """Return the name of a node's class and static parts, the same for equal ones."""
+        """Return the origin of a node's class and static parts; equal parts have equal origins."""
         key = (kind, node.cls, node.fields, node.builder)
         with self._lock:
             try:
@@ -158,9 +155,8 @@ class _Origins:
                 if node.has_static or name in self._nodes:
                     name = f"{name[: _MAX_ORIGIN - 40]}#{secrets.token_hex(16)}"
                 self._names[key], self._nodes[name] = name, (kind, node._replace(children=()))
-                if (
-                    len(self._nodes) > _MAX_CLASSES
-                ):  # the oldest is forgotten, and refused when it comes back
+                # The oldest is forgotten, and refused when it comes back.
+                if len(self._nodes) > _MAX_CLASSES:
                     del self._nodes[self._names.pop(next(iter(self._names)))]
         return name
 
@@ -174,8 +170,8 @@ class _Origins:
         known_kind, node = self._nodes.get(record.returned, ("", None))
         if node is None:
             raise StructureError(
-                f"the class {record.returned[:200]!r} is not known here: another process has sent"
-                " it, or this one before a restart, or too many classes ago; expected a"
+                f"the class {record.returned[:200]!r} is not known here: it was sent by another"
+                " process, or before a restart, or too many classes ago; expected a"
                 f" {record.name[:80]!r} from a recent result of this worker: call the function that"
                 " returns it again, or pass a dict or a dataclass of your own"
             )
@@ -192,8 +188,7 @@ class _Origins:
         return node.builder
 
     def refuse_without_origin(self, kind: str, name: str, fields: tuple[str, ...]) -> None:
-        """Raise StructureError for an older peer's record, without origin, that looks like a
-        class sent from here."""
+        """Raise StructureError for an older peer's record that may be a class sent from here."""
         for known_kind, node in list(self._nodes.values()):
             if (known_kind, node.cls.__name__, node.fields) == (kind, name, fields):
                 raise StructureError(
@@ -209,10 +204,10 @@ made_here: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 
 class Classes:
-    """The namedtuple and dataclass types that stand here for those of peers.
+    """The namedtuple and dataclass types that stand here for a peer's classes.
 
-    One is made for each name, fields and origin. Nothing is ever imported on a peer's word. `adopt`
-    is called once with each dataclass made here, so that a framework can register it as a pytree
+    Each name, fields and origin get a class of their own. Nothing is ever imported on a peer's
+    word. `adopt` is called once with each new dataclass, for a framework to register it as a pytree
     node.
     """
 
@@ -224,13 +219,12 @@ class Classes:
         self._lock = threading.Lock()
 
     def learn(self, kind: str, cls: type, fields: tuple[str, ...], origin: str) -> None:
-        """Use a class that was made elsewhere in this process for the peer's class of that
-        origin."""
+        """Use an existing class of this process for the peer's class of that origin."""
         with self._lock:
             self._keep((kind, cls.__name__, fields, origin), cls)
 
     def find(self, kind: str, name: str, fields: tuple[str, ...], origin: str) -> type:
-        """Return the class that stands for the peer's, making it when it is new here."""
+        """Return the class that stands for a peer's class; make it at first."""
         with self._lock:
             found = self._known.get((kind, name, fields, origin))
             if found is None:
@@ -241,9 +235,8 @@ class Classes:
 
     def _keep(self, key: tuple[str, str, tuple[str, ...], str], cls: type) -> None:
         self._known[key] = cls
-        if (
-            len(self._known) > _MAX_CLASSES
-        ):  # forget the oldest: no client may take the room of all others
+        # Forget the oldest: no client may take the room of all others.
+        if len(self._known) > _MAX_CLASSES:
             del self._known[next(iter(self._known))]
 
     def _make(self, kind: str, name: str, fields: tuple[str, ...], origin: str) -> type:
@@ -257,9 +250,8 @@ class Classes:
                 f"a tree names a class of {len(fields)} fields; at most {_MAX_FIELDS} are allowed"
             )
         for word in (name, *fields):
-            is_special = word.startswith("__") and word.endswith(
-                "__"
-            )  # would replace the class's own machinery
+            # Would replace the class's own machinery.
+            is_special = word.startswith("__") and word.endswith("__")
             if (
                 not word.isidentifier()
                 or keyword.iskeyword(word)
@@ -286,7 +278,7 @@ def instantiate(
 ) -> Any:
     """Return an instance of a namedtuple's or dataclass's class with these values of its fields.
 
-    `without` names further attributes that the instance should have, and has not.
+    `without` names attributes that the original has and the new instance lacks.
     """
     # Not through __new__ or __init__: a user's class may compute there, and a field may have
     # init=False.

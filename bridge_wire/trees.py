@@ -128,7 +128,7 @@ def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
 
 
 def _ends(tree: pb.Tree, root: str) -> Iterator[tuple[str, pb.Tree]]:
-    """Yield the path of each array leaf and each static value, and what is there."""
+    """Yield each array leaf and each static value with its path."""
     kind = tree.WhichOneof("kind")
     if kind is None or kind == "leaf" or kind == "value":
         yield root, tree

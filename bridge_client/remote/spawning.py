@@ -26,9 +26,8 @@ _worker_log = logging.getLogger("bridge_client.worker")
 _LAST_LINES = 30
 _STOP_S = 10.0
 _LONGEST_PATH = 107  # of a Unix socket: sun_path of sockaddr_un, less the final NUL
-# What tells a worker which models to serve, and to whom. Those of this process are meant for
-# another one: itself, if it is a worker, or the one that it connects to. The choice of an allocator
-# is a worker's own.
+# Variables that name a worker's models and clients. In this process they configure this process,
+# or the worker that it connects to. Each worker chooses its own allocator.
 _NOT_INHERITED = frozenset(
     f"BRIDGE_{name}"
     for name in (
@@ -74,16 +73,9 @@ def spawn(
     check_terms(lane, require)
     if (jax_model is None) == (torch_model is None):
         raise CallerError("spawn needs either jax_model= or torch_model=")
-    flag, model = (
-        ("--jax-model", jax_model) if jax_model is not None else ("--torch-model", torch_model)
-    )
-    targets = (
-        [model]
-        if isinstance(model, str)
-        else [f"{name}={target}" for name, target in (model or {}).items()]
-    )
+    flag = "--jax-model" if torch_model is None else "--torch-model"
     command = [os.fspath(python), "-m", "bridge_server"]
-    for target in targets:
+    for target in _named(jax_model if torch_model is None else torch_model):
         command += [flag, target]
     child = _Child([*command, *args], dict(env or {}), cwd, startup_timeout_s)
     try:
@@ -96,9 +88,14 @@ def spawn(
     return session
 
 
+def _named(model: Target | None) -> list[str]:
+    if isinstance(model, str):
+        return [model]
+    return [f"{name}={target}" for name, target in (model or {}).items()]
+
+
 class _Child:
-    """The worker's process, started when its address is first asked for, and again when it has
-    died."""
+    """The worker's process: started by the first call of `address`, and again after it died."""
 
     def __init__(
         self,
@@ -129,9 +126,8 @@ class _Child:
     def has_ended(self) -> bool:
         if os.getpid() != self._owner or self._process is None:
             return False
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # its sockets close a moment before it can be reaped
+        # A dead worker's sockets close a moment before the process can be reaped.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         return self._process.poll() is not None
 
@@ -280,8 +276,7 @@ def _directory_for(name: str) -> str:
 
 
 def _parse_log_line(line: str) -> tuple[int, str]:
-    """Return the level and text of a line of the worker's log; what is not in its format is
-    taken as it is."""
+    """Return the level and text of a line of the worker's log; any other text is information."""
     try:
         record = json.loads(line)
         return (

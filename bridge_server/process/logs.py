@@ -7,6 +7,7 @@ import time
 
 
 def set_up(level: str) -> None:
+    """Log to stderr at this level."""
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(text if sys.stderr.isatty() else _JsonFormatter())
@@ -16,8 +17,7 @@ def set_up(level: str) -> None:
 
 
 def enable_loggers() -> None:
-    """Turn the worker's loggers on again: a module that calls logging.config turns off all that
-    it does not name."""
+    """Enable the worker's loggers again: logging.config in a model's module disables them."""
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
             logger.disabled = False

@@ -103,8 +103,8 @@ def _add_serving(add: Callable[..., Any]) -> None:
     )
     add(
         "--residual-bytes",
-        "budget for what is kept between forwards and their VJPs; past it backwards recompute; "
-        "default: half of the memory, of the host or the GPU",
+        "budget for residuals kept between forwards and their VJPs; over budget, backwards"
+        " recompute; default: half of the memory of the host or the GPU",
         type=_bytes,
         metavar="BYTES",
     )
@@ -129,14 +129,14 @@ def _add_running(add: Callable[..., Any]) -> None:
     add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
     add(
         "--mesh",
-        "spread JAX models over devices; their modules say how, in ATTR_shardings",
+        "shard JAX models over devices, as ATTR_shardings in their modules says",
         type=_mesh,
         default={},
         metavar="AXIS=SIZE,...",
     )
     add(
         "--device",
-        "what models run on; default: the framework's choice, the first GPU if it finds one",
+        "device of the models; default: the framework's choice, the first GPU if there is one",
         type=devices.parse_device,
         metavar="cpu|cuda|cuda:N|GPU-UUID",
     )
