@@ -1,8 +1,9 @@
-"""autograd.Functions in traced code: their backward passes are custom derivatives of JAX."""
+"""autograd.Functions in traced code: JAX uses their backward passes as custom derivatives."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ _plain_apply = Function.__dict__["apply"]
 
 
 def take_over(apply: Callable[..., Any]) -> Callable[[], None]:
-    """Have `SomeFunction.apply(*args, **kwargs)` call `apply(SomeFunction, args, kwargs)`, in every
-    thread. Return what ends that.
+    """Redirect `SomeFunction.apply(*args, **kwargs)` to `apply(SomeFunction, args, kwargs)`.
+
+    The redirection holds in every thread. Return the function that ends it.
     """
 
     def give_back() -> None:
@@ -35,97 +37,127 @@ def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Apply an autograd.Function to arguments of which some are traced tensors of the
-    environment."""
-    if function is CheckpointFunction:  # XLA decides itself what is computed again
+    """Apply an autograd.Function to arguments that include traced tensors of the environment."""
+    if function is CheckpointFunction:  # XLA decides itself which values to compute again
         return args[0](*args[2:])
     has_setup = function.setup_context is not Function.setup_context
     if has_setup:
         bound = inspect.signature(function.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs
-    positions = [i for i, x in enumerate(args) if isinstance(x, Tensor)]
-    others = _without_tensors(args)
-    arrays = env.unwrapped([args[i] for i in positions])
-    dtypes = [x.dtype for x in arrays]
-    left: dict[
-        str, Any
-    ] = {}  # by the latest trace of the forward pass, which the backward pass is never older than
-
-    def traced_forward(arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
-        given = _filled(env, others, arrays)
-        context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in given])
-        output = function.forward(*([] if has_setup else [context]), *given, **kwargs)
-        if has_setup:
-            function.setup_context(context, tuple(given), output)
-        outputs, left["result"] = pytree.tree_flatten(output)
-        kept, left["structure"] = pytree.tree_flatten(context.__dict__)
-        left["outputs"], left["kept"] = _without_tensors(outputs), _without_tensors(kept)
-        return _arrays_in(env, outputs), _arrays_in(env, kept)
-
-    def traced_backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
-        context = _Context([])
-        kept = _filled(env, left["kept"], residuals)
-        context.__dict__.update(pytree.tree_unflatten(kept, left["structure"]))
-        given = _filled(env, left["outputs"], list(map(_materialized, cotangents)))
-        made = function.backward(context, *(x if isinstance(x, Tensor) else None for x in given))
-        gradients: list[Any] = env.unwrapped(list(made) if isinstance(made, tuple) else [made])
-        return gradients
-
-    # When a trace ends, no tensor of it may be left: so they live in calls of their own.
-    def forward(key: Any, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
-        with env.within(key), torch.enable_grad():  # a second derivative goes through what it saves
-            return traced_forward(arrays)
-
-    def backward(residuals: Sequence[Any], cotangents: Sequence[Any]) -> tuple[None, list[Any]]:
-        with env.within(None), torch.enable_grad():
-            gradients = traced_backward(residuals, cotangents)
-        return None, [
-            _gradient(gradients[i], dtype) for i, dtype in zip(positions, dtypes, strict=True)
-        ]
-
-    call = jax.custom_vjp(lambda key, arrays: forward(key, arrays)[0])
-    call.defvjp(forward, backward)
+    args = tuple(args)
+    # As in torch, tensors within a list argument are constants.
+    template, tensors = _Template.of(args, is_leaf=lambda x: x is not args)
+    arrays = env.unwrapped(tensors)
+    application = _Application(env, function, template, kwargs, has_setup)
+    call = jax.custom_vjp(lambda key, arrays: application.forward(key, arrays)[0])
+    call.defvjp(application.forward, application.backward)
     outputs = call(env.key_for_a_part(), arrays)
     if not torch.is_grad_enabled():
         outputs = jax.lax.stop_gradient(outputs)
-    return pytree.tree_unflatten(_filled(env, left["outputs"], outputs), left["result"])
+    return application.output.filled(env.wrapped(outputs))
 
 
-_TENSOR = object()  # where there was one
+_TENSOR = object()  # takes the place of a tensor in a template
 
 
-def _without_tensors(leaves: Sequence[Any]) -> list[Any]:
-    return [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+class _Template(NamedTuple):
+    """A pytree with its tensors taken out."""
+
+    leaves: Sequence[Any]
+    structure: Any
+
+    @classmethod
+    def of(
+        cls, tree: Any, is_leaf: Callable[[Any], bool] | None = None
+    ) -> tuple["_Template", list[Tensor]]:
+        """Return a pytree's template and its tensors."""
+        leaves, structure = pytree.tree_flatten(tree, is_leaf)
+        rest = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
+        return cls(rest, structure), [x for x in leaves if isinstance(x, Tensor)]
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the pytree with these tensors."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if x is _TENSOR else x for x in self.leaves]
+        return pytree.tree_unflatten(leaves, self.structure)
 
 
-def _filled(env: Any, leaves: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
-    """Return leaves with tensors of these arrays where there were tensors."""
-    tensors = iter(env.wrapped(list(arrays)))
-    return [next(tensors) if x is _TENSOR else x for x in leaves]
+@dataclass(slots=True)
+class _Application:
+    """One application of an autograd.Function, as the passes of a jax.custom_vjp.
 
+    The latest trace of the forward pass sets `output` and `saved`; a backward pass is traced after
+    its forward pass. No tensor may outlive its trace: only the frames of `_traced_forward` and
+    `_traced_backward` hold tensors.
+    """
 
-def _arrays_in(env: Any, leaves: Sequence[Any]) -> list[Any]:
-    return list(env.unwrapped([x for x in leaves if isinstance(x, Tensor)]))
+    env: Any
+    function: Any
+    inputs: _Template
+    kwargs: Mapping[str, Any]
+    has_setup: bool
+    output: _Template = field(init=False)
+    saved: _Template = field(init=False)
+    dtypes: list[Any] = field(init=False)
+
+    def forward(self, key: Any, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+        """Return the output arrays, and the saved arrays as the residual."""
+        self.dtypes = [x.dtype for x in arrays]
+        # Grad mode: a second derivative passes through the saved tensors.
+        with self.env.within(key), torch.enable_grad():
+            return self._traced_forward(arrays)
+
+    def backward(
+        self, residual: Sequence[Any], cotangents: Sequence[Any]
+    ) -> tuple[None, list[Any]]:
+        """Return no cotangent for the key, and the inputs' cotangents."""
+        with self.env.within(None), torch.enable_grad():
+            gradients = self._traced_backward(residual, cotangents)
+        return None, list(map(_gradient, gradients, self.dtypes))
+
+    def _traced_forward(self, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+        args = self.inputs.filled(self.env.wrapped(list(arrays)))
+        context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in args])
+        if self.has_setup:
+            output = self.function.forward(*args, **self.kwargs)
+            self.function.setup_context(context, args, output)
+        else:
+            output = self.function.forward(context, *args, **self.kwargs)
+        self.output, outputs = _Template.of(output)
+        self.saved, saved = _Template.of(context.__dict__)
+        return self.env.unwrapped(outputs), self.env.unwrapped(saved)
+
+    def _traced_backward(self, residual: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+        context = _Context([])
+        context.__dict__.update(self.saved.filled(self.env.wrapped(list(residual))))
+        tensors = iter(self.env.wrapped(list(map(_materialized, cotangents))))
+        outputs = [next(tensors) if x is _TENSOR else None for x in self.output.leaves]
+        gradients = self.function.backward(context, *outputs)
+        gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
+        return self._of_tensors(self.env.unwrapped(gradients))
+
+    def _of_tensors(self, gradients: list[Any]) -> list[Any]:
+        """Return the gradients of those arguments that are tensors."""
+        pairs = zip(self.inputs.leaves, gradients, strict=False)
+        return [gradient for argument, gradient in pairs if argument is _TENSOR]
 
 
 def _materialized(cotangent: Any) -> Any:
-    """Return a cotangent as torch has it; jax has none of integers."""
+    """Return a cotangent as an array; JAX has float0 for integers."""
     if cotangent.dtype == jax.dtypes.float0:
         return jnp.zeros(cotangent.shape, jnp.float32)
     return cotangent
 
 
 def _gradient(gradient: Any, dtype: Any) -> Any:
-    return (
-        None
-        if gradient is None or not jnp.issubdtype(dtype, jnp.inexact)
-        else gradient.astype(dtype)
-    )
+    if gradient is None or not jnp.issubdtype(dtype, jnp.inexact):
+        return None
+    return gradient.astype(dtype)
 
 
 class _Context:
-    """What torch calls ctx: a place for what the backward pass needs."""
+    """The `ctx` of an autograd.Function: keeps values for the backward pass."""
 
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
         self.needs_input_grad = tuple(needs_input_grad)
@@ -135,15 +167,16 @@ class _Context:
         self.saved_tensors = tensors
 
     def save_for_forward(self, *tensors: Any) -> None:
-        """Forward mode is jax's."""
+        """JAX computes forward mode."""
 
     def mark_non_differentiable(self, *tensors: Any) -> None:
         """The backward pass ignores their cotangents anyway."""
 
     def set_materialize_grads(self, value: bool) -> None:
-        """Cotangents are always there."""
+        """Cotangents are always materialized."""
 
     def mark_dirty(self, *tensors: Any) -> None:
         raise CallerError(
-            "an autograd.Function that writes into its inputs cannot be traced; return new tensors"
+            "the torch code applies an autograd.Function that writes into its inputs, which cannot"
+            " be traced; return new tensors"
         )
