@@ -1,4 +1,4 @@
-"""A model's call as a function of a flat list of arrays: what every transform starts from."""
+"""A model's call as a function of a flat list of arrays, from which all transforms start."""
 
 import functools
 import logging
@@ -22,10 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 class Call:
-    """The function from parameters (if the caller passes them), a key (if streams are named) and
-    leaves to outputs.
+    """A function of parameters (if passed), a key (if random streams are named) and leaves.
 
-    It changes none of the arrays that it is given, whatever the model does to them.
+    It leaves its arguments unchanged, even if the model writes into them.
     """
 
     def __init__(
@@ -46,26 +45,24 @@ class Call:
         self._is_flat = _is_flat(call.arguments)
         self._passed = len(model.parameters) if call.parameters else 0
         self._is_bound = not call.parameters
-        self.key = self._passed if call.rngs else None  # where it is among the inputs
-        self.leaves = self._passed + (self.key is not None)  # where they begin
-        self._changing = [
-            i for i, p in enumerate(model.parameters) if call.mutable and not p.trainable
-        ]
-        self._results = Results(
-            model.name, classes, [model.parameters[i].path for i in self._changing]
-        )
+        self.key = self._passed if call.rngs else None  # its position among the inputs
+        self.leaves = self._passed + (self.key is not None)  # the first leaf's position
+        buffers = [i for i, each in enumerate(model.parameters) if not each.trainable]
+        self._buffers = buffers if call.mutable else []  # positions of buffers to return
+        paths = [model.parameters[i].path for i in self._buffers]
+        self._results = Results(model.name, classes, paths)
         self._is_traced = False
-        self._is_told = False
-        self.is_opaque = False  # whether torch.func was seen to fail on it
+        self._has_warned = False
+        self.is_opaque = False  # whether torch.func has failed on it
         traced = self._trial().trace()
-        if traced.strays and model.apply.work_on_the_original():
+        if traced.unregistered_uses and model.apply.work_on_the_original():
             traced = self._trial().trace()
         if traced.reads_kept:
             model.apply.take_turns(where)
         if traced.overwrites:
             model.apply.use_copies_once()
-        if traced.strays and call.parameters:
-            self._refuse_strays(traced)
+        if traced.unregistered_uses and call.parameters:
+            self._refuse_unregistered_uses(traced)
         self._is_traced = True
         self.result, self.outputs = self._results.tree, self._results.specs
         self.operators = traced.operators
@@ -73,12 +70,12 @@ class Call:
         self.draws_by_layout = traced.draws_by_layout
         self.has_fast_path = traced.has_fast_path
         self._needs_grad = traced.needs_grad
-        written = self._written(traced)
-        self._written_state = [i for i in written if i < len(model.values)]
-        self._written_leaves = [i - len(model.values) for i in written if i >= len(model.values)]
+        written, count = self._written(traced), len(model.values)
+        self._written_state = [i for i in written if i < count]
+        self._written_leaves = [i - count for i in written if i >= count]
 
     def __call__(self, arrays: Sequence[Any]) -> list[Tensor]:
-        """Return the outputs: those of the result, and the changed state if it may change."""
+        """Return the outputs: the result's tensors, then the buffers if the call is mutable."""
         state: Sequence[Tensor] | None = None if self._is_bound else arrays[: self._passed]
         leaves = arrays[self.leaves :]
         if self._written_state:
@@ -92,58 +89,57 @@ class Call:
                 return self._outputs_of(state, leaves, self._model.apply)
         return self._outputs_of(state, leaves, self._model.apply)
 
-    def tell_if_unkeyed(self) -> None:
-        """Say, once, if a derivative that runs the call again cannot be that of the value."""
-        if self.draws and self.key is None and not self._is_told:
-            self._is_told = True
+    def warn_if_unkeyed(self) -> None:
+        """Log, once, that a derivative which runs the call again uses other random numbers."""
+        if self.draws and self.key is None and not self._has_warned:
+            self._has_warned = True
             _log.warning(
-                "%s draws random numbers without a key, so derivatives of it which run it again are"
-                " taken with others than its value; pass a key",
+                "%s draws random numbers without a key, so a derivative that runs the call again"
+                " uses other numbers than its value; pass a key",
                 self.where,
             )
 
     def protect_inputs(self) -> None:
-        """Give the model copies of all inputs from now on: a trace cannot show writes that
-        depend on Python's state."""
+        """Give the model copies of all inputs from now on.
+
+        A trace cannot show writes that depend on Python's state.
+        """
+        leaves = self.inputs[self.leaves :]
         self._written_state = list(range(len(self._model.values)))
-        self._written_leaves = [
-            i for i, spec in enumerate(self.inputs[self.leaves :]) if not spec.weak
-        ]
+        self._written_leaves = [i for i, spec in enumerate(leaves) if not spec.weak]
 
     @functools.cached_property
     def has_custom_functions(self) -> bool:
-        """Whether derivatives of the call pass an autograd.Function, as far as can be told."""
+        """Whether derivatives of the call pass an autograd.Function; True if unknown."""
         return self._trial().has_custom_functions()
 
     def _trial(self) -> Trial:
         state = self._model.values
-        passed = [
-            TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]
-        ]  # which the caller may have cast
-        dtypes = [each.dtype for each in state] if self._is_bound else passed
+        if self._is_bound:
+            dtypes = [each.dtype for each in state]
+        else:  # the caller may have cast them
+            dtypes = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]
         inputs, snapshot = self.inputs[self.leaves :], self._model.apply.python_state
         return Trial(self._isolated, state, dtypes, inputs, self.device, self.where, snapshot)
 
-    def _refuse_strays(self, traced: Traced) -> None:
-        paths = [self._model.parameters[i].path for i in sorted(traced.strays)]
+    def _refuse_unregistered_uses(self, traced: Traced) -> None:
+        path = self._model.parameters[min(traced.unregistered_uses)].path
         raise CallerError(
-            f"model {self._model.name!r} uses its parameter {paths[0]!r} by another way than its"
-            " registration, such as a list or a closure, so that the caller's cannot take its"
-            " place; use the registered one, or leave the parameters on the worker"
+            f"model {self._model.name!r} reads its parameter {path!r} through an unregistered"
+            " reference, such as a list or a closure, so the caller's value cannot replace it; read"
+            " the registered parameter, or leave the parameters on the worker"
         )
 
     def _written(self, traced: Traced) -> set[int]:
-        """Return what has to be copied before the model gets it, among the state and then the
-        leaves."""
+        """Return the positions to copy before each call, among the state and then the leaves."""
         written = set(traced.written)
         parameters, leaves = self._model.parameters, self.inputs[self.leaves :]
         if not traced.is_fake:
-            # Other values may lead elsewhere. Weights can be large, and no model was seen to change
-            # only them.
+            # Other values may take another branch. Weights can be large, and no known model changes
+            # only weights.
             written |= {i for i, parameter in enumerate(parameters) if not parameter.trainable}
-        if not traced.is_fake or any(
-            spec.weak for spec in leaves
-        ):  # a trace holds for the numbers it was made with
+        has_numbers = any(spec.weak for spec in leaves)  # a trace holds for its numbers only
+        if has_numbers or not traced.is_fake:
             written |= {len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak}
         return written
 
@@ -156,18 +152,14 @@ class Call:
         leaves: Sequence[Any],
         apply: Callable[..., tuple[Any, Any]],
     ) -> list[Tensor]:
-        args, kwargs = (
-            (tuple(leaves), {})
-            if self._is_flat
-            else trees.build(self._arguments, leaves, self._classes)
-        )
-        value, after = apply(state, args, kwargs)
-        buffers = [after[i].detach() for i in self._changing]  # no gradient goes through state
-        return (
-            self._results.take(value, buffers)
-            if self._is_traced
-            else self._results.learn(value, buffers)
-        )
+        if self._is_flat:
+            value, after = apply(state, tuple(leaves), {})
+        else:
+            args, kwargs = trees.build(self._arguments, leaves, self._classes)
+            value, after = apply(state, args, kwargs)
+        buffers = [after[i].detach() for i in self._buffers]  # no gradient passes through state
+        flatten = self._results.take if self._is_traced else self._results.learn
+        return flatten(value, buffers)
 
 
 def _is_flat(arguments: pb.Tree) -> bool:
@@ -176,7 +168,7 @@ def _is_flat(arguments: pb.Tree) -> bool:
 
 
 def _cloned(tensors: Sequence[Any], positions: Sequence[int]) -> list[Any]:
-    made = list(tensors)
+    copies = list(tensors)
     for i in positions:
-        made[i] = made[i].clone()
-    return made
+        copies[i] = copies[i].clone()
+    return copies

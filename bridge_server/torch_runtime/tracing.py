@@ -1,9 +1,9 @@
-"""What a call returns and touches, found out before its first run.
+"""Trace of a call before its first run: its outputs' types, its writes, its random draws.
 
-The call is made once with fake tensors, which have types and no data, as its state and its inputs.
-Tensors that it makes of nothing else are real: a model may keep those. A model that cannot be
-called so, because it looks at values, is run on zeros; if it refuses these or does not end on them,
-on ones, or on identity matrices.
+The trace calls the model once with fake tensors, which have types and no data, as state and inputs.
+Tensors that the model makes from other sources are real, since the model may keep them. A model
+that fails on fake tensors, because it looks at values, runs on zeros. If zeros raise or do not
+end, it runs on ones, then on identity matrices.
 """
 
 import gc
@@ -12,7 +12,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,48 +38,54 @@ from bridge_wire.specs import Spec
 _log = logging.getLogger(__name__)
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
-# Operators that keep statistics write these arguments, and their schemas do not say so.
+# Operators that keep statistics write these arguments; their schemas do not declare the writes.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 
-# A run on made-up values that takes so many operators, some seconds, seems to have no end: others
-# are tried. If it has none on any of them, each gets more, a minute or two.
+# Limits of operators for a run on made-up values. At the first one, after some seconds, the bridge
+# tries other values. If no run ends, it tries all with the second limit, a minute or two.
 _MOST_OPERATORS = (100_000, 3_000_000)
 
 Function = Callable[[Sequence[Tensor], Sequence[Any]], Sequence[Tensor]]
-# Makes an input of a type on a device.
+# Makes an input of a type, on a device.
 Filling = Callable[[Spec, torch.device], Any]
 
 
 class Traced(NamedTuple):
-    """What a trace has found out."""
+    """The findings of a trace."""
 
-    written: frozenset[
-        int
-    ]  # positions of what was changed in place, among the state and then the inputs
-    strays: frozenset[
-        int
-    ]  # positions of state of which the original was used instead of what was passed
+    written: frozenset[int]  # positions changed in place, among the state and then the inputs
+    # Positions of state whose original was used instead of the passed tensor.
+    unregistered_uses: frozenset[int]
     draws: bool  # whether random numbers were drawn
     draws_by_layout: bool  # whether they were drawn for tensors that are not row-major
     reads_kept: bool  # whether a call reads tensors that an earlier one made of its state or inputs
-    overwrites: (
-        bool  # whether tensors were written that are neither state nor inputs nor made in the call
-    )
+    # Whether tensors were written that are neither state nor inputs nor made in the call.
+    overwrites: bool
     has_fast_path: bool  # whether it may run layers that torch computes otherwise under autograd
-    # whether it works only while autograd records, as a model does that differentiates inside
+    # Whether it works only while autograd records, as models do that differentiate inside.
     needs_grad: bool
-    is_fake: bool  # whether it holds whatever the values are
-    # a digest of the operators that depend on state, inputs or draws, and of their other arguments
+    is_fake: bool  # whether the findings hold for all values
+    # Digest of the operators that depend on state, inputs or draws, and of their other arguments.
     operators: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    """A call of `f(state, inputs)`, to be made with tensors like these and inputs of these types on
-    a device.
+class _Attempt:
+    """The settings of one traced call."""
 
-    The state gets other dtypes. `isolated` returns `f` on a copy of the model that is used no more
-    afterwards, and `snapshot` the Python state that the copy shares with the model.
+    filling: Filling
+    most_operators: float
+    is_fake: bool
+    needs_grad: bool = False
+    is_recorded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A call of `f(state, inputs)`, to be traced with tensors like these, on a device.
+
+    The state gets other dtypes. `isolated` returns `f` on a copy of the model, which nothing uses
+    afterwards; `snapshot` returns the Python state that the copy shares with the model.
     """
 
     isolated: Callable[[], Function]
@@ -91,28 +97,28 @@ class Trial:
     snapshot: Callable[[], PythonState]
 
     def trace(self) -> Traced:
-        """Return what the call does.
+        """Trace the call.
 
         Raises:
           RemoteModelError: the model raises, whatever the values.
-          CallerError: it does not end, whatever the values, or keeps a tensor of the trace for
-            good.
+          CallerError: the model does not end, whatever the values, or keeps a tensor of the trace
+            for good.
         """
         try:
-            return self._made_either_way(zeros, math.inf, is_fake=True)
+            return self._traced_in_either_mode(_Attempt(zeros, math.inf, is_fake=True))
         except BaseException as error:
             if isinstance(error, _LeftBehind) or not is_models(error):
                 raise
-            why = error
-        return self._traced_on_values(why)
+            reason = error
+        return self._traced_on_values(reason)
 
     def has_custom_functions(self) -> bool:
-        """Whether derivatives of the call pass an autograd.Function; also if that cannot be
-        told."""
+        """Return whether derivatives of the call pass an autograd.Function; True if unknown."""
         before, f = self.snapshot(), self.isolated()
-        watch = _Watch(self.state, math.inf, FakeTensorMode(allow_non_fake_inputs=True))
+        attempt = _Attempt(zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True)
+        watch = self._watch(attempt)
         try:
-            outputs = self._run(f, watch, zeros, needs_grad=True, is_recorded=True)
+            outputs = self._run(f, watch, attempt)
             edges = [get_gradient_edge(y) for y in outputs if y.requires_grad]
             return any(isinstance(node, BackwardCFunction) for node in nodes_of(edges))
         except Exception as error:
@@ -122,67 +128,75 @@ class Trial:
             f = outputs = edges = None  # type: ignore[assignment]
             _take_back((watch,), before)
 
-    def _traced_on_values(self, why: BaseException) -> Traced:
-        """Make the call on whichever values it takes; on fake tensors it has failed with `why`."""
-        refused: dict[str, BaseException] = {}
+    def _traced_on_values(self, reason: BaseException) -> Traced:
+        """Trace the call on the first values that work; fake tensors have failed for a reason."""
+        failures: dict[str, BaseException] = {}
         for most_operators in _MOST_OPERATORS:
             for name, filling in _FILLINGS.items():
-                if not isinstance(refused.get(name, _Endless()), _Endless):
+                if not isinstance(failures.get(name, _Endless()), _Endless):
                     continue
-                try:
-                    traced = self._made_either_way(filling, most_operators, is_fake=False)
-                except BaseException as error:
-                    # A model may use this very package: on fake tensors, that is an error of ours,
-                    # too.
-                    if isinstance(error, BridgeError) or not is_models(error):
-                        raise
-                    if _first_line(error) == _first_line(why):  # then it is not for the values
-                        raise remote(error, self.where) from error
-                    refused[name] = error
-                    continue
-                reason = _first_line(why)
-                _log.warning(
-                    "%s was run once on %s, since it cannot be traced: %s", self.where, name, reason
-                )
-                return traced
-        if endless := [name for name, error in refused.items() if isinstance(error, _Endless)]:
+                attempt = _Attempt(filling, most_operators, is_fake=False)
+                traced = self._attempted(attempt, name, reason, failures)
+                if traced is not None:
+                    return traced
+        if endless := [name for name, error in failures.items() if isinstance(error, _Endless)]:
             raise CallerError(
-                f"{self.where} looks at values, so it was run to find out what it returns, and did"
-                f" not end within {_MOST_OPERATORS[-1]} operators on {' or on '.join(endless)};"
-                " bound its loops by a number of steps"
+                f"{self.where} depends on values, so the bridge ran it to find its outputs' types,"
+                f" and it did not end within {_MOST_OPERATORS[-1]} operators on"
+                f" {' or on '.join(endless)}; bound its loops by a number of steps"
             )
-        raise remote(refused["zeros"], self.where) from refused["zeros"]
+        raise remote(failures["zeros"], self.where) from failures["zeros"]
 
-    def _made_either_way(self, filling: Filling, most_operators: float, *, is_fake: bool) -> Traced:
-        """Make the call; once more with autograd recording, if it fails without."""
+    def _attempted(
+        self,
+        attempt: _Attempt,
+        values: str,
+        reason: BaseException,
+        failures: dict[str, BaseException],
+    ) -> Traced | None:
+        """Trace the call on some values; note a failure that other values may avoid."""
+        line = _first_line(reason)
         try:
-            return self._made(filling, most_operators, is_fake=is_fake, needs_grad=False)
-        except Exception as error:
-            if isinstance(error, _LeftBehind) or (isinstance(error, BridgeError) and not is_fake):
+            traced = self._traced_in_either_mode(attempt)
+        except BaseException as error:
+            # The BridgeError of a model that uses this package itself is an error of fake tensors.
+            if isinstance(error, BridgeError) or not is_models(error):
                 raise
-            return self._made(filling, most_operators, is_fake=is_fake, needs_grad=True)
+            if _first_line(error) == line:  # then the values are not the reason
+                raise remote(error, self.where) from error
+            failures[values] = error
+            return None
+        _log.warning(
+            "%s was run once on %s, since it cannot be traced: %s", self.where, values, line
+        )
+        return traced
 
-    def _made(
-        self, filling: Filling, most_operators: float, *, is_fake: bool, needs_grad: bool
-    ) -> Traced:
-        """Make the call, and see to it that none of its tensors is left where the next one would
-        find it."""
-        before, f = self.snapshot(), self.isolated()
-        fake = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
-        watch = _Watch(self.state, most_operators, fake)
-        again = _Watch(self.state, most_operators, fake)
+    def _traced_in_either_mode(self, attempt: _Attempt) -> Traced:
+        """Trace the call without autograd, or with autograd recording if that fails."""
         try:
-            self._run(f, watch, filling, needs_grad)
-            reads_kept = bool(watch.survivors()) and self._reads_kept(
-                f, watch, again, filling, needs_grad
-            )
+            return self._traced(attempt)
+        except Exception as error:
+            is_final = isinstance(error, BridgeError) and not attempt.is_fake
+            if is_final or isinstance(error, _LeftBehind):
+                raise
+            return self._traced(replace(attempt, needs_grad=True))
+
+    def _traced(self, attempt: _Attempt) -> Traced:
+        """Trace the call, and leave none of its tensors where the next call would find it."""
+        before, f = self.snapshot(), self.isolated()
+        first = self._watch(attempt)
+        second = _Watch(self.state, attempt.most_operators, first.fake)
+        try:
+            self._run(f, first, attempt)
+            has_survivors = bool(first.survivors())
+            reads_kept = has_survivors and self._reads_kept(f, first, second, attempt)
         except BaseException as error:
             del f
             _forget_frames(error)
-            _take_back((watch, again), before)
+            _take_back((first, second), before)
             raise
         del f
-        if left := _take_back((watch, again), before):
+        if left := _take_back((first, second), before):
             raise _LeftBehind(
                 f"{self.where} keeps tensors ({left}) that it made of its arguments or parameters"
                 " in an object that the bridge cannot put back, so a later call would return"
@@ -190,66 +204,62 @@ class Trial:
                 " them"
             )
         return Traced(
-            frozenset(watch.written),
-            frozenset(watch.strays),
-            watch.draws,
-            watch.draws_by_layout,
-            reads_kept,
-            bool(watch.overwritten),
-            before.may_reach(HAVE_FAST_PATH),
-            needs_grad,
-            is_fake,
-            watch.ran.digest(),
+            written=frozenset(first.written),
+            unregistered_uses=frozenset(first.unregistered_uses),
+            draws=first.draws,
+            draws_by_layout=first.draws_by_layout,
+            reads_kept=reads_kept,
+            overwrites=bool(first.overwritten),
+            has_fast_path=before.may_reach(HAVE_FAST_PATH),
+            needs_grad=attempt.needs_grad,
+            is_fake=attempt.is_fake,
+            operators=first.operators.digest(),
         )
 
-    def _reads_kept(
-        self, f: Function, watch: "_Watch", again: "_Watch", filling: Filling, needs_grad: bool
-    ) -> bool:
-        """Call again, and return whether this reads what the first call has kept.
+    def _watch(self, attempt: _Attempt) -> "_Watch":
+        fake = FakeTensorMode(allow_non_fake_inputs=True) if attempt.is_fake else None
+        return _Watch(self.state, attempt.most_operators, fake)
 
-        A call that keeps nothing more has a cache, though it may not have read it; one that does
-        has a log.
+    def _reads_kept(
+        self, f: Function, first: "_Watch", second: "_Watch", attempt: _Attempt
+    ) -> bool:
+        """Call again, and return whether this call reads tensors that the first call has kept.
+
+        A second call that keeps no more tensors shows a cache, even if the call has not read it;
+        one that does keep more shows a log.
         """
-        again.kept = watch.survivors()
+        second.kept = first.survivors()
         try:
-            self._run(f, again, filling, needs_grad)
-        except Exception as error:  # it works once only, so it depends on what was kept
+            self._run(f, second, attempt)
+        except Exception as error:  # the call works once only, so it depends on kept tensors
             _forget_frames(error)
             return True
-        return again.reads_kept or not again.survivors()
+        return second.reads_kept or not second.survivors()
 
-    def _run(
-        self,
-        f: Function,
-        watch: "_Watch",
-        filling: Filling,
-        needs_grad: bool,
-        *,
-        is_recorded: bool = False,
-    ) -> Sequence[Tensor]:
-        state = list(zip(self.state, self.dtypes, strict=True))
-        if watch.fake is not None:
-            with watch.fake:
-                copies = [
-                    torch.empty(each.shape, dtype=dtype, device=each.device)
-                    for each, dtype in state
-                ]
-                arrays = [filling(spec, self.device) for spec in self.inputs]
-        else:
-            copies = [each.detach().to(dtype, copy=True) for each, dtype in state]
-            arrays = [filling(spec, self.device) for spec in self.inputs]
-        watch.follow([*copies, *arrays])
+    def _run(self, f: Function, watch: "_Watch", attempt: _Attempt) -> Sequence[Tensor]:
+        state, inputs = self._arguments(watch.fake, attempt.filling)
+        watch.follow([*state, *inputs])
         with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(needs_grad))
+            stack.enter_context(torch.set_grad_enabled(attempt.needs_grad))
             stack.enter_context(no_fast_path)
-            if (
-                watch.fake is None
-            ):  # what is drawn here is missed nowhere; fake tensors draw nothing
+            if watch.fake is None:  # fake tensors draw nothing; real draws must not affect others
                 stack.enter_context(drawing(is_seeded=True))
             stack.enter_context(watch)
-            if is_recorded:
-                copies, arrays = ([_as_variable(x) for x in each] for each in (copies, arrays))
-            return f(copies, arrays)
+            if attempt.is_recorded:
+                state, inputs = list(map(_as_variable, state)), list(map(_as_variable, inputs))
+            return f(state, inputs)
+
+    def _arguments(
+        self, fake: FakeTensorMode | None, filling: Filling
+    ) -> tuple[list[Tensor], list[Any]]:
+        """Return new tensors like the state, and inputs."""
+        pairs = zip(self.state, self.dtypes, strict=True)
+        if fake is None:
+            state = [each.detach().to(dtype, copy=True) for each, dtype in pairs]
+            return state, [filling(spec, self.device) for spec in self.inputs]
+        with fake:
+            state = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs]
+            return state, [filling(spec, self.device) for spec in self.inputs]
 
 
 def _as_variable(x: Any) -> Any:
@@ -259,10 +269,9 @@ def _as_variable(x: Any) -> Any:
 
 
 def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
-    """Take away the tensors made of the state or the inputs that have outlived their calls; return
-    which cannot be.
+    """Remove the tensors that have outlived their calls; return a description of the others.
 
-    Those raise from now on where they are fake.
+    The others raise from now on if they are fake.
     """
     if not any(watch.survivors() for watch in watches):
         return ""
@@ -270,11 +279,9 @@ def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
     left = set().union(*(watch.survivors() for watch in watches))
     if not left:
         return ""
-    kept = [
-        each
-        for each in gc.get_objects()
-        if issubclass(type(each), Tensor) and _storage(each) in left
-    ]
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    kept = [each for each in tensors if _storage(each) in left]
+    del tensors
     for each in kept:
         if isinstance(each, FakeTensor):
             each.__class__ = _Left
@@ -282,7 +289,7 @@ def _take_back(watches: Sequence["_Watch"], before: PythonState) -> str:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Drop the variables of the frames that an error, and those that led to it, have passed."""
+    """Drop the variables of the frames that an error and its causes have passed."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -291,11 +298,11 @@ def _forget_frames(error: BaseException | None) -> None:
 
 
 class _LeftBehind(CallerError):
-    """A model keeps tensors of a trace where they cannot be taken away."""
+    """A model keeps tensors of a trace where the bridge cannot remove them."""
 
 
 class _Left(FakeTensor):
-    """A fake tensor that a model has kept where it cannot be taken away: every use raises."""
+    """A fake tensor that a model has kept where the bridge cannot remove it: every use raises."""
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -308,33 +315,57 @@ class _Left(FakeTensor):
 
 
 def _ones(spec: Spec, device: torch.device) -> Any:
-    """Return ones; but zeros where there are no floats: they may be indices."""
-    made = zeros(spec, device)
-    return made if spec.weak or not spec.dtype.is_inexact else made.fill_(1)
+    """Return ones, or zeros where the type is no float: the values may be indices."""
+    tensor = zeros(spec, device)
+    return tensor if spec.weak or not spec.dtype.is_inexact else tensor.fill_(1)
 
 
 def _identities(spec: Spec, device: torch.device) -> Any:
-    """Return identity matrices where the shape and type are of such, else ones."""
-    made = zeros(spec, device)
+    """Return identity matrices where shape and type allow, else ones."""
+    tensor = zeros(spec, device)
     if spec.weak:
-        return made
+        return tensor
     is_matrix = spec.dtype.is_inexact and len(spec.shape) > 1 and spec.shape[-1] == spec.shape[-2]
-    (made.diagonal(dim1=-2, dim2=-1) if is_matrix else made).fill_(1)
-    return made
+    (tensor.diagonal(dim1=-2, dim2=-1) if is_matrix else tensor).fill_(1)
+    return tensor
 
 
 _FILLINGS: Mapping[str, Filling] = {"zeros": zeros, "ones": _ones, "identity matrices": _identities}
 
 
 class _Endless(BaseException):
-    """A run has taken more operators than it may. Not for a model to catch."""
+    """A run has taken more operators than allowed. A model must not catch it."""
+
+
+class _Access(NamedTuple):
+    """The arguments of one operator, by name, and the tensors that it reads and writes."""
+
+    arguments: Mapping[str, Any]
+    read: Sequence[Tensor]
+    written: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Access":
+        schema = operator._schema.arguments
+        arguments = {each.name: each.default_value for each in schema}
+        arguments.update(kwargs)
+        arguments.update(zip(arguments, args, strict=False))
+        read: list[Tensor] = []
+        written: list[Tensor] = []
+        for each in schema:
+            tensors = _tensors_in(arguments[each.name])
+            read += tensors
+            is_written = each.alias_info is not None and each.alias_info.is_write
+            if is_written or each.name in _STATISTICS:
+                written += tensors
+        return cls(arguments, read, written)
 
 
 class _Watch(TorchDispatchMode):
-    """Sees every operator that runs, and notes what it does besides returning tensors.
+    """Sees every operator that runs, and notes its effects besides returning tensors.
 
-    `fake` is the mode of the tensors that are followed; None where they are real. Followed are the
-    state and inputs of the call, and all that is made of them, by their storages.
+    It follows the state and inputs of the call, and all tensors computed from them, by their
+    storages. `fake` is the mode of the followed tensors; None where they are real.
     """
 
     def __init__(
@@ -345,35 +376,32 @@ class _Watch(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.fake = fake
-        self._left = most_operators
         self.draws = False
         self.draws_by_layout = False
-        self._stream = StreamAside()
         self.reads_kept = False
         self.kept: Set[int] = frozenset()  # storages that an earlier call has kept
         self.written: set[int] = set()
-        self.strays: set[int] = set()
+        self.unregistered_uses: set[int] = set()
+        self.operators = Fingerprint()
+        # Storages that existed before the call, and are neither state nor input.
+        self.overwritten: dict[int, StorageWeakRef] = {}
+        self._operators_left = most_operators
+        self._rng_stream = StreamAside()
         self._positions: dict[int | None, int] = {}
         self._originals = {_storage(x): i for i, x in enumerate(originals)}
         self._followed: dict[int, StorageWeakRef] = {}
-        self._made: dict[int, StorageWeakRef] = {}  # in this call, of nothing that is followed
-        self.overwritten: dict[
-            int, StorageWeakRef
-        ] = {}  # was there before, and is neither state nor input
-        self.ran = Fingerprint()
-        self._numbers: dict[
-            int | None, int
-        ] = {}  # of the storages that operators in the fingerprint have made
+        self._unfollowed: dict[int, StorageWeakRef] = {}  # made in this call
+        # Numbers of the storages that operators in the fingerprint have made.
+        self._numbers: dict[int | None, int] = {}
 
     def follow(self, tensors: Sequence[Any]) -> None:
-        """Follow these, the state and the inputs, which are written by position."""
+        """Follow the state and the inputs; writes to them are noted by position."""
         self._positions = {_storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
-        _note([x for x in tensors if isinstance(x, Tensor)], self._followed)
         self._numbers = dict(self._positions)
+        _note([x for x in tensors if isinstance(x, Tensor)], self._followed)
 
     def survivors(self) -> set[int]:
-        """Return the storages that are followed and still there, once what only cycles hold is
-        gone."""
+        """Return the followed storages that still exist after a collection of cycles."""
         if any(not weak.expired() for weak in self._followed.values()):
             gc.collect()
         return {storage for storage, weak in self._followed.items() if not weak.expired()}
@@ -385,70 +413,68 @@ class _Watch(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self._left -= 1
-        if self._left < 0:
+        self._operators_left -= 1
+        if self._operators_left < 0:
             raise _Endless
         kwargs = kwargs or {}
-        given = {each.name: each.default_value for each in operator._schema.arguments} | dict(
-            kwargs
-        )
-        for argument, value in zip(operator._schema.arguments, args, strict=False):
-            given[argument.name] = value
-        written: list[Tensor] = []
-        read: list[Tensor] = []
-        for argument in operator._schema.arguments:
-            tensors = _tensors_in(given.get(argument.name))
-            is_written = argument.alias_info is not None and argument.alias_info.is_write
-            if is_written or argument.name in _STATISTICS:
-                written += tensors
-            read += tensors
-        self.written |= _positions_of(written, self._positions)
-        self.strays |= _positions_of(read, self._originals)
-        self.reads_kept |= any(_storage(x) in self.kept for x in read)
-        # Attention bears the tag with and without dropout.
-        if is_random(operator) and given.get("dropout_p") != 0:
-            self.draws = True
-            self.draws_by_layout |= not all(
-                each.layout is torch.strided and each.is_contiguous() for each in read
-            )
-        # Constants count by their values: whether they are made in this call or were kept by an
-        # earlier one.
-        is_recorded = is_random(operator) or any(_storage(x) in self._numbers for x in read)
-        if is_recorded:
-            self.ran.add(
-                operator, *(f"{name}={self._named(value)}" for name, value in given.items())
-            )
-        is_followed = any(map(self._is_followed, read))
-        foreign = [x for x in written if not self._is_followed(x) and _storage(x) not in self._made]
-        _note(foreign, self.overwritten)
-        # Real tensors into which fake ones were written have other values than they should; and
-        # what the call has not made, it must not change.
-        is_unreal = is_followed or any(_storage(x) in self.overwritten for x in read)
-        if self.fake is None or any(isinstance(x, FakeTensor) for x in read):
-            context: AbstractContextManager[object] = _NOTHING
-        elif is_unreal:
-            context = self.fake
-        else:
-            context = self._stream.drawing() if is_random(operator) else _NOTHING
-        with context:
+        access = _Access.of(operator, args, kwargs)
+        self._note_access(access)
+        self._note_draw(operator, access)
+        is_recorded = self._record(operator, access)
+        is_followed = any(map(self._is_followed, access.read))
+        with self._context(operator, access.read, is_followed):
             outputs = operator(*args, **kwargs)
-        made = _tensors_in(outputs)
+        tensors = _tensors_in(outputs)
         if is_recorded:
-            for x in (*written, *made):
+            for x in (*access.written, *tensors):
                 self._numbers.setdefault(_storage(x), len(self._numbers))
-        is_followed |= any(isinstance(x, FakeTensor) for x in made)
-        _note(
-            [*written, *made] if is_followed else made,
-            self._followed if is_followed else self._made,
-        )
+        if is_followed or any(isinstance(x, FakeTensor) for x in tensors):
+            _note([*access.written, *tensors], self._followed)
+        else:
+            _note(tensors, self._unfollowed)
         return outputs
+
+    def _note_access(self, access: _Access) -> None:
+        self.written |= _positions_of(access.written, self._positions)
+        self.unregistered_uses |= _positions_of(access.read, self._originals)
+        self.reads_kept |= any(_storage(x) in self.kept for x in access.read)
+        unknown = [x for x in access.written if _storage(x) not in self._unfollowed]
+        _note([x for x in unknown if not self._is_followed(x)], self.overwritten)
+
+    def _note_draw(self, operator: Any, access: _Access) -> None:
+        # Attention has the tag with and without dropout.
+        if is_random(operator) and access.arguments.get("dropout_p") != 0:
+            self.draws = True
+            self.draws_by_layout |= not all(map(_is_row_major, access.read))
+
+    def _record(self, operator: Any, access: _Access) -> bool:
+        """Add an operator to the fingerprint, and return whether it belongs there.
+
+        Constants are added by value, whether this call or an earlier one has made them.
+        """
+        is_recorded = is_random(operator) or any(_storage(x) in self._numbers for x in access.read)
+        if is_recorded:
+            arguments = access.arguments.items()
+            self.operators.add(operator, *(f"{name}={self._named(x)}" for name, x in arguments))
+        return is_recorded
+
+    def _context(
+        self, operator: Any, read: Sequence[Tensor], is_followed: bool
+    ) -> AbstractContextManager[object]:
+        """Return the context to run an operator in."""
+        if self.fake is None or any(isinstance(x, FakeTensor) for x in read):
+            return _NOTHING
+        # Real tensors into which fake ones were written have wrong values, and the call must not
+        # change tensors that it has not made.
+        if is_followed or any(_storage(x) in self.overwritten for x in read):
+            return self.fake
+        return self._rng_stream.drawing() if is_random(operator) else _NOTHING
 
     def _named(self, value: Any) -> str:
         return str(pytree.tree_map_only(Tensor, self._name, value))
 
     def _name(self, x: Tensor) -> str:
-        """Return which tensor this is: of the call, by the number of its storage; of the model,
-        by its values."""
+        """Identify a tensor: the call's by the number of its storage, the model's by its values."""
         storage = _storage(x)
         number = self._numbers.get(storage)
         where = f"{x.dtype}{list(x.shape)}"
@@ -463,11 +489,12 @@ class _Watch(TorchDispatchMode):
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    return [
-        each
-        for each in (value if isinstance(value, list | tuple) else [value])
-        if isinstance(each, Tensor)
-    ]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def _is_row_major(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.is_contiguous()
 
 
 def _note(tensors: Sequence[Tensor], storages: dict[int, StorageWeakRef]) -> None:
@@ -482,7 +509,7 @@ def _positions_of(tensors: Sequence[Tensor], positions: Mapping[int | None, int]
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Return what tensors that share memory have in common."""
+    """Return a key that tensors have in common if they share memory."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
