@@ -1,9 +1,8 @@
-"""Fingerprints: digests of what decides a call's results, equal in each process that serves the
-same model.
+"""Digests of everything that determines a call's results, equal in each process with the model.
 
-Each runtime adds what it traces of a call, with its constants. This module adds the code that no
-trace of a forward shows, such as the rules of custom derivatives and branches that were not taken.
-No framework is imported here.
+Each runtime adds its trace of a call, with the trace's constants. This module adds the code that a
+trace of a forward does not show, such as the rules of custom derivatives and branches not taken.
+Imports no framework.
 """
 
 import contextlib
@@ -15,24 +14,25 @@ import site
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge_server.runtime import Model
+from bridge_wire.pb import bridge_pb2 as pb
 
 SIZE = 8
-_MOST_OBJECTS = 100_000  # of a model, which may hold any data
+_MOST_OBJECTS = 100_000  # a model may hold any amount of data
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Fingerprint:
-    """A digest of parts, each of which is told from the next."""
+    """A digest of parts; each part counts with its length, so that no two lists collide."""
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=SIZE)
 
     def add(self, *parts: Any) -> None:
-        """Add parts: bytes as such, all else by its text."""
+        """Add parts: bytes as they are, other values by their text."""
         for part in parts:
             data = part if isinstance(part, bytes | bytearray | memoryview) else str(part).encode()
             self._hash.update(memoryview(data).nbytes.to_bytes(8, "little"))
@@ -43,55 +43,59 @@ class Fingerprint:
 
 
 class Values:
-    """Digests of the parameters that stay on the worker, each made once, when it is first asked
-    for."""
+    """Digests of the parameters that stay on the worker, each computed once, on first use."""
 
     def __init__(self, bytes_of: Callable[[Any], Any]) -> None:
         self._bytes_of = bytes_of
-        self._known: dict[Hashable, bytes] = {}
+        self._digests: dict[Hashable, bytes] = {}
 
     def of(self, model: Model) -> bytes:
-        known = self._known.get(model)
-        if known is None:
-            made = Fingerprint()
+        if model not in self._digests:
+            fingerprint = Fingerprint()
             for value in model.values:
-                made.add(self._bytes_of(value))
-            known = self._known[model] = made.digest()
-        return known
+                fingerprint.add(self._bytes_of(value))
+            self._digests[model] = fingerprint.digest()
+        return self._digests[model]
+
+
+def add_call(fingerprint: Fingerprint, model: Model, call: pb.Call, values: Values) -> None:
+    """Add a model's code, a call, and the parameters: their types, or values if not passed."""
+    fingerprint.add(code_of(model), call.SerializeToString(deterministic=True))
+    fingerprint.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
+    if not call.parameters:
+        fingerprint.add(values.of(model))
 
 
 @functools.lru_cache(maxsize=256)
 def code_of(model: Model) -> bytes:
-    """Return a digest of the code that can be reached from a model: of functions and classes
-    outside of installed packages, found by names, closures and attributes.
+    """Return a digest of a model's code: the functions and classes reachable from it.
 
-    Without comments, docstrings, names of files and line numbers. Installed packages count by what
-    they do in a trace.
+    Names, closures and attributes lead to them. Comments, docstrings, file names, line numbers and
+    the code of installed packages are ignored; traces show the effect of installed packages.
     """
     walk = _Walk()
     walk.visit(model.source)
-    made = Fingerprint()
-    made.add(sys.version_info[:2], *sorted(walk.found))
-    return made.digest()
+    fingerprint = Fingerprint()
+    fingerprint.add(sys.version_info[:2], *sorted(walk.digests))
+    return fingerprint.digest()
 
 
 class _Walk:
-    """Collects digests of code objects, in no order: that of dicts and sets differs between
-    processes."""
+    """Collects digests of code objects as a set, since the order of dicts differs by process."""
 
     def __init__(self) -> None:
-        self.found: set[bytes] = set()
+        self.digests: set[bytes] = set()
         self._seen: dict[int, Any] = {}
 
     def visit(self, start: Any) -> None:
-        waiting = [start]
-        while waiting and len(self._seen) < _MOST_OBJECTS:
-            each = waiting.pop()
+        pending = [start]
+        while pending and len(self._seen) < _MOST_OBJECTS:
+            each = pending.pop()
             if isinstance(each, _SIMPLE) or id(each) in self._seen:
                 continue
-            self._seen[id(each)] = each  # held, so that no other object gets its id
-            with contextlib.suppress(Exception):  # of an object whose attributes are computed
-                waiting += self._reached_from(each)
+            self._seen[id(each)] = each  # a reference, so that no other object gets its id
+            with contextlib.suppress(Exception):  # computed attributes may raise
+                pending += self._reached_from(each)
 
     def _reached_from(self, each: Any) -> Iterable[Any]:
         if isinstance(each, types.FunctionType):
@@ -111,38 +115,43 @@ class _Walk:
         if isinstance(each, list | tuple | set | frozenset):
             return list(each)
         if isinstance(each, types.ModuleType):
-            return ()  # its attributes are reached by their names, from the code that uses them
+            return ()  # code that uses its attributes names them
         return (type(each), *_wrapped(each), *getattr(each, "__dict__", {}).values())
 
     def _from_function(self, function: types.FunctionType) -> Iterable[Any]:
-        reached: list[Any] = [
-            *(function.__defaults__ or ()),
-            *(function.__kwdefaults__ or {}).values(),
-        ]
+        reached: list[Any] = list(function.__defaults__ or ())
+        reached += (function.__kwdefaults__ or {}).values()
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # not filled yet
                 reached.append(cell.cell_contents)
         constants: set[tuple[str, str]] = set()
         for code in _codes_of(function.__code__):
-            self.found.add(_digest_of(code))
-            counted = {
-                each.argval for each in dis.get_instructions(code) if each.opname == "STORE_GLOBAL"
-            }
-            scopes = [function.__globals__]
-            for name in code.co_names:
-                value = function.__globals__.get(name)
-                if isinstance(value, types.ModuleType) and _is_own(value.__name__):
-                    scopes.append(vars(value))
-            for name in set(code.co_names) - counted:
-                for value in (scope[name] for scope in scopes if name in scope):
-                    if isinstance(value, _SIMPLE):
-                        constants.add((name, repr(value)))
-                    else:
-                        reached.append(value)
-        made = Fingerprint()
-        made.add(function.__qualname__, *itertools.chain(*sorted(constants)))
-        self.found.add(made.digest())
+            self.digests.add(_digest_of(code))
+            for name, value in _globals_read(code, function.__globals__):
+                if isinstance(value, _SIMPLE):
+                    constants.add((name, repr(value)))
+                else:
+                    reached.append(value)
+        fingerprint = Fingerprint()
+        fingerprint.add(function.__qualname__, *itertools.chain(*sorted(constants)))
+        self.digests.add(fingerprint.digest())
         return [*reached, *_wrapped(function)]
+
+
+def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the globals, and the attributes of the user's modules, that code names."""
+    scopes = [variables]
+    for name in code.co_names:
+        value = variables.get(name)
+        if isinstance(value, types.ModuleType) and _is_own(value.__name__):
+            scopes.append(vars(value))
+    # A global that the code assigns, such as a counter, is no constant.
+    instructions = dis.get_instructions(code)
+    assigned = {each.argval for each in instructions if each.opname == "STORE_GLOBAL"}
+    for name in set(code.co_names) - assigned:
+        for scope in scopes:
+            if name in scope:
+                yield name, scope[name]
 
 
 def _wrapped(each: Any) -> Sequence[Any]:
@@ -158,37 +167,30 @@ def _codes_of(code: types.CodeType) -> Iterable[types.CodeType]:
 
 
 def _digest_of(code: types.CodeType) -> bytes:
-    """Return a digest of the instructions: a docstring is a constant that none of them uses."""
-    made = Fingerprint()
-    made.add(
-        code.co_name,
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_kwonlyargcount,
-        code.co_flags,
-    )
+    """Return a digest of the instructions, which use no docstring."""
+    fingerprint = Fingerprint()
+    fingerprint.add(code.co_name, code.co_argcount, code.co_posonlyargcount)
+    fingerprint.add(code.co_kwonlyargcount, code.co_flags)
     for each in dis.get_instructions(code):
         value = each.argval
         if isinstance(value, types.CodeType):
             value = value.co_name
         elif isinstance(value, frozenset):
             value = sorted(map(repr, value))
-        made.add(each.opname, type(value).__name__, repr(value))
-    return made.digest()
+        fingerprint.add(each.opname, type(value).__name__, repr(value))
+    return fingerprint.digest()
 
 
-_INSTALLED = tuple(
-    {
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    }
+_PATH_NAMES = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = (
+    *map(sysconfig.get_path, _PATH_NAMES),
+    *site.getsitepackages(),
+    site.getusersitepackages(),
 )
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_own(module: str | None) -> bool:
-    """Whether a module is the user's: no built-in, none of Python's and none of an installed
-    package."""
+    """Return whether a module is the user's, and not Python's or an installed package's."""
     file = getattr(sys.modules.get(module or ""), "__file__", None)
     return file is not None and not file.startswith(_INSTALLED)

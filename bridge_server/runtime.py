@@ -1,6 +1,6 @@
-"""What a framework must offer to be served.
+"""The contract of a runtime: the operations that a worker needs of a framework.
 
-One implementation per framework; this file imports none of them.
+One implementation per framework; this module imports none of them.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
 
-# Yields the phases "tracing" and "compiling" as they begin, and returns the program.
+# Yields the phases "tracing" and "compiling" when they begin, and returns the program.
 Preparation = Generator[str, None, "Program"]
 
 
@@ -30,10 +30,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """What a target names, seen as a function of its parameters and its arguments.
+    """A target as a function of its parameters and its arguments.
 
-    `apply(values, args, kwargs)` takes one array per parameter. `values` are the worker's own. Of
-    what type it is otherwise is its runtime's business.
+    `apply(values, args, kwargs)` takes one array per parameter; each runtime defines its full type.
+    `values` are the worker's own parameters.
     """
 
     name: str
@@ -42,16 +42,15 @@ class Model:
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
     apply: Any
-    # What to look through for the code that decides the results: see fingerprints.py.
+    # The objects from which fingerprints.py reaches the code that determines the results.
     source: Any = None
-    # How the arrays of these paths lie on the devices, in the framework's terms; in a path, `*`
-    # stands for anything.
+    # Shardings in the framework's terms, by path; in a path, `*` matches any text.
     shardings: Mapping[str, Any] = field(default_factory=dict)
-    has_modes: bool = False  # whether a call can put it into training or inference mode
+    has_modes: bool = False  # whether a call can select training or inference mode
 
     @property
     def description(self) -> pb.Model:
-        """What a client is told of it."""
+        """The model as Describe reports it to a client."""
         parameters = [
             pb.Parameter(path=p.path, spec=encode(p.spec), trainable=p.trainable)
             for p in self.parameters
@@ -75,44 +74,42 @@ class Program(ABC):
     outputs: tuple[Spec, ...]
     output_nbytes: tuple[int, ...]
     result: pb.Tree
-    # Bytes of the residual that each run keeps; None for a program that keeps none.
+    # Bytes of the residual that each run keeps; None for a program without residuals.
     residual_nbytes: int | None = None
-    # Whether a run reads a residual, which a run of this program kept.
+    # The program whose residuals this program reads; None for a program that reads none.
     pullback_of: "Program | None" = None
 
     @abstractmethod
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
-        """Return the outputs, and the new residual if one is kept. On the host they are computed
-        and not just enqueued; on a GPU, what reads them waits for them.
+        """Return the outputs, and the new residual of a program that keeps residuals.
 
-        `residual` is what an earlier run of `pullback_of` kept, and otherwise None. Neither the
-        inputs nor anything that aliases them is kept beyond the call, except in the residual.
+        On the host, the outputs are computed, not just enqueued; on a GPU, their readers wait for
+        them. `residual` is that of an earlier run of `pullback_of`, else None. Only the residual
+        keeps the inputs or their aliases beyond the call.
         """
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a runtime should behave, from the command line.
+    """Settings of a runtime, from the command line.
 
-    A guest is a runtime in a process of its user's: it leaves all settings there as they are, and
+    An embedded runtime runs inside the user's process: it leaves all global settings alone, and
     follows them.
     """
 
     x64: bool = False
     jit: bool = True
-    is_guest: bool = False
-    device: str = "cpu"  # where a guest's torch models are; all else is told by the environment
-    mesh: Mapping[str, int] = field(
-        default_factory=dict
-    )  # the sizes of its axes; without any, one device
-    gpu_memory_fraction: float | None = (
-        None  # of the GPU, that the framework may take; None leaves it to the framework
-    )
+    embedded: bool = False
+    device: str = "cpu"  # of an embedded runtime's torch models; a worker follows its environment
+    # Axis names and sizes; empty means one device.
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    # Share of the GPU's memory that the framework may take; None leaves the choice to it.
+    gpu_memory_fraction: float | None = None
 
 
 @dataclass(slots=True)
 class Description:
-    """What Describe tells about the framework."""
+    """The framework as Describe reports it."""
 
     framework: str
     version: str
@@ -130,23 +127,23 @@ class Runtime(ABC):
     def describe(self) -> Description: ...
 
     def has_x64(self) -> bool:
-        """Whether there are 64-bit floats and integers at this moment, in this thread."""
+        """Return whether 64-bit floats and integers exist at this moment, in this thread."""
         return self.describe().x64
 
     @abstractmethod
     def adapt(self, name: str, target: Any) -> Model:
-        """Return the model that a loaded target stands for.
+        """Return the model of a loaded target.
 
         Raises:
-          TargetError: it is nothing that this framework can serve.
+          TargetError: this framework cannot serve the target.
         """
 
     def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
-        """Return the model as one whose arrays lie on several devices so.
+        """Return the model with its arrays sharded over several devices.
 
         Raises:
           CallerError: this runtime has no mesh.
-          TargetError: the shardings are no such, or not for this model.
+          TargetError: a sharding has the wrong type, or names no parameter of this model.
         """
         raise CallerError(f"the model {model.name!r} has shardings, which only JAX models can have")
 
@@ -156,24 +153,23 @@ class Runtime(ABC):
 
         Raises:
           CallerError: the signature cannot be served.
-          RemoteModelError: the model raised while it was traced.
+          RemoteModelError: the model raised during tracing.
         """
 
     def shapes(
         self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]
     ) -> Sequence[Sequence[str]]:
-        """Return the shape of each output of a call whose inputs have these, of numbers and names
-        of unknown sizes.
+        """Return the output shapes of a call whose input shapes contain names of unknown sizes.
 
         Raises:
-          SpecError: they cannot be told for all sizes.
+          SpecError: no formula holds for all sizes.
         """
         raise SpecError("models of this framework are traced for known sizes only")
 
     def fingerprint(self, model: Model, call: pb.Call) -> bytes:
-        """Return a digest of what decides the results of an untransformed call that can be
-        prepared: see fingerprints.py. Empty where nothing is known; the same in each process that
-        serves the same model.
+        """Return a digest of everything that determines an untransformed call's results.
+
+        Equal in each process that serves the same model; empty if unknown: see fingerprints.py.
         """
         return b""
 
@@ -188,57 +184,54 @@ class Runtime(ABC):
         """Prepare the pullback of a program that keeps residuals."""
 
     def apart(self) -> AbstractContextManager[object]:
-        """Return the context for what this runtime does in a thread of its user's, whose
-        settings it must not see."""
+        """Return the context that hides the settings of the user's thread from models."""
         return _NOTHING
 
     def gpu(self) -> Gpu | None:
-        """Return the GPU that models run on; None: they run on the host, or on several devices."""
+        """Return the GPU that models run on; None for the host or for several devices."""
         return None
 
     def stream(self) -> int | None:
-        """Return the CUDA stream that models run on in this thread; None where each has streams
-        of its own."""
+        """Return this thread's CUDA stream for models; None if the framework has its own."""
         return None
 
     def memory_bytes(self) -> int | None:
-        """Return the most of its device's memory that the framework takes; None on the host, or
-        if it does not say."""
+        """Return the framework's limit of device memory; None on the host, or if unknown."""
         return None
 
     def has_failed(self) -> bool:
-        """Whether the GPU takes no more work of this process, as after an illegal access: then none
-        but another can use it. To be asked after an error.
+        """Return whether this process's CUDA context is unusable, as after an illegal access.
+
+        To be called after an error; only a new process can use the GPU then.
         """
         return False
 
     @abstractmethod
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
-        """Return an array over existing memory, which `owner` keeps alive; for a weak spec, the
-        Python number there.
+        """Return an array over existing memory, or the Python number there for a weak spec.
 
-        Never a copy: the array shows what the memory holds at the time of each run. Of the host's
-        memory, or, in a run that takes its turn on the GPU, of the GPU's; then it is for that run,
-        which reads it when its turn has come.
+        Never a copy: each run reads the memory's current contents. `owner` keeps the memory alive.
+        Without a turn, the memory is the host's. With a turn, it is the GPU's, and the array is
+        valid for that run, which reads it when its turn comes.
         """
 
     def is_usable(self, view: Any) -> bool:
-        """Whether a view can still be read: in a process of the user's, anybody may have deleted
-        it."""
+        """Return whether a view can still be read: embedded, user code may have deleted it."""
         return True
 
     @abstractmethod
     def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory.
 
-        At once, to the host's; with a turn, to the GPU's, when the turn's stream comes to it.
+        Without a turn, copy to host memory at once. With a turn, copy to GPU memory, in the order
+        of the turn's stream.
         """
 
     def exclusive(
         self, outputs: Sequence[Any], inputs: Sequence[Any], residual: Any
     ) -> Sequence[int | None]:
-        """Return where each output of a run lies in host memory; None where it is not row-major
-        there, or where its memory is also that of an input, of the residual, of the model or of
-        another output.
+        """Return the address of each output that is row-major in host memory of its own, else None.
+
+        Memory of an input, the residual, the model or another output is not an output's own.
         """
         return [None] * len(outputs)

@@ -33,7 +33,7 @@ def test_a_result_of_another_type_is_refused(change: str, transforms: list[Any])
         y = jnp.sin(x)
         return alter(y) if is_changed else y
 
-    hosted = Hosted(JaxRuntime(Options(is_guest=True, jit=False)), moody)
+    hosted = Hosted(JaxRuntime(Options(embedded=True, jit=False)), moody)
     x = np.ones((3, 3) if "vmap" in str(transforms) else 3, np.float32)
     others = [x] if transforms and "vmap" not in str(transforms) else []
     program = hosted.call(x[0] if x.ndim > 1 else x, transforms=transforms)
@@ -52,7 +52,7 @@ def test_a_residual_of_another_type_is_refused() -> None:
     def moody(x: Any) -> Any:
         return (jnp.sin(x[:size]) ** 2).sum()
 
-    hosted = Hosted(JaxRuntime(Options(is_guest=True, jit=False)), moody)
+    hosted = Hosted(JaxRuntime(Options(embedded=True, jit=False)), moody)
     x = np.ones(3, np.float32)
     program = hosted.call(x, keep=[0])
     hosted.run_keeping(program, x)

@@ -319,11 +319,11 @@ def _name_of(target: Any) -> str:
 def _jax_runtime() -> Runtime:
     from bridge_server.jax_runtime import JaxRuntime
 
-    return JaxRuntime(Options(is_guest=True))
+    return JaxRuntime(Options(embedded=True))
 
 
 def _torch_runtime(targets: Iterable[Any]) -> Runtime:
     from bridge_client.inproc.devices import torch_device_of
     from bridge_server.torch_runtime import TorchRuntime
 
-    return TorchRuntime(Options(is_guest=True, device=torch_device_of(targets)))
+    return TorchRuntime(Options(embedded=True, device=torch_device_of(targets)))

@@ -1,8 +1,8 @@
-"""What was compiled, ready to run: with its signature, and for one that keeps residuals, with
-its pullback."""
+"""Compiled programs with their signatures; those that keep residuals also give their pullbacks."""
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,7 +24,8 @@ from bridge_wire.specs import Spec
 class Program(runtime.Program):
     """Compiled code with the signature it was compiled for."""
 
-    called: tuple[runtime.Model, pb.Call]  # unset for parameters and pullbacks
+    # The model and the call that the program was prepared for; unset for parameters and pullbacks.
+    request: tuple[runtime.Model, pb.Call]
 
     def __init__(
         self,
@@ -33,17 +34,16 @@ class Program(runtime.Program):
         run: Callable[[Sequence[Any], Any], Any],
         where: str,
         *,
-        is_enqueued: bool = False,
+        is_async: bool = False,
     ) -> None:
-        """Make a program of a function of its inputs and a residual; `is_enqueued` says that it
-        runs on a GPU."""
+        """Make a program of a function of inputs and a residual; `is_async`: it runs on a GPU."""
         self.inputs = inputs
         self.outputs = specs_of(outputs)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
         self.result = trees.flat(len(outputs))
         self.where = where
-        # What comes after a run there waits for its outputs, but where there are none to wait for.
-        self._is_awaited = not is_enqueued or not any(self.output_nbytes)
+        # Readers of an asynchronous run wait for its outputs; nothing waits for empty outputs.
+        self._is_awaited = not is_async or not any(self.output_nbytes)
         self._run = run
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
@@ -61,9 +61,18 @@ class Program(runtime.Program):
         return outputs, residual
 
 
+@dataclass(frozen=True, slots=True)
+class Linearization:
+    """The derivative that a program keeps: between which arrays, and its residual's layout."""
+
+    wrt: tuple[int, ...]
+    differentiable: tuple[int, ...]
+    residual_avals: Sequence[Any]
+    structure: Any  # of jax's VJP, whose leaves are the residual
+
+
 class KeepingProgram(Program):
-    """A program whose runs keep what the pullback to the inputs `wrt` needs, as a flat list of
-    arrays."""
+    """A program whose runs keep a residual for the pullback, as a flat list of arrays."""
 
     def __init__(
         self,
@@ -71,51 +80,51 @@ class KeepingProgram(Program):
         outputs: Sequence[Any],
         run: Callable[[Sequence[Any], Any], Any],
         where: str,
-        wrt: tuple[int, ...],
-        differentiable: tuple[int, ...],
-        residual_avals: Sequence[Any],
-        structure: Any,
+        linearization: Linearization,
         *,
-        is_enqueued: bool = False,
+        is_async: bool = False,
     ) -> None:
-        super().__init__(inputs, outputs, run, where, is_enqueued=is_enqueued)
-        self.wrt = wrt
-        self.differentiable = differentiable
-        self.residual_avals = residual_avals
-        self.residual_nbytes = sum(aval.size * aval.dtype.itemsize for aval in residual_avals)
-        self._structure = structure
+        super().__init__(inputs, outputs, run, where, is_async=is_async)
+        avals = linearization.residual_avals
+        self.wrt = linearization.wrt
+        self.differentiable = linearization.differentiable
+        self.residual_avals = avals
+        self.residual_nbytes = sum(aval.size * aval.dtype.itemsize for aval in avals)
+        self._structure = linearization.structure
 
     def pullback(self, wrt: Sequence[int], outputs: Sequence[int], *, is_pruned: bool) -> Flat:
-        """Return the function of the residual, and of the cotangents of `outputs`, to the
-        cotangents of `wrt`."""
+        """Return the function from a residual and cotangents of `outputs` to cotangents of `wrt`.
+
+        `is_pruned` leaves out the work for other outputs; not all releases of jax can do so.
+        """
         positions = [self.wrt.index(i) for i in wrt]
         used = [i in outputs for i in self.differentiable]
         zero = _symbolic_zero if is_pruned else _zeros
 
         def pull(residual: Sequence[Any], *cotangents: Any) -> list[Any]:
-            given = dict(zip(outputs, cotangents, strict=True))
-            full = [given[i] if i in given else zero(self.outputs[i]) for i in self.differentiable]
+            passed = dict(zip(outputs, cotangents, strict=True))
+            specs = {i: self.outputs[i] for i in self.differentiable}
+            full = [passed[i] if i in passed else zero(spec) for i, spec in specs.items()]
             linear = jax.tree_util.tree_unflatten(self._structure, residual)
-            gradients = (_pruned(linear, used) if is_pruned and not all(used) else linear)(full)
+            if is_pruned and not all(used):
+                linear = _pruned(linear, used)
+            gradients = linear(full)
             return [gradients[i] for i in positions]
 
         return pull
 
 
 def _pruned(linear: Any, used: Sequence[bool]) -> Any:
-    """Return a VJP without what it does for outputs that are not used: scans and custom_vjps there
-    would run on zeros.
+    """Return a VJP without its work for unused outputs: scans and custom_vjps would run on zeros.
 
-    Reaches into jax 0.10's VJP; where it fails, the caller does without.
+    Depends on private parts of jax 0.10's VJP; after a failure, the caller uses the whole VJP.
     """
     spec, known, jaxpr, avals = linear.fun.args
     unknown = [u for u, k in zip(used, known, strict=True) if not k]
     pruned, _ = dce_jaxpr(jaxpr, unknown, True)
-    kept = iter(pruned.outvars)
-    outvars = [
-        next(kept) if u else Literal(0.0, v.aval)
-        for u, v in zip(unknown, jaxpr.outvars, strict=True)
-    ]
+    remaining = iter(pruned.outvars)
+    pairs = zip(unknown, jaxpr.outvars, strict=True)
+    outvars = [next(remaining) if u else Literal(0.0, v.aval) for u, v in pairs]
     jaxpr = pruned.replace(outvars=outvars, debug_info=jaxpr.debug_info)
     function = functools.partial(linear.fun.func, spec, known, jaxpr, avals)
     return type(linear)(

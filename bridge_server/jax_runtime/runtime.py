@@ -1,4 +1,4 @@
-"""JaxRuntime: models traced and compiled once per signature, run by XLA."""
+"""JaxRuntime: traces and compiles models once per signature; XLA runs them."""
 
 import functools
 import logging
@@ -11,12 +11,12 @@ import numpy as np
 from jax import export
 
 from bridge_server import runtime
-from bridge_server.fingerprints import Fingerprint, Values, code_of
+from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.jax_runtime.advice import for_call
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import adapt
-from bridge_server.jax_runtime.programs import KeepingProgram, Program
-from bridge_server.jax_runtime.randomness import streams_of
+from bridge_server.jax_runtime.programs import KeepingProgram, Linearization, Program
+from bridge_server.jax_runtime.randomness import rng_streams_of
 from bridge_server.jax_runtime.transforms import Flat, compose, replaced
 from bridge_server.jax_runtime.types import (
     as_output,
@@ -55,33 +55,31 @@ from bridge_wire.specs import Spec, decode_all
 
 _log = logging.getLogger(__name__)
 
-_OUTPUT = "the run of a model, seen when its output was copied"
+_OUTPUT = "the run of a model, noticed when its output was copied"
 _TRAINING = {pb.MODE_UNSPECIFIED: None, pb.MODE_TRAINING: True, pb.MODE_INFERENCE: False}
 
 
 class JaxRuntime(Runtime):
-    """Serves JAX models: traced and compiled once per signature, run by XLA."""
+    """Serves JAX models, traced and compiled once per signature."""
 
     def __init__(self, options: Options) -> None:
-        if not options.is_guest:
+        if not options.embedded:
             jax.config.update("jax_enable_x64", options.x64)
-            # Every call waits for its outputs at once; handing the work to another thread would
-            # only cost wake-ups.
+            # Every call waits for its outputs, so another thread for the work only costs wake-ups.
             jax.config.update("jax_cpu_enable_async_dispatch", False)
         self._jit = options.jit
         self._layout = Layout(options.mesh)
         if options.mesh and not options.jit:
             raise CallerError(
-                "--mesh spreads compiled programs over devices, and --no-jit compiles none; leave"
-                " out one"
+                "--mesh shards compiled programs over devices, but --no-jit compiles none; leave"
+                " out one of them"
             )
         self._classes = trees.Classes(adopt=register_dataclass)
         self._values = Values(_bytes_of)
 
     def describe(self) -> Description:
-        return Description(
-            "jax", jax.__version__, has_x64(), tuple(map(_name_of, jax.local_devices()))
-        )
+        devices = tuple(map(_name_of, jax.local_devices()))
+        return Description("jax", jax.__version__, has_x64(), devices)
 
     def has_x64(self) -> bool:
         return has_x64()
@@ -94,127 +92,85 @@ class JaxRuntime(Runtime):
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = decode_all(call.inputs)
-        called = (
-            f"model {model.name!r} called with"
-            f" {check_signature(model, call, inputs, x64=has_x64())}"
-        )
-        where = " of ".join(
-            [*(str(t.WhichOneof("kind")) for t in reversed(call.transforms)), called]
-        )
-        bound = () if call.parameters else tuple(model.values)
-        found: list[pb.Tree] = []
+        kinds = [str(each.WhichOneof("kind")) for each in reversed(call.transforms)]
+        where = " of ".join([*kinds, _where(model, call, inputs)])
+        bound = _bound(model, call)
+        trees_found: list[pb.Tree] = []
         try:
-            composed = self._flat(model, call, found)
+            composed = self._flat(model, call, trees_found)
             for transform in call.transforms:
                 with self._layout.context():
                     composed, inputs = compose(composed, bound, inputs, transform, where)
             if call.HasField("keep"):
                 wrt = tuple(call.keep.inputs)
                 check_differentiable("keep", wrt, inputs)
-                program: Program = yield from self._prepare_kept(
-                    composed, bound, inputs, wrt, where
-                )
+                prepared = self._prepare_keeping(composed, bound, inputs, wrt, where)
+                program: Program = yield from prepared
             else:
                 run, outputs = yield from self._compile(composed, (bound, *avals_of(inputs)), where)
-                program = Program(
-                    inputs,
-                    outputs,
-                    lambda arrays, _: (run(bound, *arrays), None),
-                    where,
-                    is_enqueued=self._is_enqueued,
-                )
+                code = lambda arrays, _: (run(bound, *arrays), None)  # noqa: E731
+                program = Program(inputs, outputs, code, where, is_async=self._is_async)
         except RemoteModelError as error:
             raise self._advised(error, model, call) from error.__cause__
-        program.called = model, call
+        program.request = model, call
         if not call.transforms:
-            program.result = found[-1]
+            program.result = trees_found[-1]
         return program
 
     def shapes(
         self, model: Model, call: pb.Call, inputs: Sequence[Sequence[str]]
     ) -> Sequence[Sequence[str]]:
         specs = decode_all(call.inputs)
-        where = (
-            f"model {model.name!r} called with {check_signature(model, call, specs, x64=has_x64())}"
-        )
+        where = _where(model, call, specs)
         scope = export.SymbolicScope()
-        named = [
-            (
-                jax.ShapeDtypeStruct(
-                    export.symbolic_shape(",".join(sizes), scope=scope), aval.dtype
-                )
-                if sizes
-                else aval
-            )
-            for aval, sizes in zip(avals_of(specs), inputs, strict=True)
-        ]
-        bound = () if call.parameters else tuple(model.values)
+        avals = avals_of(specs)
+        for i, sizes in enumerate(inputs):
+            if sizes:
+                shape = export.symbolic_shape(",".join(sizes), scope=scope)
+                avals[i] = jax.ShapeDtypeStruct(shape, avals[i].dtype)
+        f = functools.partial(self._flat(model, call, []), _bound(model, call))
         with model_errors(where), self._layout.context():
-            made = jax.eval_shape(functools.partial(self._flat(model, call, []), bound), *named)
-        return [[str(size) for size in aval.shape] for aval in made]
+            outputs = jax.eval_shape(f, *avals)
+        return [[str(size) for size in aval.shape] for aval in outputs]
 
     def fingerprint(self, model: Model, call: pb.Call) -> bytes:
-        made = Fingerprint()
-        made.add(
-            "jax",
-            jax.__version__,
-            has_x64(),
-            code_of(model),
-            call.SerializeToString(deterministic=True),
-        )
-        made.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
-        if not call.parameters:
-            made.add(self._values.of(model))
-        bound = () if call.parameters else tuple(model.values)
-        arguments = (bound, *avals_of(decode_all(call.inputs)))
+        fingerprint = Fingerprint()
+        fingerprint.add("jax", jax.__version__, has_x64())
+        add_call(fingerprint, model, call, self._values)
+        arguments = (_bound(model, call), *avals_of(decode_all(call.inputs)))
         try:
             with self._layout.context():
-                # Without debug information, which has names of files. Constants are part of the
-                # text, in full.
-                made.add(
-                    self._layout.jit(self._flat(model, call, []))
-                    .trace(*arguments)
-                    .lower()
-                    .as_text()
-                )
-        except Exception as error:  # as of operations that --no-jit has for one at a time
+                traced = self._layout.jit(self._flat(model, call, [])).trace(*arguments)
+                # The text contains all constants, and no debug information, which has file names.
+                fingerprint.add(traced.lower().as_text())
+        except Exception as error:  # such as of operations that run only with --no-jit
             _log.debug("model %r has no lowered program for its fingerprint: %s", model.name, error)
-        return made.digest()
+        return fingerprint.digest()
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = [aval_of(parameter.spec) for parameter in model.parameters]
-        return Program(
-            (), outputs, lambda _, __: (model.values, None), f"the parameters of {model.name!r}"
-        )
+        where = f"the parameters of {model.name!r}"
+        return Program((), outputs, lambda _, __: (model.values, None), where)
 
     def prepare_pullback(
         self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]
     ) -> Preparation:
-        assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
+        assert isinstance(program, KeepingProgram), "a pullback needs a program with residuals"
         check_pullback(program, wrt, outputs)
         inputs = tuple(program.outputs[i] for i in outputs)
         arguments = (program.residual_avals, *avals_of(inputs))
         where = f"the VJP of {program.where}"
         try:
-            # Leaves out the work for outputs that did not matter, in ways that not every release of
-            # jax has.
-            run, made = yield from self._compile(
-                program.pullback(wrt, outputs, is_pruned=True), arguments, where
-            )
+            pull = program.pullback(wrt, outputs, is_pruned=True)
+            run, gradients = yield from self._compile(pull, arguments, where)
         except RemoteModelError:
             try:
-                run, made = yield from self._compile(
-                    program.pullback(wrt, outputs, is_pruned=False), arguments, where
-                )
+                pull = program.pullback(wrt, outputs, is_pruned=False)
+                run, gradients = yield from self._compile(pull, arguments, where)
             except RemoteModelError as error:
-                raise self._advised(error, *program.called) from error.__cause__
-        pullback = Program(
-            inputs,
-            made,
-            lambda arrays, kept: (run(kept, *arrays), None),
-            where,
-            is_enqueued=self._is_enqueued,
-        )
+                raise self._advised(error, *program.request) from error.__cause__
+        code = lambda cotangents, residual: (run(residual, *cotangents), None)  # noqa: E731
+        pullback = Program(inputs, gradients, code, where, is_async=self._is_async)
         pullback.pullback_of = program
         return pullback
 
@@ -228,9 +184,8 @@ class JaxRuntime(Runtime):
     def has_failed(self) -> bool:
         if self._layout.is_on_host:
             return False
-        return is_refused(
-            lambda: jax.device_put(np.zeros(1, np.float32), self._layout.device).block_until_ready()
-        )
+        probe = np.zeros(1, np.float32)
+        return is_refused(lambda: jax.device_put(probe, self._layout.device).block_until_ready())
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if 0 in spec.shape:
@@ -238,13 +193,12 @@ class JaxRuntime(Runtime):
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
         if turn is not None:
-            array = self._imported(
-                DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, turn.wait)
-            )
+            device = turn.device.dlpack_device
+            array = self._imported(DeviceExporter(pointer, spec, owner, device, turn.wait))
         elif self._layout.is_on_host:
             array = importer()(Exporter(pointer, spec, owner))
         else:
-            return host_array(pointer, spec, owner)  # which each run brings to the device
+            return host_array(pointer, spec, owner)  # each run copies it to the device
         if array.unsafe_buffer_pointer() != pointer:
             raise InternalError(
                 f"jax {jax.__version__} copied an imported {spec} instead of viewing it"
@@ -260,7 +214,7 @@ class JaxRuntime(Runtime):
             return
         try:
             source = array.unsafe_buffer_pointer() if self._layout.is_on_host else None
-        except Exception:  # spread over several devices, whose parts have to be gathered first
+        except Exception:  # sharded over several devices: the shards have to be gathered
             source = None
         if source is None:
             with model_errors(_OUTPUT):
@@ -274,29 +228,27 @@ class JaxRuntime(Runtime):
         if not self._layout.is_on_host:
             return super().exclusive(outputs, inputs, residual)
         taken = {_pointer(array) for array in (*inputs, *(residual or ()))}
-        found: list[int | None] = []
-        for output in outputs:  # row-major: that is what was compiled for
+        pointers: list[int | None] = []
+        for output in outputs:  # programs are compiled for row-major outputs
             pointer = _pointer(output)
-            found.append(None if pointer in taken else pointer)
+            pointers.append(None if pointer in taken else pointer)
             taken.add(pointer)
-        return found
+        return pointers
 
     def _advised(self, error: RemoteModelError, model: Model, call: pb.Call) -> RemoteModelError:
-        """Return the error with what the caller can do, where a derivative of the call is at
-        fault."""
+        """Add advice to an error that a derivative of the call has caused."""
         if not call.transforms and not call.HasField("keep"):
             return error
         keep = call.keep if call.HasField("keep") else None
-        bound = () if call.parameters else tuple(model.values)
+        f, bound, inputs = self._flat(model, call, []), _bound(model, call), decode_all(call.inputs)
         with self._layout.context():
-            advice = for_call(
-                self._flat(model, call, []), bound, decode_all(call.inputs), call.transforms, keep
-            )
+            advice = for_call(f, bound, inputs, call.transforms, keep)
         return error.with_advice(advice) if advice else error
 
-    def _flat(self, model: Model, call: pb.Call, found: list[pb.Tree]) -> Flat:
-        """Return a call as a function of its values and flat arrays; when it is traced, it adds its
-        result's structure to those found.
+    def _flat(self, model: Model, call: pb.Call, trees_found: list[pb.Tree]) -> Flat:
+        """Return a call as a function of its values and flat arrays.
+
+        Each trace of the function appends its result's structure to `trees_found`.
         """
         own = len(model.parameters) if call.parameters else 0
         first_leaf = own + bool(call.rngs)
@@ -306,22 +258,20 @@ class JaxRuntime(Runtime):
         def f(bound: Sequence[Any], *arrays: Any) -> list[Any]:
             leaves = self._layout.constrained(arrays[first_leaf:], leaf_paths, model)
             args, kwargs = trees.build(call.arguments, leaves, self._classes)
-            values = self._layout.constrained(
-                arrays[:own] if call.parameters else bound, own_paths, model
-            )
-            streams = streams_of(arrays[own], call.rngs) if call.rngs else {}
-            value, changed = model.apply(
-                values, args, kwargs, streams, call.mutable, _TRAINING[call.mode]
-            )
-            tree, made = trees.encode(
+            values = arrays[:own] if call.parameters else bound
+            values = self._layout.constrained(values, own_paths, model)
+            rng_streams = rng_streams_of(arrays[own], call.rngs) if call.rngs else {}
+            training = _TRAINING[call.mode]
+            value, buffers = model.apply(values, args, kwargs, rng_streams, call.mutable, training)
+            tree, outputs = trees.encode(
                 value, is_array_like, self._classes, expand=expand, root="the result"
             )
-            found.append(tree)
-            return [as_output(leaf, i) for i, leaf in enumerate(made)] + changed
+            trees_found.append(tree)
+            return [as_output(leaf, i) for i, leaf in enumerate(outputs)] + buffers
 
         return f
 
-    def _prepare_kept(
+    def _prepare_keeping(
         self,
         f: Flat,
         bound: Sequence[Any],
@@ -345,24 +295,15 @@ class JaxRuntime(Runtime):
             residual, structure = jax.tree_util.tree_flatten(pullback)
             return outputs, residual
 
-        run, (outputs, residual) = yield from self._compile(
-            forward, (bound, *avals_of(inputs)), where
-        )
-        return KeepingProgram(
-            inputs,
-            outputs,
-            lambda arrays, _: run(bound, *arrays),
-            where,
-            wrt,
-            differentiable,
-            residual,
-            structure,
-            is_enqueued=self._is_enqueued,
-        )
+        arguments = (bound, *avals_of(inputs))
+        run, (outputs, residual) = yield from self._compile(forward, arguments, where)
+        code = lambda arrays, _: run(bound, *arrays)  # noqa: E731
+        linearization = Linearization(wrt, differentiable, residual, structure)
+        return KeepingProgram(inputs, outputs, code, where, linearization, is_async=self._is_async)
 
     @property
-    def _is_enqueued(self) -> bool:
-        # Operation by operation, an output may be there before the last of them has run.
+    def _is_async(self) -> bool:
+        # With --no-jit, an output may be ready before the last operation has run.
         return self._jit and self._layout.ordinal is not None
 
     def _imported(self, exporter: DeviceExporter) -> jax.Array:
@@ -371,13 +312,12 @@ class JaxRuntime(Runtime):
         except BridgeError:
             raise
         except Exception as error:
-            raise CudaError(
-                f"jax {jax.__version__} cannot read memory of the GPU: {error}"
-            ) from error
+            reason = f"jax {jax.__version__} cannot read memory of the GPU: {error}"
+            raise CudaError(reason) from error
 
     def _write_in_turn(self, array: Any, pointer: int, nbytes: int, turn: Turn) -> None:
-        # XLA's streams are its own: the copy waits for them on the turn's, and what it reads is
-        # held until it is done.
+        # XLA has streams of its own: the copy waits for them on the turn's stream, and the turn
+        # holds the copy's source until it is done.
         stream = {} if self._layout.ordinal is None else {"stream": turn.stream}
         with model_errors(_OUTPUT):
             capsule = array.__dlpack__(**stream)
@@ -387,8 +327,7 @@ class JaxRuntime(Runtime):
     def _compile(
         self, f: Callable[..., Any], arguments: Sequence[Any], where: str
     ) -> Generator[str, None, Any]:
-        """Return the function compiled for these arguments' types, and the types of what it
-        returns."""
+        """Return the function compiled for these arguments' types, and its outputs' types."""
         yield "tracing"
         with model_errors(where), self._layout.context():
             traced = self._layout.jit(f).trace(*arguments)
@@ -403,9 +342,18 @@ class JaxRuntime(Runtime):
 
 
 def _name_of(device: jax.Device) -> str:
-    return (
-        str(device) if device.platform == "gpu" else f"{device.platform}:{device.id}"
-    )  # such as cuda:0, cpu:0
+    """Return a device's name, such as cuda:0 or cpu:0."""
+    return str(device) if device.platform == "gpu" else f"{device.platform}:{device.id}"
+
+
+def _bound(model: Model, call: pb.Call) -> tuple[Any, ...]:
+    """Return the worker's own parameters, or none if the call passes them."""
+    return () if call.parameters else tuple(model.values)
+
+
+def _where(model: Model, call: pb.Call, inputs: Sequence[Spec]) -> str:
+    signature = check_signature(model, call, inputs, x64=has_x64())
+    return f"model {model.name!r} called with {signature}"
 
 
 def _bytes_of(value: Any) -> memoryview:
@@ -413,36 +361,34 @@ def _bytes_of(value: Any) -> memoryview:
 
 
 def _pointer(array: Any) -> int | None:
-    """Return where an array lies in host memory, if it lies there, and in one piece."""
+    """Return the address of an array that is in host memory in one piece, else None."""
     try:
         return int(array.unsafe_buffer_pointer())
-    except Exception:  # a Python number; an array that is spread over several devices
+    except Exception:  # a Python number, or an array sharded over several devices
         return None
 
 
 def _eager(f: Callable[..., Any], types: Any, where: str) -> Callable[..., Any]:
-    """Return the function as one that runs operation by operation, also where the model itself has
-    used jax.jit.
+    """Return a function that runs operation by operation, even if the model uses jax.jit itself.
 
-    Else what that compiled with donate_argnums would take the memory of its arguments: the
-    client's, or the worker's own parameters. Inside a compiled program, donation means nothing.
+    A program that the model compiled with donate_argnums would take its arguments' memory: the
+    client's, or the worker's own parameters. Inside a compiled program, donation has no effect.
 
-    A compiled program returns arrays of the types it was compiled for. Python code may not, so its
-    are checked here.
+    A compiled program returns the types it was compiled for. Python code may not, so this function
+    checks its outputs.
     """
     expected = list(map(_type_of, jax.tree_util.tree_leaves(types)))
 
     def run(*arguments: Any) -> Any:
         with jax.disable_jit():
-            made = f(*arguments)
-        seen = list(map(_type_of, jax.tree_util.tree_leaves(made)))
+            outputs = f(*arguments)
+        seen = list(map(_type_of, jax.tree_util.tree_leaves(outputs)))
         if seen != expected:
             raise SpecError(
-                f"{where} returned arrays of types {seen[:9]} and had {expected[:9]} when the call"
-                " was prepared; a model's outputs must have the same types whenever its inputs"
-                " have"
+                f"{where} returned arrays of types {seen[:9]}, but {expected[:9]} when the call was"
+                " prepared; return the same types for the same types of inputs"
             )
-        return made
+        return outputs
 
     return run
 

@@ -1,15 +1,15 @@
-"""TorchRuntime: models run eagerly by torch, their types found out once per signature."""
+"""TorchRuntime: torch runs models eagerly; a trace per signature finds their outputs' types."""
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from bridge_server import runtime
-from bridge_server.fingerprints import Fingerprint, Values, code_of
+from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
@@ -24,7 +24,13 @@ from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.models import parts_of
 from bridge_server.torch_runtime.modes import without_callers_modes
-from bridge_server.torch_runtime.programs import KeepingProgram, Placing, Program
+from bridge_server.torch_runtime.programs import (
+    KeepingProgram,
+    Program,
+    RunCode,
+    RunOptions,
+    ToDevice,
+)
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_wire import trees
 from bridge_wire.errors import TargetError
@@ -32,7 +38,7 @@ from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
-_OUTPUT = "the run of a model, seen when its output was copied"
+_OUTPUT = "the run of a model, noticed when its output was copied"
 
 _MAX_CALLS = 16384
 
@@ -77,55 +83,49 @@ class TorchRuntime(Runtime):
         base = self._call(model, call)
         composed = compose(base, call.transforms, is_kept=call.HasField("keep"))
         kinds = {transform.WhichOneof("kind") for transform in call.transforms}
-        how: dict[str, Any] = {
-            "draws": base.draws,
-            "is_seeded": base.key is not None,
-            # A forward-mode derivative or a batch may lay out tensors as the call does not; vjp
-            # runs the call.
-            "draws_in_row_major_order": base.draws_by_layout or bool(kinds - {"vjp"}),
-            "has_fast_path": base.has_fast_path,
-            "placing": self._placing(base.key),
-            "protect": base.protect_inputs,
-        }
+        options = RunOptions(
+            draws=base.draws,
+            is_seeded=base.key is not None,
+            # A forward-mode derivative or a batch may use other layouts than the call; a vjp runs
+            # the call itself.
+            draws_in_row_major_order=base.draws_by_layout or bool(kinds - {"vjp"}),
+            has_fast_path=base.has_fast_path,
+            to_device=self._to_device(base.key),
+            protect=base.protect_inputs,
+        )
         if kinds - {"vmap"}:
-            base.tell_if_unkeyed()
+            base.warn_if_unkeyed()
         program: Program
         if call.HasField("keep"):
             wrt = tuple(call.keep.inputs)
             check_differentiable("keep", wrt, composed.inputs)
-            program = KeepingProgram(composed, wrt, base.where, **how)
+            program = KeepingProgram(composed, wrt, base.where, options)
         else:
-            program = Program(
-                composed.inputs, composed.outputs, base.where, _running(composed, base), **how
-            )
+            code = _without_graph(composed, base)
+            program = Program(composed.inputs, composed.outputs, base.where, code, options)
         if not call.transforms:
             program.result = base.result
         return program
 
     def fingerprint(self, model: Model, call: pb.Call) -> bytes:
-        made = Fingerprint()
-        made.add(
-            "torch", torch.__version__, code_of(model), call.SerializeToString(deterministic=True)
-        )
-        made.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
-        if not call.parameters:
-            made.add(self._values.of(model))
-        made.add(self._call(model, call).operators)
-        return made.digest()
+        fingerprint = Fingerprint()
+        fingerprint.add("torch", torch.__version__)
+        add_call(fingerprint, model, call, self._values)
+        fingerprint.add(self._call(model, call).operators)
+        return fingerprint.digest()
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = tuple(parameter.spec for parameter in model.parameters)
-        return Program(
-            (), outputs, f"the parameters of {model.name!r}", lambda _, __: (model.values, None)
-        )
+        where = f"the parameters of {model.name!r}"
+        return Program((), outputs, where, lambda _, __: (model.values, None))
 
     def prepare_pullback(
         self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]
     ) -> Preparation:
-        assert isinstance(program, KeepingProgram), "only such a program keeps residuals"
+        assert isinstance(program, KeepingProgram), "a pullback needs a program with residuals"
         check_pullback(program, wrt, outputs)
         yield "tracing"
-        return program.pullback(wrt, outputs, self._placing())
+        return program.pullback(wrt, outputs, self._to_device())
 
     def apart(self) -> AbstractContextManager[object]:
         return without_callers_modes()
@@ -143,18 +143,16 @@ class TorchRuntime(Runtime):
         return not self._is_on_host and is_refused(lambda: torch.zeros(1).to(self._device).cpu())
 
     def stream(self) -> int | None:
-        return (
-            torch.cuda.current_stream(self._device).cuda_stream
-            if self._device.type == "cuda"
-            else None
-        )
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device).cuda_stream
 
     def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
         if turn is not None:
             return types.tensor_in_turn(pointer, spec, owner, turn)
-        return (
-            types.number_at(pointer, spec) if spec.weak else types.tensor_at(pointer, spec, owner)
-        )
+        if spec.weak:
+            return types.number_at(pointer, spec)
+        return types.tensor_at(pointer, spec, owner)
 
     def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
         if turn is not None:
@@ -171,41 +169,35 @@ class TorchRuntime(Runtime):
     ) -> Sequence[int | None]:
         return [types.exclusive_pointer(output) for output in outputs]
 
-    def _placing(self, key: int | None = None) -> Placing | None:
-        """Return what brings a program's inputs to the GPU; `key` is the position of one that is
-        for the host."""
-        return (
-            None
-            if self._is_on_host
-            else functools.partial(types.brought_to, self._device, kept=key)
-        )
+    def _to_device(self, key: int | None = None) -> ToDevice | None:
+        """Return a function that moves inputs to the GPU, except for the key at this position."""
+        if self._is_on_host:
+            return None
+        return functools.partial(types.brought_to, self._device, kept=key)
 
     def _call(self, model: Model, call: pb.Call) -> Call:
-        """Return the call without its transforms, which is traced once for all programs that are
-        derived from it."""
+        """Return the call without transforms: one trace serves all programs derived from it."""
         plain = pb.Call()
         plain.CopyFrom(call)
         plain.ClearField("transforms")
         plain.ClearField("keep")
         key = (model, plain.SerializeToString(deterministic=True))
-        known = self._calls.get(key)
-        if known is None:
-            inputs = decode_all(call.inputs)
-            where = (
-                f"model {model.name!r} called with {check_signature(model, call, inputs, x64=True)}"
-            )
-            known = self._calls[key] = Call(
-                model, plain, inputs, self._classes, self._device, where
-            )
-            if len(self._calls) > _MAX_CALLS:  # to forget one costs no more than another trace
-                self._calls.pop(next(iter(self._calls)), None)
-        return known
+        cached = self._calls.get(key)
+        if cached is not None:
+            return cached
+        inputs = decode_all(call.inputs)
+        signature = check_signature(model, call, inputs, x64=True)
+        where = f"model {model.name!r} called with {signature}"
+        traced = Call(model, plain, inputs, self._classes, self._device, where)
+        self._calls[key] = traced
+        if len(self._calls) > _MAX_CALLS:  # eviction costs no more than another trace
+            self._calls.pop(next(iter(self._calls)), None)
+        return traced
 
 
 def _device(options: Options) -> torch.device:
-    """Return where models run: those of a worker on the GPU if there is one, and a guest's where
-    they are."""
-    if options.is_guest:
+    """Return the device to run on: a worker's GPU if it has one; embedded, the models' device."""
+    if options.embedded:
         device = torch.device(options.device)
         if device != types.HOST:
             torch.cuda.init()
@@ -219,13 +211,12 @@ def _device(options: Options) -> torch.device:
     return device
 
 
-def _running(
-    composed: Composed, call: Call
-) -> Callable[[Sequence[Any], Any], tuple[Sequence[Any], Any]]:
+def _without_graph(composed: Composed, call: Call) -> RunCode:
     def run(arrays: Sequence[Any], _: None) -> tuple[Sequence[Any], Any]:
-        # The model gets tensors of its own, over the same memory: a session's views are there for
-        # every call.
-        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in arrays[call.leaves :]]
-        return [y.detach() for y in composed.f([*arrays[: call.leaves], *own])], None
+        # The model gets new tensors over the same memory: all calls of a session share its views.
+        leaves = arrays[call.leaves :]
+        own = [x.detach() if isinstance(x, torch.Tensor) else x for x in leaves]
+        outputs = composed.f([*arrays[: call.leaves], *own])
+        return [y.detach() for y in outputs], None
 
     return run

@@ -197,7 +197,7 @@ def test_torch_runs_on_the_first_gpu_that_it_sees(
     assert runtime.gpu() == gpus()[0]
     assert runtime.stream() == 0  # torch's stream, which a turn must not take for none
     assert runtime.describe().devices == ("cuda:0",)
-    assert TorchRuntime(Options(is_guest=True)).gpu() is None
+    assert TorchRuntime(Options(embedded=True)).gpu() is None
 
 
 class _ElsewhereTorch(TorchRuntime):
