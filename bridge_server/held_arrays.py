@@ -1,35 +1,52 @@
 """Search for arrays inside callables that are served without parameters. Imports no framework."""
 
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 _MOST_OBJECTS = 10000
+_MOST_SHOWN = 3
 _OPAQUE = (str, bytes, int, float, complex, type, types.ModuleType)
 
 
 def arrays_held(target: Any, is_array: Callable[[Any], bool]) -> list[str]:
-    """Return the paths of the arrays that a callable holds: in its closure, its `self`, its
-    attributes and arguments.
+    """Return the paths of the arrays in a callable's closure, `self`, attributes and arguments.
 
-    What a function reads as a global of its module is not looked at.
+    The search ignores globals that a function reads.
     """
-    found: list[str] = []
-    pending, seen = [("", target)], {id(target)}
-    alive = [target]  # an id names an object as long as it lives
-    while pending and len(alive) < _MOST_OBJECTS:
+    paths: list[str] = []
+    pending = [("", target)]
+    seen = {id(target): target}  # references, since an id is valid only while its object lives
+    while pending and len(seen) < _MOST_OBJECTS:
         path, value = pending.pop(0)
         for step, part in _parts_of(value):
             if isinstance(part, _OPAQUE) or id(part) in seen:
                 continue
-            seen.add(id(part))
-            alive.append(part)
+            seen[id(part)] = part
             if is_array(part):
-                found.append((path + step).lstrip("."))
+                paths.append((path + step).lstrip("."))
             else:
                 pending.append((path + step, part))
-    return found
+    return paths
+
+
+def warn_of_held_arrays(
+    log: logging.Logger, model: str, function: Any, is_array: Callable[[Any], bool], remedy: str
+) -> None:
+    """Log the arrays of a function that look like parameters and cannot be trained."""
+    paths = arrays_held(function, is_array)
+    if paths:
+        shown = ", ".join(paths[:_MOST_SHOWN]) + (", ..." if len(paths) > _MOST_SHOWN else "")
+        log.warning(
+            "model %r is served without parameters, but holds %d arrays (%s): they are constants,"
+            " which no client can train; to train them, %s",
+            model,
+            len(paths),
+            shown,
+            remedy,
+        )
 
 
 def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
@@ -60,17 +77,16 @@ def _cells_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 def _attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
     try:
         attributes = dict(vars(value))
-    except TypeError:  # it has none
+    except TypeError:  # it has no attributes
         attributes = {}
     for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
+        slots = vars(cls).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             try:
                 attributes.setdefault(name, object.__getattribute__(value, name))
             except AttributeError:
                 continue
     yield from ((f".{name}", part) for name, part in attributes.items() if name != "__wrapped__")
-    if "__wrapped__" in attributes or hasattr(
-        type(value), "__wrapped__"
-    ):  # of functools.wraps, jax.jit
+    # functools.wraps and jax.jit set it.
+    if "__wrapped__" in attributes or hasattr(type(value), "__wrapped__"):
         yield "", getattr(value, "__wrapped__", None)

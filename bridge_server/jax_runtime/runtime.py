@@ -14,7 +14,7 @@ from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.jax_runtime.advice import for_call
 from bridge_server.jax_runtime.meshes import Layout
-from bridge_server.jax_runtime.models import adapt
+from bridge_server.jax_runtime.models import Invocation, adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Linearization, Program
 from bridge_server.jax_runtime.randomness import rng_streams_of
 from bridge_server.jax_runtime.transforms import Flat, compose, replaced
@@ -262,7 +262,8 @@ class JaxRuntime(Runtime):
             values = self._layout.constrained(values, own_paths, model)
             rng_streams = rng_streams_of(arrays[own], call.rngs) if call.rngs else {}
             training = _TRAINING[call.mode]
-            value, buffers = model.apply(values, args, kwargs, rng_streams, call.mutable, training)
+            invocation = Invocation(args, kwargs, rng_streams, call.mutable, training)
+            value, buffers = model.apply(values, invocation)
             tree, outputs = trees.encode(
                 value, is_array_like, self._classes, expand=expand, root="the result"
             )

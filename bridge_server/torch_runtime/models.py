@@ -1,4 +1,4 @@
-"""What may be served, taken apart into code and state."""
+"""Targets of torch, each split into code and state."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -8,16 +8,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from bridge_server.held_arrays import arrays_held
+from bridge_server.held_arrays import warn_of_held_arrays
 from bridge_server.torch_runtime.callables import Code, CodeOfFunction, CodeOfModule, CodeOfPair
 from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
 
 _log = logging.getLogger(__name__)
+_TRAINABLE = "serve the nn.Module itself, or a pair (function, params)"
 
 
 class Parts(NamedTuple):
-    """A target taken apart."""
+    """A target split into code and state."""
 
     code: Code
     state: Mapping[str, Tensor]
@@ -27,49 +28,29 @@ class Parts(NamedTuple):
 
 
 def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
-    """Return the parts of a function, a module, or a pair of either and its parameters; None for
-    anything else.
+    """Return the parts of a function, a module, or a pair of either and its parameters, else None.
 
-    Their tensors are on the device; for another one than the host, a module is moved there.
+    The tensors are moved to the device, unless it is the host.
     """
     if device != HOST:
         target = _moved(target, device)
-    if (
-        isinstance(target, tuple)
-        and len(target) == 2
-        and callable(target[0])
-        and isinstance(target[1], Mapping)
-    ):
+    if isinstance(target, tuple) and len(target) == 2:
         code, params = target
-        return (
-            _of_module(name, code, params)
-            if isinstance(code, nn.Module)
-            else _of_pair(name, code, params)
-        )
-    if isinstance(
-        target, torch.jit.ScriptModule
-    ):  # it holds its tensors where Python cannot replace them
+        if callable(code) and isinstance(params, Mapping):
+            split = _of_module if isinstance(code, nn.Module) else _of_pair
+            return split(name, code, params)
+    if isinstance(target, torch.jit.ScriptModule):  # Python cannot replace its tensors
         return Parts(CodeOfFunction(target), {}, frozenset(), target.forward)
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
     if callable(target) and not isinstance(target, type):
-        _warn_of_constants(name, target)
+        warn_of_held_arrays(_log, name, target, _is_array, _TRAINABLE)
         return Parts(CodeOfFunction(target), {}, frozenset(), target)
     return None
 
 
-def _warn_of_constants(name: str, function: Callable[..., Any]) -> None:
-    """Log which tensors look like parameters and cannot be trained."""
-    if paths := arrays_held(function, lambda value: isinstance(value, Tensor) and value.ndim > 0):
-        shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-        _log.warning(
-            "model %r is served without parameters, but holds %d tensors (%s): they are constants,"
-            " which no client can train; to train them serve the nn.Module itself, or a pair"
-            " (function, params)",
-            name,
-            len(paths),
-            shown,
-        )
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _moved(target: Any, device: torch.device) -> Any:
@@ -87,53 +68,44 @@ def _of_pair(name: str, function: Callable[..., Any], params: Mapping[str, Any])
         raise TargetError(f"two parameters of {name!r} have the same path among {sorted(state)}")
     _check(name, state)
     code = CodeOfPair(function, structure, [leaf.detach() for leaf in state.values()])
-    return Parts(
-        code,
-        state,
-        frozenset(filter(lambda label: _is_inexact(state[label]), state)),
-        function,
-        True,
-    )
+    trainable = frozenset(label for label, leaf in state.items() if _is_inexact(leaf))
+    return Parts(code, state, trainable, function, skips_first=True)
 
 
-def _of_module(name: str, module: nn.Module, given: Mapping[str, Tensor]) -> Parts:
-    """Take a module apart; tensors of the same names in `given` take the place of its own."""
+def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Parts:
+    """Split a module; tensors in `params` replace its own tensors of the same names."""
     own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    if unknown := sorted(given.keys() - own.keys()):
+    if unknown := sorted(params.keys() - own.keys()):
         raise TargetError(f"{name!r} has no parameter {unknown[0]!r}; it has {sorted(own)[:20]}")
-    # What has no counterpart in the other framework, such as a quantized weight, stays with the
-    # worker.
-    sent = {
-        label: each
-        for label, each in own.items()
-        if each.layout is torch.strided and each.dtype in DTYPES
-    }
-    state = {label: given.get(label, each) for label, each in sent.items()}
+    # Tensors without a counterpart in the other framework, such as quantized weights, stay with
+    # the worker.
+    sent = {label: each for label, each in own.items() if _can_be_sent(each)}
+    state = {label: params.get(label, each) for label, each in sent.items()}
     _check(name, state)
     trained = {label for label, each in module.named_parameters() if each.requires_grad}
-    trainable = frozenset(
-        label for label in state if label in trained and _is_inexact(state[label])
-    )
-    code = CodeOfModule(module, list(sent.values()), [each.detach() for each in state.values()])
+    trainable = frozenset(label for label in trained & state.keys() if _is_inexact(state[label]))
+    values = [each.detach() for each in state.values()]
+    code = CodeOfModule(module, list(sent.values()), values)
     return Parts(code, state, trainable, module.forward)
 
 
 def _check(name: str, state: Mapping[str, Any]) -> None:
     for label, leaf in state.items():
         if not isinstance(leaf, Tensor) or leaf.dtype not in DTYPES:
-            what = (
-                f"a tensor of {leaf.dtype}"
-                if isinstance(leaf, Tensor)
-                else f"a {type(leaf).__qualname__}"
-            )
+            is_tensor = isinstance(leaf, Tensor)
+            seen = f"tensor of {leaf.dtype}" if is_tensor else type(leaf).__qualname__
             raise TargetError(
-                f"the parameter {label!r} of {name!r} is {what}; expected a dense tensor"
+                f"the parameter {label!r} of {name!r} is a {seen}; expected a dense tensor"
             )
         if nn.parameter.is_lazy(leaf) or leaf.is_meta:
             raise TargetError(
                 f"the parameter {label!r} of {name!r} has no values yet; initialise the module"
                 " first"
             )
+
+
+def _can_be_sent(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.dtype in DTYPES
 
 
 def _is_inexact(leaf: Tensor) -> bool:
