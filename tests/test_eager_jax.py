@@ -57,5 +57,5 @@ def test_a_residual_of_another_type_is_refused() -> None:
     program = hosted.call(x, keep=[0])
     hosted.run_keeping(program, x)
     size = 2
-    with pytest.raises(SpecError, match="must have the same types"):
+    with pytest.raises(SpecError, match="return the same types"):
         hosted.run_keeping(program, x)

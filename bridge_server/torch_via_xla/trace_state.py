@@ -54,8 +54,7 @@ class Trace(RuntimeProperty):
     def get_and_rotate_prng_key(self) -> jax.Array:
         if self.prng is None:
             raise CallerError(
-                "the torch code draws random numbers, but the call has no key; pass rng=, a key of"
-                " jax.random.key"
+                "the torch code draws random numbers: pass rng=, a key of jax.random.key"
             )
         key: jax.Array = super().get_and_rotate_prng_key()
         return key
