@@ -1,4 +1,4 @@
-"""Exceptions of models as errors that travel. Imports no framework."""
+"""A model's exceptions as errors that cross the wire. Imports no framework."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 from bridge_wire import classes, trees
 from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
-# What to do about it, by what a framework says.
+# Remedies by a part of the framework's message.
 _REMEDIES = {
     "Expected all tensors to be on the same device": (
         "models run on the worker's GPU: make tensors on the device of an argument, as in"
@@ -18,16 +18,14 @@ _REMEDIES = {
         " --device cpu"
     ),
 }
-_XLA_ERRORS = (
-    "JaxRuntimeError",
-    "XlaRuntimeError",
-)  # one class, by its names in different releases
+# Names of one class in different releases.
+_XLA_ERRORS = ("JaxRuntimeError", "XlaRuntimeError")
 _HERE = str(Path(__file__).parent)
 
 
 @contextlib.contextmanager
 def model_errors(where: str) -> Iterator[None]:
-    """Raise what a model raises as RemoteModelError."""
+    """Raise a model's exceptions as RemoteModelError."""
     try:
         yield
     except BridgeError:
@@ -39,49 +37,53 @@ def model_errors(where: str) -> Iterator[None]:
 
 
 def is_models(error: BaseException) -> bool:
-    """Whether a model has raised it, rather than whoever wants this program or a generator to end.
+    """Return whether a model has raised an exception, rather than a request to exit.
 
     A SystemExit is the model's: it must end the call, not the thread that has to answer.
     """
-    if isinstance(error, KeyboardInterrupt):  # those of signals are raised in the main thread only
+    if isinstance(error, KeyboardInterrupt):  # signals raise it in the main thread only
         return threading.current_thread() is not threading.main_thread()
     return not isinstance(error, GeneratorExit)
 
 
 def remote(error: BaseException, where: str) -> BridgeError:
-    """Return the error that tells a client what a model has raised, and where."""
-    kind, said = type(error), text_of(error)
+    """Return the error that reports a model's exception and its place to a client."""
+    kind, text = type(error), text_of(error)
     if _is_out_of_memory(error):
         return OutOfMemory(
-            f"the worker has no memory left for this: {kind.__name__}: {said}\n(in {where})"
+            f"the worker has no memory left for this: {kind.__name__}: {text}\n(in {where})"
         )
-    # The frames before the model's first one are the bridge's and the framework's own and tell its
-    # author nothing.
+    remedies = "".join(f"\n{remedy}" for part, remedy in _REMEDIES.items() if part in text)
+    return RemoteModelError(
+        f"{kind.__name__}: {text}{remedies}\n(in {where})",
+        remote_type=f"{kind.__module__}.{kind.__qualname__}",
+        remote_traceback=_traceback_of(error),
+    )
+
+
+def _traceback_of(error: BaseException) -> str:
+    """Return the traceback from the model's first frame on, as text.
+
+    The frames before belong to the bridge and the framework, and do not help the model's author.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     machinery = _machinery()
-    first = next(
-        (i for i, frame in enumerate(frames) if not frame.filename.startswith(machinery)), 0
-    )
-    text = "".join(["Traceback (most recent call last):\n", *traceback.format_list(frames[first:])])
-    remedies = "".join(f"\n{remedy}" for text, remedy in _REMEDIES.items() if text in said)
-    return RemoteModelError(
-        f"{kind.__name__}: {said}{remedies}\n(in {where})",
-        remote_type=f"{kind.__module__}.{kind.__qualname__}",
-        remote_traceback=text + "".join(traceback.format_exception_only(error)),
-    )
+    are_models = [not frame.filename.startswith(machinery) for frame in frames]
+    first = are_models.index(True) if any(are_models) else 0
+    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
+    return "".join(["Traceback (most recent call last):\n", *lines])
 
 
 def text_of(error: BaseException) -> str:
-    """Return what an exception says, if it can be had: a model's may have a `__str__` that
-    raises."""
+    """Return an exception's text; a model's exception may have a `__str__` that raises."""
     try:
         return str(error)
     except Exception as another:
-        return f"(its text cannot be had: {type(another).__name__})"
+        return f"(its text is not available: {type(another).__name__})"
 
 
 def is_refused(work: Callable[[], object]) -> bool:
-    """Whether a device does not even do this little work, and not for want of memory."""
+    """Return whether a device refuses even little work, for another reason than memory."""
     try:
         work()
     except Exception as error:
@@ -90,19 +92,17 @@ def is_refused(work: Callable[[], object]) -> bool:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether a framework says that its device has no room, or the host none for XLA."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's
+    """Return whether a framework reports that its device, or the host for XLA, has no memory."""
+    name = type(error).__name__
+    if name == "OutOfMemoryError":  # torch's
         return True
-    return (
-        type(error).__name__ in _XLA_ERRORS
-        and "RESOURCE_EXHAUSTED" in str(error).partition("\n")[0]
-    )
+    first_line = str(error).partition("\n")[0]
+    return name in _XLA_ERRORS and "RESOURCE_EXHAUSTED" in first_line
 
 
 def _machinery() -> tuple[str, ...]:
-    """Return the beginnings of the paths of files that are no model's."""
+    """Return the prefixes of the paths of files that belong to no model."""
     frameworks = [sys.modules.get(name) for name in ("jax", "torch")]
-    homes = [
-        str(Path(module.__file__).parent) for module in frameworks if module and module.__file__
-    ]
+    files = [module.__file__ for module in frameworks if module is not None]
+    homes = [str(Path(file).parent) for file in files if file]
     return (_HERE, classes.__file__, trees.__file__, contextlib.__file__, *homes)

@@ -1,4 +1,4 @@
-"""Checks of what a client asks for, before anything is traced. Imports no framework."""
+"""Checks of a client's request, before anything is traced. Imports no framework."""
 
 import inspect
 import math
@@ -15,71 +15,71 @@ from bridge_wire.specs import Spec
 
 MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
-_MOST_NAMED = 20
-_MOST_STREAMS = 64
+_MOST_SHOWN = 20
+_MOST_RNG_STREAMS = 64
 
 
 class Keeping(Protocol):
-    """A program that keeps what the pullback from the outputs `differentiable` to the inputs
-    `wrt` needs."""
+    """A program whose residuals serve pullbacks from outputs `differentiable` to inputs `wrt`."""
 
     wrt: tuple[int, ...]
     differentiable: tuple[int, ...]
 
 
 def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
-    """Return the names of a callable's positional arguments, as far as Python can tell."""
+    """Return the names of a callable's positional arguments; none if it has no signature."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return ()
-    names = tuple(
-        parameter.name
-        for parameter in signature.parameters.values()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    )
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = signature.parameters.values()
+    names = tuple(each.name for each in parameters if each.kind in kinds)
     return names[1:] if skips_first else names
 
 
 def check_pullback(program: Keeping, wrt: Sequence[int], outputs: Sequence[int]) -> None:
-    """Raise ProtocolError unless what the program keeps serves the pullback from these outputs
-    to these inputs."""
+    """Raise ProtocolError unless the program's residuals serve this pullback."""
     if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
         raise ProtocolError(
-            f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program that keeps"
-            f" what is needed from {program.differentiable} to {program.wrt}"
+            f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program whose"
+            f" residuals serve {program.differentiable} to {program.wrt}"
         )
 
 
 def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool) -> str:
-    """Check a call and its inputs, and return them as text for later errors.
+    """Check a call and its inputs, and describe them for later error texts.
 
     Raises:
-      CallerError, DTypeError, SpecError: the model cannot be called so.
-      ProtocolError: a client that keeps to the protocol does not ask so.
+      CallerError, DTypeError, SpecError: the model does not support the call.
+      ProtocolError: the client violates the protocol.
     """
     own = [parameter.path for parameter in model.parameters] if call.parameters else []
     keys = ["the key"] if call.rngs else []
     names = own + keys + trees.argument_paths(call.arguments)
     if len(names) != len(inputs):
-        raise ProtocolError(f"a call with {len(names)} array leaves came with {len(inputs)} specs")
+        raise ProtocolError(f"a call has {len(names)} array leaves and {len(inputs)} specs")
     if not x64:
         _check_width(names, inputs)
     if call.parameters:
         _check_parameters(model, inputs)
     if call.rngs:
-        _check_streams(call.rngs, inputs[len(own)])
+        _check_rng_streams(call.rngs, inputs[len(own)])
     if call.mutable:
         _check_mutable(model, call)
     if call.mode not in pb.Mode.values():
-        raise ProtocolError(f"a call names the mode {call.mode}, which is none of {pb.Mode.keys()}")
-    statics = [
-        (path, value) for path, value in trees.argument_values(call.arguments) if value is not None
-    ]
+        raise ProtocolError(f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}")
+    return _described(names, inputs, call)
+
+
+def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> str:
     shown = [f"{name}: {spec}" for name, spec in zip(names, inputs, strict=True)]
-    shown += [f"{path}={reprlib.repr(value)}" for path, value in statics]
-    more = f", and {len(shown) - _MOST_NAMED} more" if len(shown) > _MOST_NAMED else ""
-    return f"({', '.join(shown[-_MOST_NAMED:])}{more})"
+    for path, value in trees.argument_values(call.arguments):
+        if value is not None:
+            shown.append(f"{path}={reprlib.repr(value)}")
+    hidden = len(shown) - _MOST_SHOWN
+    more = f", and {hidden} more" if hidden > 0 else ""
+    return f"({', '.join(shown[-_MOST_SHOWN:])}{more})"
 
 
 def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
@@ -97,7 +97,7 @@ def check_differentiable(transform: str, positions: Sequence[int], specs: Sequen
 
 
 def batched(inputs: Sequence[Spec], transform: pb.Transform.Vmap) -> tuple[Spec, ...]:
-    """Return the types of the inputs of a batch, of which these are the inputs of one row."""
+    """Return the input types of a batch for the input types of one row."""
     axes, size = transform.axes, transform.size
     if len(axes) != len(inputs):
         raise ProtocolError(f"vmap names {len(axes)} axes for {len(inputs)} inputs")
@@ -106,13 +106,17 @@ def batched(inputs: Sequence[Spec], transform: pb.Transform.Vmap) -> tuple[Spec,
             raise ProtocolError(
                 f"vmap over axis {axis} of an input that has {len(spec.shape)} axes without it"
             )
-    mapped = tuple(
-        spec if axis < 0 else spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
+    mapped = [
+        spec if axis < 0 else _with_axis(spec, axis, size)
         for axis, spec in zip(axes, inputs, strict=True)
-    )
+    ]
     for spec in mapped:
         check_size(spec, f"vmap over {size} elements")
-    return mapped
+    return tuple(mapped)
+
+
+def _with_axis(spec: Spec, axis: int, size: int) -> Spec:
+    return spec._replace(shape=(*spec.shape[:axis], size, *spec.shape[axis:]))
 
 
 def check_size(spec: Spec, where: str) -> None:
@@ -139,13 +143,13 @@ def _check_parameters(model: Model, inputs: Iterable[Spec]) -> None:
             )
 
 
-def _check_streams(streams: Sequence[str], key: Spec) -> None:
-    if len(streams) > _MOST_STREAMS:
+def _check_rng_streams(names: Sequence[str], key: Spec) -> None:
+    if len(names) > _MOST_RNG_STREAMS:
         raise ProtocolError(
-            f"a call names {len(streams)} random streams, and may name {_MOST_STREAMS}"
+            f"a call names {len(names)} random streams; the limit is {_MOST_RNG_STREAMS}"
         )
-    if len(set(streams)) != len(streams) or not all(streams):
-        raise ProtocolError(f"the random streams {list(streams)} have no names, or the same")
+    if len(set(names)) != len(names) or not all(names):
+        raise ProtocolError(f"the random streams {list(names)} have empty or equal names")
     if key != _KEY:
         raise ProtocolError(f"the key is a {key}; expected {_KEY}")
 

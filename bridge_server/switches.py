@@ -1,15 +1,14 @@
-"""What is set for the whole process as long as anybody needs it so. Imports no framework."""
+"""Process-wide settings, held while at least one user needs them. Imports no framework."""
 
 import threading
 from collections.abc import Callable
 
 
 class Switch:
-    """A context manager that may be nested, and used in several threads: the first sets, and the
-    last sets back."""
+    """A nestable context manager for all threads: the first entry sets, the last exit restores."""
 
     def __init__(self, turn: Callable[[], Callable[[], object]]) -> None:
-        """`turn` sets what there is to set, and returns what sets it back."""
+        """`turn` applies the setting, and returns the function that restores it."""
         self._turn = turn
         self._turn_back: Callable[[], object] = lambda: None
         self._users = 0

@@ -1,7 +1,7 @@
-"""Advice for derivatives that JAX cannot make: which other ways work, found by lowering them.
+"""Advice for derivatives that JAX cannot compute: the other modes that work, found by lowering.
 
-JAX and its libraries word a missing derivative in dozens of ways, so no advice depends on the words
-of an error.
+JAX and its libraries report a missing derivative in dozens of wordings, so the advice does not
+depend on error texts.
 """
 
 from collections.abc import Sequence
@@ -39,15 +39,13 @@ def for_call(
     transforms: Sequence[pb.Transform],
     keep: pb.Wrt | None,
 ) -> str:
-    """Return what the caller can do about a call that cannot be lowered, of which `f` is the part
-    without transforms.
+    """Return advice for a call that cannot be lowered; `f` is the call without its transforms.
 
-    Empty where the derivatives are not at fault: the model itself raises, or everything can be
-      lowered.
+    Empty if derivatives are not at fault: the model itself raises, or everything can be lowered.
     """
     try:
         return _advice(f, bound, inputs, transforms, keep)
-    except Exception:  # never instead of the model's own error
+    except Exception:  # must not replace the model's own error
         return ""
 
 
@@ -61,17 +59,16 @@ def _advice(
     if not _can_be_lowered(f, bound, inputs):
         return ""
     for transform in transforms:
-        transformed, more = compose(f, bound, inputs, transform, "")
-        if not _can_be_lowered(transformed, bound, more):
+        transformed, extended = compose(f, bound, inputs, transform, "")
+        if not _can_be_lowered(transformed, bound, extended):
             return "\n".join(_other_mode(f, bound, inputs, transform))
-        f, inputs = transformed, more
+        f, inputs = transformed, extended
     if keep is None:
         return ""
-    outputs = [
-        i for i, y in enumerate(jax.eval_shape(f, bound, *avals_of(inputs))) if is_inexact(y)
-    ]
+    avals = jax.eval_shape(f, bound, *avals_of(inputs))
+    outputs = [i for i, y in enumerate(avals) if is_inexact(y)]
     kept = pb.Transform(vjp=pb.Transform.Vjp(wrt=keep.inputs, outputs=outputs))
-    if _can_be_lowered(*_composed(f, bound, inputs, kept)):
+    if _works(f, bound, inputs, kept):
         return ""
     return "\n".join([_VALUE_ONLY, *_other_mode(f, bound, inputs, kept)])
 
@@ -79,30 +76,30 @@ def _advice(
 def _other_mode(
     f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform
 ) -> list[str]:
-    """Return whether the other mode gives the derivative that this transform does not."""
-    if transform.WhichOneof("kind") == "vjp":
+    """Return the advice about the other mode, if this transform is a derivative."""
+    kind = transform.WhichOneof("kind")
+    if kind == "vjp":
         jvp = pb.Transform.Jvp(wrt=transform.vjp.wrt, outputs=transform.vjp.outputs)
-        works = _can_be_lowered(*_composed(f, bound, inputs, pb.Transform(jvp=jvp)))
+        works = _works(f, bound, inputs, pb.Transform(jvp=jvp))
         return [_FORWARD_WORKS if works else _NEITHER_WORKS]
-    if transform.WhichOneof("kind") == "jvp":
+    if kind == "jvp":
         vjp = pb.Transform.Vjp(wrt=transform.jvp.wrt, outputs=transform.jvp.outputs)
-        works = _can_be_lowered(*_composed(f, bound, inputs, pb.Transform(vjp=vjp)))
+        works = _works(f, bound, inputs, pb.Transform(vjp=vjp))
         return [_REVERSE_WORKS if works else _NEITHER_WORKS]
     return []
 
 
-def _composed(
+def _works(
     f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform
-) -> tuple[Flat, Sequence[Any], tuple[Spec, ...]]:
-    transformed, more = compose(f, bound, inputs, transform, "")
-    return transformed, bound, more
+) -> bool:
+    transformed, extended = compose(f, bound, inputs, transform, "")
+    return _can_be_lowered(transformed, bound, extended)
 
 
 def _can_be_lowered(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec]) -> bool:
+    avals = avals_of(inputs)
     try:
-        jax.jit(f).lower(
-            bound, *avals_of(inputs)
-        )  # jax refuses forward mode of a custom_vjp no earlier
+        jax.jit(f).lower(bound, *avals)  # a trace alone does not refuse forward mode of custom_vjps
     except Exception:
         return False
     return True

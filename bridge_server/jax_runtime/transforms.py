@@ -1,4 +1,4 @@
-"""The transforms of a call: each wraps a flat function into another one.
+"""Transforms of a call: each turns a flat function into another flat function.
 
 A flat function is `f(bound, *arrays) -> [array, ...]`, where `bound` are the worker's own
 parameters if the caller passes none. So the derivative of a program is again a program, and
@@ -34,9 +34,9 @@ def compose(
         return _jvp(f, len(inputs), transform.jvp), inputs + tangents
     if kind == "vjp":
         check_differentiable("vjp", transform.vjp.wrt, inputs)
-        made = _outputs(f, bound, inputs, where)
-        check_differentiable("vjp", transform.vjp.outputs, made)
-        cotangents = tuple(made[i] for i in transform.vjp.outputs)
+        outputs = _outputs(f, bound, inputs, where)
+        check_differentiable("vjp", transform.vjp.outputs, outputs)
+        cotangents = tuple(outputs[i] for i in transform.vjp.outputs)
         return _vjp(f, len(inputs), transform.vjp), inputs + cotangents
     raise ProtocolError("a transform has no kind")
 
@@ -47,24 +47,21 @@ def _outputs(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) 
 
 
 def _vjp(f: Flat, count: int, transform: pb.Transform.Vjp) -> Flat:
-    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
-
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
-        xs, cotangents = arrays[:count], arrays[count:]
-        _, pull = jax.vjp(_restricted(f, bound, xs, wrt, selected), *(xs[i] for i in wrt))
-        return list(pull(list(cotangents)))
+        restricted, primals = _restricted(f, bound, arrays[:count], transform)
+        cotangents = list(arrays[count:])
+        _, pull = jax.vjp(restricted, *primals)
+        return list(pull(cotangents))
 
     return transformed
 
 
 def _jvp(f: Flat, count: int, transform: pb.Transform.Jvp) -> Flat:
-    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
-
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
-        xs, tangents = arrays[:count], arrays[count:]
-        return jax.jvp(
-            _restricted(f, bound, xs, wrt, selected), [xs[i] for i in wrt], list(tangents)
-        )[1]
+        restricted, primals = _restricted(f, bound, arrays[:count], transform)
+        tangents = list(arrays[count:])
+        _, pushed = jax.jvp(restricted, primals, tangents)
+        return list(pushed)
 
     return transformed
 
@@ -82,19 +79,24 @@ def _vmap(
 
 
 def _restricted(
-    f: Flat, bound: Sequence[Any], xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]
-) -> Callable[..., list[Any]]:
-    """Return `f` as a function of the inputs `wrt` alone, to the selected outputs alone."""
+    f: Flat,
+    bound: Sequence[Any],
+    xs: Sequence[Any],
+    transform: pb.Transform.Vjp | pb.Transform.Jvp,
+) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """Return `f` from the inputs `wrt` alone to the selected outputs alone, and these inputs."""
+    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
 
     def restricted(*primals: Any) -> list[Any]:
         outputs = f(bound, *replaced(xs, wrt, primals))
         return [outputs[i] for i in selected]
 
-    return restricted
+    return restricted, [xs[i] for i in wrt]
 
 
 def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    made = list(xs)
+    """Return a copy of a list with other values at some positions."""
+    copy = list(xs)
     for i, value in zip(positions, values, strict=True):
-        made[i] = value
-    return made
+        copy[i] = value
+    return copy

@@ -1,4 +1,4 @@
-"""Specs as JAX's types and back, and what JAX counts as an array, a pytree node and its path."""
+"""Conversions between specs and JAX's types; JAX's notion of arrays, pytree nodes and paths."""
 
 import ctypes
 import functools
@@ -23,8 +23,7 @@ keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())
 
 @functools.cache
 def importer() -> Callable[[Exporter], jax.Array]:
-    """Return the quickest way to import host memory that this jax has: the public one takes 30
-    µs, XLA's own 4."""
+    """Return this jax's fastest import of host memory: the public one takes 30 µs, XLA's own 4."""
     try:
         from jaxlib._jax import dlpack_managed_tensor_to_buffer as imported
 
@@ -35,20 +34,17 @@ def importer() -> Callable[[Exporter], jax.Array]:
             return array
 
         probe = np.ones(16, np.float32)
-        if (
-            quick(Exporter(probe.ctypes.data, Spec(BY_NAME["float32"], (16,)))).tolist()
-            == probe.tolist()
-        ):
+        spec = Spec(BY_NAME["float32"], probe.shape)
+        if quick(Exporter(probe.ctypes.data, spec)).tolist() == probe.tolist():
             return quick
-    except Exception:  # private: any release may lack it, or want other arguments
+    except Exception:  # private: any release may lack it, or change its arguments
         pass
     return jax.dlpack.from_dlpack
 
 
 @functools.cache
 def importer_on(device: jax.Device) -> Callable[[DeviceExporter], jax.Array]:
-    """Return likewise the quickest way to import memory of a GPU, for which a stream of XLA's
-    waits."""
+    """Return this jax's fastest import of GPU memory, for which a stream of XLA's waits."""
     try:
         from jaxlib._jax import dlpack_managed_tensor_to_buffer as imported
 
@@ -66,22 +62,21 @@ def importer_on(device: jax.Device) -> Callable[[DeviceExporter], jax.Array]:
 
 
 def host_array(pointer: int, spec: Spec, owner: Any) -> np.ndarray:
-    """Return a NumPy array over the host's memory, which the owner keeps."""
+    """Return a NumPy array over host memory, which `owner` keeps alive."""
     memory = (ctypes.c_char * spec.nbytes).from_address(pointer)
     memory.owner = owner  # type: ignore[attr-defined]
     return np.ndarray(spec.shape, jnp.dtype(spec.dtype.name), memory)  # type: ignore[arg-type]
 
 
 def has_x64() -> bool:
-    """Whether 64-bit types exist at this moment, in this thread."""
+    """Return whether 64-bit types exist at this moment, in this thread."""
     return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
 
 
 def aval_of(spec: Spec) -> jax.ShapeDtypeStruct:
-    # A Python number comes in the widest type of its kind and takes the worker's default one.
-    dtype = (
-        jax.dtypes.canonicalize_dtype(spec.dtype.name) if spec.weak else jnp.dtype(spec.dtype.name)
-    )
+    # A Python number arrives in the widest type of its kind and gets the worker's default type.
+    to_dtype = jax.dtypes.canonicalize_dtype if spec.weak else jnp.dtype
+    dtype = to_dtype(spec.dtype.name)
     return jax.ShapeDtypeStruct(spec.shape, dtype, weak_type=spec.weak)
 
 
@@ -110,7 +105,7 @@ def as_output(leaf: Any, position: int) -> Any:
     if dtype_name(array) not in BY_NAME:
         raise SpecError(
             f"the model returned an array of dtype {array.dtype} as its leaf {position}, which"
-            " torch lacks"
+            " torch lacks; cast it in the model"
         )
     return array
 
@@ -120,7 +115,7 @@ def number_to_array(leaf: Any) -> Any:
 
 
 def expand(value: Any) -> trees.Node | None:
-    """Return what any pytree node that jax knows consists of."""
+    """Split any pytree node that is registered with jax; None for a leaf."""
     structure: Any
     children, structure = jax.tree_util.tree_flatten_with_path(
         value, is_leaf=lambda x: x is not value
@@ -141,11 +136,8 @@ def expand(value: Any) -> trees.Node | None:
 
 
 def path_step(step: Any) -> str:
-    for attribute in (
-        "key",
-        "name",
-        "idx",
-    ):  # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey
+    # DictKey and FlattenedIndexKey, GetAttrKey, SequenceKey.
+    for attribute in ("key", "name", "idx"):
         if hasattr(step, attribute):
             return str(getattr(step, attribute))
     return str(step)
@@ -156,8 +148,7 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
 
 def check_sizes(jaxpr: Any) -> None:
-    """Refuse a program with an array too large for any machine: XLA would end the process over
-    it."""
+    """Refuse a program with an array too large for any machine: XLA would abort the process."""
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
