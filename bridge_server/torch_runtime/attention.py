@@ -1,8 +1,8 @@
-"""Attention by plain operators: the fused ones have a first reverse-mode derivative only, and need
-tensors with memory.
+"""Attention by plain operators: fused operators lack higher derivatives and need memory.
 
-torch's switches are the whole process's. While the fused operators are off, calls of other threads
-take a little longer and return the same.
+Fused operators have a first reverse-mode derivative only. torch's switches apply to the whole
+process: while the fused operators are off, other threads' calls take a little longer and return the
+same.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ _FUSED: Sequence[_Setting] = (
     (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
-# nn.TransformerEncoder in eval mode, without gradients: padded positions get other values there
-# than under autograd.
+# In eval mode without gradients, nn.TransformerEncoder gives padded positions other values than
+# under autograd.
 HAVE_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 _FAST_PATH: Sequence[_Setting] = ((mha.get_fastpath_enabled, mha.set_fastpath_enabled),)
 
@@ -38,5 +38,5 @@ def _turned_off(settings: Sequence[_Setting]) -> Callable[[], None]:
 
 # Computes attention by operators that have every derivative and can be traced.
 simple_attention = Switch(lambda: _turned_off((*_FUSED, *_FAST_PATH)))
-# Computes a call's values as its derivatives do.
+# Computes a call's values in the same way as its derivatives.
 no_fast_path = Switch(lambda: _turned_off(_FAST_PATH))

@@ -1,8 +1,7 @@
-"""The check at the border: a program's outputs against their declared types, before anybody reads
-their memory.
+"""Border check: compares a program's outputs with their declared types before any read.
 
-torch hands out tensors that are not what their declared type says: tangents in float64 of float32
-scalars (torch.func.jvp of `x.sum() * 0.5`), zero tensors without memory, sparse gradients, fake or
+torch may return tensors of other types than declared: float64 tangents of float32 scalars
+(torch.func.jvp of `x.sum() * 0.5`), zero tensors without memory, sparse gradients, and fake or
 functorch tensors that a model kept. Reading their memory would return garbage or crash.
 """
 
@@ -29,14 +28,13 @@ class Border:
         self._types = [(TORCH_DTYPES[spec.dtype], torch.Size(spec.shape)) for spec in specs]
 
     def checked(self, outputs: Sequence[Any]) -> Sequence[Tensor]:
-        """Return the outputs as strided tensors that have memory, and their declared dtypes and
-        shapes.
+        """Return the outputs as strided tensors with memory, of declared dtypes and shapes.
 
-        A tensor of another float dtype is cast to the declared one, a zero or sparse tensor is made
+        The check casts other float dtypes to the declared one, and makes zero and sparse tensors
         dense.
 
         Raises:
-          SpecError: an output is anything else.
+          SpecError: an output differs in another way.
         """
         for y, declared in zip(outputs, self._types, strict=True):
             if not _is_as_declared(y, *declared):
@@ -45,12 +43,8 @@ class Border:
 
     def _made_dense(self, position: int, y: Any) -> Tensor:
         dtype, shape = self._types[position]
-        if (
-            not isinstance(y, Tensor)
-            or _has_no_memory(y)
-            or y.shape != shape
-            or not _can_be_cast(y.dtype, dtype)
-        ):
+        is_readable = isinstance(y, Tensor) and not _has_no_memory(y)
+        if not is_readable or y.shape != shape or not _can_be_cast(y.dtype, dtype):
             raise SpecError(
                 f"output {position} of {self._where} is {described(y)}, expected"
                 f" {self._specs[position]}; a model must return dense tensors of the same types in"
@@ -62,13 +56,12 @@ class Border:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return a tensor that may be sparse, such as a gradient of `nn.Embedding(sparse=True)`, as
-    a strided one."""
+    """Return a tensor as a strided one; a gradient of `nn.Embedding(sparse=True)` is sparse."""
     return tensor if tensor.layout is torch.strided else tensor.to_dense()
 
 
 def described(value: Any) -> str:
-    """Return what a value is, for an error text."""
+    """Describe a value for an error text."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__module__}.{type(value).__qualname__}"
     kind = "" if type(value) is Tensor else f"a {type(value).__name__} of "
@@ -83,7 +76,7 @@ def _is_as_declared(y: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
     return (
         type(y) is Tensor
         and y.dtype is dtype
-        and not y.is_nested  # such a tensor has no shape to ask for
+        and not y.is_nested  # nested tensors have no shape
         and y.shape == shape
         and y.layout is torch.strided
         and not y.is_meta
@@ -93,19 +86,15 @@ def _is_as_declared(y: Any, dtype: torch.dtype, shape: torch.Size) -> bool:
 
 
 def _has_no_memory(y: Tensor) -> bool:
-    """Whether a tensor stands for one, as fake, functorch's and distributed tensors do."""
-    return (
-        y.is_meta or y.is_nested or _is_wrapped(y) or type(y).__torch_dispatch__ is not _NO_DISPATCH
-    )
+    """Return whether a tensor has no memory of its own: fake, functorch or distributed."""
+    is_subclass = type(y).__torch_dispatch__ is not _NO_DISPATCH
+    return y.is_meta or y.is_nested or is_subclass or _is_wrapped(y)
 
 
 def _can_be_cast(dtype: torch.dtype, declared: torch.dtype) -> bool:
-    """Whether torch's own rule for tangents and gradients casts one dtype to the other."""
+    """Return whether torch's rule for tangents and gradients casts one dtype to the other."""
     if dtype is declared:
         return True
-    is_declared_complex, is_complex = declared.is_complex, dtype.is_complex
-    return (
-        dtype in DTYPES
-        and (is_complex or dtype.is_floating_point)
-        and ((declared.is_floating_point and not is_complex) or is_declared_complex)
-    )
+    if dtype not in DTYPES or not (dtype.is_complex or dtype.is_floating_point):
+        return False
+    return declared.is_complex or (declared.is_floating_point and not dtype.is_complex)

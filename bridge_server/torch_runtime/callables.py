@@ -1,9 +1,9 @@
-"""A model's code, called with its own state or with somebody else's, by several threads at once.
+"""A model's code as a callable for several threads, with the model's or the caller's state.
 
-A call of a module never changes that module: it is made on a copy that shares the module's tensors,
-or, where the caller passes its own, has those in their place. What it leaves in the copy's
-attributes is dropped. torch.func.functional_call would swap them in the module itself, where calls
-of other threads see them.
+A call never changes the module: it runs on a copy with the module's tensors, or with the caller's
+tensors in their place. Changes of the copy's attributes are dropped after the call.
+torch.func.functional_call would swap tensors in the module itself, where other threads' calls see
+them.
 """
 
 import contextlib
@@ -33,21 +33,18 @@ Called = Callable[
 
 
 class Code(ABC):
-    """What a call runs."""
+    """The code that a call runs."""
 
     def __init__(self, target: Any) -> None:
         self._target = target
-        # Set once a call was seen to keep tensors where its copies share them: calls then take
-        # turns.
+        # Set after a call has kept tensors where copies share them: from then on, one call at a
+        # time.
         self._turns: threading.RLock | None = None
 
     def __call__(
         self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Sequence[Tensor]]:
-        """Return the result, and the state after the call.
-
-        The state's values are the model's own if None.
-        """
+        """Return the result, and the state after the call; values None are the model's own."""
         if self._turns is None:
             return self._called(values, args, kwargs)
         with self._turns:
@@ -63,8 +60,7 @@ class Code(ABC):
     ) -> tuple[Any, Sequence[Tensor]]: ...
 
     def isolated(self) -> Called:
-        """Return what to call where calls may leave tensors without values in the model's
-        attributes."""
+        """Return the callable for calls that may leave fake tensors in the model's attributes."""
         return self._called
 
     def python_state(self) -> PythonState:
@@ -77,17 +73,17 @@ class Code(ABC):
             self._turns = threading.RLock()
             _log.warning(
                 "%s keeps tensors that depend on its arguments or parameters in a class, closure,"
-                " global or cache, and reads them in later calls: they are dropped after each call,"
-                " and calls run one after the other",
+                " global or cache, and reads them in later calls: the bridge drops them after each"
+                " call, and runs one call at a time",
                 where,
             )
 
     def use_copies_once(self) -> None:
-        """Make each call on a new copy from now on: calls write to tensors that are no state."""
+        """Use a new copy for each call from now on: calls write to tensors that are not state."""
         return
 
     def work_on_the_original(self) -> bool:
-        """Call no copies from now on; return whether that changes anything."""
+        """Call the original from now on, not copies; return whether this is a change."""
         return False
 
 
@@ -116,10 +112,10 @@ class CodeOfPair(Code):
 
 
 class CodeOfModule(Code):
-    """A module: each call under way has a copy of it, which gets its attributes back afterwards.
+    """A module: each call in flight leases a copy, whose attributes are restored afterwards.
 
-    Of a module that cannot be copied, or whose copies would still use the original's tensors, the
-    original itself serves one call at a time, and holds its own state whenever it does not.
+    A module that cannot be copied, or whose copies use the original's tensors, serves one call at a
+    time itself, and holds its own state between calls.
     """
 
     def __init__(self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -157,7 +153,7 @@ class CodeOfModule(Code):
         self._one_at_a_time = threading.RLock()
         name = type(self._original.module).__name__
         _log.warning(
-            "copies of %s use its own tensors, by a closure perhaps, so it serves one call at a"
+            "copies of %s use its own tensors, perhaps by a closure, so it serves one call at a"
             " time",
             name,
         )
@@ -180,27 +176,20 @@ class CodeOfModule(Code):
                 self._idle.append(leased)
 
     def _copied(self) -> "_Refillable":
-        # What is in the memo already is not copied: the copy has these tensors where the module has
-        # its own.
-        memo: dict[int, Any] = {
-            id(mine): value for mine, value in zip(self._own, self._values, strict=True)
-        }
-        with (
-            _disable_current_modes()
-        ):  # a trace must not take the copy's own tensors for made by the call
+        # deepcopy takes objects from the memo: the copy gets these values for the module's tensors.
+        memo: dict[int, Any] = dict(zip(map(id, self._own), self._values, strict=True))
+        # A trace must not see the copy's own tensors, or it takes them for the call's.
+        with _disable_current_modes():
             return _Refillable(copy.deepcopy(self._original.module, memo), self._values)
 
 
 class _Refillable:
-    """A module whose state can be replaced.
-
-    Between calls it holds the tensors and attributes that it has now.
-    """
+    """A module whose state can be replaced for a call; then its present state is restored."""
 
     def __init__(self, module: nn.Module, state: Sequence[Tensor]) -> None:
         self.module = module
         positions = {id(each): i for i, each in enumerate(state)}
-        # Where the module holds each tensor; tied ones are in several places.
+        # The places of each tensor in the module; tied tensors have several.
         self._places: list[tuple[dict[str, Any], str, int]] = [
             (held, name, positions[id(each)])
             for part in module.modules()
@@ -212,16 +201,16 @@ class _Refillable:
         self._recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
         self._parts = list(module.modules())
         self._at_rest = PythonState(module)
-        # Whether a graph that the last call has left may call the module again, as
-        # torch.utils.checkpoint has it do: then it must find that call's values, and the module
-        # goes with the graph. (Or with an exception.)
+        # Whether the last call's graph may call the module again, as torch.utils.checkpoint does.
+        # Then the module keeps that call's values, and lives as long as the graph (or exception).
         self.is_held = False
 
     def call(
         self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> tuple[Any, Sequence[Tensor]]:
-        """Call the module with these values, or with those that it has. Afterwards it has all that
-        it had before, but keeps the values if it is held.
+        """Call the module with these values, or with its own.
+
+        Afterwards, restore its state; if a graph holds the module, keep the values.
         """
         references = list(map(sys.getrefcount, self._parts)) if torch.is_grad_enabled() else []
         if values is not None:
@@ -243,16 +232,15 @@ class _Refillable:
         """Call the module with these values.
 
         Raises:
-          CallerError: the call has left a graph that would call the module again, and find other
-            values.
+          CallerError: the call's graph would call the module again, and find other values.
         """
         try:
             called = self.call(values, args, kwargs)
             if self.is_held:
                 raise CallerError(
                     f"{type(self.module).__name__} runs parts of itself again in its backward pass,"
-                    " as under torch.utils.checkpoint, and cannot be copied: let it be copied, or"
-                    " do without"
+                    " as under torch.utils.checkpoint, and cannot be copied: make it copyable, or"
+                    " do without the second run"
                 )
             return called
         finally:
@@ -262,4 +250,4 @@ class _Refillable:
         for held, name, i in self._places:
             held[name] = values[i]
         for part in self._recurrent:
-            part._init_flat_weights()  # they have a list of the same tensors, too
+            part._init_flat_weights()  # a list of the same tensors

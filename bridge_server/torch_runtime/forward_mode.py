@@ -1,4 +1,4 @@
-"""Forward-mode derivatives by torch.func, of functions of tensors to tensors."""
+"""Forward-mode derivatives by torch.func, of functions from tensors to tensors."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,14 @@ from torch.overrides import TorchFunctionMode
 
 Function = Callable[[Sequence[Tensor]], list[Tensor]]
 
-# torch has one level of forward mode for all threads: another thread's jvp would end it in the
-# middle of this one's.
+# torch has one level of forward mode for all threads: another thread's jvp would end this thread's.
 _pushing = threading.RLock()
 
 
 class _NoGradStopsBoth(TorchFunctionMode):
-    """Has `torch.no_grad()` stop forward-mode derivatives as it does reverse-mode ones; torch has
-    them pass through.
+    """Makes `torch.no_grad()` stop forward-mode derivatives too; in torch they pass through.
 
-    Else the two would differ, and a second derivative would depend on which of them come first.
+    Otherwise the two modes would differ, and a second derivative would depend on their order.
     """
 
     def __torch_function__(
@@ -40,26 +38,24 @@ def pushed_forward(
     """Return the tangents of the outputs."""
     if not primals:
         return [torch.zeros_like(y) for y in f(primals)]
-    with (
-        _pushing,
-        torch.enable_grad(),
-        _NoGradStopsBoth(),
-    ):  # enabled, for the mode to see where it is not
-        return list(torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1])
+    # Grad mode is enabled so that the function mode sees where the code disables it.
+    with _pushing, torch.enable_grad(), _NoGradStopsBoth():
+        pushed = torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1]
+        return list(pushed)
 
 
 def pushed_again(
     f: Function, primals: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return the tangents of the outputs of what is a forward-mode derivative itself, or made of
-    one.
+    """Return the tangents of the outputs of a function that contains a forward-mode derivative.
 
-    By the pullback of the pullback, which is linear. Of an autograd.Function that has a `jvp`, a
-    second derivative in forward mode is zero in torch 2.13, without a word.
+    Computed as the pullback of the pullback, which is linear. In torch 2.13, the second derivative
+    in forward mode of an autograd.Function with a `jvp` is silently zero.
     """
     if not primals:
         return [torch.zeros_like(y) for y in f(primals)]
     outputs, pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)[:2]
-    push = torch.func.vjp(pull, tuple(map(torch.zeros_like, outputs)))[1]
+    zeros = tuple(map(torch.zeros_like, outputs))
+    push = torch.func.vjp(pull, zeros)[1]
     (pushed,) = push(tuple(tangents))
     return list(pushed)

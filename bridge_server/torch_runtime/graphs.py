@@ -1,4 +1,4 @@
-"""What autograd's graphs consist of."""
+"""Autograd's graphs: backward passes, nodes, saved tensors."""
 
 import contextlib
 import functools
@@ -12,8 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
-    """Return the engine's own entry, which takes half the time of torch.autograd.grad; None if
-    this torch has none."""
+    """Return the engine's entry, twice as fast as torch.autograd.grad; None if torch lacks it."""
     try:
         run = torch.autograd.Variable._execution_engine.run_backward
         x = torch.ones(2).requires_grad_()
@@ -21,7 +20,7 @@ def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
             (x * 3,), (torch.ones(2),), False, False, (x,), True, accumulate_grad=False
         )
         return run if gradient.tolist() == [3.0, 3.0] and x.grad is None else None
-    except Exception:  # private: any release may lack it, or want other arguments
+    except Exception:  # private: any release may lack it, or change its arguments
         return None
 
 
@@ -36,7 +35,7 @@ def backward(
     retain_graph: bool = False,
     create_graph: bool = False,
 ) -> Sequence[Tensor | None]:
-    """Return torch's gradients of the weighted outputs, tensors or edges that all have a graph."""
+    """Return torch's gradients of weighted outputs: tensors or edges, all with a graph."""
     keep = retain_graph or create_graph
     if _engine is None:
         return torch.autograd.grad(
@@ -60,18 +59,13 @@ def backward(
 
 @contextlib.contextmanager
 def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
-    """Raise NotImplementedError in a backward pass that is to be differentiated, where it cannot
-    be.
+    """Raise NotImplementedError where a backward pass cannot be differentiated.
 
-    An autograd.Function whose backward runs under torch.no_grad, or detaches, returns gradients
-    that depend on their cotangents and do not say so: autograd would take the next derivative for
-    zero.
+    If the backward of an autograd.Function runs under torch.no_grad, or detaches, its gradients
+    depend on the cotangents without a graph: autograd would return zero for the next derivative.
     """
-    nodes = [
-        node
-        for node in nodes_of([_edge(y) for y in outputs])
-        if isinstance(node, BackwardCFunction)
-    ]
+    reachable = nodes_of([_edge(y) for y in outputs])
+    nodes = [node for node in reachable if isinstance(node, BackwardCFunction)]
     handles = [node.register_hook(functools.partial(_refuse_lost, node)) for node in nodes]
     try:
         yield
@@ -91,16 +85,13 @@ def _refuse_lost(
 ) -> None:
     if not any(ct is not None and ct.requires_grad for ct in cotangents):
         return
-    lost = [
-        i
-        for i, gradient in enumerate(gradients)
-        if gradient is not None and not gradient.requires_grad
-    ]
+    lost = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad]
     if not lost:
         return
-    if all(_is_zero(gradients[i]) for i in lost):  # of a zero cotangent, perhaps
+    if all(_is_zero(gradients[i]) for i in lost):  # perhaps due to a zero cotangent
         with torch.no_grad():
-            probed = node.apply(*(ct if ct is None else torch.ones_like(ct) for ct in cotangents))
+            ones = [ct if ct is None else torch.ones_like(ct) for ct in cotangents]
+            probed = node.apply(*ones)
         gradients = probed if isinstance(probed, tuple) else (probed,)
         if all(_is_zero(gradients[i]) for i in lost):
             return
@@ -116,8 +107,7 @@ def _is_zero(gradient: Tensor | None) -> bool:
 
 
 def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
-    """Return the bytes of the tensors that a graph has saved, less those of its inputs, which
-    the client owns."""
+    """Return the bytes of a graph's saved tensors, without its inputs, which the client owns."""
     theirs = {x.untyped_storage().data_ptr() for x in inputs}
     sizes: dict[int, int] = {}
     for node in nodes_of(edges):
@@ -129,29 +119,28 @@ def nbytes_saved(edges: Sequence[Any], inputs: Sequence[Tensor]) -> int:
 
 
 def nodes_of(edges: Sequence[Any]) -> set[Any]:
-    """Return the nodes that can be reached from the ends of a graph; None stands for no graph."""
-    found: set[Any] = set()
+    """Return the nodes reachable from the ends of a graph; None is an end without a graph."""
+    nodes: set[Any] = set()
     waiting = [edge.node for edge in edges if edge is not None]
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in nodes:
+            nodes.add(node)
             waiting += [following for following, _ in node.next_functions if following is not None]
-    return found
+    return nodes
 
 
 def _saved_by(node: Any) -> list[Tensor]:
     saved: list[Any] = []
     for name in dir(node):
         if name.startswith("_saved_") or name == "saved_tensors":
-            with contextlib.suppress(
-                RuntimeError
-            ):  # freed, or changed since: then the graph does not use it
+            # A freed or overwritten tensor raises; the graph does not use it.
+            with contextlib.suppress(RuntimeError):
                 value = getattr(node, name)
                 saved += value if isinstance(value, list | tuple) else [value]
     return [each for each in saved if isinstance(each, Tensor) and _has_memory(each)]
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    # The zeros of forward mode have a storage, whose address may not be asked for.
+    # The zeros of forward mode have a storage without an address.
     return tensor.layout is torch.strided and not tensor._is_zerotensor()

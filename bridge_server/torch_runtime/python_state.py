@@ -1,8 +1,7 @@
 """Snapshots of a model's Python state: the objects that its code can change, and their contents.
 
-A call of a served model is a function of its inputs, so whatever forward caches in an attribute, a
-list or a closure is put back afterwards: it belongs to the parameters and arguments of that one
-call.
+A call of a served model is a function of its inputs. So the bridge undoes forward's changes of
+attributes, lists and closures: cached values belong to the parameters and arguments of one call.
 """
 
 import functools
@@ -18,11 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# What nn.Module keeps besides its parts, parameters and buffers: hooks, by far the most of its
-# containers.
-_HOOKS = frozenset(
-    name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name
-)
+# nn.Module's hooks, by far the most of its containers.
+_MODULE_ATTRIBUTES = vars(nn.Module())
+_HOOKS = frozenset(name for name in _MODULE_ATTRIBUTES if "_hooks" in name)
 _ATOMS = (
     Tensor,
     str,
@@ -38,25 +35,22 @@ _ATOMS = (
 _LIBRARIES = frozenset({"torch", "numpy", "jax", "jaxlib", "builtins", *sys.stdlib_module_names})
 _MISSING = object()
 _END = object()
-_MOST_OBJECTS = 20_000  # visited in some 20 ms, and far from what a model's own code reaches
+_MOST_OBJECTS = 20_000  # visited in some 20 ms; a model's own code reaches far fewer
 _LruCache = type(functools.lru_cache(lambda: None))
 
 
 class PythonState:
-    """The contents of all containers that can be reached from an object: instances' attributes,
-    dicts, lists, sets.
+    """Contents of all containers reachable from an object: attributes, dicts, lists, sets.
 
-    With `follows_code`, also of those that functions reach: closures, globals that they name,
-    classes, lru_caches.
+    With `follows_code`, functions lead further: to their closures, the globals that they name,
+    classes, and lru_caches.
     """
 
     def __init__(self, root: Any, *, follows_code: bool = False) -> None:
         self._contents: list[_Contents] = []
         self.holds_tensors = False
         self._types: set[type] = set()
-        seen: dict[
-            int, Any
-        ] = {}  # by identity, and kept: an id is only an object's as long as it lives
+        seen: dict[int, Any] = {}  # by id; the reference keeps the id valid
         pending = deque([root])  # the nearest first
         while pending and len(seen) < _MOST_OBJECTS:
             value = pending.popleft()
@@ -67,40 +61,36 @@ class PythonState:
             self._types.add(type(value))
             pending.extend(self._visit(value, follows_code))
         self._is_whole = not pending
-        # All values in one row, and iterables of all that are there now: one pass finds that
-        # nothing has changed.
+        # All values in one list, and iterables of the present values: one pass detects changes.
         lives = [contents.live for contents in self._contents if contents.live is not None]
-        self._lives: list[Iterable[Any]] | None = (
-            [*lives, (_END,)] if len(lives) == len(self._contents) else None
-        )
-        self._values = [
-            *itertools.chain.from_iterable(contents.values for contents in self._contents),
-            _END,
-        ]
+        self._lives: list[Iterable[Any]] | None = None
+        if len(lives) == len(self._contents):
+            self._lives = [*lives, (_END,)]
+        self._values = [value for contents in self._contents for value in contents.values]
+        self._values.append(_END)
 
     def may_reach(self, kinds: tuple[type, ...]) -> bool:
-        """Whether an instance of these classes can be reached, or that was not found out."""
+        """Return whether an instance of these classes is reachable, or the search was cut short."""
         return not self._is_whole or any(issubclass(each, kinds) for each in self._types)
 
     def restore(self) -> None:
-        """Put everything back that has changed since."""
-        if self._lives is not None and all(
-            map(operator.is_, itertools.chain.from_iterable(self._lives), self._values)
-        ):
-            return
+        """Undo all changes since the snapshot."""
+        if self._lives is not None:
+            present = itertools.chain.from_iterable(self._lives)
+            if all(map(operator.is_, present, self._values)):
+                return
         for contents in self._contents:
             if not contents.is_unchanged():
                 contents.restore()
 
     def restore_tensors(self) -> None:
-        """Put back the containers that have got tensors since, and leave those alone that others
-        may have changed."""
+        """Restore the containers that have gained tensors; other threads may change the others."""
         for contents in self._contents:
             if contents.has_got_tensors():
                 contents.restore()
 
     def _visit(self, value: Any, follows_code: bool) -> Iterable[Any]:
-        """Note what a value holds, and return the objects to visit next."""
+        """Note a value's contents, and return the objects to visit next."""
         if isinstance(value, dict):
             return self._note(_Dict(value))
         if isinstance(value, list | deque | set):
@@ -112,13 +102,12 @@ class PythonState:
         if isinstance(value, types.FunctionType | types.MethodType | functools.partial | _LruCache):
             return self._visit_code(value) if follows_code else ()
         attributes = getattr(value, "__dict__", None)
-        if not isinstance(attributes, dict) or not (
-            isinstance(value, nn.Module) or _is_users(type(value).__module__)
-        ):
+        is_followed = isinstance(value, nn.Module) or _is_users(type(value).__module__)
+        if not is_followed or not isinstance(attributes, dict):
             return ()
         self._note(_Dict(attributes))
-        found = [each for name, each in attributes.items() if name not in _HOOKS]
-        return [*found, type(value)] if follows_code else found
+        reached = [each for name, each in attributes.items() if name not in _HOOKS]
+        return [*reached, type(value)] if follows_code else reached
 
     def _visit_class(self, cls: type) -> Iterator[Any]:
         self._note(_Class(cls))
@@ -139,8 +128,7 @@ class PythonState:
             yield from self._visit_globals(value.__globals__, set(_names_in(value.__code__)))
 
     def _visit_globals(self, variables: dict[str, Any], names: set[str]) -> Iterator[Any]:
-        """Visit the global variables that code names, and the variables of modules that it
-        imports."""
+        """Visit the global variables that code names, and those of the user's modules."""
         yield from self._note(_Globals(variables, sorted(names)))
         for name in names & variables.keys():
             module = variables[name]
@@ -153,14 +141,14 @@ class PythonState:
 
 
 class _Contents(ABC):
-    """One container, and its values at one moment."""
+    """One container, and its values at the time of the snapshot."""
 
     values: list[Any]
-    live: Iterable[Any] | None = None  # gives the values at present each time; None: only `now` can
+    live: Iterable[Any] | None = None  # iterates over the present values; None: use `now`
 
     @abstractmethod
     def now(self) -> Iterable[Any]:
-        """Return the container's values at present."""
+        """Return the container's present values."""
 
     @abstractmethod
     def restore(self) -> None: ...
@@ -173,9 +161,8 @@ class _Contents(ABC):
         if self.is_unchanged():
             return False
         before = set(map(id, self.values))
-        return any(
-            PythonState(value).holds_tensors for value in self.now() if id(value) not in before
-        )
+        new = [value for value in self.now() if id(value) not in before]
+        return any(PythonState(value).holds_tensors for value in new)
 
 
 class _Dict(_Contents):
@@ -189,9 +176,8 @@ class _Dict(_Contents):
         return self._container.values()
 
     def restore(self) -> None:
-        kind = (
-            OrderedDict if isinstance(self._container, OrderedDict) else dict
-        )  # a subclass may refuse, or compute
+        # A subclass's own methods may refuse, or compute.
+        kind = OrderedDict if isinstance(self._container, OrderedDict) else dict
         kind.clear(self._container)
         kind.update(self._container, zip(self._keys, self.values, strict=True))
 
@@ -207,15 +193,15 @@ class _Collection(_Contents):
         return self._container
 
     def restore(self) -> None:
-        fill = (
-            self._container.update if isinstance(self._container, set) else self._container.extend
-        )
         self._container.clear()
-        fill(self.values)
+        if isinstance(self._container, set):
+            self._container.update(self.values)
+        else:
+            self._container.extend(self.values)
 
 
 class _Class(_Contents):
-    """A class's attributes, save the machinery that Python keeps there."""
+    """A class's attributes, without Python's dunder names."""
 
     def __init__(self, cls: type) -> None:
         self._cls = cls
@@ -223,9 +209,7 @@ class _Class(_Contents):
         self.values = [vars(cls)[name] for name in self._names]
 
     def _own(self) -> list[str]:
-        return [
-            name for name in vars(self._cls) if not (name.startswith("__") and name.endswith("__"))
-        ]
+        return [name for name in vars(self._cls) if not _is_dunder(name)]
 
     def now(self) -> Iterable[Any]:
         return [vars(self._cls)[name] for name in self._own()]
@@ -235,6 +219,10 @@ class _Class(_Contents):
             type.__delattr__(self._cls, name)
         for name, value in zip(self._names, self.values, strict=True):
             type.__setattr__(self._cls, name, value)
+
+
+def _is_dunder(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
 
 
 class _Globals(_Contents):
@@ -272,7 +260,7 @@ class _Cells(_Contents):
 
 
 class _Cache(_Contents):
-    """An lru_cache. Its contents cannot be told, so it is emptied: it computes them again."""
+    """An lru_cache. Its contents are hidden, so a restore clears it; calls compute them again."""
 
     values: list[Any] = []  # noqa: RUF012
 
@@ -299,16 +287,16 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _is_table_of_cache(value: Any) -> bool:
-    """Whether a dict is an lru_cache's own, which nobody else may change."""
-    return isinstance(value, dict) and any(
-        type(each).__name__ == "_lru_list_elem" for each in value.values()
-    )
+    """Return whether a dict is an lru_cache's table, which other code must not change."""
+    if not isinstance(value, dict):
+        return False
+    return any(type(each).__name__ == "_lru_list_elem" for each in value.values())
 
 
 def _is_users(module: Any) -> bool:
-    """Whether code of this module may keep a model's tensors.
+    """Return whether code of this module may keep a model's tensors.
 
-    A class may have anything for its `__module__`.
+    The `__module__` of a class may be any object.
     """
     return isinstance(module, str) and module.partition(".")[0] not in _LIBRARIES
 

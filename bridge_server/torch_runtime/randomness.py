@@ -1,12 +1,11 @@
-"""Random numbers. torch draws from one generator per device for the whole process, whatever the
-thread.
+"""Random streams of calls. torch has one generator per device for all threads of a process.
 
-So calls that draw run one after the other: then a call with a key of its own has its numbers to
-itself, and leaves the others' as they were.
+So calls that draw run one at a time: a call with a key has its generator to itself, and restores
+its state afterwards.
 
-torch draws in the order of memory, and a derivative or a batch of a call may lay a tensor out in
-another way than the call itself. Where that can be, numbers are drawn in row-major order, so that
-one key drops the same elements in all.
+torch draws in the order of memory, and a derivative or a batch may use another layout than the call
+itself. In such cases the bridge draws in row-major order, so that one key drops the same elements
+in all programs of a call.
 """
 
 import contextlib
@@ -19,14 +18,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_drawing = (
-    threading.RLock()
-)  # the backward pass of a checkpoint draws again, inside of a call that draws
+# Reentrant: the backward pass of a checkpoint draws again, inside a call that draws.
+_drawing = threading.RLock()
 
 
 @contextlib.contextmanager
 def drawing(*, is_seeded: bool, in_row_major_order: bool = False) -> Iterator[None]:
-    """Let one call at a time draw; what a seeded one does to the generators ends with it."""
+    """Let one call at a time draw; after a seeded call, restore the generators."""
     with _drawing, RowMajorDraws() if in_row_major_order else contextlib.nullcontext():
         if not is_seeded:
             yield
@@ -40,8 +38,7 @@ def drawing(*, is_seeded: bool, in_row_major_order: bool = False) -> Iterator[No
 
 
 class StreamAside:
-    """A stream of random numbers of its own: it begins as torch's stands now, and torch's goes
-    on as if unused."""
+    """A random stream beside torch's: it starts from torch's state, which stays unchanged."""
 
     def __init__(self) -> None:
         self._states: list[Tensor] = []
@@ -57,8 +54,7 @@ class StreamAside:
 
 
 class RowMajorDraws(TorchDispatchMode):
-    """Has operators that draw see row-major tensors only, whatever the layout of those that they
-    are given."""
+    """Gives operators that draw row-major copies of their arguments."""
 
     def __torch_dispatch__(
         self,
@@ -73,20 +69,20 @@ class RowMajorDraws(TorchDispatchMode):
         drawn_args, drawn_kwargs = pytree.tree_map_only(Tensor, _row_major, (args, kwargs))
         outputs = operator(*drawn_args, **drawn_kwargs)
         for i, argument in enumerate(operator._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given, drawn = (
-                    (args[i], drawn_args[i])
-                    if i < len(args)
-                    else (kwargs[argument.name], drawn_kwargs[argument.name])
-                )
-                if drawn is not given:
-                    given.copy_(drawn)
-                    outputs = given if outputs is drawn else outputs
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            if i < len(args):
+                target, drawn = args[i], drawn_args[i]
+            else:
+                target, drawn = kwargs[argument.name], drawn_kwargs[argument.name]
+            if drawn is not target:
+                target.copy_(drawn)
+                outputs = target if outputs is drawn else outputs
         return outputs
 
 
 def is_random(operator: Any) -> bool:
-    """Whether an operator draws numbers. Attention bears torch's tag with and without dropout."""
+    """Return whether an operator may draw; attention has the tag with and without dropout."""
     return torch.Tag.nondeterministic_seeded in operator.tags
 
 
@@ -95,7 +91,7 @@ def _row_major(tensor: Tensor) -> Tensor:
 
 
 def seed(key: torch.Tensor) -> None:
-    """Begin the stream of random numbers that a key, uint32[2], names. Only while `drawing`."""
+    """Seed the generators with a key, uint32[2]. Only while `drawing`."""
     high, low = key.tolist()
     number = _mixed(high << 32 | low)
     for generator in _generators():
@@ -103,10 +99,10 @@ def seed(key: torch.Tensor) -> None:
 
 
 def _mixed(number: int) -> int:
-    """Return 64 bits of which each depends on all of the number's: a CPU's generator looks at the
-    last 32 only.
+    """Return 64 bits, each dependent on all bits of the number.
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
+    A CPU's generator uses the last 32 bits only. The finalizer of SplitMix64 (Steele, Lea and
+    Flood, 2014).
     """
     number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
@@ -114,5 +110,5 @@ def _mixed(number: int) -> int:
 
 
 def _generators() -> list[torch.Generator]:
-    # Those of CUDA devices are there once CUDA is in use, as it is where models run on one.
+    # CUDA's generators exist once CUDA is in use, as it is if models run on a GPU.
     return [torch.default_generator, *torch.cuda.default_generators]

@@ -1,8 +1,8 @@
-"""What a model returns: taken apart, and held to what it returned when its call was prepared."""
+"""Flattens a model's results, and checks them against the prepared signature."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,12 @@ from bridge_wire.errors import SpecError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-# Appends the leaves of a value to the list; raises _Different if it is structured in another way.
+# Appends the leaves of a value to the list; raises _Different for another structure.
 _Taker = Callable[[Any, list[Any]], None]
 
 
 class Results:
-    """The results of one call: of which structure and types they are.
-
-    `buffers` are further outputs of it.
-    """
+    """Structure and types of one call's results; buffers are further outputs."""
 
     def __init__(self, model: str, classes: trees.Classes, buffers: Sequence[str]) -> None:
         self.tree = trees.flat(0)
@@ -33,16 +30,15 @@ class Results:
         self._take: _Taker = _take_leaf
 
     def learn(self, value: Any, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of which a result and buffers consist, and hold later ones to their
-        types.
+        """Flatten the first result and buffers, and record their structure and types.
 
         Raises:
-          StructureError, SpecError: something in it is no tensor, or one that cannot be sent.
+          StructureError, SpecError: a leaf is no tensor, or a tensor that cannot be sent.
         """
         self.tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
         self._take = _taker_of(self.tree, value)
         outputs = [*leaves, *buffers]
-        leaves.clear()  # a reference cycle of the encoder holds it until the next collection
+        leaves.clear()  # a reference cycle of the encoder holds the list until the next collection
         if not outputs:
             raise StructureError(
                 f"the result of model {self._model!r} holds no tensor; does it return one?"
@@ -53,10 +49,10 @@ class Results:
         return outputs
 
     def take(self, value: Any, buffers: Sequence[Tensor]) -> list[Tensor]:
-        """Return the outputs of which a later result and buffers consist.
+        """Flatten a later result and buffers.
 
         Raises:
-          StructureError, SpecError: they are of another structure or type than the first.
+          StructureError, SpecError: they have another structure or type than the first.
         """
         outputs: list[Tensor] = []
         try:
@@ -64,20 +60,17 @@ class Results:
         except _Different:
             raise StructureError(
                 f"the result of model {self._model!r} has another structure than when the call was"
-                " prepared: it had tensors at"
+                " prepared; expected tensors at"
                 f" {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
             ) from None
         outputs += buffers
         for i, (y, spec) in enumerate(zip(outputs, self.specs, strict=True)):
-            if (
-                not isinstance(y, Tensor)
-                or y.shape != spec.shape
-                or DTYPES.get(y.dtype) is not spec.dtype
-            ):
+            has_shape = isinstance(y, Tensor) and y.shape == spec.shape
+            if not has_shape or DTYPES.get(y.dtype) is not spec.dtype:
                 raise SpecError(
                     f"{self._label(i)} of model {self._model!r} is now {described(y)}, and was"
-                    f" {spec} when the call was prepared; a model's outputs must have the same"
-                    " types whenever its inputs have"
+                    f" {spec} when the call was prepared; return the same types for the same types"
+                    " of inputs"
                 )
         return outputs
 
@@ -94,7 +87,8 @@ class Results:
             )
         if y.device.type == "meta":
             raise SpecError(
-                f"{self._label(position)} of model {self._model!r} is on meta, and has no values"
+                f"{self._label(position)} of model {self._model!r} is on meta, and has no values;"
+                " return a tensor with values"
             )
 
     def _label(self, position: int) -> str:
@@ -102,14 +96,14 @@ class Results:
 
 
 class _Different(Exception):
-    """A result has another structure than the first one had."""
+    """A result has another structure than the first one."""
 
 
 def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
-    """Return what takes apart the values of a tree, of which `value` is the first.
+    """Return the function that flattens values of a tree; `value` is the first such value.
 
-    `trees.encode` would do, but it takes longer, and what it leaves behind holds the leaves until
-    the next collection.
+    `trees.encode` would do, but takes longer, and its reference cycles hold the leaves until the
+    next collection.
     """
     kind = tree.WhichOneof("kind")
     if kind == "leaf":
@@ -123,12 +117,10 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
         return lambda value, leaves: _take_items(value, keys, takers, leaves)
     if kind == "dataclass":
         fields = list(node.fields)
-        takers = [
-            _taker_of(item, getattr(value, field))
-            for field, item in zip(fields, node.items, strict=True)
-        ]
-        cls, beyond = type(value), trees.attributes_beyond(value, fields)
-        return lambda value, leaves: _take_fields(value, cls, beyond, fields, takers, leaves)
+        values = [getattr(value, field) for field in fields]
+        takers = [_taker_of(item, each) for item, each in zip(node.items, values, strict=True)]
+        layout = _Fields(type(value), trees.attributes_beyond(value, fields), fields)
+        return lambda value, leaves: _take_fields(value, layout, takers, leaves)
     takers = [_taker_of(item, each) for each, item in zip(value, node.items, strict=True)]
     named: type | None = type(value) if kind == "namedtuple" else None
     container: type[Sequence[Any]] = list if kind == "list" else tuple
@@ -155,9 +147,8 @@ def _take_sequence(
 ) -> None:
     if not isinstance(value, container) or len(value) != len(takers):
         raise _Different
-    if type(value) is not named and (
-        named is not None or hasattr(value, "_fields")
-    ):  # of another namedtuple's class
+    is_namedtuple = named is not None or hasattr(value, "_fields")
+    if is_namedtuple and type(value) is not named:
         raise _Different
     for take, item in zip(takers, value, strict=True):
         take(item, leaves)
@@ -174,14 +165,16 @@ def _take_items(
         take(value[key], leaves)
 
 
-def _take_fields(
-    value: Any,
-    cls: type,
-    beyond: tuple[str, ...],
-    fields: Sequence[str],
-    takers: Sequence[_Taker],
-    leaves: list[Any],
-) -> None:
+class _Fields(NamedTuple):
+    """A dataclass's fields, and the attributes that its instances have beyond them."""
+
+    cls: type
+    beyond: tuple[str, ...]
+    fields: Sequence[str]
+
+
+def _take_fields(value: Any, layout: _Fields, takers: Sequence[_Taker], leaves: list[Any]) -> None:
+    cls, beyond, fields = layout
     if type(value) is not cls or trees.attributes_beyond(value, fields) != beyond:
         raise _Different
     for take, field in zip(takers, fields, strict=True):
@@ -191,7 +184,7 @@ def _take_fields(
 
 
 def _is_leaf(value: Any) -> bool:
-    """Whether it has to be a tensor: whatever is neither None nor a container."""
+    """Return whether a value must be a tensor: it is neither None nor a container."""
     if isinstance(value, Tensor):
         return True
     is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)

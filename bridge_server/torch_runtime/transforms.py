@@ -1,10 +1,10 @@
-"""Derivatives and batches of a call, each a function of a flat list of arrays again.
+"""Derivatives and batches of a call, each again a function of a flat list of arrays.
 
-There are two ways to make each of them. torch.func's transforms compose with everything, but not
-with code that they cannot look into, such as an autograd.Function without setup_context. Plain
-autograd does with any torch code: a derivative is a backward pass, a forward-mode derivative two of
-them, a batch its rows one by one. A reverse-mode derivative that no batch and no forward-mode
-derivative is made of is always plain, which is also the fastest.
+There are two implementations of each. torch.func's transforms compose, but fail on opaque code,
+such as an autograd.Function without setup_context. Plain autograd handles any torch code: a
+derivative is a backward pass, a forward-mode derivative two of them, a batch a loop over its rows.
+A reverse-mode derivative outside of batches and forward-mode derivatives is always plain, which is
+also the fastest.
 """
 
 import functools
@@ -41,8 +41,7 @@ class Composed(NamedTuple):
 
 
 def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) -> Composed:
-    """Return the call with the transforms applied to it in order; `is_kept` says that it is
-    going to be pulled back."""
+    """Return the call with transforms applied in order; `is_kept`: a pullback will follow."""
     plain = functional = Composed(call, call.inputs, call.outputs)
     kinds = [transform.WhichOneof("kind") for transform in transforms]
     last = max((i for i, kind in enumerate(kinds) if kind != "vjp"), default=-1)
@@ -52,30 +51,24 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
             inputs = batched(plain.inputs, transform.vmap)
             is_keyed_by_row |= call.key is not None and transform.vmap.axes[call.key] >= 0
             randomness = "different" if call.key is None else "same"
-            functional = _vmap(
-                functional,
-                transform.vmap,
-                inputs,
-                functools.partial(_batched, randomness=randomness),
-            )
+            batch = functools.partial(_batched, randomness=randomness)
+            functional = _vmap(functional, transform.vmap, inputs, batch)
             plain = _vmap(plain, transform.vmap, inputs, _row_by_row)
         elif kind == "jvp":
             _check(kind, transform.jvp, plain)
-            functional = _jvp(
-                functional, transform.jvp, pushed_again if "jvp" in kinds[:i] else pushed_forward
-            )
+            push = pushed_again if "jvp" in kinds[:i] else pushed_forward
+            functional = _jvp(functional, transform.jvp, push)
             plain = _jvp(plain, transform.jvp, _pushed_by_two_pullbacks)
         elif kind == "vjp":
             _check(kind, transform.vjp, plain)
-            functional = _vjp(
-                functional, transform.vjp, _pulled_back_within if i < last else _pulled_back
-            )
+            pull = _pulled_back_within if i < last else _pulled_back
+            functional = _vjp(functional, transform.vjp, pull)
             plain = _vjp(plain, transform.vjp, _pulled_back)
         else:
             raise ProtocolError("a transform has no kind")
     order = len(kinds) - kinds.count("vmap") + is_kept
-    # torch.func has no generator for each row, and takes the derivative of an undifferentiable
-    # backward for zero.
+    # torch.func has no generator for each row, and returns zero for the derivative of an
+    # undifferentiable backward.
     is_plain = last < 0 or is_keyed_by_row or (order > 1 and call.has_custom_functions)
     f = plain.f if is_plain else _Either(functional.f, plain.f, call)
     is_higher = "jvp" in kinds or order > 1
@@ -85,10 +78,9 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
 def pull_back(
     outputs: Sequence[Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], **how: bool
 ) -> list[Tensor]:
-    """Return the cotangents of the primals, in jax.vjp's convention: linear, where torch's gradient
-    is conjugate.
+    """Return the cotangents of the primals, linear as in jax.vjp; torch's gradient is conjugate.
 
-    An output is a tensor or its GradientEdge; None if it depends on nothing.
+    An output is a tensor or its GradientEdge; None if it depends on no input.
     """
     gradients = _gradients(outputs, primals, list(map(_conjugated, cotangents)), **how)
     return [
@@ -97,7 +89,7 @@ def pull_back(
     ]
 
 
-# What the transforms are to their inputs and outputs ----------------------------------------------
+# Inputs and outputs of the transforms -------------------------------------------------------------
 
 _Selected = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -152,7 +144,7 @@ def _vmap(
 def _restricted(
     f: Flat, xs: Sequence[Any], wrt: Sequence[int], selected: Sequence[int]
 ) -> _Selected:
-    """Return `f` as a function of the inputs `wrt` alone, to the selected outputs alone."""
+    """Return `f` from the inputs `wrt` alone to the selected outputs alone."""
 
     def restricted(primals: Sequence[Tensor]) -> list[Tensor]:
         outputs = f(replaced(xs, wrt, primals))
@@ -186,39 +178,37 @@ def _batched(
         return tuple(of.f(replaced(arrays, mapped, values)))
 
     dims = tuple(axes[i] for i in mapped)
-    # What such a hook is asked for later would be computed outside of the batch, as
-    # torch.utils.checkpoint does.
+    batch = torch.func.vmap(row, in_dims=dims, randomness=randomness)
+    # Hooks such as those of torch.utils.checkpoint would compute again outside of the batch.
     with torch.autograd.graph.disable_saved_tensors_hooks("a batch cannot be computed again"):
-        return list(
-            torch.func.vmap(row, in_dims=dims, randomness=randomness)(*(arrays[i] for i in mapped))
-        )
+        return list(batch(*(arrays[i] for i in mapped)))
 
 
 # By autograd alone --------------------------------------------------------------------------------
 
 
 def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    is_differentiated = torch.is_grad_enabled()  # by what is around it
+    is_differentiated = torch.is_grad_enabled()  # by an outer derivative
     with torch.enable_grad():
         xs = [_as_variable(x) for x in primals]
         if not is_differentiated:
             return pull_back(f(xs), xs, cotangents)
-        # As variables too: else a backward that can be differentiated once only does not notice the
-        # second time.
+        # Cotangents are variables too: otherwise a backward that can be differentiated only once
+        # does not notice the second time.
+        variables = [_as_variable(ct) for ct in cotangents]
         ys = f(xs)
         with refusing_dead_ends(ys):
-            made = pull_back(ys, xs, [_as_variable(ct) for ct in cotangents], create_graph=True)
-        _refuse_dead_ends(made)
-        return made
+            gradients = pull_back(ys, xs, variables, create_graph=True)
+        _refuse_dead_ends(gradients)
+        return gradients
 
 
 def _pushed_by_two_pullbacks(
     f: _Selected, primals: list[Tensor], tangents: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return the tangents of the outputs: the pullback is linear, and its own pullback is the
-    derivative.
+    """Return the tangents of the outputs: the derivative is the pullback of the linear pullback.
 
-    Both times torch's conjugate is taken, so there is nothing to conjugate.
+    torch conjugates both times, so no conjugation is left to do.
     """
     is_differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -238,8 +228,7 @@ def _pushed_by_two_pullbacks(
 def _row_by_row(
     of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int
 ) -> list[Tensor]:
-    # A row has memory of its own, as outside of a batch: as_strided counts from where the memory
-    # begins.
+    # A row is copied to memory of its own: as_strided counts from the start of the memory.
     rows = [
         of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped]))
         for n in range(size)
@@ -251,7 +240,7 @@ def _row_by_row(
 
 
 class _Either:
-    """Calls the first function while it can, and the second one from then on when only that can."""
+    """Calls the function that works: the first choice is torch.func, the second plain autograd."""
 
     def __init__(self, functional: Flat, plain: Flat, call: Call) -> None:
         self._functional = functional
@@ -270,11 +259,11 @@ class _Either:
         except Exception as error:
             outputs = self._plain(arrays)
             self._chosen = self._plain
-            self._tell(error)
+            self._warn(error)
         return outputs
 
-    def _tell(self, error: Exception) -> None:
-        if not self._call.is_opaque:  # once for all that is made of the call
+    def _warn(self, error: Exception) -> None:
+        if not self._call.is_opaque:  # once per call, for all its programs
             self._call.is_opaque = True
             _log.warning(
                 "torch.func cannot transform %s, so batches of it run row by row and forward-mode"
@@ -287,24 +276,23 @@ class _Either:
 def _gradients(
     outputs: Sequence[Any], inputs: Sequence[Tensor], weights: Sequence[Tensor], **how: bool
 ) -> Sequence[Tensor | None]:
-    """Return torch's gradients of the weighted outputs, None where nothing depends on an input."""
-    live = [
-        (y, weight)
-        for y, weight in zip(outputs, weights, strict=True)
-        if y is not None and (not isinstance(y, Tensor) or y.requires_grad)
-    ]
+    """Return torch's gradients of weighted outputs; None if no output depends on an input."""
+    pairs = zip(outputs, weights, strict=True)
+    live = [(y, weight) for y, weight in pairs if _has_graph(y)]
     if not live or not inputs:
         return [None] * len(inputs)
-    ys, given = zip(*live, strict=True)
-    return backward(ys, inputs, given, **how)
+    live_outputs, live_weights = zip(*live, strict=True)
+    return backward(live_outputs, inputs, live_weights, **how)
+
+
+def _has_graph(output: Any) -> bool:
+    return output.requires_grad if isinstance(output, Tensor) else output is not None
 
 
 def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
-    """Raise an error if a further derivative would pass one that has none: autograd would make
-    zeros of it."""
-    for node in nodes_of(
-        [get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]
-    ):
+    """Raise an error if a further derivative does not exist: autograd would return zeros."""
+    edges = [get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]
+    for node in nodes_of(edges):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(
                 "a second derivative, or a forward-mode one, of an autograd.Function whose backward"
@@ -314,8 +302,7 @@ def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
 
 
 def _as_variable(x: Tensor) -> Tensor:
-    """Return the tensor as one that gradients can be taken of, a link in the graph that it may
-    belong to."""
+    """Return a tensor that requires gradients; if the tensor has a graph, a link in that graph."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
 
 
@@ -331,7 +318,7 @@ def _with_simple_attention(f: Flat) -> Flat:
     return simple
 
 
-# What a client may ask for ------------------------------------------------------------------------
+# Checks of requests -------------------------------------------------------------------------------
 
 
 def _check(kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed) -> None:

@@ -1,4 +1,4 @@
-"""Tensors and their types: over the client's memory, and into it."""
+"""Tensors over the client's memory, copies into that memory, and tensors' types."""
 
 import ctypes
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,7 @@ TORCH_DTYPES: Mapping[DType, torch.dtype] = {
 }
 DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
 
-
-_USERS_OF_ITS_OWN = 2  # of a storage: its one tensor, and the object by which Python asks
+_OWN_USERS = 2  # of a storage: its only tensor, and the Python object that reads the count
 
 
 def spec_of(tensor: Tensor) -> Spec:
@@ -33,8 +32,7 @@ def spec_of(tensor: Tensor) -> Spec:
 
 
 def bytes_of(tensor: Tensor) -> Any:
-    """Return the elements of a tensor, row-major, as bytes; of one that has no dense memory, its
-    text."""
+    """Return a tensor's elements, row-major, as bytes; its text if it has no dense memory."""
     with _disable_current_modes():
         try:
             dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -44,14 +42,14 @@ def bytes_of(tensor: Tensor) -> Any:
 
 
 def zeros(spec: Spec, device: torch.device = HOST) -> Any:
-    """Return zeros of a type; for a Python number, a number of its kind that one may divide by."""
+    """Return zeros of a type; for a Python number, a one of its kind, since models may divide."""
     if spec.weak:
         return {"int64": 1, "float64": 1.0, "complex128": 1 + 0j}[spec.dtype.name]
     return torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
 
 
 def number_at(pointer: int, spec: Spec) -> int | float | complex:
-    """Return the Python number that memory holds."""
+    """Return the Python number at an address."""
     if spec.dtype.name == "int64":
         return ctypes.c_int64.from_address(pointer).value
     real = ctypes.c_double.from_address(pointer).value
@@ -68,35 +66,34 @@ def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
 
 
 def tensor_in_turn(pointer: int, spec: Spec, owner: Any, turn: Turn) -> Tensor:
-    """Return a tensor over memory of a GPU that `owner` keeps alive.
+    """Return a tensor over GPU memory that `owner` keeps alive.
 
-    The turn's stream, torch's own, waits for it.
+    The turn's stream, which is torch's, waits for the memory.
     """
     if 0 in spec.shape:
         return zeros(spec)
-    return torch.utils.dlpack.from_dlpack(
-        DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order)
-    )
+    exporter = DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order)
+    return torch.utils.dlpack.from_dlpack(exporter)
 
 
 def _in_order(stream: int | None) -> None:
-    """Wait for nothing: a turn begins with a wait of the stream that torch runs on."""
+    """Wait for nothing: torch's stream has waited when the turn began."""
 
 
 def brought_to(device: torch.device, inputs: Sequence[Any], kept: int | None) -> list[Any]:
-    """Return a program's inputs with its tensors on a device, but for one position, which the host
-    has to read.
+    """Move a program's inputs to a device, except for the position `kept`, which the host reads.
 
-    The host's memory has been read by then.
+    On return, all host memory has been read.
     """
-    return [
-        x.to(device) if isinstance(x, Tensor) and x.device != device and i != kept else x
-        for i, x in enumerate(inputs)
-    ]
+    moved = list(inputs)
+    for i, x in enumerate(inputs):
+        if i != kept and isinstance(x, Tensor) and x.device != device:
+            moved[i] = x.to(device)
+    return moved
 
 
 def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
-    """Copy a tensor's elements, row-major, to the host's memory."""
+    """Copy a tensor's elements, row-major, to host memory."""
     if _is_dense(tensor):
         copy(pointer, tensor.data_ptr(), nbytes, tensor)
     else:
@@ -104,8 +101,7 @@ def write(tensor: Tensor, pointer: int, nbytes: int) -> None:
 
 
 def write_in_turn(tensor: Tensor, pointer: int, nbytes: int, turn: Turn) -> None:
-    """Copy a tensor's elements, row-major, to memory of a GPU, when the turn's stream comes to
-    it."""
+    """Copy a tensor's elements, row-major, to GPU memory, in the order of the turn's stream."""
     if tensor.is_cuda and not _is_row_major(tensor):
         tensor_in_turn(pointer, spec_of(tensor), None, turn).copy_(tensor.detach())
         return
@@ -114,12 +110,13 @@ def write_in_turn(tensor: Tensor, pointer: int, nbytes: int, turn: Turn) -> None
 
 
 def exclusive_pointer(tensor: Tensor) -> int | None:
-    """Return where a tensor lies that is dense in host memory of its own; None for any other."""
+    """Return the address of a tensor that is dense in host memory of its own, else None."""
     if not _is_dense(tensor):
         return None
     storage = tensor.untyped_storage()
-    is_shared = torch._C._storage_Use_Count(storage._cdata) > _USERS_OF_ITS_OWN
-    return None if is_shared or storage.nbytes() != tensor.nbytes else tensor.data_ptr()
+    users = torch._C._storage_Use_Count(storage._cdata)
+    is_exclusive = users <= _OWN_USERS and storage.nbytes() == tensor.nbytes
+    return tensor.data_ptr() if is_exclusive else None
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -131,8 +128,8 @@ def _is_row_major(tensor: Tensor) -> bool:
 
 
 def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    """Return a copy of the list with other values at some positions."""
-    made = list(xs)
+    """Return a copy of a list with other values at some positions."""
+    result = list(xs)
     for i, value in zip(positions, values, strict=True):
-        made[i] = value
-    return made
+        result[i] = value
+    return result
