@@ -1,8 +1,7 @@
-"""What needs both frameworks in one process: arrays handed over, and torch code traced into JAX by
-torchax.
+"""Both frameworks in one process: array exchange, and torch code traced into JAX by torchax.
 
-torchax is imported when something is first traced, and what it does to torch besides is undone: a
-process that traces nothing notices nothing, and torch.compile works on in one that does.
+The first trace imports torchax and undoes the import's other changes of torch: a process without
+traces stays unchanged, and torch.compile works in a process with traces.
 """
 
 from bridge_server.torch_via_xla.arrays import to_jax, to_torch

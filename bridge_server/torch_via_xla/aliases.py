@@ -1,15 +1,15 @@
-"""Views and in-place writes of traced tensors, for which JAX's arrays have no counterpart. Imports
-both frameworks.
+"""Views and in-place writes of traced tensors; JAX's arrays have neither. Imports both frameworks.
 
-A traced tensor is a base, which holds an array, or a view, which knows how to read its parent's
-array and how that array looks after a write into the view. `_elem`, torchax's attribute for a
-tensor's array, becomes a property: a read of a view reads its parent again if the memory was
-written since, and a write into a view goes up to the base.
+A traced tensor is a base, which holds an array, or a view, which computes its array from its
+parent's, and its parent's array after a write into the view. `_elem`, torchax's attribute for a
+tensor's array, becomes a property: a view reads its parent again after a write to the memory, and a
+write into a view passes up to the base.
 
-As in torch, a write under no_grad, or through a detached tensor, changes the value and leaves the
+As in torch, a write under no_grad, or through a detached tensor, changes the value but not the
 derivative.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,8 +28,7 @@ Array = Any
 
 
 class View(NamedTuple):
-    """How a view reads its parent's array, and how the parent's array looks after a write into
-    the view."""
+    """How a view reads its parent's array, and the parent's array after a write into the view."""
 
     read: Callable[[Array], Array]
     written: Callable[[Array, Array], Array]
@@ -47,24 +46,23 @@ class Place:
     ) -> None:
         self.parent = parent
         self.view = view
-        self.is_detached = (
-            is_detached  # whether it has a derivative of its own, and only the value in common
-        )
+        # Whether it shares only the value with its parent, and has a derivative of its own.
+        self.is_detached = is_detached
         self.base: Place = self if parent is None else parent.base
         self._value = value
-        self._version = 0  # of a base, how often its memory was written
+        self._version = 0  # of a base: the number of writes to its memory
         self._seen = self.base._version
 
     @classmethod
     def of_view(cls, parent: "Place", view: View, *, is_detached: bool) -> "Place":
         """Return the place of a view."""
         value = view.read(parent.read())
-        return cls(
-            jax.lax.stop_gradient(value) if is_detached else value, parent, view, is_detached
-        )
+        if is_detached:
+            value = jax.lax.stop_gradient(value)
+        return cls(value, parent, view, is_detached)
 
     def read(self) -> Array:
-        """Return the array, as it is after all writes."""
+        """Return the array after all writes."""
         if self.view is not None and self.parent is not None and self._seen != self.base._version:
             value = self.view.read(self.parent.read())
             self._value = _overwritten(self._value, value) if self.is_detached else value
@@ -72,12 +70,12 @@ class Place:
         return self._value
 
     def end(self) -> None:
-        """Forget the array, when the trace has ended to which it belongs."""
+        """Drop the array, since its trace has ended."""
         self.parent, self.view, self.is_detached = Place(None), _ENDED, False
-        self._value, self._seen = None, -1  # so that a read asks the view
+        self._value, self._seen = None, -1  # makes a read call the view, which raises
 
     def write(self, value: Array, *, has_derivative: bool) -> None:
-        """Replace the array, and with it what all views of this memory show."""
+        """Replace the array, for this tensor and all views of its memory."""
         own = value if has_derivative else _overwritten(self.read(), value)
         if self.view is None or self.parent is None:
             self._version += 1
@@ -90,7 +88,7 @@ class Place:
 def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
     """Make `_elem` of torchax's tensors a property that follows views and writes.
 
-    Note each tensor that is made.
+    Call `note` with each new tensor.
     """
 
     def read(tensor: Any) -> Array:
@@ -130,40 +128,35 @@ def _with_value_jvp(
     return _with_value(*primals), tangents[0]
 
 
-# The views of ATen --------------------------------------------------------------------------------
+# ATen's views -------------------------------------------------------------------------------------
 
 
 def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[View] | None:
-    """Return the views that an operator makes of its first argument, or None if it makes none."""
+    """Return an operator's views of its first argument, or None if it is no view operator."""
     make = _VIEWS.get(operator)
     if make is None:
         return None
-    arguments = {each.name: each.default_value for each in operator._schema.arguments} | dict(
-        kwargs
-    )
-    arguments.update(zip((each.name for each in operator._schema.arguments), args, strict=False))
-    x, *others = arguments.values()
-    made = make(x, *others)
+    arguments = {each.name: each.default_value for each in operator._schema.arguments}
+    arguments.update(kwargs)
+    arguments.update(zip(arguments, args, strict=False))
+    made = make(*arguments.values())
     return made if isinstance(made, list) else [made]
 
 
 def makes_views(operator: Any) -> bool:
-    """Whether an operator's schema says that its result shares memory with an argument that it
-    does not write."""
+    """Return whether an operator's result shares memory with an argument, without a write."""
     schema = getattr(operator, "_schema", None)
-    return schema is not None and any(
-        each.alias_info is not None and not each.alias_info.is_write for each in schema.returns
-    )
+    aliases = [each.alias_info for each in schema.returns] if schema is not None else []
+    return any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def indexed(index: Any) -> View:
-    """Return the view of the elements at an index, which has each element once."""
+    """Return the view of the elements at an index, which contains each element once."""
     return View(lambda x: x[index], lambda x, value: x.at[index].set(value))
 
 
 def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> View:
-    """Return what `torch.as_strided` makes of a tensor that is contiguous and the base of its
-    memory."""
+    """Return the view of `torch.as_strided` for a contiguous tensor at the start of its memory."""
     positions = np.full(tuple(size), offset or 0)
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         shape = [1] * len(size)
@@ -180,50 +173,47 @@ def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int |
 
 
 def _whole(read: Callable[[Array], Array]) -> View:
-    """Return a view that has each element of its parent, in another order or shape."""
+    """Return a view of all its parent's elements, in another order or shape."""
     return View(read, lambda x, value: _transposed(read, x, value))
 
 
 def _part(read: Callable[[Array], Array]) -> View:
-    """Return a view that has some of its parent's elements, each once."""
+    """Return a view of some of its parent's elements, each once."""
 
     def written(x: Array, value: Array) -> Array:
-        is_seen = (
-            _transposed(read, jnp.zeros(x.shape, jnp.int32), jnp.ones(value.shape, jnp.int32)) > 0
-        )
-        return jnp.where(is_seen, _transposed(read, x, value), x)
+        ones = jnp.ones(value.shape, jnp.int32)
+        counts = _transposed(read, x, ones)
+        return jnp.where(counts > 0, _transposed(read, x, value), x)
 
     return View(read, written)
 
 
 def _transposed(read: Callable[[Array], Array], x: Array, value: Array) -> Array:
-    """Return the array of which `read` is this value, with zeros where it reads nothing."""
+    """Return the array for which `read` returns this value; unread elements are zero."""
     if value.dtype == jnp.bool_:
-        return _transposed(read, x.astype(jnp.int8), value.astype(jnp.int8)).astype(jnp.bool_)
-    (made,) = jax.linear_transpose(read, jax.ShapeDtypeStruct(x.shape, value.dtype))(value)
-    return made
+        bits = _transposed(read, x.astype(jnp.int8), value.astype(jnp.int8))
+        return bits.astype(jnp.bool_)
+    transpose = jax.linear_transpose(read, jax.ShapeDtypeStruct(x.shape, value.dtype))
+    (array,) = transpose(value)
+    return array
 
 
 def _refuse_overlap() -> None:
     raise CallerError(
-        "the torch code writes into a tensor of which several elements are the same memory, such as"
-        " one that expand has made; torch refuses this too: write into a .clone() of it"
+        "the torch code writes into a tensor whose elements share memory, such as a result of"
+        " expand; torch refuses this too: write into a .clone() of it"
     )
 
 
 def _expand(x: Tensor, size: Sequence[int], implicit: bool = False) -> View:
     lead = len(size) - x.ndim
-    shape = [
-        *size[:lead],
-        *(own if new == -1 else new for own, new in zip(x.shape, size[lead:], strict=True)),
-    ]
+    shape = list(size)
+    for axis, own in enumerate(x.shape, lead):
+        if shape[axis] == -1:
+            shape[axis] = own
     if math.prod(shape) == x.numel():
         return _whole(lambda x: jnp.reshape(x, shape))
     return View(lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap())
-
-
-def _permuted(order: Sequence[int]) -> View:
-    return _whole(lambda x: jnp.transpose(x, order))
 
 
 def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
@@ -233,16 +223,17 @@ def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
 def _slice(
     x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> View:
-    return indexed((slice(None),) * (dim % x.ndim) + (slice(start, end, step),))
+    return _along(x, dim, slice(start, end, step))
 
 
 def _split(x: Tensor, size: int | Sequence[int], dim: int = 0) -> list[View]:
     length = x.shape[dim]
     if isinstance(size, int):
-        sizes = [min(size, length - start) for start in range(0, length, size)] if length else [0]
+        starts = range(0, length, size) if length else [0]
+        sizes = [min(size, length - start) for start in starts]
     else:
         sizes = list(size)
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    ends = itertools.accumulate(sizes)
     return [_slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
@@ -251,7 +242,12 @@ def _unbind(x: Tensor, dim: int = 0) -> list[View]:
 
 
 def _select(x: Tensor, dim: int, index: int) -> View:
-    return indexed((slice(None),) * (dim % x.ndim) + (int(index),))
+    return _along(x, dim, int(index))
+
+
+def _along(x: Tensor, dim: int, index: int | slice) -> View:
+    before = (slice(None),) * (dim % x.ndim)
+    return indexed((*before, index))
 
 
 def _squeeze(x: Tensor, dim: int | Sequence[int] | None = None) -> View:
@@ -298,15 +294,20 @@ def _view_as_complex(x: Tensor) -> View:
 
 
 def _view_as_dtype(x: Tensor, dtype: torch.dtype) -> View:
-    new, old = (getattr(jnp, str(each).removeprefix("torch.")) for each in (dtype, x.dtype))
+    new, old = jax_dtype(dtype), jax_dtype(x.dtype)
     return View(lambda x: x.view(new), lambda x, value: value.view(old))
+
+
+def jax_dtype(dtype: torch.dtype) -> Any:
+    """Return JAX's dtype of torch's name."""
+    return jnp.dtype(str(dtype).removeprefix("torch."))
 
 
 def _refuse_ended(*arrays: Array) -> Array:
     raise CallerError(
-        "the torch code uses a tensor that an earlier call of traced code has made and kept, in a"
-        " closure, a class, a global or a cache: make it again in each call, or keep it in an"
-        " attribute of the traced module"
+        "the torch code uses a tensor that an earlier call of traced code has kept in a closure, a"
+        " class, a global or a cache: make it again in each call, or keep it in an attribute of the"
+        " traced module"
     )
 
 
@@ -323,7 +324,7 @@ _VIEWS: Mapping[Any, Callable[..., View | list[View]]] = {
     aten.diagonal.default: _diagonal,
     aten.expand.default: _expand,
     aten.lift_fresh.default: lambda x: _SAME,
-    aten.permute.default: lambda x, dims: _permuted(dims),
+    aten.permute.default: lambda x, dims: _whole(lambda x: jnp.transpose(x, dims)),
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,

@@ -1,6 +1,6 @@
-"""Tensors as JAX arrays and back, in pytrees, without a copy where that can be.
+"""Conversion of tensors to JAX arrays and back, in pytrees, without a copy where possible.
 
-No programs run here.
+Runs no programs.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,18 @@ _NAMES = {getattr(torch, name): name for name in BY_NAME}
 
 
 def to_jax(tree: Any, *, copy: bool | None = None) -> Any:
-    """Return a pytree with each of its tensors as a JAX array; all other leaves stay what they are.
+    """Return a pytree with each of its tensors as a JAX array; other leaves stay unchanged.
 
-    An array without a copy shares the tensor's memory, layout and lifetime: what is written into
-    the tensor later shows in the array. A copy is needed where a tensor has gaps or broadcast axes,
-    a conjugate or negative bit, memory that is not aligned to 64 bytes, or 64-bit integers while
-    JAX runs without x64: they are narrowed if they fit.
+    An array without a copy shares the tensor's memory, layout and lifetime: later writes to the
+    tensor show in the array. A tensor needs a copy if it has gaps or broadcast axes, a conjugate or
+    negative bit, memory that is not aligned to 64 bytes, or 64-bit integers while JAX runs without
+    x64, which are narrowed if they fit.
 
     Args:
       copy: True always copies, False never, None if needed.
     Raises:
-      CopyNeeded: copy=False, and it cannot be done without one.
-      DTypeError: JAX has no such dtype, or not without x64.
+      CopyNeeded: copy=False, but the conversion needs a copy.
+      DTypeError: JAX lacks the dtype, or needs x64 for it.
       StructureError: a tensor is sparse, has no memory here, or requires a gradient, which would be
         lost: detach it, or call within torch.no_grad().
     """
@@ -41,17 +41,17 @@ def to_jax(tree: Any, *, copy: bool | None = None) -> Any:
 
 
 def to_torch(tree: Any, *, copy: bool | None = None) -> Any:
-    """Return a pytree with each of its JAX arrays as a tensor; all other leaves stay what they are.
+    """Return a pytree with each of its JAX arrays as a tensor; other leaves stay unchanged.
 
-    A tensor without a copy shares the array's memory. JAX takes arrays for immutable: write only
-    into copies.
+    A tensor without a copy shares the array's memory. JAX assumes that arrays never change: write
+    only to copies.
 
     Args:
-      copy: True always copies, False never, None if needed: where an array is spread over several
-        devices.
+      copy: True always copies, False never, None if needed: for an array that is sharded over
+        several devices.
     Raises:
-      CopyNeeded: copy=False, and it cannot be done without one.
-      DTypeError: torch has no such dtype.
+      CopyNeeded: copy=False, but the conversion needs a copy.
+      DTypeError: torch lacks the dtype.
       StructureError: an array is traced, deleted, or on devices of another process.
     """
     return _map(lambda leaf: _as_tensor(leaf, copy), jax.Array, tree)
@@ -80,22 +80,21 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
                 " torch.no_grad(), or make the function that uses it a RemoteJaxFunction"
             )
         tensor = tensor.detach()
-    if isinstance(
-        tensor, FakeTensor
-    ):  # JAX would read at an address of nothing, and end the process
+    if isinstance(tensor, FakeTensor):  # JAX would read an invalid address and crash the process
         raise StructureError(
-            "the tensor stands for one whose values are not known yet, while torch traces this code"
+            "the tensor has no values, since torch is tracing this code; call to_jax outside of the"
+            " traced code"
         )
     try:
-        made = _importable(tensor)
-        is_copy = made.data_ptr() != tensor.data_ptr()
+        importable = _importable(tensor)
+        is_copy = importable.data_ptr() != tensor.data_ptr()
         if is_copy and copy is False:
             raise CopyNeeded(
                 f"JAX cannot share a tensor of {_described(tensor)}; allow a copy with copy=None"
             )
         if copy and not is_copy:
-            made = made.clone()
-        return jax.dlpack.from_dlpack(made)
+            importable = importable.clone()
+        return jax.dlpack.from_dlpack(importable)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, CopyNeeded | DTypeError):
             raise
@@ -103,7 +102,7 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
 
 
 def _importable(tensor: Tensor) -> Tensor:
-    """Return the tensor itself if JAX can take it as it is, and else a copy that it can take."""
+    """Return the tensor itself if JAX can import it, else a copy that JAX can import."""
     name = _NAMES.get(tensor.dtype)
     if name is None:
         raise DTypeError(
@@ -141,7 +140,7 @@ def _narrowed(tensor: Tensor, name: str) -> Tensor:
 
 
 def _is_compact(tensor: Tensor) -> bool:
-    """Whether the elements lie without gaps and overlaps, in any order of the axes."""
+    """Return whether the elements have no gaps and overlaps, in any order of the axes."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -153,11 +152,7 @@ def _is_compact(tensor: Tensor) -> bool:
 
 
 def _described(tensor: Tensor) -> str:
-    bits = "".join(
-        f", {bit}"
-        for bit, is_set in (("conj", tensor.is_conj()), ("neg", tensor.is_neg()))
-        if is_set
-    )
+    bits = (", conj" if tensor.is_conj() else "") + (", neg" if tensor.is_neg() else "")
     offset = "" if tensor.data_ptr() % ALIGNMENT == 0 else ", not aligned to 64 bytes"
     return (
         f"dtype {tensor.dtype}, shape {list(tensor.shape)} and strides"
@@ -172,7 +167,7 @@ def _as_tensor(array: jax.Array, copy: bool | None) -> Tensor:
             " make the torch function a RemoteTorchFunction or a trace_torch"
         )
     if array.is_deleted():
-        raise StructureError("the array was deleted, or donated")
+        raise StructureError("the array was deleted or donated; keep a copy of it")
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise DTypeError("the array holds PRNG keys; pass jax.random.key_data of it")
     if str(array.dtype) not in BY_NAME:
@@ -180,7 +175,7 @@ def _as_tensor(array: jax.Array, copy: bool | None) -> Tensor:
             f"the array has dtype {array.dtype}, which has no counterpart in torch; cast it"
         )
     if not array.is_fully_addressable:
-        raise StructureError("the array lies on devices of other processes, too")
+        raise StructureError("the array is also on devices of other processes; gather it first")
     if len(array.sharding.device_set) > 1:
         return _gathered(array, copy)
     tensor = torch.utils.dlpack.from_dlpack(array.block_until_ready())
@@ -192,5 +187,5 @@ def _gathered(array: jax.Array, copy: bool | None) -> Tensor:
     if array.is_fully_replicated:
         return _as_tensor(first, copy)
     if copy is False:
-        raise CopyNeeded("the array is spread over several devices; allow a copy with copy=None")
+        raise CopyNeeded("the array is sharded over several devices; allow a copy with copy=None")
     return _as_tensor(jax.device_put(array, first.sharding), None)

@@ -1,9 +1,8 @@
-"""Operators whose derivatives torchax leaves to JAX, and torch defines otherwise where they are
-none or are not finite.
+"""Operators with torch's derivatives at points where the derivative is undefined or infinite.
 
-At zero and on borders, that is: a norm of zeros has the derivative zero in torch and none in JAX,
-the larger end of a clamp belongs to it, and the first of equal maxima has all of the gradient. The
-values are the same.
+These points are zeros and borders: a norm of zeros has the derivative zero in torch and none in
+JAX, the larger end of a clamp belongs to it, and the first of equal maxima gets the whole gradient.
+torchax would use JAX's derivatives. The values are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
+
+from bridge_server.torch_via_xla.aliases import jax_dtype
 
 aten = torch.ops.aten
 
@@ -22,15 +23,14 @@ def _abs(x: Any) -> Any:
 
 def _atan2(y: Any, x: Any) -> Any:
     is_origin = (x == 0) & (y == 0)
-    return jnp.where(
-        is_origin,
-        jax.lax.stop_gradient(jnp.arctan2(y, x)),
-        jnp.arctan2(y, jnp.where(is_origin, 1, x)),
-    )
+    at_origin = jax.lax.stop_gradient(jnp.arctan2(y, x))
+    elsewhere = jnp.arctan2(y, jnp.where(is_origin, 1, x))
+    return jnp.where(is_origin, at_origin, elsewhere)
 
 
 def _cdist(x: Any, y: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
-    return _vector_norm(x[..., :, None, :] - y[..., None, :, :], p, (-1,))
+    differences = x[..., :, None, :] - y[..., None, :, :]
+    return _vector_norm(differences, p, (-1,))
 
 
 def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
@@ -39,7 +39,9 @@ def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
 
 
 def _hardtanh(x: Any, min_val: Any = -1, max_val: Any = 1) -> Any:
-    return jnp.where(x <= min_val, min_val, jnp.where(x >= max_val, max_val, x)).astype(x.dtype)
+    y = jnp.where(x >= max_val, max_val, x)
+    y = jnp.where(x <= min_val, min_val, y)
+    return y.astype(x.dtype)
 
 
 def _leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
@@ -48,28 +50,26 @@ def _leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
 
 def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
     is_linear = x * beta > threshold
-    return jnp.where(is_linear, x, jnp.log1p(jnp.exp(jnp.where(is_linear, 0, x * beta))) / beta)
+    exponent = jnp.where(is_linear, 0, x * beta)
+    curve = jnp.log1p(jnp.exp(exponent)) / beta
+    return jnp.where(is_linear, x, curve)
 
 
 def _vector_norm(
     x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Any:
-    x = x if dtype is None else x.astype(str(dtype).removeprefix("torch."))
-    axes = (
-        tuple(range(x.ndim))
-        if dim is None or dim == []
-        else tuple(dim)
-        if isinstance(dim, list | tuple)
-        else (dim,)
-    )
+    x = x if dtype is None else x.astype(jax_dtype(dtype))
+    if dim is None or dim == []:
+        dim = range(x.ndim)
+    axes = tuple(dim) if isinstance(dim, list | tuple | range) else (dim,)
     is_zero = jnp.all(x == 0, axes, keepdims=True)
-    sizes = _abs(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
-    made = jnp.where(is_zero, 0, _norm(jnp.where(is_zero, 1, sizes), ord, axes))
-    return made if keepdim else jnp.squeeze(made, axes)
+    sizes = jnp.where(is_zero, 1, _abs(x))
+    norm = jnp.where(is_zero, 0, _norm(sizes, ord, axes))
+    return norm if keepdim else jnp.squeeze(norm, axes)
 
 
 def _norm(sizes: Any, ord: float, axes: tuple[int, ...]) -> Any:
-    """Return the norms of numbers of these sizes, which are not all zero."""
+    """Return the norms of numbers of these absolute values, which are not all zero."""
     if ord == float("inf"):
         return sizes.max(axes, keepdims=True)
     if ord == float("-inf"):
@@ -84,17 +84,18 @@ def _norm(sizes: Any, ord: float, axes: tuple[int, ...]) -> Any:
 
 
 def _first(position: Callable[..., Any]) -> Callable[..., Any]:
-    """Return what takes the elements along an axis that are at these positions, and the
-    positions."""
+    """Return a function that takes the elements at positions along an axis, and the positions."""
 
-    def taken(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
+    def take(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
         if not x.ndim:
             return x, jnp.argmax(x)
         at = position(x, dim, keepdims=True)
         values = jnp.take_along_axis(x, at, dim)
-        return (values, at) if keepdim else (jnp.squeeze(values, dim), jnp.squeeze(at, dim))
+        if keepdim:
+            return values, at
+        return jnp.squeeze(values, dim), jnp.squeeze(at, dim)
 
-    return taken
+    return take
 
 
 OPERATORS: Mapping[Any, Callable[..., Any]] = {

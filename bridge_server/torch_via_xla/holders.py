@@ -1,4 +1,4 @@
-"""Where Python keeps an object: for errors that name a cache which the bridge cannot empty.
+"""Search for an object's holder, for errors about caches that the bridge cannot empty.
 
 Imports no framework.
 """
@@ -9,16 +9,15 @@ from typing import Any
 
 
 def holder_of(value: Any, depth: int = 3) -> str:
-    """Return where an object is kept, as far as Python tells."""
+    """Describe the holder of an object, as far as Python knows it."""
     for referrer in gc.get_referrers(value):
         if isinstance(referrer, types.FrameType):
             continue
         if isinstance(referrer, types.CellType):
             return "a variable of an enclosing function"
         if isinstance(referrer, dict):
-            keys = dict(
-                zip(map(id, referrer.values()), referrer, strict=True)
-            )  # a closure here would be a referrer
+            # A comprehension here would be a referrer.
+            keys = dict(zip(map(id, referrer.values()), referrer, strict=True))
             if owner := _owner_of(referrer):
                 return f"{owner}, as {keys[id(value)]!r}"
         if type(referrer).__name__ == "_lru_cache_wrapper":

@@ -1,8 +1,8 @@
-"""ATen operators as JAX functions where torchax has none, or others than torch's. Imports both
-frameworks.
+"""ATen operators as JAX functions that torchax lacks or defines unlike torch.
 
-The symmetric solvers read one triangle, as LAPACK does, and their gradients are those of torch's
-formulas, which are Hermitian matrices. Random operators draw by a key, and have no derivative.
+Imports both frameworks. The symmetric solvers read one triangle, as LAPACK does; their gradients
+follow torch's formulas and are Hermitian matrices. Random operators take a key, and have no
+derivative.
 """
 
 import functools
@@ -14,29 +14,32 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from bridge_server.torch_via_xla.aliases import with_value
+from bridge_server.torch_via_xla.aliases import jax_dtype, with_value
 
 aten = torch.ops.aten
 
 # Symmetric and Hermitian matrices -----------------------------------------------------------------
 
 
+def _adjoint(a: Any) -> Any:
+    return jnp.conj(jnp.swapaxes(a, -1, -2))
+
+
 def _reflected(a: Any, upper: bool) -> Any:
-    """Return the Hermitian matrix that has this triangle."""
+    """Return the Hermitian matrix with this triangle."""
     triangle = jnp.triu(a) if upper else jnp.tril(a)
     strict = jnp.triu(a, 1) if upper else jnp.tril(a, -1)
-    whole = triangle + jnp.conj(jnp.swapaxes(strict, -1, -2))
+    whole = triangle + _adjoint(strict)
     if not jnp.iscomplexobj(a):
         return whole
-    return jnp.where(jnp.eye(a.shape[-1], dtype=bool), whole.real.astype(a.dtype), whole)
+    is_diagonal = jnp.eye(a.shape[-1], dtype=bool)
+    return jnp.where(is_diagonal, whole.real.astype(a.dtype), whole)
 
 
 def _hermitian(a: Any, upper: bool = False) -> Any:
-    """Return the Hermitian matrix that has this triangle.
-
-    Its derivative is that of the matrix's Hermitian part.
-    """
-    return with_value((a + jnp.conj(jnp.swapaxes(a, -1, -2))) / 2, _reflected(a, upper))
+    """Return the Hermitian matrix with this triangle, and the derivative of the Hermitian part."""
+    hermitian_part = (a + _adjoint(a)) / 2
+    return with_value(hermitian_part, _reflected(a, upper))
 
 
 def _eigh(a: Any, UPLO: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
@@ -49,57 +52,70 @@ def _eigh(a: Any, UPLO: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
 
 def _cholesky(a: Any, upper: bool = False) -> Any:
     lower = jax.lax.linalg.cholesky(_hermitian(a, upper), symmetrize_input=False)
-    return jnp.conj(jnp.swapaxes(lower, -1, -2)) if upper else lower
+    return _adjoint(lower) if upper else lower
 
 
 def _cholesky_ex(a: Any, upper: bool = False, check_errors: bool = False) -> tuple[Any, Any]:
-    made = _cholesky(a, upper)
-    # XLA marks a matrix that is not positive definite by NaNs, and does not say at which minor.
-    is_wrong = jnp.isnan(made).any((-1, -2)) & ~jnp.isnan(a).any((-1, -2))
-    return made, is_wrong.astype(jnp.int32)
+    factor = _cholesky(a, upper)
+    # XLA returns NaNs for a matrix that is not positive definite, without the failing minor.
+    has_failed = _has_nan(factor) & ~_has_nan(a)
+    return factor, has_failed.astype(jnp.int32)
+
+
+def _has_nan(a: Any) -> Any:
+    return jnp.isnan(a).any((-1, -2))
 
 
 def _pinv(
     a: Any, rcond: Any = None, hermitian: bool = False, *, atol: Any = None, rtol: Any = None
 ) -> Any:
-    """Return torch.linalg.pinv, of which torch makes the tolerances in float64."""
+    """Compute torch.linalg.pinv; torch itself computes the tolerances in float64."""
+    *batch, rows, columns = a.shape
+    if a.size == 0:
+        return jnp.zeros((*batch, columns, rows), a.dtype)
     rtol = rcond if rtol is None else rtol
     if rtol is None:
-        rtol = 0.0 if atol is not None else max(a.shape[-2:]) * jnp.finfo(a.dtype).eps
-    if a.size == 0:
-        return jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-2]), a.dtype)
+        rtol = 0.0 if atol is not None else max(rows, columns) * jnp.finfo(a.dtype).eps
     whole = _reflected(a, upper=False) if hermitian else a
     if atol is not None:
         largest = jnp.linalg.norm(whole, 2, (-2, -1))
-        rtol = jnp.maximum(rtol, jnp.asarray(atol) / jnp.where(largest == 0, 1, largest))
+        scale = jnp.where(largest == 0, 1, largest)
+        rtol = jnp.maximum(rtol, jnp.asarray(atol) / scale)
     tolerance = jax.lax.stop_gradient(jnp.asarray(rtol, a.real.dtype))
-    return _inverted(a, jnp.linalg.pinv(jax.lax.stop_gradient(whole), rtol=tolerance))
+    inverse = jnp.linalg.pinv(jax.lax.stop_gradient(whole), rtol=tolerance)
+    return _inverted(a, inverse)
 
 
 @jax.custom_jvp
 def _inverted(a: Any, inverse: Any) -> Any:
-    """Return the pseudo-inverse of a matrix, with the derivative that torch's pinv_jvp gives."""
+    """Return the pseudo-inverse of a matrix, with the derivative of torch's pinv_jvp."""
     return inverse
 
 
 @_inverted.defjvp
 def _inverted_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    a, given = primals
-    p = _inverted(a, given)
-    adjoint = lambda x: jnp.conj(jnp.swapaxes(x, -1, -2))  # noqa: E731
-    slope, p_adjoint = adjoint(tangents[0]), adjoint(p)
+    a, inverse = primals
+    p = _inverted(a, inverse)
+    slope, p_adjoint = _adjoint(tangents[0]), _adjoint(p)
     k = p_adjoint @ slope
-    return p, p @ (k - adjoint(k) - k @ (a @ p)) + (slope - p @ (a @ slope)) @ (p_adjoint @ p)
+    within = k - _adjoint(k) - k @ (a @ p)
+    beyond = slope - p @ (a @ slope)
+    return p, p @ within + beyond @ (p_adjoint @ p)
 
 
 def _solve_ex(a: Any, b: Any, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
-    is_vector = b.ndim == 1 or (b.ndim == a.ndim - 1 and b.shape == a.shape[:-1])
+    is_vector = b.ndim == 1 or b.shape == a.shape[:-1]
     b = b[..., None] if is_vector else b
-    if left:
-        x = jnp.linalg.solve(a, b)
-    else:
-        x = jnp.swapaxes(jnp.linalg.solve(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2)), -1, -2)
-    return (x[..., 0] if is_vector else x, *_lu(a), jnp.zeros(a.shape[:-2], jnp.int32))
+    x = jnp.linalg.solve(a, b) if left else _solved_from_right(a, b)
+    x = x[..., 0] if is_vector else x
+    info = jnp.zeros(a.shape[:-2], jnp.int32)
+    return (x, *_lu(a), info)
+
+
+def _solved_from_right(a: Any, b: Any) -> Any:
+    """Solve x @ a = b."""
+    transposed = jnp.linalg.solve(jnp.swapaxes(a, -1, -2), jnp.swapaxes(b, -1, -2))
+    return jnp.swapaxes(transposed, -1, -2)
 
 
 def _lu(a: Any) -> tuple[Any, Any]:
@@ -115,19 +131,29 @@ def _slogdet(a: Any) -> tuple[Any, ...]:
 # Special functions --------------------------------------------------------------------------------
 
 
+def _inexact(x: Any) -> Any:
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+
+
 def _polygamma(n: int, x: Any) -> Any:
-    x = x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
+    x = _inexact(x)
     if n == 0:
         return digamma(x)
     # Reflection: (-1)^n psi_n(1 - x) - psi_n(x) is the n-th derivative of pi cot(pi x).
     is_left = x < 0.5
+    is_pole = x == jnp.floor(x)
     right = jax.scipy.special.polygamma(n, jnp.where(is_left, 1 - x, x))
-    cot = lambda x: jnp.pi / jnp.tan(jnp.pi * x)  # noqa: E731
+    derivative: Callable[[Any], Any] = _cot
     for _ in range(n):
-        cot = _derivative(cot)
-    here = jnp.where(is_left & (x != jnp.floor(x)), x, 0.25)
-    left = (-1) ** n * right - cot(here)
-    return jnp.where(is_left, jnp.where(x == jnp.floor(x), jnp.inf, left), right)
+        derivative = _derivative(derivative)
+    regular = jnp.where(is_left & ~is_pole, x, 0.25)
+    left = (-1) ** n * right - derivative(regular)
+    left = jnp.where(is_pole, jnp.inf, left)
+    return jnp.where(is_left, left, right)
+
+
+def _cot(x: Any) -> Any:
+    return jnp.pi / jnp.tan(jnp.pi * x)
 
 
 def _derivative(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -136,7 +162,7 @@ def _derivative(f: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 @jax.custom_jvp
 def digamma(x: Any) -> Any:
-    """Return the digamma function, whose derivative JAX has for positive numbers only."""
+    """Compute the digamma function; JAX has its derivative for positive numbers only."""
     return jax.scipy.special.digamma(x)
 
 
@@ -146,15 +172,15 @@ def _digamma_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 
 
 def _log_ndtr(x: Any) -> Any:
-    return jax.scipy.special.log_ndtr(
-        x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
-    )
+    is_floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.scipy.special.log_ndtr(x if is_floating else x.astype(jnp.float32))
 
 
 def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
-    x = x if dtype is None else x.astype(str(dtype).removeprefix("torch."))
+    x = x if dtype is None else x.astype(jax_dtype(dtype))
     is_masked = jnp.all(x == -jnp.inf, dim, keepdims=True)
-    return jnp.where(is_masked, 0, jax.nn.softmax(jnp.where(is_masked, 0, x), dim))
+    y = jax.nn.softmax(jnp.where(is_masked, 0, x), dim)
+    return jnp.where(is_masked, 0, y)
 
 
 # Pooling and positions ----------------------------------------------------------------------------
@@ -163,41 +189,48 @@ def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
 def _max_unpool(
     x: Any, indices: Any, output_size: Sequence[int], stride: Any = None, padding: Any = None
 ) -> Any:
-    """Return torch's max_unpool, in which one of several values at a position stays, and all
-    have its derivative."""
-    spatial = len(output_size)
-    lead = x.shape[:-spatial]
-    values, positions = (each.reshape(*lead, -1) for each in (x, indices))
+    """Compute torch's max_unpool.
+
+    Of several values at a position one remains, and all have its derivative.
+    """
+    lead = x.shape[: -len(output_size)]
+    values, positions = x.reshape(*lead, -1), indices.reshape(*lead, -1)
     empty = jnp.zeros((*lead, int(np.prod(output_size))), x.dtype)
-    last = jnp.put_along_axis(empty, positions, jax.lax.stop_gradient(values), -1, inplace=False)
-    rows = tuple(jnp.ogrid[tuple(slice(n) for n in (*lead, 1))][:-1])
-    return with_value(empty.at[(*rows, positions)].add(values), last).reshape(*lead, *output_size)
+    constants = jax.lax.stop_gradient(values)
+    last = jnp.put_along_axis(empty, positions, constants, -1, inplace=False)
+    *rows, _ = np.ix_(*map(np.arange, lead), np.zeros(1, int))
+    total = empty.at[(*rows, positions)].add(values)
+    return with_value(total, last).reshape(*lead, *output_size)
 
 
 def _adaptive_max_pool(x: Any, output_size: Sequence[int]) -> tuple[Any, Any]:
     spatial = len(output_size)
     lead, sizes = x.shape[:-spatial], x.shape[-spatial:]
-    windows, insides = zip(*map(_windows, sizes, output_size), strict=True)
-    # The axes of the result first, and those of the window last.
-    places = [
-        np.expand_dims(each, [i for i in range(2 * spatial) if i not in (axis, spatial + axis)])
-        for axis, each in enumerate(windows)
-    ]
-    are_inside = [
-        np.expand_dims(each, [i for i in range(2 * spatial) if i not in (axis, spatial + axis)])
-        for axis, each in enumerate(insides)
-    ]
-    flat = np.ravel_multi_index(np.broadcast_arrays(*places), sizes).reshape(*output_size, -1)
-    inside = functools.reduce(np.logical_and, are_inside).reshape(*output_size, -1)
-    taken = jnp.where(inside, x.reshape(*lead, -1)[..., flat], -jnp.inf)
-    at = jnp.argmax(taken, -1, keepdims=True)
-    positions = jnp.take_along_axis(jnp.broadcast_to(flat, taken.shape), at, -1)
-    return jnp.take_along_axis(taken, at, -1)[..., 0], positions[..., 0]
+    windows, masks = zip(*map(_windows, sizes, output_size), strict=True)
+    places = np.broadcast_arrays(*_spread(windows))
+    flat = np.ravel_multi_index(places, sizes).reshape(*output_size, -1)
+    mask = functools.reduce(np.logical_and, _spread(masks)).reshape(*output_size, -1)
+    elements = x.reshape(*lead, -1)[..., flat]
+    elements = jnp.where(mask, elements, -jnp.inf)
+    at = jnp.argmax(elements, -1, keepdims=True)
+    positions = jnp.broadcast_to(flat, elements.shape)
+    largest = jnp.take_along_axis(elements, at, -1)
+    where = jnp.take_along_axis(positions, at, -1)
+    return largest[..., 0], where[..., 0]
+
+
+def _spread(of_axes: Sequence[Any]) -> list[Any]:
+    """Give arrays of one axis each all axes: those of the result first, those of windows last."""
+    count = len(of_axes)
+    spread = []
+    for axis, each in enumerate(of_axes):
+        others = [i for i in range(2 * count) if i not in (axis, count + axis)]
+        spread.append(np.expand_dims(each, others))
+    return spread
 
 
 def _windows(size: int, count: int) -> tuple[Any, Any]:
-    """Return the positions of each window of an adaptive pool along an axis, and which of them
-    are in it."""
+    """Return the positions of an adaptive pool's windows along an axis, and the windows' masks."""
     starts = np.arange(count) * size // count
     ends = -(-(np.arange(count) + 1) * size // count)
     positions = starts[:, None] + np.arange((ends - starts).max())
@@ -205,23 +238,21 @@ def _windows(size: int, count: int) -> tuple[Any, Any]:
 
 
 def _take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
-    return (
-        jnp.take_along_axis(x.reshape(-1), indices.reshape(-1), 0)
-        if dim is None
-        else _along(x, indices, dim)
-    )
+    if dim is None:
+        return jnp.take_along_axis(x.reshape(-1), indices.reshape(-1), 0)
+    return _along(x, indices, dim)
 
 
 def _along(x: Any, indices: Any, dim: int) -> Any:
     dim %= x.ndim
-    shape = np.broadcast_shapes(
-        *((*each.shape[:dim], 1, *each.shape[dim + 1 :]) for each in (x, indices))
-    )
-    x, indices = (
-        jnp.broadcast_to(each, (*shape[:dim], each.shape[dim], *shape[dim + 1 :]))
-        for each in (x, indices)
-    )
+    shape = np.broadcast_shapes(_resized(x.shape, dim, 1), _resized(indices.shape, dim, 1))
+    x = jnp.broadcast_to(x, _resized(shape, dim, x.shape[dim]))
+    indices = jnp.broadcast_to(indices, _resized(shape, dim, indices.shape[dim]))
     return jnp.take_along_axis(x, indices, dim)
+
+
+def _resized(shape: Sequence[int], dim: int, size: int) -> tuple[int, ...]:
+    return (*shape[:dim], size, *shape[dim + 1 :])
 
 
 def _searchsorted(
@@ -237,8 +268,11 @@ def _searchsorted(
     search = lambda ordered, values: jnp.searchsorted(ordered, values, side=side)  # noqa: E731
     if ordered.ndim > 1:
         search = jnp.vectorize(search, signature="(n),(m)->(m)")
-    found = search(ordered, jnp.asarray(values))
-    return found.astype(jnp.int32 if out_int32 else jax.dtypes.canonicalize_dtype(jnp.int64))
+    dtype = jnp.int32 if out_int32 else jax.dtypes.canonicalize_dtype(jnp.int64)
+    return search(ordered, jnp.asarray(values)).astype(dtype)
+
+
+_MEAN, _MAX = 1, 2  # modes of embedding bags; 0 is the sum
 
 
 def _embedding_bag(
@@ -257,17 +291,20 @@ def _embedding_bag(
     starts = offsets[:-1] if include_last_offset else offsets
     count = starts.shape[0]
     bags = jnp.searchsorted(starts, jnp.arange(indices.shape[0]), side="right") - 1
-    counts = indices != (padding_idx + weight.shape[0] if padding_idx < -1 else padding_idx)
+    padding = padding_idx + weight.shape[0] if padding_idx < -1 else padding_idx
+    is_used = (indices != padding)[:, None]
     rows = weight[indices]
-    rows = rows if per_sample_weights is None else rows * per_sample_weights[:, None]
-    sizes = jax.ops.segment_sum(counts.astype(jnp.int32), bags, count)
-    if mode == 2:
-        of_bags = jax.ops.segment_max(jnp.where(counts[:, None], rows, -jnp.inf), bags, count)
-        of_bags = jnp.where(sizes[:, None] > 0, of_bags, 0)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[:, None]
+    sizes = jax.ops.segment_sum(is_used[:, 0].astype(jnp.int32), bags, count)
+    if mode == _MAX:
+        pooled = jax.ops.segment_max(jnp.where(is_used, rows, -jnp.inf), bags, count)
+        pooled = jnp.where(sizes[:, None] > 0, pooled, 0)
     else:
-        of_bags = jax.ops.segment_sum(jnp.where(counts[:, None], rows, 0), bags, count)
-        of_bags = of_bags / jnp.maximum(sizes, 1)[:, None] if mode == 1 else of_bags
-    return of_bags, bags, sizes, jnp.zeros_like(sizes)
+        pooled = jax.ops.segment_sum(jnp.where(is_used, rows, 0), bags, count)
+    if mode == _MEAN:
+        pooled = pooled / jnp.maximum(sizes, 1)[:, None]
+    return pooled, bags, sizes, jnp.zeros_like(sizes)
 
 
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
@@ -281,9 +318,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten.adaptive_max_pool2d: _adaptive_max_pool,
     aten.adaptive_max_pool3d: _adaptive_max_pool,
     aten.cholesky: _cholesky,
-    aten.digamma: lambda x: digamma(
-        x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32)
-    ),
+    aten.digamma: lambda x: digamma(_inexact(x)),
     aten.linalg_cholesky_ex: _cholesky_ex,
     aten.max_unpool2d: _max_unpool,
     aten.max_unpool3d: _max_unpool,
@@ -300,7 +335,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
 
 
 def _like(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a draw of the shape and type of a tensor."""
+    """Return a draw with the shape and type of a tensor."""
 
     def drawn(key: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         kind = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
@@ -330,7 +365,8 @@ def _log_normal(key: Any, shape: Any, kind: Any, mean: float = 1, std: float = 2
 
 
 def _uniform(key: Any, x: Any, *bounds: float, **named: float) -> Any:
-    low, high = (*bounds, *named.values(), *(0.0, 1.0)[len(bounds) + len(named) :])
+    passed = (*bounds, *named.values())
+    low, high = (*passed, *(0.0, 1.0)[len(passed) :])
     return jax.random.uniform(key, x.shape, x.dtype, low, high)
 
 
@@ -344,9 +380,9 @@ def _integers(key: Any, x: Any, low: int = 0, high: int | None = None) -> Any:
 def _normal_of(
     key: Any, mean: Any, std: Any = 1.0, size: Any = None, dtype: Any = None, **_: Any
 ) -> Any:
-    """Return torch.normal, of tensors or of numbers with a size."""
+    """Compute torch.normal, of tensors or of numbers with a size."""
     if size is not None:
-        kind = str(dtype or torch.get_default_dtype()).removeprefix("torch.")
+        kind = jax_dtype(dtype or torch.get_default_dtype())
         return jax.random.normal(key, tuple(size), kind) * std + mean
     shape = jnp.broadcast_shapes(jnp.shape(mean), jnp.shape(std))
     return jax.random.normal(key, shape, jnp.result_type(mean, std)) * std + mean

@@ -1,4 +1,4 @@
-"""In-place operators and out= forms of ATen, each as the operator that returns new tensors.
+"""ATen's in-place operators and out= forms, each mapped to an operator that returns new tensors.
 
 Imports torch only.
 """
@@ -11,14 +11,13 @@ import torch
 
 from bridge_wire.errors import CallerError
 
-# Operators that change a tensor's sizes and not its elements, by the view that the tensor becomes
-# of its old self.
-_BECOMES = ("squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "detach_")
+# Operators that change a tensor's sizes and not its elements: the tensor becomes a view of its old
+# self.
+_RESHAPING = ("squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "detach_")
 
 
 class Written(NamedTuple):
-    """Where an operator writes: the argument's name, and its alias set, which returned tensors
-    bear as well."""
+    """An argument that an operator writes to: its name, and the alias set that outputs share."""
 
     name: str
     alias: str
@@ -37,7 +36,7 @@ def written(operator: Any) -> tuple[Written, ...]:
 
 @functools.cache
 def functional(operator: Any) -> Any:
-    """Return the operator that returns what this one writes.
+    """Return the operator that returns new tensors for the writes of this operator.
 
     Raises:
       CallerError: ATen has none.
@@ -48,16 +47,15 @@ def functional(operator: Any) -> Any:
             return candidate
     raise CallerError(
         f"the torch code calls {operator}, which writes in place and has no form that returns new"
-        " tensors: tracing needs one; write the code without it, or run it by RemoteTorchFunction"
+        " tensors, as tracing needs; write the code without it, or run it by RemoteTorchFunction"
     )
 
 
 @functools.cache
 def becomes(operator: Any) -> Any:
-    """Return the view that an operator makes of its argument's old self, or None if it makes
-    none."""
+    """Return the view that its argument becomes in a reshaping operator, None for others."""
     name = operator._schema.name.partition("::")[2]
-    return functional(operator) if name in _BECOMES else None
+    return functional(operator) if name in _RESHAPING else None
 
 
 def arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,45 +64,37 @@ def arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def call_of(operator: Any, given: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional arguments and keywords for an operator that takes these by name."""
+def call_of(operator: Any, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split named arguments into an operator's positional arguments and keywords."""
     schema = operator._schema.arguments
-    last = max(
-        (i for i, each in enumerate(schema) if not each.kwarg_only and each.name in given),
-        default=-1,
-    )
-    args = tuple(given.get(each.name, each.default_value) for each in schema[: last + 1])
-    return args, {
-        each.name: given[each.name] for each in schema if each.kwarg_only and each.name in given
-    }
+    passed = [i for i, each in enumerate(schema) if each.name in named]
+    positional = [i for i in passed if not schema[i].kwarg_only]
+    count = max(positional, default=-1) + 1
+    args = tuple(named.get(each.name, each.default_value) for each in schema[:count])
+    keywords = [schema[i].name for i in passed if schema[i].kwarg_only]
+    return args, {name: named[name] for name in keywords}
 
 
 def returned(operator: Any, targets: Mapping[str, Any], values: Sequence[Any]) -> Any:
-    """Return what an operator returns: the tensors that it has written into, by alias set, and
-    these new values."""
+    """Return an operator's outputs: its written tensors, by alias set, and new values."""
     new = iter(values)
-    made = tuple(
+    outputs = tuple(
         targets[next(iter(each.alias_info.before_set))] if each.alias_info else next(new)
         for each in operator._schema.returns
     )
-    return made[0] if len(made) == 1 else made or None
+    return outputs[0] if len(outputs) == 1 else outputs or None
 
 
 def _takes(candidate: Any, operator: Any) -> bool:
-    """Whether an operator takes the arguments of another, save those that it only writes into."""
-    expected = [
-        (each.name, str(each.type)) for each in operator._schema.arguments if not each.is_out
-    ]
-    found = [(each.name, str(each.type)) for each in candidate._schema.arguments]
-    return found[: len(expected)] == expected
+    """Return whether a candidate takes the arguments of an operator, except out= arguments."""
+    inputs = [each for each in operator._schema.arguments if not each.is_out]
+    expected = [(each.name, str(each.type)) for each in inputs]
+    actual = [(each.name, str(each.type)) for each in candidate._schema.arguments]
+    return actual[: len(expected)] == expected
 
 
 def _overloads(namespace: str, name: str) -> list[Any]:
     library = getattr(torch.ops, namespace)
     packets = [getattr(library, each, None) for each in (name, f"{name}_functional")]
-    return [
-        getattr(packet, each)
-        for packet in packets
-        if packet is not None
-        for each in packet.overloads()
-    ]
+    existing = [packet for packet in packets if packet is not None]
+    return [getattr(packet, each) for packet in existing for each in packet.overloads()]

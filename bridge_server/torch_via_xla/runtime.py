@@ -1,4 +1,4 @@
-"""XlaRuntime: torch models that XLA runs. Imports both frameworks."""
+"""XlaRuntime: XLA runs torch models. Imports both frameworks."""
 
 from typing import Any
 
@@ -8,8 +8,7 @@ from bridge_server.torch_via_xla.tracing import trace_torch
 
 
 class XlaRuntime(JaxRuntime):
-    """Serves torch models as JAX models: traced into JAX, compiled once per signature, run on
-    any of its devices."""
+    """Serves torch models as JAX models: traced into JAX and compiled once per signature."""
 
     def adapt(self, name: str, target: Any) -> Model:
         return super().adapt(name, trace_torch(target))

@@ -19,11 +19,10 @@ from bridge_wire.errors import CallerError, StructureError
 
 
 def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | TracedFunction":
-    """Return torch code as a pure function of JAX arrays: for jit, vmap, grad, any of JAX's
-    devices.
+    """Return torch code as a pure function of JAX arrays, for jit, vmap, grad, and any device.
 
-    Of a module it takes the parameters first: see TracedModule. Tensors that the code holds in
-    other ways, as attributes or in closures, are constants.
+    For a module, the function's first argument is the parameters: see TracedModule. Other tensors
+    in the code, as attributes or in closures, are constants.
 
     Raises:
       CallerError: torchax is not installed.
@@ -34,7 +33,7 @@ def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | Trace
         return TracedModule(target)
     if not callable(target):
         raise StructureError(
-            f"a {type(target).__qualname__} is no torch code; expected an nn.Module or a function"
+            f"trace_torch got a {type(target).__qualname__}; expected an nn.Module or a function"
         )
     return TracedFunction(target)
 
@@ -42,7 +41,7 @@ def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | Trace
 class TracedFunction:
     """A torch function of tensors as a function of arrays.
 
-    Numbers, strings and None are passed on as they are.
+    Numbers, strings and None pass unchanged.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -51,7 +50,7 @@ class TracedFunction:
         self._function = function
 
     def __call__(self, *args: Any, rng: jax.Array | None = None, **kwargs: Any) -> Any:
-        """Call the function; `rng` is the key of what it draws at random."""
+        """Call the function; `rng` is the key of its random numbers."""
         with _tracing(rng) as env:
             return _called(env, self._function, args, kwargs)
 
@@ -59,18 +58,18 @@ class TracedFunction:
 class TracedModule:
     """A torch module as a function of its parameters and of arrays, `h(h.params, x)`.
 
-    The module's mode, train or eval, is the one it has when the function is traced.
+    The module's mode, train or eval, is read when the function is traced.
 
     Attributes:
-      params: arrays named as in `named_parameters()`, copied. Tied ones have one name, and stay
-        tied.
-      buffers: likewise of `named_buffers()`.
+      params: copies of the parameters, named as in `named_parameters()`. Tied parameters have one
+        name, and stay tied.
+      buffers: copies of the buffers, named as in `named_buffers()`.
     """
 
     def __init__(self, module: nn.Module) -> None:
         environment()
         self.module = module
-        self._whole = _Whole(module)
+        self._with_buffers = _WithBuffers(module)
         with torch.no_grad():
             self.params: dict[str, jax.Array] = to_jax(dict(module.named_parameters()), copy=True)
             self.buffers: dict[str, jax.Array] = to_jax(dict(module.named_buffers()), copy=True)
@@ -87,48 +86,39 @@ class TracedModule:
         """Call the module.
 
         Args:
-          params: arrays by name; those left out are the module's.
-          buffers: likewise.
-          mutable: also return the buffers after the call, such as BatchNorm's statistics: `(result,
-            buffers)`.
-          rng: the key of what the module draws at random.
+          params: arrays by name; missing names keep the module's values.
+          buffers: as params.
+          mutable: return `(result, buffers)` with the buffers after the call, such as BatchNorm's
+            statistics.
+          rng: the key of the module's random numbers.
         Raises:
-          CallerError: a name that the module does not have, or random numbers were drawn without
-            `rng`.
+          CallerError: the module has no such name, or draws random numbers without `rng`.
           DTypeError: the code computes in 64 bits, but JAX runs without x64.
         """
-        state = {
-            **_checked("params", params, self.params),
-            **_checked("buffers", buffers, self.buffers),
-        }
+        state = _merged("params", params, self.params) | _merged("buffers", buffers, self.buffers)
         before = PythonState(self.module)
         with _tracing(rng) as env:
+            call = functools.partial(self._call, env)
             try:
-                result, after = _called(
-                    env, functools.partial(self._call, env), (state, *args), kwargs
-                )
+                result, after = _called(env, call, (state, *args), kwargs)
             finally:
                 before.restore()
-        return (
-            (result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers})
-            if mutable
-            else result
-        )
+        if not mutable:
+            return result
+        return result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}
 
     apply = __call__
 
     def _call(self, env: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        for name, original in {
-            **dict(self.module.named_parameters()),
-            **dict(self.module.named_buffers()),
-        }.items():
+        originals = (*self.module.named_parameters(), *self.module.named_buffers())
+        for name, original in originals:
             env.param.stand_in(original, state[name])
-        named = {f"module.{name}": tensor for name, tensor in state.items()}
-        return functional_call(self._whole, named, args, kwargs)
+        tensors = {f"module.{name}": tensor for name, tensor in state.items()}
+        return functional_call(self._with_buffers, tensors, args, kwargs)
 
 
-class _Whole(nn.Module):
-    """A module whose result comes with its buffers, as they are after the call."""
+class _WithBuffers(nn.Module):
+    """A module that also returns its buffers after the call."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -138,16 +128,16 @@ class _Whole(nn.Module):
         return self.module(*args, **kwargs), dict(self.module.named_buffers())
 
 
-def _checked(what: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    if unknown := given.keys() - own.keys():
-        raise CallerError(f"the module has no {what} named {sorted(unknown)}; it has {sorted(own)}")
-    return {**own, **given}
+def _merged(kind: str, passed: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    if unknown := passed.keys() - own.keys():
+        raise CallerError(f"the module has no {kind} named {sorted(unknown)}; it has {sorted(own)}")
+    return {**own, **passed}
 
 
 def _called(env: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call torch code with arrays, and return arrays.
 
-    No traced tensor is left in the caller's variables.
+    The caller's variables never hold a traced tensor.
     """
     args, kwargs = env.wrapped((args, kwargs))
     return env.unwrapped(function(*args, **kwargs))
@@ -156,6 +146,6 @@ def _called(env: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> A
 @contextlib.contextmanager
 def _tracing(rng: jax.Array | None) -> Iterator[Any]:
     env = environment()
-    # Fused attention computes on the memory that these tensors do not have.
+    # Fused attention needs memory, which traced tensors do not have.
     with simple_attention, env.within(rng):
         yield env
