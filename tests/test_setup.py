@@ -89,7 +89,7 @@ def test_changed_requirement_makes_environments_stale(setup: ModuleType, tmp_pat
     """The stamp's key changes with a requirement, and not with the settings of a linter."""
     pyproject = tmp_path / "pyproject.toml"
     key = setup.requirements_key(None)
-    pyproject.write_text(pyproject.read_text().replace("line-length = 110", "line-length = 100"))
+    pyproject.write_text(pyproject.read_text().replace("line-length = 100", "line-length = 88"))
     assert setup.requirements_key(None) == key
     pyproject.write_text(pyproject.read_text().replace("torch==2.13.0", "torch==2.13.1"))
     assert setup.requirements_key(None) != key
