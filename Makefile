@@ -1,13 +1,13 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench gpu fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wheel check bench gpu fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Create or update .venv-jax, .venv-torch, .venv-both and .venv-jax-next
 	$(SETUP)
@@ -19,6 +19,10 @@ demo: ## Train a PyTorch model through a JAX layer, in two environments
 # In two processes: the tests wait for workers half of the time. A file's tests stay together, with its fixtures.
 test: setup ## Run the tests; PYTEST_ARGS="-k lease -x"
 	$(BOTH)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# FRESH=1 installs the frameworks too, instead of lending those of the environments.
+test-wheel: setup ## Build the wheel, install it elsewhere, run the README's programs with it; FRESH=1
+	$(BOTH)/python -m tools.test_wheel $(if $(FRESH),--fresh)
 
 check: setup ## Check format, lint, types, the import rule and the generated code
 	$(BOTH)/ruff format --check .

@@ -13,24 +13,10 @@ from bridge_client.remote.link import Terms
 from bridge_wire.lane.frames import encode
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, python_of
+from tests.pages import save_programs, shown_after
 
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
-
-
-def save_programs(page: Path, folder: Path) -> None:
-    """Write the Python programs that a page shows, each of which begins with its file's name,
-    into a folder."""
-    for name, text in re.findall(
-        r"^```python\n# (\w+\.py)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL
-    ):
-        (folder / name).write_text(text)
-
-
-def shown_after(page: Path, name: str) -> str:
-    """Return the output that a page shows after the program of this name."""
-    after = page.read_text().split(f"```python\n# {name}\n")[1].split("```\n", 1)[1]
-    return re.search(r"^```\n(.*?)^```$", after, re.MULTILINE | re.DOTALL)[1]
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
