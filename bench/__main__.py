@@ -63,7 +63,9 @@ def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, li
             progress.set_description(f"{report.FUNCTIONS[function]}, {report.size_text(nbytes)}")
             steps = workbench.steps(function, nbytes)
             ways.check_agreement(steps)
-            bytes_made = steps["native"].bytes_made()
+            native = steps["native"]
+            assert isinstance(native, ways.Step)
+            bytes_made = native.bytes_made()
             copied = {
                 way: step.bytes_copied()
                 for way, step in steps.items()

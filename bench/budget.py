@@ -58,7 +58,7 @@ def _ratio(nbytes: int, way: str, other: str) -> Callable[[Results], float]:
 def _copied(results: Results) -> float:
     """Return the worst of all functions and sizes."""
     cells = [cell for (_, _, way), cell in results.cells.items() if way == "slab"]
-    return max(cell.bytes_copied / cell.bytes_made for cell in cells)
+    return max((cell.bytes_copied or 0) / cell.bytes_made for cell in cells)
 
 
 def _growth(results: Results) -> float | None:

@@ -197,7 +197,9 @@ def _at(session: Any, nbytes: int, plan: Plan, device: str) -> Size:
     x = torch.randn(nbytes // 4, device=device)
     cotangent = torch.randn_like(x)
     worker = ways.remote(session, "sine", x, cotangent)
-    slab = ways.remote(session, "sine", copied_into(session, x), copied_into(session, cotangent))
+    in_slab = [copied_into(session, tensor) for tensor in (x, cotangent)]
+    assert in_slab[0] is not None and in_slab[1] is not None
+    slab = ways.remote(session, "sine", in_slab[0], in_slab[1])
     steps: dict[str, Any] = {
         "native": ways.native("sine", x, cotangent),
         "one process": ways.inproc("sine", x, cotangent),

@@ -172,6 +172,10 @@ def waiting() -> None:
 # Opening and closing while a kernel runs ----------------------------------------------------------
 
 
+def _is_busy(other: Other) -> bool:
+    return other.ask("busy?") == "True"
+
+
 def opening() -> str:
     """What each of CUDA's calls takes while a kernel of two seconds runs in the other process,
     and in this one."""
@@ -181,7 +185,7 @@ def opening() -> str:
             memory, event = map(bytes.fromhex, other.said().split())
             if where == "there":
                 other.ask("spin")
-                is_busy: Callable[[], bool] = lambda other=other: other.ask("busy?") == "True"  # noqa: E731
+                is_busy: Callable[[], bool] = functools.partial(_is_busy, other)
             else:
                 is_busy = _spin(2.0)
             found.append(f"kernel {where}: " + ", ".join(_timed(_calls(memory, event), is_busy)))

@@ -347,7 +347,8 @@ def _events() -> str:
     import jax
 
     jax.numpy.ones(3).block_until_ready()
-    there, named = device(), []
+    there = device()
+    named: list[Any] = []
     for _ in range(_IMPORTS):
         _imported(there, _filled(there, 2.0), named.append)[0].block_until_ready()
     pointer, value = _filled(there, 1.0), _filled(there, 2.0)

@@ -6,8 +6,10 @@ Imports no framework.
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
 import grpc
 
@@ -24,9 +26,10 @@ class Ping:
         self._server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
         )
+        assert self._server.stdout
         self._server.stdout.readline()
         self._channel = grpc.insecure_channel(address)
-        self._call = self._channel.unary_unary("/bench.Ping/Ping")
+        self._call: Callable[..., Any] = self._channel.unary_unary("/bench.Ping/Ping")
         return self
 
     def __call__(self) -> None:
@@ -47,7 +50,9 @@ class Ping:
 def _serve(address: str) -> None:
     """Answer until stdin ends, as it also does when the parent dies."""
     server = grpc.server(ThreadPoolExecutor(1))
-    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
+    handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
+        lambda request, context: b""
+    )
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("bench.Ping", {"Ping": handler})]
     )

@@ -2,12 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.budget import Verdict
-from bench.measure import KIB, MIB, Results, percentile
+from bench.measure import KIB, MIB, Growth, Plan, Results, percentile
 
 WAYS = {
     "native": "native torch, one process",
@@ -43,7 +43,7 @@ _COLOURS = {
     "grpc": "#7b3294",
     "ping": "#969696",
 }
-_LINES = {
+_LINES: dict[str, dict[str, Any]] = {
     "native": {"marker": "o", "linestyle": "--"},
     "local": {"marker": "o", "linewidth": 2.5},
     "ping": {"linestyle": ":"},
@@ -60,7 +60,7 @@ def page(results: Results, verdicts: Sequence[Verdict], plot: str) -> str:
     """Return the page about a run, which shows the plot of that file name."""
     plan = results.plan
     machine = "\n".join(f"- {key}: {value}" for key, value in results.machine.items())
-    growth = _growth_text(results) if results.growth else ""
+    growth = _growth_text(results.growth, results.plan) if results.growth else ""
     return f"""# Benchmarks
 
 Forward + VJP, called from torch on float32, in milliseconds: p50 (p99). `make bench` writes this
@@ -162,7 +162,7 @@ def draw(results: Results, path: Path) -> None:
         "axes.spines.right": False,
         "lines.markersize": 4,
     }
-    with pyplot.rc_context(style):
+    with pyplot.rc_context(style):  # type: ignore[arg-type]
         figure, panels = pyplot.subplots(
             1,
             len(plan.functions),
@@ -226,10 +226,10 @@ def _cell_rows(results: Results, function: str) -> list[list[str]]:
             for cell in cells
         ]
         last = cells[-1]
-        is_counted = last is not None and last.bytes_copied is not None
-        rows.append(
-            [label, *texts, f"{last.bytes_copied / last.bytes_made:.2f}" if is_counted else ""]
-        )
+        copied = ""
+        if last is not None and last.bytes_copied is not None:
+            copied = f"{last.bytes_copied / last.bytes_made:.2f}"
+        rows.append([label, *texts, copied])
     return rows
 
 
@@ -250,14 +250,13 @@ def _verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
     return rows
 
 
-def _growth_text(results: Results) -> str:
+def _growth_text(growths: Mapping[str, Growth], plan: Plan) -> str:
     sentences = (
         f"the {process} from {growth.before / MIB:.1f} to {growth.after / MIB:.1f} MiB"
-        for process, growth in results.growth.items()
+        for process, growth in growths.items()
     )
     return (
-        f"\nOver {results.plan.soak_calls:,} forward + VJP of 1 KiB {' and '.join(sentences)}"
-        " resident.\n"
+        f"\nOver {plan.soak_calls:,} forward + VJP of 1 KiB {' and '.join(sentences)} resident.\n"
     )
 
 

@@ -18,7 +18,8 @@ _WARM_SHARE = 10  # a tenth of the calls goes before
 
 def soak(calls: int) -> dict[str, Growth]:
     """Return the growth of "client" and "worker", measured in two processes of their own."""
-    command = [ROOT / ".venv-torch/bin/python", "-m", "bench.soak", str(calls)]
+    python = str(ROOT / ".venv-torch/bin/python")
+    command = [python, "-m", "bench.soak", str(calls)]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     return {process: Growth(*resident) for process, resident in json.loads(output).items()}
 
@@ -55,7 +56,9 @@ def _only_child() -> int:
 
 
 def _resident_bytes(pid: int) -> int:
-    return int(re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) * KIB
+    status = Path(f"/proc/{pid}/status").read_text()
+    (resident,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
+    return int(resident) * KIB
 
 
 if __name__ == "__main__":

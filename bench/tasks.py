@@ -2,6 +2,7 @@
 compiled code."""
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch._inductor.config
@@ -37,7 +38,7 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
     torch._inductor.config.compile_threads = 1  # or its processes stay
     sine = RemoteJaxFunction(session, name="sine")
     rows, x, direction = torch.randn(ROWS, WIDTH), torch.randn(256), torch.randn(256)
-    made: dict[str, Callable[[], object]] = {
+    made: dict[str, Callable[[], Tensor]] = {
         "vmap": lambda: vmap(sine)(rows),
         "loop": lambda: torch.stack([sine(row) for row in rows]),
         "hvp": lambda: _hvp(sine, x, direction),
@@ -54,7 +55,10 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
 
 
 def _hvp(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
-    return jvp(grad(lambda x: f(x).sum()), (x,), (direction,))[1]
+    def total(x: Tensor) -> Tensor:
+        return f(x).sum()
+
+    return jvp(grad(total), (x,), (direction,))[1]
 
 
 def _step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
@@ -63,6 +67,6 @@ def _step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]
     def step() -> Tensor:
         x.grad = None
         module(x).backward()
-        return x.grad
+        return cast(Tensor, x.grad)
 
     return step

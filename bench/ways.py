@@ -15,6 +15,7 @@ from torch import Tensor
 from bench import ROOT, WIDTH, models
 from bench.ping import Ping
 from bridge_client import Session, connect, spawn
+from bridge_client.remote.session import RemoteSession
 from bridge_client.torch import RemoteJaxFunction
 
 _AGREEMENT = 1e-4
@@ -73,7 +74,7 @@ class Workbench:
                     require="memfd",
                 )
             )
-            self._grpc = stack.enter_context(connect(self._local.address, lane="grpc"))
+            self._grpc = stack.enter_context(connect(_address_of(self._local), lane="grpc"))
             self._ping = stack.enter_context(Ping())
             self._stack = stack.pop_all()
         return self
@@ -111,9 +112,16 @@ class Workbench:
         return steps
 
 
+def _address_of(session: Session) -> str:
+    assert isinstance(session, RemoteSession)
+    return session.address
+
+
 def check_agreement(steps: Mapping[str, Callable[[], None]]) -> None:
     """Raise RuntimeError unless every way has the same output and the same gradients."""
-    expected = _values(steps["native"])
+    native = steps["native"]
+    assert isinstance(native, Step)
+    expected = _values(native)
     for way, step in steps.items():
         if not isinstance(step, Step):
             continue
@@ -126,7 +134,8 @@ def check_agreement(steps: Mapping[str, Callable[[], None]]) -> None:
 
 def _values(step: Step) -> list[Tensor]:
     step()
-    return [step.call(step.x).detach(), *(leaf.grad for leaf in step.leaves)]
+    gradients = [leaf.grad for leaf in step.leaves if leaf.grad is not None]
+    return [step.call(step.x).detach(), *gradients]
 
 
 # Native torch -------------------------------------------------------------------------------------
@@ -182,7 +191,7 @@ def _to_jax(tensor: Tensor) -> jax.Array:
 
 
 def _to_torch(array: jax.Array) -> Tensor:
-    return torch.from_dlpack(array)
+    return torch.utils.dlpack.from_dlpack(array)
 
 
 # This project -------------------------------------------------------------------------------------

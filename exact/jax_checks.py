@@ -69,7 +69,7 @@ def _refuse_absent_types(case: Case) -> None:
     if absent:
         raise Unusable(f"torch has no {absent[0]}")
     wide = sorted({x.dtype.name for x in case.inputs} & set(WIDE))
-    if wide and not jax.config.jax_enable_x64:
+    if wide and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise Unusable(f"{wide[0]} without x64")
 
 

@@ -87,7 +87,7 @@ def write(summary: dict[str, Any], path: Path = PATH) -> None:
 
 
 def read(path: Path = PATH) -> dict[str, Any]:
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return json.loads(path.read_text())
 
 
 def _general(reason: str) -> str:

@@ -55,7 +55,8 @@ class Checks:
             raise torch_db.Unusable(f"the inputs have more than {_TOO_LARGE} elements")
         wrt = [i for i, x in enumerate(state) if is_inexact(x)] if subject.is_module else []
         if subject.is_module:  # buffers are not differentiated
-            wrt = list(range(sum(1 for _ in subject.target.parameters())))  # type: ignore[attr-defined]
+            parameters = subject.target.parameters()  # type: ignore[attr-defined]
+            wrt = list(range(len(list(parameters))))
         wrt += [len(state) + i for i in subject.wrt]
         self.reference = Reference(function, inputs, wrt)
         self._value = attempt(self.reference.value)
@@ -73,7 +74,7 @@ class Checks:
             self._value = attempt(self.reference.value)
         key = jnp.array(KEY, jnp.uint32) if self.is_random else None
         self._index = index
-        self._wide = bool(jax.config.jax_enable_x64)
+        self._wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         self.values = [jnp.asarray(array(x)) for x in inputs]
         self._call = self._made(key)
 

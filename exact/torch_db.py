@@ -23,7 +23,8 @@ from torch.testing._internal.common_modules import module_db
 from exact.cases import MODULE_KINDS, OPERATOR_KINDS, Entry
 
 # The database seeds random operators within their call; here the caller's key does.
-common_methods_invocations.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+_seeding: Any = common_methods_invocations
+_seeding.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
 _OPERATORS = {op.full_name: op for op in op_db}
 assert len(_OPERATORS) == len(op_db)
 _MODULES = {info.name.removeprefix("nn."): info for info in module_db}

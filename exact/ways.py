@@ -134,4 +134,4 @@ def _split(
 def open_way(name: str, modules: Sequence[str], *, x64: bool) -> InProcess | Traced | Worker:
     if name == "worker":
         return Worker(modules, x64=x64)
-    return {"inproc": InProcess, "traced": Traced}[name]()
+    return InProcess() if name == "inproc" else Traced()

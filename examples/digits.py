@@ -159,7 +159,8 @@ def fit(
 
 @torch.no_grad()
 def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (network(images).argmax(1) == labels).float().mean().item()
+    hits: Tensor = network(images).argmax(1) == labels
+    return float(hits.float().mean())
 
 
 # The comparison -----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ class Head(nn.Module):
     """Features of an image -> scores of the ten digits."""
 
     @nn.compact
-    def __call__(self, features):
+    def __call__(self, features: jax.Array) -> jax.Array:
         x = nn.relu(nn.Dense(HIDDEN)(features))
         return nn.Dense(CLASSES)(x)
 
@@ -28,7 +28,7 @@ _head = Head()
 model = (_head, _head.init(jax.random.key(0), jnp.zeros((1, FEATURES))))
 
 
-def environment():
+def environment() -> dict[str, int | bool]:
     """Return this process's id, and which frameworks it could import."""
     return {
         "pid": os.getpid(),

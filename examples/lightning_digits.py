@@ -56,7 +56,7 @@ class Digits(lightning.LightningModule):
 def main() -> int:
     options = parse_options()
     lightning.seed_everything(0)
-    train, test = (TensorDataset(*part) for part in digits())
+    train, test = (TensorDataset(*part) for part in digits("cpu"))
     batches, held_out = (
         DataLoader(train, batch_size=32, shuffle=True),
         DataLoader(test, batch_size=360),

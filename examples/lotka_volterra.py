@@ -86,7 +86,8 @@ def first_guess() -> Tensor:
 
 def loss_of(populations: RemoteJaxFunction, logs: Tensor) -> Tensor:
     values = logs.exp()
-    return (populations(values[:4], values[4:], YEARS).log() - DATA.log()).square().mean()
+    predicted: Tensor = populations(values[:4], values[4:], YEARS)
+    return (predicted.log() - DATA.log()).square().mean()
 
 
 def fit(populations: RemoteJaxFunction) -> tuple[Tensor, int]:

@@ -1,17 +1,20 @@
 """The JAX side of the Lotka-Volterra example: a diffrax solver, served with `--x64`."""
 
+from typing import Any
+
 import diffrax
 import jax.numpy as jnp
+from jax import Array
 
 
-def populations(rates, start, years):
+def populations(rates: Array, start: Array, years: Array) -> Array:
     """Return the hares and lynxes at each of the years, as an array of shape (years, 2).
 
     `rates` are alpha, beta, gamma and delta; `start` holds both populations in the first of the
     years.
     """
 
-    def change(_, population, rates):
+    def change(_: Any, population: Array, rates: Array) -> Array:
         hares, lynxes = population
         alpha, beta, gamma, delta = rates
         return jnp.stack([(alpha - beta * lynxes) * hares, (delta * hares - gamma) * lynxes])

@@ -61,7 +61,7 @@ def accuracy(predicted: EvalPrediction) -> dict[str, float]:
 def main() -> int:
     options = parse_options()
     set_seed(0)
-    train, test = (Rows(*part) for part in digits())
+    train, test = (Rows(*part) for part in digits("cpu"))
     arguments = TrainingArguments(
         output_dir=str(OUT),
         num_train_epochs=options.epochs,

@@ -510,14 +510,14 @@ class Target:
             raise Fault("a good client received other bytes than its own")
 
     def _replies(self, stream: Stream) -> Generator[pb.LaneReply, None, None]:
-        requests = local_lanes._requests(stream)  # type: ignore[arg-type]
+        requests = local_lanes._requests(stream)
         return conversation.Conversation(self.sessions, requests, stream.take_descriptors).replies()
 
     def _prepare(self, request: pb.PrepareRequest) -> int:
         """Return the program's name, or 0 when the service has refused."""
         context, program = Context(), 0
         try:
-            for event in self._service.Prepare(request, context):  # type: ignore[arg-type]
+            for event in self._service.Prepare(request, context):
                 program = event.prepared.program
                 if event.WhichOneof("kind") == "error":
                     check_error(event.error)

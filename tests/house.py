@@ -40,7 +40,7 @@ class Code:
 def code(source: str) -> Code:
     """Count tokens as tokenize does, without comments, layout and docstrings."""
     docstrings = {node.lineno: node.end_lineno or 0 for node in _docstrings(ast.parse(source))}
-    tokens, lines, prose = 0, set(), []
+    tokens, lines, prose = 0, set[int](), list[str]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row = token.start[0]
         if token.type == tokenize.COMMENT:
@@ -74,4 +74,4 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.Expr]:
             node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         )
         if is_documented and ast.get_docstring(node) is not None:
-            yield node.body[0]  # type: ignore[attr-defined]
+            yield node.body[0]

@@ -68,7 +68,7 @@ def call_of(
 ) -> pb.Call:
     """Return the call of a model with these positional inputs."""
     arguments = trees.arguments(trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping()))
-    call = pb.Call(**{"model": model, "arguments": arguments, "inputs": inputs} | fields)  # type: ignore[arg-type]
+    call = pb.Call(**{"model": model, "arguments": arguments, "inputs": inputs} | fields)
     if keep is not None:
         call.keep.SetInParent()
         call.keep.inputs.extend(keep)
@@ -123,7 +123,7 @@ class GrpcLane:
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        method = channel.stream_stream(
+        method: Any = channel.stream_stream(
             "/bridge.v1.Bridge/Lane", response_deserializer=pb.LaneReply.FromString
         )
         self.call = method(iter(self._outgoing.get, None), timeout=20)
@@ -160,7 +160,7 @@ class Client:
 
     def prepare(self, call: pb.Call | None = None, **what: object) -> int:
         """Prepare a program and return its name."""
-        request = pb.PrepareRequest(session=self.token, call=call, **what)  # type: ignore[arg-type]
+        request = pb.PrepareRequest(session=self.token, call=call, **what)
         try:
             events = list(self.stub.Prepare(request, timeout=60))
         except grpc.RpcError as error:
@@ -394,7 +394,7 @@ def test_no_message_on_the_grpc_lane_ends_it(opened: Opened, payload: bytes) -> 
         client.lane.shout(payload)
         with pytest.raises(grpc.RpcError) as raised:
             client.lane.hear()
-        assert raised.value.code() in (  # type: ignore[attr-defined]
+        assert raised.value.code() in (
             grpc.StatusCode.INTERNAL,
             grpc.StatusCode.INVALID_ARGUMENT,
             grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -760,7 +760,7 @@ BAD_CALLS = {
     "overflow behind a zero": call_of(pb.Spec(dtype=F32, shape=[0, 2**62, 2**62])),
     "too many dimensions": call_of(pb.Spec(dtype=F32, shape=[1] * 100)),
     "no dtype": call_of(pb.Spec(shape=[1])),
-    "unknown dtype": call_of(pb.Spec(dtype=99, shape=[1])),  # type: ignore[arg-type]
+    "unknown dtype": call_of(pb.Spec(dtype=99, shape=[1])),
     "number with a shape": call_of(pb.Spec(dtype=pb.DTYPE_FLOAT64, shape=[3], weak=True)),
     "fewer specs than leaves": pb.Call(model="sine", arguments=SINE.arguments),
     "more specs than leaves": call_of(ARRAY, inputs=[ARRAY] * 3),
@@ -1026,7 +1026,7 @@ def _framed(request: pb.LaneRequest) -> bytes:
 
 
 # Of a worker without any model: to these, none matters.
-SESSIONS = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
+SESSIONS = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)
 SESSION = SESSIONS.open()
 PROGRAM: Any = None
 
@@ -1129,7 +1129,7 @@ def test_sessions_that_nobody_attaches_to_leave_room_for_others(
     without a lane; those with a lane stay.
     """
     monkeypatch.setattr("bridge_server.serving.sessions._MAX_SESSIONS", 3)
-    sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)  # type: ignore[arg-type]
+    sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)
     first, second = sessions.open(), sessions.open()
     sessions.attach(first.token)
     third, fourth = sessions.open(), sessions.open()
@@ -1182,10 +1182,10 @@ def test_programs_that_nobody_asks_for_any_more_are_forgotten(
         def prepare_call(self, model: Model, call: pb.Call) -> Iterator[str]:
             yield "tracing"
             prepared.append(call.model)
-            return object()
+            return object()  # type: ignore[return-value]
 
     names = "abc"
-    programs = Programs(Preparing(), {name: object() for name in names})  # type: ignore[arg-type]
+    programs = Programs(Preparing(), {name: object() for name in names})
     for name in "abacab":
         for _ in programs.call(pb.Call(model=name)):
             pass
@@ -1215,7 +1215,7 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(
     monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
     with ThreadPoolExecutor(3) as threads:
         server = grpc.server(threads, interceptors=[Entrance(None)])
-        service = Service(None, None, SESSIONS, "")  # type: ignore[arg-type]
+        service = Service(None, None, SESSIONS, "")
         add_BridgeServicer_to_server(service, server)
         address = f"unix:{tmp_path}/g.sock"
         server.add_insecure_port(address)
@@ -1256,7 +1256,7 @@ def test_calls_without_a_request_leave_threads_to_others(
     known = (("authorization", "Bearer known"),)
     with ThreadPoolExecutor(3) as threads:
         server = grpc.server(threads, interceptors=[Entrance("known")])
-        add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)  # type: ignore[arg-type]
+        add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
         address = f"unix:{tmp_path}/g.sock"
         server.add_insecure_port(address)

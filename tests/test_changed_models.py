@@ -90,7 +90,7 @@ class Serving:
         before = children()
         targets = {name: f"served:{name}" for name in ("f", "affine", "longer")}
         self.session: Session = spawn(
-            **{f"{framework}_model": targets},  # type: ignore[arg-type]
+            **{f"{framework}_model": targets},
             python=python_of(f".venv-{framework}"),
             cwd=directory,
             lane=lane,
@@ -315,7 +315,7 @@ def test_a_residual_that_was_evicted_is_recomputed_by_one_preparation(tmp_path: 
         f, x = RemoteJaxFunction(session), torch.ones(4, requires_grad=True)
         for _ in range(2):
             y = f(x)
-            link = session._link  # type: ignore[attr-defined]
+            link = session._link
             prepared: list[str] = []
             prepare = link.prepare
             link.prepare = lambda request, *rest, p=prepare, seen=prepared: (

@@ -106,7 +106,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _spawn(**options: object) -> Session:
-    return spawn("tests.models:square", python=python_of(".venv-jax"), cwd=ROOT, **options)  # type: ignore[arg-type]
+    return spawn("tests.models:square", python=python_of(".venv-jax"), cwd=ROOT, **options)
 
 
 def _blocks_return(session: Session) -> bool:

@@ -310,7 +310,7 @@ def test_t2j_module() -> None:
 
 def test_t2j_rng() -> None:
     """`rng=` is the same."""
-    draw = trace_torch(lambda: torch.randn(3))
+    draw: Any = trace_torch(lambda: torch.randn(3))
     assert not np.array_equal(draw(rng=jax.random.PRNGKey(123)), draw(rng=jax.random.PRNGKey(456)))
 
 

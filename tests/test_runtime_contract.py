@@ -205,7 +205,7 @@ def test_whatever_a_model_raises_is_its_own(serve: Serve, lane: str, name: str, 
     is_ctrl_c = name == "interrupted" and lane == "inproc"
     with pytest.raises(KeyboardInterrupt if is_ctrl_c else RemoteModelError) as caught:
         serve(name).call(numbers(2))
-    assert is_ctrl_c or caught.value.remote_type.endswith(kind)  # type: ignore[union-attr]
+    assert is_ctrl_c or caught.value.remote_type.endswith(kind)
 
 
 def test_what_is_no_model_is_refused(framework: str, runtimes: dict[str, Runtime]) -> None:

@@ -117,7 +117,7 @@ def test_models_have_names_docstrings_and_arguments(session: Session) -> None:
 def test_models_cannot_be_changed(session: Session) -> None:
     """The mapping of the models is read-only."""
     with pytest.raises(TypeError):
-        session.models["another"] = session.models["square"]  # type: ignore[index]
+        session.models["another"] = session.models["square"]
 
 
 def test_an_unknown_model_is_named_with_those_there_are(session: Session) -> None:
@@ -474,7 +474,7 @@ def test_a_preparation_that_finds_its_connection_ended_makes_a_new_one(session: 
     """Where another thread has just ended the connection, nothing was sent, and nobody sees
     gRPC's ValueError."""
     assert squares(session, 3.0) == [9.0]
-    session._link.abort()  # type: ignore[attr-defined]
+    session._link.abort()
     assert squares(session, 2.0, 3.0) == [4.0, 9.0]
 
 

@@ -26,11 +26,8 @@ def pinned_version() -> str:
     """Return the version of grpcio-tools that the extra `dev` pins."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name = "grpcio-tools=="
-    return next(
-        line.removeprefix(name)
-        for line in project["optional-dependencies"]["dev"]
-        if line.startswith(name)
-    )
+    requirements: list[str] = project["optional-dependencies"]["dev"]
+    return next(line.removeprefix(name) for line in requirements if line.startswith(name))
 
 
 def require_pinned_generator() -> None:

@@ -70,7 +70,7 @@ def test_a_block_that_dies_while_others_are_taken_back_is_not_among_them(
         blocks.clear()
 
     blocks.pop()
-    device.record = record_and_die  # type: ignore[method-assign]
+    device.record = record_and_die
     with pytest.raises(OutOfMemory):
         pool.lease(UNIT, two)
     assert not blocks and pool.lease(UNIT, two).nbytes == UNIT

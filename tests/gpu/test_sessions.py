@@ -105,7 +105,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tupl
         with spawn(
             jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=environment(directory)
         ) as session:
-            yield fake, directory, session.address  # type: ignore[attr-defined]
+            yield fake, directory, session.address
 
 
 @pytest.fixture(params=["local", "grpc"])
@@ -253,7 +253,7 @@ def test_what_cuda_refuses_here_is_done_another_way(
     """Words, or else events, or else both sides wait on the host: calls are as right, and the
     log says why."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", f"{refused}:801")
-    with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
+    with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:
         machine = Machine(on_gpu.fake, on_gpu.directory, session)
         assert _finds_late_input(machine) and _finds_late_output(machine)
         if refused.startswith("ipc"):
@@ -274,7 +274,7 @@ def test_a_user_chooses_how_lanes_are_in_order(
 ) -> None:
     """By BRIDGE_GPU_ORDER, which names the first way that is tried."""
     monkeypatch.setenv("BRIDGE_GPU_ORDER", chosen)
-    with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
+    with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:
         machine = Machine(on_gpu.fake, on_gpu.directory, session)
         assert _finds_late_input(machine) and _finds_late_output(machine)
         expected = "events" if (chosen, way) == ("words", "events") else chosen
@@ -283,7 +283,7 @@ def test_a_user_chooses_how_lanes_are_in_order(
     with (
         connect(on_gpu.session.address) as session,
         pytest.raises(CallerError, match="expected one of words, events"),
-    ):  # type: ignore[attr-defined]
+    ):
         session.gpu_pool()
 
 
@@ -342,19 +342,19 @@ def test_a_client_killed_while_the_gpu_waits_for_it(machine: Any, way: str) -> N
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
-        address, first = session.address, session._host._process.pid  # type: ignore[attr-defined]
+        address, first = session.address, session._host._process.pid
         done = subprocess.run(
             [sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env
         )
         assert done.returncode == -signal.SIGKILL
-        assert way == "words" or eventually(session._host.has_ended)  # type: ignore[attr-defined]
+        assert way == "words" or eventually(session._host.has_ended)
         assert (
             session.gpu_pool() is not None
         )  # of the next worker: the session had not looked for one yet
         begun = time.monotonic()
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
-        assert (session._host._process.pid == first) == (way == "words")  # type: ignore[attr-defined]
+        assert (session._host._process.pid == first) == (way == "words")
         assert way == "events" or time.monotonic() - begun < 10
 
 
@@ -382,7 +382,7 @@ def test_a_client_killed_while_the_workers_host_waits_for_it(machine: Any, way: 
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
     with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
-        address, first = session.address, session._host._process.pid  # type: ignore[attr-defined]
+        address, first = session.address, session._host._process.pid
         done = subprocess.run(
             [sys.executable, "-c", _DYING_IN_A_CALL, address], cwd=ROOT, env=os.environ | env
         )
@@ -390,7 +390,7 @@ def test_a_client_killed_while_the_workers_host_waits_for_it(machine: Any, way: 
         client = Machine(machine[0], directory, session)
         (made,) = client.run(prepared(session, "sine", FOUR), client.put(0, 0, 0, 0))
         assert client.read(made) == [0, 0, 0, 0]
-        assert session._host._process.pid == first  # type: ignore[attr-defined]
+        assert session._host._process.pid == first
         assert eventually(lambda: machine[0].held(directory / "gpus")["openmem"] <= 2)
 
 
@@ -409,12 +409,12 @@ def test_a_worker_killed_while_the_gpu_waits_for_it(
     with (
         spawn(jax_model=models, **worker) as spawned,
         connect(spawned.address, lane=lane) as session,
-    ):  # type: ignore[attr-defined]
+    ):
         client = Machine(fake, directory, session)
         late, x = prepared(session, "late", FOUR), client.put(1, 2, 3, 4)
         (made,) = client.run(late, x)
         assert client.pool.device.is_busy(client.stream)
-        spawned._host._process.kill()  # type: ignore[attr-defined]
+        spawned._host._process.kill()
         begun = time.monotonic()
         values = client.read(made)  # blocks this thread until the stream goes on
         assert time.monotonic() - begun < 5
@@ -434,7 +434,7 @@ def test_words_of_ended_lanes_serve_again_only_when_nobody_writes_them(local: Ma
     program, x = prepared(session, "sine", FOUR), local.put(1, 2, 3, 4)
     local.run(program, x)
     local.pool.device.synchronize(local.stream)
-    link = session._require_link()  # type: ignore[attr-defined]
+    link = session._require_link()
     (lane,) = link._idle
     block = lane.ordering._by._block
     lane.ordering.close()
@@ -459,7 +459,7 @@ def test_calls_of_a_lane_from_several_streams_keep_their_order(local: Machine) -
     device, program = local.pool.device, prepared(local.session, "sine", FOUR)
     other, x, y = device.new_stream(), local.put(0, 0, 0, 0), local.put(0, 0, 0, 0)
     local.run(program, x)
-    link = local.session._require_link()  # type: ignore[attr-defined]
+    link = local.session._require_link()
     (lane,) = link._idle
     ordering = lane.ordering
     held = local.fake.hold(local.stream)
@@ -522,7 +522,7 @@ BAD_HANDLES = {
 @pytest.mark.parametrize("bad", BAD_HANDLES)
 def test_a_bad_handle_is_refused_and_the_worker_lives(local: Machine, bad: str) -> None:
     """The error says what is wrong and carries no handle; the lane goes on."""
-    link = local.session._require_link()  # type: ignore[attr-defined]
+    link = local.session._require_link()
     lane = link.take(local.session.pool)
     slab = GpuSlab(memoryview(b""), 0, FIRST_ADDRESS + (1 << 40), UNIT, -1, BAD_HANDLES[bad])
     with pytest.raises((CudaError, ProtocolError)) as raised:
@@ -546,7 +546,7 @@ def test_opening_a_handle_may_take_as_long_as_the_gpus_work(
             "ask",
             lambda lane, request, limit, ask=ask: limits.append(limit) or ask(lane, request, limit),
         )
-    with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):  # type: ignore[attr-defined]
+    with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):
         pass
     assert len(limits) >= 2 and min(limits) >= 120
 
@@ -564,7 +564,7 @@ def test_words_that_lie_wrong_are_refused(local: Machine, bad: str) -> None:
         "beyond the slab": slab.base + slab.nbytes - 128,
         "in the middle of nowhere": slab.base + (1 << 50),
     }[bad]
-    lane = local.session._require_link().take(local.session.pool)  # type: ignore[attr-defined]
+    lane = local.session._require_link().take(local.session.pool)
     with pytest.raises(ProtocolError):
         lane.ask(pb.LaneRequest(order=pb.Order(words=words)))
     lane.close()
@@ -577,7 +577,7 @@ def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Ma
     the event."""
     before = on_gpu.fake.held()
     for _ in range(3):
-        with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:  # type: ignore[attr-defined]
+        with connect(on_gpu.session.address, lane=on_gpu.session.lane) as session:
             client = Machine(on_gpu.fake, on_gpu.directory, session)
             client.run(prepared(session, "sine", FOUR), client.put(1, 2, 3, 4))
         end_what_is_left()
@@ -621,7 +621,7 @@ def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
 
 def test_more_memory_than_the_handle_has_is_refused(local: Machine) -> None:
     """The worker asks CUDA how much lies behind a handle, and believes no client."""
-    link = local.session._require_link()  # type: ignore[attr-defined]
+    link = local.session._require_link()
     (slab,) = local.pool.slabs
     pointer = local.pool.device.allocate(UNIT)
     handle = local.pool.device.handle_of(pointer)
@@ -637,8 +637,8 @@ def test_more_memory_than_the_handle_has_is_refused(local: Machine) -> None:
 def test_a_worker_without_a_gpu_shares_none(jax_worker: Session) -> None:
     """It is an error where it is required, and otherwise the host's memory it is."""
     with pytest.raises(LaneUnavailable, match="run on no GPU"):
-        connect(jax_worker.address, require="cuda_ipc")  # type: ignore[attr-defined]
-    with connect(jax_worker.address) as session:  # type: ignore[attr-defined]
+        connect(jax_worker.address, require="cuda_ipc")
+    with connect(jax_worker.address) as session:
         assert session.memory == "memfd" and session.gpu_pool() is None
 
 

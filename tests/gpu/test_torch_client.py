@@ -33,7 +33,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tuple
         undo = fake.pose_as_host()
         python, env = python_of(".venv-jax"), environment(directory)
         with spawn(jax_model=models, python=python, cwd=ROOT, env=env) as session:
-            yield fake, session.address  # type: ignore[attr-defined]
+            yield fake, session.address
         undo()
 
 
@@ -42,7 +42,7 @@ def session(worker: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
     """A session with that worker, while torch takes its tensors for ones on the GPU."""
     _, address = worker
     with connect(address, require="cuda_ipc") as session:
-        device = session.gpu_pool().device  # type: ignore[union-attr]
+        device = session.gpu_pool().device
         stream = device.new_stream()
         brought_back = gpu.OnGpu.brought_back
 
@@ -158,7 +158,7 @@ def test_what_torch_allocates_in_the_session_is_not_copied(
 ) -> None:
     """The segments of a pool of torch's own are shared when the context ends; the next context
     uses the pool again."""
-    device = session.gpu_pool().device  # type: ignore[union-attr]
+    device = session.gpu_pool().device
     pointer = device.allocate(UNIT)
     segments = [{"address": pointer, "total_size": UNIT}]
     made = []
@@ -179,11 +179,11 @@ def test_what_torch_allocates_in_the_session_is_not_copied(
     before = session.stats()["bytes_copied"]
     torch.testing.assert_close(f(x), 2 * torch.ones(256).sin())
     assert session.stats()["bytes_copied"] - before == 1024
-    slabs = len(session.gpu_pool().slabs)  # type: ignore[union-attr]
+    slabs = len(session.gpu_pool().slabs)
     for _ in range(3):  # as in a training loop
         with allocate_in(session):
             pass
-    assert len(made) == 1 and len(session.gpu_pool().slabs) == slabs  # type: ignore[union-attr]
+    assert len(made) == 1 and len(session.gpu_pool().slabs) == slabs
     with allocate_in(session), allocate_in(session):
         pass
     assert len(made) == 2
@@ -193,7 +193,7 @@ def test_what_torch_allocates_in_the_session_is_not_copied(
 
 def test_a_session_without_a_gpu_allocates_none_there(jax_worker: Session) -> None:
     """The error says what there is."""
-    with connect(jax_worker.address) as session:  # type: ignore[attr-defined]
+    with connect(jax_worker.address) as session:
         with pytest.raises(CallerError, match="no memory on a GPU"), allocate_in(session):
             pass
         with pytest.raises(CallerError, match="device='cuda'"):

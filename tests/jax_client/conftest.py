@@ -38,8 +38,8 @@ def mortal_worker() -> Iterator[Session]:
 
 def kill(session: Session) -> None:
     """Kill the worker that a session has spawned. Its next call starts another one."""
-    session._host._process.kill()  # type: ignore[attr-defined]
-    session._host._process.wait()  # type: ignore[attr-defined]
+    session._host._process.kill()
+    session._host._process.wait()
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def any_lane(request: pytest.FixtureRequest, torch_worker: Session) -> Iterator[
             for folder, module in (("torch_server", models), ("jax_client", torch_models))
             for name in (TESTS / folder / "models.txt").read_text().split()
         }
-        made = host(torch_model=hosted)
+        made: Session = host(torch_model=hosted)
     else:
         made = connect(torch_worker.address, lane=request.param)
     with made as session:

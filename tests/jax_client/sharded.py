@@ -2,6 +2,7 @@
 devices only once."""
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ def spread(value: jax.Array, mesh: Mesh) -> jax.Array:
 def expect(
     session: Session,
     f: object,
-    arguments: tuple,
+    arguments: tuple[Any, ...],
     expected: object,
     calls: int,
     *,
@@ -50,7 +51,7 @@ def expect(
 ) -> None:
     """Check what a jitted function makes, in how many calls, and that nothing is gathered on the
     way."""
-    compiled = jax.jit(f).lower(*arguments).compile()  # type: ignore[arg-type]
+    compiled = jax.jit(f).lower(*arguments).compile()
     text = compiled.as_text()
     assert (
         "all-gather" not in text and "collective-permute" not in text and "all-to-all" not in text
@@ -103,7 +104,7 @@ def with_parameters(session: Session, mesh: Mesh) -> None:
     def loss(f: RemoteTorchFunction) -> object:
         return jax.value_and_grad(lambda params, images: (f.apply(params, images) ** 2).sum())
 
-    expected = jax.jit(loss(one))(params, images)  # type: ignore[arg-type]
+    expected = jax.jit(loss(one))(params, images)
     expect(session, loss(spread_out), (params, spread(images, mesh)), expected, 8, sums=True)
 
 

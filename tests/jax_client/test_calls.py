@@ -326,7 +326,7 @@ def test_without_buffer_callback(remote: Remote, monkeypatch: pytest.MonkeyPatch
 def test_jit_from_many_threads(remote: Remote, session: Session) -> None:
     """Calls of several threads run side by side, each with its own result."""
     f = jax.jit(jax.grad(lambda x: (remote("sine")(x) ** 2).sum()))
-    futures = [session.submit(lambda i=i: np.asarray(f(X + i))) for i in range(24)]  # type: ignore[misc]
+    futures = [session.submit(lambda i=i: np.asarray(f(X + i))) for i in range(24)]
     for i, future in enumerate(futures):
         np.testing.assert_allclose(
             future.result(30), 8 * jnp.sin(X + i) * jnp.cos(X + i), rtol=1e-4, atol=1e-5

@@ -162,7 +162,7 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
     with pytest.raises(StructureError, match=r"params lacks \['0.bias'\]$"):
         f.apply({k: v for k, v in params.items() if k != "0.bias"}, x)
     with pytest.raises(StructureError, match="params is a list; expected a dict of arrays by name"):
-        f.apply([x], x)  # type: ignore[arg-type]
+        f.apply([x], x)
     with pytest.raises(
         SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"
     ):
@@ -273,7 +273,7 @@ def test_a_layer_of_an_nnx_model(remote: Remote) -> None:
     optimizer = nnx.Optimizer(net, optax.sgd(1e-1), wrt=nnx.Param)
 
     @nnx.jit
-    def step(net: Net, optimizer: nnx.Optimizer) -> jax.Array:
+    def step(net: Net, optimizer: nnx.Optimizer[Net]) -> jax.Array:
         loss, gradients = nnx.value_and_grad(lambda net: (net(x) ** 2).mean())(net)
         optimizer.update(net, gradients)
         return loss

@@ -57,7 +57,7 @@ class Node:
 
     @classmethod
     def tree_unflatten(cls, n, children):
-        return cls(*children, n)
+        return cls(*children, n)  # type: ignore[call-arg]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -69,7 +69,7 @@ class Incomparable(Node):
 
     @classmethod
     def tree_unflatten(cls, n, children):
-        return cls(*children, n[0])
+        return cls(*children, n[0])  # type: ignore[call-arg]
 
 
 CLASSES = {

@@ -48,7 +48,7 @@ def any_lane(request: pytest.FixtureRequest, jax_worker: Session) -> Iterator[Re
     this process."""
     if request.param == "inproc":
         names = (TESTS / "models.txt").read_text().split()
-        made = host(jax_model={name: getattr(models, name) for name in names})
+        made: Session = host(jax_model={name: getattr(models, name) for name in names})
     else:
         made = connect(jax_worker.address, lane=request.param)
     with made as session:

@@ -3,6 +3,8 @@
 No torch.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +46,7 @@ class Normed(nn.Module):
         return nn.BatchNorm(use_running_average=True)(nn.Dense(2)(x))
 
 
-normed = (
+normed: tuple[Any, ...] = (
     Normed(),
     FrozenDict(
         {

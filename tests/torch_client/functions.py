@@ -114,7 +114,7 @@ class Moments(NamedTuple):
 @dataclasses.dataclass
 class Report:
     moments: Moments
-    extra: dict
+    extra: dict[str, Any]
     total: Any
 
 
@@ -159,7 +159,7 @@ def spread(value):
 
 # Counting -----------------------------------------------------------------------------------------
 
-_tally = collections.Counter()
+_tally: collections.Counter[str] = collections.Counter()
 
 
 def _bump(key, value):

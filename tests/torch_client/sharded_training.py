@@ -48,18 +48,18 @@ def _shard_itself(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 
 def _shard_parent(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    return fully_shard(_around(module), mesh=mesh)
+    return fully_shard(_around(module), mesh=mesh)  # type: ignore[return-value]
 
 
 def _shard_both(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    return fully_shard(_shard_itself(module, mesh), mesh=mesh)
+    return fully_shard(_shard_itself(module, mesh), mesh=mesh)  # type: ignore[return-value]
 
 
 def _shard_in_bfloat16(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     whole = _around(module.float())
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     fully_shard(whole[1], mesh=mesh, mp_policy=policy)
-    return fully_shard(whole, mesh=mesh, mp_policy=policy)
+    return fully_shard(whole, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
 
 KINDS: dict[str, Callable[[nn.Module, DeviceMesh], nn.Module]] = {

@@ -26,7 +26,7 @@ STATIC = ["registered", "struct", "module", "node"]
 def served(request: pytest.FixtureRequest) -> Iterator[Session]:
     """A session with the models: in a worker, in one with 64-bit types, and in this process."""
     if request.param == "in process":
-        models = host(jax_model={name: getattr(class_models, name) for name in _NAMES})
+        models: Session = host(jax_model={name: getattr(class_models, name) for name in _NAMES})
     else:
         args = ("--x64",) if "x64" in request.param else ()
         models = spawn(jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args)
@@ -138,7 +138,7 @@ def test_a_namedtuple_keeps_its_methods(remote: Remote, x: Tensor) -> None:
     """A namedtuple of the model's is an instance of its class there; one of the caller's with
     that name is not."""
     torch.testing.assert_close(remote("doubled")(remote("pair")(x)), 4 * x)
-    other = collections.namedtuple("Pair", ["x", "y"])
+    other = collections.namedtuple("Pair", ["x", "y"])  # type: ignore[name-match]
     with pytest.raises(RemoteModelError, match=r"AttributeError"):
         remote("doubled")(other(x, x))
 
@@ -163,7 +163,7 @@ def test_attributes_that_are_no_fields_are_not_lost_in_silence(remote: Remote, x
 
     mine = Mine(x)
     assert type(remote("step")(mine)) is Mine
-    mine.more = 1  # type: ignore[attr-defined]
+    mine.more = 1
     with pytest.raises(StructureError, match=r"Mine.*\['more'\] are no fields"):
         remote("step")(mine)
 
@@ -178,8 +178,8 @@ def test_states_of_a_worker_that_was_restarted_are_refused() -> None:
         energy = RemoteJaxFunction(session, name="energy")
         state = make(x, "registered", 5)
         assert energy(state) == 15
-        session._host._process.kill()  # type: ignore[attr-defined]
-        session._host._process.wait()  # type: ignore[attr-defined]
+        session._host._process.kill()
+        session._host._process.wait()
         with pytest.raises((StructureError, ModelChanged), match="is not known here"):
             energy(state)
         assert energy(make(x, "registered", 5)) == 15

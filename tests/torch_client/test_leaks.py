@@ -102,8 +102,8 @@ def test_many_calls_leave_no_trace(worker: tuple[Session, int], lane: str) -> No
                 then,
                 now,
             )
-        for now, then in zip(after[1], before[1], strict=True):
-            assert now <= then * (1 + GROWTH)
+        for size, then_size in zip(after[1], before[1], strict=True):
+            assert size <= then_size * (1 + GROWTH)
         stats = session.stats()
         assert [stats[key] for key in ("blocks", "slab_bytes", "residuals")] == [
             counts[key] for key in ("blocks", "slab_bytes", "residuals")

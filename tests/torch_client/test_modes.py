@@ -28,7 +28,9 @@ def served(request: pytest.FixtureRequest) -> Iterator[Session]:
     """A session with models that have modes: in a worker, in one with 64-bit types, and in this
     process."""
     if request.param == "in process":
-        models = host(jax_model={name: getattr(stateful_models, name)() for name in _FACTORIES})
+        models: Session = host(
+            jax_model={name: getattr(stateful_models, name)() for name in _FACTORIES}
+        )
     else:
         args = ("--factory", *(("--x64",) if "x64" in request.param else ()))
         models = spawn(jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args)
@@ -179,4 +181,4 @@ def test_a_mode_that_there_is_not_is_refused(session: Session) -> None:
     )
     spec = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[4, 3])
     with pytest.raises(ProtocolError, match="mode 7"):
-        session.prepare_call(pb.Call(model="regular", arguments=arguments, inputs=[spec], mode=7))  # type: ignore[arg-type]
+        session.prepare_call(pb.Call(model="regular", arguments=arguments, inputs=[spec], mode=7))

@@ -395,4 +395,4 @@ def test_only_layers_with_a_fast_path_cost_a_switch(runtime: TorchRuntime) -> No
         (lambda x: layer(x, x, x)[0], True),
         (lambda x: layers["held"][0](x, x, x)[0], True),
     ):
-        assert Hosted(runtime, model).call(x)._options.has_fast_path is expected  # type: ignore[attr-defined]
+        assert Hosted(runtime, model).call(x)._options.has_fast_path is expected

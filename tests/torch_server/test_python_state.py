@@ -277,8 +277,8 @@ def by_cache(params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def by_attribute(params: dict[str, Tensor], x: Tensor) -> Tensor:
     if not hasattr(by_attribute, "kept"):
-        by_attribute.kept = params["w"].sin()  # type: ignore[attr-defined]
-    return x * by_attribute.kept  # type: ignore[attr-defined]
+        by_attribute.kept = params["w"].sin()
+    return x * by_attribute.kept
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
@@ -424,17 +424,17 @@ def test_snapshots_put_back_what_has_changed() -> None:
         shared: Any = 1
 
     box, names = Box(), {"a", "b"}
-    box.items, box.names, box.table = [1, [2]], names, {"k": {"l": 1}}  # type: ignore[attr-defined]
+    box.items, box.names, box.table = [1, [2]], names, {"k": {"l": 1}}
 
     def code() -> Any:
         return box, Box
 
     state = PythonState(code, follows_code=True)
-    box.items[1].append(3)  # type: ignore[attr-defined]
-    box.names.clear()  # type: ignore[attr-defined]
-    box.table["k"]["l"] = 2  # type: ignore[attr-defined]
-    box.new = Box.other = 1  # type: ignore[attr-defined]
+    box.items[1].append(3)
+    box.names.clear()
+    box.table["k"]["l"] = 2
+    box.new = Box.other = 1
     Box.shared = 2
     state.restore()
-    assert box.items == [1, [2]] and names == {"a", "b"} and box.table == {"k": {"l": 1}}  # type: ignore[attr-defined]
+    assert box.items == [1, [2]] and names == {"a", "b"} and box.table == {"k": {"l": 1}}
     assert not hasattr(box, "new") and Box.shared == 1

@@ -262,7 +262,7 @@ def test_a_module_that_cannot_be_copied_is_served(
 ) -> None:
     """Its calls are made on itself, one at a time, and leave it as it is."""
     module = nn.Linear(2, 2, bias=False).double()
-    module.lock = threading.Lock()
+    module.lock = threading.Lock()  # type: ignore[assignment]
     weight = module.weight
     with caplog.at_level(logging.WARNING, "bridge_server"):
         hosted = Hosted(runtime, module)

@@ -31,7 +31,8 @@ OF_NUMPY = [dtype for dtype in EVERY if hasattr(np, dtype.name) or dtype.name ==
 SHAPES = [(2, 3), (), (4,), (0,), (3, 0, 2), (1, 1, 5)]
 
 
-Carrier = Consumer = Callable[[Any], Any]
+Carrier = Callable[[Any], Any]
+Consumer = Callable[[Any], Any]
 CARRIERS: dict[str, Carrier] = {
     "numpy": lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__(),
     "torch": lambda buffer: torch.utils.dlpack.to_dlpack(

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -62,7 +63,7 @@ def documented_tree() -> dict[str, str]:
     """Return the parent of each error of the tree in the module's docstring."""
     parents: dict[str, str] = {}
     above: list[str] = []
-    for line in inspect.getdoc(errors).splitlines():  # type: ignore[union-attr]
+    for line in inspect.getdoc(errors).splitlines():
         words = line.split("── ")
         if len(words) == 2:
             depth, name = len(words[0]) // 4 + 1, words[1].split()[0]
@@ -163,7 +164,7 @@ class Aborting(grpc.GenericRpcHandler):
 
     error: BridgeError
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
         return grpc.unary_unary_rpc_method_handler(
             lambda request, context: errors.abort(context, self.error)
         )
@@ -192,7 +193,7 @@ def received_over(
     handler.error = error
     with pytest.raises(grpc.RpcError) as raised:
         channel.unary_unary("/any/Method")(b"", timeout=10)
-    return from_rpc(raised.value), raised.value.code()  # type: ignore[attr-defined]
+    return from_rpc(raised.value), raised.value.code()
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

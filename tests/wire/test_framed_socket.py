@@ -203,7 +203,7 @@ def test_message_that_went_out_whole_is_no_error(monkeypatch: pytest.MonkeyPatch
         send_fds = socket.send_fds
 
         def send_to_a_quick_peer(*args: object) -> int:
-            sent = send_fds(*args)  # type: ignore[arg-type]
+            sent = send_fds(*args)
             raw.recv(100)
             raw.sendall(encode(b"no"))
             raw.close()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bridge_wire.errors import BridgeError, CallerError, OutOfMemory, SessionClosed
 from bridge_wire.memory.allocator import ALIGNMENT
-from bridge_wire.memory.pool import Pool, half_of_memory
+from bridge_wire.memory.pool import Block, Pool, half_of_memory
 from bridge_wire.memory.slabs import PAGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_threads_lease_side_by_side() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3 * PAGE)), max_size=60))
 def test_live_blocks_never_share_a_byte(steps: list[tuple[bool, int]]) -> None:
     """However blocks are leased and dropped, live ones are disjoint, aligned and counted."""
-    pool, live = small_pool(), []
+    pool, live = small_pool(), list[Block]()
     for drop, number in steps:
         if drop and live:
             live.pop(number % len(live))

@@ -497,7 +497,7 @@ def test_attributes_that_are_no_fields_are_not_lost_in_silence() -> None:
     """An instance with attributes besides its fields is sent, and refused when it comes back;
     caches do not count."""
     model = Model(A)
-    model.more = B  # type: ignore[attr-defined]
+    model.more = B
     at_the_peer = send(model)
     assert at_the_peer.weights is A
     with pytest.raises(StructureError, match=r"Model.*\['more'\] are no fields.*dict or tuple"):
@@ -511,7 +511,7 @@ def test_attributes_of_a_namedtuple_are_not_lost_in_silence() -> None:
     """Likewise for a subclass of a namedtuple."""
     point = Marked(A, B)
     assert type(returned(point)) is Marked
-    point.mark = 1  # type: ignore[attr-defined]
+    point.mark = 1
     with pytest.raises(StructureError, match=r"\['mark'\]"):
         returned(point)
 

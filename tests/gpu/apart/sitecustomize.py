@@ -5,4 +5,4 @@ import os
 import sys
 
 for name in os.environ.get("TESTS_BLOCKED", "").split():
-    sys.modules[name] = None
+    sys.modules[name] = None  # type: ignore[assignment]

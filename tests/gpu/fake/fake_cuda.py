@@ -695,12 +695,12 @@ def install() -> None:
 
     CuPy is the package beside this file, for whom that is on the path.
     """
-    ctypes.CDLL = _Loader  # type: ignore[misc]
+    ctypes.CDLL = _Loader
 
 
 def uninstall() -> None:
     """Undo it. What the process still holds is given back."""
-    ctypes.CDLL = _CDLL  # type: ignore[misc]
+    ctypes.CDLL = _CDLL
     for thing in (*_memory.values(), *_events.values()):
         thing.file.forget()
     for stream in _streams.values():

@@ -64,7 +64,7 @@ def _worker(args: tuple[str, ...] = _WORKER, **options: Any) -> Session:
 
 def pid_of(session: Session) -> int:
     """Return the process id of the worker that a session has spawned."""
-    return int(session._host._process.pid)  # type: ignore[attr-defined]
+    return int(session._host._process.pid)
 
 
 def used_bytes() -> int:

@@ -93,7 +93,7 @@ def test_handles_that_are_none_are_refused_by_the_worker(worker: Session) -> Non
     """With a clear error, and the worker lives, for this session and others."""
     with connect(worker.address) as session:
         assert _works(session)
-        link = session._link  # type: ignore[attr-defined]
+        link = session._link
         lane = link.take(session.pool)
         for name, handle in _handles().items():
             share = pb.Share(base=FIRST_ADDRESS * 2, nbytes=UNIT, cuda_handle=handle)
@@ -112,7 +112,7 @@ def test_less_memory_than_announced_is_refused_by_the_worker(worker: Session) ->
     pointer = device.allocate(UNIT)
     with connect(worker.address) as session:
         assert _works(session)
-        link = session._link  # type: ignore[attr-defined]
+        link = session._link
         lane = link.take(session.pool)
         share = pb.Share(
             base=FIRST_ADDRESS * 2, nbytes=4 * UNIT, cuda_handle=device.handle_of(pointer)
@@ -149,12 +149,12 @@ def test_a_worker_that_is_killed_in_a_call_is_noticed(worker: Session) -> None:
         f, x = RemoteJaxFunction(session), torch.ones(1 << 20, device=DEVICE)
         f(x)
         torch.cuda.synchronize()
-        (lane,) = session._link._idle  # type: ignore[attr-defined]
+        (lane,) = session._link._idle
         os.kill(
             machine.pid_of(session), signal.SIGSTOP
         )  # it takes the request, and does nothing about it
         handle = f.submit(x)
-        assert eventually(lambda: lane not in session._link._idle)  # type: ignore[attr-defined]
+        assert eventually(lambda: lane not in session._link._idle)
         time.sleep(0.5)
         os.kill(machine.pid_of(session), signal.SIGKILL)
         with pytest.raises(WorkerDied):
