@@ -133,6 +133,9 @@ def test_linter_accepts_the_sources_as_they_are(copied_sources: Path) -> None:
         ("bridge_server/extra.py", "jax.numpy", "jax is imported in"),
         ("bridge_client/extra.py", "flax.linen", "jax is imported in"),
         ("bridge_client/extra.py", "torch.nn", "torch is imported in"),
+        ("bridge_wire/memory/extra.py", "bridge_wire.lane.frames", "bridge_wire's rooms"),
+        ("bridge_client/remote/extra.py", "bridge_client.commands", "bridge_client's rooms"),
+        ("bridge_server/process/extra.py", "bridge_server.serving", "bridge_server's rooms"),
     ],
 )
 def test_linter_rejects_a_forbidden_import(
@@ -145,6 +148,14 @@ def test_linter_rejects_a_forbidden_import(
     broken = [line for line in run.stdout.splitlines() if " BROKEN" in line]
     assert run.returncode != 0
     assert any(line.startswith(contract) for line in broken), run.stdout
+
+
+def test_linter_rejects_a_room_without_a_floor(copied_sources: Path) -> None:
+    """A new room that no layer of the contract names breaks it."""
+    (copied_sources / "bridge_wire" / "extra.py").write_text("import os\n")
+    run = lint(copied_sources)
+    assert run.returncode != 0
+    assert "bridge_wire.extra" in run.stdout
 
 
 @pytest.mark.parametrize(
