@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel check bench gpu fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -9,7 +9,7 @@ BOTH = .venv-both/bin
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## Create or update .venv-jax, .venv-torch, .venv-both and .venv-jax-next
+setup: ## Create or update .venv-jax, .venv-torch, .venv-wire, .venv-both and .venv-jax-next
 	$(SETUP)
 
 demo: ## Train a PyTorch model through a JAX layer, in two environments
@@ -19,6 +19,10 @@ demo: ## Train a PyTorch model through a JAX layer, in two environments
 # In two processes: the tests wait for workers half of the time. A file's tests stay together, with its fixtures.
 test: setup ## Run the tests; PYTEST_ARGS="-k lease -x"
 	$(BOTH)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-wire: ## Run the tests of bridge_wire where neither framework is installed
+	$(SETUP) wire
+	.venv-wire/bin/python -m pytest tests/wire $(PYTEST_ARGS)
 
 # FRESH=1 installs the frameworks too, instead of lending those of the environments.
 test-wheel: setup ## Build the wheel, install it elsewhere, run the README's programs with it; FRESH=1
@@ -30,6 +34,10 @@ check: setup ## Check format, lint, types, the import rule and the generated cod
 	$(BOTH)/mypy
 	$(BOTH)/lint-imports
 	$(BOTH)/python tools/generate_proto.py --check
+
+coverage: ## Measure the lines of bridge_wire that its tests run, against a floor
+	$(SETUP) wire
+	.venv-wire/bin/python -m pytest tests/wire --cov $(PYTEST_ARGS)
 
 # On a GPU, PYTHON=... names an interpreter that has both frameworks for CUDA already.
 bench: $(if $(and $(GPU),$(PYTHON)),,setup) ## Measure against the performance budget; GPU=1: calls on a GPU
@@ -51,8 +59,8 @@ proto: setup ## Generate bridge_wire/pb from proto/bridge/v1/bridge.proto
 	$(BOTH)/python tools/generate_proto.py
 
 clean: ## Remove caches, build outputs and artefacts
-	rm -rf build dist out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist out .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environments too
-	rm -rf .venv-jax .venv-torch .venv-both .venv-jax-next
+	rm -rf .venv-jax .venv-torch .venv-wire .venv-both .venv-jax-next

@@ -102,6 +102,13 @@ def test_server_without_a_runtime_loads_no_framework() -> None:
     assert not frameworks_loaded_by(*framework_free_modules_of("bridge_server")) & {"jax", "torch"}
 
 
+def test_tests_of_wire_load_no_framework() -> None:
+    """The tests of bridge_wire, and the fixtures that they use, load neither jax nor torch."""
+    tests = [f"tests.wire.{path.stem}" for path in (ROOT / "tests" / "wire").glob("test_*.py")]
+    assert len(tests) > 10
+    assert not frameworks_loaded_by("tests.conftest", *tests) & {"jax", "torch"}
+
+
 @pytest.mark.parametrize(
     "module",
     [name for package in PACKAGES for name in modules_of(package) if name in FRAMEWORKS_OF],

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Create the project's virtual environments: .venv-jax, .venv-torch, .venv-both and .venv-jax-next.
+"""Create the virtual environments: .venv-jax, .venv-torch, .venv-wire, .venv-both, .venv-jax-next.
 
 Standard library only, in syntax that an old Python can parse: this runs before anything is
 installed, and has to say itself that the interpreter is too old. An environment is made anew when
 what `pyproject.toml` says of packages, this file, the checkout's path or the requested interpreter
 has changed since its stamp was written; otherwise a run costs milliseconds and prints nothing.
 
-    tools/setup.py [--python PYTHON] [jax|torch|both|jax-next ...]
+    tools/setup.py [--python PYTHON] [jax|torch|wire|both|jax-next ...]
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ ENVIRONMENTS = {
     for environment in (
         Environment("jax", "[jax]"),
         Environment("torch", "[torch,examples,test]"),
+        # Neither framework: for the tests of bridge_wire.
+        Environment("wire", "[test]", packages=("ml_dtypes", "numpy")),
         Environment("both", "[jax,torch,trace,dev,examples,bench]"),
         JAX_NEXT,
     )
