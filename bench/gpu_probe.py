@@ -449,11 +449,12 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "export": Question(
         "Can memory of JAX's default allocator be exported, with preallocation and without, and"
-        " what does a failure leave behind?",
+        " does JAX still work after a failure?",
         _export_from_jax,
     ),
     "namespaces": Question(
-        "What do handles, events and words need in common: PIDs, an IPC namespace, /dev/shm?",
+        "Which namespaces must both processes share for handles, events and words: PIDs, IPC,"
+        " /dev/shm?",
         _namespaces,
     ),
     "donation": Question("Does donating an imported buffer abort the process?", _donation),
@@ -476,12 +477,11 @@ QUESTIONS: Mapping[str, Question] = {
         gpu_pairs.rerecorded,
     ),
     "opening": Question(
-        "What do opening and closing handles and events wait for while a kernel runs there, or"
-        " here?",
+        "Do opening and closing handles and events wait while a kernel runs there, or here?",
         gpu_pairs.opening,
     ),
     "destroyed": Question(
-        "What does an opened event do that had passed, once its owner has destroyed it or was"
+        "How does an opened event that had passed behave once its owner has destroyed it or was"
         " killed?",
         gpu_pairs.destroyed,
     ),
@@ -490,9 +490,10 @@ QUESTIONS: Mapping[str, Question] = {
         " or destroys it before its GPU has come to that?",
         gpu_pairs.dead_events,
     ),
-    "mps": Question("What does MPS do when only one of two processes uses it?", _mixed_mps),
+    "mps": Question("How does MPS behave when only one of two processes uses it?", _mixed_mps),
     "costs": Question(
-        "What does a copy on the device cost, against exporting the worker's memory?", _costs
+        "How much does a copy on the device cost, compared with exporting the worker's memory?",
+        _costs,
     ),
     "left": Question(
         "Does a process that is killed leave memory behind on the GPU, in the other process's count"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the table, the page, the JSON and the plot. Imports no framework."""
+"""The outputs of a run: table, page, JSON and plot. Imports no framework."""
 
 import json
 import statistics
@@ -73,35 +73,35 @@ page.
 ## The machine
 {machine}
 
-## What is compared
+## Compared
 - *native torch*: the same function in torch.
 - *jax2torch-style*: an `autograd.Function` whose forward calls `jax.vjp` of a jitted function each
   time, with DLPack both ways; torch and JAX in one process and one environment. The baseline of the
   budget.
 - *local lane*: a worker in another process and environment; tensors and signals in shared memory.
-  With *inputs in a slab* the input and the cotangent lie in shared memory already, as what another
-  remote call has returned does.
+  With *inputs in a slab* the input and the cotangent are in shared memory already, like the outputs
+  of another remote call.
 - *gRPC inline*: the same worker, over the same host's Unix socket, the bytes sent in gRPC messages.
 - *ping*: an empty gRPC unary call to another process, without protobuf.
 - *copied*: bytes that either side copies in one step, divided by the bytes of the output and the
   gradients, at the largest size. Native torch and the baseline are not counted.
-- The MLP's layers are 64 wide, with ReLU between them; the number of rows makes the size. Its
+- The MLP's layers are 64 wide, with ReLU between them; the number of rows sets the size. Its
   parameters belong to the client and get gradients too.
-- The step that is compiled has some twenty pointwise operations of torch, before and after the
-  call. What a call adds to it is the difference of the rows with and without the call.
+- The compiled step has some twenty pointwise operations of torch, before and after the call. The
+  cost of a call in it is the difference of the rows with and without the call.
 
-## How it is measured
-Every way of one function at one size takes a turn in each of {plan.rounds} rounds, in random order.
-In a turn {plan.warm_calls} calls warm up; then {plan.min_calls} are timed, or as many as fit in
-{plan.turn_s * 1e3:g} ms. Python's garbage collector is off. A ratio in the budget is the median,
-over the rounds, of the quotient of both p50s, so that what disturbs the machine meets both. Where a
-call takes long there are few of them, and p99 is the slowest. Before anything is timed, all ways
-must agree on the output and on every gradient. Resident growth is measured in a run of its own,
-with the client in an environment without JAX.
+## Method
+Each round measures every way of one function at one size, in random order; there are
+{plan.rounds} rounds. A measurement makes {plan.warm_calls} calls to warm up; then {plan.min_calls}
+calls are timed, or as many as fit in {plan.turn_s * 1e3:g} ms. Python's garbage collector is off. A
+ratio in the budget is the median, over the rounds, of the quotient of both p50s, so that a
+disturbance of the machine affects both. Slow calls are few, and their p99 is the slowest one.
+Before the measurement, all ways must agree on the output and on every gradient. Resident growth is
+measured in a separate run, with the client in an environment without JAX.
 
 ## How to reproduce it
-`make bench` on a machine that does nothing else; it exits with status 1 when a line of the budget
-is missed.
+`make bench` on an otherwise idle machine; it exits with status 1 when a line of the budget is
+missed.
 `.venv-both/bin/python -m bench --quick` takes a minute and writes nothing.
 """
 

@@ -13,10 +13,18 @@ from bridge_client.remote.link import Terms
 from bridge_wire.lane.frames import encode
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.conftest import ROOT, python_of
+from tests.house import PACKAGES
 from tests.pages import save_programs, shown_after
 
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def headings_of(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -121,3 +129,22 @@ def test_design_page_names_every_room() -> None:
         files = {path.name for path in (ROOT / package).glob("[!_]*.py")}
         folders = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
         assert named == (files | folders) - {"pb/"}
+
+
+def test_design_page_names_files_that_exist() -> None:
+    """Every file that docs/design.md names is in a package, or below the root."""
+    text = (ROOT / "docs" / "design.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    folders = [ROOT, *(ROOT / package for package in PACKAGES)]
+    assert len(named) > 20
+    assert not [name for name in named if not any((f / name).is_file() for f in folders)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    """The files and headings of the repository that a page links to are there."""
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), target
+        if heading:
+            assert heading in headings_of(linked), (target, heading)
