@@ -29,7 +29,7 @@ from bridge_server.serving import conversation, local_lanes
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.service import Service
 from bridge_server.serving.sessions import Sessions
-from bridge_server.serving.turns import Turn
+from bridge_server.turns import Turn
 from bridge_wire import errors, specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import BridgeError, PeerError, ProtocolError, StructureError

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bridge_server.serving.turns import TurnByEvents
+from bridge_server.turns import TurnByEvents
 from bridge_wire.memory.cuda import Device
 from bridge_wire.memory.cuda_memory import (
     ALIGNMENT,

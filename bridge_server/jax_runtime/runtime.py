@@ -36,8 +36,8 @@ from bridge_server.jax_runtime.types import (
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
-from bridge_server.serving.turns import Turn
 from bridge_server.signatures import check_differentiable, check_pullback, check_signature
+from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.errors import (
     BridgeError,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 
 from bridge_server.serving.session import Session, addressed, nbytes_of
 from bridge_server.serving.sessions import Sessions
-from bridge_server.serving.turns import Turn, TurnByEvents, TurnByWords
+from bridge_server.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import (
     BridgeError,
     OutOfMemory,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from bridge_server.runtime import Program, Runtime
 from bridge_server.serving.residuals import Kept, Residuals
-from bridge_server.serving.turns import Turn, turn_with
+from bridge_server.turns import Turn, turn_with
 from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
 from bridge_wire.memory import cuda_words
 from bridge_wire.memory.allocator import ALIGNMENT

@@ -13,7 +13,6 @@ from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
-from bridge_server.serving.turns import Turn
 from bridge_server.signatures import (
     check_differentiable,
     check_pullback,
@@ -32,6 +31,7 @@ from bridge_server.torch_runtime.programs import (
     ToDevice,
 )
 from bridge_server.torch_runtime.transforms import Composed, compose
+from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.errors import TargetError
 from bridge_wire.memory.cuda import Gpu

@@ -13,7 +13,7 @@ import numpy as np
 
 from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.serving import conversation
-from bridge_server.serving.turns import Turn
+from bridge_server.turns import Turn
 from bridge_wire.memory.cuda import gpus
 
 JaxRuntime.gpu = lambda self: gpus()[0]

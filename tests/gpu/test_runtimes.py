@@ -18,8 +18,8 @@ from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.model_errors import remote
 from bridge_server.process import devices
 from bridge_server.runtime import Options, Runtime
-from bridge_server.serving.turns import Turn
 from bridge_server.torch_runtime import TorchRuntime, types
+from bridge_server.turns import Turn
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import OutOfMemory, RemoteModelError
 from bridge_wire.memory.cuda import Device, device_of, gpus

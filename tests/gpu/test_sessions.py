@@ -20,7 +20,7 @@ from bridge_client.programs import Program
 from bridge_client.remote.gpu import Ordering
 from bridge_client.remote.grpc_lane import GrpcLane
 from bridge_client.remote.local_lane import LocalLane
-from bridge_server.serving.turns import TurnByEvents, TurnByWords
+from bridge_server.turns import TurnByEvents, TurnByWords
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
