@@ -1,4 +1,4 @@
-"""Says so when a preparation takes long, so that a compilation never looks like a hang."""
+"""Logs progress when compilation takes longer than 2 s, so that it never looks like a hang."""
 
 import contextlib
 import logging
@@ -12,9 +12,12 @@ _SLOW_S = 2.0
 
 @dataclass(slots=True)
 class Progress:
-    """How far a preparation has come."""
+    """The phase of a preparation."""
 
     phase: str = "starting"
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ One implementation per framework; this module imports none of them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,16 @@ from bridge_wire.specs import Spec, encode
 
 # Yields the phases "tracing" and "compiling" when they begin, and returns the program.
 Preparation = Generator[str, None, "Program"]
+
+
+def finish(preparation: Preparation, on_phase: Callable[[str], None] = lambda _: None) -> "Program":
+    """Run a preparation to its end, reporting each phase; return its program."""
+    while True:
+        try:
+            on_phase(next(preparation))
+        except StopIteration as end:
+            program: Program = end.value
+            return program
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
-"""What the name or number of a host says. Looks nothing up."""
+"""Addresses of workers: loopback hosts, lengths of socket paths. Resolves no names."""
 
 import ipaddress
 
+LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
+
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, as it stands before the port in an address, is this one, by a way that
-    does not leave it."""
+    """Whether a host, the part of an address before the port, is this host's loopback."""
     if host == "localhost":
         return True
     try:

@@ -149,6 +149,11 @@ def arguments(args: pb.Tree, kwargs: pb.Tree) -> pb.Tree:
     return pb.Tree(tuple=pb.Tree.Sequence(items=[args, kwargs]))
 
 
+def positional(count: int) -> pb.Tree:
+    """Return the tree of a call's arguments: `count` arrays by position."""
+    return arguments(flat(count), pb.Tree(dict=pb.Tree.Mapping()))
+
+
 def argument_paths(tree: pb.Tree) -> list[str]:
     """Return the paths of the leaves of a call's arguments, such as `args[0]` and
     `kwargs['scale']`.

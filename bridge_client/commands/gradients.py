@@ -199,12 +199,10 @@ class _Point:
 def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Program:
     """Prepare the call of a model with these arrays as positional arguments, and with its
     parameters passed."""
-    leaf = pb.Tree(leaf=pb.Tree.Leaf())
-    args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(arrays)))
     own = [parameter.spec for parameter in model.parameters]
     call = pb.Call(
         model=model.name,
-        arguments=trees.arguments(args, pb.Tree(dict=pb.Tree.Mapping())),
+        arguments=trees.positional(len(arrays)),
         inputs=[specs.encode(spec) for spec in (*own, *arrays)],
         parameters=bool(own),
     )

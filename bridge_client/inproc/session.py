@@ -227,12 +227,7 @@ class InprocSession(Session):
         else:
             raise ProtocolError("a Prepare request names nothing to prepare")
         with logged_when_slow(what) as progress:
-            while True:
-                try:
-                    progress.phase = next(preparation)
-                except StopIteration as finished:
-                    made: runtime.Program = finished.value
-                    return made
+            return runtime.finish(preparation, progress.enter)
 
     def _run(self, run: Run) -> Any:
         self._refuse_time_limit(run.program, run.timeout_s)

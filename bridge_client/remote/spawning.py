@@ -18,6 +18,7 @@ from typing import IO
 from bridge_client.remote.connecting import check_terms
 from bridge_client.remote.link import Terms
 from bridge_client.remote.session import RemoteSession
+from bridge_wire.addresses import LONGEST_SOCKET_PATH
 from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
 
 _log = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ _worker_log = logging.getLogger("bridge_client.worker")
 
 _LAST_LINES = 30
 _STOP_S = 10.0
-_LONGEST_PATH = 107  # of a Unix socket: sun_path of sockaddr_un, less the final NUL
 # Variables that name a worker's models and clients. In this process they configure this process,
 # or the worker that it connects to. Each worker chooses its own allocator.
 _NOT_INHERITED = frozenset(
@@ -269,7 +269,7 @@ class _Output:
 def _directory_for(name: str) -> str:
     """Return a new directory of mode 0700 for a socket of that name."""
     directory = tempfile.mkdtemp(prefix="bridge-")
-    if len(os.fsencode(os.path.join(directory, name))) <= _LONGEST_PATH:
+    if len(os.fsencode(os.path.join(directory, name))) <= LONGEST_SOCKET_PATH:
         return directory
     os.rmdir(directory)
     return tempfile.mkdtemp(prefix="bridge-", dir="/tmp")

@@ -7,10 +7,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge_wire.addresses import is_loopback
+from bridge_wire.addresses import LONGEST_SOCKET_PATH, is_loopback
 from bridge_wire.errors import CallerError
 
-_LONGEST_SOCKET_PATH = 107  # sun_path of sockaddr_un, less the final NUL
 _LAST_PORT = 65535
 _DEFAULT = "bridge.sock"
 LANE_SUFFIX = ".lane"
@@ -52,7 +51,7 @@ def _unix(path: Path) -> Endpoint:
     path = path.absolute()
     if not _fits(path):
         raise CallerError(
-            f"the socket's path has over {_LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}"
+            f"the socket's path has over {LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}"
         )
     if not path.parent.is_dir():
         raise CallerError(f"the socket's directory does not exist: {path.parent}")
@@ -76,7 +75,7 @@ def listens(path: str) -> bool:
 
 
 def _fits(path: Path) -> bool:
-    return len(os.fsencode(path)) + len(LANE_SUFFIX) <= _LONGEST_SOCKET_PATH
+    return len(os.fsencode(path)) + len(LANE_SUFFIX) <= LONGEST_SOCKET_PATH
 
 
 def _runtime_directory() -> Path:

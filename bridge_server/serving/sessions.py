@@ -5,7 +5,6 @@ last lane, however that ends. So a killed client leaves nothing behind.
 """
 
 import contextlib
-import hmac
 import logging
 import secrets
 import threading
@@ -90,7 +89,7 @@ class Sessions:
           Unauthenticated: no session has it, or that session has ended.
         """
         session = self._by_token.get(token)
-        if session is None or session.is_closed or not hmac.compare_digest(session.token, token):
+        if session is None or session.is_closed:
             raise Unauthenticated("the session token is not valid here; open a session first")
         return session
 

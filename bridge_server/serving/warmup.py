@@ -2,7 +2,7 @@
 
 import logging
 
-from bridge_server.runtime import Program
+from bridge_server.runtime import finish
 from bridge_server.serving.programs import Programs
 from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError
@@ -23,9 +23,7 @@ def warm_up(programs: Programs, text: str) -> None:
         arrays = specs.parse(signature)
     except CallerError as error:
         raise CallerError(f"--warmup {error}") from None
-    leaf = pb.Tree(leaf=pb.Tree.Leaf())
-    args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf] * len(arrays)))
-    call = pb.Call(model=name, arguments=trees.arguments(args, pb.Tree(dict=pb.Tree.Mapping())))
+    call = pb.Call(model=name, arguments=trees.positional(len(arrays)))
     model = programs.models.get(name)
     parameters = model.parameters if model else ()
     call.parameters = bool(parameters)
@@ -33,24 +31,13 @@ def warm_up(programs: Programs, text: str) -> None:
     trainable = [i for i, parameter in enumerate(parameters) if parameter.trainable]
     floats = [i for i, spec in enumerate(arrays, len(parameters)) if spec.dtype.is_inexact]
     _log.info("warming up %s", text)
-    _finish(programs, call)
+    finish(programs.call(call))
     programs.fingerprint(call)
     for wrt in (trainable, trainable + floats) if trainable else (floats,):
         kept = pb.Call()
         kept.CopyFrom(call)
         kept.keep.inputs.extend(wrt)
-        program = _finish(programs, kept)
+        program = finish(programs.call(kept))
         outputs = [i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact]
-        for _ in programs.pullback(program, pb.Pullback(wrt=wrt, outputs=outputs)):
-            pass
+        finish(programs.pullback(program, pb.Pullback(wrt=wrt, outputs=outputs)))
     programs.signatures[name].append(arrays)
-
-
-def _finish(programs: Programs, call: pb.Call) -> Program:
-    preparation = programs.call(call)
-    while True:
-        try:
-            next(preparation)
-        except StopIteration as finished:
-            program: Program = finished.value
-            return program

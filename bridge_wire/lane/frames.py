@@ -54,8 +54,3 @@ class FrameDecoder:
         message = bytes(memoryview(pending)[4:end])
         del pending[:end]
         return message
-
-    @property
-    def is_between_messages(self) -> bool:
-        """Whether the stream may end here without cutting a message in two."""
-        return not self._pending

@@ -5,12 +5,10 @@ consumer takes it.
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-from bridge_wire.dtypes import BY_NAME, DType
-from bridge_wire.errors import CallerError, StructureError
+from bridge_wire.errors import CallerError
 from bridge_wire.specs import Spec
 
 CPU = (1, 0)  # kDLCPU, device 0
@@ -48,12 +46,6 @@ _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is.restype = ctypes.c_int
-_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_CODES: Mapping[tuple[int, int], DType] = MappingProxyType(
-    {(dtype.dlpack_code, dtype.dlpack_bits): dtype for dtype in BY_NAME.values()}
-)
 
 # Makes a capsule of an array over a buffer, which that array keeps alive; see keep_owners_by.
 _carrier: Callable[[Any], Any] | None = None
@@ -162,61 +154,6 @@ class DeviceExporter(Exporter):
         if stream != _NO_ORDER:
             self._wait(stream)
         return super().__dlpack__()
-
-
-class Borrowed(NamedTuple):
-    """A view of a producer's memory: valid while `capsule` lives.
-
-    Strides are in elements; None means row-major.
-    """
-
-    pointer: int
-    spec: Spec
-    strides: tuple[int, ...] | None
-    capsule: Any
-
-    @property
-    def is_row_major(self) -> bool:
-        if self.strides is None or 0 in self.spec.shape:
-            return True
-        expected = 1
-        for size, stride in zip(reversed(self.spec.shape), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-
-def borrow(producer: Any) -> Borrowed:
-    """Return where a DLPack producer's host memory lies and what it holds, without a copy.
-
-    Raises:
-      StructureError: it is no producer, its memory is not the host's, or its dtype is none of ours.
-    """
-    if not hasattr(producer, "__dlpack__"):
-        raise StructureError(f"a {type(producer).__qualname__} has no __dlpack__; pass an array")
-    device, _ = producer.__dlpack_device__()
-    if device != CPU[0]:
-        raise StructureError(
-            f"the array is on DLPack device type {device}; expected host memory, type {CPU[0]}"
-        )
-    try:
-        capsule = producer.__dlpack__()
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise StructureError(f"the array cannot be viewed: {error}") from error
-    if not _capsule_is(capsule, b"dltensor"):
-        raise StructureError("the producer returned no unversioned DLPack capsule")
-    tensor = _DLManagedTensor.from_address(_capsule_pointer(capsule, b"dltensor")).tensor
-    dtype = _CODES.get((tensor.code, tensor.bits))
-    if dtype is None or tensor.lanes != 1:
-        raise StructureError(
-            f"DLPack type ({tensor.code}, {tensor.bits} bits, {tensor.lanes} lanes) is not"
-            " supported"
-        )
-    sizes = ctypes.c_int64 * tensor.ndim
-    shape = tuple(sizes.from_address(tensor.shape)) if tensor.ndim else ()
-    strides = tuple(sizes.from_address(tensor.strides)) if tensor.ndim and tensor.strides else None
-    return Borrowed((tensor.data or 0) + tensor.byte_offset, Spec(dtype, shape), strides, capsule)
 
 
 def data_pointer(producer: Any) -> int:

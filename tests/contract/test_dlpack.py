@@ -1,7 +1,6 @@
 """DLPack both ways: blocks become arrays of three frameworks without a copy, and their arrays
 are found by pointer."""
 
-import ctypes
 import gc
 import subprocess
 import sys
@@ -12,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 
 import bridge_wire.memory.dlpack
 from bridge_wire.dtypes import BY_NAME, DType
-from bridge_wire.errors import StructureError
-from bridge_wire.memory.dlpack import CPU, Exporter, borrow, keep_owners_by
+from bridge_wire.memory.dlpack import CPU, Exporter, keep_owners_by
 from bridge_wire.memory.pool import Block, Pool
 from bridge_wire.specs import Spec
 
@@ -321,166 +317,3 @@ def test_live_exports_do_not_disturb_the_exit(runtime: str) -> None:
         timeout=120,
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
-
-
-# Import -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", EVERY, ids=named)
-def test_torch_tensor_is_borrowed_in_place(dtype: DType) -> None:
-    """A torch tensor of any dtype is found at its own pointer, with its dtype and shape."""
-    tensor = (
-        torch.zeros(2, 3, dtype=torch.uint8)
-        .repeat(1, dtype.itemsize)
-        .view(getattr(torch, dtype.name))
-    )
-    borrowed = borrow(tensor)
-    assert (borrowed.pointer, borrowed.spec) == (tensor.data_ptr(), Spec(dtype, (2, 3)))
-    assert borrowed.is_row_major
-
-
-@pytest.mark.parametrize("dtype", EVERY, ids=named)
-def test_jax_array_is_borrowed_in_place(dtype: DType) -> None:
-    """A JAX array of any dtype is found at its own pointer, with its dtype and shape."""
-    array = jnp.asarray(np.zeros((2, 3), getattr(ml_dtypes, dtype.name, dtype.name)))
-    borrowed = borrow(array)
-    assert (borrowed.pointer, borrowed.spec) == (array.unsafe_buffer_pointer(), Spec(dtype, (2, 3)))
-    assert borrowed.is_row_major
-
-
-@pytest.mark.parametrize("dtype", OF_NUMPY, ids=named)
-def test_numpy_array_is_borrowed_in_place(dtype: DType) -> None:
-    """A NumPy array of any dtype that NumPy has is found at its own pointer, with its dtype and
-    shape."""
-    array = np.zeros((2, 3), dtype.name)
-    borrowed = borrow(array)
-    assert (borrowed.pointer, borrowed.spec) == (array.ctypes.data, Spec(dtype, (2, 3)))
-    assert borrowed.is_row_major
-
-
-GRID = np.arange(60, dtype=np.float64).reshape(3, 4, 5)
-STRIDED = {
-    "whole": GRID,
-    "transposed": GRID.T,
-    "every second": GRID[:, ::2],
-    "reversed": GRID[::-1],
-    "plane": GRID[:, :, 2],
-    "column": GRID[:, 1:2, 3:4],
-    "one row": GRID[1:2],
-    "swapped ones": GRID[:1, :, :1].transpose(2, 1, 0),
-    "empty": GRID[:0, ::2],
-    "scalar": np.array(7.0),
-}
-
-
-@pytest.mark.parametrize("array", STRIDED.values(), ids=STRIDED.keys())
-def test_strided_array_is_borrowed_with_its_strides(array: np.ndarray) -> None:
-    """Strides come in elements, reach the array's own elements, and `is_row_major` agrees with
-    NumPy."""
-    borrowed = borrow(array)
-    assert borrowed.spec.shape == array.shape
-    assert borrowed.is_row_major == array.flags.c_contiguous
-    strides = borrowed.strides or tuple(stride // 8 for stride in array.strides)
-    for index in np.ndindex(array.shape):
-        offset = sum(i * stride for i, stride in zip(index, strides, strict=True))
-        assert ctypes.c_double.from_address(borrowed.pointer + 8 * offset).value == array[index]
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1),
-        torch.arange(24.0).view(2, 3, 4)[:, 1:, ::2],
-        torch.ones(3).expand(5, 3),
-        torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last),
-    ],
-    ids=["permuted", "sliced", "expanded", "channels last"],
-)
-def test_strided_tensor_is_borrowed_with_its_strides(tensor: torch.Tensor) -> None:
-    """A tensor that is not contiguous is found at its first element, with torch's own strides."""
-    borrowed = borrow(tensor)
-    assert (borrowed.pointer, borrowed.strides) == (tensor.data_ptr(), tensor.stride())
-    assert not borrowed.is_row_major
-
-
-def test_borrowed_memory_lives_as_long_as_the_capsule() -> None:
-    """The producer may go: the capsule keeps its memory."""
-    array = np.full(1000, 7.0)
-    memory = weakref.ref(array)
-    borrowed = borrow(array)
-    del array
-    gc.collect()
-    assert memory() is not None
-    assert ctypes.c_double.from_address(borrowed.pointer).value == 7.0
-    del borrowed
-    gc.collect()
-    assert memory() is None
-
-
-def test_exporter_can_be_borrowed() -> None:
-    """What this project exports it also imports, at the same pointer."""
-    exporter, block = exported(BY_NAME["bfloat16"], (2, 2))
-    borrowed = borrow(exporter)
-    assert (borrowed.pointer, borrowed.spec) == (block.pointer, exporter.spec)
-
-
-class ElsewhereArray:
-    """An array on a GPU."""
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
-
-    def __dlpack__(self) -> None:
-        raise AssertionError("not asked for: its memory is not the host's")
-
-
-class NoCapsuleArray:
-    """A producer of something else."""
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return CPU
-
-    def __dlpack__(self) -> object:
-        return object()
-
-
-def read_only_array() -> np.ndarray:
-    array = np.zeros(3)
-    array.flags.writeable = False
-    return array
-
-
-@pytest.mark.parametrize(
-    "producer",
-    [
-        3.5,
-        [1, 2],
-        ElsewhereArray(),
-        NoCapsuleArray(),
-        np.zeros(3, np.longdouble),
-        np.zeros(3, "datetime64[s]"),
-        np.zeros(3, ">f4"),
-        np.zeros(3, object),
-        read_only_array(),
-        torch.ones(3, requires_grad=True),
-        torch.ones(3, dtype=torch.complex64).conj(),
-    ],
-    ids=[
-        "number",
-        "list",
-        "gpu",
-        "no capsule",
-        "longdouble",
-        "dates",
-        "big-endian",
-        "objects",
-        "read-only",
-        "requires grad",
-        "conjugate",
-    ],
-)
-def test_what_cannot_be_borrowed_is_refused(producer: Any) -> None:
-    """No producer, memory elsewhere, a type that is none of ours, or a producer that declines: a
-    StructureError."""
-    with pytest.raises(StructureError):
-        borrow(producer)

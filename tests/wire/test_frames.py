@@ -28,7 +28,7 @@ MESSAGES = [
 ]
 
 
-def cut(pieces: Iterable[bytes]) -> tuple[list[bytes], FrameDecoder]:
+def cut(pieces: Iterable[bytes]) -> list[bytes]:
     """Feed the pieces of a stream one by one; return the messages, taken as soon as they are
     whole."""
     decoder, messages = FrameDecoder(), []
@@ -37,15 +37,14 @@ def cut(pieces: Iterable[bytes]) -> tuple[list[bytes], FrameDecoder]:
         while message is not None:
             messages.append(message)
             message = decoder.next()
-    return messages, decoder
+    return messages
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=range(len(MESSAGES)))
 def test_message_comes_whole(message: bytes) -> None:
     """A frame that is fed at once gives its message, and then nothing."""
-    messages, decoder = cut([encode(message)])
+    messages = cut([encode(message)])
     assert messages == [message]
-    assert decoder.is_between_messages
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=range(len(MESSAGES)))
@@ -56,7 +55,6 @@ def test_message_comes_byte_by_byte(message: bytes) -> None:
     for i in range(len(frame) - 1):
         assert decoder.feed(frame[i : i + 1]) is None
         assert decoder.next() is None
-        assert not decoder.is_between_messages
     assert decoder.feed(frame[-1:]) == message
     assert decoder.next() is None
 
@@ -68,7 +66,6 @@ def test_trailing_bytes_belong_to_the_next_message(message: bytes) -> None:
     decoder = FrameDecoder()
     assert decoder.feed(encode(message) + second[:6]) == message
     assert decoder.next() is None
-    assert not decoder.is_between_messages
     assert decoder.feed(second[6:]) == b"the next one"
 
 
@@ -82,7 +79,7 @@ def test_largest_message_passes_and_a_longer_one_is_not_sent() -> None:
     """A message of MAX_FRAME bytes, which a chunk with its envelope stays below, passes; one
     byte more is refused."""
     assert len(pb.LaneRequest(chunk=bytes(CHUNK)).SerializeToString()) <= MAX_FRAME
-    assert cut([encode(bytes(MAX_FRAME))])[0] == [bytes(MAX_FRAME)]
+    assert cut([encode(bytes(MAX_FRAME))]) == [bytes(MAX_FRAME)]
     with pytest.raises(ProtocolError, match=str(MAX_FRAME)):
         encode(bytes(MAX_FRAME + 1))
 
@@ -117,9 +114,8 @@ def test_messages_are_the_same_however_they_are_cut(
     stream = b"".join(map(encode, messages))
     cuts = sorted(random.randrange(len(stream) + 1) for _ in range(random.randrange(10)))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    received, decoder = cut(pieces)
+    received = cut(pieces)
     assert received == messages
-    assert decoder.is_between_messages
 
 
 @settings(deadline=None)
@@ -129,11 +125,10 @@ def test_random_bytes_give_messages_or_a_protocol_error(pieces: list[bytes]) -> 
     nothing else raised."""
     stream = b"".join(pieces)
     try:
-        messages, decoder = cut(pieces)
+        messages = cut(pieces)
     except ProtocolError:
         return
     assert stream.startswith(b"".join(map(encode, messages)))
-    assert decoder.is_between_messages == (stream == b"".join(map(encode, messages)))
 
 
 def test_message_does_not_change_with_later_input() -> None:
