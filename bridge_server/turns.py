@@ -1,6 +1,6 @@
-"""Turns on the GPU: what a lane's run waits for there, and what its client may wait for afterwards.
+"""Turns on the GPU: stream-ordered handover between a lane's runs and its client's own work.
 
-No framework.
+Imports no framework.
 """
 
 import contextlib
@@ -15,25 +15,24 @@ from bridge_wire.memory.cuda_words import FIRST, PROBE_S, Words
 
 _log = logging.getLogger(__name__)
 
-# Past either, a lane waits for the GPU rather than hold more of what it has still to copy.
+# Past either limit a lane waits for the GPU before it holds more outputs for pending copies.
 _MOST_HELD = 64
 _MOST_HELD_BYTES = 256 << 20
 _POLL_S = 0.002
 
 
 class Turn:
-    """How one lane's runs and its client's own work take turns on a GPU. By itself, each side waits
-    on the host.
+    """The handover between one lane's runs and its client's work; here both sides wait on the CPU.
 
-    A run begins when the client's work is done, which it is already when the client asks; and it
-    has been done itself when the client hears of it.
+    The client finishes its GPU work before it sends a run. The worker finishes the run before it
+    replies.
     """
 
     def __init__(self, device: Device, stream: int | None) -> None:
         """Begin to take turns.
 
-        `stream` is the one that the models of this thread run on; None gives the lane a stream of
-        its own, to which the outputs are brought.
+        `stream` is the CUDA stream of this thread's models; with None the lane copies the outputs
+        on its own stream.
         """
         self.device = device
         self._held: list[tuple[Any, ...]] = []
@@ -42,22 +41,23 @@ class Turn:
         self.stream = device.new_stream() if stream is None else stream
 
     def wait(self, stream: int | None) -> None:
-        """Let a stream wait until the inputs are there; without a stream, wait here."""
+        """Let a stream wait for the inputs; without a stream, block."""
 
     def copy(self, target: int, source: int, nbytes: int, *owners: object) -> None:
-        """Copy an output, once what is on this lane's stream is done.
+        """Copy an output in the order of this lane's stream.
 
-        The owners are held until it has been copied.
+        The owners are held until the copy is done.
         """
         self.device.copy(target, source, nbytes, self.stream)
         self._held.append(owners)
         self._held_bytes += nbytes
 
     def begin(self, number: int = 0) -> None:
-        """Begin the run of this number: no output is written before the client's work is done. Let
-        go of what has been copied by now.
+        """Begin the run of this number: no output is written before the client's work is done.
+
+        Release the owners of finished copies.
         """
-        if self._held:  # before the stream waits for the client
+        if self._held:  # release before the stream waits for the client
             if len(self._held) > _MOST_HELD or self._held_bytes > _MOST_HELD_BYTES:
                 self.finish()
             elif self._has_passed():
@@ -66,23 +66,22 @@ class Turn:
         self.wait(self.stream)
 
     def end(self) -> None:
-        """End a run: from now on the client may wait for its outputs."""
+        """End a run: from now on the client may wait for the outputs."""
         self.finish()
 
     def finish(self) -> None:
-        """Wait until all that this lane has put on the GPU is done."""
+        """Wait for all of this lane's work on the GPU."""
         self.device.synchronize(self.stream)
         self._let_go()
 
     def is_stuck(self, patience_s: float) -> bool:
-        """Whether this lane's work waits for good for a client that has ended the lane: if it
-        has for that long."""
+        """Whether, after `patience_s`, this lane still waits on the GPU for a client that is gone."""
         return False
 
     def close(self) -> None:
-        """Finish, and let go of everything.
+        """Wait for this lane's work and release everything.
 
-        Where the GPU has failed, there is nothing left to wait for.
+        After a GPU failure there is no work to wait for.
         """
         with contextlib.suppress(CudaError):
             self.finish()
@@ -97,11 +96,11 @@ class Turn:
         """Note the number of the run that begins."""
 
     def _has_passed(self) -> bool:
-        """Whether the last run is known to be done on the GPU."""
+        """Whether the GPU has certainly finished the last run."""
         return False
 
     def _release(self) -> None:
-        """Let go of what the two sides wait for."""
+        """Release the events or words of the two sides."""
 
     def _let_go(self) -> None:
         self._held.clear()
@@ -109,7 +108,7 @@ class Turn:
 
 
 class TurnByWords(Turn):
-    """Turns in order by two counters in a slab: neither host waits."""
+    """Stream-ordered turns through two counters in a slab: no CPU thread waits."""
 
     def __init__(
         self,
@@ -118,27 +117,27 @@ class TurnByWords(Turn):
         stream: int | None,
         is_connected: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Begin to take turns by the words at a pointer; `is_connected` says whether the client may
-        still write there.
+        """Begin to take turns through the words at a pointer.
+
+        `is_connected` reports whether the client may still write the words.
 
         Raises:
-          CudaError: this process does not see what the client writes there.
+          CudaError: this process does not see the client's writes to the words.
         """
         if not device.has_words:
-            raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
+            raise CudaError("this CUDA driver has no 64-bit stream memory operations")
         self._words = words = Words(device, pointer, device.new_urgent_stream(), is_clients=False)
         self._number = FIRST
         self._is_connected = is_connected
         try:
             if not words.pass_within(FIRST, PROBE_S):
-                raise CudaError("a stream here does not see the word that the client has written")
+                raise CudaError("a stream of this process does not see the client's word")
             words.write(FIRST, words.stream)
             super().__init__(device, stream)
             self._done = device.new_event()
         except BaseException:
-            with contextlib.suppress(
-                CudaError
-            ):  # end the wait, on a stream that does not wait itself
+            # End the wait from another stream, since the first stream waits itself.
+            with contextlib.suppress(CudaError):
                 Words(device, pointer, device.new_urgent_stream(), is_clients=False).release(FIRST)
             words.close()
             raise
@@ -151,12 +150,12 @@ class TurnByWords(Turn):
 
     def end(self) -> None:
         self._words.write(self._number, self.stream)
-        self.device.record(self._done, self.stream)  # to ask for it costs less than to read a word
+        self.device.record(self._done, self.stream)  # querying an event is cheaper than a word
 
     def is_stuck(self, patience_s: float) -> bool:
-        """No: what is missing of a client that is gone is written here, in its place.
+        """Write the missing word in place of a client that is gone, and return False.
 
-        Nobody will see the outputs.
+        Nobody reads the outputs.
         """
         with contextlib.suppress(CudaError):
             self._wait_here(patience_s)
@@ -167,7 +166,7 @@ class TurnByWords(Turn):
         while not self._words.comes_within(self._number, _POLL_S):
             if not self._is_connected() or (deadline is not None and time.monotonic() > deadline):
                 _log.info(
-                    "a client has ended before its GPU came to a call; the call reads what is there"
+                    "a client ended before its GPU work was done; the call reads unfinished inputs"
                 )
                 self._words.release(self._number)
 
@@ -183,23 +182,23 @@ class TurnByWords(Turn):
 
 
 class TurnByEvents(Turn):
-    """Turns in order by one event of each side, which it records behind its work: neither host
-    waits.
+    """Stream-ordered turns through one CUDA event per side: no CPU thread waits.
 
-    CUDA has nobody record the event of a process that was killed before its GPU came to it. What
-    waits for that, and all that comes behind it on the stream, waits forever.
+    Each side records its event after its work. If a process is killed before its GPU reaches the
+    event, CUDA never records the event. A stream that waits for the event then waits forever.
     """
 
     def __init__(
         self, device: Device, ready: int, stream: int | None, *, is_shared: bool = True
     ) -> None:
-        """Begin to take turns; `ready` is the client's event, which is this object's from now on,
-        `done` this side's, which another process can open if it is shared.
+        """Begin to take turns, and take ownership of `ready`, the client's event.
+
+        `done` is the event of this side; another process can open the event if `is_shared`.
         """
         super().__init__(device, stream)
         self._ready: int | None = ready
         self.done = device.new_event(is_shared=is_shared)
-        # Stands for the wait for the client's event, which its owner may destroy.
+        # Recorded after the wait for the client's event, since the client may destroy its event.
         self._begun = device.new_event() if is_shared else None
 
     def wait(self, stream: int | None) -> None:
@@ -240,8 +239,9 @@ def turn_with(
     stream: int | None,
     is_connected: Callable[[], bool],
 ) -> Turn:
-    """Begin to take turns with a client that offers the handle of an event, or words at a pointer:
-    in that way, or without either if it does not work here.
+    """Begin to take turns with a client that offers words at a pointer or an event's handle.
+
+    Fall back to waiting on the CPU if words or event do not work here.
     """
     try:
         if words is not None:

@@ -922,7 +922,7 @@ def test_reused_residual_id_is_refused(client_of: Client) -> None:
     replaced."""
     program = client_of.prepare(KEPT_SINE)
     assert client_of.run_inline(program, [ZEROS], residual=3).WhichOneof("kind") == "ran"
-    assert "never reused" in client_of.refused(client_of.run_inline(program, [ZEROS], residual=3))
+    assert "use a fresh id" in client_of.refused(client_of.run_inline(program, [ZEROS], residual=3))
 
 
 def test_residual_without_a_name_is_refused(client_of: Client) -> None:
@@ -1082,10 +1082,10 @@ def test_descriptors_of_a_message_that_never_ends_are_refused(
 VMAP, JVP = T(vmap=T.Vmap(axes=[-1], size=1)), T(jvp=T.Jvp(wrt=[0], outputs=[0]))
 CONSTANT = pb.Tree(value=pb.Value(none=True))
 ENDLESS = {
-    "a derivative of 17 steps; the worker prepares them up to 16": transformed(*[JVP] * 17),
-    "a call with 33 transforms; the worker prepares them up to 32": transformed(*[VMAP] * 33),
-    "a call with 16385 arrays; the worker prepares them up to 16384": call_of(*[ARRAY] * 16385),
-    "arguments of more than 131072 containers and values": call_of(
+    "a derivative of 17 steps; the worker's limit is 16": transformed(*[JVP] * 17),
+    "a call with 33 transforms; the worker's limit is 32": transformed(*[VMAP] * 33),
+    "a call with 16385 arrays; the worker's limit is 16384": call_of(*[ARRAY] * 16385),
+    "the arguments have more than 131072 containers and values": call_of(
         arguments=trees.arguments(
             pb.Tree(tuple=pb.Tree.Sequence(items=[CONSTANT] * 131072)),
             pb.Tree(dict=pb.Tree.Mapping()),
@@ -1139,7 +1139,7 @@ def test_sessions_that_nobody_attaches_to_leave_room_for_others(
         sessions.attach(second.token)
     for session in (third, fourth):
         sessions.attach(session.token)
-    with pytest.raises(OutOfMemory, match="3 sessions already"):
+    with pytest.raises(OutOfMemory, match="already has 3 sessions"):
         sessions.open()
 
 

@@ -1,4 +1,7 @@
-"""Who comes in over gRPC, and how long it may take: before any service sees a call."""
+"""gRPC interceptor: authenticates calls, enforces a deadline for the first message, limits probes.
+
+Imports no framework.
+"""
 
 import contextlib
 import hmac
@@ -15,21 +18,20 @@ from bridge_wire.errors import OutOfMemory, ProtocolError, Unauthenticated, abor
 from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
-MAX_PROBES = 128  # at a time: each holds a thread
+MAX_PROBES = 128  # concurrent probes: each holds a thread
 
 _BRIDGE, _HEALTH = "/bridge.v1.Bridge/", "/grpc.health.v1.Health/"
 _T = TypeVar("_T")
-_Behavior = Callable[
-    [Iterator[Any], grpc.ServicerContext], Any
-]  # of a method whose requests are a stream
+# The behavior of a method with a request stream.
+_Behavior = Callable[[Iterator[Any], grpc.ServicerContext], Any]
 
 
 class Entrance(grpc.ServerInterceptor):
-    """Lets in calls that carry the worker's token, if it has one. Health probes pass without it.
+    """Admits calls with the worker's token, if the worker has a token. Health probes need no token.
 
-    gRPC gives a call a thread when its headers have come. So that whoever sends no more than these,
-    or holds a probe open, keeps nobody else from being served, a call must go on within ATTACH_S,
-    and there may be so many probes.
+    gRPC assigns a thread to a call as soon as its headers arrive. A client that sends headers only,
+    or holds probes open, would starve other clients. Therefore the first message must arrive within
+    ATTACH_S, and at most MAX_PROBES probes run at a time.
     """
 
     def __init__(self, token: str | None) -> None:
@@ -41,7 +43,7 @@ class Entrance(grpc.ServerInterceptor):
         if not (details.method.startswith(_HEALTH) or self._is_known(details)):
             return _REFUSAL
         handler = continuation(details)
-        if handler is None:  # there is no such method
+        if handler is None:  # unknown method
             return None
         make = (
             grpc.stream_stream_rpc_method_handler if handler.response_streaming else _UNARY_RESPONSE
@@ -60,8 +62,7 @@ class Entrance(grpc.ServerInterceptor):
         return self._expected is None or hmac.compare_digest(given.encode(), self._expected)
 
     def _prompt(self, handler: grpc.RpcMethodHandler) -> _Behavior:
-        """Return what a handler does with a stream of requests, of which the first must come in
-        time."""
+        """Return a handler's behavior with a deadline for the first request of the stream."""
         kinds = (
             handler.unary_unary,
             handler.unary_stream,
@@ -75,7 +76,7 @@ class Entrance(grpc.ServerInterceptor):
                 return serve(self._awaited.all_of(requests, context), context)
             request = self._awaited.first_of(requests, context)
             if request is None:
-                abort(context, ProtocolError("a call has ended without a request"))
+                abort(context, ProtocolError("the call ended without a request; expected one"))
             return serve(request, context)
 
         return prompt
@@ -85,7 +86,7 @@ class Entrance(grpc.ServerInterceptor):
             if not self._free_probes.acquire(blocking=False):
                 abort(
                     context,
-                    OutOfMemory(f"the worker answers {MAX_PROBES} probes already; try again later"),
+                    OutOfMemory(f"the worker already answers {MAX_PROBES} probes; try again later"),
                 )
             if not context.add_callback(self._free_probes.release):
                 self._free_probes.release()  # the call has ended already
@@ -101,23 +102,20 @@ def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
 def _lane_request(message: bytes) -> pb.LaneRequest:
     if len(message) > MAX_FRAME:
         raise ProtocolError(
-            f"a lane's message of {len(message)} bytes; the limit is {MAX_FRAME}, as of a frame"
+            f"a lane message has {len(message)} bytes; the limit is {MAX_FRAME}, as for a frame"
         )
     return pb.LaneRequest.FromString(message)
 
 
 _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
-_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(
-    _refuse
-)  # of a stream, so as to wait for no request
+# A handler with a request stream, since a unary handler would wait for the request.
+_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)
 
 
 class _Awaited:
-    """The calls whose first request is awaited, for ATTACH_S at most. One thread watches them all,
-    while there are any.
+    """Cancels calls without a first request after ATTACH_S. One thread watches all waiting calls.
 
-    Not a timer for each, which would start a thread for each: that takes as long as the call
-      itself.
+    A timer per call would start a thread per call, which takes as long as the call itself.
     """
 
     def __init__(self) -> None:
@@ -126,8 +124,10 @@ class _Awaited:
         self._lock = threading.Lock()
 
     def first_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> _T | None:
-        """Return a call's first request, or None if it has ended without one; end it if none
-        comes in time."""
+        """Return a call's first request, or None if the call ends without a request.
+
+        Cancel the call after ATTACH_S.
+        """
         awaited = [context]
         with self._lock:
             self._calls.append((time.monotonic() + ATTACH_S, awaited))
@@ -142,7 +142,7 @@ class _Awaited:
             awaited.clear()
 
     def all_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
-        """Yield a client's requests, the first of them in time; one that breaks off has ended."""
+        """Yield a client's requests, the first within ATTACH_S; a broken stream counts as ended."""
         first = self.first_of(requests, context)
         if first is not None:
             yield first

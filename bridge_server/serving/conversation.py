@@ -1,6 +1,6 @@
-"""A lane's conversation: one request after the other, each answered before the next is read.
+"""A lane's conversation: reads one request at a time and answers it before reading the next.
 
-A framed Unix socket and a gRPC stream are the two sources of requests.
+Requests come from a framed Unix socket or a gRPC stream. Imports no framework.
 """
 
 import logging
@@ -24,7 +24,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
-STUCK_S = 60.0  # longer than any client's GPU work lasts after the client has ended
+STUCK_S = 60.0  # longer than any client's GPU work lasts after the client's end
 ATTACH_S = 10.0  # deadline for a connection's first request: each connection holds a thread
 RAN = pb.LaneReply(ran=pb.Ran())
 _DONE = pb.LaneReply(done=pb.Done())
@@ -42,7 +42,7 @@ class Conversation:
         take_descriptors: Callable[[], list[int]] = list,
         is_connected: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`is_connected` reports whether the client may still be alive, as far as is known."""
+        """`is_connected` reports whether the client may still be alive."""
         self._sessions = sessions
         self._requests = requests
         self._take_descriptors = take_descriptors
@@ -51,7 +51,7 @@ class Conversation:
         self._turn: Turn | None = None
 
     def replies(self) -> Replies:
-        """Answer requests until the client ends the lane, or an error does (see `_refused`)."""
+        """Answer requests until the client or an error ends the lane (see `_refused`)."""
         try:
             for request in self._requests:
                 descriptors = self._take_descriptors()
@@ -60,12 +60,12 @@ class Conversation:
                     if session is None or not request.HasField("run") or request.run.inline:
                         yield from self._answer(request, descriptors)
                         continue
-                    call = object()  # the hot path, with as few function calls as possible
+                    call = object()  # hot path: as few function calls as possible
                     self._sessions.begin(session, call)
                     try:
                         session.run(request.run, self._turn)
                         yield RAN
-                    finally:  # after the reply was sent, so that a drain does not cut it off
+                    finally:  # after sending the reply, so that a drain does not cut it off
                         self._sessions.end(call)
                 except GeneratorExit:  # the connection broke: nobody receives the reply
                     self._take_back(request)
@@ -135,7 +135,7 @@ class Conversation:
         try:
             blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
         except OutOfMemory:
-            if not data:  # the chunks are on their way: read them, so that the lane can go on
+            if not data:  # the chunks are already sent: skip them, so that the lane can continue
                 for nbytes in sizes:
                     for _ in inline.taken(nbytes, chunks):
                         pass
@@ -146,18 +146,18 @@ class Conversation:
     def _chunks(self) -> Iterator[bytes]:
         for request in self._requests:
             if request.WhichOneof("kind") != "chunk":
-                raise ProtocolError("an inline run was not followed by all of its inputs' bytes")
+                raise ProtocolError("an inline run must be followed by all bytes of its inputs")
             yield request.chunk
 
     def _refused(self, error: Exception) -> Generator[pb.LaneReply, None, bool]:
         """Reply with an error; return whether the lane ends.
 
-        | error                                     | the lane |
-        |-------------------------------------------|----------|
-        | PeerError: the client broke the contract  | ends     |
-        | MemoryError, or a fault of the bridge     | ends     |
-        | any other BridgeError, of this call alone | goes on  |
-        | any error, once the GPU has failed        | ends     |
+        | error                                     | the lane  |
+        |-------------------------------------------|-----------|
+        | PeerError: the client broke the contract  | ends      |
+        | MemoryError, or a bug of the bridge       | ends      |
+        | any other BridgeError, of this call alone | continues |
+        | any error after the GPU has failed        | ends      |
         """
         if isinstance(error, PeerError):
             yield failed(error)
@@ -180,10 +180,10 @@ class Conversation:
 
     def _end(self) -> None:
         if self._turn is not None and self._turn.is_stuck(STUCK_S):
-            self._sessions.give_up("a client has ended on which the GPU waits")
+            self._sessions.give_up("the GPU waits for a client that has ended")
             return
         if self._turn is not None:
-            self._turn.close()  # before the client sees the end of a call that it gave up
+            self._turn.close()  # before the client sees the end of its abandoned call
         if self._session is not None:
             self._sessions.detach(self._session)
 

@@ -1,4 +1,7 @@
-"""Local lanes: framed Unix sockets, each served by a thread; for the worker's own user only."""
+"""Local lanes: framed Unix sockets, one thread per lane; only for the worker's own user.
+
+Imports no framework.
+"""
 
 import contextlib
 import errno
@@ -23,8 +26,7 @@ _RAN_BYTES = RAN.SerializeToString()
 
 
 class LocalLanes:
-    """Accepts local lanes on a Unix socket: from the worker's own user only, each with a session
-    token."""
+    """Accepts local lanes on a Unix socket; a lane needs the worker's user and a session token."""
 
     def __init__(self, path: str, sessions: Sessions) -> None:
         self.path = path
@@ -38,11 +40,11 @@ class LocalLanes:
         self._thread = threading.Thread(target=self._accept, name="local-lanes", daemon=True)
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Start accepting lanes."""
         self._thread.start()
 
     def close(self) -> None:
-        """End every lane, and remove the socket."""
+        """End every lane and remove the socket."""
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread in accept
         self._listener.close()
@@ -51,7 +53,7 @@ class LocalLanes:
         with self._lock:
             lanes = list(self._open)
         for lane in lanes:
-            # a call under way still writes to its client's blocks: that must not see an end yet
+            # a running call still writes to its client's blocks, so the client must not see the end
             lane.stop_receiving()
 
     def _accept(self) -> None:
@@ -61,8 +63,8 @@ class LocalLanes:
             except OSError as error:
                 if self._listener.fileno() < 0 or error.errno in (errno.EINVAL, errno.EBADF):
                     return  # closed by `close`
-                _log.warning("a local lane could not be accepted: %s", error.strerror)
-                threading.Event().wait(0.1)  # out of descriptors, most likely: let some be closed
+                _log.warning("cannot accept a local lane: %s", error.strerror)
+                threading.Event().wait(0.1)  # likely out of descriptors: wait until some are closed
                 continue
             lane = FramedSocket(connection, takes_descriptors=True)
             with self._lock:
@@ -71,8 +73,8 @@ class LocalLanes:
                 threading.Thread(
                     target=self._serve, args=(lane,), name="local-lane", daemon=True
                 ).start()
-            except RuntimeError as error:  # there are as many threads as the system allows
-                _log.warning("a local lane could not be served: %s", error)
+            except RuntimeError as error:  # the system's thread limit
+                _log.warning("cannot serve a local lane: %s", error)
                 self._forget(lane)
 
     def _serve(self, lane: FramedSocket) -> None:
@@ -88,7 +90,7 @@ class LocalLanes:
         except PeerError as error:
             self._refuse(lane, error)
         except OSError:
-            pass  # the peer is gone; the conversation has released all it owned
+            pass  # the peer is gone; the conversation has released its resources
         finally:
             self._forget(lane)
 

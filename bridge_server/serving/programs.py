@@ -1,5 +1,7 @@
-"""The worker's programs: each is traced and compiled once, whoever asks for it and however
-often."""
+"""Cache of the worker's programs: each is traced and compiled once for all clients.
+
+Imports no framework.
+"""
 
 import re
 import threading
@@ -13,31 +15,31 @@ from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-_MAX_PROGRAMS = 16384  # remembered for whoever asks next
+_MAX_PROGRAMS = 16384  # cached for later requests
 _SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
 _MOST_TRANSFORMS = 32
-_MOST_DERIVATIVES = 16  # each can double the time that tracing takes
-_MOST_INPUTS = 16384  # XLA takes a second for each thousand, and memory that grows with the square
-_MOST_NODES = 1 << 17  # of the tree of a call's arguments
+_MOST_DERIVATIVES = 16  # each can double the tracing time
+_MOST_INPUTS = 16384  # XLA takes a second per thousand inputs, and quadratic memory
+_MOST_NODES = 1 << 17  # nodes in the tree of a call's arguments
 
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """Where the first to ask prepares, while the others wait for the lock."""
+    """Single-flight slot: the first caller compiles, the others wait for the lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     program: Program | None = None
 
 
 class Programs:
-    """Prepares programs of the hosted models and remembers those last asked for, by signature.
+    """Prepares programs of the hosted models and caches the recently used ones by signature.
 
     Thread-safe.
     """
 
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self.models = models
-        # The arguments that were announced, and compiled for, before the first client came.
+        # The argument types of --warmup, compiled before the first client connects.
         self.signatures: dict[str, list[tuple[Spec, ...]]] = {name: [] for name in models}
         self._runtime = runtime
         self._slots: OrderedDict[object, _Slot] = OrderedDict()
@@ -52,8 +54,7 @@ class Programs:
         return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
 
     def fingerprint(self, request: pb.Call) -> bytes:
-        """Return the fingerprint of a call that was prepared: that of the call without its
-        transforms."""
+        """Return the fingerprint of a prepared call, computed without its transforms."""
         plain = pb.Call()
         plain.CopyFrom(request)
         plain.ClearField("transforms")
@@ -79,21 +80,20 @@ class Programs:
         return (yield from self._once((model, "parameters"), prepare))
 
     def shapes(self, request: pb.Shapes) -> list[pb.Shape]:
-        """Return the shapes of a call's outputs, for all sizes that have names in those of its
-        inputs."""
+        """Return a call's output shapes as formulas of the named sizes in its input shapes."""
         model = self._model(request.call.model)
         _check_extent(request.call)
         inputs = [tuple(shape.sizes) for shape in request.inputs]
         if [len(sizes) for sizes in inputs] != [len(spec.shape) for spec in request.call.inputs]:
             raise ProtocolError(
-                "a question for shapes has others for its inputs than the call that it is asked of"
+                "a shapes request must have one shape per input of its call, of the same rank"
             )
         if not all(_SIZE.fullmatch(size) for sizes in inputs for size in sizes):
             raise ProtocolError(
-                "a question for shapes has a size that is neither a number nor a name"
+                "a shapes request has a size that is neither a number nor a name d0, d1, ..."
             )
         if request.call.transforms or request.call.HasField("keep"):
-            raise ProtocolError("a question for shapes is asked of a plain call")
+            raise ProtocolError("a shapes request needs a call without transforms and residuals")
         return [
             pb.Shape(sizes=sizes) for sizes in self._runtime.shapes(model, request.call, inputs)
         ]
@@ -102,7 +102,7 @@ class Programs:
         """Prepare the pullback of a program that keeps residuals."""
         wrt, outputs = tuple(request.wrt), tuple(request.outputs)
         if program.residual_nbytes is None:
-            raise ProtocolError("a pullback was asked of a program that keeps no residual")
+            raise ProtocolError("a pullback was requested of a program that keeps no residual")
         return (
             yield from self._once(
                 (program, wrt, outputs),
@@ -122,7 +122,7 @@ class Programs:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
             self._slots.move_to_end(key)
-            if len(self._slots) > _MAX_PROGRAMS:  # a session that uses the oldest still has it
+            if len(self._slots) > _MAX_PROGRAMS:  # sessions keep their own references to programs
                 self._slots.popitem(last=False)
         if slot.program is None:
             with slot.lock:
@@ -130,16 +130,14 @@ class Programs:
                     try:
                         slot.program = yield from prepare()
                     finally:
-                        if (
-                            slot.program is None
-                        ):  # those who wait try for themselves, later ones with a new slot
+                        # After a failure each waiting caller retries; later callers get a new slot.
+                        if slot.program is None:
                             self._slots.pop(key, None)
         return slot.program
 
 
 def _check_extent(call: pb.Call) -> None:
-    """Raise SpecError for a call that would take the worker's time and memory from everybody
-    else."""
+    """Raise SpecError for a call so large that other clients would lack time or memory."""
     derivatives = sum(transform.WhichOneof("kind") != "vmap" for transform in call.transforms)
     for count, most, what in (
         (derivatives, _MOST_DERIVATIVES, f"a derivative of {derivatives} steps"),
@@ -147,9 +145,8 @@ def _check_extent(call: pb.Call) -> None:
         (len(call.inputs), _MOST_INPUTS, f"a call with {len(call.inputs)} arrays"),
     ):
         if count > most:
-            raise SpecError(f"{what}; the worker prepares them up to {most}")
+            raise SpecError(f"{what}; the worker's limit is {most}")
     if trees.count_nodes(call.arguments, _MOST_NODES + 1) > _MOST_NODES:
         raise SpecError(
-            f"arguments of more than {_MOST_NODES} containers and values; the worker prepares no"
-            " such call"
+            f"the arguments have more than {_MOST_NODES} containers and values, the worker's limit"
         )

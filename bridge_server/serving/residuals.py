@@ -1,5 +1,7 @@
-"""Residuals: what the worker keeps between forwards and their VJPs, within one budget for all
-sessions."""
+"""Store of residuals between forwards and their VJPs, with one byte budget for all sessions.
+
+Imports no framework.
+"""
 
 import threading
 from collections import OrderedDict
@@ -13,7 +15,7 @@ _MOST = 1 << 20
 
 
 class Kept(NamedTuple):
-    """What one run has kept, for a pullback of its program."""
+    """The residual of one run, for a pullback of its program."""
 
     program: Program
     value: Any
@@ -21,11 +23,10 @@ class Kept(NamedTuple):
 
 
 class Residuals:
-    """What the worker keeps between forwards and their VJPs, for all sessions within one byte
-    budget.
+    """The residuals of all sessions, within one byte budget.
 
-    Past the budget, or past a number of them, since they may have no bytes at all, the oldest is
-    dropped: its session is then told ResidualGone, and recomputes.
+    Past the byte budget the oldest residuals are evicted first. Since residuals may be empty, their
+    number is limited too. A session that uses an evicted residual gets ResidualGone and recomputes.
     """
 
     def __init__(self, budget: int) -> None:
@@ -35,11 +36,11 @@ class Residuals:
         self._lock = threading.Lock()
 
     def keep(self, owner: object, id: int, kept: Kept) -> None:
-        """Keep a residual under the owner's name for it, and evict the oldest ones as needed."""
+        """Keep a residual under the owner's id and evict the oldest residuals as needed."""
         with self._lock:
             if (owner, id) in self._kept:
                 raise ProtocolError(
-                    f"the residual {id} exists already; a residual's id is never reused"
+                    f"the residual {id} exists already; use a fresh id for each residual"
                 )
             self._kept[owner, id] = kept
             self._total += kept.nbytes
@@ -48,19 +49,18 @@ class Residuals:
                 self._total -= oldest.nbytes
 
     def find(self, owner: object, id: int) -> Kept:
-        """Return a residual, which stays kept."""
+        """Return a residual without removing it."""
         kept = self._kept.get((owner, id))
         if kept is None:
             raise ResidualGone(
-                "the residual is not here any more; run the vjp program on the inputs instead"
+                "the worker no longer has the residual; run the vjp program on the inputs instead"
             )
         return kept
 
     def drop(self, owner: object, ids: Iterable[int]) -> None:
-        """Forget residuals; unknown ones were evicted before."""
-        known = [
-            id for id in ids if (owner, id) in self._kept
-        ]  # a client may name any number of others
+        """Remove residuals; unknown ids are ignored, as those residuals were evicted before."""
+        # Filtered without the lock, since a client may name any number of unknown ids.
+        known = [id for id in ids if (owner, id) in self._kept]
         with self._lock:
             for id in known:
                 kept = self._kept.pop((owner, id), None)
@@ -68,7 +68,7 @@ class Residuals:
                     self._total -= kept.nbytes
 
     def drop_all(self, owner: object) -> None:
-        """Forget all residuals of an owner."""
+        """Remove all residuals of an owner."""
         self.drop(owner, [id for each, id in list(self._kept) if each is owner])
 
     def usage(self, owner: object) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The gRPC service: everything but the hot path of local clients."""
+"""The gRPC service: every RPC except the local clients' hot path. Imports no framework."""
 
 import logging
 import platform
@@ -31,7 +31,7 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
-# Each of these holds a thread while it is open or under way, and other calls must find one.
+# Each open lane and each running preparation holds a thread; other calls need free threads.
 MAX_LANES = 768
 MAX_PREPARATIONS = 256
 MAX_THREADS = MAX_LANES + MAX_PREPARATIONS + MAX_PROBES + 128
@@ -98,7 +98,7 @@ class Service(BridgeServicer):
             abort(
                 context,
                 OutOfMemory(
-                    f"the worker prepares {MAX_PREPARATIONS} programs already; try again later"
+                    f"the worker already prepares {MAX_PREPARATIONS} programs; try again later"
                 ),
             )
         try:
@@ -143,7 +143,7 @@ class Service(BridgeServicer):
             abort(
                 context,
                 OutOfMemory(
-                    f"the worker serves {MAX_LANES} lanes over gRPC already; try again later"
+                    f"the worker already serves {MAX_LANES} lanes over gRPC; try again later"
                 ),
             )
         try:
@@ -165,7 +165,7 @@ class Service(BridgeServicer):
             return self._programs.parameters(request.parameters)
         if kind == "pullback":
             return self._programs.pullback(program_of(request.pullback.program), request.pullback)
-        raise ProtocolError("a Prepare request names nothing to prepare")
+        raise ProtocolError("a Prepare request must name a call, parameters, a pullback or shapes")
 
 
 def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:

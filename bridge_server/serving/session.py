@@ -1,4 +1,7 @@
-"""One client's session on the worker: its memory, programs and views, and its runs."""
+"""One client's session on the worker: its memory, programs, views and runs.
+
+Imports no framework.
+"""
 
 import ctypes
 import threading
@@ -27,9 +30,9 @@ _MOST_PEEKED = 4096  # bytes
 
 
 class _Place(NamedTuple):
-    """Where an array lies in this process, in memory that the owner keeps.
+    """An array's location in this process, in memory that the owner keeps alive.
 
-    An empty one lies nowhere.
+    An empty array has the location _NOWHERE.
     """
 
     pointer: int
@@ -42,7 +45,7 @@ _NOWHERE = _Place(0, 0, None, False)
 
 
 class _Plan(NamedTuple):
-    """A checked run: where its arrays lie, and views of those inputs that are in host memory."""
+    """A checked run: the locations of its arrays, and views of its inputs in host memory."""
 
     program: Program
     inputs: Sequence[_Place]
@@ -52,23 +55,22 @@ class _Plan(NamedTuple):
 
 
 def addressed(named: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the address and the size of each array of an inline run; 0 is the address of what
-    travels by value."""
+    """Return (address, size) of each array of an inline run; address 0 means sent by value."""
     if named and len(named) != len(sizes):
         raise ProtocolError(
-            f"an inline run names {len(named)} addresses; its program has {len(sizes)} such arrays"
+            f"an inline run names {len(named)} addresses; its program expects {len(sizes)}"
         )
     return list(zip(named or [0] * len(sizes), sizes, strict=True))
 
 
 def nbytes_of(specs: Sequence[Spec]) -> list[int]:
-    """Return the sizes of arrays."""
+    """Return the sizes of arrays in bytes."""
     return [spec.nbytes for spec in specs]
 
 
 def _is_on_gpu(place: _Place, spec: Spec) -> bool:
     if place.is_on_gpu and spec.weak:
-        raise ProtocolError("a Python number lies in GPU memory, where the host cannot read it")
+        raise ProtocolError("a Python number is in GPU memory; expected it in host memory")
     return place.is_on_gpu
 
 
@@ -76,7 +78,7 @@ def _is_on_gpu(place: _Place, spec: Spec) -> bool:
 class Session:
     """One client's slabs, programs and views.
 
-    Its lanes are served side by side, each by a thread of its own.
+    Several lanes use a session concurrently, one thread per lane.
     """
 
     token: bytes
@@ -85,10 +87,10 @@ class Session:
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
     is_closed: bool = False
-    ended: threading.Event = field(default_factory=threading.Event)  # nothing of it is left
+    ended: threading.Event = field(default_factory=threading.Event)  # everything is released
     slabs: tuple[Slab, ...] = ()
     programs: dict[int, Program] = field(default_factory=dict)
-    # Where the bytes of inline calls go; a client whose tensors come by address never uses it.
+    # Memory for the arrays of inline calls; unused by clients that pass every tensor by address.
     scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
     _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
     _plans: dict[tuple[int, tuple[int, ...], tuple[int, ...]], "_Plan"] = field(
@@ -97,8 +99,10 @@ class Session:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add_slab(self, descriptors: list[int], share: pb.Share, max_bytes: int) -> None:
-        """Map a slab that the client hands over: by a handle, or by a descriptor, which is taken
-        off the list."""
+        """Map a slab of the client, given by a handle or a descriptor.
+
+        A mapped descriptor is removed from the list.
+        """
         if share.cuda_handle:
             slab: Slab = open_received(
                 self._device("memory"), share.cuda_handle, share.nbytes, share.base
@@ -107,7 +111,7 @@ class Session:
             slab = map_received(descriptors.pop(), share.nbytes, share.base)
         else:
             raise ProtocolError(
-                f"a slab comes with a handle or exactly one descriptor, not with {len(descriptors)}"
+                f"a slab needs a handle or exactly one descriptor, got {len(descriptors)}"
             )
         with self._lock:
             if len(self.slabs) >= _MAX_SLABS or slab.nbytes > max_bytes - sum(
@@ -117,15 +121,16 @@ class Session:
                     f"a session may share at most {max_bytes} bytes in {_MAX_SLABS} slabs here"
                 )
             if slab.base > 2**63 - slab.nbytes:
-                raise ProtocolError("a slab lies beyond the end of the address space")
+                raise ProtocolError("a slab ends beyond the address space")
             for other in self.slabs:
                 if slab.base < other.base + other.nbytes and other.base < slab.base + slab.nbytes:
-                    raise ProtocolError("a slab overlaps another one of this session")
+                    raise ProtocolError("a slab overlaps another slab of this session")
             self.slabs = (*self.slabs, slab)
 
     def take_turns(self, order: pb.Order, is_connected: Callable[[], bool]) -> Turn:
-        """Return how a lane takes turns with the client on the GPU; it must be closed.
-        `is_connected` says whether the client is still there, as far as is known.
+        """Return a lane's turn with the client on the GPU; the caller must close the turn.
+
+        `is_connected` reports whether the client may still be alive.
         """
         device, words = self._device("work"), None
         if order.words:
@@ -141,12 +146,12 @@ class Session:
         gpu = self.runtime.gpu()
         if gpu is None:
             raise CudaError(
-                f"the models of this worker run on no GPU, so that it shares no {what} there"
+                f"this worker's models run on no GPU, so it shares no GPU {what}; use host memory"
             )
         return device_of(gpu.uuid)
 
     def add_program(self, program: Program) -> int:
-        """Return this session's name for a program."""
+        """Add a program and return its id in this session."""
         with self._lock:
             if len(self.programs) >= _MAX_PROGRAMS:
                 raise OutOfMemory(
@@ -163,10 +168,10 @@ class Session:
         return program
 
     def run(self, request: pb.Run, turn: Turn | None) -> None:
-        """Run a program on the client's blocks. Those on a GPU take the lane's turn there."""
+        """Run a program on the client's blocks; blocks on a GPU take the lane's turn there."""
         if request.released:
             self.residuals.drop(self, request.released)
-        # A training loop names the same few combinations of blocks again and again.
+        # A training loop repeats the same few combinations of blocks.
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
         if plan.is_on_gpu:
@@ -175,9 +180,9 @@ class Session:
             self._run(plan.program, request.residual, plan.views, plan.outputs, None)
 
     def take_back(self, request: pb.Run) -> None:
-        """Drop what a run has kept.
+        """Drop the residual of a run that the client has abandoned.
 
-        For one that the client has given up: it may have released the residual before.
+        The client may have released the residual before.
         """
         program = self.programs.get(request.program)
         if program is not None and program.residual_nbytes is not None:
@@ -186,11 +191,10 @@ class Session:
     def run_inline(
         self, request: pb.Run, received: Sequence[Block], turn: Turn | None
     ) -> list[Block]:
-        """Run a program on what was received by value, in blocks of `scratch`, and on the client's
-        blocks on a GPU.
+        """Run a program on inputs received by value, and on the client's blocks on a GPU.
 
-        Return the outputs that go by value, in blocks of `scratch`. A residual that aliases an
-        input keeps its block.
+        Inputs received by value are in blocks of `scratch`, as are the returned outputs to send by
+        value. A residual that aliases an input keeps the input's block.
         """
         program = self.program(request.program)
         named = addressed(request.outputs, program.output_nbytes)
@@ -226,7 +230,7 @@ class Session:
             self._run(plan.program, residual, views, plan.outputs, turn)
             turn.end()
         except BaseException:
-            turn.finish()  # on hearing of the error, the client takes its blocks back
+            turn.finish()  # the client reuses its blocks when it receives the error
             raise
 
     def _run(
@@ -237,7 +241,7 @@ class Session:
         targets: Sequence[_Place],
         turn: Turn | None,
     ) -> None:
-        """Run a program on views, and write its outputs to their places."""
+        """Run a program on views and write its outputs to the targets."""
         read = None
         if program.pullback_of is not None:
             kept = self.residuals.find(self, residual)
@@ -252,12 +256,13 @@ class Session:
         if (kept_nbytes := program.residual_nbytes) is not None:
             if residual == 0:
                 raise ProtocolError(
-                    "the run of a program that keeps a residual must name it; 0 is no name"
+                    "the program keeps a residual, but the run's residual id is 0; expected an id"
+                    " above 0"
                 )
             self.residuals.keep(self, residual, Kept(program, value, kept_nbytes))
 
     def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Plan:
-        """Check a run's addresses, and return what it comes to."""
+        """Check a run's addresses and return its plan."""
         program = self.program(name)
         if len(inputs) != len(program.inputs) or len(outputs) != len(program.outputs):
             raise ProtocolError(
@@ -275,14 +280,14 @@ class Session:
         plan = _Plan(
             program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets))
         )
-        if not any(spec.weak for spec in program.inputs):  # a number must be read anew at each run
+        if not any(spec.weak for spec in program.inputs):  # Python numbers are read at each run
             if len(self._plans) >= _MAX_CACHED:
                 self._plans.clear()
             self._plans[name, inputs, outputs] = plan
         return plan
 
     def _view(self, address: int, place: _Place, spec: Spec) -> Any:
-        """Return the view of an input in host memory; of one on a GPU each run makes its own."""
+        """Return the view of an input in host memory, or None for a GPU input, viewed per run."""
         if _is_on_gpu(place, spec):
             return None
         view = self._views.get((address, spec))
@@ -295,8 +300,7 @@ class Session:
         return view
 
     def _places(self, named: Sequence[tuple[int, int]], by_value: Sequence[Block]) -> list[_Place]:
-        """Return where arrays lie: those that have an address on the GPU, and the others in
-        these blocks."""
+        """Return the locations of arrays: GPU addresses, and the given blocks for the others."""
         blocks = iter(by_value)
         places = []
         for address, nbytes in named:
@@ -310,13 +314,13 @@ class Session:
         return places
 
     def _locate(self, address: int, nbytes: int) -> _Place:
-        """Return where a block of the client lies in this process."""
+        """Return the location of a client's block in this process."""
         if nbytes == 0:
             return _NOWHERE
         if address % ALIGNMENT:
             raise ProtocolError(f"a block is not aligned to {ALIGNMENT} bytes")
         for slab in self.slabs:
-            # In this order nothing can overflow or wrap, whatever the numbers.
+            # This order of comparisons cannot overflow or wrap for any numbers.
             if (
                 slab.base <= address
                 and nbytes <= slab.nbytes
@@ -328,24 +332,22 @@ class Session:
         raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
 
     def peek(self, request: pb.Peek) -> bytes:
-        """Return what this process sees in a few bytes of the client's."""
+        """Return a few bytes of the client's memory, as this process sees them."""
         if request.nbytes > _MOST_PEEKED:
-            raise ProtocolError(
-                f"{request.nbytes} bytes are too many to peek at; at most {_MOST_PEEKED}"
-            )
+            raise ProtocolError(f"a peek of {request.nbytes} bytes; the limit is {_MOST_PEEKED}")
         place = self._locate(request.address, request.nbytes)
         if place.is_on_gpu:
             return copied_to_host(self._device("memory"), place.pointer, place.nbytes)
         return ctypes.string_at(place.pointer, place.nbytes)
 
     def usage(self) -> pb.Usage:
-        """Return what the worker holds for this session."""
+        """Return the worker's memory use for this session."""
         count, nbytes = self.residuals.usage(self)
         shared = sum(slab.nbytes for slab in self.slabs) + self.scratch.slab_bytes
         return pb.Usage(residuals=count, residual_bytes=nbytes, slab_bytes=shared)
 
     def discard(self) -> None:
-        """Let go of everything. Only when no lane is attached any more."""
+        """Release everything; call only after the last lane has detached."""
         self.is_closed = True
         self.residuals.drop_all(self)
         self._plans.clear()

@@ -1,7 +1,7 @@
-"""All sessions of a worker, from their beginning to their end.
+"""Registry of a worker's sessions: opens, attaches, drains and ends them. Imports no framework.
 
-A session is opened over gRPC, lives while at least one lane is attached to it, and ends with the
-last lane, however that ends. So a killed client leaves nothing behind.
+A client opens a session over gRPC. The session lives while at least one lane is attached, and ends
+with the last lane, even after a crash of the client. So a killed client leaves nothing behind.
 """
 
 import contextlib
@@ -31,12 +31,8 @@ from bridge_wire.pb import bridge_pb2 as pb
 _log = logging.getLogger(__name__)
 
 _MAX_SESSIONS = 4096
-_OF_THE_GPU = (
-    RemoteModelError,
-    OutOfMemory,
-    CudaError,
-    InternalError,
-)  # what its failure may be told by
+# The errors that may come from a failed GPU.
+_OF_THE_GPU = (RemoteModelError, OutOfMemory, CudaError, InternalError)
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
 _DRAIN_POLL_S = 0.02
@@ -54,9 +50,9 @@ class Sessions:
         slab_bytes: int,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
-        """Begin without any.
+        """Begin without sessions.
 
-        `on_failure` is called once the worker's GPU takes no more work of this process.
+        `on_failure` is called once this process's CUDA context is unusable.
         """
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
@@ -75,7 +71,7 @@ class Sessions:
             self._forget_unattached()
             if len(self._by_token) >= _MAX_SESSIONS:
                 raise OutOfMemory(
-                    f"the worker has {_MAX_SESSIONS} sessions already, each with a lane"
+                    f"the worker already has {_MAX_SESSIONS} sessions with lanes; try again later"
                 )
             session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
             session.scratch.limit(self.slab_bytes)
@@ -86,7 +82,7 @@ class Sessions:
         """Return the session of a token.
 
         Raises:
-          Unauthenticated: no session has it, or that session has ended.
+          Unauthenticated: no session has the token, or the session has ended.
         """
         session = self._by_token.get(token)
         if session is None or session.is_closed:
@@ -94,14 +90,14 @@ class Sessions:
         return session
 
     def attach(self, token: bytes) -> Session:
-        """Tie a lane to the session of a token; `detach` must follow."""
+        """Attach a lane to the session of a token; `detach` must follow."""
         with self._lock:
             session = self.find(token)
             session.lanes += 1
         return session
 
     def detach(self, session: Session) -> None:
-        """Untie a lane; the last one ends the session."""
+        """Detach a lane; the last lane ends the session."""
         with self._lock:
             session.lanes -= 1
             ended = session.lanes == 0
@@ -111,10 +107,10 @@ class Sessions:
             self._end(session)
 
     def close(self, token: bytes) -> None:
-        """End a session as soon as its lanes have gone; it takes no more calls from now on.
+        """Refuse further calls of a session, and end the session after its last lane.
 
-        Of one with memory on a GPU, wait for that: the client must not free what is still mapped
-          here.
+        If the session has GPU memory, wait for the end: the client must not free memory that this
+        process still maps.
         """
         with self._lock:
             session = self._by_token.get(token)
@@ -137,12 +133,12 @@ class Sessions:
     def refuse_if_draining(self) -> None:
         if self.is_draining:
             raise WorkerDraining(
-                "the worker is shutting down and takes no new work; connect to another one"
+                "the worker is shutting down and takes no new work; connect to another worker"
             )
 
     @contextlib.contextmanager
     def running(self, session: Session) -> Iterator[None]:
-        """Mark one call or preparation as under way: a drain waits for it."""
+        """Mark one call or preparation as running, so that a drain waits for its end."""
         call = object()
         self.begin(session, call)
         try:
@@ -151,27 +147,25 @@ class Sessions:
             self.end(call)
 
     def begin(self, session: Session, call: object) -> None:
-        """Note that `call` is under way; `end` must follow. Takes no lock: sets are atomic."""
+        """Mark `call` as running; `end` must follow. Takes no lock: set operations are atomic."""
         if session.is_closed:
             raise SessionClosed("the session was closed")
         self._running.add(call)
-        if (
-            self.is_draining
-        ):  # checked last, so that a drain that has begun since sees the call or stops it
+        # Checked after the registration: a concurrent drain either waits for the call or stops it.
+        if self.is_draining:
             self._running.discard(call)
             self.refuse_if_draining()
 
     def end(self, call: object) -> None:
-        """Note that a call has finished."""
+        """Mark a call as finished."""
         self._running.discard(call)
 
     @contextlib.contextmanager
     def examined(self, error: BridgeError) -> Iterator[pb.Error]:
-        """Give the error to answer a request with. If the GPU has failed, the worker ends when that
-        has been sent.
+        """Yield the reply for an error. After a GPU failure the worker ends once the reply is sent.
 
-        As a message: a variable with the error itself would hold, by the traceback, all that the
-          call has used.
+        The reply is a message: a variable with the exception would keep the traceback, and with the
+        traceback every array of the call.
         """
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
             yield encode(error)
@@ -180,29 +174,29 @@ class Sessions:
         try:
             yield encode(
                 CudaError(
-                    "the worker's GPU has failed, and takes no more work of that process. It ends;"
-                    " a spawned or supervised one is started anew, and serves the next call:"
-                    f" {error.args[0]}"
+                    "the worker's GPU has failed and rejects further work of this process. The"
+                    " worker exits; if it was spawned or is supervised, a new worker serves the"
+                    f" next call: {error.args[0]}"
                 )
             )
         finally:
             self._on_failure()
 
     def give_up(self, reason: str) -> None:
-        """Have the worker end: its GPU will do no more for this process."""
+        """Make the worker exit, since its GPU rejects further work of this process."""
         self._note_failure(reason)
         self._on_failure()
 
     def _note_failure(self, reason: str) -> None:
         self.has_failed = self.is_draining = True
         _log.critical(
-            "the GPU takes no more work of this process, which ends for another to take its"
-            " place: %s",
+            "the GPU rejects further work of this process; the worker exits, so that a new one can"
+            " replace it: %s",
             reason,
         )
 
     def drain(self, grace_s: float) -> bool:
-        """Take no more work, and wait for the calls under way; return whether all have finished."""
+        """Refuse new work and wait for the running calls; return whether all have finished."""
         self.is_draining = True
         deadline = time.monotonic() + grace_s
         while self._running and time.monotonic() < deadline:
@@ -210,10 +204,9 @@ class Sessions:
         return not self._running
 
     def _forget_unattached(self) -> None:
-        """Forget the sessions that nobody has attached to in time; where there are too many, the
-        oldest of these.
+        """Remove sessions without a lane after _UNATTACHED_S; at the limit, the oldest first.
 
-        Else whoever opens one after the other would leave none for others.
+        Otherwise a client that opens sessions in a loop would use up all sessions.
         """
         now = time.monotonic()
         waiting = [
@@ -222,6 +215,6 @@ class Sessions:
             if session.lanes == 0 and not session.is_closed
         ]
         surplus = len(self._by_token) - _MAX_SESSIONS + 1
-        for i, session in enumerate(waiting):  # the oldest first
+        for i, session in enumerate(waiting):  # the oldest session first
             if i < surplus or now - session.created > _UNATTACHED_S:
                 del self._by_token[session.token]

@@ -1,4 +1,7 @@
-"""Compiles for announced signatures before the worker reports healthy."""
+"""Warm-up: compiles the signatures of --warmup before the worker reports healthy.
+
+Imports no framework.
+"""
 
 import logging
 
@@ -12,12 +15,13 @@ _log = logging.getLogger(__name__)
 
 
 def warm_up(programs: Programs, text: str) -> None:
-    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a client that trains
-    would ask for them."""
+    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a training client would."""
     name, _, signature = text.rpartition("=")
     if not name:
         if len(programs.models) != 1:
-            raise CallerError(f"--warmup {text!r} must say NAME=: several models are hosted")
+            raise CallerError(
+                f"--warmup {text!r} names no model, and several models are hosted; prefix NAME="
+            )
         name = next(iter(programs.models))
     try:
         arrays = specs.parse(signature)

@@ -1,4 +1,7 @@
-"""A worker: the parts put together, started, drained and closed."""
+"""A worker: assembles, starts, drains and closes the gRPC server and the local lanes.
+
+Imports no framework.
+"""
 
 import contextlib
 import logging
@@ -25,22 +28,19 @@ from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
 _log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
-_LAST_BYTES_S = 0.5  # for what has been handed to gRPC but not sent yet
+_LAST_BYTES_S = 0.5  # for bytes that gRPC has not sent yet
 _OPTIONS = (
-    (
-        "grpc.max_receive_message_length",
-        16 << 20,
-    ),  # of signatures with very many leaves; tensors come in chunks
-    ("grpc.keepalive_time_ms", 60_000),  # finds out about clients whose host has vanished
+    # Room for signatures with very many leaves; tensors come in chunks.
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 60_000),  # detects clients whose machine has vanished
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.so_reuseport", 0),  # a second worker on the port must fail, not share it
+    ("grpc.so_reuseport", 0),  # a second worker on the same port must fail
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Who may connect over TCP, and how: a token to present, and a TLS certificate and key in
-    PEM form."""
+    """Access control over TCP: a token for clients, and a TLS certificate and key in PEM form."""
 
     token: str | None = None
     certificate: bytes | None = None
@@ -65,9 +65,8 @@ class Worker:
         self._sessions = sessions
         self._endpoint = endpoint
         self._health = health.HealthServicer()
-        pool = futures.ThreadPoolExecutor(
-            MAX_THREADS, thread_name_prefix="grpc"
-        )  # they start on demand
+        # The pool starts threads on demand.
+        pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")
         self._server = grpc.server(pool, interceptors=[Entrance(security.token)], options=_OPTIONS)
         add_BridgeServicer_to_server(
             Service(runtime, programs, sessions, endpoint.lane_path), self._server
@@ -85,11 +84,11 @@ class Worker:
         self._lanes.start()
 
     def announce_ready(self) -> None:
-        """Tell health probes that calls are welcome."""
+        """Report healthy to health probes."""
         self._announce(health_pb2.HealthCheckResponse.SERVING)
 
     def drain(self, grace_s: float) -> bool:
-        """Take no more work, and wait for the calls under way; return whether all have finished."""
+        """Refuse new work and wait for the running calls; return whether all have finished."""
         self._health.enter_graceful_shutdown()
         return self._sessions.drain(grace_s)
 
@@ -110,10 +109,10 @@ class Worker:
         address = self._endpoint.address
         if address.startswith("unix:"):
             _remove_stale_socket(address.removeprefix("unix:"))
-        reasons = "another program may listen there, or it is no address of this host"
+        reasons = "another program may listen there, or this host lacks the address"
         try:
             if security.certificate and security.key:
-                reasons += ", or --tls-cert and --tls-key are no certificate and key in PEM form"
+                reasons += ", or --tls-cert and --tls-key are not certificate and key in PEM form"
                 credentials = grpc.ssl_server_credentials([(security.key, security.certificate)])
                 port = self._server.add_secure_port(address, credentials)
             else:
@@ -133,9 +132,8 @@ def _private_files() -> Iterator[None]:
 
 
 def _remove_stale_socket(path: str) -> None:
-    """Remove a socket that a killed worker has left behind, but never one that a worker listens
-    on."""
+    """Remove the socket of a killed worker, but never the socket of a running worker."""
     if listens(path):
-        raise CallerError(f"another worker listens at {path}")
+        raise CallerError(f"another worker listens at {path}; stop it or choose another --listen")
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

@@ -26,7 +26,7 @@ def test_a_worker_whose_gpu_has_failed_ends_with_status_1(tmp_path: Path, lane: 
                 session.run(prepare(session, "failing", floats(2)), [placed(session, [1.0, 2.0])])
             assert worker.wait() == 1
         assert "CRITICAL" in worker.stderr
-        assert "the GPU takes no more work of this process" in worker.stderr
+        assert "the GPU rejects further work of this process" in worker.stderr
         assert not path.exists()
 
 
