@@ -75,7 +75,7 @@ class Turn:
         self._let_go()
 
     def is_stuck(self, patience_s: float) -> bool:
-        """Whether, after `patience_s`, this lane still waits on the GPU for a client that is gone."""
+        """Whether this lane's GPU work still waits for a lost client after `patience_s`."""
         return False
 
     def close(self) -> None:

@@ -151,7 +151,7 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--no-such-flag"], "--no-such-flag", id="an unknown flag"),
         pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
         pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
-        pytest.param(["--residual-bytes", "many"], "'many' is no size", id="no size"),
+        pytest.param(["--residual-bytes", "many"], "'many' is not a size", id="no size"),
         pytest.param(
             ["--listen", "nowhere"],
             "'nowhere' is neither unix:PATH nor HOST:PORT",
@@ -159,7 +159,9 @@ def test_help_names_every_flag() -> None:
         ),
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
-        pytest.param(["--listen", "localhost:65536"], "a port beyond 65535", id="too large a port"),
+        pytest.param(
+            ["--listen", "localhost:65536"], "a port above the limit 65535", id="too large a port"
+        ),
         pytest.param(
             ["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"
         ),
@@ -206,7 +208,7 @@ def test_a_token_that_no_header_can_carry_is_refused() -> None:
     [
         ("raise OSError('no licence')", "importing 'untidy' failed: OSError: no licence"),
         ("import no_such_package", "importing 'untidy' failed: No module named 'no_such_package'"),
-        ("raise SystemExit(0)", "importing 'untidy' has called sys.exit(0)"),
+        ("raise SystemExit(0)", "importing 'untidy' called sys.exit(0)"),
     ],
 )
 def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(

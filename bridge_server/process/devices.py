@@ -1,8 +1,7 @@
-"""Which device a worker's models run on. Decided before any framework is imported; never imports
-one.
+"""Choice of the device for a worker's models, made before any framework import.
 
-`python -m bridge_server.process.devices` prints the GPUs that a process with this environment may
-use.
+Imports no framework. `python -m bridge_server.process.devices` prints the GPUs that a process with
+this environment may use.
 """
 
 import argparse
@@ -22,21 +21,21 @@ _log = logging.getLogger(__name__)
 CPU, CUDA = "cpu", "cuda"
 _ONE_OF_THEM = re.compile(r"cuda:\d+|GPU-[0-9A-Fa-f-]+")
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
-# XLA takes either of the two, and neither torch nor this program looks at them.
+# XLA reads either variable; torch and this program read neither.
 _FRACTIONS = (_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
-_CHILD_S = 60.0  # until it has started, on a busy machine
+_CHILD_S = 60.0  # deadline for the child process, which starts slowly on a busy machine
 
 
 def parse_device(text: str) -> str:
     """Return the value of --device.
 
     Raises:
-      ArgumentTypeError: it is none.
+      ArgumentTypeError: the text is not a device.
     """
     if text in (CPU, CUDA) or _ONE_OF_THEM.fullmatch(text):
         return text
     raise argparse.ArgumentTypeError(
-        f"{text!r} is no device such as cpu, cuda, cuda:1 or GPU-5fc7c93e-..."
+        f"{text!r} is not a device; expected cpu, cuda, cuda:1 or GPU-5fc7c93e-..."
     )
 
 
@@ -44,7 +43,7 @@ def parse_fraction(text: str) -> float:
     """Return the value of --gpu-memory-fraction.
 
     Raises:
-      ArgumentTypeError: it is none.
+      ArgumentTypeError: the text is not a fraction.
     """
     try:
         value = float(text)
@@ -52,20 +51,20 @@ def parse_fraction(text: str) -> float:
         value = 0.0
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no fraction such as 0.5: more than 0, and at most 1"
+            f"{text!r} is not a fraction; expected more than 0 and at most 1, such as 0.5"
         )
     return value
 
 
 def choose(device: str | None, fraction: float | None, *, is_spread: bool) -> None:
-    """Set this process's environment so that frameworks run models on that device; None leaves it
-    to them.
+    """Set this process's environment so that frameworks run models on the device.
 
-    `is_spread` says that models span several devices. Memory is taken as it is needed, unless the
-    user wants otherwise.
+    With None the frameworks choose the device. `is_spread`: the models span several devices. Unless
+    the user has set otherwise, XLA's preallocation is disabled.
 
     Raises:
-      CallerError: there is no such device, or the options contradict each other or the environment.
+      CallerError: the device does not exist, or the options contradict each other or the
+        environment.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if fraction is not None:
@@ -78,56 +77,56 @@ def choose(device: str | None, fraction: float | None, *, is_spread: bool) -> No
         there = _visible()
         if device != CUDA and is_spread:
             raise CallerError(
-                f"--device {device} is one device, and --mesh is for several: use --device cuda"
+                f"--device {device} is one device, but --mesh needs several; use --device cuda"
             )
         ordinal = _ordinal(device, there)
         if device != CUDA:
             _narrow_to(ordinal)
-    os.environ.pop("BRIDGE_DEVICE", None)  # processes that this one starts see no more than it does
+    os.environ.pop("BRIDGE_DEVICE", None)  # child processes inherit the narrowed environment
 
 
 def gpu_at(ordinal: int | None) -> Gpu | None:
-    """Return the GPU that frameworks in this process know by that number; None if there is none,
-    as of the host."""
+    """Return the GPU with this ordinal in this process's frameworks; None without a GPU."""
     return (
         None if ordinal is None else next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
     )
 
 
 def make_ready(runtime: Runtime) -> None:
-    """Prepare to share memory on the GPU, if models run on one: to load CuPy takes longer than a
-    client may wait."""
+    """Prepare to share GPU memory if models run on a GPU.
+
+    Loading CuPy takes longer than a client may wait.
+    """
     gpu = runtime.gpu()
     if gpu is None:
         return
     try:
         device_of(gpu.uuid)
     except CudaError as error:
-        _log.warning("clients' tensors on the GPU will travel through the host, since %s", error)
+        _log.warning("clients' GPU tensors will be copied through host memory: %s", error)
 
 
 def refuse_host(device: str | None, runtime: Runtime) -> None:
-    """Raise CallerError if a GPU was asked for and the framework finds none."""
+    """Raise CallerError if --device requires a GPU and the framework finds none."""
     about = runtime.describe()
     has_any = runtime.gpu() is not None or any(name.startswith(CUDA) for name in about.devices)
     if device not in (None, CPU) and not has_any:
         raise CallerError(
-            f"--device {device}, but {about.framework} finds {', '.join(about.devices)} only:"
-            f" install a {about.framework} with CUDA in the worker's environment"
+            f"--device {device}, but {about.framework} finds {', '.join(about.devices)} only;"
+            f" install {about.framework} with CUDA in the worker's environment"
         )
 
 
 def _limit(fraction: float, device: str | None) -> None:
     if device == CPU:
         raise CallerError(
-            "--gpu-memory-fraction is about a GPU, and --device cpu about none; leave out one of"
-            " them"
+            "--gpu-memory-fraction needs a GPU, but --device is cpu; remove one of the two options"
         )
     for name in _FRACTIONS:
         if os.environ.get(name) not in (None, "", str(fraction)):
             raise CallerError(
-                f"both --gpu-memory-fraction {fraction} and the variable {name}={os.environ[name]}"
-                " say how much memory XLA may take; leave out one of them"
+                f"--gpu-memory-fraction {fraction} and the variable {name}={os.environ[name]}"
+                " both limit XLA's memory; remove one of the two"
             )
     if not any(os.environ.get(name) for name in _FRACTIONS):
         os.environ[_FRACTION] = str(fraction)
@@ -135,23 +134,21 @@ def _limit(fraction: float, device: str | None) -> None:
 
 def _visible() -> list[tuple[str, str]]:
     """Return the UUID and the name of each GPU that this process may use."""
-    # In a child: CUDA reads CUDA_VISIBLE_DEVICES when it is first used, once and for all.
+    # In a child process, since CUDA reads CUDA_VISIBLE_DEVICES only once, at its first use.
     command = [sys.executable, "-m", "bridge_server.process.devices"]
     try:
         found = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=_CHILD_S
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise CallerError(
-            f"the NVIDIA driver does not tell which GPUs there are: {error}"
-        ) from error
+        raise CallerError(f"cannot list the GPUs through the NVIDIA driver: {error}") from error
     return [
         (label, name) for label, _, name in (line.partition(" ") for line in found.splitlines())
     ]
 
 
 def _ordinal(device: str, there: Sequence[tuple[str, str]]) -> int:
-    """Return the number of a device among those that are there."""
+    """Return the ordinal of a device among the visible GPUs."""
     if device.startswith(CUDA):
         matching = [int(device.removeprefix(CUDA).removeprefix(":") or 0)]
     else:
@@ -161,15 +158,14 @@ def _ordinal(device: str, there: Sequence[tuple[str, str]]) -> int:
     if len(matching) != 1 or matching[0] >= len(there):
         listed = ", ".join(f"cuda:{i} ({label}, {name})" for i, (label, name) in enumerate(there))
         raise CallerError(
-            f"--device {device} is not here; this process may use {listed or 'no NVIDIA GPU'}"
+            f"--device {device} is not visible; this process may use {listed or 'no NVIDIA GPU'}"
         )
     return matching[0]
 
 
 def _narrow_to(ordinal: int) -> None:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # By the user's own words for it, since not all of what they can name, such as a part of a GPU,
-    # has a UUID here.
+    # Keep the user's own entry, since some entries, such as a MIG slice, have no UUID here.
     os.environ["CUDA_VISIBLE_DEVICES"] = (
         str(ordinal) if chosen is None else chosen.split(",")[ordinal].strip()
     )

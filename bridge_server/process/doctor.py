@@ -1,4 +1,4 @@
-"""`bridge_server doctor`: looks at the host and the environment in which a worker would run.
+"""`bridge_server doctor`: checks the machine and the environment that a worker would run in.
 
 Imports no framework.
 """
@@ -13,14 +13,14 @@ from bridge_wire.errors import CallerError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the checks. Returns the exit status: 0; 1 where something is broken."""
+    """Print the checks. Return the exit status: 1 if a check is broken, else 0."""
     parser = argparse.ArgumentParser(
         "bridge_server doctor",
-        description="Look at the host and the environment in which a worker would run.",
+        description="Check the machine and the environment that a worker would run in.",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(argv)
-    malloc.restart_with_a_good_allocator()  # as a worker does
+    malloc.restart_with_a_good_allocator()  # like a worker
     checks = [*host.checks(), *gpu_checks.checks(), *_checks()]
     print(as_json(checks) if options.json else as_table(checks))
     return 1 if worst(checks) == BROKEN else 0
@@ -45,7 +45,7 @@ def _checks() -> Iterator[Check]:
     else:
         yield ok("allocator", allocator)
     try:
-        yield ok("endpoint", f"{endpoints.parse(None).address}, unless told by --listen")
+        yield ok("endpoint", f"{endpoints.parse(None).address}, the default of --listen")
     except (CallerError, OSError) as error:
         yield broken(
             "endpoint",

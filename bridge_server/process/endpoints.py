@@ -1,4 +1,7 @@
-"""Where a worker listens: parsing, defaults, and what may be exposed to whom."""
+"""A worker's endpoint: parsing of --listen, the default socket, and exposure to other hosts.
+
+Imports no framework.
+"""
 
 import os
 import socket
@@ -17,9 +20,9 @@ LANE_SUFFIX = ".lane"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A gRPC endpoint and the Unix socket of the local lane beside it."""
+    """A gRPC endpoint and the Unix socket of its local lanes."""
 
-    address: str  # as gRPC wants it: "unix:PATH" or "HOST:PORT"
+    address: str  # in gRPC's form: "unix:PATH" or "HOST:PORT"
     lane_path: str
     is_exposed: bool  # whether other hosts may reach it
 
@@ -28,8 +31,8 @@ def parse(listen: str | None) -> Endpoint:
     """Return the endpoint of a --listen value; None means a socket in the runtime directory.
 
     Raises:
-      CallerError: the value is malformed, or the socket's path is too long or taken by something
-        else.
+      CallerError: the value is malformed, or the socket's path is too long or exists and is not a
+        socket.
     """
     if listen is None:
         return _unix(_runtime_directory() / _DEFAULT)
@@ -39,10 +42,10 @@ def parse(listen: str | None) -> Endpoint:
     if not (colon and host and port.isdecimal()):
         raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
     if int(port) > _LAST_PORT:
-        raise CallerError(f"--listen {listen!r} has a port beyond {_LAST_PORT}")
+        raise CallerError(f"--listen {listen!r} has a port above the limit {_LAST_PORT}")
     directory = _runtime_directory()
     _remove_lanes_of_the_dead(directory)
-    # A name per process: several workers may listen on TCP side by side.
+    # One name per process, since several workers may listen on TCP.
     lane = directory / f"{os.getpid()}{LANE_SUFFIX}"
     return Endpoint(listen, str(lane), is_exposed=not is_loopback(host))
 
@@ -51,23 +54,24 @@ def _unix(path: Path) -> Endpoint:
     path = path.absolute()
     if not _fits(path):
         raise CallerError(
-            f"the socket's path has over {LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path}"
+            f"the socket's path exceeds {LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path};"
+            " choose a shorter --listen path"
         )
     if not path.parent.is_dir():
-        raise CallerError(f"the socket's directory does not exist: {path.parent}")
+        raise CallerError(f"the socket's directory does not exist: {path.parent}; create it first")
     for taken in (path, Path(f"{path}{LANE_SUFFIX}")):
         if taken.exists() and not stat.S_ISSOCK(taken.stat().st_mode):
-            raise CallerError(f"{taken} exists and is no socket; choose another path for --listen")
+            raise CallerError(f"{taken} exists and is not a socket; choose another --listen path")
     return Endpoint(f"unix:{path}", f"{path}{LANE_SUFFIX}", is_exposed=False)
 
 
 def listens(path: str) -> bool:
-    """Whether somebody listens on a Unix socket."""
+    """Whether a process listens on a Unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
-        except BlockingIOError:  # so many wait already
+        except BlockingIOError:  # the listener's backlog is full
             return True
         except OSError:
             return False
@@ -81,30 +85,30 @@ def _fits(path: Path) -> bool:
 def _runtime_directory() -> Path:
     """Return a directory that only this user can enter."""
     name = f"torch-jax-bridge-{os.geteuid()}"
-    # After su, and in containers, XDG_RUNTIME_DIR may name what is not there; on clusters TMPDIR
+    # After su and in containers, XDG_RUNTIME_DIR may name a missing directory; on clusters TMPDIR
     # may be very long.
     parents = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
     usable = (Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK))
     directory = next((directory for directory in usable if _fits(directory / _DEFAULT)), None)
     if directory is None:
         raise CallerError(
-            f"no directory for sockets: none of {', '.join(filter(None, parents))} can be"
-            " written to"
+            f"no directory for sockets: none of {', '.join(filter(None, parents))} is writable and"
+            " short enough; name a --listen"
         )
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise CallerError(
-            f"{directory} is not a directory of mode 0700 of this user; remove it or name a"
+            f"{directory} is not a directory of this user with mode 0700; remove it or name a"
             " --listen"
         )
     return directory
 
 
 def _remove_lanes_of_the_dead(directory: Path) -> None:
-    """Remove the sockets of killed TCP workers, whose names nobody would meet again."""
+    """Remove the sockets of killed TCP workers, since later workers use other names."""
     for lane in directory.glob(f"*{LANE_SUFFIX}"):
         pid = lane.name.removesuffix(LANE_SUFFIX)
-        # In another PID namespace, as a container's, there may be such a process.
+        # The socket's worker may live in another PID namespace, such as a container's.
         if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not listens(str(lane)):
             lane.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The worker's log: text for a terminal, JSON lines for anything else."""
+"""The worker's log: text on a terminal, else JSON lines. Imports no framework."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ def set_up(level: str) -> None:
 
 
 def enable_loggers() -> None:
-    """Enable the worker's loggers again: logging.config in a model's module disables them."""
+    """Enable the worker's loggers again, since logging.config in a model's module disables them."""
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
             logger.disabled = False
 
 
 class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, for log collectors and for the parent of a spawned worker."""
+    """One JSON object per line, for log collectors and for the parent of a spawned worker."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()

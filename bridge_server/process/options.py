@@ -1,4 +1,4 @@
-"""The flags of `bridge_server`, and the BRIDGE_* variables that stand for them."""
+"""The flags of `bridge_server`, and the equivalent BRIDGE_* variables. Imports no framework."""
 
 import argparse
 import os
@@ -14,8 +14,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options, those from variables parsed as if they stood before the command
-    line's."""
+    """Return the options; variables are parsed like flags before the command line's flags."""
     parser = _parser()
     from_variables: list[str] = []
     for action in parser._actions:
@@ -46,11 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "bridge_server",
         description=(
-            "Serve JAX or torch models to programs in other processes. `bridge_server doctor` looks"
-            " at the environment instead."
+            "Serve JAX or torch models to programs in other processes. `bridge_server doctor`"
+            " checks the environment instead."
         ),
         epilog=(
-            "Every option may also come as a variable: --residual-bytes as BRIDGE_RESIDUAL_BYTES,"
+            "Every option has an environment variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES,"
             " and so on."
         ),
         allow_abbrev=False,
@@ -83,7 +82,7 @@ def _add_models(add: Callable[..., Any]) -> None:
     )
     add(
         "--via-xla",
-        "run torch models through XLA, traced by torchax: also on JAX's devices",
+        "run torch models through XLA, traced by torchax, also on JAX's devices",
         action="store_true",
     )
     add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
@@ -98,7 +97,7 @@ def _add_models(add: Callable[..., Any]) -> None:
 def _add_serving(add: Callable[..., Any]) -> None:
     add(
         "--listen",
-        "default: a socket in a directory that only you can enter",
+        "address; default: a socket in a directory that only you can enter",
         metavar="unix:PATH|HOST:PORT",
     )
     add(
@@ -110,14 +109,14 @@ def _add_serving(add: Callable[..., Any]) -> None:
     )
     add(
         "--session-slab-bytes",
-        "most memory that one client may share",
+        "limit of one client's shared memory",
         type=_bytes,
         default=1 << 40,
         metavar="BYTES",
     )
     add(
         "--log-level",
-        "least level that is logged",
+        "lowest level to log",
         choices=("debug", "info", "warning", "error"),
         default="info",
     )
@@ -129,7 +128,7 @@ def _add_running(add: Callable[..., Any]) -> None:
     add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
     add(
         "--mesh",
-        "shard JAX models over devices, as ATTR_shardings in their modules says",
+        "shard JAX models over devices by ATTR_shardings in their modules",
         type=_mesh,
         default={},
         metavar="AXIS=SIZE,...",
@@ -142,7 +141,7 @@ def _add_running(add: Callable[..., Any]) -> None:
     )
     add(
         "--gpu-memory-fraction",
-        "most of the GPU's memory that the framework may take; default: the framework's",
+        "limit of the framework's share of GPU memory; default: the framework's",
         type=devices.parse_fraction,
         metavar="F",
     )
@@ -163,7 +162,7 @@ def _bytes(text: str) -> int:
     number = text.rstrip("KMGTiB")
     unit = text[len(number) :].rstrip("iB")
     if not number.isdecimal() or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1073741824, 512M or 2G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected 1073741824, 512M or 2G")
     return int(number) * _UNITS[unit]
 
 
@@ -172,6 +171,6 @@ def _mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, _, size = part.partition("=")
         if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
-            raise argparse.ArgumentTypeError(f"{text!r} is no mesh such as data=2,model=2")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; expected data=2,model=2")
         axes[name] = int(size)
     return axes

@@ -1,4 +1,4 @@
-"""A spawned worker ends with its parent, however the parent ends."""
+"""Parent watch: ends a spawned worker when its parent exits or is killed. Imports no framework."""
 
 import os
 import select
@@ -10,9 +10,9 @@ _POLL_S = 1.0
 
 
 def watch_parent(pid: int, stop: Callable[[], None]) -> None:
-    """Call `stop` once the process `pid`, this one's parent, has ended.
+    """Call `stop` once the parent process `pid` has ended.
 
-    Not by PR_SET_PDEATHSIG, which fires when the parent's *thread* that spawned this process ends.
+    PR_SET_PDEATHSIG is unsuitable: the signal comes when the parent's spawning *thread* ends.
     """
     threading.Thread(target=_wait, args=(pid, stop), name="parent-watch", daemon=True).start()
 
@@ -20,15 +20,14 @@ def watch_parent(pid: int, stop: Callable[[], None]) -> None:
 def _wait(pid: int, stop: Callable[[], None]) -> None:
     try:
         fd = os.pidfd_open(pid)
-    except (AttributeError, OSError):  # not on this system, or the parent has gone already
+    except (AttributeError, OSError):  # no pidfd on this system, or the parent has already ended
         while os.getppid() == pid:
             time.sleep(_POLL_S)
     else:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        if (
-            os.getppid() == pid
-        ):  # else it ended before the descriptor was opened, and the pid may be another's
+        # If the parent ended before pidfd_open, the pid may belong to another process.
+        if os.getppid() == pid:
             poll.poll()
         os.close(fd)
     stop()

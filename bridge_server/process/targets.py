@@ -1,6 +1,6 @@
-"""Finds what `mod:attr` on the command line names.
+"""Loader of `mod:attr` targets from the command line; the only module that imports code by name.
 
-The only place where code is imported by name.
+Imports no framework.
 """
 
 import contextlib
@@ -38,11 +38,10 @@ def load(target: Target) -> Any:
     """Import a target's module and return its attribute.
 
     Raises:
-      TargetError: there is no such module or attribute; says which, with near matches.
+      TargetError: the module or attribute does not exist; the text suggests similar names.
     """
-    if (
-        "" not in sys.path and os.getcwd() not in sys.path
-    ):  # a console script does not have it, `python -m` does
+    # `python -m` has the working directory on sys.path, a console script does not.
+    if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         with no_exit(f"importing {target.module!r}"):
@@ -55,7 +54,7 @@ def load(target: Target) -> Any:
                 f"importing {target.module!r} failed: {error}{_trail(error)}"
             ) from error
         raise TargetError(
-            f"there is no module {error.name!r}, which {target.module}:{target.attribute} names"
+            f"there is no module {error.name!r}, as named by {target.module}:{target.attribute}"
             f"{_near(error.name, _sibling_modules(error.name))}"
         ) from error
     except Exception as error:
@@ -75,20 +74,18 @@ def load(target: Target) -> Any:
 
 @contextlib.contextmanager
 def no_exit(what: str) -> Iterator[None]:
-    """Raise TargetError where the code of a model, which does `what`, would end the process
-    without a word."""
+    """Raise TargetError if a model's code calls sys.exit during `what`."""
     try:
         yield
     except SystemExit as error:
-        raise TargetError(f"{what} has called sys.exit({error.code!r}){_trail(error)}") from error
+        raise TargetError(f"{what} called sys.exit({error.code!r}){_trail(error)}") from error
 
 
 def shardings_beside(target: Target) -> Mapping[str, Any]:
-    """Return what `attr_shardings`, in the module of a loaded `attr`, says of how its arrays lie on
-    several devices.
+    """Return the shardings in `attr_shardings`, in the module of a loaded `attr`.
 
     Raises:
-      TargetError: it is no mapping.
+      TargetError: `attr_shardings` is not a mapping.
     """
     name = f"{target.attribute.rpartition('.')[2]}_shardings"
     found = getattr(sys.modules[target.module], name, None)
@@ -96,14 +93,14 @@ def shardings_beside(target: Target) -> Mapping[str, Any]:
         return {}
     if not isinstance(found, Mapping):
         raise TargetError(
-            f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict of path:"
+            f"{target.module}:{name} is a {type(found).__qualname__}; expected a dict from path to"
             " sharding"
         )
     return found
 
 
 def _trail(error: BaseException) -> str:
-    """Return the way through the modules to where they raised, as lines of text."""
+    """Return the traceback through the imported modules as lines of text."""
     ours = (__file__, contextlib.__file__, importlib.__file__, "<frozen importlib")
     frames = [
         frame
@@ -114,7 +111,7 @@ def _trail(error: BaseException) -> str:
 
 
 def near_matches(word: str, choices: list[str]) -> list[str]:
-    """Return the choices that look like the word, best first."""
+    """Return the choices that resemble the word, best first."""
     return difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
 
 

@@ -92,7 +92,7 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
     with pytest.raises(CallerError) as raised:
         choose(device)
     assert (
-        f"--device {device} is not here; this process may use cuda:0 ({ONE}, Fake GPU 0), cuda:1 ("
+        f"--device {device} is not visible; this process may use cuda:0 ({ONE}, Fake GPU 0), cuda:1"
         in str(raised.value)
     )
 
@@ -138,7 +138,7 @@ def test_two_fractions_are_refused(choose: Choose, name: str) -> None:
 
 def test_a_fraction_of_no_gpu_is_refused(choose: Choose) -> None:
     """There is nothing to take."""
-    with pytest.raises(CallerError, match="leave out one"):
+    with pytest.raises(CallerError, match="remove one of the two"):
         choose("cpu", 0.5)
 
 
@@ -152,7 +152,7 @@ def test_a_worker_on_a_gpu_is_ready_to_share_it_before_a_client_asks(
     device_of.cache_clear()
     monkeypatch.setenv("FAKE_CUDA_FAILS", "memGetInfo:100")
     devices.make_ready(runtime)
-    assert "travel through the host" in caplog.text and "NoDevice" in caplog.text
+    assert "copied through host memory" in caplog.text and "NoDevice" in caplog.text
 
 
 def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables: str) -> str:
@@ -184,11 +184,11 @@ def test_the_choice_is_made_once_by_the_process_that_stays(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--device", "cuda:x"], "'cuda:x' is no device such as cpu, cuda, cuda:1"),
-        (["--device=GPU-zz"], "'GPU-zz' is no device"),
-        (["--gpu-memory-fraction", "1.5"], "'1.5' is no fraction such as 0.5"),
-        (["--gpu-memory-fraction", "nan"], "'nan' is no fraction"),
-        (["--gpu-memory-fraction=half"], "'half' is no fraction"),
+        (["--device", "cuda:x"], "'cuda:x' is not a device; expected cpu, cuda, cuda:1"),
+        (["--device=GPU-zz"], "'GPU-zz' is not a device"),
+        (["--gpu-memory-fraction", "1.5"], "'1.5' is not a fraction; expected more than 0"),
+        (["--gpu-memory-fraction", "nan"], "'nan' is not a fraction"),
+        (["--gpu-memory-fraction=half"], "'half' is not a fraction"),
     ],
 )
 def test_what_is_no_device_and_no_fraction_is_refused(

@@ -108,7 +108,7 @@ def test_sizes_that_the_mesh_does_not_divide(remote: Remote) -> None:
     ("args", "message"),
     [
         (["dense", "--mesh=data=2,model=2"], "needs 4 devices, and this worker has 1"),
-        (["dense", "--mesh=data=two"], "is no mesh such as data=2,model=2"),
+        (["dense", "--mesh=data=two"], "is not a mesh; expected data=2,model=2"),
         (["dense"], "name the axes they are about with --mesh"),
         (["misspelt", "--mesh=model=1"], "has a sharding of 'krenel', but its parameters are"),
         (["where", "--mesh=data=1", "--no-jit"], "leave out one"),
