@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Generate bridge_wire/pb from proto/bridge/v1/bridge.proto, or check that it is what would be
-generated.
+"""Generator of bridge_wire/pb from proto/bridge/v1/bridge.proto; --check compares the files only.
 
-The generator is the grpcio-tools that `pyproject.toml` pins in the extra `dev`: generated code runs
-on its generator's version or a newer one, so the pin is also the floor of the project's grpcio and
-protobuf.
+`pyproject.toml` pins the generator, grpcio-tools, in the extra `dev`. Generated code needs its
+generator's version or a newer one, so the pin is also the minimum version of the project's grpcio
+and protobuf.
 
     tools/generate_proto.py [--check]
 """
@@ -31,7 +30,7 @@ def pinned_version() -> str:
 
 
 def require_pinned_generator() -> None:
-    """Exit where the generator is missing or is not the pinned one: its output would differ."""
+    """Exit unless the pinned generator is installed, since other versions generate other code."""
     pinned = pinned_version()
     try:
         installed = metadata.version("grpcio-tools")
@@ -39,7 +38,7 @@ def require_pinned_generator() -> None:
         installed = "not installed"
     if installed != pinned:
         sys.exit(
-            f"grpcio-tools is {installed}, but the code is generated with {pinned}: run `make"
+            f"grpcio-tools is {installed}, but the code is generated with {pinned}; run `make"
             " proto`"
         )
 
@@ -47,10 +46,10 @@ def require_pinned_generator() -> None:
 def generate() -> dict[str, bytes]:
     """Return the generated files by name.
 
-    The source's folder is given to protoc under the package's path, so that the files import each
-    other as `bridge_wire.pb` and nothing has to be patched.
+    protoc gets the source's folder under the package's path, so that the generated files import
+    each other as `bridge_wire.pb` without a patch.
     """
-    from grpc_tools import protoc  # here: the message for a missing generator comes first
+    from grpc_tools import protoc  # after the check for a missing generator
 
     with tempfile.TemporaryDirectory() as folder:
         status = protoc.main(
@@ -70,14 +69,13 @@ def generate() -> dict[str, bytes]:
 
 
 def checked_in() -> dict[str, bytes]:
-    """Return the files of the package by name, but for those written by hand."""
+    """Return the package's files by name, without the handwritten files."""
     files = [path for path in (ROOT / PACKAGE).glob("*") if path.is_file()]
     return {path.name: path.read_bytes() for path in files if path.name not in WRITTEN_BY_HAND}
 
 
 def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
-    """Return one line for each file that is missing, superfluous or not byte for byte the
-    expected one."""
+    """Return one line for each file that is missing, superfluous or not byte-equal."""
     wrong = {
         **{name: "is missing" for name in expected.keys() - found.keys()},
         **{name: "is not generated from the source" for name in found.keys() - expected.keys()},

@@ -1,12 +1,12 @@
-"""Learn all there is to learn on a machine with a GPU, within a time limit: `make gpu LIMIT=480`.
+"""Runner of all GPU checks and benchmarks within a time limit: `make gpu LIMIT=480`.
 
-On a bare machine: `python3 tools/gpu.py --limit 480 --wheels FOLDER --out FOLDER`. It needs Python
-alone; its steps need JAX, torch and CuPy for CUDA in the same interpreter, and take other packages
-from the folder of wheels.
+On a bare machine: `python3 tools/gpu.py --limit 480 --wheels FOLDER --out FOLDER`. The runner needs
+Python only. Its steps need JAX, torch and CuPy for CUDA in the same interpreter, and take other
+packages from the folder of wheels.
 
-The most important steps come first. Each runs under `timeout`, which ends it when its time or all
-time is up, and none can keep the others from running. summary.txt has a line for each; seven other
-files have what they said.
+The most important steps come first. Each step runs under `timeout`, which ends the step at its own
+or the total limit, so that no step can block the others. summary.txt has one line per step; seven
+other files have the steps' output.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("facts", "probe", "torch", "jax", "faults", "programs", "bench")
-_KILL_S = 3  # after the time of a step is up, until it is killed
-_LEAST_S = 5  # no step begins with less
-_MOST_BYTES = 400_000  # that are kept of what a step says
+_KILL_S = 3  # from a step's timeout to its kill
+_LEAST_S = 5  # no step begins with less time left
+_MOST_BYTES = 400_000  # limit for the kept output of one step
 _TESTS = "tests/gpu/on_gpu"
 _JAX_CASES = f"{_TESTS}/jax_client/cases.py"
 _CALLS, _ORDER, _FAULTS, _PROGRAMS, _SETTINGS = (
@@ -56,8 +56,7 @@ _BENCH = ("python", "-m", "bench.gpu", "--sizes", "1KiB,64MiB", "--rounds", "5")
 
 
 class Step(NamedTuple):
-    """A command, for so many seconds, whose output goes to a file. "python" stands for the
-    interpreter."""
+    """A command with a limit in seconds and an output file; "python" stands for the interpreter."""
 
     name: str
     file: str
@@ -74,8 +73,8 @@ def _test(name: str, file: str, seconds: int, *arguments: str, **variables: str)
     return Step(name, file, seconds, ("python", *_PYTEST, *arguments), variables)
 
 
-# Those of a group run at once. The most important groups come first, and last the ones that may
-# leave a stream that stands still.
+# The steps of a group run concurrently. The most important groups come first; groups that may leave
+# a hanging stream come last.
 PLAN: Sequence[Sequence[Step]] = (
     (Step("facts", "facts", 30, ("sh", "-c", _FACTS, "python")),),
     (
@@ -110,7 +109,7 @@ PLAN: Sequence[Sequence[Step]] = (
             XLA_PYTHON_CLIENT_PREALLOCATE="false",
         ),
     ),
-    # These count time and memory, so each runs alone.
+    # The following steps measure time and memory, so each runs alone.
     (_test("order by words", "torch", 60, _ORDER),),
     (_test("order by events", "torch", 60, _ORDER, BRIDGE_GPU_ORDER="events"),),
     (_test("faults", "faults", 100, _FAULTS),),
@@ -127,7 +126,7 @@ PLAN: Sequence[Sequence[Step]] = (
 
 
 class Run:
-    """A run of a plan, which ends before its limit."""
+    """A run of a plan that ends before its limit."""
 
     def __init__(
         self, out: Path, limit_s: float, python: str, variables: Mapping[str, str]
@@ -143,7 +142,7 @@ class Run:
             (out / f"{name}.txt").write_text("")
 
     def all(self, plan: Sequence[Sequence[Step]]) -> None:
-        """Run the groups one after the other, the steps of a group side by side."""
+        """Run the groups in sequence, and the steps of a group concurrently."""
         for group in plan:
             threads = [
                 threading.Thread(target=self._guarded, args=(step,), daemon=True) for step in group
@@ -179,7 +178,7 @@ class Run:
             )
             try:
                 status: int | None = process.wait(seconds + 2 * _KILL_S)
-            except subprocess.TimeoutExpired:  # the kernel itself may hold what waits for a GPU
+            except subprocess.TimeoutExpired:  # a process in a GPU call may be unkillable
                 status = None
         _end_group(process.pid)
         took = time.monotonic() - begun
@@ -188,11 +187,11 @@ class Run:
         how = _ended(status)
         with self._lock, (self._out / f"{step.file}.txt").open("a") as file:
             file.write(f"=== {step.name}: {how}, {took:.0f} s\n{said}\n")
-        last = (said.strip().splitlines() or ["it said nothing"])[-1]
+        last = (said.strip().splitlines() or ["no output"])[-1]
         self._note(step, f"{how}, {took:.0f} s: {last[:300]}", is_well=status == 0)
 
     def _with_path(self, variables: Mapping[str, str]) -> Mapping[str, str]:
-        """Put a step's own PYTHONPATH before the others'."""
+        """Put a step's own PYTHONPATH before the runner's."""
         if "PYTHONPATH" not in variables:
             return variables
         path = os.pathsep.join([variables["PYTHONPATH"], self._variables["PYTHONPATH"]])
@@ -214,20 +213,19 @@ class Run:
 def _ended(status: int | None) -> str:
     if status is None:
         return "DOES NOT END"
-    if status in (124, 128 + signal.SIGKILL, -signal.SIGKILL):  # as `timeout` tells
+    if status in (124, 128 + signal.SIGKILL, -signal.SIGKILL):  # `timeout` ended the step
         return "TIME UP"
     return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
 
 def _end_group(pid: int) -> None:
-    """Kill what is left of a step's processes."""
+    """Kill a step's remaining processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
 
 
 def unpack(wheels: Path, target: Path) -> list[str]:
-    """Unpack wheels, without pip; return the names of those that are for another interpreter or
-    machine."""
+    """Unpack wheels without pip; return the names of wheels for other interpreters or machines."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     unfit = []
     for wheel in sorted(wheels.glob("*.whl")):
@@ -243,27 +241,25 @@ def unpack(wheels: Path, target: Path) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLAN) -> int:
-    """Run the plan. Returns the exit status: 0; 1 where a step failed or did not run."""
+    """Run the plan. Return the exit status: 1 if a step failed or did not run, else 0."""
     parser = argparse.ArgumentParser(
-        "tools/gpu.py", description="Learn all there is to learn on a machine with a GPU."
+        "tools/gpu.py", description="Run all GPU checks and benchmarks within a time limit."
     )
     parser.add_argument(
-        "--limit", type=int, default=480, help="seconds for everything (default: 480)"
+        "--limit", type=int, default=480, help="seconds for all steps (default: 480)"
     )
     parser.add_argument(
         "--out",
         type=Path,
         default=ROOT / "out" / "gpu",
-        help="where the files go (default: out/gpu)",
+        help="folder for the output files (default: out/gpu)",
+    )
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that this interpreter lacks")
+    parser.add_argument(
+        "--python", default=sys.executable, help="interpreter for the steps (default: this one)"
     )
     parser.add_argument(
-        "--wheels", type=Path, help="a folder of wheels that this interpreter lacks"
-    )
-    parser.add_argument(
-        "--python", default=sys.executable, help="the interpreter of the steps (default: this one)"
-    )
-    parser.add_argument(
-        "--rehearse", action="store_true", help="run on the faked CUDA, to show that the steps work"
+        "--rehearse", action="store_true", help="run on the fake CUDA to check the steps themselves"
     )
     options = parser.parse_args(argv)
     packages = options.out / ".packages"
@@ -276,7 +272,7 @@ def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLA
         variables = {"FAKE_CUDA_DIR": str(machine), "BRIDGE_TESTS_REHEARSE": "1"}
     if options.wheels is not None:
         for name in unpack(options.wheels, packages):
-            print(f"{name} is for another interpreter or machine: left out", flush=True)
+            print(f"skipped {name}: for another interpreter or machine", flush=True)
         paths.append(str(packages))
     variables["PYTHONPATH"] = os.pathsep.join(
         [*paths, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -287,9 +283,7 @@ def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLA
     finally:
         for folder in (packages, options.out / ".fake"):
             shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"{len(run.failed)} steps to look at; {options.out} has what all of them said", flush=True
-    )
+    print(f"{len(run.failed)} steps to look at; the output of all is in {options.out}", flush=True)
     return 1 if run.failed else 0
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Test the built wheel as a user installs it: outside of the checkout, one framework at a time.
+"""Test of the built wheel in a user's setting: outside of the checkout, one framework at a time.
 
-Builds the wheel, installs it into three new environments in an empty folder, and there runs the
-programs of README.md and docs/jax-client.md and both commands, and type-checks a program against
-the installed packages.
+Builds the wheel and installs it into three new environments in an empty folder. There the test runs
+both commands and the programs of README.md and docs/jax-client.md, and type-checks a program
+against the installed packages.
 
-The new environments read the frameworks from those of `make setup`, through a .pth file, which
-takes seconds; with --fresh pip installs the frameworks too. Either way pip verifies that the
-wheel's requirements are met, and the bridge's packages come from the wheel.
+The new environments read the frameworks from the environments of `make setup` through a .pth file,
+which takes seconds; with --fresh pip installs the frameworks too. In both cases pip verifies the
+wheel's requirements, and the bridge's packages come from the wheel.
 
     python -m tools.test_wheel [--fresh]
 """
@@ -40,7 +40,7 @@ try:
 except BridgeError as error:
     print(error)
 """
-# Each wrong line with the code of the error that mypy has to report.
+# Each wrong line with the error code that mypy must report.
 WRONG_USES = {
     'connect("host:50051", requires="memfd")': "call-arg",
     "connect(50051)": "arg-type",
@@ -49,12 +49,12 @@ WRONG_USES = {
 
 
 class Failed(Exception):
-    """A step of the test failed; the text says which, and quotes its output."""
+    """A step of the test failed; the text names the step and quotes its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """A virtual environment of one name, in the test's folder."""
+    """A named virtual environment in the test's folder."""
 
     name: str
     folder: Path
@@ -75,7 +75,7 @@ def run(*command: str, cwd: Path, expected: int = 0) -> str:
     """Return the output of a command.
 
     Raises:
-      Failed: its exit status is another.
+      Failed: the exit status is not the expected one.
     """
     done = subprocess.run(
         command, cwd=cwd, env=_settings(), capture_output=True, text=True, timeout=600
@@ -94,7 +94,7 @@ def build(folder: Path) -> Path:
 
 
 def install(wheel: Path, environment: Environment, is_fresh: bool) -> None:
-    """Make the environment and install the wheel with its extras."""
+    """Create the environment and install the wheel with its extras."""
     run(sys.executable, "-m", "venv", "--without-pip", str(environment.root), cwd=ROOT)
     python = environment.command("python")
     requirement = f"{wheel}{EXTRAS[environment.name]}"
@@ -103,7 +103,7 @@ def install(wheel: Path, environment: Environment, is_fresh: bool) -> None:
         return
     _pip("--python", python, "install", "--no-deps", str(wheel), cwd=environment.folder)
     _lend_frameworks(environment)
-    # Installs nothing: pip fails where a requirement of the wheel is not met.
+    # Installs nothing, but fails if a requirement of the wheel is not met.
     _pip("--python", python, "install", "--no-index", requirement, cwd=environment.folder)
 
 
@@ -113,7 +113,7 @@ def check_origin(environment: Environment) -> None:
     program += "print(importlib.import_module(name).__file__)"
     for line in environment.run("-c", program, *PACKAGES).splitlines():
         if not Path(line).is_relative_to(environment.root):
-            raise Failed(f"{environment.name} imports {line}, which is not the wheel's")
+            raise Failed(f"{environment.name} imports {line}; expected a file of the wheel")
 
 
 def check_commands(environment: Environment) -> None:
@@ -124,7 +124,7 @@ def check_commands(environment: Environment) -> None:
 
 
 def check_programs(folder: Path) -> None:
-    """Run the pages' programs, and compare their outputs with those shown."""
+    """Run the pages' programs and compare their outputs with the pages."""
     for page, program, name in (
         (README, "train.py", "torch"),
         (README, "both.py", "both"),
@@ -162,8 +162,8 @@ def _mypy(environment: Environment, program: Path, expected: int) -> str:
 def _lend_frameworks(environment: Environment) -> None:
     """Let the environment import the packages of the checkout's environment of the same name.
 
-    The wheel's own packages come first on the path. A .pth file within that folder, as the one
-    of the editable project, is not read.
+    The wheel's packages come first on the path. Python ignores .pth files within the lent folder,
+    such as the editable project's.
     """
     checkout = ROOT / f".venv-{environment.name}"
     scheme = {"base": str(checkout), "platbase": str(checkout)}
@@ -183,7 +183,7 @@ def _settings() -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test the built wheel as a user installs it.")
+    parser = argparse.ArgumentParser(description="Test the built wheel outside of the checkout.")
     parser.add_argument("--fresh", action="store_true", help="install the frameworks too")
     options = parser.parse_args(arguments)
     begun = time.monotonic()
