@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Create the virtual environments: .venv-jax, .venv-torch, .venv-wire, .venv-both, .venv-jax-next.
+"""Creates the virtual environments .venv-jax, .venv-torch, .venv-wire, .venv-both, .venv-jax-next.
 
-Standard library only, in syntax that an old Python can parse: this runs before anything is
-installed, and has to say itself that the interpreter is too old. An environment is made anew when
-what `pyproject.toml` says of packages, this file, the checkout's path or the requested interpreter
-has changed since its stamp was written; otherwise a run costs milliseconds and prints nothing.
+Standard library only, in syntax that an old Python can parse: the script runs before any
+installation and must itself report an interpreter that is too old. An environment is created anew
+if the package sections of `pyproject.toml`, this file, the checkout's path or the requested
+interpreter have changed since its stamp. Otherwise a run takes milliseconds and prints nothing.
 
     tools/setup.py [--python PYTHON] [jax|torch|wire|both|jax-next ...]
 """
@@ -28,8 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = (3, 11)
 NEWER_MINORS = (13, 12)  # for .venv-jax-next, best first
-# Prints an interpreter's version and its path; of a virtual environment's, the path of the one that
-# made it.
+# Prints an interpreter's version and path; in a virtual environment, the base interpreter's path.
 PROBE = """
 import json, sys
 print(json.dumps([*sys.version_info[:3], getattr(sys, "_base_executable", sys.executable)]))
@@ -38,8 +37,7 @@ print(json.dumps([*sys.version_info[:3], getattr(sys, "_base_executable", sys.ex
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """A virtual environment, and what pip installs there: packages, and the project with extras,
-    editable."""
+    """A virtual environment; pip installs packages and the editable project with extras there."""
 
     name: str
     extras: str
@@ -89,7 +87,7 @@ class Interpreter:
 
 
 class SetupFailed(Exception):
-    """What stopped the set-up, said so that a user can act on it."""
+    """A failure of the set-up, with a text that tells the user a remedy."""
 
 
 def say(text: str) -> None:
@@ -97,8 +95,7 @@ def say(text: str) -> None:
 
 
 def probe(path: str) -> Interpreter | None:
-    """Return the interpreter at `path`; None if it does not run (the pyenv shim of an inactive
-    version)."""
+    """Return the interpreter at `path`; None if it fails (a pyenv shim of an inactive version)."""
     try:
         run = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -110,9 +107,9 @@ def probe(path: str) -> Interpreter | None:
 
 
 def pyenv_roots(shim: str | None) -> Iterator[Path]:
-    """Yield where pyenv may keep its versions.
+    """Yield pyenv's possible root folders.
 
-    HOME may be empty, so the place of a shim counts too.
+    HOME may be empty, so a shim's location counts too.
     """
     if os.environ.get("PYENV_ROOT"):
         yield Path(os.environ["PYENV_ROOT"])
@@ -125,8 +122,7 @@ def pyenv_roots(shim: str | None) -> Iterator[Path]:
 
 
 def pyenv_pythons(root: Path, minor: int) -> list[str]:
-    """Return pyenv's interpreters of Python 3.`minor`, newest first; no free-threaded builds
-    (3.13.0t)."""
+    """Return pyenv's Python 3.`minor`s, newest first, without free-threaded builds (3.13.0t)."""
     folders = [
         folder
         for folder in root.glob(f"versions/3.{minor}.*")
@@ -137,7 +133,7 @@ def pyenv_pythons(root: Path, minor: int) -> list[str]:
 
 
 def find_python(minor: int) -> Interpreter | None:
-    """Return a Python 3.`minor` that runs: the one on PATH, else the newest that pyenv has."""
+    """Return a working Python 3.`minor`: from PATH, else pyenv's newest."""
     on_path = shutil.which(f"python3.{minor}")
     candidates = [on_path] if on_path else []
     for root in pyenv_roots(on_path):
@@ -147,36 +143,33 @@ def find_python(minor: int) -> Interpreter | None:
 
 
 def choose_python(requested: str | None) -> Interpreter:
-    """Return the environments' interpreter: the requested one, else a 3.11, else the one running
-    this."""
+    """Return the environments' interpreter: the requested one, else a 3.11, else this one."""
     path = requested or sys.executable
     chosen = probe(path)
     if chosen is None:
         raise SetupFailed(
-            f"{path} does not run; name another interpreter: make setup PYTHON=python3.11"
+            f"{path} does not run; choose another interpreter: make setup PYTHON=python3.11"
         )
     if not requested and chosen.version[:2] != OLDEST:
-        chosen = (
-            find_python(OLDEST[1]) or chosen
-        )  # some package indexes have the pinned torch for 3.11 only
+        # Some package indexes have the pinned torch for 3.11 only.
+        chosen = find_python(OLDEST[1]) or chosen
     if chosen.version < OLDEST:
         raise SetupFailed(
             f"Python 3.11 or newer is needed, but {path} is {chosen}; "
-            "install one, or name it: make setup PYTHON=/path/to/python3.11"
+            "install a newer Python and pass it: make setup PYTHON=/path/to/python3.11"
         )
     return chosen
 
 
 def find_newer_python(base: Interpreter) -> Interpreter | None:
-    """Return an interpreter newer than `base`, for a worker whose versions differ from its
-    client's."""
+    """Return an interpreter newer than `base`, for a worker with other versions than its client."""
     newer = (find_python(minor) for minor in NEWER_MINORS if (3, minor) > base.version[:2])
     return next((python for python in newer if python), None)
 
 
 def requirements_key(requested: str | None) -> str:
     """Return the hash of everything the environments depend on."""
-    import tomllib  # new in 3.11, and an older Python has to get as far as choose_python
+    import tomllib  # new in 3.11, and an older Python must reach choose_python
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     packaging = [project["build-system"], project["project"], project["tool"]["hatch"]]
@@ -190,13 +183,13 @@ def requirements_key(requested: str | None) -> str:
 
 
 def creation_steps(environment: Environment, base: Interpreter) -> list[list[str]]:
-    """Return the commands that create an environment and fill it."""
+    """Return the commands that create an environment and install its packages."""
     folder, python = str(environment.folder), str(environment.python)
     pip = [python, "-m", "pip", "install", "--progress-bar", "off"]
     install = [*pip, *environment.packages, "--editable", f".{environment.extras}"]
     if subprocess.run([base.path, "-c", "import ensurepip"], capture_output=True).returncode == 0:
         return [[base.path, "-m", "venv", folder], install]
-    # Debian's Python without python3-venv: the pip that is there installs one into the environment.
+    # On Debian without python3-venv, the available pip installs pip into the environment.
     bring_pip = [
         sys.executable,
         "-m",
@@ -212,23 +205,22 @@ def creation_steps(environment: Environment, base: Interpreter) -> list[list[str
 
 
 def create(environment: Environment, base: Interpreter, key: str) -> None:
-    """Make the environment from nothing and stamp it.
+    """Create the environment from nothing and write its stamp.
 
     Raises:
-      SetupFailed: a command failed; the folder stays, without a stamp, with the log of what
-        happened.
+      SetupFailed: a command failed; the folder stays, without a stamp and with the log.
     """
     begun = time.monotonic()
     if environment.folder.exists():
         shutil.rmtree(environment.folder)
     environment.folder.mkdir()
-    # A PYTHONPATH would make pip believe that packages are installed already.
+    # With PYTHONPATH, pip would consider packages of other folders as installed.
     settings = {
         name: value
         for name, value in os.environ.items()
         if name not in ("PYTHONPATH", "PYTHONHOME")
     }
-    # With pip's `user` set, as some people's configuration has it, it refuses virtual environments.
+    # With `user` in its configuration, pip refuses virtual environments.
     settings |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0"}
     with environment.log.open("w") as log:
         for command in creation_steps(environment, base):
@@ -255,16 +247,15 @@ def failure_text(
             *("    " + line for line in tail),
             (
                 f"  The whole log is {environment.log.relative_to(ROOT)}. To retry, run the same"
-                f" target again; where a package has no wheel for {base}, name another: make setup"
-                " PYTHON=python3.11"
+                f" target again; if a package has no wheel for {base}, choose another interpreter:"
+                " make setup PYTHON=python3.11"
             ),
         ]
     )
 
 
 def set_up(names: Sequence[str], requested: str | None) -> list[str]:
-    """Create those of the named environments that are not current, side by side; return what
-    failed."""
+    """Create the named environments that are not current, concurrently; return the failures."""
     key = requirements_key(requested)
     stale = [ENVIRONMENTS[name] for name in names if not ENVIRONMENTS[name].is_current(key)]
     if not stale:
@@ -277,8 +268,7 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
             plan.append((JAX_NEXT, newer))
         else:
             say(
-                f"found no Python 3.12 or 3.13 newer than {base}: {JAX_NEXT.folder.name} is"
-                " left out"
+                f"found no Python 3.12 or 3.13 newer than {base}: {JAX_NEXT.folder.name} is skipped"
             )
     if not plan:
         return []
@@ -291,8 +281,8 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
         return None
 
     say(
-        f"installing {', '.join(environment.folder.name for environment, _ in plan)}: a minute or"
-        " more"
+        f"installing {', '.join(environment.folder.name for environment, _ in plan)}: this takes a"
+        " minute or more"
     )
     with ThreadPoolExecutor(len(plan)) as pool:
         return [text for text in pool.map(attempt, plan) if text]
@@ -301,7 +291,7 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Create the project's virtual environments.")
     parser.add_argument(
-        "--python", help="the environments' interpreter (default: a Python 3.11, else this)"
+        "--python", help="the environments' interpreter (default: a Python 3.11, else this one)"
     )
     parser.add_argument(
         "names", nargs="*", metavar="name", help=f"{', '.join(ENVIRONMENTS)} (default: all)"
@@ -309,18 +299,18 @@ def main() -> int:
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in ENVIRONMENTS]
     if unknown:
-        parser.error(f"no environment is called {', '.join(unknown)}")
+        parser.error(f"unknown environments: {', '.join(unknown)}")
     try:
-        if sys.version_info < OLDEST:  # go on under the interpreter that the environments get
+        if sys.version_info < OLDEST:  # restart under the environments' interpreter
             path = choose_python(options.python).path
             os.execv(path, [path, *sys.argv])
         checkout = os.open(ROOT, os.O_RDONLY)
-        fcntl.flock(checkout, fcntl.LOCK_EX)  # two make targets side by side take turns
+        fcntl.flock(checkout, fcntl.LOCK_EX)  # concurrent make targets run in turn
         failures = set_up(options.names or list(ENVIRONMENTS), options.python)
     except SetupFailed as failure:
         failures = [str(failure)]
     except KeyboardInterrupt:
-        failures = ["interrupted; the next run makes what is not ready"]
+        failures = ["interrupted; the next run creates the missing environments"]
     for text in failures:
         print(f"setup: {text}", file=sys.stderr)
     return 1 if failures else 0
