@@ -1,9 +1,8 @@
-"""Train one network whose two halves live in two processes: a PyTorch encoder here, a Flax head in
-a worker.
+"""Demo: trains a network of a PyTorch encoder in this process and a Flax head in a worker.
 
-Run it with `make demo`. This process runs in .venv-torch, which has no JAX; the worker in
-.venv-jax, which has no PyTorch (its side is digits_head.py). One torch optimizer trains the
-parameters of both halves.
+Run the demo with `make demo`. This process runs in .venv-torch, which has no JAX. The worker runs
+digits_head.py in .venv-jax, which has no PyTorch. One torch optimizer trains the parameters of both
+halves.
 """
 
 import argparse
@@ -65,25 +64,25 @@ def parse_options() -> argparse.Namespace:
         description="Train a torch encoder and a Flax head on handwritten digits."
     )
     parser.add_argument(
-        "--lane", choices=("local", "grpc"), help="how calls reach the worker; default: the best"
+        "--lane", choices=("local", "grpc"), help="transport to the worker (default: the fastest)"
     )
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="of both halves (default: %(default)s)",
+        help="device of both halves (default: %(default)s)",
     )
     parser.add_argument(
         "--worker-python",
         type=Path,
         default=ROOT / ".venv-jax/bin/python",
-        help="default: that of .venv-jax",
+        help="the worker's interpreter (default: the one of .venv-jax)",
     )
     parser.add_argument(
         "--steps", type=int, default=800, help="training steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--losses", type=Path, metavar="FILE", help="write the loss of each step, one a line"
+        "--losses", type=Path, metavar="FILE", help="write the loss of each step, one per line"
     )
     return parser.parse_args()
 
@@ -92,7 +91,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def digits(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return 1437 images of 8x8 pixels with their labels to train on, and 360 to test with."""
+    """Return 1437 training images of 8x8 pixels and 360 test images, both with labels."""
     images, labels = load_digits(return_X_y=True)
     split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
     train_x, test_x = (
@@ -103,7 +102,7 @@ def digits(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def batches(data: tuple[Tensor, Tensor], steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield random batches: the same ones in every run."""
+    """Yield random batches, the same in every run."""
     images, labels = data
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
@@ -112,7 +111,7 @@ def batches(data: tuple[Tensor, Tensor], steps: int) -> Iterator[tuple[Tensor, T
 
 
 def encoder() -> nn.Module:
-    """Return the torch half: an image -> 1024 features."""
+    """Return the torch half: image -> 1024 features."""
     first, second = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
 
@@ -136,7 +135,7 @@ def step(
 def fit(
     network: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, session: Session
 ) -> tuple[list[float], float]:
-    """Train; return the loss of each step, and the bytes that were copied per step."""
+    """Train; return the loss of each step and the copied bytes per step."""
     optimizer = optimizer_of(network)
     losses: list[float] = []
     recent: deque[float] = deque(maxlen=REFRESH_EVERY)
@@ -167,7 +166,7 @@ def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
-    """Return the same network, with the same weights, entirely in torch."""
+    """Return a network with the same weights, entirely in torch."""
     weights, layers = dict(network[1].named_parameters()), []
     for name in ("params.Dense_0", "params.Dense_1"):
         kernel, bias = weights[f"{name}.kernel"], weights[f"{name}.bias"]
@@ -179,8 +178,7 @@ def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
 
 
 def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """Go on training, in turns with a twin in torch; return the median seconds of a step of
-    either."""
+    """Continue training, alternating with a twin in torch; return both median seconds per step."""
     twin = torch_twin_of(network)
     torch.testing.assert_close(
         network(data[0][:BATCH]), twin(data[0][:BATCH]), rtol=1e-4, atol=1e-5
@@ -195,11 +193,11 @@ def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> t
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-# What is shown ------------------------------------------------------------------------------------
+# Output -------------------------------------------------------------------------------------------
 
 
 def print_environments(worker: dict[str, Tensor]) -> None:
-    """Print which of the two frameworks either process could import."""
+    """Print the frameworks that each process can import."""
     here = {name: importlib.util.find_spec(name) is not None for name in ("torch", "jax")}
     there = {name: bool(worker[name]) for name in ("torch", "jax")}
     sides = [("this process", os.getpid(), here), ("worker", int(worker["pid"]), there)]
@@ -235,7 +233,7 @@ def save_losses(losses: Sequence[float], file: Path | None) -> None:
 
 
 def plot(losses: Sequence[float], accuracy: float) -> None:
-    """Draw the loss, and its moving average, on a logarithmic scale."""
+    """Draw the loss and its moving average on a logarithmic scale."""
     window = max(1, min(25, len(losses) // 4))
     smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -1,4 +1,4 @@
-"""The JAX side of the digits demo: runs in the worker, in an environment that has no PyTorch."""
+"""The JAX side of the digits demo: runs in the worker, in an environment without PyTorch."""
 
 import importlib.util
 import os
@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# On recent GPUs, XLA multiplies float32 matrices in TF32 by default, and torch does not: the demo
-# compares the two.
+# The demo compares its results with torch. On recent GPUs, XLA multiplies float32 matrices in TF32
+# by default; torch does not.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 FEATURES, HIDDEN, CLASSES = 1024, 128, 10
 
 
 class Head(nn.Module):
-    """Features of an image -> scores of the ten digits."""
+    """Image features -> scores of the ten digits."""
 
     @nn.compact
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -24,12 +24,12 @@ class Head(nn.Module):
 
 
 _head = Head()
-# What the worker serves: a flax.linen module with its variables.
+# The worker's model: a flax.linen module with its variables.
 model = (_head, _head.init(jax.random.key(0), jnp.zeros((1, FEATURES))))
 
 
 def environment() -> dict[str, int | bool]:
-    """Return this process's id, and which frameworks it could import."""
+    """Return this process's id and the frameworks that the process can import."""
     return {
         "pid": os.getpid(),
         **{name: importlib.util.find_spec(name) is not None for name in ("jax", "torch")},

@@ -1,7 +1,7 @@
-"""Train the digits network of digits.py with Lightning: checkpoints, mixed precision, clipping,
-accumulation.
+"""Example: trains the digits network of digits.py with Lightning.
 
-Run it where lightning is installed beside torch; it is no dependency of this project:
+The example shows checkpoints, mixed precision, gradient clipping and gradient accumulation.
+Lightning is not a dependency of this project; install Lightning beside torch:
 
     .venv-torch/bin/python -m pip install lightning
     .venv-torch/bin/python examples/lightning_digits.py
@@ -28,8 +28,7 @@ class Digits(lightning.LightningModule):
 
     def __init__(self, session: Session, precision: str) -> None:
         super().__init__()
-        # Under Lightning's bf16-mixed the head too computes in bfloat16; its parameters stay in
-        # float32.
+        # Under bf16-mixed the head also computes in bfloat16; its parameters stay in float32.
         cast = torch.bfloat16 if precision == "bf16-mixed" else None
         self.network = nn.Sequential(
             encoder(), RemoteJaxFunction(session, name="model", cast_inputs=cast)
@@ -78,9 +77,8 @@ def main() -> int:
             default_root_dir=OUT,
         )
         trainer.fit(Digits(session, options.precision), batches, held_out)
-        loaded = Digits(
-            session, options.precision
-        )  # as another program would continue from the checkpoint
+        # A new module, as in another program that continues from the checkpoint.
+        loaded = Digits(session, options.precision)
         loaded.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
         (result,) = trainer.test(loaded, held_out, verbose=False)
     print(f"test accuracy: {result['accuracy']:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
@@ -95,7 +93,7 @@ def parse_options() -> argparse.Namespace:
         "--epochs", type=int, default=20, help="passes over the data (default: %(default)s)"
     )
     parser.add_argument(
-        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="Lightning's"
+        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="see Lightning"
     )
     return parser.parse_args()
 

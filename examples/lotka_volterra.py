@@ -1,13 +1,12 @@
-"""Fit the Lotka-Volterra equations to a series of 1900 to 1920: the optimizer is torch's, the ODE
-solver is diffrax.
+"""Example: fits the Lotka-Volterra equations with a torch optimizer and a diffrax ODE solver.
 
-Run it after `make setup`: .venv-torch/bin/python examples/lotka_volterra.py
+Run the example after `make setup`: .venv-torch/bin/python examples/lotka_volterra.py
 
-The pelts of snowshoe hares and Canadian lynxes that the Hudson's Bay Company traded from 1900 to
-1920, in thousands, after C. G. Hewitt, The Conservation of the Wild Life of Canada, 1921. As B.
-Carpenter (2018, mc-stan.org, case study "Predator-Prey Population Dynamics: the Lotka-Volterra
-model in Stan") does, the error is taken to be multiplicative: what is minimised is the mean square
-of the difference of the logarithms.
+Data: the pelts of snowshoe hares and Canadian lynxes that the Hudson's Bay Company traded from 1900
+to 1920, in thousands, after C. G. Hewitt, The Conservation of the Wild Life of Canada, 1921. The
+error is multiplicative, as in B. Carpenter (2018, mc-stan.org, case study "Predator-Prey Population
+Dynamics: the Lotka-Volterra model in Stan"). The fit therefore minimises the mean square of the
+difference of the logarithms.
 """
 
 import math
@@ -53,7 +52,7 @@ LYNXES = [
 ]
 DATA = torch.tensor([HARES, LYNXES], dtype=torch.float64).T
 
-# Carpenter's posterior means, to the digits that the case study prints.
+# Carpenter's posterior means, with the digits of the case study.
 NAMES = ("alpha", "beta", "gamma", "delta", "hares in 1900", "lynxes in 1900")
 LITERATURE = ("0.55", "0.028", "0.80", "0.024", "34.0", "5.9")
 
@@ -74,8 +73,7 @@ def main() -> None:
 
 
 def first_guess() -> Tensor:
-    """Return the logarithms of a rough guess, from a period of ten years and the means of both
-    series."""
+    """Return the logarithms of a guess from a period of ten years and the means of both series."""
     frequency = 2 * math.pi / 10  # the square root of alpha gamma
     hares, lynxes = DATA.mean(0)  # the equilibrium: gamma / delta hares, alpha / beta lynxes
     rates = torch.tensor(
@@ -91,8 +89,7 @@ def loss_of(populations: RemoteJaxFunction, logs: Tensor) -> Tensor:
 
 
 def fit(populations: RemoteJaxFunction) -> tuple[Tensor, int]:
-    """Return the logarithms of the fitted values, and how often the solver and its gradient were
-    evaluated."""
+    """Return the logarithms of the fitted values, and the number of solver evaluations."""
     logs = first_guess().requires_grad_()
     optimizer = torch.optim.LBFGS(
         [logs], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
@@ -123,7 +120,7 @@ def print_fit(values: Tensor, loss: Tensor, evaluations: int) -> None:
 
 
 def plot(years: Tensor, fitted: Tensor) -> None:
-    """Draw the fit as lines over the data as points."""
+    """Draw the fit as lines and the data as points."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (name, color) in enumerate((("hares", "tab:brown"), ("lynxes", "tab:blue"))):
         axes.plot(years, fitted[:, i], color=color, label=f"{name}: fit")

@@ -8,10 +8,9 @@ from jax import Array
 
 
 def populations(rates: Array, start: Array, years: Array) -> Array:
-    """Return the hares and lynxes at each of the years, as an array of shape (years, 2).
+    """Return the hares and lynxes in each year, as an array of shape (years, 2).
 
-    `rates` are alpha, beta, gamma and delta; `start` holds both populations in the first of the
-    years.
+    `rates` are alpha, beta, gamma and delta; `start` holds both populations in the first year.
     """
 
     def change(_: Any, population: Array, rates: Array) -> Array:

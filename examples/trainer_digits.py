@@ -1,7 +1,6 @@
-"""Train the digits network of digits.py with the Trainer of Hugging Face's transformers.
+"""Example: trains the digits network of digits.py with Hugging Face's transformers.Trainer.
 
-Run it where transformers and accelerate are installed beside torch; they are no dependencies of
-this project:
+transformers and accelerate are not dependencies of this project; install both beside torch:
 
     .venv-torch/bin/python -m pip install transformers accelerate
     .venv-torch/bin/python examples/trainer_digits.py
@@ -24,13 +23,12 @@ OUT = ROOT / "out" / "trainer"
 
 
 class Digits(nn.Module):
-    """A torch encoder and a Flax head that say their loss, as Trainer asks of a model."""
+    """A torch encoder and a Flax head that return their loss, as Trainer requires."""
 
     def __init__(self, session: Session, is_mixed: bool) -> None:
         super().__init__()
-        cast = (
-            torch.bfloat16 if is_mixed else None
-        )  # Trainer's autocast does not reach into the head by itself
+        # Trainer's autocast does not apply inside the remote head.
+        cast = torch.bfloat16 if is_mixed else None
         self.encoder, self.head = (
             encoder(),
             RemoteJaxFunction(session, name="model", cast_inputs=cast),
@@ -42,7 +40,7 @@ class Digits(nn.Module):
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Images and labels as Trainer takes them."""
+    """Images and labels in Trainer's format."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self._images, self._labels = images, labels
@@ -89,7 +87,7 @@ def main() -> int:
         )
         trainer.train()
         trainer.save_model()
-        loaded = Digits(session, options.bf16)  # as another program would read it
+        loaded = Digits(session, options.bf16)  # a new module, as in another program
         loaded.load_state_dict(safetensors.torch.load_file(OUT / "model.safetensors"))
         trainer.model = loaded
         reached = trainer.evaluate()["eval_accuracy"]
