@@ -1,11 +1,12 @@
-"""The benchmark behind the performance budget; `make bench` runs it. This file imports no
-framework: the worker, which has no torch, imports bench.models, and the client of bench.soak has no
-jax.
+"""The benchmark behind the performance budget, run by `make bench`.
+
+This file imports no framework: the worker imports bench.models without torch, and the client of
+bench.soak runs without jax.
 """
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of the MLP, in either framework.
+# The MLP's shape, in both frameworks.
 WIDTH = 64
 LAYERS = 3

@@ -1,5 +1,4 @@
-"""The command `python -m bench`, to be run by the interpreter of .venv-both from a clean `make
-setup`."""
+"""The command `python -m bench`, for the interpreter of .venv-both after a clean `make setup`."""
 
 import argparse
 import itertools
@@ -18,9 +17,9 @@ _PLOT = ROOT / "docs/benchmarks.png"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, report, and judge.
+    """Measure, report and judge.
 
-    Returns the exit status: 0, or 1 when a line of the budget was missed.
+    Return the exit status: 1 if a line of the budget was missed, else 0.
     """
     options = _parser().parse_args(argv)
     plan = QUICK if options.quick else Plan()
@@ -32,8 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
-    """Print the tables, write the files that are asked for (the page goes beside the JSON),
-    return the exit status."""
+    """Print the tables, write the requested files, and return the exit status.
+
+    The page is written beside the JSON.
+    """
     verdicts = budget.evaluate(results)
     print(report.tables(results, verdicts))
     if plot:
@@ -53,7 +54,7 @@ def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
 
 
 def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, list[list[float]]]]:
-    # Only now: they import torch and jax, for which a misspelt option need not wait.
+    # Imported late, since torch and jax load slowly and option errors should come first.
     from bench import from_jax, tasks, ways
 
     cells = {}
@@ -82,23 +83,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "bench",
         description=(
-            "Measure against the performance budget; exits with status 1 when a line is missed."
+            "Measure against the performance budget; exit with status 1 if a line is missed."
         ),
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="only what the budget needs, in few rounds; writes nothing",
+        help="measure only the lines of the budget, in few rounds; write no files",
     )
     parser.add_argument(
         "--json",
         type=Path,
         metavar="PATH",
-        help="default docs/benchmarks.json; the page goes beside it",
+        help="default: docs/benchmarks.json; the page is written beside this file",
     )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="default docs/benchmarks.png")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="default: docs/benchmarks.png")
     parser.add_argument(
-        "--no-soak", action="store_true", help="leave out the resident growth over many calls"
+        "--no-soak", action="store_true", help="skip the memory growth over many calls"
     )
     return parser
 

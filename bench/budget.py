@@ -1,4 +1,4 @@
-"""The performance budget of docs/design.md as a table, and which of its lines a run has met.
+"""The performance budget of docs/design.md as a table, and the verdicts on a run.
 
 Imports no framework.
 """
@@ -12,8 +12,10 @@ from bench.measure import KIB, MIB, Results
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: its value in a run, None if that was left out, must be at most `limit`, or below
-    it."""
+    """One line: its value in a run must be at most `limit`, or with `below` less than `limit`.
+
+    The value is None if it was not measured.
+    """
 
     work: str
     limit: float
@@ -56,13 +58,13 @@ def _ratio(nbytes: int, way: str, other: str) -> Callable[[Results], float]:
 
 
 def _copied(results: Results) -> float:
-    """Return the worst of all functions and sizes."""
+    """Return the highest share of all functions and sizes."""
     cells = [cell for (_, _, way), cell in results.cells.items() if way == "slab"]
     return max((cell.bytes_copied or 0) / cell.bytes_made for cell in cells)
 
 
 def _growth(results: Results) -> float | None:
-    """Return the worse of client and worker."""
+    """Return the larger growth of client and worker."""
     return (
         None if results.growth is None else max(growth.share for growth in results.growth.values())
     )

@@ -1,4 +1,4 @@
-"""Torch code called from JAX, each way as a task under jit: forward and VJP.
+"""Tasks that call torch code from JAX under jit, forward and VJP, one per way.
 
 Imports torch and jax.
 """
@@ -32,8 +32,11 @@ def worker() -> Session:
 
 
 def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
-    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should
-    agree do not."""
+    """Return each task by its name in `report.TASKS`.
+
+    Raises:
+      RuntimeError: two equivalent tasks disagree.
+    """
     x, cotangent = (jax.random.normal(jax.random.key(i), (_ELEMENTS,)) for i in (0, 1))
     batch = jax.random.normal(jax.random.key(2), (_BATCH, WIDTH))
     traced: Any = trace_torch(torch_models.mlp())  # a module has `params`, a function has not
@@ -53,8 +56,7 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
 def _compiled(
     f: Callable[..., Any], primals: tuple[Any, ...], cotangent: jax.Array
 ) -> Callable[[], Any]:
-    """Return a task: the value, and the gradient of the last argument, which all ways have in
-    the same form."""
+    """Return a task: the value and the gradient of the last argument, comparable for all ways."""
 
     @jax.jit
     def step(*primals: Any) -> tuple[jax.Array, Any]:
@@ -99,7 +101,7 @@ _by_callback.defvjp(
 
 
 def _kernels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the weights of the torch network as models.mlp has them."""
+    """Return the weights of the torch network in the form of models.mlp."""
     return {
         f"layer_{i}": {
             "kernel": jnp.asarray(params[f"{2 * i}.weight"]).T,

@@ -1,9 +1,9 @@
-"""What a call costs between two processes on one GPU: `make bench GPU=1`, or `python -m bench.gpu`.
+"""Benchmark of calls between two processes on one GPU: `make bench GPU=1` or `python -m bench.gpu`.
 
-Forward and VJP of one function, in turns: by a worker, with inputs that have to be copied and with
-inputs in a slab; in this process by DLPack; and by the same worker, staged through the host. This
-process has both frameworks. Ends with status 1 when a limit is missed, and with 0 where there is no
-GPU.
+The benchmark alternates between ways for forward and VJP of one function: a worker with inputs to
+copy, a worker with inputs in a slab, this process by DLPack, and the worker staged through host
+memory. This process has both frameworks. Exits with status 1 if a limit is missed, and with 0
+without a GPU.
 """
 
 import argparse
@@ -29,14 +29,16 @@ _PLAN = Plan(functions=("sine",), sizes=(KIB, 64 * MIB, GIB), rounds=15, turn_s=
 _REHEARSAL = Plan(functions=("sine",), sizes=(KIB,), rounds=2, turn_s=0.0, min_calls=1)
 _WORKER = ROOT / ".venv-jax/bin/python"
 _COPIES = 20
-_MOST_STAGED = 64 * MIB  # a call of 1 GiB through the host takes seconds
+_MOST_STAGED = 64 * MIB  # a call with 1 GiB through host memory takes seconds
 
 Rounds = Mapping[str, Sequence[Sequence[float]]]
 
 
 class Size(NamedTuple):
-    """What was found at one size: seconds of each call by way and round, and by way the bytes that
-    the bridge has copied in one step, for each byte of output and gradient.
+    """The measurements at one size.
+
+    rounds: seconds of each call by way and round.
+    copied: by way, the bridge's copied bytes in one step per byte of output and gradient.
     """
 
     rounds: Rounds
@@ -46,8 +48,7 @@ class Size(NamedTuple):
         return statistics.median(seconds for turn in self.rounds[way] for seconds in turn)
 
     def ratio(self, way: str, other: str) -> float:
-        """Return by what factor a way takes longer: the median, over the rounds, of the quotient
-        of both medians."""
+        """Return the slowdown of a way: the median over the rounds of the quotient of medians."""
         pairs = zip(self.rounds[way], self.rounds[other], strict=True)
         return statistics.median(
             statistics.median(turn) / statistics.median(others) for turn, others in pairs
@@ -55,7 +56,7 @@ class Size(NamedTuple):
 
 
 class Limit(NamedTuple):
-    """One line of the budget; without a limit it is only reported."""
+    """One line of the budget; a line without a limit is only reported."""
 
     work: str
     nbytes: int
@@ -71,8 +72,8 @@ def _in_slab(size: Size) -> float:
     return size.ratio("slab", "one process")
 
 
-# Inputs that lie in a slab are not copied, so two processes take no more passes over the arrays
-# than one. Where they are copied in, 14 passes stand against 10: about 1.4 by the bandwidth alone,
+# Inputs in a slab are not copied, so two processes need no more passes over the arrays than one
+# process. With inputs to copy, the ratio is 14 passes to 10: about 1.4 by the bandwidth alone,
 # which no limit can change.
 LIMITS = (
     Limit(
@@ -102,10 +103,10 @@ LIMITS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print the tables, and judge."""
+    """Measure, print the tables and judge."""
     options = _parser().parse_args(argv)
     if not gpus() and not options.rehearse:
-        print("there is no GPU here that CUDA's driver would show: nothing was measured")
+        print("CUDA's driver shows no GPU here: nothing was measured")
         return 0
     python = options.worker_python or (_WORKER if _WORKER.exists() else Path(sys.executable))
     plan, device = (_REHEARSAL, "cpu") if options.rehearse else (_chosen(options), "cuda")
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def tables(sizes: Mapping[int, Size]) -> list[str]:
-    """Return the tables of what was found, as Markdown."""
+    """Return the measurements as Markdown tables."""
     ways = list(next(iter(sizes.values())).rounds)
     times = [
         f"| {_named(nbytes)} | {' | '.join(_shown(size, way) for way in ways)} |"
@@ -162,18 +163,18 @@ def _chosen(options: argparse.Namespace) -> Plan:
 
 
 def _sizes(text: str) -> tuple[int, ...]:
-    """Return the sizes that a user has named, such as 1KiB,64MiB."""
+    """Return the sizes in an option's value, such as 1KiB,64MiB."""
     sizes = []
     for word in text.split(","):
         number, unit = word[:-3], word[-3:]
         if unit not in _UNITS or not number.isdecimal():
-            raise argparse.ArgumentTypeError(f"{word!r} is no size; expected for example 64MiB")
+            raise argparse.ArgumentTypeError(f"{word!r} is not a size; expected such as 64MiB")
         sizes.append(int(number) * _UNITS[unit])
     return tuple(sizes)
 
 
 def measured(plan: Plan, device: str, python: Path) -> dict[int, Size]:
-    """Return what is found at each size."""
+    """Return the measurements at each size."""
     from bridge_client import spawn
 
     found = {}
@@ -183,7 +184,7 @@ def measured(plan: Plan, device: str, python: Path) -> dict[int, Size]:
             found[nbytes] = _at(session, nbytes, plan, device)
         if device == "cuda" and (staged := session.stats()["bytes_through_host"]):
             raise RuntimeError(
-                f"{staged} bytes of tensors on the GPU went through the host: {session.memory}"
+                f"{staged} bytes of GPU tensors were copied through host memory: {session.memory}"
             )
     return found
 
@@ -229,8 +230,7 @@ def _until_done(step: Callable[[], object], device: str) -> Callable[[], None]:
 
 
 def _copy_bandwidth() -> float:
-    """Return the bytes per second that a copy on the device moves, read and written counted
-    once."""
+    """Return the bandwidth of a copy on the device in bytes per second, counting each byte once."""
     import torch
 
     source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
@@ -253,17 +253,19 @@ def _parser() -> argparse.ArgumentParser:
         "bench.gpu", description="Measure calls between two processes on one GPU."
     )
     parser.add_argument(
-        "--worker-python", type=Path, help="default: that of .venv-jax, or else this one"
+        "--worker-python",
+        type=Path,
+        help="the worker's interpreter (default: the one of .venv-jax, else this one)",
     )
     parser.add_argument(
-        "--sizes", type=_sizes, help="of the arrays, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)"
+        "--sizes", type=_sizes, help="array sizes, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)"
     )
-    parser.add_argument("--rounds", type=int, help=f"default: {_PLAN.rounds}")
+    parser.add_argument("--rounds", type=int, help=f"number of rounds (default: {_PLAN.rounds})")
     parser.add_argument(
         "--rehearse",
         default=bool(os.environ.get("BRIDGE_TESTS_REHEARSE")),
         action="store_true",
-        help="small arrays on the host: shows that the program works, and no figure",
+        help="use small arrays in host memory to check the program; the figures mean nothing",
     )
     return parser
 

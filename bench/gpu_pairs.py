@@ -1,8 +1,8 @@
-"""Questions to CUDA about two processes that share memory, words and events. `gpu_probe` asks them.
+"""CUDA experiments with two processes that share memory, words and events, for `gpu_probe`.
 
-`python -m bench.gpu_pairs ROLE` is the other process: it is sent lines, and answers each with one.
-Both use one GPU, and copy between places on it only: a copy from the host may wait there for what
-is on the stream.
+`python -m bench.gpu_pairs ROLE` is the other process, which answers each line with a line. Both
+processes use one GPU and copy within the GPU only, since a copy from host memory may block until
+the stream's earlier work is done.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from bridge_wire.memory.cuda_words import FIRST, Words
 _UNIT = 2 << 20
 _REST_S = 3.0 if os.environ.get("BRIDGE_TESTS_REHEARSE") else 15.0
 _RELEASE_S = 5.0
-_CYCLES_PER_S = 1.9e9  # of an H200
-_MANY = 40  # streams: more than the GPU has hardware queues for
+_CYCLES_PER_S = 1.9e9  # an H200's clock
+_MANY = 40  # number of streams, more than the GPU's hardware queues
 
 
 def device() -> Device:
@@ -34,8 +34,7 @@ def device() -> Device:
 
 
 def delay(stream: int, seconds: float) -> None:
-    """Hold a stream for some time, without work for the GPU: libc's usleep as a host function on
-    it."""
+    """Block a stream for some time without GPU work: libc's usleep as a host function."""
     usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p)
     microseconds = ctypes.c_void_p(int(seconds * 1e6))
     status = driver()._library.cuLaunchHostFunc(ctypes.c_void_p(stream), usleep, microseconds)
@@ -45,19 +44,19 @@ def delay(stream: int, seconds: float) -> None:
 
 @functools.cache
 def holding(value: int) -> int:
-    """Return memory on the GPU that holds a number."""
+    """Return GPU memory that holds a number."""
     pointer = device().allocate(_UNIT)
     copy_to_device(device(), pointer, value.to_bytes(8, "little"))
     return pointer
 
 
 def number_at(pointer: int) -> int:
-    """Return the number at a place on the GPU now."""
+    """Return the current number at a GPU pointer."""
     return int.from_bytes(copied_to_host(device(), pointer, 8), "little")
 
 
 def comes_to_rest(stream: int, within_s: float = _REST_S) -> bool:
-    """Whether all on a stream is done within some time."""
+    """Whether all work on a stream finishes within some time."""
     deadline = time.monotonic() + within_s
     while device().is_busy(stream) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -65,7 +64,7 @@ def comes_to_rest(stream: int, within_s: float = _REST_S) -> bool:
 
 
 class Other:
-    """The other process, in a role, until it is killed."""
+    """The other process in a role, until its kill."""
 
     def __init__(self, role: Callable[..., None], *arguments: object) -> None:
         command = [sys.executable, "-m", "bench.gpu_pairs", role.__name__, *map(str, arguments)]
@@ -80,12 +79,12 @@ class Other:
         self.kill()
 
     def ask(self, *words: object) -> str:
-        """Send a line; return the answer to it."""
+        """Send a line and return the answer."""
         print(*words, file=self._process.stdin, flush=True)
         return self.said()
 
     def said(self) -> str:
-        """Return the next line that it prints."""
+        """Return the next line of the process's output."""
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
@@ -93,7 +92,7 @@ class Other:
         return line.strip()
 
     def kill(self) -> None:
-        """End it, as by `kill -9`."""
+        """Kill the process, as by `kill -9`."""
         self._process.kill()
         self._process.communicate()
 
@@ -109,17 +108,19 @@ def _heard() -> list[str]:
     return line.split()
 
 
-# An event that is recorded again ------------------------------------------------------------------
+# Repeated record of an event ----------------------------------------------------------------------
 
 
 def rerecorded() -> str:
-    """Whether a record on another stream changes a wait that is pending in another process: ends
-    it, or holds it up."""
+    """Whether a record on another stream changes a pending wait in another process.
+
+    The record could end or delay the wait.
+    """
     return "; ".join(
         f"{name}: {_with_later_record(later_s)}"
         for name, later_s in (
             ("a later record on an idle stream", 0.0),
-            ("on one that is late", 3.0),
+            ("on a delayed stream", 3.0),
         )
     )
 
@@ -128,7 +129,7 @@ def _with_later_record(later_s: float) -> str:
     memory, event = device().allocate(_UNIT), device().new_event(is_shared=True)
     one, two = device().new_stream(), device().new_stream()
     device().copy(memory, holding(0), 8, one)
-    device().record(event, one)  # as every lane has done before
+    device().record(event, one)  # every lane has recorded its event before
     device().synchronize(one)
     holding(1)
     with Other(waiting) as other:
@@ -136,7 +137,7 @@ def _with_later_record(later_s: float) -> str:
         delay(one, 0.6)
         device().copy(memory, holding(1), 8, one)
         device().record(event, one)
-        other.ask("wait")  # the wait is on the other's stream when this returns
+        other.ask("wait")  # on return, the wait is on the other process's stream
         if later_s:
             delay(two, later_s)
         device().record(event, two)
@@ -145,11 +146,11 @@ def _with_later_record(later_s: float) -> str:
     found = f"read {value} after {float(seconds):.2f} s, due at 0.6"
     if value != "1":
         return f"RELEASED TOO SOON, {found}"
-    return f"HELD UP, {found}" if float(seconds) > 2.0 else f"no effect, {found}"
+    return f"DELAYED, {found}" if float(seconds) > 2.0 else f"no effect, {found}"
 
 
 def waiting() -> None:
-    """The other process: wait for an event, then copy."""
+    """Role: wait for an event, then copy."""
     memory, event = _heard()
     pointer, opened = (
         device().open(bytes.fromhex(memory), _UNIT),
@@ -177,8 +178,10 @@ def _is_busy(other: Other) -> bool:
 
 
 def opening() -> str:
-    """What each of CUDA's calls takes while a kernel of two seconds runs in the other process,
-    and in this one."""
+    """Return the time of each CUDA call while a kernel of two seconds runs.
+
+    The kernel runs first in the other process, then in this one.
+    """
     found = []
     for where in ("there", "here"):
         with Other(spinning) as other:
@@ -220,9 +223,9 @@ def _timed(calls: Mapping[str, Callable[[], object]], is_busy: Callable[[], bool
 
 
 def _spin(seconds: float) -> Callable[[], bool]:
-    """Keep the GPU busy with one kernel, of torch's where that has CUDA.
+    """Keep the GPU busy with one kernel, from torch if torch has CUDA.
 
-    Returns whether it still runs.
+    Return a function that reports whether the kernel still runs.
     """
     import torch
 
@@ -236,7 +239,7 @@ def _spin(seconds: float) -> Callable[[], bool]:
 
 
 def spinning() -> None:
-    """The other process: export memory and an event, then run a kernel."""
+    """Role: export memory and an event, then run a kernel."""
     memory, event, stream = (
         device().allocate(_UNIT),
         device().new_event(is_shared=True),
@@ -252,11 +255,11 @@ def spinning() -> None:
         _say(is_busy())
 
 
-# Events whose owner destroys them, or ends --------------------------------------------------------
+# Events after their owner destroys them or exits --------------------------------------------------
 
 
 def destroyed() -> str:
-    """What an opened event that had passed does, once its owner has destroyed it or was killed."""
+    """Return the behavior of an opened, passed event after its owner has destroyed it or died."""
     found = []
     for how in ("destroyed", "killed"):
         with Other(destroying) as other:
@@ -282,7 +285,7 @@ def _outcome(name: str, action: Callable[..., None], *arguments: int) -> str:
 
 
 def destroying() -> None:
-    """The other process: export an event that has passed, and destroy it when told."""
+    """Role: export a passed event, and destroy the event on request."""
     event, stream = device().new_event(is_shared=True), device().new_stream()
     device().record(event, stream)
     device().synchronize(stream)
@@ -294,8 +297,7 @@ def destroying() -> None:
 
 
 def dead_events() -> str:
-    """What becomes of a stream that waits for an event to which its process, or its owner, will
-    never come."""
+    """Return the outcome for a stream whose event's process is killed or destroys the event."""
     return "; ".join(f"{how}: {_waiting_for(how)}" for how in ("killed", "destroyed"))
 
 
@@ -306,20 +308,20 @@ def _waiting_for(how: str) -> str:
         other.ask("record")
         device().wait(event, stream)
         if not device().is_busy(stream):
-            return "not told: the event had passed too soon"
+            return "inconclusive: the event had passed too soon"
         if how == "killed":
             other.kill()
         else:
             other.ask("destroy")
         if comes_to_rest(stream):
-            return "the stream goes on"
+            return "the stream continues"
         device().record(event, other_stream)
-        helps = "goes on" if comes_to_rest(stream) else "stands still"
-    return f"the stream stands still; when this process records the event, it {helps}"
+        helps = "continues" if comes_to_rest(stream) else "hangs"
+    return f"the stream hangs; after this process records the event, the stream {helps}"
 
 
 def recording() -> None:
-    """The other process: record an event behind a delay of a second, and destroy it when told."""
+    """Role: record an event after a delay of a second, and destroy the event on request."""
     stream, event = device().new_stream(), device().new_event(is_shared=True)
     _say(device().event_handle_of(event).hex())
     _heard()
@@ -336,8 +338,9 @@ def recording() -> None:
 
 
 def words() -> str:
-    """Whether streams of two processes wait for words in shared memory, in order with data, and
-    whether the survivor releases its own when the other is killed, however many streams it has.
+    """Whether streams of two processes wait for words in shared memory, in order with data.
+
+    Also whether the survivor of a kill can release its own streams, many at a time.
     """
     if not device().has_words:
         return "no: CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS is 0"
@@ -369,7 +372,7 @@ def words() -> str:
 
 
 def writing() -> None:
-    """The other process: write data and then a word, late."""
+    """Role: write data and then a word, after a delay."""
     memory, stream = device().allocate(_UNIT), device().new_stream()
     side = Words(device(), memory, device().new_urgent_stream(), is_clients=True)
     side.clear()
@@ -388,7 +391,7 @@ def writing() -> None:
 
 
 def keeping(nbytes: str) -> None:
-    """The other process: keep memory until it is killed."""
+    """Role: keep memory until the kill."""
     _say(device().handle_of(device().allocate(int(nbytes))).hex())
     _heard()
 
@@ -399,10 +402,10 @@ _ROLES: Mapping[str, Callable[..., None]] = {
 
 
 def main(arguments: list[str]) -> Any:
-    """Play a role."""
+    """Run a role."""
     with contextlib.suppress(KeyboardInterrupt):
         _ROLES[arguments[0]](*arguments[1:])
-    os._exit(0)  # with streams that may stand still, CUDA need not come to an end
+    os._exit(0)  # CUDA's shutdown may never finish with hanging streams
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What CUDA, its driver and JAX do on this machine, where what is published contradicts itself.
+"""Probe of CUDA, its driver and JAX on this machine, for questions with contradictory sources.
 
-`python -m bench.gpu_probe NAME` answers a question of docs/gpu.md in a line; `make gpu` asks all of
-them, each in a process of its own, since some end the process. They need a GPU, CuPy and JAX, and
+`python -m bench.gpu_probe NAME` answers one question of docs/gpu.md in a line. `make gpu` asks each
+question in its own process, since some end the process. The questions need a GPU, CuPy and JAX, and
 change no setting of the GPU.
 """
 
@@ -36,36 +36,35 @@ from bridge_wire.specs import Spec
 
 MIB, GIB = 1 << 20, 1 << 30
 _MODULE = "bench.gpu_probe"
-_COUNT = 1 << 20  # elements of the arrays that JAX is given
+_COUNT = 1 << 20  # elements of the arrays for JAX
 _FLOATS = Spec(BY_NAME["float32"], (_COUNT,))
 _REPEATS = 20
 _IMPORTS = 10
-# BRIDGE_TESTS_REHEARSE=1 is for the faked CUDA, where this is the host's work.
+# BRIDGE_TESTS_REHEARSE=1 selects sizes for the faked CUDA, which computes on the CPU.
 _REHEARSED = bool(os.environ.get("BRIDGE_TESTS_REHEARSE"))
-_SIDE, _STEPS = (
-    (64, 50) if _REHEARSED else (4096, 4000)
-)  # products that take a second or more, in TF32
+# Matrix products for a second or more, in TF32.
+_SIDE, _STEPS = (64, 50) if _REHEARSED else (4096, 4000)
 _SIZES = (MIB,) if _REHEARSED else (64 * MIB, GIB)
 _HELD = MIB if _REHEARSED else GIB
 _PACKAGES = ("jax", "jaxlib", "torch", "cupy-cuda12x", "cupy-cuda13x")
 
 
 class Question(NamedTuple):
-    """A question of the table, and who answers it."""
+    """A question of the table and its function."""
 
     text: str
     answer: Callable[[], str]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Answer a question. Returns the exit status: 1 if there is no GPU to ask."""
+    """Answer a question. Return the exit status: 1 without a GPU, else 0."""
     parser = argparse.ArgumentParser(
         "bench.gpu_probe", description="Answer a question of docs/gpu.md."
     )
     parser.add_argument("name", choices=QUESTIONS)
     options = parser.parse_args(argv)
     if not gpus():
-        print("there is no GPU here that CUDA's driver would show: nothing was asked")
+        print("CUDA's driver shows no GPU here: nothing was asked")
         return 1
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     print(f"{options.name}: {QUESTIONS[options.name].answer()}", flush=True)
@@ -85,7 +84,7 @@ def _ended(status: int) -> str:
 
 
 def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no word"])[-1][:200].replace("|", "/")
+    return (text.strip().splitlines() or ["no output"])[-1][:200].replace("|", "/")
 
 
 # Handles ------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def _bad_handles() -> str:
     found = [f"{name}: {_opening(there, handle)}" for name, handle in handles.items()]
     there.free(own)
     there.free(there.allocate(2 * MIB))
-    return "; ".join([*found, "the process goes on"])
+    return "; ".join([*found, "the process continues"])
 
 
 def _opening(device: Device, handle: bytes) -> str:
@@ -142,12 +141,12 @@ _APART = {
 
 
 def _namespaces() -> str:
-    """The exchange with a child apart, as in another container, which takes the right to make
-    namespaces.
+    """Return the exchange with a child in other namespaces, as in another container.
 
-    A namespace of PIDs gives the child another number than this process has, as two containers in
-    one namespace have. So a process that is the first of one namespace asks for a child that is the
-    first of another: that is what two containers have that share none.
+    Needs the right to create namespaces. A PID namespace gives the child another number than this
+    process, like two containers in one namespace. Two containers without a shared namespace may
+    have equal numbers: therefore the first process of one namespace also exchanges with the first
+    process of another.
     """
     found = [f"{name}: {_crossing_behind(prefix)}" for name, prefix in _APART.items()]
     command = [
@@ -168,9 +167,9 @@ def _namespaces() -> str:
 
 
 def equal_pids() -> str:
-    """Return what comes of the exchange between two processes that have the same number.
+    """Return the result of the exchange between two processes with the same PID.
 
-    To be asked by such a one.
+    Call from the first process of a PID namespace.
     """
     return f"both are {os.getpid()}: {_crossing_behind('unshare --pid --fork')}"
 
@@ -182,7 +181,7 @@ def _crossing_behind(prefix: str) -> str:
 
 @contextlib.contextmanager
 def _python(folder: Path, prefix: str) -> Any:
-    """Let children run behind a command; whether that command works."""
+    """Run child processes behind a command; yield whether the command works."""
     real = sys.executable
     wrapper = folder / "python"
     wrapper.write_text(f'#!/bin/sh\nexec {prefix} {real} "$@"\n')
@@ -197,7 +196,7 @@ def _python(folder: Path, prefix: str) -> Any:
 
 def _mixed_mps() -> str:
     if not has_mps():
-        return "not asked: there is no MPS daemon here"
+        return "not asked: no MPS daemon runs here"
     with tempfile.TemporaryDirectory() as folder:
         without = f"env CUDA_MPS_PIPE_DIRECTORY={folder}/none"
         with _python(Path(folder), without):
@@ -231,7 +230,7 @@ def _export_from_jax() -> str:
 
 
 def export() -> str:
-    """Try to export an array of JAX's own; return what became of it, and of JAX."""
+    """Try to export an array of JAX's allocator; return the outcome for the array and for JAX."""
     import jax.numpy as jnp
 
     array = jnp.ones(_COUNT)
@@ -252,14 +251,13 @@ def export() -> str:
 
 
 class _Owner:
-    """Keeps nothing; that it has gone tells that the memory was let go."""
+    """An empty owner, whose end shows that the memory was released."""
 
 
 def _imported(
     device: Device, pointer: int, wait: Callable[[int | None], None] = lambda stream: None
 ) -> Any:
-    """Return memory of the GPU as an array of JAX, and a weak reference to what dies when JAX
-    lets go of it."""
+    """Return GPU memory as a JAX array, and a weak reference to the owner that JAX releases."""
     import jax
     import numpy as np
 
@@ -293,7 +291,7 @@ def _donation() -> str:
     return (
         f"no: the result is {value}, written {written}, the donated array"
         f" {'deleted' if array.is_deleted() else 'still there'}, its memory"
-        f" {'kept' if owner() else 'let go of'}; one that is referred to:"
+        f" {'kept' if owner() else 'released'}; an array with another reference:"
         f" {_donated_while_referred_to(there, step)}"
     )
 
@@ -333,17 +331,16 @@ def _deleter() -> str:
     has_run, is_ready = owner() is None, result.is_ready()
     result.block_until_ready()
     if is_ready:
-        return "not told: the result was ready too soon"
+        return "inconclusive: the result was ready too soon"
     return (
-        "yes: it ran while the GPU had still to read it"
+        "yes: the deleter ran before the GPU had read the buffer"
         if has_run
-        else "no: it had not run while the GPU computed"
+        else "no: the deleter had not run while the GPU computed"
     )
 
 
 def _events() -> str:
-    """Which streams JAX names, and whether it waits for an event that is a second late: on the
-    GPU, or on the host."""
+    """Return JAX's streams, and whether JAX waits on GPU or CPU for an event a second late."""
     import jax
 
     jax.numpy.ones(3).block_until_ready()
@@ -370,7 +367,7 @@ def _events() -> str:
     )
 
 
-# What things cost, and what is left behind --------------------------------------------------------
+# Costs and leaks ----------------------------------------------------------------------------------
 
 
 def _costs() -> str:
@@ -424,14 +421,14 @@ def _left_behind() -> str:
     there.close(pointer)
     closed = before - _settled_free_bytes(there)
     return (
-        f"of {taken // MIB} MiB that a process had, {kept // MIB} MiB are left when it is killed;"
-        f" {mapped // MIB} MiB while another one has it open, {closed // MIB} MiB when that has"
-        " closed it"
+        f"of a process's {taken // MIB} MiB, {kept // MIB} MiB are left after its kill;"
+        f" {mapped // MIB} MiB while another process has the memory open, {closed // MIB} MiB after"
+        " that process has closed it"
     )
 
 
 def _settled_free_bytes(device: Device) -> int:
-    """Return what is free when the driver has cleaned up after a process."""
+    """Return the free bytes after the driver's cleanup of a process."""
     time.sleep(2.0)
     return device.free_bytes()
 
@@ -506,4 +503,4 @@ QUESTIONS: Mapping[str, Question] = {
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # with a stream that stands still, CUDA need not come to an end
+    os._exit(status)  # CUDA's shutdown may never finish with a hanging stream

@@ -1,4 +1,4 @@
-"""What a run was measured on, in words that fit any machine of the kind. Imports no framework."""
+"""Description of the measured machine in general terms. Imports no framework."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ _VERSIONS = (
 
 
 def describe() -> dict[str, str]:
-    """Return the facts that matter for the numbers, by name."""
+    """Return the machine's relevant facts by name."""
     client_python, torch = _versions("torch")
     worker_python, jax = _versions("jax")
     return {

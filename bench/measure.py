@@ -1,4 +1,4 @@
-"""How calls are timed, and what a run has found. Imports no framework."""
+"""Timing of calls, and the results of a run. Imports no framework."""
 
 import contextlib
 import gc
@@ -14,9 +14,9 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured.
+    """The extent of a run.
 
-    A way's turn lasts about `turn_s`, but has at least `min_calls` timed calls.
+    A way's turn lasts about `turn_s` and has at least `min_calls` timed calls.
     """
 
     functions: tuple[str, ...] = ("affine", "sine", "mlp")
@@ -28,7 +28,7 @@ class Plan:
     soak_calls: int = 100_000
 
 
-# Every line of the budget, as fast as it can be had.
+# The smallest plan with every line of the budget.
 QUICK = Plan(
     functions=("sine",),
     sizes=(KIB, MIB, 64 * MIB),
@@ -41,12 +41,11 @@ QUICK = Plan(
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One way of calling one function at one size: seconds of each call, by round, and bytes for
-    each call."""
+    """One way to call one function at one size: seconds per call by round, and bytes per call."""
 
     rounds: Sequence[Sequence[float]]
-    bytes_made: int  # of the output and the gradients
-    bytes_copied: float | None = None  # None: nobody counts them
+    bytes_made: int  # bytes of the output and the gradients
+    bytes_copied: float | None = None  # None if not counted
 
     @property
     def p50_s(self) -> float:
@@ -78,8 +77,10 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a run has found: cells by (function, size in bytes, way), seconds of the calls of each
-    task by round, and growth by process if that was measured.
+    """The results of a run.
+
+    cells: by (function, size in bytes, way). tasks: seconds of each call, by round.
+    growth: by process, if measured.
     """
 
     plan: Plan
@@ -89,10 +90,10 @@ class Results:
     machine: Mapping[str, str]
 
     def ratio(self, function: str, nbytes: int, way: str, other: str) -> float:
-        """Return by what factor `way` takes longer than `other`.
+        """Return the slowdown of `way` against `other`.
 
-        The median, over the rounds, of the quotient of both p50s: within a round both met the same
-          machine.
+        The ratio is the median over the rounds of the quotient of both p50s, since within a round
+        both ways run under the same conditions.
         """
         rounds = zip(
             self.cells[function, nbytes, way].rounds,
@@ -104,13 +105,13 @@ class Results:
         )
 
     def task_p50s(self, *names: str) -> list[tuple[float, ...]]:
-        """Return, for each round, the p50 of each of these tasks in it."""
+        """Return each round's p50s of these tasks."""
         rounds = zip(*(self.tasks[name] for name in names), strict=True)
         return [tuple(map(statistics.median, turns)) for turns in rounds]
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the smallest value that is at least as large as `percent` % of them."""
+    """Return the smallest value that is at least as large as `percent` % of the values."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
@@ -120,8 +121,8 @@ def interleave(
 ) -> dict[str, list[list[float]]]:
     """Return the seconds of each call of each step, by round.
 
-    In each round every step has one turn, in a random order, so that what else the machine does
-    hits all alike.
+    In each round every step has one turn, in random order, so that the machine's other load affects
+    all steps alike.
     """
     calls = {way: _calls_per_turn(step, plan) for way, step in steps.items()}
     rounds: dict[str, list[list[float]]] = {way: [] for way in steps}
@@ -144,7 +145,7 @@ def _turn(step: Callable[[], object], warm_calls: int, calls: int) -> list[float
 
 
 def _calls_per_turn(step: Callable[[], object], plan: Plan) -> int:
-    # The first calls compile, and touch memory for the first time.
+    # The first calls compile and touch fresh memory.
     fastest = min(_turn(step, plan.warm_calls, 3))
     return max(plan.min_calls, round(plan.turn_s / fastest))
 

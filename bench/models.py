@@ -1,4 +1,4 @@
-"""The JAX side: the models that the worker hosts, which the baseline also runs in one process.
+"""The JAX models, hosted by the worker and run in one process by the baseline.
 
 Never imports torch.
 """
@@ -14,17 +14,17 @@ from bench import LAYERS, WIDTH
 
 
 def affine(x: jax.Array) -> jax.Array:
-    """Hardly any work, and nothing to keep for the VJP: what is measured is the transport."""
+    """Hardly any work and no residual, so that the transport is measured."""
     return 2 * x + 1
 
 
 def sine(x: jax.Array) -> jax.Array:
-    """A residual as large as the input."""
+    """Has a residual as large as the input."""
     return jnp.sin(x) * 2
 
 
 def _apply_mlp(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Three layers of one width, with ReLU between them."""
+    """Three layers of one width, with ReLU in between."""
     for i in range(LAYERS):
         layer = params[f"layer_{i}"]
         x = x @ layer["kernel"] + layer["bias"]
@@ -47,8 +47,7 @@ mlp = (_apply_mlp, _make_params())
 
 
 def flat(name: str) -> tuple[Callable[..., Any], list[jax.Array]]:
-    """Return a model as a jitted function of (x, *parameters), and its parameters in the order
-    of their paths."""
+    """Return a model as a jitted function of (x, *parameters), and its parameters by path order."""
     model = globals()[name]
     if callable(model):
         return jax.jit(model), []

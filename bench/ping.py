@@ -1,4 +1,4 @@
-"""The yardstick: an empty gRPC unary call to another process, without even protobuf.
+"""The reference call: an empty gRPC unary call to another process, without protobuf.
 
 Imports no framework.
 """
@@ -17,7 +17,7 @@ from bench import ROOT
 
 
 class Ping:
-    """Calling it is one round trip. A context manager: the serving process ends with it."""
+    """A callable for one round trip, and a context manager that ends the serving process."""
 
     def __enter__(self) -> "Ping":
         self._directory = tempfile.TemporaryDirectory(prefix="bridge-bench-")
@@ -42,13 +42,13 @@ class Ping:
         trace: TracebackType | None,
     ) -> None:
         self._channel.close()
-        self._server.kill()  # a server that stops in order makes gRPC log its goodbye
+        self._server.kill()  # after an orderly stop gRPC would log a GOAWAY
         self._server.communicate()
         self._directory.cleanup()
 
 
 def _serve(address: str) -> None:
-    """Answer until stdin ends, as it also does when the parent dies."""
+    """Answer until stdin ends, also by the parent's death."""
     server = grpc.server(ThreadPoolExecutor(1))
     handler: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(
         lambda request, context: b""

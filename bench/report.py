@@ -1,4 +1,4 @@
-"""The outputs of a run: table, page, JSON and plot. Imports no framework."""
+"""Report of a run: tables, page, JSON and plot. Imports no framework."""
 
 import json
 import statistics
@@ -51,13 +51,13 @@ _LINES: dict[str, dict[str, Any]] = {
 
 
 def tables(results: Results, verdicts: Sequence[Verdict]) -> str:
-    """Return the measurements and the verdicts as Markdown tables whose columns are aligned."""
+    """Return the measurements and the verdicts as aligned Markdown tables."""
     parts = [_aligned(_cell_rows(results, function)) for function in results.plan.functions]
     return "\n\n".join([*parts, _aligned(_task_rows(results)), _aligned(_verdict_rows(verdicts))])
 
 
 def page(results: Results, verdicts: Sequence[Verdict], plot: str) -> str:
-    """Return the page about a run, which shows the plot of that file name."""
+    """Return the page about a run; `plot` is the plot's file name."""
     plan = results.plan
     machine = "\n".join(f"- {key}: {value}" for key, value in results.machine.items())
     growth = _growth_text(results.growth, results.plan) if results.growth else ""
@@ -107,7 +107,7 @@ missed.
 
 
 def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
-    """Return everything but the single calls."""
+    """Return the results as JSON, without the single calls."""
     cells = [
         {
             "function": FUNCTIONS[function],
@@ -149,7 +149,7 @@ def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write the plot: p50 against size, with a whisker up to p99, and a panel for each function."""
+    """Write the plot: p50 against size, a whisker up to p99, one panel per function."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,7 +193,7 @@ def draw(results: Results, path: Path) -> None:
 
 
 def size_text(nbytes: int) -> str:
-    """Return a size as people write it."""
+    """Return a size in KiB or MiB."""
     return f"{nbytes // MIB} MiB" if nbytes >= MIB else f"{nbytes // KIB} KiB"
 
 
@@ -261,8 +261,7 @@ def _growth_text(growths: Mapping[str, Growth], plan: Plan) -> str:
 
 
 def _ms(seconds: float) -> str:
-    """Return milliseconds with three significant digits, and no more decimals than microseconds
-    have."""
+    """Return milliseconds with three significant digits, but at most three decimals."""
     ms = seconds * 1e3
     return f"{ms:.3f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"
 

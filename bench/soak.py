@@ -1,4 +1,4 @@
-"""Whether client and worker grow over many calls of 1 KiB.
+"""Soak test: the memory growth of client and worker over many calls of 1 KiB.
 
 The client runs in .venv-torch: imports torch, never jax.
 """
@@ -13,11 +13,11 @@ from pathlib import Path
 from bench import ROOT
 from bench.measure import KIB, Growth
 
-_WARM_SHARE = 10  # a tenth of the calls goes before
+_WARM_SHARE = 10  # a tenth of the calls warms up
 
 
 def soak(calls: int) -> dict[str, Growth]:
-    """Return the growth of "client" and "worker", measured in two processes of their own."""
+    """Return the growth of "client" and "worker", measured in two new processes."""
     python = str(ROOT / ".venv-torch/bin/python")
     command = [python, "-m", "bench.soak", str(calls)]
     output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -25,7 +25,7 @@ def soak(calls: int) -> dict[str, Growth]:
 
 
 def _measure(calls: int) -> dict[str, tuple[int, int]]:
-    # Here, and not where `soak` is called, is the client that is measured.
+    # This process is the measured client, not the caller of `soak`.
     import torch
     from tqdm import tqdm
 

@@ -1,5 +1,7 @@
-"""What is made of remote functions beside single gradients: batches, second derivatives,
-compiled code."""
+"""Tasks with remote functions beyond single gradients: batches, second derivatives, compiled code.
+
+Imports torch.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -21,8 +23,7 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 class _Chain(nn.Module):
-    """Pointwise work in torch, written out so that there is something to compile, around
-    something else."""
+    """Pointwise torch work around another function, written out so that torch.compile has work."""
 
     def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -33,9 +34,12 @@ class _Chain(nn.Module):
 
 
 def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
-    """Return each task by its name in `report.TASKS`; raise RuntimeError if two that should
-    agree do not."""
-    torch._inductor.config.compile_threads = 1  # or its processes stay
+    """Return each task by its name in `report.TASKS`.
+
+    Raises:
+      RuntimeError: two equivalent tasks disagree.
+    """
+    torch._inductor.config.compile_threads = 1  # inductor's compile processes would remain
     sine = RemoteJaxFunction(session, name="sine")
     rows, x, direction = torch.randn(ROWS, WIDTH), torch.randn(256), torch.randn(256)
     made: dict[str, Callable[[], Tensor]] = {

@@ -1,4 +1,4 @@
-"""The torch side of what is called from JAX: hosted by a worker, and run in one process.
+"""The torch models for calls from JAX, hosted by a worker and run in one process.
 
 Never imports jax.
 """
@@ -10,12 +10,12 @@ from bench import LAYERS, WIDTH
 
 
 def sine(x: Tensor) -> Tensor:
-    """The same function as models.sine."""
+    """Equals models.sine."""
     return torch.sin(x) * 2
 
 
 def mlp() -> nn.Sequential:
-    """Return the network of models.mlp, with its own weights."""
+    """Return the network of models.mlp with other weights."""
     layers: list[nn.Module] = []
     for _ in range(LAYERS):
         layers += [nn.Linear(WIDTH, WIDTH), nn.ReLU()]

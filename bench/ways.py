@@ -1,4 +1,4 @@
-"""The ways to call one function from torch, each as a step: forward and VJP.
+"""The ways to call one function from torch, each as a step of forward and VJP.
 
 Imports torch and jax.
 """
@@ -49,7 +49,7 @@ class Step:
         return self._cotangent.nbytes + sum(leaf.nbytes for leaf in self.leaves)
 
     def bytes_copied(self) -> float | None:
-        """Return what the bridge copies in one step; None if it takes no part."""
+        """Return the bridge's copied bytes in one step; None for a step without the bridge."""
         if self._session is None:
             return None
         before = self._session.stats()["bytes_copied"]
@@ -59,10 +59,7 @@ class Step:
 
 
 class Workbench:
-    """A worker in .venv-jax, a session with it over each lane, and a process to ping.
-
-    A context manager.
-    """
+    """Context manager of a worker in .venv-jax, a session over each lane, and a ping server."""
 
     def __enter__(self) -> "Workbench":
         with contextlib.ExitStack() as stack:
@@ -93,8 +90,7 @@ class Workbench:
         return self._local
 
     def steps(self, function: str, nbytes: int) -> dict[str, Callable[[], None]]:
-        """Return a step for each way that there is, all on the same values, by the names of
-        `report.WAYS`."""
+        """Return a step for each way by its name in `report.WAYS`, all on the same values."""
         x = torch.randn(nbytes // 4)
         x = x.view(-1, WIDTH) if function == "mlp" else x
         cotangent = torch.randn_like(x)
@@ -164,11 +160,11 @@ def _parameters(arrays: Sequence[jax.Array]) -> list[Tensor]:
     return [_to_torch(array).clone().requires_grad_() for array in arrays]
 
 
-# jax2torch-style: what the budget compares with ---------------------------------------------------
+# jax2torch-style: the baseline of the budget ------------------------------------------------------
 
 
 class _Jax2Torch(torch.autograd.Function):
-    """jax.vjp of a jitted function on each call, DLPack both ways, as jax2torch does it."""
+    """jax.vjp of a jitted function on each call, with DLPack both ways, like jax2torch."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., jax.Array], *inputs: Tensor) -> Tensor:

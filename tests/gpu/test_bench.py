@@ -74,7 +74,7 @@ def test_a_size_that_was_not_staged_through_the_host_says_so() -> None:
 def test_a_user_names_the_sizes(text: str, sizes: tuple[int, ...]) -> None:
     """In binary units."""
     assert gpu._sizes(text) == sizes
-    with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a size"):
         gpu._sizes("64MB")
 
 
@@ -84,7 +84,7 @@ def test_without_a_gpu_nothing_is_measured(
     """And that is no failure."""
     monkeypatch.setattr(gpu, "gpus", lambda: ())
     assert gpu.main([]) == 0
-    assert "there is no GPU here" in capsys.readouterr().out
+    assert "shows no GPU here" in capsys.readouterr().out
 
 
 def test_it_runs_on_the_host_to_show_that_it_works() -> None:

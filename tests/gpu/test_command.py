@@ -122,24 +122,24 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 # What the faked CUDA says; a GPU may answer otherwise.
 _ANSWERS = {
     "exchange": "words: yes; events: yes; host: yes",
-    "handles": "0 bytes: a handle of 0 bytes.*; the process goes on",
+    "handles": "0 bytes: a handle of 0 bytes.*; the process continues",
     "export": (
         "preallocate=true: .*afterwards JAX computes; preallocate=false: .*afterwards JAX computes"
     ),
     "namespaces": "own PIDs: .*; equal PID numbers: ",
-    "donation": "no: the result is right, .*; one that is referred to: computed 2.0",
-    "deleter": "no: it had not run|not told: ",
+    "donation": "no: the result is right, .*; an array with another reference: computed 2.0",
+    "deleter": "no: the deleter had not run|inconclusive: ",
     "events": r"yes: \d streams in 10 imports",
     "words": "yes: crossed True after .* released by this process True",
     "rerecorded": (
-        "a later record on an idle stream: no effect, .*; on one that is late: no effect, "
+        "a later record on an idle stream: no effect, .*; on a delayed stream: no effect, "
     ),
     "opening": r"kernel there: event made \d.*; kernel here: event made \d.* memory freed \d",
     "destroyed": "destroyed: query 0, wait ok, synchronize ok, destroy ok; killed: query 0, ",
-    "dead": "killed: the stream stands still; .*; destroyed: the stream goes on",
+    "dead": "killed: the stream hangs; .*; destroyed: the stream continues",
     "mps": "not asked: ",
     "costs": r"copy of 1 MiB \d.*; opening 1 MiB by handle \d",
-    "left": "of 1 MiB that a process had, 0 MiB are left when it is killed",
+    "left": "of a process's 1 MiB, 0 MiB are left after its kill",
 }
 
 

@@ -22,7 +22,7 @@ def test_without_a_gpu_nothing_is_asked(
     """The status is 1, and the line says why."""
     monkeypatch.setattr(gpu_probe, "gpus", lambda: ())
     assert gpu_probe.main(["exchange"]) == 1
-    assert "there is no GPU here" in capsys.readouterr().out
+    assert "shows no GPU here" in capsys.readouterr().out
 
 
 def test_the_machine_is_described_in_a_line(fake_cuda: Any) -> None:
