@@ -1,5 +1,7 @@
-"""The bridge against the frameworks' own operator databases: cases that nobody in this project
-wrote."""
+"""Checks of the bridge against the frameworks' own operator databases, written outside the project.
+
+This file imports no framework.
+"""
 
 from pathlib import Path
 

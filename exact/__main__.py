@@ -1,4 +1,4 @@
-"""The command `python -m exact`: run the databases' cases, sum up, write docs/coverage.md."""
+"""The command `python -m exact`: runs the databases' cases, sums up, writes docs/coverage.md."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ _OUT = ROOT / "out" / "exact"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and return 1 if there is a fault that exact/known.toml does not list."""
+    """Run, and return 1 if a fault is not listed in exact/known.toml."""
     options = _parser().parse_args(argv)
     results = Results(options.out)
     if not options.summary:
@@ -65,8 +65,7 @@ def _run(way: str, x64: bool, options: Any, results: Results) -> None:
 
 
 def listing(way: str, options: Any) -> list[Entry]:
-    """Return the entries of the way's databases, from a process of its own: this one imports no
-    framework."""
+    """Return the entries of the way's databases, from a child process that imports frameworks."""
     text = subprocess.run(
         [sys.executable, "-m", "exact.listing", way, options.dtypes, options.kinds],
         cwd=ROOT,
@@ -79,7 +78,7 @@ def listing(way: str, options: Any) -> list[Entry]:
 
 
 def _report(results: Results, options: Any) -> int:
-    """Print what a run comes to; return 1 if there is a fault."""
+    """Print the summary of a run; return 1 if there is a fault."""
     found = summary.summarise(results.read(), summary.Known())
     for way, checks in found["counts"].items():
         for check, counts in checks.items():
@@ -103,28 +102,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(WAYS))
     parser.add_argument("--dtypes", default="float32,float64,complex64,complex128")
     parser.add_argument("--kinds", default="plain,strided,inplace,train,eval,harness")
-    parser.add_argument("--checks", default="", help="all of them by default")
+    parser.add_argument("--checks", default="", help="checks to run (default: all)")
+    parser.add_argument("--samples", type=int, default=1, help="number of samples per operator")
     parser.add_argument(
-        "--samples", type=int, default=1, help="how many of each operator's samples"
-    )
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of the entries, drawn with --seed"
+        "--share", type=float, default=1.0, help="share of the entries, sampled with --seed"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, help="at most so many entries for each way")
+    parser.add_argument("--limit", type=int, help="maximum number of entries per way")
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="entries that match, as op/sin/float32/plain"
+        "--only", default="", metavar="REGEX", help="run matching entries, as op/sin/float32/plain"
     )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="for one check")
+    parser.add_argument("--timeout-s", type=float, default=120.0, help="limit for one check")
     parser.add_argument(
-        "--deadline-s", type=float, default=1e9, help="for a way; what is left runs next time"
+        "--deadline-s", type=float, default=1e9, help="limit for a way; the next run continues"
     )
     parser.add_argument("--out", type=Path, default=_OUT / "results.jsonl")
-    parser.add_argument("--again", action="store_true", help="also run what has a result already")
-    parser.add_argument("--summary", action="store_true", help="run nothing")
+    parser.add_argument("--again", action="store_true", help="also run entries with a result")
+    parser.add_argument("--summary", action="store_true", help="only summarise earlier results")
     parser.add_argument(
-        "--verbose", action="store_true", help="print all that is not right, not only faults"
+        "--verbose",
+        action="store_true",
+        help="print every entry that is not right, not only faults",
     )
     parser.add_argument(
         "--write-docs", action="store_true", help="write exact/summary.json and docs/coverage.md"

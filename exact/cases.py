@@ -1,6 +1,6 @@
-"""Cases as values: which entry of a database, in which dtype and variant, which of its samples.
+"""Cases as values: the entry of a database, its dtype and variant, and the sample.
 
-No framework here.
+Imports no framework.
 """
 
 import random
@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# How an operator's sample reaches the operator, and how a module is called.
+# Variants of an operator's call, and of a module's.
 OPERATOR_KINDS = ("plain", "strided", "inplace")
 MODULE_KINDS = ("train", "eval")
 WIDE = ("float64", "complex128")
@@ -18,8 +18,8 @@ WIDE = ("float64", "complex128")
 class Entry:
     """One entry of a database in one dtype: `op/sin/float32/strided`.
 
-    Databases: `op` and `module` are torch's OpInfo and ModuleInfo, `jax` are JAX's primitive
-      harnesses.
+    Databases: `op` and `module` are torch's OpInfo and ModuleInfo, `jax` is JAX's primitive
+    harnesses.
     """
 
     database: str
@@ -61,8 +61,7 @@ def chosen_samples(count: int, wanted: int, seed: int) -> Sequence[int]:
 
 
 def share(entries: Iterable[Entry], fraction: float, seed: int) -> list[Entry]:
-    """Return a seeded share of the entries, in a random order, so that the first N of a run are
-    a fair sample."""
+    """Return a seeded share of the entries in random order: the first N are a fair sample."""
     ordered = list(entries)
     random.Random(seed).shuffle(ordered)
     return ordered[: max(1, round(fraction * len(ordered)))] if ordered else []

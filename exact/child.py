@@ -1,8 +1,7 @@
-"""A process that runs cases and may crash: entries come as lines on stdin, results go as lines of
-JSON to stdout.
+"""Child process that runs cases and may crash: entries on stdin, results as JSON lines on stdout.
 
-Each line out is {"at": [sample, check]} before a step, {"case": ..., "checks": ...} after a sample,
-or {"done": entry}.
+Each output line is {"at": [sample, check]} before a step, {"case": ..., "checks": ...} after a
+sample, or {"done": entry}.
 """
 
 import argparse
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--checks", default="")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what the databases print is no answer
+    os.dup2(2, 1)  # the databases' own prints go to stderr
 
     def say(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
@@ -117,9 +116,8 @@ def _module_names(options: Any) -> list[str]:
                 for index in chosen_samples(
                     len(torch_db.samples(entry)), options.samples, entry.seed
                 ):
-                    torch_db.as_function(
-                        subjects.subject(entry, index).target
-                    )  # a lazy module has no parameters yet
+                    # Fails for a lazy module, which has no parameters yet.
+                    torch_db.as_function(subjects.subject(entry, index).target)
                     yield ways.module_name(entry, index)
             except Exception:
                 continue

@@ -1,6 +1,6 @@
-"""Verdicts: values against the reference, and exceptions against what a refusal may be.
+"""Verdicts: compares values with the reference, and exceptions with the permitted refusals.
 
-No framework but numpy.
+Imports numpy, but no framework.
 """
 
 import re
@@ -12,21 +12,18 @@ import numpy as np
 
 from bridge_wire.errors import WorldError
 
-# A result that is not bit-equal is right within this many eps of the leaf's largest element:
-# torch's vmap and forward mode take other kernels than a loop over rows, and XLA sums in another
-# order.
+# A result is right within this many eps of the leaf's largest element, since torch's vmap and
+# forward mode use other kernels than a loop over rows, and XLA sums in another order.
 ROUNDING = 128
-# Beyond that, a result is right if inputs that differ by an eps change the reference about as much
-# (backward stability), unless they change it by more than this share of its size: that is a
+# Beyond ROUNDING, a result is right if an eps of change in the inputs changes the reference about
+# as much (backward stability). A change by more than DISCONTINUITY of the reference's size is a
 # discontinuity, not rounding.
 AMPLIFIED = 32
 DISCONTINUITY = 0.02
-# What XLA computes float32 special functions to (tanh, lgamma, erfinv), in eps: for the traced way
-# only.
+# XLA's accuracy of float32 special functions (tanh, lgamma, erfinv) in eps, for the traced way.
 XLA_FUNCTIONS = 1024
 
-# Inputs, cotangents and tangents are of size one, so that leaves smaller than this are what
-# cancellation has left.
+# Inputs, cotangents and tangents are of size one, so smaller leaves are remainders of cancellation.
 SMALL = 1e-4
 
 NARROWED = {"int64": "int32", "uint64": "uint32"}
@@ -34,7 +31,7 @@ NARROWED = {"int64": "int32", "uint64": "uint32"}
 
 @dataclass(frozen=True)
 class Refusal:
-    """The framework itself raised."""
+    """An exception of the framework itself."""
 
     error: BaseException
 
@@ -44,10 +41,10 @@ class Verdict:
     """The outcome of one check.
 
     status: `right`, `refused` (a typed error), `as torch` or `as jax` (the framework refuses too),
-      `beyond` (a value where the framework has none), `no type` (refused: the other framework has
-      no such type), `inherited` (autograd gives another value, torch.func the same: torch
-      contradicts itself), or a fault: `wrong`, `untyped` (an error that is no refusal), `fake` (a
-      fake tensor is left), `crash`, `hang`.
+      `beyond` (a value although the framework has none), `no type` (refused: the other framework
+      lacks the type), `inherited` (autograd gives another value, torch.func the same: torch
+      contradicts itself), or a fault: `wrong`, `untyped` (an error that is not a refusal), `fake`
+      (a fake tensor is left), `crash`, `hang`.
     """
 
     status: str
@@ -66,7 +63,7 @@ def attempt(work: Callable[[], Any]) -> Any:
 
 def one_line(error: BaseException, length: int = 240) -> str:
     text = " ".join(str(error).split("\n\nRemote traceback:")[0].split())
-    text = re.sub(r"(?:/[^/\s]+)+/", "", text)  # a path is one machine's
+    text = re.sub(r"(?:/[^/\s]+)+/", "", text)  # folders differ between machines
     return f"{type(error).__name__}: {text[:length]}"
 
 
@@ -74,10 +71,9 @@ def judge_refusal(
     got: Refusal, want: Any, typed: tuple[type[BaseException], ...], framework: str
 ) -> Verdict:
     if isinstance(want, Refusal) and type(got.error) is type(want.error):
-        return Verdict(
-            f"as {framework}", one_line(got.error)
-        )  # traced code raises in the caller's process
-    if isinstance(got.error, WorldError):  # typed, but the case has ended its worker
+        # Traced code raises in the caller's process.
+        return Verdict(f"as {framework}", one_line(got.error))
+    if isinstance(got.error, WorldError):  # a typed error, but the case has ended its worker
         return Verdict("crash", one_line(got.error))
     if not isinstance(got.error, typed):
         return Verdict("untyped", one_line(got.error))
@@ -96,8 +92,8 @@ def judge_values(
 ) -> Verdict:
     """Compare leaves.
 
-    spread: by how much each leaf of the reference moves when inputs move by an eps; called only
-      where needed.
+    spread: the change of each reference leaf under a change of the inputs by an eps; called only
+      when needed.
     """
     if len(got) != len(want):
         return Verdict("wrong", f"{len(got)} leaves, expected {len(want)}")
@@ -134,8 +130,7 @@ def judge_values(
 
 
 def difference(got: np.ndarray, want: np.ndarray) -> tuple[float | str, float]:
-    """Return the largest absolute difference, or what is wrong in words, and an eps of the
-    largest element."""
+    """Return the largest absolute difference or an error text, and the largest element's eps."""
     if not want.size:
         return 0.0, 0.0
     if want.dtype.kind in "biu":

@@ -1,7 +1,7 @@
-"""The command `python -m exact.fuzz`: random programs through the bridge against their framework,
-in one process each.
+"""The command `python -m exact.fuzz`: random programs, compared between bridge and framework.
 
-Each program's value, gradient, jvp, batch and Hessian-vector product are compared, in float32.
+Compares each program's value, gradient, jvp, batch and Hessian-vector product in float32, with
+bridge and framework in the same child process.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from exact.cases import Entry, parse_entry
 from exact.compare import FAULTS
 from exact.pool import Pool
 
-# The framework that a way's programs are written in.
+# The framework of each way's programs.
 FRAMEWORKS = {"inproc": "torch", "worker": "torch", "traced": "torch", "torch-client": "jax"}
 
 
 class Findings:
-    """What a run has found: counts, and a text for each fault."""
+    """The findings of a run: counts, and a text for each fault."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -77,9 +77,9 @@ def run(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("exact.fuzz", description=__doc__)
     parser.add_argument("--ways", type=lambda text: text.split(","), default=list(FRAMEWORKS))
-    parser.add_argument("--graphs", type=int, default=1000, help="programs for each way")
+    parser.add_argument("--graphs", type=int, default=1000, help="number of programs per way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first program")
+    parser.add_argument("--first", type=int, default=0, help="number of the first program")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     failed = False

@@ -1,8 +1,8 @@
-"""Tables of statements that random programs are made of, in torch and in jax.numpy. No framework
-here.
+"""Grammar of the random programs: tables of statements in torch and in jax.numpy.
 
-A rule's text is one or more lines of Python: `{out}` is the new value, `{a}` and `{b}` are earlier
-ones. Its shape is a function of their shapes; None where the rule does not apply.
+Imports no framework. A rule's text is one or more lines of Python: `{out}` is the new value, `{a}`
+and `{b}` are earlier values. A rule's `shape` maps the earlier values' shapes to the new shape, or
+to None if the rule does not apply.
 """
 
 from collections.abc import Callable, Sequence
@@ -101,13 +101,13 @@ def _rules(
     ]
 
 
-# What both have, with F for torch or jnp.
+# The statements of both frameworks, with F for torch or jnp.
 _COMMON = [
     *_rules(
         same, "F.sin({a})", "F.cos({a})", "F.tanh({a})", "F.exp(-{a} * {a})", "F.log1p({a} * {a})"
     ),
     *_rules(same, "F.sqrt({a} * {a} + 1)", "F.abs({a})", "F.square({a})", "F.arctan({a})", "-{a}"),
-    # Python numbers, on both sides.
+    # Python numbers on either side.
     *_rules(
         same,
         "{a} * 0.5",
@@ -211,7 +211,7 @@ TORCH = [
         "{a}.narrow(-1, 0, {a}.shape[-1] - 1)",
         "torch.split({a}, {a}.shape[-1] - 1, -1)[0]",
     ),
-    # Writes in place: whole, through slices, through other views, under no_grad.
+    # In-place writes: whole tensors, slices, other views, under no_grad.
     *_rules(
         same, "{out} = {a}.clone()\n{out}.mul_(2)", "{out} = {a} * 1\n{out}.add_({a}, alpha=0.5)"
     ),

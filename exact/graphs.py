@@ -1,6 +1,6 @@
-"""Random small programs as Python source, a function of a seed and a number.
+"""Random small programs as Python source, determined by a seed and a number.
 
-No framework until they are loaded.
+Imports no framework; a loaded program does.
 """
 
 import functools
@@ -32,7 +32,7 @@ _MAX_SIZE = 200
 
 @dataclass(frozen=True)
 class Graph:
-    """A program: its source defines `f`, a function of arrays of these shapes."""
+    """A program, whose source defines `f`, a function of arrays with these shapes."""
 
     source: str
     shapes: Sequence[Shape]
@@ -79,7 +79,7 @@ def graph(framework: str, seed: int, number: int) -> Graph:
 def _step(
     rng: random.Random, rules: Sequence[Rule], shapes: dict[str, Shape]
 ) -> tuple[Rule, tuple[str, ...], Shape]:
-    """Draw a rule and operands that fit; recent values are drawn more often."""
+    """Sample a rule and matching operands, with a preference for recent values."""
     names = list(shapes)
     while True:
         rule = rng.choice(rules)

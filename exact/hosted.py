@@ -1,5 +1,7 @@
-"""The models of the worker: `sample` runs any operator's sample by its name; `m_...` are
-modules. Never imports jax."""
+"""The worker's models: `sample` runs any operator's sample by name; `m_...` are modules.
+
+Never imports jax.
+"""
 
 import functools
 import re
@@ -16,8 +18,7 @@ _MODULE = re.compile(r"m_(\w+)_(float\d+|complex\d+)_(train|eval)_(\d+)")
 
 
 def sample(*tensors: Tensor, entry: str) -> Any:
-    """Call an operator's sample, `op/sin/float32/plain/0`, with these tensors in the place of
-    its own."""
+    """Call an operator's sample, such as `op/sin/float32/plain/0`, on the given tensors."""
     return _subject(entry).target(*tensors)
 
 
@@ -33,8 +34,7 @@ def __getattr__(name: str) -> nn.Module:
 
 @functools.lru_cache(maxsize=4)
 def _subject(text: str) -> Subject:
-    # In a thread of its own: a call that is being traced would make its sample of fake tensors, and
-    # keep them here.
+    # In another thread: under tracing, this thread would create and cache a sample of fake tensors.
     entry, index = text.rsplit("/", 1)
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(subject, parse_entry(entry), int(index)).result()

@@ -1,4 +1,4 @@
-"""The checks of one of JAX's harnesses, called from torch in this process.
+"""The checks of a JAX harness, called from torch in this process.
 
 Imports both frameworks.
 """
@@ -24,13 +24,13 @@ from exact.compare import Refusal, Verdict, attempt, judge_refusal, judge_values
 from exact.jax_db import Case, Leaves, Unusable, case_of
 
 Say = Callable[[dict[str, Any]], None]
-# Views of the bits, for types that numpy knows from ml_dtypes only.
+# Integer views for types that numpy has only through ml_dtypes.
 _BITS = {1: torch.uint8, 2: torch.int16}
 _runs = iter(range(1 << 60))
 
 
 def run(entry: Entry, _: int, say: Say) -> None:
-    """Run an entry's checks, and say each."""
+    """Run an entry's checks and report each verdict."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     say({"at": [0, "reference"]})
@@ -81,7 +81,7 @@ class _Checks:
         self._inputs = list(map(_tensor, case.inputs))
 
     def named(self) -> dict[str, Callable[[], Verdict]]:
-        """Return the checks that apply, in order."""
+        """Return the applicable checks in order."""
         answers = self._case.answers
         checks = {"value": self._value, "vmap": self._vmap, "gradient": self._gradient}
         checks |= {"jvp": self._jvp, "hvp": self._hvp}
@@ -126,7 +126,7 @@ class _Checks:
         return self._judge(lambda: torch.func.jvp(gradient, *self._along())[1], "hvp")
 
     def _no_gradient(self) -> Verdict:
-        """Results that are not differentiable, as integers, require no gradient."""
+        """Check that results without a derivative, such as integers, require no gradient."""
         args = [
             x.clone().requires_grad_() if i in self._case.wrt else x
             for i, x in enumerate(self._inputs)
@@ -141,8 +141,7 @@ class _Checks:
         )
 
     def _again(self) -> Verdict:
-        """A call with tensors that lie elsewhere, after results were overwritten, gives the
-        same."""
+        """Check that a call on tensors at other addresses, after overwritten results, is equal."""
 
         def again() -> Any:
             for y in attempt_call():
@@ -187,7 +186,7 @@ class _Checks:
 
 
 def _same(got: Leaves, want: Leaves) -> Verdict:
-    """Demand equal bits, but for the signs of zeros and the payloads of NaNs."""
+    """Require equal bits, except for the signs of zeros and the payloads of NaNs."""
     if len(got) != len(want):
         return Verdict("wrong", f"{len(got)} leaves, expected {len(want)}")
     for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
@@ -206,7 +205,7 @@ def _same(got: Leaves, want: Leaves) -> Verdict:
 
 
 def _tensor(x: np.ndarray) -> Tensor:
-    x = np.array(x, order="C")  # not ascontiguousarray, which gives a scalar a dimension
+    x = np.array(x, order="C")  # ascontiguousarray would add a dimension to a scalar
     dtype = getattr(torch, x.dtype.name)
     if x.dtype.kind in "biufc" and not hasattr(ml_dtypes, x.dtype.name):
         return torch.from_numpy(x)

@@ -1,4 +1,4 @@
-"""JAX's primitive harnesses, and what JAX itself makes of them. Imports jax, never torch."""
+"""JAX's primitive harnesses with JAX's own answers. Imports jax, never torch."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ Leaves = list[np.ndarray]
 
 
 class Unusable(Exception):
-    """A harness that no torch program can pass: the message says why."""
+    """A harness that no torch program can call; the message has the reason."""
 
 
 @functools.cache
 def harnesses() -> dict[str, Any]:
-    # Some are made from sets, whose order varies from process to process.
+    # Sorted, since some harnesses come from sets, whose order varies between processes.
     return {h.fullname: h for h in sorted(test_harnesses.all_harnesses, key=lambda h: h.fullname)}
 
 
@@ -36,8 +36,8 @@ def entries() -> Iterator[Entry]:
 class Case:
     """A harness's inputs and, by name of the check, JAX's answer or Refusal.
 
-    wrt: positions of the inputs that are differentiated. outputs: positions of the results that
-      are.
+    wrt: positions of the differentiated inputs.
+    outputs: positions of the differentiated results.
     """
 
     function: Callable[..., Any]
@@ -51,10 +51,10 @@ class Case:
 
 
 def case_of(entry: Entry) -> Case:
-    """Return a harness, or a random program, with JAX's own answers.
+    """Return a harness or a random program with JAX's own answers.
 
     Raises:
-      Unusable: an argument is no array.
+      Unusable: an argument is not an array.
     """
     if entry.database == "graph":
         graph = graphs.graph_of(entry)
@@ -93,10 +93,12 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
     case.tangents = tangents = [_noise(rng, case.inputs[i]) for i in case.wrt]
     positions = tuple(range(len(case.wrt)))
 
-    # What torch passes as data is data here too: XLA folds constants, and rounds otherwise.
+    # Torch's data are data here too, since XLA folds constants with another rounding.
     def restricted(args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]]:
-        """Return the inexact results, and all of them, as a function of the differentiated
-        inputs, and these."""
+        """Return a function of the differentiated inputs, and these inputs.
+
+        The function returns the inexact results and all results.
+        """
 
         def function(*xs: Any) -> tuple[list[Any], list[Any]]:
             filled = list(args)
@@ -113,8 +115,7 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
         return ys, pullback
 
     def gradient() -> Leaves:
-        # In two programs, as in training: XLA rounds some derivatives in another way where both are
-        # one program.
+        # In two programs, as in training: XLA rounds some derivatives differently in one program.
         _, pullback = jax.jit(forward)(case.inputs)
         found = jax.jit(lambda pullback, cts: pullback(cts))(pullback, list(map(np.conj, weights)))
         return [np.conj(g) for g in _leaves(found)]  # torch's convention

@@ -1,4 +1,4 @@
-"""Prints the entries of a way's databases, one a line."""
+"""Script that prints the entries of a way's databases, one per line."""
 
 import sys
 

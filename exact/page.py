@@ -1,4 +1,4 @@
-"""docs/coverage.md, as a function of exact/summary.json. No framework."""
+"""Generator of docs/coverage.md from exact/summary.json. Imports no framework."""
 
 from typing import Any
 

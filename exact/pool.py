@@ -1,5 +1,4 @@
-"""Child processes that take entries one by one and may crash or hang without taking other
-entries along."""
+"""Pool of child processes that run one entry at a time; a crash or hang affects one entry only."""
 
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any
 from exact import ROOT
 from exact.cases import Entry
 
-# A fresh process now and then bounds what compiled programs and caches take.
+# A regular fresh process bounds the memory of compiled programs and caches.
 _ENTRIES_PER_PROCESS = 300
 _COMMAND = [sys.executable, "-m", "exact.child"]
 
@@ -55,11 +54,11 @@ class Pool:
 
     Args:
       arguments: of `python -m exact.child`.
-      timeout_s: how long one check may take.
-      log: where the children's stderr goes.
-      record: is given a dict for each sample, and {"done": entry} after an entry; from several
-        threads, one at a time.
-      deadline: a time.monotonic() after which no entry is begun.
+      timeout_s: limit for one check.
+      log: folder for the children's stderr.
+      record: called with a dict for each sample, and with {"done": entry} after an entry; from
+        several threads, one call at a time.
+      deadline: a time.monotonic() after which no entry begins.
     """
 
     arguments: Sequence[str]
@@ -125,12 +124,11 @@ class Pool:
             line = None
         if line is None:
             status = child.end()
-            raise RuntimeError(f"exact.child does not start (status {status}); see {self.log}")
+            raise RuntimeError(f"exact.child did not start (status {status}); see {self.log}")
         return child
 
     def _hand(self, child: _Child, entry: Entry, skip: int) -> int | None:
-        """Have a child run an entry from a sample on; return where to go on after a crash, None
-        when done."""
+        """Run an entry in a child from a sample on; after a crash return the next sample."""
         child.entries += 1
         at: dict[str, Any] = {"at": [skip, "samples"]}
         try:

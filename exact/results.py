@@ -1,5 +1,4 @@
-"""The file of results: one line of JSON for each way and sample, appended, so that a run can be
-resumed."""
+"""The results file: one appended JSON line per way and sample, so that a run can resume."""
 
 import json
 import threading
@@ -9,8 +8,10 @@ from typing import Any
 
 
 class Results:
-    """A file of records `{"way", "case", "checks" | "unusable"}` and `{"way", "done"}`; the last
-    of a case counts."""
+    """A file of records `{"way", "case", "checks" | "unusable"}` and `{"way", "done"}`.
+
+    The last record of a case is valid.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -30,7 +31,7 @@ class Results:
         yield from last.values()
 
     def done(self) -> set[tuple[str, str]]:
-        """Return the (way, entry) pairs that need no other run."""
+        """Return the finished (way, entry) pairs."""
         return {
             (message["way"], message["done"]) for message in self._messages() if "done" in message
         }
@@ -42,4 +43,4 @@ class Results:
                     try:
                         yield json.loads(line)
                     except ValueError:
-                        continue  # the line that an interrupted run was writing
+                        continue  # a partial line of an interrupted run

@@ -1,4 +1,4 @@
-"""Entries called from JAX as functions of flat tensors, whatever they are entries of.
+"""Entries of all databases for calls from JAX, as functions of flat tensors.
 
 Imports torch, never jax.
 """
@@ -14,7 +14,7 @@ from exact.torch_db import Subject, batch_of_sample, samples, subject_of_sample
 
 
 def count(entry: Entry) -> int:
-    """Return how many samples an entry has."""
+    """Return the number of an entry's samples."""
     return 1 if entry.database == "graph" else len(samples(entry))
 
 
@@ -22,7 +22,7 @@ def subject(entry: Entry, index: int) -> Subject:
     """Return a sample as a function and its inputs.
 
     Raises:
-      Unusable: an input is no strided tensor.
+      Unusable: an input is not a strided tensor.
     """
     if entry.database != "graph":
         return subject_of_sample(entry, index)
@@ -32,8 +32,7 @@ def subject(entry: Entry, index: int) -> Subject:
 
 
 def batch(entry: Entry, index: int) -> list[Tensor]:
-    """Return the sample's inputs stacked with other values of the same types, or with
-    themselves."""
+    """Return the sample's inputs, each stacked with another value of its type or with itself."""
     if entry.database != "graph":
         return batch_of_sample(entry, index)
     graph = graphs.graph_of(entry)

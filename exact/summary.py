@@ -1,6 +1,6 @@
-"""What a run comes to: counts by way and check, and the entries that are not right.
+"""Summary of a run: counts by way and check, and the entries that are not right.
 
-No framework.
+Imports no framework.
 """
 
 import json
@@ -15,8 +15,8 @@ from exact.compare import FAULTS
 
 PATH = ROOT / "exact" / "summary.json"
 _KNOWN = ROOT / "exact" / "known.toml"
-# A verdict that says nothing about the bridge: the framework has no value either, or the other
-# framework no type.
+# Verdicts without information about the bridge: the framework has no value either, or the other
+# framework lacks the type.
 NEUTRAL = ("as torch", "as jax", "beyond", "no type")
 
 
@@ -40,7 +40,7 @@ class Known:
 
 
 def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]:
-    """Return counts and lists, as JSON has them."""
+    """Return counts and lists as JSON values."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
     listed: dict[str, dict[str, Any]] = {}
     unusable: dict[str, set[str]] = {}
@@ -73,7 +73,7 @@ def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]
 
 
 def share_right(counts: dict[str, int]) -> float:
-    """Return how many of the checks that the framework itself passes are right, in percent."""
+    """Return the percentage of right checks among the checks that the framework itself passes."""
     considered = sum(n for status, n in counts.items() if status not in (*NEUTRAL, "listed"))
     return 100 * counts.get("right", 0) / considered if considered else 100.0
 
@@ -91,6 +91,5 @@ def read(path: Path = PATH) -> dict[str, Any]:
 
 
 def _general(reason: str) -> str:
-    """Return a reason without what differs from entry to entry, so that entries with one reason
-    stand together."""
+    """Return a reason with its numbers replaced, so that entries with one reason form a group."""
     return re.sub(r"\d+(\.\d+)?", "N", reason)[:120]

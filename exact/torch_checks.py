@@ -32,15 +32,14 @@ from exact.ways import Function
 Answer = Callable[[Reference], Any]
 CHECKS = ("value", "gradient", "jvp", "vmap", "hvp", "again")
 KEY = (7, 11)
-_TOO_LARGE = (
-    1 << 18
-)  # elements: such samples take seconds a check, and show nothing that smaller ones do not
+# Elements of a sample. Larger samples take seconds per check and show nothing new.
+_TOO_LARGE = 1 << 18
 
 
 class Checks:
     """The checks of one sample.
 
-    Raises (also its methods):
+    Raises, also in methods:
       torch_db.Unusable: the sample cannot be passed to JAX.
     """
 
@@ -63,9 +62,8 @@ class Checks:
         self.is_undefined = (
             entry.database == "op" and entry.name.split(".")[0] in torch_db.UNDEFINED
         )
-        self._is_drawn = (
-            not self.is_undefined and self._differs()
-        )  # whether what is drawn shows in the result
+        # Whether the random numbers affect the result.
+        self._is_drawn = not self.is_undefined and self._differs()
         self.is_random = not self.is_undefined and (
             self._is_drawn if subject.draws is None else subject.draws
         )
@@ -79,7 +77,7 @@ class Checks:
         self._call = self._made(key)
 
     def run(self) -> Iterator[tuple[str, Callable[[], Verdict]]]:
-        """Yield each check that applies, by name, as a function that has to be called at once."""
+        """Yield each applicable check by name, as a function to call before the next one."""
         yield "value", self._check_value
         outputs = attempt(self.reference.inexact_outputs)
         if (
@@ -97,7 +95,7 @@ class Checks:
         yield "again", self._check_again
 
     def _draw(self, outputs: list[int]) -> None:
-        """Draw the cotangents and tangents of the checks of derivatives."""
+        """Sample the cotangents and tangents for the checks of derivatives."""
         self._outputs = outputs
         self._weights = [self._noise(self._value[i]) for i in outputs]
         self._tangents = [self._noise(array(self.reference.inputs[i])) for i in self.reference.wrt]
@@ -112,7 +110,7 @@ class Checks:
 
         return refused
 
-    # One check each -------------------------------------------------------------------------------
+    # The checks -----------------------------------------------------------------------------------
 
     def _check_value(self) -> Verdict:
         got = attempt(lambda: self._call(*self.values))
@@ -123,12 +121,11 @@ class Checks:
             and self.way.is_traced
             and not self._follows_key(got)
         ):
-            return Verdict("wrong", "five keys give the same")
+            return Verdict("wrong", "five keys give equal results")
         return verdict
 
     def _follows_key(self, got: Any) -> bool:
-        """Whether a result of JAX's generator depends on its key, which is all that can be
-        compared of it."""
+        """Whether a random result depends on JAX's key, its only comparable property."""
         first = [np.asarray(y).tobytes() for y in got]
         for n in range(4):
             ys = self._made(jnp.array((n, n), jnp.uint32))(*self.values)
@@ -183,7 +180,7 @@ class Checks:
         )
 
     def _check_again(self) -> Verdict:
-        """The call and torch itself give the same as before, and no fake tensor is left."""
+        """Check that a second call and torch itself give equal results, without fake tensors."""
         if _get_current_dispatch_mode() is not None or detect_fake_mode() is not None:
             return Verdict("fake", "a dispatch mode is still active")
         leaves = [y for y in (torch.ones(2) + 1, *self._plainly()) if isinstance(y, Tensor)]
@@ -200,7 +197,7 @@ class Checks:
                 return Verdict("wrong", f"torch itself, called afterwards: {verdict.detail}")
         return self._check_value()
 
-    # Their parts ----------------------------------------------------------------------------------
+    # Helpers of the checks ------------------------------------------------------------------------
 
     def _compare(
         self, work: Callable[[], Any], answer: Answer, other: Answer | None = None
@@ -211,7 +208,7 @@ class Checks:
     def _judge(
         self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None
     ) -> Verdict:
-        if not isinstance(got, Refusal):  # XLA runs it later: its errors come with its values
+        if not isinstance(got, Refusal):  # XLA runs asynchronously: errors come with the values
             got = attempt(lambda: [np.asarray(x) for x in got])
         if isinstance(got, Refusal) and isinstance(got.error, CallerError) and self._has_no_type():
             return Verdict("no type", one_line(got.error))
@@ -240,7 +237,7 @@ class Checks:
         return verdict
 
     def _has_no_type(self) -> bool:
-        """Whether a result of torch is of no type that JAX has here."""
+        """Whether JAX lacks the type of one of torch's results."""
         if isinstance(self._value, Refusal):
             return isinstance(self._value.error, NoType)
         leaves = self._plainly()

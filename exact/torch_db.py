@@ -22,13 +22,13 @@ from torch.testing._internal.common_modules import module_db
 
 from exact.cases import MODULE_KINDS, OPERATOR_KINDS, Entry
 
-# The database seeds random operators within their call; here the caller's key does.
+# The database seeds random operators within the call; here the caller's key seeds instead.
 _seeding: Any = common_methods_invocations
 _seeding.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
 _OPERATORS = {op.full_name: op for op in op_db}
 assert len(_OPERATORS) == len(op_db)
 _MODULES = {info.name.removeprefix("nn."): info for info in module_db}
-# Operators whose result is memory that nothing was written to: only its type can be compared.
+# Operators with uninitialised results: only the type can be compared.
 UNDEFINED = {
     "empty",
     "empty_like",
@@ -41,11 +41,11 @@ UNDEFINED = {
 
 @dataclass(frozen=True)
 class Subject:
-    """What is called, and with which tensors.
+    """A callable and its input tensors.
 
-    target: a function or an nn.Module of the inputs, positional; its result is any pytree.
-    wrt: positions of the inputs that are differentiated.
-    draws: whether it draws random numbers; None: to be found out.
+    target: a function or an nn.Module of the positional inputs; the result is any pytree.
+    wrt: positions of the differentiated inputs.
+    draws: whether the target samples random numbers; None if unknown.
     """
 
     target: Callable[..., Any]
@@ -59,11 +59,11 @@ class Subject:
 
 
 class Unusable(Exception):
-    """A sample that no JAX program can pass: the message says why."""
+    """A sample that no JAX program can pass; the message has the reason."""
 
 
 def entries(database: str, dtypes: Sequence[str]) -> Iterator[Entry]:
-    """Yield the entries that torch has in these dtypes."""
+    """Yield torch's entries in these dtypes."""
     if database == "op":
         for name, op in _OPERATORS.items():
             for dtype in dtypes:
@@ -81,9 +81,9 @@ def entries(database: str, dtypes: Sequence[str]) -> Iterator[Entry]:
 
 
 def samples(entry: Entry, seed: int | None = None) -> list[Any]:
-    """Return an entry's samples; the same in every process.
+    """Return an entry's samples, equal in every process.
 
-    seed: of other values in the same shapes, for batches.
+    seed: for other values in the same shapes, for batches.
     """
     return _samples(
         entry.database,
@@ -98,7 +98,7 @@ def subject_of_sample(entry: Entry, index: int) -> Subject:
     """Return a sample as a function and its inputs.
 
     Raises:
-      Unusable: an input is no strided tensor.
+      Unusable: an input is not a strided tensor.
     """
     sample = samples(entry)[index]
     return (
@@ -109,8 +109,7 @@ def subject_of_sample(entry: Entry, index: int) -> Subject:
 
 
 def batch_of_sample(entry: Entry, index: int) -> list[Tensor]:
-    """Return the sample's inputs stacked with other values of the same types, or with
-    themselves."""
+    """Return the sample's inputs, each stacked with another value of its type or with itself."""
     one = subject_of_sample(entry, index).inputs
     try:
         two = subject_inputs(samples(entry, entry.seed + 1)[index], entry)
@@ -163,8 +162,7 @@ def _operator_subject(sample: Any, entry: Entry) -> Subject:
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs = [_plain(leaves[i]) for i in slots]
     wrt = [n for n, i in enumerate(slots) if leaves[i].requires_grad]
-    # As torch's own gradcheck does: matrices made symmetric, only such results as do not depend on
-    # a choice of signs.
+    # As in torch's gradcheck: symmetric matrices, and only results without an arbitrary sign.
     process = sample.output_process_fn_grad
 
     def target(*tensors: Tensor) -> Any:
@@ -181,7 +179,7 @@ def _operator_subject(sample: Any, entry: Entry) -> Subject:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Return a tensor's values as a contiguous one without history."""
+    """Return a contiguous copy of a tensor without autograd history."""
     if (
         tensor.layout is not torch.strided
         or tensor.is_quantized
@@ -197,13 +195,12 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _as_declared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return integers in the sample's type: JAX without x64 has one width of them, and torch
-    gets the other."""
+    """Return integers in the sample's type, since without x64 JAX passes them in another width."""
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(dtype)
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Return the same values, differentiable, as every other element of twice the memory."""
+    """Return equal values, differentiable, as every second element of twice the memory."""
     return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0] if tensor.ndim else tensor
 
 
@@ -211,7 +208,7 @@ def _strided(tensor: Tensor) -> Tensor:
 
 
 class _Applied(nn.Module):
-    """A module as a function of the tensors among its arguments, the others being constants."""
+    """A module as a function of its tensor arguments; the other arguments are constants."""
 
     def __init__(
         self, module: nn.Module, leaves: Sequence[Any], slots: Sequence[int], structure: Any
@@ -247,8 +244,7 @@ def _module_subject(sample: Any, entry: Entry) -> Subject:
 
 
 def as_function(target: Callable[..., Any]) -> tuple[Callable[..., Any], list[Tensor]]:
-    """Return a module as a function of its parameters, buffers and inputs, and these parameters
-    and buffers."""
+    """Return a module as a function of (*state, *inputs), and its state: parameters and buffers."""
     if not isinstance(target, nn.Module):
         return target, []
     names, values = [], []

@@ -1,4 +1,4 @@
-"""What torch itself makes of a subject: value, derivatives, batches, by autograd and a loop.
+"""torch's own answers for a subject: value, derivatives and batches, by autograd and a loop.
 
 Never imports jax.
 """
@@ -20,16 +20,16 @@ Function = Callable[..., Any]
 
 
 class NoType(TypeError):
-    """A result has a type that neither numpy nor JAX has."""
+    """A result has a type that numpy and JAX lack."""
 
 
 class Reference:
     """torch's answers for one function of flat tensors.
 
     Args:
-      wrt: positions of the inputs that are differentiated.
-      key: two uint32 words that seed each run, as the bridge seeds a call with a key; None: it
-        draws nothing.
+      wrt: positions of the differentiated inputs.
+      key: two uint32 words that seed each run, as in the bridge; None if the function samples no
+        random numbers.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Reference:
         self._function = function
 
     def run(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the leaves of the result that are tensors or numbers."""
+        """Return the result's leaves that are tensors or numbers."""
         if self.key is not None:
             seed_by_key(torch.tensor(self.key, dtype=torch.uint32))
         leaves = pytree.tree_leaves(self._function(*tensors))
@@ -60,15 +60,16 @@ class Reference:
         return arrays([torch.stack(leaves) for leaves in zip(*rows, strict=True)])
 
     def gradient(self, outputs: Sequence[int], cotangents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Return the cotangents of the differentiated inputs, in JAX's convention for complex
-        numbers."""
+        """Return the cotangents of the differentiated inputs, in JAX's complex convention."""
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         return arrays([g.conj() for g in _grad(ys, xs, [c.conj() for c in cotangents])])
 
     def tangents(self, outputs: Sequence[int], tangents: Sequence[Tensor]) -> list[np.ndarray]:
-        """Return the outputs' tangents: by forward mode, or where an operator has none, by two
-        backward passes."""
+        """Return the outputs' tangents by forward mode.
+
+        If an operator lacks forward mode, use two backward passes.
+        """
         xs = self._primals()
 
         def function(*xs: Tensor) -> tuple[Tensor, ...]:
@@ -82,15 +83,16 @@ class Reference:
     def curvature(
         self, outputs: Sequence[int], weights: Sequence[Tensor], tangents: Sequence[Tensor]
     ) -> list[np.ndarray]:
-        """Return the Hessian of sum(real(conj(weights) * outputs)) times the tangents, in JAX's
-        convention."""
+        """Return the Hessian of sum(real(conj(weights) * outputs)) times the tangents.
+
+        Complex numbers follow JAX's convention.
+        """
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         gradients = _grad([_weighed(ys, weights)], xs, None, create_graph=True)
         return arrays([g.conj() for g in _grad([_weighed(gradients, tangents)], xs, None)])
 
-    # torch's other routes to the same values; where they differ from those above, torch contradicts
-    # itself.
+    # torch's other routes to the same values. If the routes differ, torch contradicts itself.
 
     def batched_by_vmap(self, batch: Sequence[Tensor]) -> list[np.ndarray]:
         with torch.no_grad():
@@ -116,8 +118,10 @@ class Reference:
     def spread(
         self, answer: Callable[["Reference"], Any], eps: float, rng: np.random.RandomState
     ) -> list[Any]:
-        """Return by how much each leaf of an answer moves when the inputs move by an eps, or
-        None where it cannot."""
+        """Return the change of each leaf of an answer under a change of the inputs by an eps.
+
+        A leaf is None if its change is undefined.
+        """
         base = attempt(lambda: answer(self))
         if isinstance(base, Refusal):
             return []
@@ -152,7 +156,7 @@ class Reference:
     def _restricted(self, xs: Sequence[Tensor], outputs: Sequence[int]) -> list[Tensor]:
         values = _fresh(self.inputs)
         for i, x in zip(self.wrt, xs, strict=True):
-            values[i] = x.clone()  # a function may write into its inputs, but not into leaves
+            values[i] = x.clone()  # a function may write to its inputs, but not to autograd leaves
         ys = self.run(*values)
         return [ys[i] for i in outputs]
 
@@ -217,7 +221,7 @@ def _weighed(ys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 def _grad(
     ys: Sequence[Tensor], xs: Sequence[Tensor], cotangents: Any, *, create_graph: bool = False
 ) -> list[Tensor]:
-    """Return gradients, zeros where nothing depends on an input."""
+    """Return gradients, with zeros for inputs without effect."""
     pairs = [
         (y, None if cotangents is None else cotangents[i])
         for i, y in enumerate(ys)

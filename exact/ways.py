@@ -20,13 +20,11 @@ from exact import ROOT
 from exact.cases import Entry
 from exact.torch_db import Subject
 
-# Exceptions that are a refusal in plain words. JAX's own are what jit says of Python code that
-# looks at values.
+# The exceptions that count as a refusal. jit raises JAX's own for Python code that reads values.
 TYPED = (BridgeError, NotImplementedError)
 TRACED_TYPED = (*TYPED, jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
 
-# A function of flat arrays (parameters, buffers, then inputs) and a key or None, which returns a
-# list of leaves.
+# A function of flat arrays (parameters, buffers, then inputs) that returns a list of leaves.
 Function = Callable[..., list[Any]]
 
 
@@ -52,9 +50,8 @@ class Traced:
     def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
         traced = trace_torch(subject.target)
         if isinstance(subject.target, nn.Module):
-            names = [
-                name for name, _ in subject.target.named_parameters()
-            ]  # in the order of the values
+            # Parameters, then buffers, in the order of the values.
+            names = [name for name, _ in subject.target.named_parameters()]
             buffers = [name for name, _ in subject.target.named_buffers()]
 
             def module(*values: Any) -> list[Any]:
@@ -69,8 +66,7 @@ class Traced:
 
 
 class Worker:
-    """Two workers: one with the function that runs any operator's sample by its name, one with
-    the modules."""
+    """Two workers: one with a function for any operator's sample, one with the modules."""
 
     name = "worker"
     typed = TYPED
