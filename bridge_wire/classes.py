@@ -185,7 +185,8 @@ class _Origins:
                 f"a {record.returned!r} cannot be rebuilt: {node.builder}; pass its parts as a dict"
                 " or tuple"
             )
-        return node.builder
+        builder: Callable[[Sequence[Any]], Any] = node.builder
+        return builder
 
     def refuse_without_origin(self, kind: str, name: str, fields: tuple[str, ...]) -> None:
         """Raise StructureError for an older peer's record that may be a class sent from here."""

@@ -3,6 +3,7 @@
 A complex array is the list of its real and imaginary parts in turn.
 """
 
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -122,4 +123,4 @@ def dot(spec: Spec, left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def norm(values: Sequence[float]) -> float:
-    return sum(value * value for value in values) ** 0.5
+    return math.sqrt(sum(value * value for value in values))

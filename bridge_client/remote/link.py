@@ -139,7 +139,8 @@ class Link:
                 for event in self._stub.Prepare(request, timeout=timeout_s):
                     kind = event.WhichOneof("kind")
                     if kind == "prepared":
-                        return event.prepared
+                        prepared: pb.Prepared = event.prepared
+                        return prepared
                     if kind == "error":
                         raise decode(event.error)
                     phase = progress.phase = event.progress.phase

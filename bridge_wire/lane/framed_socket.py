@@ -147,7 +147,8 @@ class FramedSocket:
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
-        return _CREDENTIALS.unpack(credentials)[1]
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        return int(uid)
 
     def has_ended(self) -> bool:
         """Whether the peer has closed its end; what it still says is dropped. Never blocks."""

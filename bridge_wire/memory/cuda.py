@@ -245,7 +245,8 @@ class Device:
         Raises:
           OutOfMemory: the device has no such room.
         """
-        return self._do(self._runtime.malloc, nbytes)
+        pointer: int = self._do(self._runtime.malloc, nbytes)
+        return pointer
 
     def free(self, pointer: int) -> None:
         """Give memory back. What is still on its way to or from it is waited for."""
@@ -253,7 +254,8 @@ class Device:
 
     def handle_of(self, pointer: int) -> bytes:
         """Return the handle by which another process opens an allocation."""
-        return self._do(self._runtime.ipcGetMemHandle, pointer)
+        handle: bytes = self._do(self._runtime.ipcGetMemHandle, pointer)
+        return handle
 
     def open(self, handle: bytes, nbytes: int) -> int:
         """Map another process's allocation of at least so many bytes; `close` must follow.
@@ -286,11 +288,13 @@ class Device:
     def new_event(self, *, is_shared: bool = False) -> int:
         """Return an event; a shared one can be opened by another process."""
         flags = _EVENT_DISABLE_TIMING | (_EVENT_INTERPROCESS if is_shared else 0)
-        return self._do(self._runtime.eventCreateWithFlags, flags)
+        event: int = self._do(self._runtime.eventCreateWithFlags, flags)
+        return event
 
     def event_handle_of(self, event: int) -> bytes:
         """Return the handle by which another process opens an event."""
-        return self._do(self._runtime.ipcGetEventHandle, event)
+        handle: bytes = self._do(self._runtime.ipcGetEventHandle, event)
+        return handle
 
     def open_event(self, handle: bytes) -> int:
         """Open another process's event; `destroy_event` must follow.
@@ -319,7 +323,8 @@ class Device:
 
     def new_stream(self) -> int:
         """Return a stream that waits for no other."""
-        return self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
+        stream: int = self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
+        return stream
 
     def new_urgent_stream(self) -> int:
         """Return a stream that no other one's work delays: those of high priority have hardware

@@ -101,7 +101,7 @@ class GpuPool(Pool):
         block.address = address
         block.pointer = pointer
         block._returns_to = returns_to
-        return block
+        return block  # type: ignore[no-any-return]
 
     def lease_words(self, stream: int) -> Block:
         """Return a block for the words of a lane, to be cleared on a stream. It is no tensor's, and

@@ -90,7 +90,7 @@ def block_at(pointer: int, nbytes: int, returns_to: Returned) -> Block:
     block = _class_of(nbytes)[0].from_address(pointer)
     block.address = block.pointer = pointer
     block._returns_to = returns_to
-    return block
+    return block  # type: ignore[no-any-return]
 
 
 class _Extent(NamedTuple):
@@ -156,7 +156,7 @@ class Pool:
         block.address = address
         block.pointer = pointer
         block._returns_to = returns_to
-        return block
+        return block  # type: ignore[no-any-return]
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
         """Return the address of memory of this process that lies in a slab, aligned as a block
