@@ -201,7 +201,7 @@ def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[s
                 value = value()
         model = runtime.adapt(target.name, value)
         shardings = targets.shardings_beside(target)
-        models[target.name] = runtime.spread(model, shardings) if shardings else model
+        models[target.name] = runtime.shard(model, shardings) if shardings else model
     return models
 
 

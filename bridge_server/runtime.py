@@ -148,7 +148,7 @@ class Runtime(ABC):
           TargetError: this framework cannot serve the target.
         """
 
-    def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
+    def shard(self, model: Model, shardings: Mapping[str, Any]) -> Model:
         """Return the model with its arrays sharded over several devices.
 
         Raises:
@@ -193,7 +193,7 @@ class Runtime(ABC):
     ) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
 
-    def apart(self) -> AbstractContextManager[object]:
+    def isolated(self) -> AbstractContextManager[object]:
         """Return the context that hides the settings of the user's thread from models."""
         return _NOTHING
 

@@ -118,7 +118,7 @@ class InprocSession(Session):
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         self._refuse_time_limit(program, timeout_s)
-        with self._runtime.apart():
+        with self._runtime.isolated():
             self._prepared(program)
         return program
 
@@ -144,7 +144,7 @@ class InprocSession(Session):
 
     def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
         self._refuse_if_closed()
-        with self._runtime.apart():
+        with self._runtime.isolated():
             era = self._eras[self._runtime.has_x64()]
             return [tuple(shape.sizes) for shape in era.programs.shapes(shapes_of(call, inputs))]
 
@@ -231,7 +231,7 @@ class InprocSession(Session):
 
     def _run(self, run: Run) -> Any:
         self._refuse_time_limit(run.program, run.timeout_s)
-        with self._runtime.apart():
+        with self._runtime.isolated():
             if run.stream is None:
                 blocks = self._run_on_host(run)
             else:

@@ -65,7 +65,7 @@ class Layout:
         """Return the context for traces, in which models may name the axes of the mesh."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
+    def shard(self, model: Model, shardings: Mapping[str, Any]) -> Model:
         """Return the model with its shardings, and with its own parameters sharded.
 
         Raises:

@@ -87,8 +87,8 @@ class JaxRuntime(Runtime):
     def adapt(self, name: str, target: Any) -> Model:
         return self._layout.holding(adapt(name, target, x64=has_x64()))
 
-    def spread(self, model: Model, shardings: Mapping[str, Any]) -> Model:
-        return self._layout.spread(model, shardings)
+    def shard(self, model: Model, shardings: Mapping[str, Any]) -> Model:
+        return self._layout.shard(model, shardings)
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
         inputs = decode_all(call.inputs)
@@ -268,7 +268,7 @@ class JaxRuntime(Runtime):
                 value, is_array_like, self._classes, expand=expand, root="the result"
             )
             trees_found.append(tree)
-            return [as_output(leaf, i) for i, leaf in enumerate(outputs)] + buffers
+            return [*(as_output(leaf, i) for i, leaf in enumerate(outputs)), *buffers]
 
         return f
 

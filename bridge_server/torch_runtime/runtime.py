@@ -127,7 +127,7 @@ class TorchRuntime(Runtime):
         yield "tracing"
         return program.pullback(wrt, outputs, self._to_device())
 
-    def apart(self) -> AbstractContextManager[object]:
+    def isolated(self) -> AbstractContextManager[object]:
         return without_callers_modes()
 
     def gpu(self) -> Gpu | None:
