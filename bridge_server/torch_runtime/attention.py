@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import nn
 from torch.backends import cuda, mha  # for every device, in spite of the name
 
-from bridge_server.switches import Switch
+from bridge_server.process_settings import Switch
 
 _Setting = tuple[Callable[[], bool], Callable[[bool], object]]
 _FUSED: Sequence[_Setting] = (

@@ -23,7 +23,7 @@ from torchax.tensor import Environment, OperatorNotFound, XLADispatchMode
 from torchax.tensor import Tensor as TracedTensor
 
 from bridge_server.jax_runtime.types import has_x64
-from bridge_server.switches import Switch
+from bridge_server.process_settings import Switch
 from bridge_server.torch_via_xla import derivatives, indexing, lowerings, mutations, norms
 from bridge_server.torch_via_xla.aliases import (
     Place,
