@@ -58,7 +58,7 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
     keys = ["the key"] if call.rngs else []
     names = own + keys + trees.argument_paths(call.arguments)
     if len(names) != len(inputs):
-        raise ProtocolError(f"a call has {len(names)} array leaves and {len(inputs)} specs")
+        raise ProtocolError(f"a call with {len(names)} array leaves came with {len(inputs)} specs")
     if not x64:
         _check_width(names, inputs)
     if call.parameters:

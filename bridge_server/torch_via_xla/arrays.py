@@ -94,7 +94,8 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
             )
         if copy and not is_copy:
             importable = importable.clone()
-        return jax.dlpack.from_dlpack(importable)
+        array: jax.Array = jax.dlpack.from_dlpack(importable)
+        return array
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, CopyNeeded | DTypeError):
             raise

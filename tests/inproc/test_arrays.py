@@ -195,7 +195,7 @@ def test_a_gradient_is_not_lost_in_silence() -> None:
         (lambda: torch.eye(2).to_sparse(), "sparse"),
         (lambda: torch.zeros(2, device="meta"), "no memory"),
         (lambda: torch.zeros(2, dtype=torch.complex32), "complex32"),
-        (lambda: FakeTensorMode().from_tensor(torch.zeros(2)), "traces"),
+        (lambda: FakeTensorMode().from_tensor(torch.zeros(2)), "is tracing"),
     ],
     ids=["sparse", "meta", "half complex", "fake"],
 )

@@ -92,7 +92,7 @@ def test_statistics_of_a_pair_are_named(caplog: pytest.LogCaptureFixture) -> Non
     them."""
     variables = {"params": {"w": W}, "batch_stats": {"mean": W}}
     (line,) = logged(caplog, jax_model={"m": (lambda v, x: x, variables)})
-    assert "['batch_stats'] are trained like parameters" in line
+    assert "collections ['batch_stats'] like parameters" in line
     caplog.clear()
     assert not logged(caplog, jax_model={"m": (lambda v, x: x, {"params": {"w": W}})})
     assert not logged(caplog, jax_model={"m": (lambda v, x: x, {"w": W, "b": W})})
