@@ -48,7 +48,8 @@ def is_models(error: BaseException) -> bool:
 
 def remote(error: BaseException, where: str) -> BridgeError:
     """Return the error that reports a model's exception and its place to a client."""
-    kind, text = type(error), text_of(error)
+    kind = type(error)
+    text = text_of(error)
     if _is_out_of_memory(error):
         return OutOfMemory(
             f"the worker has no memory left for this: {kind.__name__}: {text}\n(in {where})"

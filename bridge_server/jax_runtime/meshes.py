@@ -128,7 +128,8 @@ def _run_on(device: jax.Device, run: Callable[..., Any], own: Any, *arrays: Any)
 
 
 def _mesh(axes: Mapping[str, int]) -> Mesh:
-    needed, devices = math.prod(axes.values()), jax.devices()
+    needed = math.prod(axes.values())
+    devices = jax.devices()
     if needed > len(devices):
         mesh = ",".join(f"{name}={size}" for name, size in axes.items())
         raise CallerError(

@@ -174,7 +174,8 @@ def _parts_of(target: Any) -> Parts | None:
         return _traced_module_parts(target)
     if isinstance(target, traced.TracedFunction):
         return _traced_function_parts(target)
-    linen, nnx = _imported("flax.linen"), _imported("flax.nnx")
+    linen = _imported("flax.linen")
+    nnx = _imported("flax.nnx")
     equinox = _imported("equinox")
     if type(target) is tuple and len(target) == 2:
         return _pair_parts_of(*target)
@@ -190,7 +191,8 @@ def _parts_of(target: Any) -> Parts | None:
 
 
 def _pair_parts_of(target: Any, state: Any) -> Parts | None:
-    haiku, equinox = _imported("haiku"), _imported("equinox")
+    haiku = _imported("haiku")
+    equinox = _imported("equinox")
     if isinstance(target, haiku.Transformed):
         return _haiku_parts(target, state)
     if isinstance(target, haiku.TransformedWithState):
@@ -300,7 +302,8 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
 
 def _rng_streams_read(nnx: Any, before: Any, after: Any, run: Callable[[Any], Any]) -> set[str]:
     """Return the tags of the random streams that the result of a call depends on."""
-    flat, later = dict(nnx.to_flat_state(before)), dict(nnx.to_flat_state(after))
+    flat = dict(nnx.to_flat_state(before))
+    later = dict(nnx.to_flat_state(after))
     counts = {path: count for path, count in flat.items() if isinstance(count, nnx.RngCount)}
     if all(_leaf(later[path]) is _leaf(count) for path, count in counts.items()):
         return set()

@@ -240,7 +240,9 @@ class JaxRuntime(Runtime):
         if not call.transforms and not call.HasField("keep"):
             return error
         keep = call.keep if call.HasField("keep") else None
-        f, bound, inputs = self._flat(model, call, []), _bound(model, call), decode_all(call.inputs)
+        f = self._flat(model, call, [])
+        bound = _bound(model, call)
+        inputs = decode_all(call.inputs)
         with self._layout.context():
             advice = for_call(f, bound, inputs, call.transforms, keep)
         return error.with_advice(advice) if advice else error

@@ -69,7 +69,8 @@ def _jvp(f: Flat, count: int, transform: pb.Transform.Jvp) -> Flat:
 def _vmap(
     f: Flat, inputs: tuple[Spec, ...], transform: pb.Transform.Vmap
 ) -> tuple[Flat, tuple[Spec, ...]]:
-    mapped, size = batched(inputs, transform), transform.size
+    mapped = batched(inputs, transform)
+    size = transform.size
     in_axes = tuple(None if axis < 0 else axis for axis in transform.axes)
 
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
@@ -85,7 +86,8 @@ def _restricted(
     transform: pb.Transform.Vjp | pb.Transform.Jvp,
 ) -> tuple[Callable[..., list[Any]], list[Any]]:
     """Return `f` from the inputs `wrt` alone to the selected outputs alone, and these inputs."""
-    wrt, selected = tuple(transform.wrt), tuple(transform.outputs)
+    wrt = tuple(transform.wrt)
+    selected = tuple(transform.outputs)
 
     def restricted(*primals: Any) -> list[Any]:
         outputs = f(bound, *replaced(xs, wrt, primals))

@@ -27,9 +27,13 @@ from bridge_wire.errors import CallerError
 _log = logging.getLogger(__name__)
 
 
-Called = Callable[
-    [Sequence[Tensor] | None, Sequence[Any], Mapping[str, Any]], tuple[Any, Sequence[Tensor]]
-]
+# One tensor per parameter and buffer; None for the model's own.
+Values = Sequence[Tensor] | None
+Args = Sequence[Any]
+Kwargs = Mapping[str, Any]
+# The result, and the state after the call.
+Outcome = tuple[Any, Sequence[Tensor]]
+Called = Callable[[Values, Args, Kwargs], Outcome]
 
 
 class Code(ABC):
@@ -41,9 +45,7 @@ class Code(ABC):
         # time.
         self._turns: threading.RLock | None = None
 
-    def __call__(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def __call__(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         """Return the result, and the state after the call; values None are the model's own."""
         if self._turns is None:
             return self._called(values, args, kwargs)
@@ -55,9 +57,7 @@ class Code(ABC):
                 before.restore_tensors()
 
     @abstractmethod
-    def _called(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]: ...
+    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome: ...
 
     def isolated(self) -> Called:
         """Return the callable for calls that may leave fake tensors in the model's attributes."""
@@ -90,9 +90,7 @@ class Code(ABC):
 class CodeOfFunction(Code):
     """A function without state."""
 
-    def _called(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         return self._target(*args, **kwargs), ()
 
 
@@ -104,9 +102,7 @@ class CodeOfPair(Code):
         self._structure = structure
         self._own = own
 
-    def _called(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         state = list(self._own if values is None else values)
         return self._target(pytree.tree_unflatten(state, self._structure), *args, **kwargs), state
 
@@ -133,9 +129,7 @@ class CodeOfModule(Code):
             _log.warning("%s cannot be copied, so it serves one call at a time: %s", name, error)
             self._one_at_a_time = threading.RLock()
 
-    def _called(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         if self._one_at_a_time is not None:
             with self._one_at_a_time:
                 if values is None:
@@ -205,9 +199,7 @@ class _Refillable:
         # Then the module keeps that call's values, and lives as long as the graph (or exception).
         self.is_held = False
 
-    def call(
-        self, values: Sequence[Tensor] | None, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def call(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         """Call the module with these values, or with its own.
 
         Afterwards, restore its state; if a graph holds the module, keep the values.
@@ -226,9 +218,7 @@ class _Refillable:
             if self.is_held and values is not None:
                 self._fill(values)
 
-    def call_alone(
-        self, values: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Sequence[Tensor]]:
+    def call_alone(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Outcome:
         """Call the module with these values.
 
         Raises:

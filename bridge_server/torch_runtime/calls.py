@@ -70,7 +70,8 @@ class Call:
         self.draws_by_layout = traced.draws_by_layout
         self.has_fast_path = traced.has_fast_path
         self._needs_grad = traced.needs_grad
-        written, count = self._written(traced), len(model.values)
+        written = self._written(traced)
+        count = len(model.values)
         self._written_state = [i for i in written if i < count]
         self._written_leaves = [i - count for i in written if i >= count]
 
@@ -119,7 +120,8 @@ class Call:
             dtypes = [each.dtype for each in state]
         else:  # the caller may have cast them
             dtypes = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]
-        inputs, snapshot = self.inputs[self.leaves :], self._model.apply.python_state
+        inputs = self.inputs[self.leaves :]
+        snapshot = self._model.apply.python_state
         return Trial(self._isolated, state, dtypes, inputs, self.device, self.where, snapshot)
 
     def _refuse_unregistered_uses(self, traced: Traced) -> None:
@@ -133,7 +135,8 @@ class Call:
     def _written(self, traced: Traced) -> set[int]:
         """Return the positions to copy before each call, among the state and then the leaves."""
         written = set(traced.written)
-        parameters, leaves = self._model.parameters, self.inputs[self.leaves :]
+        parameters = self._model.parameters
+        leaves = self.inputs[self.leaves :]
         if not traced.is_fake:
             # Other values may take another branch. Weights can be large, and no known model changes
             # only weights.

@@ -74,7 +74,7 @@ def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _edge(output: Any) -> GradientEdge | None:
+def _edge(output: Tensor | GradientEdge | None) -> GradientEdge | None:
     if not isinstance(output, Tensor):
         return output
     return get_gradient_edge(output) if output.requires_grad else None

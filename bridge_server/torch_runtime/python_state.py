@@ -185,12 +185,14 @@ class _Dict(_Contents):
 class _Collection(_Contents):
     """A list, deque or set."""
 
+    live: Iterable[Any]
+
     def __init__(self, container: Any) -> None:
         self._container = self.live = container
         self.values = list(container)
 
     def now(self) -> Iterable[Any]:
-        return self._container
+        return self.live
 
     def restore(self) -> None:
         self._container.clear()

@@ -72,9 +72,11 @@ class RowMajorDraws(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             if i < len(args):
-                target, drawn = args[i], drawn_args[i]
+                target = args[i]
+                drawn = drawn_args[i]
             else:
-                target, drawn = kwargs[argument.name], drawn_kwargs[argument.name]
+                target = kwargs[argument.name]
+                drawn = drawn_kwargs[argument.name]
             if drawn is not target:
                 target.copy_(drawn)
                 outputs = target if outputs is drawn else outputs

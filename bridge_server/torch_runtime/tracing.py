@@ -114,7 +114,8 @@ class Trial:
 
     def has_custom_functions(self) -> bool:
         """Return whether derivatives of the call pass an autograd.Function; True if unknown."""
-        before, f = self.snapshot(), self.isolated()
+        before = self.snapshot()
+        f = self.isolated()
         attempt = _Attempt(zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True)
         watch = self._watch(attempt)
         try:
@@ -183,7 +184,8 @@ class Trial:
 
     def _traced(self, attempt: _Attempt) -> Traced:
         """Trace the call, and leave none of its tensors where the next call would find it."""
-        before, f = self.snapshot(), self.isolated()
+        before = self.snapshot()
+        f = self.isolated()
         first = self._watch(attempt)
         second = _Watch(self.state, attempt.most_operators, first.fake)
         try:

@@ -95,10 +95,13 @@ _Selected = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Tensor]]) -> Composed:
-    wrt, selected, count = tuple(transform.wrt), tuple(transform.outputs), len(of.inputs)
+    wrt = tuple(transform.wrt)
+    selected = tuple(transform.outputs)
+    count = len(of.inputs)
 
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
-        xs, cotangents = arrays[:count], arrays[count:]
+        xs = arrays[:count]
+        cotangents = arrays[count:]
         return pull(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], cotangents)
 
     cotangents = tuple(of.outputs[i] for i in selected)
@@ -106,13 +109,16 @@ def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Ten
 
 
 def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Tensor]]) -> Composed:
-    wrt, selected, count = tuple(transform.wrt), tuple(transform.outputs), len(of.inputs)
+    wrt = tuple(transform.wrt)
+    selected = tuple(transform.outputs)
+    count = len(of.inputs)
 
     outputs = tuple(of.outputs[i] for i in selected)
     dtypes = [TORCH_DTYPES[spec.dtype] for spec in outputs]
 
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
-        xs, tangents = arrays[:count], arrays[count:]
+        xs = arrays[:count]
+        tangents = arrays[count:]
         pushed = push(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents)
         # torch.func.jvp of a float32 scalar and a Python number returns a float64 tangent.
         return [tangent.to(dtype) for tangent, dtype in zip(pushed, dtypes, strict=True)]
@@ -127,7 +133,8 @@ def _vmap(
     inputs: tuple[Spec, ...],
     batch: Callable[..., list[Tensor]],
 ) -> Composed:
-    axes, size = tuple(transform.axes), transform.size
+    axes = tuple(transform.axes)
+    size = transform.size
     mapped = tuple(i for i, axis in enumerate(axes) if axis >= 0)
     outputs = tuple(spec._replace(shape=(size, *spec.shape)) for spec in of.outputs)
     for spec in outputs:

@@ -61,7 +61,7 @@ def number_at(pointer: int, spec: Spec) -> int | float | complex:
 def tensor_at(pointer: int, spec: Spec, owner: Any) -> Tensor:
     """Return a tensor over memory that `owner` keeps alive."""
     if 0 in spec.shape:
-        return zeros(spec)
+        return _empty(spec)
     return torch.utils.dlpack.from_dlpack(Exporter(pointer, spec, owner))
 
 
@@ -71,9 +71,13 @@ def tensor_in_turn(pointer: int, spec: Spec, owner: Any, turn: Turn) -> Tensor:
     The turn's stream, which is torch's, waits for the memory.
     """
     if 0 in spec.shape:
-        return zeros(spec)
+        return _empty(spec)
     exporter = DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order)
     return torch.utils.dlpack.from_dlpack(exporter)
+
+
+def _empty(spec: Spec) -> Tensor:
+    return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype])
 
 
 def _in_order(stream: int | None) -> None:

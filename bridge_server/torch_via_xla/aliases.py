@@ -294,7 +294,8 @@ def _view_as_complex(x: Tensor) -> View:
 
 
 def _view_as_dtype(x: Tensor, dtype: torch.dtype) -> View:
-    new, old = jax_dtype(dtype), jax_dtype(x.dtype)
+    new = jax_dtype(dtype)
+    old = jax_dtype(x.dtype)
     return View(lambda x: x.view(new), lambda x, value: value.view(old))
 
 

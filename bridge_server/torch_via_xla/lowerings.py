@@ -96,7 +96,8 @@ def _inverted(a: Any, inverse: Any) -> Any:
 def _inverted_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     a, inverse = primals
     p = _inverted(a, inverse)
-    slope, p_adjoint = _adjoint(tangents[0]), _adjoint(p)
+    slope = _adjoint(tangents[0])
+    p_adjoint = _adjoint(p)
     k = p_adjoint @ slope
     within = k - _adjoint(k) - k @ (a @ p)
     beyond = slope - p @ (a @ slope)
@@ -194,7 +195,8 @@ def _max_unpool(
     Of several values at a position one remains, and all have its derivative.
     """
     lead = x.shape[: -len(output_size)]
-    values, positions = x.reshape(*lead, -1), indices.reshape(*lead, -1)
+    values = x.reshape(*lead, -1)
+    positions = indices.reshape(*lead, -1)
     empty = jnp.zeros((*lead, int(np.prod(output_size))), x.dtype)
     constants = jax.lax.stop_gradient(values)
     last = jnp.put_along_axis(empty, positions, constants, -1, inplace=False)
@@ -205,7 +207,8 @@ def _max_unpool(
 
 def _adaptive_max_pool(x: Any, output_size: Sequence[int]) -> tuple[Any, Any]:
     spatial = len(output_size)
-    lead, sizes = x.shape[:-spatial], x.shape[-spatial:]
+    lead = x.shape[:-spatial]
+    sizes = x.shape[-spatial:]
     windows, masks = zip(*map(_windows, sizes, output_size), strict=True)
     places = np.broadcast_arrays(*_spread(windows))
     flat = np.ravel_multi_index(places, sizes).reshape(*output_size, -1)
