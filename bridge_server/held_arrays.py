@@ -33,17 +33,27 @@ def arrays_held(target: Any, is_array: Callable[[Any], bool]) -> list[str]:
 
 
 def warn_of_held_arrays(
-    log: logging.Logger, model: str, function: Any, is_array: Callable[[Any], bool], remedy: str
+    log: logging.Logger,
+    model: str,
+    function: Any,
+    is_array: Callable[[Any], bool],
+    *,
+    noun: str,
+    remedy: str,
 ) -> None:
-    """Log the arrays of a function that look like parameters and cannot be trained."""
+    """Log the arrays of a function that look like parameters and cannot be trained.
+
+    `noun` is the framework's word for arrays.
+    """
     paths = arrays_held(function, is_array)
     if paths:
         shown = ", ".join(paths[:_MOST_SHOWN]) + (", ..." if len(paths) > _MOST_SHOWN else "")
         log.warning(
-            "model %r is served without parameters, but holds %d arrays (%s): they are constants,"
+            "model %r is served without parameters, but holds %d %s (%s): they are constants,"
             " which no client can train; to train them, %s",
             model,
             len(paths),
+            noun,
             shown,
             remedy,
         )

@@ -121,7 +121,7 @@ def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
             "serve a pair (apply, params) whose apply(params, *args) uses these arrays, or a flax"
             " or equinox module"
         )
-        warn_of_held_arrays(_log, name, parts.documented, _is_array, remedy)
+        warn_of_held_arrays(_log, name, parts.documented, _is_array, noun="arrays", remedy=remedy)
     elif parts.skips_first and isinstance(parts.state, Mapping) and "params" in parts.state:
         others = sorted(str(key) for key in parts.state if key != "params")
         moving = [key for key in others if any(map(_is_array, jax.tree.leaves(parts.state[key])))]

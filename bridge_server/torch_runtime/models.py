@@ -14,7 +14,7 @@ from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
 
 _log = logging.getLogger(__name__)
-_TRAINABLE = "serve the nn.Module itself, or a pair (function, params)"
+_REMEDY = "serve the nn.Module itself, or a pair (function, params)"
 
 
 class Parts(NamedTuple):
@@ -44,7 +44,7 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
     if callable(target) and not isinstance(target, type):
-        warn_of_held_arrays(_log, name, target, _is_array, _TRAINABLE)
+        warn_of_held_arrays(_log, name, target, _is_array, noun="tensors", remedy=_REMEDY)
         return Parts(CodeOfFunction(target), {}, frozenset(), target)
     return None
 
