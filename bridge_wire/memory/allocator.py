@@ -1,22 +1,21 @@
-"""Which bytes of an address space are free. Pure bookkeeping: no memory is touched here."""
+"""Best-fit allocator of address ranges. Bookkeeping only: the module touches no memory."""
 
-# XLA reads an array in place only where it is aligned to 64 bytes; above a page, pages are kept
-# whole.
+# XLA reads an array in place only at an alignment of 64 bytes. Extents above a page are whole
+# pages.
 ALIGNMENT = 64
 _PAGE = 4096
 
 
 def rounded(nbytes: int) -> int:
-    """Return the size of the extent that serves a request of `nbytes` bytes."""
+    """Return the extent size for a request of `nbytes` bytes."""
     unit = ALIGNMENT if nbytes < _PAGE else _PAGE
     return max(unit, -(-nbytes // unit) * unit)
 
 
 class Allocator:
-    """A best-fit allocator. Neighbours among freed extents are merged when a request does not fit
-    otherwise.
+    """Best-fit allocator. Merges adjacent freed extents only when a request does not fit.
 
-    Sizes are as `rounded` returns them. Not thread-safe.
+    Sizes come from `rounded`. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -24,7 +23,7 @@ class Allocator:
         self._freed: list[tuple[int, int]] = []
 
     def add(self, start: int, size: int) -> None:
-        """Add a range of free addresses, which touches no other range."""
+        """Add a range of free addresses, not adjacent to any other range."""
         self._spans.append((start, size))
         self._spans.sort()
 
@@ -37,7 +36,7 @@ class Allocator:
         return start
 
     def free(self, start: int, size: int) -> None:
-        """Return an extent that `allocate` gave."""
+        """Free an extent returned by `allocate`."""
         self._freed.append((start, size))
 
     @property
@@ -62,7 +61,5 @@ class Allocator:
             if merged and sum(merged[-1]) == start:
                 start, size = merged[-1][0], merged.pop()[1] + size
             merged.append((start, size))
-        self._spans, self._freed = (
-            merged,
-            [],
-        )  # at the end, lest Ctrl-C lose what was not merged yet
+        # Assigned last, so that Ctrl-C cannot lose extents that are not merged yet.
+        self._spans, self._freed = merged, []

@@ -1,9 +1,7 @@
-"""CUDA, as far as the bridge needs it: memory and events that another process can open, streams and
-copies.
+"""Thin layer over CUDA: memory and events for interprocess use, streams, copies.
 
-CuPy carries it; it is imported, and a CUDA context made, when a device is first used. To list the
-devices takes the driver alone. Pointers, events and streams are the integers that CUDA's own
-interfaces take.
+The first use of a device imports CuPy and creates a CUDA context. Listing the devices needs only
+the driver. Pointers, events and streams are plain integers, as in CUDA's own interfaces.
 """
 
 import contextlib
@@ -16,15 +14,15 @@ from bridge_wire.errors import CudaError, OutOfMemory
 
 _T = TypeVar("_T")
 
-HANDLE_BYTES = 64  # of cudaIpcMemHandle_t and cudaIpcEventHandle_t
+HANDLE_BYTES = 64  # size of cudaIpcMemHandle_t and cudaIpcEventHandle_t
 UUID_BYTES = 16
 
 # driver_types.h
 _EVENT_DISABLE_TIMING = 0x02
 _EVENT_INTERPROCESS = 0x04
-_LAZY_PEER_ACCESS = 0x01  # cudaIpcMemLazyEnablePeerAccess, which opening a handle takes always
+_LAZY_PEER_ACCESS = 0x01  # cudaIpcMemLazyEnablePeerAccess, required to open a handle
 _STREAM_NON_BLOCKING = 0x01
-_COPY_DEFAULT = 4  # cudaMemcpyDefault: the addresses say where they are
+_COPY_DEFAULT = 4  # cudaMemcpyDefault: CUDA infers the direction from the addresses
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _HAS_WORDS = 122  # CU_DEVICE_ATTRIBUTE_CAN_USE_64_BIT_STREAM_MEM_OPS
@@ -32,8 +30,7 @@ _AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 
 
 class Gpu(NamedTuple):
-    """A device: its number in this process, which CUDA_VISIBLE_DEVICES decides, and what it is
-    called everywhere."""
+    """A GPU: its number in this process (set by CUDA_VISIBLE_DEVICES), global UUID and name."""
 
     ordinal: int
     uuid: bytes
@@ -52,20 +49,20 @@ def label_of(uuid: bytes) -> str:
 
 
 class _Handle(ctypes.Structure):
-    """CUipcMemHandle and CUipcEventHandle, which are passed by value."""
+    """CUipcMemHandle and CUipcEventHandle, passed by value."""
 
     _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
 
 
 class Driver:
-    """CUDA's driver, by ctypes, which releases the GIL during each call: many of them wait for
-    the GPU."""
+    """The CUDA driver through ctypes, which releases the GIL: many driver calls wait for the
+    GPU."""
 
     def __init__(self) -> None:
         """Load the driver.
 
         Raises:
-          CudaError: there is none, or it does not start.
+          CudaError: the driver is missing or does not initialise.
         """
         try:
             self._library = ctypes.CDLL("libcuda.so.1")
@@ -80,13 +77,13 @@ class Driver:
         return tuple(map(self._gpu, range(count.value)))
 
     def version(self) -> str:
-        """Return the newest CUDA that the driver knows, such as "13.0"."""
+        """Return the newest CUDA version that the driver supports, such as "13.0"."""
         version = ctypes.c_int()
         self._call("cuDriverGetVersion", ctypes.byref(version))
         return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
     def size_of(self, pointer: int) -> int:
-        """Return the bytes from a pointer to the end of its allocation. Needs a context."""
+        """Return the number of bytes from a pointer to its allocation's end. Needs a context."""
         base, size = ctypes.c_uint64(), ctypes.c_size_t()
         self._call(
             "cuMemGetAddressRange_v2",
@@ -97,14 +94,13 @@ class Driver:
         return base.value + size.value - pointer
 
     def has_words(self, ordinal: int) -> bool:
-        """Whether streams of a device can write words of 64 bits in its memory, and wait for
-        them."""
+        """Whether a device's streams can write 64-bit words in its memory and wait for them."""
         device, found = ctypes.c_int(), ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), ordinal)
         self._call("cuDeviceGetAttribute", ctypes.byref(found), _HAS_WORDS, device)
         return bool(found.value)
 
-    # All of these need the context of what they are given.
+    # These methods need the context of their handle, pointer or stream.
 
     def map(self, handle: bytes) -> int:
         """Map another process's allocation."""
@@ -118,7 +114,7 @@ class Driver:
         return pointer.value
 
     def unmap(self, pointer: int) -> None:
-        """Unmap another process's allocation, from the context that it was opened in."""
+        """Unmap another process's allocation in the context of its mapping."""
         self._call("cuIpcCloseMemHandle", ctypes.c_uint64(pointer))
 
     def open_event(self, handle: bytes) -> int:
@@ -137,7 +133,7 @@ class Driver:
         return stream.value or 0
 
     def write_word(self, stream: int, pointer: int, value: int) -> None:
-        """Have a stream write a word."""
+        """Enqueue a write of a word."""
         self._call(
             "cuStreamWriteValue64_v2",
             ctypes.c_void_p(stream),
@@ -147,7 +143,7 @@ class Driver:
         )
 
     def wait_for_word(self, stream: int, pointer: int, value: int) -> None:
-        """Have a stream wait until a word has at least this value."""
+        """Enqueue a wait until a word is at least `value`."""
         self._call(
             "cuStreamWaitValue64_v2",
             ctypes.c_void_p(stream),
@@ -156,23 +152,20 @@ class Driver:
             _AT_LEAST,
         )
 
-    # These not by the runtime: torch would take its "not ready" for an error of its own.
+    # Queries use the driver: after the CUDA runtime's "not ready", torch would raise an error.
 
     def has_passed(self, event: int) -> bool:
-        """Whether all that was before the event's last record is done. Never blocks."""
+        """Whether all work before the event's last record is done. Never blocks."""
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == 0)
 
     def is_pending(self, event: int) -> bool:
-        """Whether something before the event's last record is still to be done, as far as is known.
-
-        Never blocks.
-        """
+        """Whether work before the event's last record is known to be unfinished. Never blocks."""
         return bool(self._library.cuEventQuery(ctypes.c_void_p(event)) == _NOT_READY)
 
     def is_busy(self, stream: int) -> bool:
-        """Whether something on a stream has still to be done.
+        """Whether a stream has unfinished work.
 
-        Never blocks. Needs the context of the stream.
+        Never blocks. Needs the stream's context.
         """
         return bool(self._library.cuStreamQuery(ctypes.c_void_p(stream)) == _NOT_READY)
 
@@ -192,7 +185,7 @@ class Driver:
             status = getattr(self._library, name)(*arguments)
         except AttributeError:
             raise CudaError(
-                f"the NVIDIA driver has no {name}: it is older than CUDA 11.7"
+                f"the NVIDIA driver has no {name}; install a driver for CUDA 11.7 or newer"
             ) from None
         if status:
             error = OutOfMemory if status == _OUT_OF_MEMORY else CudaError
@@ -208,16 +201,16 @@ class Driver:
 
 @functools.cache
 def driver() -> Driver:
-    """Return the driver of this process.
+    """Return this process's driver.
 
     Raises:
-      CudaError: there is none, or it does not start.
+      CudaError: the driver is missing or does not initialise.
     """
     return Driver()
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Return the devices that this process may use: none where there is no driver."""
+    """Return the devices that this process may use; empty without a driver."""
     try:
         return driver().gpus()
     except CudaError:
@@ -225,7 +218,7 @@ def gpus() -> tuple[Gpu, ...]:
 
 
 class Device:
-    """One GPU in this process's use. Thread-safe, as CUDA is."""
+    """One GPU used by this process. Thread-safe, like CUDA."""
 
     dlpack_type = 2  # kDLCUDA
 
@@ -236,20 +229,20 @@ class Device:
 
     @property
     def dlpack_device(self) -> tuple[int, int]:
-        """The device as DLPack names it."""
+        """The DLPack device pair: type and number."""
         return self.dlpack_type, self.gpu.ordinal
 
     def allocate(self, nbytes: int) -> int:
-        """Return fresh memory, which another process can open.
+        """Return fresh memory that another process can open.
 
         Raises:
-          OutOfMemory: the device has no such room.
+          OutOfMemory: the device lacks the memory.
         """
         pointer: int = self._do(self._runtime.malloc, nbytes)
         return pointer
 
     def free(self, pointer: int) -> None:
-        """Give memory back. What is still on its way to or from it is waited for."""
+        """Free memory, after all its pending copies."""
         self._do(self._runtime.free, pointer)
 
     def handle_of(self, pointer: int) -> bytes:
@@ -258,23 +251,23 @@ class Device:
         return handle
 
     def open(self, handle: bytes, nbytes: int) -> int:
-        """Map another process's allocation of at least so many bytes; `close` must follow.
+        """Map another process's allocation of at least `nbytes` bytes; call `close` later.
 
         Raises:
-          CudaError: this process cannot open it, or it is smaller.
+          CudaError: this process cannot open the allocation, or the allocation is smaller.
         """
         if len(handle) != HANDLE_BYTES:
-            raise CudaError(f"a handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
-        # By the driver, as all that opens and closes: CuPy would keep the GIL, CUDA may wait for
-        # the whole device (pytorch#15937, tensorpipe#321), and that for a model's callback in
-        # Python.
+            raise CudaError(f"a memory handle has {len(handle)} bytes; expected {HANDLE_BYTES}")
+        # Calls that open and close use the driver. CUDA may wait for the whole device
+        # (pytorch#15937, tensorpipe#321), and the device for a model's Python callback, which would
+        # deadlock with CuPy, since CuPy keeps the GIL.
         pointer = self._by_driver(driver().map, handle)
         try:
             with self._current():
                 size = driver().size_of(pointer)
             if size < nbytes:
                 raise CudaError(
-                    f"the memory behind a handle has {size} bytes, but {nbytes} were announced"
+                    f"the memory of a handle has {size} bytes, but the peer announced {nbytes}"
                 )
         except BaseException:
             self.close(pointer)
@@ -286,7 +279,7 @@ class Device:
         self._by_driver(driver().unmap, pointer)
 
     def new_event(self, *, is_shared: bool = False) -> int:
-        """Return an event; a shared one can be opened by another process."""
+        """Return an event; another process can open a shared event."""
         flags = _EVENT_DISABLE_TIMING | (_EVENT_INTERPROCESS if is_shared else 0)
         event: int = self._do(self._runtime.eventCreateWithFlags, flags)
         return event
@@ -297,86 +290,86 @@ class Device:
         return handle
 
     def open_event(self, handle: bytes) -> int:
-        """Open another process's event; `destroy_event` must follow.
+        """Open another process's event; call `destroy_event` later.
 
         Raises:
-          CudaError: this process cannot open it.
+          CudaError: this process cannot open the event.
         """
         if len(handle) != HANDLE_BYTES:
-            raise CudaError(f"an event's handle of {len(handle)} bytes; CUDA's have {HANDLE_BYTES}")
+            raise CudaError(f"an event handle has {len(handle)} bytes; expected {HANDLE_BYTES}")
         return self._by_driver(driver().open_event, handle)
 
     def destroy_event(self, event: int) -> None:
-        """Let go of an event."""
+        """Destroy an event."""
         self._do(self._runtime.eventDestroy, event)
 
     def record(self, event: int, stream: int) -> None:
-        """Let the event stand for all that is on the stream now."""
+        """Record the event after the stream's present work."""
         self._do(self._runtime.eventRecord, event, stream)
 
     def wait(self, event: int, stream: int | None) -> None:
-        """Let what comes on the stream wait for the event; without a stream, wait here."""
+        """Make later work on the stream wait for the event; without a stream, block here."""
         if stream is None:
             self._do(self._runtime.eventSynchronize, event)
         else:
             self._do(self._runtime.streamWaitEvent, stream, event)
 
     def new_stream(self) -> int:
-        """Return a stream that waits for no other."""
+        """Return a stream without implicit synchronisation with the default stream."""
         stream: int = self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
         return stream
 
     def new_urgent_stream(self) -> int:
-        """Return a stream that no other one's work delays: those of high priority have hardware
-        queues of their own."""
+        """Return a high-priority stream: its separate hardware queue avoids delays by other
+        streams."""
         return self._by_driver(driver().new_urgent_stream)
 
     @property
     def has_words(self) -> bool:
-        """Whether streams can write words in memory here, and wait for them."""
+        """Whether this device's streams can write words in memory and wait for them."""
         try:
             return driver().has_words(self.gpu.ordinal)
         except CudaError:
             return False
 
     def write_word(self, pointer: int, value: int, stream: int) -> None:
-        """Write a word of 64 bits when all that is on the stream now is done."""
+        """Enqueue a write of a 64-bit word after the stream's present work."""
         self._by_driver(driver().write_word, stream, pointer, value)
 
     def wait_for_word(self, pointer: int, value: int, stream: int) -> None:
-        """Let what comes on the stream wait until a word of 64 bits is at least `value`."""
+        """Make later work on the stream wait until a 64-bit word is at least `value`."""
         self._by_driver(driver().wait_for_word, stream, pointer, value)
 
     def fill(self, pointer: int, byte: int, nbytes: int, stream: int) -> None:
-        """Put on the stream that all of these bytes become `byte`."""
+        """Enqueue a fill of `nbytes` bytes with `byte`."""
         self._do(self._runtime.memsetAsync, pointer, byte, nbytes, stream)
 
     def destroy_stream(self, stream: int) -> None:
-        """Let go of a stream; what is on it is still done."""
+        """Destroy a stream; its pending work still completes."""
         self._do(self._runtime.streamDestroy, stream)
 
     def synchronize(self, stream: int) -> None:
-        """Wait until all that is on the stream is done."""
+        """Wait until all work on the stream is done."""
         self._do(self._runtime.streamSynchronize, stream)
 
     def synchronize_all(self) -> None:
-        """Wait until all that this process has put on the device is done."""
+        """Wait until all of this process's work on the device is done."""
         self._do(self._runtime.deviceSynchronize)
 
     def is_busy(self, stream: int) -> bool:
-        """Whether something on the stream has still to be done.
+        """Whether the stream has unfinished work.
 
-        Never blocks; a GPU that has failed does nothing.
+        Never blocks. False on a failed GPU.
         """
         with self._current():
             return driver().is_busy(stream)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
-        """Put a copy on the stream: from this device or the host, to either."""
+        """Enqueue a copy between any two of this device's memory and host memory."""
         self._do(self._runtime.memcpyAsync, target, source, nbytes, _COPY_DEFAULT, stream)
 
     def free_bytes(self) -> int:
-        """Return how much memory the device has left."""
+        """Return the device's free memory in bytes."""
         free, _ = self._do(self._runtime.memGetInfo)
         return int(free)
 
@@ -386,21 +379,20 @@ class Device:
                 return action(*arguments)
             except self._runtime.CUDARuntimeError as error:
                 if error.status == _OUT_OF_MEMORY:
-                    raise OutOfMemory(f"{self.gpu.label} has no room: {error}") from error
+                    raise OutOfMemory(f"{self.gpu.label} is out of memory: {error}") from error
                 raise CudaError(f"{self.gpu.label} refused: {error}") from error
 
     def _by_driver(self, action: Callable[..., _T], *arguments: Any) -> _T:
         with self._current():
-            self._do(
-                self._runtime.setDevice, self.gpu.ordinal
-            )  # the driver looks for this thread's context
+            # The driver uses this thread's context.
+            self._do(self._runtime.setDevice, self.gpu.ordinal)
             try:
                 return action(*arguments)
             except CudaError as error:
                 raise CudaError(f"{self.gpu.label} refused: {error}") from error
 
     def _current(self) -> contextlib.AbstractContextManager[None]:
-        # The default stream, and what is allocated, are those of the thread's current device.
+        # The default stream and allocations belong to the thread's current device.
         return _NOTHING if self._is_only else self._switched()
 
     @contextlib.contextmanager
@@ -418,24 +410,24 @@ _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 @functools.cache
 def device_of(uuid: bytes) -> Device:
-    """Return a device of this process by its UUID; makes a context on it.
+    """Return a device of this process by its UUID, and create a context on the device.
 
     Raises:
-      CudaError: this process cannot see it, or CuPy is not installed.
+      CudaError: this process cannot see the device, or CuPy is not installed.
     """
     visible = driver().gpus()
     gpu = next((each for each in visible if each.uuid == uuid), None)
     if gpu is None:
         raise CudaError(
-            f"this process cannot see {label_of(uuid)}; change CUDA_VISIBLE_DEVICES, or the"
-            " container's"
+            f"this process cannot see {label_of(uuid)}; add the GPU to CUDA_VISIBLE_DEVICES or to"
+            " the container"
         )
     try:
         from cupy.cuda import runtime
     except ImportError as error:
         raise CudaError(
-            f"CuPy is needed beside a GPU: install torch-jax-bridge[cuda] ({error})"
+            f"cannot import CuPy ({error}), which GPUs need; install torch-jax-bridge[cuda]"
         ) from error
     device = Device(gpu, runtime, is_only=len(visible) == 1)
-    device.free_bytes()  # makes the context, so that a device out of order is found out here
+    device.free_bytes()  # creates the context, so that a broken device fails here
     return device

@@ -1,8 +1,7 @@
-"""Slabs of a GPU's memory: leased from by the client that owns them, mapped by the worker that was
-given their handles.
+"""Pool and slabs of GPU memory. The client owns slabs and leases blocks; the worker maps slabs.
 
-They are allocations of the bridge's own. Not all memory of the frameworks can be exported, and
-whoever opens a handle can reach all that lies behind it.
+Slabs are separate allocations of the bridge. CUDA cannot export all memory of the frameworks, and a
+process that opens a handle can reach the whole allocation.
 """
 
 import contextlib
@@ -23,20 +22,19 @@ from bridge_wire.memory.slabs import Slab
 
 _T = TypeVar("_T")
 
-# What CUDA maps into another process at once; a smaller allocation would show others that lie
-# beside it.
+# CUDA's mapping granularity between processes: a smaller allocation would expose its neighbours.
 UNIT = 2 << 20
 ALIGNMENT = 256
-# Far beyond any slab of the host's: both are in one address space.
+# Beyond all host slabs: GPU slabs share their address space.
 FIRST_ADDRESS = 1 << 56
 _NO_VIEW = memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuSlab(Slab):
-    """Memory of a GPU, at `pointer` there for this process.
+    """A slab of GPU memory; `pointer` is this process's device pointer.
 
-    `handle` opens it in another, and is empty in that.
+    `handle` opens the slab in another process. In the process that opened it, `handle` is empty.
     """
 
     handle: bytes
@@ -45,9 +43,9 @@ class GpuSlab(Slab):
 class GpuPool(Pool):
     """Leases blocks of one GPU's memory. Thread-safe.
 
-    Work on a GPU goes on after a block has died here. So its memory serves the stream again that it
-    was leased for, whose work comes in order, and any other stream only once that has been made to
-    wait for the first.
+    GPU work may continue after its block has died. A free block is therefore reused by its own
+    stream, where work is stream-ordered. Another stream reuses the block only after a wait for the
+    first stream.
     """
 
     _FIRST_BASE = FIRST_ADDRESS
@@ -56,8 +54,8 @@ class GpuPool(Pool):
     slabs: tuple[GpuSlab, ...]
 
     def __init__(self, device: Device, *, max_bytes: int | None = None) -> None:
-        """Make a pool; the cap is by default BRIDGE_SLAB_MAX_BYTES, or half of what the GPU has
-        free now."""
+        """Create a pool; the default cap is BRIDGE_SLAB_MAX_BYTES, or half of the GPU's free
+        memory."""
         super().__init__(
             max_bytes=configured_max_bytes(device.free_bytes() // 2)
             if max_bytes is None
@@ -66,22 +64,21 @@ class GpuPool(Pool):
         self.device = device
         self._memory = memory = _Allocations(device)
         self._ready = defaultdict(lambda: _Ended(memory))  # by size and stream
-        self.lenders: list[Any] = []  # allocators whose memory was adopted, but those in use
-        # What streams have given back to all was in use until these events; a stream waits for them
-        # once.
+        self.lenders: list[Any] = []  # idle allocators with adopted memory
+        # Events by stream: memory returned to the allocator was in use until then. Each stream
+        # waits once for all events.
         self._fences: dict[int, int] = {}
         self._fenced: set[int] = set()
         self._fencing = threading.Lock()
-        # Blocks with the words of lanes, which are never used for anything else; and those that no
-        # lane has now.
+        # Blocks reserved for the words of lanes, and the unused ones among these blocks.
         self._words: list[Block] = []
         self._spare_words: list[Block] = []
 
     def lease(self, nbytes: int, stream: int = 0) -> Block:
-        """Return a block of `nbytes` bytes with undefined contents, to be used on a stream.
+        """Return a block of `nbytes` bytes with undefined contents, for use on a stream.
 
         Raises:
-          OutOfMemory: it would take the slabs past their cap, or the GPU has no memory.
+          OutOfMemory: the block would exceed the slabs' cap, or the GPU has no memory.
         """
         if nbytes == 0:
             return block_at(0, 0, [])
@@ -104,8 +101,9 @@ class GpuPool(Pool):
         return block  # type: ignore[no-any-return]
 
     def lease_words(self, stream: int) -> Block:
-        """Return a block for the words of a lane, to be cleared on a stream. It is no tensor's, and
-        never dies: a worker that is late may still write there.
+        """Return a block for a lane's words, which the caller clears on a stream.
+
+        The block never holds a tensor and never dies, since a late worker may still write there.
         """
         try:
             return self._spare_words.pop()
@@ -115,36 +113,35 @@ class GpuPool(Pool):
             return block
 
     def give_back_words(self, block: Block) -> None:
-        """Let another lane use words that nobody will write any more."""
+        """Release words for another lane, when no process will write them any more."""
         self._spare_words.append(block)
 
     def let_wait(self, stream: int, other: int) -> None:
-        """Let what comes on a stream wait for all that is on another one now."""
+        """Make later work on a stream wait for the present work of another stream."""
         with self._fencing:
             self.device.wait(self._recorded(other), stream)
 
     def _before_reuse(self, keys: Collection[Any]) -> None:
-        # What dies from now on may be in use until later: it stays on its list.
+        # Blocks that die from now on may be in use after these events: they stay on their lists.
         with self._fencing:
             for stream in {stream for _, stream in keys}:
                 self._recorded(stream)
             self._fenced.clear()
 
     def _recorded(self, stream: int) -> int:
-        """Return the stream's event, which stands for all that is on the stream now."""
+        """Return the stream's event, recorded after the stream's present work."""
         event = self._fences.get(stream)
         if event is None:
             event = self._fences[stream] = self._memory.new_event()
         try:
             self.device.record(event, stream)
-        except (
-            CudaError
-        ):  # its owner has destroyed the stream; what was on it is done when the device is
+        # The owner has destroyed the stream: synchronising the device completes its work.
+        except CudaError:
             self.device.synchronize_all()
         return event
 
     def _fence(self, stream: int) -> None:
-        """Let a stream wait for all others that have used what it may get now."""
+        """Make a stream wait for all other streams whose memory it may reuse now."""
         with self._fencing:
             if stream in self._fenced:
                 return
@@ -157,13 +154,12 @@ class GpuPool(Pool):
         return super()._leased() - len(self._words)
 
     def adopt(self, pointer: int, nbytes: int) -> None:
-        """Share memory of a lender's, as a slab that nothing is leased from.
+        """Share a lender's memory as a slab without leases. Idempotent.
 
-        It is the base of an allocation of whole units, which the lender keeps. What was adopted
-        before stays so.
+        `pointer` is the base of an allocation of whole units, which the lender keeps alive.
 
         Raises:
-          CudaError: it cannot be exported.
+          CudaError: CUDA cannot export the memory.
         """
         with self._lock:
             if any(slab.pointer == pointer for slab in self.slabs):
@@ -175,9 +171,9 @@ class GpuPool(Pool):
             self.slabs = (*self.slabs, slab)
 
     def close(self) -> None:
-        """End the leasing.
+        """Stop leasing.
 
-        Memory without a block is freed now, the rest when other such memory is made or freed.
+        Memory without blocks is freed now, the rest at a later allocation or free of GPU memory.
         """
         super().close()
         self._words.clear()
@@ -196,28 +192,29 @@ class GpuPool(Pool):
         return GpuSlab(_NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer))
 
 
-# What is nobody's any more, and how to end it. A finalizer only adds to it: it may run in the
-# middle of anything, and CUDA waits for the GPU before it frees memory.
+# Deferred frees: queued by finalizers, executed later, since a finalizer may interrupt any code and
+# cudaFree waits for the GPU.
 _left: deque[tuple[Callable[[Any], None], Any]] = deque()
 
 
 def leave(end: Callable[[_T], None], value: _T) -> None:
-    """Have something be ended soon, but not now. For finalizers."""
+    """Queue a deferred free of `value` by `end`. For finalizers."""
     _left.append((end, value))
 
 
 def end_what_is_left() -> None:
-    """Free, unmap and destroy what has lost its last user."""
-    with contextlib.suppress(IndexError):  # other threads may be at it
-        for _ in range(len(_left)):  # and what cannot be ended yet comes back
+    """Execute the deferred frees: free, unmap and destroy unused resources."""
+    with contextlib.suppress(IndexError):  # other threads may empty the queue too
+        for _ in range(len(_left)):  # pending events re-enter the queue
             end, value = _left.popleft()
             with contextlib.suppress(CudaError):
                 end(value)
 
 
 def leave_event(device: Device, event: int) -> None:
-    """Have an event of this process be destroyed, once it has passed. CUDA lets whoever waits for
-    one that is destroyed before wait forever, if that is another process (pytorch#15974).
+    """Queue the destruction of this process's event after the event has passed.
+
+    If an event is destroyed earlier, another process's wait for it never ends (pytorch#15974).
     """
     leave(_end_event, (device, event))
 
@@ -231,15 +228,15 @@ def _end_event(left: tuple[Device, int]) -> None:
 
 
 def is_on_gpu(address: int) -> bool:
-    """Whether an address of a session is that of a GPU's memory."""
+    """Whether a session address refers to GPU memory."""
     return address >= FIRST_ADDRESS
 
 
 def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuSlab:
-    """Return the slab behind a handle that a peer sent. It stays mapped while the slab lives.
+    """Map the slab of a handle that a peer sent. The memory stays mapped while the slab lives.
 
     Raises:
-      CudaError: the handle cannot be opened here, or less memory lies behind it.
+      CudaError: CUDA cannot open the handle here, or its memory is smaller.
     """
     end_what_is_left()
     pointer = device.open(handle, nbytes)
@@ -249,14 +246,14 @@ def open_received(device: Device, handle: bytes, nbytes: int, base: int) -> GpuS
 
 
 def copied_to_host(device: Device, pointer: int, nbytes: int) -> bytes:
-    """Return the bytes at a pointer on the GPU as they are now, whatever is under way there."""
+    """Return the present bytes at a GPU pointer, without waiting for pending work."""
     found = ctypes.create_string_buffer(nbytes)
     _copy_now(device, ctypes.addressof(found), pointer, nbytes)
     return found.raw
 
 
 def copy_to_device(device: Device, pointer: int, data: bytes) -> None:
-    """Write bytes to a pointer on the GPU, whatever is under way there."""
+    """Write bytes to a GPU pointer, without waiting for pending work."""
     source = ctypes.create_string_buffer(data, len(data))
     _copy_now(device, pointer, ctypes.addressof(source), len(data))
 
@@ -276,9 +273,9 @@ class _OpenedSlab(GpuSlab):
 
 
 class _Ended(list[int]):
-    """The addresses of blocks that have died.
+    """Free list: the addresses of dead blocks.
 
-    It keeps their memory, as every block does that returns to it.
+    The list keeps the pool's memory alive, and each block keeps its list alive.
     """
 
     __slots__ = ("_memory",)
@@ -289,8 +286,8 @@ class _Ended(list[int]):
 
 
 class _Allocations:
-    """What a pool has on the GPU, which ends with the pool and its last block; of a forked child
-    it is the parent's."""
+    """A pool's GPU memory and events, freed with the pool and its last block. A forked child
+    leaves them to its parent."""
 
     def __init__(self, device: Device) -> None:
         self._device = device

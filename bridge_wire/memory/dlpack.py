@@ -1,7 +1,7 @@
-"""DLPack, the one adapter between raw memory and the frameworks' arrays, in both directions.
+"""DLPack adapter between raw memory and the frameworks' arrays, in both directions.
 
-Structures and codes are those of dlpack.h 1.1; the unversioned capsule is exported, since every
-consumer takes it.
+Structures and codes follow dlpack.h 1.1. Exports use the unversioned capsule, which every consumer
+accepts.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ from bridge_wire.errors import CallerError
 from bridge_wire.specs import Spec
 
 CPU = (1, 0)  # kDLCPU, device 0
-_NO_ORDER = -1  # the stream of a consumer that takes care of the order itself
+_NO_ORDER = -1  # stream argument of a consumer that synchronises itself
 
 
 class _DLTensor(ctypes.Structure):
@@ -47,29 +47,30 @@ _capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
 _capsule_pointer.restype = ctypes.c_void_p
 _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
-# Makes a capsule of an array over a buffer, which that array keeps alive; see keep_owners_by.
+# Returns the capsule of an array over a buffer. The array keeps the buffer alive; see
+# keep_owners_by.
 _carrier: Callable[[Any], Any] | None = None
 
 
 def keep_owners_by(carrier: Callable[[Any], Any]) -> None:
-    """Have what an exporter's owner is kept by be made by `carrier`: the DLPack capsule of some
-    library's array over a buffer. For whoever imports such a library, before anything is exported
-    with an owner.
+    """Set the function that makes capsules which keep an exporter's owner alive.
 
-    A consumer may let go of an array anywhere: without the GIL, at the interpreter's end, and above
-    all while an exception is being raised, as when `[f(x), 1 / 0]` drops its first item. A deleter
-    written in Python, a callback of ctypes, would clear that exception, and the interpreter crash.
-    The libraries' own deleters, in C, know all that.
+    `carrier` returns the DLPack capsule of a library's array over a buffer. The module that imports
+    the library calls this function before any export with an owner.
+
+    A consumer may delete an array anywhere: without the GIL, at interpreter shutdown, and while an
+    exception is raised, as in `[f(x), 1 / 0]`. A Python deleter, a ctypes callback, would clear the
+    exception and crash the interpreter. The libraries' C deleters handle these cases.
     """
     global _carrier
     _carrier = carrier
 
 
 class Exporter:
-    """An array over raw memory that any DLPack consumer can import without a copy.
+    """Array over raw memory, for any DLPack consumer to import without a copy.
 
-    With an `owner`, that object lives until the consumer's array dies. Without one, the memory's
-    lifetime is the caller's business.
+    The consumer's array keeps the `owner` alive. Without an owner, the caller must keep the memory
+    alive.
     """
 
     __slots__ = ("_owner", "pointer", "spec")
@@ -86,12 +87,12 @@ class Exporter:
         return self._alone() if self._owner is None else self._carried()
 
     def _alone(self) -> Any:
-        """Return a capsule whose deleter frees no more than the description."""
+        """Return a capsule whose deleter frees only the description."""
         shape = self.spec.shape
         header = ctypes.sizeof(_DLManagedTensor)
         managed = _libc.malloc(header + 8 * len(shape))
         if not managed:
-            raise MemoryError("no memory for a DLPack header")
+            raise MemoryError("cannot allocate memory for a DLPack header")
         (ctypes.c_int64 * len(shape)).from_address(managed + header)[:] = list(shape)
         made = _DLManagedTensor.from_address(managed)
         made.tensor = self._described(managed + header)
@@ -100,11 +101,11 @@ class Exporter:
         return _new_capsule(managed, b"dltensor", None)
 
     def _carried(self) -> Any:
-        """Return a capsule whose deleter, a library's own, also drops the owner."""
+        """Return a capsule with a library's deleter, which also releases the owner."""
         if _carrier is None:
             raise CallerError(
-                "import bridge_client.torch or bridge_client.jax first, which know how to keep an"
-                " array"
+                "no framework module is imported to keep the array alive; import"
+                " bridge_client.torch or bridge_client.jax first"
             )
         shape = self.spec.shape
         kept = (ctypes.c_int64 * max(1, len(shape)))(*shape)
@@ -115,9 +116,9 @@ class Exporter:
         return capsule
 
     def _described(self, shape: int) -> _DLTensor:
-        """Return the description of the array; `shape` is where its sizes lie, which outlive it."""
+        """Return the array's description; `shape` points to its sizes, which must outlive it."""
         dtype = self.spec.dtype
-        # Consumers take a null pointer only for an empty array, and some do not take it even then.
+        # Consumers accept a null pointer only for an empty array, and some never accept it.
         pointer, ndim = self.pointer or shape, len(self.spec.shape)
         device = self.__dlpack_device__()
         return _DLTensor(
@@ -126,11 +127,11 @@ class Exporter:
 
 
 class DeviceExporter(Exporter):
-    """An array over a device's raw memory. `wait` lets a consumer's stream wait until the memory
-    may be read, or waits itself when it is given None.
+    """Array over a device's raw memory.
 
-    Streams are named as in the array API standard: a consumer that names none is kept waiting, and
-      -1 asks for nothing.
+    `wait` makes the consumer's stream wait until the memory is readable; `wait(None)` blocks.
+    Streams follow the array API standard: without a stream the consumer blocks, and -1 requests no
+    synchronisation.
     """
 
     __slots__ = ("_device", "_wait")
@@ -157,9 +158,9 @@ class DeviceExporter(Exporter):
 
 
 def data_pointer(producer: Any) -> int:
-    """Return where the first element of a DLPack producer's host memory lies.
+    """Return a pointer to the first element of a DLPack producer's host memory.
 
-    Valid while the producer lives.
+    The pointer is valid while the producer lives.
     """
     tensor = _capsule_pointer(producer.__dlpack__(), b"dltensor")
     # `data` is the first field of the first field.

@@ -1,9 +1,10 @@
-"""The owner of a session's tensors: slabs, and blocks leased from them.
+"""Pool of shared memory: owns a session's slabs and leases blocks from them.
 
-A block is its memory: whoever keeps it, or a view or a tensor made of it, keeps the lease. When the
-last of them dies the block's address goes on the list of its size, in whichever thread that
-happens, and serves the next request. The finalizer does no more than that, since it may run in the
-middle of anything; neither it nor a request that such a list can serve takes a lock.
+A reference to a block, or to a view or tensor of the block, keeps its lease. When the last
+reference dies, in any thread, the finalizer appends the block's address to the free list of its
+size; the next request of this size reuses the address. The finalizer does nothing else, since a
+finalizer may interrupt any code. Neither the finalizer nor a request served by a free list takes a
+lock.
 """
 
 import contextlib
@@ -30,17 +31,19 @@ def half_of_memory() -> int:
 
 
 def configured_max_bytes(default: int) -> int:
-    """Return the most bytes that a pool's slabs may have, as BRIDGE_SLAB_MAX_BYTES says."""
+    """Return the cap of a pool's slabs in bytes, from BRIDGE_SLAB_MAX_BYTES if it is set."""
     configured = os.environ.get("BRIDGE_SLAB_MAX_BYTES")
     if configured is None:
         return default
     if not configured.isdecimal():
-        raise CallerError(f"BRIDGE_SLAB_MAX_BYTES={configured!r} is not a number of bytes")
+        raise CallerError(
+            f"BRIDGE_SLAB_MAX_BYTES={configured!r} is not a number of bytes; set it to digits only"
+        )
     return int(configured)
 
 
 class Returned(Protocol):
-    """Where a block's address goes when the block has died."""
+    """Free list: receives a block's address when the block dies."""
 
     def append(self, address: int, /) -> None: ...
 
@@ -49,12 +52,11 @@ class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this
     process.
 
-    It exports them as a writable buffer. The lease ends when it and everything that was made of it
-    are gone. A block of zero bytes has address 0.
+    A block exports its bytes as a writable buffer. The lease ends with the last reference to the
+    block, its views and its tensors. A block of zero bytes has address 0.
     """
 
-    # Each number of bytes has a class of its own, since ctypes has a type for each size of an
-    # array: see _class_of.
+    # One class per number of bytes, since ctypes has one type per array size: see _class_of.
     __slots__ = ()
     address: int
     pointer: int
@@ -63,7 +65,7 @@ class Block:
 
     @property
     def buffer(self) -> memoryview:
-        """The bytes as a memoryview, which keeps the lease."""
+        """The bytes as a memoryview; the memoryview keeps the lease."""
         return memoryview(self).cast("B")  # type: ignore[arg-type]
 
     def __del__(self) -> None:
@@ -71,21 +73,21 @@ class Block:
 
 
 def block_class(nbytes: int) -> Any:
-    """Return the class of blocks of so many bytes."""
+    """Return the class of blocks of `nbytes` bytes."""
     return _class_of(nbytes)[0]
 
 
 @functools.lru_cache(maxsize=1024)
 def _class_of(nbytes: int) -> tuple[Any, int]:
-    """Return the class of blocks of so many bytes, and the size of the extents that serve them."""
+    """Return the class of blocks of `nbytes` bytes, and the size of their extents."""
     body = {"__slots__": ("_returns_to", "address", "pointer"), "nbytes": nbytes}
     return type("Block", (Block, ctypes.c_ubyte * nbytes), body), rounded(nbytes)
 
 
 def block_at(pointer: int, nbytes: int, returns_to: Returned) -> Block:
-    """Return memory of this process as a block, whose address is the pointer.
+    """Return memory of this process as a block; the pointer is its address.
 
-    `returns_to` lives as long as the block, and has to keep the memory alive.
+    The block keeps `returns_to` alive, and `returns_to` must keep the memory alive.
     """
     block = _class_of(nbytes)[0].from_address(pointer)
     block.address = block.pointer = pointer
@@ -94,23 +96,23 @@ def block_at(pointer: int, nbytes: int, returns_to: Returned) -> Block:
 
 
 class _Extent(NamedTuple):
-    """Where a block lies."""
+    """Location of a block."""
 
     pointer: int
-    view: memoryview  # of the slab; of a device's, empty
+    view: memoryview  # of the slab; empty for a GPU slab
     offset: int  # in the view
     size: int
 
 
 class Pool:
-    """Leases blocks of slabs, which it adds in growing steps up to `max_bytes`. Thread-safe.
+    """Leases blocks of slabs and adds slabs in growing steps up to `max_bytes`. Thread-safe.
 
-    The cap is by default BRIDGE_SLAB_MAX_BYTES, or half of the machine's memory.
+    The default cap is BRIDGE_SLAB_MAX_BYTES, or half of the machine's memory.
     """
 
     _FIRST_BASE = PAGE  # address 0 belongs to no block
     _ALIGNMENT = ALIGNMENT
-    _UNIT = PAGE  # of which slabs consist
+    _UNIT = PAGE  # slab sizes are multiples of it
 
     def __init__(self, *, max_bytes: int | None = None, shareable: bool = True) -> None:
         self.max_bytes = configured_max_bytes(half_of_memory()) if max_bytes is None else max_bytes
@@ -118,26 +120,26 @@ class Pool:
         self.shareable = shareable
         self._next_base = self._FIRST_BASE
         self._allocator = Allocator()
-        # Every extent by its address, leased or ready for the next request of its size.
+        # All extents by address, both leased and ready for reuse.
         self._extents: dict[int, _Extent] = {}
         self._count = 0  # of extents
         self._ready: defaultdict[Any, list[int]] = defaultdict(list)  # by size
         self._lock = threading.Lock()
         self._is_closed = False
-        # Of a pool that is forgotten, too, the descriptors are closed; each mapping lives as long
-        # as its views.
+        # Closes the descriptors also when the pool is dropped without close(). Each mapping lives
+        # as long as its views.
         self._descriptors: list[int] = []
         self._close_descriptors = weakref.finalize(self, _close_all, self._descriptors)
 
     def limit(self, max_bytes: int) -> None:
-        """Lower the cap to `max_bytes`, if it is higher."""
+        """Lower the cap to `max_bytes`, never raise the cap."""
         self.max_bytes = min(self.max_bytes, max_bytes)
 
     def lease(self, nbytes: int) -> Block:
         """Return a block of `nbytes` bytes with undefined contents.
 
         Raises:
-          OutOfMemory: it would take the slabs past their cap, or the kernel has no memory.
+          OutOfMemory: the block would exceed the slabs' cap, or the kernel has no memory.
         """
         kind, size = _class_of(nbytes)
         if nbytes == 0:
@@ -159,8 +161,7 @@ class Pool:
         return block  # type: ignore[no-any-return]
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
-        """Return the address of memory of this process that lies in a slab, aligned as a block
-        is; else None."""
+        """Return the session address of memory in a slab with a block's alignment, or None."""
         for slab in self.slabs:
             if 0 <= pointer - slab.pointer <= slab.nbytes - nbytes:
                 address = pointer - slab.pointer + slab.base
@@ -186,7 +187,7 @@ class Pool:
     def close(self) -> None:
         """Close the slabs' descriptors.
 
-        Leased blocks stay valid; their pages go with their last view.
+        Leased blocks stay valid; their pages are freed with their last view.
         """
         with self._lock:
             self._is_closed = True
@@ -199,8 +200,7 @@ class Pool:
         return self._count - sum(map(len, list(self._ready.values())))
 
     def _allocate(self, size: int) -> int:
-        """Make an extent for a request that no ended lease has left one for, and return its
-        address."""
+        """Create an extent for a request that no free list can serve, and return its address."""
         with self._lock:
             if self._is_closed:
                 raise closed()
@@ -219,11 +219,10 @@ class Pool:
         return address
 
     def _take_back(self) -> None:
-        """Give what ended leases have left back to the allocator, which may make larger extents
-        of it."""
+        """Return the extents of the free lists to the allocator, which may merge them."""
         taken: list[tuple[Any, int]] = []
         for key, addresses in list(self._ready.items()):
-            with contextlib.suppress(IndexError):  # other threads lease from these lists, too
+            with contextlib.suppress(IndexError):  # other threads also lease from these lists
                 while True:
                     taken.append((key, addresses.pop()))
         try:
@@ -237,7 +236,7 @@ class Pool:
             self._allocator.free(address, self._extents.pop(address).size)
 
     def _before_reuse(self, keys: Collection[Any]) -> None:
-        """Prepare for other use what was taken from the lists with these keys."""
+        """Prepare reuse of the extents taken from the free lists with these keys."""
 
     def _grow(self, size: int) -> None:
         step = max(size, min(max(self.slab_bytes, _FIRST_STEP), _LARGEST_STEP))
@@ -249,7 +248,7 @@ class Pool:
                 " BRIDGE_SLAB_MAX_BYTES"
             )
         slab = self._new_slab(min(step, room), self._next_base)
-        # The gap keeps two slabs' extents from ever merging into one.
+        # The gap prevents merges of extents from different slabs.
         self._next_base = slab.base + slab.nbytes + PAGE
         self.slabs = (*self.slabs, slab)
         self._allocator.add(slab.base, slab.nbytes)
@@ -270,8 +269,8 @@ class Pool:
 
 
 def closed() -> SessionClosed:
-    """Return the error of a pool whose session was closed."""
-    return SessionClosed("the session is closed; make a new one")
+    """Return the error for requests to a closed session's pool."""
+    return SessionClosed("the session is closed; open a new session")
 
 
 def _close_all(descriptors: list[int]) -> None:

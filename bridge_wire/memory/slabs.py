@@ -1,8 +1,7 @@
-"""Slabs: shared mappings without a name.
+"""Slabs: anonymous shared mappings of sealed memfds.
 
-A slab is a sealed memfd. The client creates it, and hands its descriptor over once; the worker
-checks what it got before it maps it. The kernel frees the pages when the last mapping of either
-side is gone, however it went.
+The client creates a slab and sends its descriptor once. The worker validates the descriptor before
+mapping it. The kernel frees the pages with the last mapping of either side, also after a crash.
 """
 
 import ctypes
@@ -19,7 +18,7 @@ from bridge_wire.errors import OutOfMemory, ProtocolError
 
 PAGE = mmap.PAGESIZE
 _MADV_POPULATE_WRITE = 23  # linux/mman.h; Python 3.11's mmap module does not name it
-# Without these, a peer could truncate the file and let this process die of SIGBUS.
+# Without these seals, a peer could truncate the file and kill this process by SIGBUS.
 _SEALS = (
     getattr(fcntl, "F_SEAL_SHRINK", 2)
     | getattr(fcntl, "F_SEAL_GROW", 4)
@@ -47,7 +46,7 @@ class Slab:
     """One mapping: `nbytes` of memory at `pointer` in this process and at `base` in the session's
     address space.
 
-    `fd` is the memfd, or -1 where the memory cannot be shared. The mapping lives as long as any
+    `fd` is the memfd, or -1 for memory that cannot be shared. The mapping lives as long as any
     slice of `view`.
     """
 
@@ -58,7 +57,7 @@ class Slab:
     fd: int
 
     def close(self) -> None:
-        """Close the descriptor. The pages stay until the last view of them dies."""
+        """Close the descriptor. The pages stay until their last view dies."""
         if self.fd >= 0:
             os.close(self.fd)
 
@@ -66,19 +65,19 @@ class Slab:
 def create_slab(
     nbytes: int, base: int, *, shareable: bool = True, name: str = "bridge-slab"
 ) -> Slab:
-    """Return a new slab of at least `nbytes` bytes, with every page present: a fault costs more
-    than the write.
+    """Return a new slab of at least `nbytes` bytes, with every page present.
 
-    `name` is what /proc/PID/maps shows.
+    Pages are populated here, since a page fault costs more than the write. /proc/PID/maps shows
+    `name`.
 
     Raises:
-      OutOfMemory: the kernel has no memory, or no file descriptor, for it.
+      OutOfMemory: the kernel has no memory, or no file descriptor, for the slab.
     """
     nbytes = -(-nbytes // PAGE) * PAGE
-    # A memfd has no quota, so the kernel would rather kill a process than refuse.
+    # A memfd has no quota: without this check the kernel kills a process instead of refusing.
     if nbytes > (available := _available_bytes()):
         raise OutOfMemory(
-            f"the system has no room for a slab of {nbytes} bytes: {available} are available"
+            f"a slab needs {nbytes} bytes, but the system has {available} bytes; free memory"
         )
     fd = -1
     try:
@@ -88,53 +87,54 @@ def create_slab(
             os.posix_fallocate(fd, 0, nbytes)  # an early error instead of a late SIGBUS
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         view, pointer = _map(fd, nbytes)
-        # Fails before Linux 5.14; the pages then come one by one.
+        # Fails before Linux 5.14: page faults then populate the pages.
         _libc.madvise(pointer, nbytes, _MADV_POPULATE_WRITE)
         return Slab(view, pointer, base, nbytes, fd)
-    except (
-        BaseException
-    ) as error:  # KeyboardInterrupt, for one: the pages of a large slab take a while
+    # BaseException includes KeyboardInterrupt: populating a large slab takes a while.
+    except BaseException as error:
         if fd >= 0:
             os.close(fd)
         if isinstance(error, OSError):
             raise OutOfMemory(
-                f"the system refused a slab of {nbytes} bytes: {error.strerror}"
+                f"cannot allocate a slab of {nbytes} bytes: {error.strerror}"
             ) from error
         raise
 
 
 def map_received(fd: int, nbytes: int, base: int) -> Slab:
-    """Return the slab behind a descriptor that a peer sent. Takes ownership of the descriptor.
+    """Map the slab of a descriptor that a peer sent. Takes ownership of the descriptor.
 
     Raises:
-      ProtocolError: it is not a memfd sealed against shrinking, growing and unsealing, of exactly
-        this size.
+      ProtocolError: the descriptor is not a memfd of exactly this size, sealed against shrinking,
+        growing and unsealing.
     """
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ProtocolError("the descriptor of a slab is not a memfd")
+            raise ProtocolError("the slab's descriptor is not a memfd; expected a sealed memfd")
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:
-            raise ProtocolError("the descriptor of a slab is not a memfd") from error
+            raise ProtocolError(
+                "the slab's descriptor is not a memfd; expected a sealed memfd"
+            ) from error
         if seals & _SEALS != _SEALS:
-            raise ProtocolError("the memfd of a slab lacks the seals SHRINK, GROW and SEAL")
+            raise ProtocolError("the slab's memfd lacks one of the seals SHRINK, GROW and SEAL")
         size = os.fstat(fd).st_size
         if size != nbytes or nbytes == 0 or nbytes % PAGE:
             raise ProtocolError(
-                f"the memfd of a slab has {size} bytes, but {nbytes} were announced"
+                f"the slab's memfd has {size} bytes, but the peer announced {nbytes} bytes"
             )
         try:
             view, pointer = _map(fd, nbytes)
         except OSError as error:
-            raise ProtocolError(f"a slab of {nbytes} bytes cannot be mapped") from error
+            raise ProtocolError(f"cannot map a slab of {nbytes} bytes") from error
     finally:
         os.close(fd)
     return Slab(view, pointer, base, nbytes, -1)
 
 
 def memfd_works() -> bool:
-    """Whether this system has sealed memfds, and lets this process make one now."""
+    """Whether this process can create a sealed memfd on this system."""
     if not hasattr(os, "memfd_create"):
         return False
     try:
@@ -145,7 +145,7 @@ def memfd_works() -> bool:
 
 
 def _available_bytes() -> int:
-    """Return what the machine, and this process's control group, can still give; without /proc,
+    """Return the free bytes of the machine and this process's control group; without /proc,
     no limit."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -161,9 +161,9 @@ def _available_bytes() -> int:
 
 
 def _map(fd: int, nbytes: int) -> tuple[memoryview, int]:
-    """Map a file, or fresh memory for -1; the mapping ends with the last slice of the view.
+    """Map a file, or fresh memory for fd -1; the mapping ends with the last slice of the view.
 
-    Not by mmap.mmap, which keeps a descriptor for each mapping.
+    Calls libc's mmap, since Python's mmap.mmap keeps a descriptor for each mapping.
     """
     flags = mmap.MAP_SHARED if fd >= 0 else mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     pointer = _libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
@@ -171,6 +171,6 @@ def _map(fd: int, nbytes: int) -> tuple[memoryview, int]:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     mapping = (ctypes.c_ubyte * nbytes).from_address(pointer)
-    # Not at exit: tensors may outlive the interpreter.
+    # atexit=False: tensors may outlive the interpreter.
     weakref.finalize(mapping, _libc.munmap, pointer, nbytes).atexit = False
     return memoryview(mapping).cast("B"), pointer

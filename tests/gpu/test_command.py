@@ -122,7 +122,7 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 # What the faked CUDA says; a GPU may answer otherwise.
 _ANSWERS = {
     "exchange": "words: yes; events: yes; host: yes",
-    "handles": "0 bytes: a handle of 0 bytes.*; the process continues",
+    "handles": "0 bytes: a memory handle has 0 bytes.*; the process continues",
     "export": (
         "preallocate=true: .*afterwards JAX computes; preallocate=false: .*afterwards JAX computes"
     ),

@@ -423,7 +423,7 @@ def test_a_worker_without_words_whose_events_do_not_open_is_slow(
         ("CUDA_VISIBLE_DEVICES", "", "cuInit with error 100"),
         ("FAKE_CUDA_GPUS", _TWO, "cannot see GPU-0001"),
         ("FAKE_CUDA_FAILS", "ipcGetMemHandle:801", "cudaErrorNotSupported"),
-        ("FAKE_CUDA_FAILS", "malloc:2", "has no room"),
+        ("FAKE_CUDA_FAILS", "malloc:2", "is out of memory"),
     ],
 )
 def test_a_gpu_that_is_the_workers_alone_is_slow(

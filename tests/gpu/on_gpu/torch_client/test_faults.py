@@ -117,7 +117,7 @@ def test_less_memory_than_announced_is_refused_by_the_worker(worker: Session) ->
         share = pb.Share(
             base=FIRST_ADDRESS * 2, nbytes=4 * UNIT, cuda_handle=device.handle_of(pointer)
         )
-        with pytest.raises(CudaError, match="were announced"):
+        with pytest.raises(CudaError, match="the peer announced"):
             lane.ask(pb.LaneRequest(share=share))
         link.give_back(lane)
         assert _works(session)
