@@ -191,7 +191,7 @@ def test_a_system_without_memfd_is_slow(monkeypatch: pytest.MonkeyPatch) -> None
     ("child", "said"),
     [
         ("exit 3", "did not receive"),
-        (f'exec {sys.executable} -c "{_ECHO}" $3', "sees other memory"),
+        (f'exec {sys.executable} -c "{_ECHO}" $3', "see different bytes"),
     ],
     ids=["a child that dies", "a child that only answers"],
 )
@@ -216,7 +216,7 @@ def test_huge_pages_that_are_off_are_slow(monkeypatch: pytest.MonkeyPatch, tmp_p
     """With transparent huge pages off the remedy names the setting; a system without them tells
     nothing."""
     monkeypatch.setattr(host, "_HUGE_PAGES", tmp_path)
-    assert host.huge_pages() == ok("huge pages", "not told; for shared memory not told")
+    assert host.huge_pages() == ok("huge pages", "unknown; for shared memory unknown")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
     assert host.huge_pages().verdict == SLOW and "echo madvise" in host.huge_pages().remedy
     (tmp_path / "enabled").write_text("always [madvise] never\n")

@@ -1,4 +1,4 @@
-"""What a doctor finds: checks, each with a verdict, and the remedy where one is needed.
+"""Results of the doctors: checks with a verdict and a remedy, as a table or JSON.
 
 Never imports torch or jax.
 """
@@ -14,7 +14,7 @@ _BY_GRAVITY = (OK, SLOW, BROKEN)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. What is slow works, by a slower path than there could be."""
+    """One check's result. The verdict SLOW means: works, but by a slower path than possible."""
 
     name: str
     verdict: str
@@ -35,12 +35,12 @@ def broken(name: str, found: str, remedy: str) -> Check:
 
 
 def worst(checks: Sequence[Check]) -> str:
-    """Return the gravest verdict of the checks."""
+    """Return the worst verdict of the checks."""
     return max((check.verdict for check in checks), key=_BY_GRAVITY.index, default=OK)
 
 
 def as_table(checks: Sequence[Check]) -> str:
-    """Return the checks as text: a line each, a remedy below, and at the end a sum."""
+    """Return the checks as text: one line per check, its remedy below, and a summary at the end."""
     width = max(map(len, (check.name for check in checks)), default=0)
     lines = []
     for check in checks:
@@ -53,7 +53,7 @@ def as_table(checks: Sequence[Check]) -> str:
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    """Return the checks, and their gravest verdict, as a JSON object."""
+    """Return the checks and their worst verdict as a JSON object."""
     return json.dumps(
         {"verdict": worst(checks), "checks": [dataclasses.asdict(check) for check in checks]},
         indent=2,

@@ -1,7 +1,6 @@
-"""A live exchange of GPU memory with a child: what a worker and a client do, without either.
+"""Live test of GPU memory sharing with a child process, in place of a client and a worker.
 
-`python -m bridge_wire.doctor.cuda_exchange FD UUID` is the child, at the other end of the socket
-FD.
+`python -m bridge_wire.doctor.cuda_exchange FD UUID` runs the child; FD is its end of the socket.
 """
 
 import contextlib
@@ -17,24 +16,23 @@ from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of
 from bridge_wire.memory.cuda_words import FIRST, HOST, WORDS, Words
 
-_ALLOCATION = 2 << 20  # smaller ones share a page with others, which a handle would give away
-_WORDS_AT = 4096  # bytes into it
+_ALLOCATION = 2 << 20  # a handle of a smaller one would expose other allocations on its page
+_WORDS_AT = 4096  # offset of the words in the allocation, in bytes
 _WAY_BYTES = 8
 _SEEN_S, _POLL_S = 5.0, 0.001
-_DONE, _FAILED = b"+", b"-"  # how the child's answer begins
+_DONE, _FAILED = b"+", b"-"  # first byte of the child's answer
 
 
 def with_child(uuid: bytes, way: str) -> None:
-    """Share memory of a GPU with a child: what this process writes the child must read, and the
-    reverse.
+    """Share GPU memory with a child process; each side must read the other side's bytes.
 
-    Each side waits for the other's work by words or events, or else (`HOST`) has done its own
-    before it hands over.
+    Each side waits for the other side's work by words or events, or (`HOST`) completes its own work
+    before the handover.
 
     Raises:
-      CudaError: the device is not to be used, the child cannot open the memory, or sees other
+      CudaError: the device is unusable, the child cannot open the memory, or the child sees other
         memory.
-      WorldError: the child ended.
+      WorldError: the child exited.
     """
     with contextlib.ExitStack() as held:
         side = _Side(device_of(uuid), held)
@@ -42,32 +40,31 @@ def with_child(uuid: bytes, way: str) -> None:
         held.callback(side.device.free, memory)
         side.share(memory, way, is_child=False)
         handle = side.device.handle_of(memory)
-        lane = held.enter_context(
-            lane_to_child(__spec__.name, uuid.hex())
-        )  # it lets go before the memory is freed
+        # The child exits before the memory is freed.
+        lane = held.enter_context(lane_to_child(__spec__.name, uuid.hex()))
         written = os.urandom(NBYTES)
         side.write(memory, written)
         lane.send(handle + way.encode().ljust(_WAY_BYTES) + side.hand_over())
         read, event = _answer(lane)
         side.take_over(event)
         if read != written or side.read(memory + NBYTES) != written[::-1]:
-            raise CudaError("a child sees other GPU memory than this process does")
+            raise CudaError("the child process and this process see different bytes in GPU memory")
 
 
 def _answer(lane: FramedSocket) -> tuple[bytes, bytes]:
-    """Return what the child has read, and the handle of its event, or b""."""
+    """Return the bytes that the child has read, and its event's handle or b""."""
     answer = lane.receive(CHILD_S)
     if answer is None:
-        raise WorldError("a child did not receive the memory: it ended")
+        raise WorldError("the child process exited and did not receive the memory")
     if answer.startswith(_FAILED):
         raise CudaError(answer[1:].decode())
     return answer[1 : 1 + NBYTES], answer[1 + NBYTES :]
 
 
 class _Side:
-    """What one of the two processes does on the GPU, and how it hands over.
+    """GPU work of one of the two processes, with the handover to the other.
 
-    What it holds, it gives back by `held`.
+    `held` releases the side's resources.
     """
 
     def __init__(self, device: Device, held: contextlib.ExitStack) -> None:
@@ -77,13 +74,11 @@ class _Side:
         held.callback(device.destroy_stream, self._stream)
 
     def share(self, memory: int, way: str, *, is_child: bool) -> None:
-        """Share memory, and wait for the other side in this way."""
+        """Share memory, and use `way` to wait for the other side."""
         self._way = way
         if way == WORDS:
             if not self.device.has_words:
-                raise CudaError(
-                    "this driver has streams neither write nor wait for words of 64 bits"
-                )
+                raise CudaError("this driver's streams can neither write nor await 64-bit words")
             stream = self.device.new_urgent_stream()
             self._words = Words(self.device, memory + _WORDS_AT, stream, is_clients=not is_child)
             self._held.callback(self._words.close)
@@ -91,7 +86,7 @@ class _Side:
                 self._words.clear()
 
     def write(self, pointer: int, data: bytes) -> None:
-        """Put `data` on the GPU, some time."""
+        """Enqueue a copy of `data` to the GPU."""
         self._data = ctypes.create_string_buffer(data, len(data))
         self.device.copy(pointer, ctypes.addressof(self._data), len(data), self._stream)
 
@@ -103,9 +98,9 @@ class _Side:
         return data.raw
 
     def hand_over(self) -> bytes:
-        """Let the other side go on.
+        """Let the other side continue.
 
-        Returns the handle of the event that it must wait for, if that is the way.
+        Returns the handle of the event for its wait, or b"" for the other ways.
         """
         if self._way == HOST:
             self.device.synchronize(self._stream)
@@ -119,7 +114,7 @@ class _Side:
         return self.device.event_handle_of(event)
 
     def take_over(self, handle: bytes) -> None:
-        """Go on after the other side's event, or word."""
+        """Wait for the other side's event or word."""
         if self._way == WORDS:
             self._words.wait(FIRST, self._stream)
             deadline = time.monotonic() + _SEEN_S
@@ -127,7 +122,7 @@ class _Side:
                 if time.monotonic() > deadline:
                     self._words.release(FIRST)
                     raise CudaError(
-                        "a stream does not see the word that another process's has written"
+                        "a stream does not see the word written by another process's stream"
                     )
                 time.sleep(_POLL_S)
         if handle:
@@ -144,14 +139,13 @@ def _be_the_child(fd: int, uuid: bytes) -> None:
             return
         with contextlib.ExitStack() as held:
             try:
-                side = _Side(
-                    device_of(uuid), held
-                )  # it has what it copies from, so it stays until the end
+                # Keeps the sources of its copies alive until the end.
+                side = _Side(device_of(uuid), held)
                 answer = _DONE + _answered(side, request, held)
             except CudaError as error:
                 answer = _FAILED + str(error).encode()
             lane.send(answer)
-            lane.receive(CHILD_S)  # until the parent has looked
+            lane.receive(CHILD_S)  # stays until the parent has read
     finally:
         lane.close()
 

@@ -1,6 +1,6 @@
-"""A live exchange of shared memory with a child: what a worker and a client do, without either.
+"""Live test of shared memory with a child process, in place of a client and a worker.
 
-`python -m bridge_wire.doctor.exchange FD` is the child, at the other end of the socket FD.
+`python -m bridge_wire.doctor.exchange FD` runs the child; FD is its end of the socket.
 """
 
 import contextlib
@@ -15,15 +15,15 @@ from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.memory.slabs import PAGE, create_slab, map_received
 
 NBYTES = 256
-CHILD_S = 60.0  # until it has started, on a busy machine
+CHILD_S = 60.0  # time limit of a child's start, on a busy machine
 
 
 def with_child() -> None:
-    """Share a slab with a child: what this process writes the child must read, and the reverse.
+    """Share a slab with a child process; each side must read the other side's bytes.
 
     Raises:
-      OutOfMemory: the system gives no slab.
-      WorldError: the child did not receive it, or sees other memory.
+      OutOfMemory: the system cannot allocate a slab.
+      WorldError: the child did not receive the slab, or sees other memory.
     """
     slab = create_slab(PAGE, 0)
     try:
@@ -33,20 +33,21 @@ def with_child() -> None:
             lane.send(b"memory", (slab.fd,))
             read = lane.receive(CHILD_S)
             if read is None:
-                raise WorldError("a child did not receive the memory: it ended")
+                raise WorldError("the child process exited and did not receive the memory")
         if read != written or slab.view[NBYTES : 2 * NBYTES] != written[::-1]:
-            raise WorldError("a child sees other memory than this process does")
+            raise WorldError("the child process and this process see different bytes")
     finally:
         slab.close()
 
 
 @contextlib.contextmanager
 def lane_to_child(module: str, *arguments: str) -> Iterator[FramedSocket]:
-    """Run `python -m MODULE FD ARGUMENTS`, with the other end of this socket as FD. It ends with
-    the context.
+    """Run `python -m MODULE FD ARGUMENTS` with the peer of the yielded socket as FD.
+
+    The child is killed at the end of the context.
 
     Raises:
-      WorldError: the child did not start, or ended while it was spoken to.
+      WorldError: the child did not start, or exited during the exchange.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     lane = FramedSocket(ours)
@@ -64,9 +65,9 @@ def lane_to_child(module: str, *arguments: str) -> Iterator[FramedSocket]:
                 yield lane
             finally:
                 child.kill()
-    except OSError as error:  # a timeout too
+    except OSError as error:  # includes TimeoutError
         raise WorldError(
-            f"a child did not receive the memory: {error or type(error).__name__}"
+            f"the child process did not receive the memory: {error or type(error).__name__}"
         ) from error
     finally:
         lane.close()
@@ -78,12 +79,12 @@ def _be_the_child(fd: int) -> None:
         lane.receive(CHILD_S)
         descriptors = lane.take_descriptors()
         if len(descriptors) != 1:
-            raise ProtocolError(f"one descriptor was to come, not {len(descriptors)}")
+            raise ProtocolError(f"expected one file descriptor, got {len(descriptors)}")
         slab = map_received(descriptors[0], PAGE, 0)
         read = bytes(slab.view[:NBYTES])
         slab.view[NBYTES : 2 * NBYTES] = read[::-1]
         lane.send(read)
-        lane.receive(CHILD_S)  # until the parent has looked
+        lane.receive(CHILD_S)  # stays until the parent has read
     finally:
         lane.close()
 

@@ -1,7 +1,6 @@
-"""What a doctor looks at where there may be GPUs: driver, devices, CuPy, settings, and a live
-exchange of memory.
+"""GPU checks of the doctors: driver, devices, CuPy, settings, live sharing of GPU memory.
 
-Frameworks are found by the metadata of their packages, and CuPy is imported only where there is a
+Never imports a framework: package metadata shows the versions. Imports CuPy only on a host with a
 GPU.
 """
 
@@ -31,7 +30,7 @@ _EXPOSE = (
     "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
 )
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
-_OFF = ("", "false", "False", "0")  # all else is on, as XLA's client reads it
+_OFF = ("", "false", "False", "0")  # XLA's client reads every other value as on
 _XLA_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _ALLOCATOR_SETTINGS = (
     "PYTORCH_ALLOC_CONF",
@@ -42,19 +41,19 @@ _ALLOCATOR_SETTINGS = (
     *_XLA_FRACTIONS,
     "TF_GPU_ALLOCATOR",
 )
-# What gVisor calls its kernel, on every machine.
+# gVisor's kernel version, the same on every machine.
 _GVISOR = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
 
 
 class _Told(NamedTuple):
-    """What nvidia-smi alone tells of a device."""
+    """Facts about a device that only nvidia-smi reports."""
 
     driver: str
-    mode: str  # of compute
+    mode: str  # compute mode
 
 
 def checks() -> Iterator[Check]:
-    """Look at the driver, and at what there is behind it; a host without is as it should be."""
+    """Check the driver, the GPUs and CuPy. A host without a driver is ok."""
     try:
         driver = cuda.driver()
         gpus = driver.gpus()
@@ -80,14 +79,12 @@ def checks() -> Iterator[Check]:
 
 
 def has_mps() -> bool:
-    """Whether the pipes of an MPS daemon are there: where it is told to make them, or at CUDA's
-    default."""
+    """Whether an MPS daemon's pipe directory exists, at the configured path or CUDA's default."""
     return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")).exists()
 
 
 def exchanged(gpu: Gpu) -> Check:
-    """Whether a child opens this process's memory on the GPU, and how they wait for each other's
-    work."""
+    """Check whether a child process can open this process's GPU memory, and the way to wait."""
     name = f"memory of cuda:{gpu.ordinal}"
     found = f"{NBYTES} random bytes crossed to a child and back"
     refused = []
@@ -111,7 +108,7 @@ def exchanged(gpu: Gpu) -> Check:
 
 
 def remedy() -> str:
-    """Return what may help where a handle does not open in another process."""
+    """Return a remedy for handles that do not open in another process."""
     if "microsoft" in platform.release().lower():
         return "WSL2 has no CUDA IPC: use Linux itself"
     if platform.version() == _GVISOR:
@@ -125,7 +122,7 @@ def remedy() -> str:
 
 def _no_driver(error: CudaError) -> Check:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not isinstance(error.__cause__, OSError):  # it is there, but does not start
+    if not isinstance(error.__cause__, OSError):  # libcuda.so.1 loads, but does not initialise
         hint = "" if visible is None else f"change CUDA_VISIBLE_DEVICES={visible!r}; "
         return slow(_DRIVER, str(error), hint + _EXPOSE)
     if _VERSION_FILE.exists():
@@ -138,12 +135,12 @@ def _kernel_s_version() -> str:
         found = re.search(r"Module +(?:for \S+ +)?([\d.]+)", _VERSION_FILE.read_text())
     except OSError:
         found = None
-    return found[1] if found else "a version that is not told"
+    return found[1] if found else "unknown version"
 
 
 def _nvidia_smi() -> Mapping[str, _Told]:
-    """Return what nvidia-smi tells by UUID, of hidden devices as well; nothing where it is
-    missing or fails."""
+    """Return nvidia-smi's facts by UUID, including hidden devices; empty if nvidia-smi is missing
+    or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
@@ -167,19 +164,19 @@ def _devices(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Check:
 
 
 def _modes(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Iterator[Check]:
-    """A GPU that one process has for itself cannot be shared; it is told only then."""
+    """Report each GPU in an exclusive compute mode: client and worker cannot share it."""
     for gpu in gpus:
         mode = told[gpu.label].mode if gpu.label in told else "Default"
         if mode != "Default":
             yield slow(
                 f"mode of cuda:{gpu.ordinal}",
-                f"{mode}: one process may use it at a time",
+                f"{mode}: only one process at a time may use the GPU",
                 f"as root: nvidia-smi -i {gpu.label} -c DEFAULT, or start MPS",
             )
 
 
 def _cupy(driver: str) -> Check:
-    """Whether CuPy is installed once, and for a CUDA that the driver knows."""
+    """Check that one CuPy package is installed, for a CUDA version that the driver supports."""
     name, package = "CuPy", "pip install torch-jax-bridge[cuda]"
     found = {each: version for each in CUPY if (version := installed(each))}
     listed = ", ".join(f"{each} {version}" for each, version in found.items())
@@ -195,15 +192,17 @@ def _cupy(driver: str) -> Check:
     if built_for and int(built_for[1]) > int(driver.partition(".")[0]):
         return slow(
             name,
-            f"{listed}, but the driver knows CUDA {driver}: {BY_HOST}",
+            f"{listed}, but the driver supports CUDA {driver}: {BY_HOST}",
             f"install a newer driver, or cupy-cuda{driver.partition('.')[0]}x",
         )
     return ok(name, listed)
 
 
 def _allocators(environment: Mapping[str, str]) -> Check:
-    """The settings of torch's and JAX's allocators; the bridge works with any, by a copy on the
-    device."""
+    """Check the settings of torch's and JAX's allocators.
+
+    The bridge works with any settings, by a copy on the device.
+    """
     name = "GPU allocators"
     found = ", ".join(
         f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment
@@ -215,8 +214,8 @@ def _allocators(environment: Mapping[str, str]) -> Check:
     if environment.get(_PREALLOCATE, "") not in _OFF:
         return slow(
             name,
-            f"{found}: JAX takes most of the memory, which others need too",
-            f"set {_PREALLOCATE}=false; a worker does where it is not set",
+            f"{found}: JAX takes most of the memory, which other processes need too",
+            f"set {_PREALLOCATE}=false; a worker disables preallocation by default",
         )
     if not environment.get(_PREALLOCATE) and installed("jax"):
         found = (

@@ -1,7 +1,6 @@
-"""What the host, and the environment of this process, give the bridge: a doctor's checks for either
-side.
+"""Host checks of both doctors: system, packages, shared memory, huge pages, cores, namespaces.
 
-Frameworks are found by the metadata of their packages: nothing here imports them.
+Never imports a framework: package metadata shows the versions.
 """
 
 import os
@@ -27,7 +26,7 @@ _BY_VALUE = "tensors travel by value over gRPC"
 
 
 def checks() -> Iterator[Check]:
-    """Look at everything that a client and a worker have in common."""
+    """Run the checks common to client and worker."""
     yield ok(
         "system",
         f"{platform.system()} {platform.release()}, {platform.machine()},"
@@ -54,7 +53,7 @@ def installed(package: str) -> str | None:
 
 
 def memfd() -> Check:
-    """Whether memory can be made that nobody can shrink under its users."""
+    """Check that sealed shared memory exists, which no peer can shrink."""
     name = "memfd and seals"
     if not hasattr(os, "memfd_create"):
         return slow(name, f"this system has no memfd: {_BY_VALUE}", "use Linux 3.17 or newer")
@@ -78,7 +77,7 @@ def memfd() -> Check:
 
 
 def descriptor_passing() -> Check:
-    """Whether a child receives a slab over a Unix socket, and sees the same memory."""
+    """Check that a child process receives a slab over a Unix socket and sees the same memory."""
     name = "descriptor passing"
     try:
         exchange.with_child()
@@ -92,10 +91,10 @@ def descriptor_passing() -> Check:
 
 
 def huge_pages() -> Check:
-    """Whether the kernel backs large arrays with large pages; shared memory rarely has them."""
+    """Check for huge pages behind large arrays; shared memory rarely has huge pages."""
     name = "huge pages"
     private, shared = _chosen("enabled"), _chosen("shmem_enabled")
-    found = f"{private or 'not told'}; for shared memory {shared or 'not told'}"
+    found = f"{private or 'unknown'}; for shared memory {shared or 'unknown'}"
     if private == "never":
         return slow(
             name,
@@ -106,7 +105,7 @@ def huge_pages() -> Check:
 
 
 def shared_memory_files() -> Check:
-    """How large /dev/shm is, whose small default in containers is a trap for others."""
+    """Report the size of /dev/shm, since its small default in containers breaks other software."""
     try:
         space = os.statvfs("/dev/shm")
     except OSError:
@@ -118,23 +117,23 @@ def shared_memory_files() -> Check:
 
 
 def cores(name: str, usable: int, quota: float | None = None) -> Check:
-    """Whether a client and a worker can run at the same time."""
+    """Check that client and worker can run at the same time."""
     found = f"{usable} usable" if quota is None else f"{usable} usable, {quota:g} by quota"
     if usable > 1 and (quota is None or quota > 1):
         return ok(name, found)
     return slow(
         name,
         found,
-        "give it two cores or more: on one, each call costs several sleeps and wake-ups",
+        "give it two cores or more: on one core, each call costs several sleeps and wake-ups",
     )
 
 
 def namespaces() -> Check:
-    """The namespaces of this process, as the kernel calls them."""
+    """Report the kernel's names of this process's namespaces."""
     try:
         return ok("namespaces", " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS))
     except OSError:
-        return ok("namespaces", "the system does not tell")
+        return ok("namespaces", "unknown: the system has no /proc/self/ns")
 
 
 def _listed(packages: tuple[str, ...]) -> str:
@@ -152,7 +151,7 @@ def _chosen(setting: str) -> str | None:
 
 
 def _quota() -> float | None:
-    """Return how many cores' time the control group allows; None for all."""
+    """Return the control group's CPU quota in cores, or None without a quota."""
     try:
         limit, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return int(limit) / int(period)

@@ -1,5 +1,4 @@
-"""Which namespaces of the kernel this process is in, told so that a peer can compare and learns
-no more."""
+"""Digests of this process's kernel namespaces: a peer can compare them and learns nothing else."""
 
 import hashlib
 import os
@@ -10,11 +9,9 @@ KINDS = ("pid", "ipc", "mnt", "net")
 
 
 def digests() -> dict[str, bytes]:
-    """Return a digest for the running system, and for each kind of namespace; none where the system
-    does not tell.
+    """Return digests of the running system and of each kind of namespace; empty without /proc.
 
-    The boot id, which nobody can guess, keeps the digests from telling anything but whether two of
-    them are equal.
+    The unguessable boot id in each digest ensures that digests reveal only equality.
     """
     try:
         system = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

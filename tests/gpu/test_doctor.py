@@ -118,7 +118,7 @@ def test_gpus_are_told_without_nvidia_smi(
     monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
     for program in ("exit 9", "echo No devices were found", "echo a, b"):
         _says(tmp_path, monkeypatch, program)
-        assert _found()["NVIDIA driver"].found == "a version that is not told, for CUDA 13.0"
+        assert _found()["NVIDIA driver"].found == "unknown version, for CUDA 13.0"
         assert fake_cuda.ONE in _found()["GPUs"].found
     monkeypatch.setenv("PATH", "")
     for line in (
@@ -203,7 +203,7 @@ def test_without_cupy_nothing_is_exchanged(fake_cuda: Any, monkeypatch: pytest.M
         ({}, OK, "no setting"),
         ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, OK, "XLA_PYTHON_CLIENT_PREALLOCATE=false"),
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, OK, "expandable_segments:True"),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, SLOW, "a worker does where it is not set"),
+        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, SLOW, "a worker disables preallocation"),
         (
             {"XLA_PYTHON_CLIENT_PREALLOCATE": "no"},
             SLOW,
@@ -232,7 +232,7 @@ def test_without_words_the_exchange_is_in_order_by_events(
 ) -> None:
     """Wherever words fail; the check says why, and is well."""
     for variable, value, said in (
-        ("FAKE_CUDA_WORDS", "0", "neither write nor wait"),
+        ("FAKE_CUDA_WORDS", "0", "neither write nor await"),
         ("FAKE_CUDA_FAILS", "streamWaitValue64:801", "cudaErrorNotSupported"),
         ("FAKE_CUDA_FAILS", "streamWriteValue64:801", "cudaErrorNotSupported"),
     ):
@@ -298,7 +298,11 @@ def test_a_child_that_ends_or_sees_other_memory_is_found(
     python = sys.executable
     for child, error, said in (
         ("exit 3", WorldError, "did not receive"),
-        (f'exec {python} -c "{echo.format(answer)}" $3', CudaError, "sees other GPU memory"),
+        (
+            f'exec {python} -c "{echo.format(answer)}" $3',
+            CudaError,
+            "different bytes in GPU memory",
+        ),
     ):
         program = tmp_path / "python"
         program.write_text(f"#!/bin/sh\n{child}\n")
@@ -342,7 +346,7 @@ def test_the_child_does_not_read_too_early(
             self._stream = late
 
     monkeypatch.setattr(side, "hand_over", hand_over_idle)
-    with pytest.raises(CudaError, match="sees other GPU memory"):
+    with pytest.raises(CudaError, match="different bytes in GPU memory"):
         cuda_exchange.with_child(_UUID, kind)
 
 
