@@ -1,8 +1,7 @@
-"""The local lane's end of a Unix socket: frames, descriptors and the wait for a reply. Used by both
-sides.
+"""Unix socket of a local lane, for both sides: frames, descriptors, the wait for a reply.
 
-With a mailbox, messages lie there as long as both sides poll, and the socket is for waking a side
-that sleeps, for descriptors, for long messages, and for noticing the end of the peer.
+With a mailbox, messages use the mailbox while both sides poll. The socket then serves wake-ups,
+descriptors, long messages, and detection of the peer's end.
 """
 
 import array
@@ -24,34 +23,33 @@ from bridge_wire.memory.copying import usable_cores
 from bridge_wire.memory.slabs import create_slab, map_received
 
 _BUFFER_BYTES = 64 << 10
-# An int, since an IntFlag costs a microsecond on each use. Linux's alone: elsewhere no descriptors
-# come this way.
+# An int, since an IntFlag costs a microsecond per use. Linux only: other systems receive no
+# descriptors here.
 _CLOSE_ON_EXEC = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
-# A blocked peer takes 50 to 100 us to wake, so after recent traffic a message is polled for, for
-# this long. Much shorter, and two sides that block keep each other waiting longer than either polls
+# Time to poll for a message after recent traffic, since a blocked peer takes 50 to 100 us to wake.
+# With a much shorter time, two blocking sides delay each other for longer than either side polls
 # (measured, 2 virtual cores).
 _SPIN_S = 200e-6
-# Where messages are expected later than this, polling would only take a core from whoever computes
-# them. What is expected is a moving average of the last waits, none counted as longer than the
-# limit.
+# A side does not poll if it expects its message later than this: polling would take a core from the
+# computation of the message. The expectation is a moving average of the last waits, each capped at
+# _LONGEST_COUNTED_S.
 _SOON_S = 2 * _SPIN_S
 _LONGEST_COUNTED_S = 4 * _SOON_S
-# By then a message is seen that was put into the mailbox while this side fell asleep.
+# After this time, a message put while this side fell asleep is visible.
 _SETTLED_MS = 10
-_NUDGE = b""  # wakes a peer that has a mailbox, or brings it; no message of the protocol is empty
+_NUDGE = b""  # wakes a peer, or carries its mailbox; no message of the protocol is empty
 _MAX_DESCRIPTORS = 4
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 class FramedSocket:
-    """Sends and receives whole messages over a connected Unix stream socket, which it owns. For one
-    thread.
+    """Sends and receives whole messages over an owned Unix stream socket. For one thread.
 
-    With a mailbox, the two sides have to take turns: of two messages in a row, the second may
-      arrive first.
+    With a mailbox, the two sides must alternate: the second of two consecutive messages may arrive
+    first.
 
-    Descriptors that come with a message are dropped unless it `takes_descriptors`.
+    Received descriptors are dropped unless `takes_descriptors` is set.
     """
 
     def __init__(self, connected: socket.socket, *, takes_descriptors: bool = False) -> None:
@@ -59,9 +57,9 @@ class FramedSocket:
         self._decoder = FrameDecoder()
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
-        # On one core, whoever spins keeps the peer from running.
+        # On one core, a polling side keeps its peer from running.
         self._may_spin = usable_cores() > 1
-        self._waited_s = 0.0  # the last time
+        self._waited_s = 0.0  # duration of the last wait
         self._expected_s = 0.0
         self._takes_descriptors = takes_descriptors
         poll = select.poll()
@@ -71,17 +69,16 @@ class FramedSocket:
         self._use(None)
 
     def offer_mailbox(self) -> None:
-        """Offer a mailbox to the peer, which takes descriptors.
+        """Offer a mailbox to the peer, which must accept descriptors.
 
-        It serves as soon as the peer has mapped it.
+        The mailbox is in use as soon as the peer has mapped it.
         """
         if not (self._may_spin and mailbox.is_usable()):
             return
         try:
             memory = create_slab(mailbox.NBYTES, 0, name="bridge-mailbox")
-        except (
-            OutOfMemory
-        ):  # no descriptor, most likely: the socket alone does as well, if more slowly
+        # Most likely no free descriptor: the socket alone works too, more slowly.
+        except OutOfMemory:
             return
         try:
             self.send(_NUDGE, (memory.fd,))
@@ -90,10 +87,10 @@ class FramedSocket:
         self._use(Mailbox(memory.view, is_first=True))
 
     def send(self, payload: bytes, descriptors: tuple[int, ...] = ()) -> None:
-        """Send one message, and file descriptors with it.
+        """Send one message together with file descriptors.
 
         Raises:
-          OSError: the peer is gone; it has not received the whole message.
+          OSError: the peer is gone and has not received the whole message.
         """
         if self._mailbox is not None and not descriptors:
             peer = self._mailbox.put(payload)
@@ -104,19 +101,19 @@ class FramedSocket:
         frame = encode(payload)
         if descriptors:
             frame = frame[socket.send_fds(self._socket, [frame], descriptors) :]
-        if frame:  # nothing is left to fail of what went out whole
+        if frame:  # sendall could fail even with nothing left to send
             self._socket.sendall(frame)
 
     def has_unread(self) -> bool:
-        """Whether the last message still lies in the mailbox; of a peer that is gone: it was
-        never received."""
+        """Whether the last message is still in the mailbox. A peer that is gone then never
+        received the message."""
         return self._mailbox is not None and self._mailbox.is_unread()
 
     def receive(self, timeout_s: float | None = None) -> bytes | None:
-        """Return the next message, or None when the peer has ended the connection.
+        """Return the next message, or None when the peer has closed the connection.
 
         Raises:
-          TimeoutError: nothing came within `timeout_s` seconds.
+          TimeoutError: no message arrived within `timeout_s` seconds.
           ProtocolError: the bytes are no frames.
           OSError: the connection broke.
         """
@@ -124,7 +121,7 @@ class FramedSocket:
         while not message:
             if message is not None:
                 if self._mailbox is None and not self._takes_offer():
-                    break  # a message after all
+                    break  # an empty message without a mailbox
                 message = self._decoder.next()
                 continue
             box = self._mailbox
@@ -138,12 +135,12 @@ class FramedSocket:
         return message
 
     def take_descriptors(self) -> list[int]:
-        """Return the descriptors that have come since the last call; the caller owns them."""
+        """Return the descriptors received since the last call; the caller owns them."""
         taken, self._descriptors = self._descriptors, []
         return taken
 
     def peer_uid(self) -> int:
-        """Return the user id of the peer, as the kernel knows it."""
+        """Return the peer's user id from the kernel."""
         credentials = self._socket.getsockopt(
             socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
         )
@@ -151,7 +148,7 @@ class FramedSocket:
         return int(uid)
 
     def has_ended(self) -> bool:
-        """Whether the peer has closed its end; what it still says is dropped. Never blocks."""
+        """Whether the peer has closed its end. Drops pending bytes. Never blocks."""
         try:
             while self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT):
                 pass
@@ -166,28 +163,23 @@ class FramedSocket:
         return self._socket.fileno()
 
     def is_connected(self) -> bool:
-        """Whether the peer is there, though it may say nothing more. Never blocks."""
+        """Whether the peer is connected, perhaps half-closed. Never blocks."""
         poll = select.poll()
         poll.register(self._socket, 0)
         return not any(events & select.POLLHUP for _, events in poll.poll(0))
 
     def stop_receiving(self) -> None:
-        """Let nothing more come in, and wake whoever waits for it here; what is under way can
-        still be answered."""
+        """Stop receiving, and wake the waiting thread; pending requests can still be answered."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
 
     def half_close(self) -> None:
-        """Tell the peer that nothing more will come, but go on listening for its end."""
+        """Shut down the sending direction, but keep detecting the peer's end."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Close the connection, and let go of the mailbox and of every descriptor that came
-        unclaimed.
-
-        Idempotent.
-        """
+        """Close the connection, the mailbox and all unclaimed descriptors. Idempotent."""
         self._socket.close()
         self._use(None)
         for fd in self.take_descriptors():
@@ -200,7 +192,7 @@ class FramedSocket:
         )
 
     def _takes_offer(self) -> bool:
-        """Take the mailbox that came with an empty message, if one did."""
+        """Map the mailbox offered by an empty message; return whether there was an offer."""
         if not self._descriptors:
             return False
         memory = map_received(self._descriptors.pop(), mailbox.NBYTES, 0)
@@ -208,10 +200,12 @@ class FramedSocket:
         return True
 
     def _wait(self, timeout_s: float | None) -> bool:
-        """Wait until there is something to read, and return True, or a message in the mailbox, and
-        return False. By polling first, where that is likely to save a wake-up.
+        """Wait for a message; return True if the socket is readable, False for the mailbox.
+
+        Polls first if a poll is likely to save a wake-up.
         """
-        # What nobody waits for is done first: once a message is there, each step delays its answer.
+        # Bookkeeping first, off the critical path: after a message's arrival, each step delays its
+        # answer.
         is_there, clock, give_way = self._is_there, time.perf_counter, os.sched_yield
         self._expected_s += (min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s) / 2
         started = clock()
@@ -220,7 +214,7 @@ class FramedSocket:
             while not is_there():
                 if clock() > deadline:
                     break
-                give_way()  # where both sides share a core, the peer must run first
+                give_way()  # if both sides share a core, the peer must run first
             else:
                 self._waited_s = clock() - started
                 return self._mailbox is None
@@ -229,7 +223,7 @@ class FramedSocket:
         return is_readable
 
     def _sleep(self, timeout_s: float | None) -> bool:
-        """Wait as `_wait` does, without polling."""
+        """Wait like `_wait`, without polling."""
         box, left_ms = self._mailbox, None if timeout_s is None else timeout_s * 1000
         if box is not None:
             box.sleep()
@@ -249,7 +243,7 @@ class FramedSocket:
         raise TimeoutError
 
     def _read(self) -> int:
-        """Read what is there, or else wait for it; return the number of bytes."""
+        """Read available bytes, or wait for some; return the number of bytes."""
         try:
             if not self._takes_descriptors:
                 return self._socket.recv_into(self._buffer)
@@ -263,10 +257,10 @@ class FramedSocket:
                 fds = array.array("i")
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
                 self._descriptors.extend(fds)
-                if (
-                    len(self._descriptors) > _MAX_DESCRIPTORS
-                ):  # of a message that never ends, or of many
+                # They come from one endless message, or from many messages.
+                if len(self._descriptors) > _MAX_DESCRIPTORS:
                     raise ProtocolError(
-                        f"more than {_MAX_DESCRIPTORS} descriptors came that no message has claimed"
+                        f"the peer sent more than {_MAX_DESCRIPTORS} descriptors without a message"
+                        " that uses them"
                     )
         return count

@@ -1,4 +1,4 @@
-"""Tensors by value: bytes in a message of another kind, or in chunks after it, without I/O."""
+"""Inline tensors, without I/O: bytes inside a message of another kind, or chunks after it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -10,7 +10,7 @@ Buffer = bytes | memoryview
 
 
 class Writable(Protocol):
-    """Memory to be filled."""
+    """Writable memory of known size."""
 
     @property
     def nbytes(self) -> int: ...
@@ -20,7 +20,7 @@ class Writable(Protocol):
 
 
 def are_small(nbytes: int) -> bool:
-    """Whether tensors of so many bytes together travel in a message of another kind."""
+    """Whether tensors of `nbytes` bytes in total fit inside a message of another kind."""
     return nbytes <= SMALL
 
 
@@ -32,7 +32,7 @@ def chunks_of(buffers: Sequence[Buffer]) -> Iterator[bytes]:
 
 
 def fill(blocks: Sequence[Writable], data: bytes, chunks: Iterator[bytes]) -> None:
-    """Fill blocks from a message's `data`, or, if it has none, from the chunks that follow.
+    """Fill blocks from a message's `data`, or, without data, from the following chunks.
 
     Raises:
       ProtocolError: the peer sent more or fewer bytes than the blocks have.

@@ -1,18 +1,20 @@
-"""A mailbox: memory that both ends of a local lane map, with room for one message each way.
+"""Mailbox: memory mapped by both ends of a local lane, with one message slot per direction.
 
-Whoever polls finds a message there without a system call; of an exchange over a Unix socket, most
-is the kernel's work (on 2 virtual cores 9 µs, and 2 µs by a mailbox). Whoever sleeps does so on the
-socket, and is woken by it.
+A polling reader finds a message without a system call: an exchange takes 2 µs by a mailbox and 9 µs
+by a Unix socket (2 virtual cores). A sleeping reader sleeps on the lane's socket.
 
-Each way has a slot of 4096 bytes, which begins with numbers of 64 bits, little-endian:
+Each direction has a slot of 4096 bytes. The slot starts with little-endian 64-bit numbers:
 
-    0    how many messages the writer has put here 8    the length of the last one in bytes 64   how
-    many of them the reader has taken 72   the reader: 0 has not come yet, 1 polls or is busy and
-    will look, 2 sleeps and must be woken 128  the last message
+    0    number of messages put by the writer
+    8    length of the last message in bytes
+    64   number of messages taken by the reader
+    72   state of the reader: 0 absent, 1 awake (polls, or will poll before sleeping),
+         2 asleep (needs a wake-up)
+    128  the last message
 
-There is no lock, and Python has no memory barrier. That a message is there once its number is, and
-that a number is seen in time by whoever falls asleep, holds where stores are seen in the order in
-which they were made: on x86.
+There is no lock, and Python has no memory barrier. The protocol relies on stores becoming visible
+in program order, as on x86: a message is visible before its number, and a reader that falls asleep
+sees a number in time.
 """
 
 import platform
@@ -20,7 +22,7 @@ import platform
 from bridge_wire.errors import ProtocolError
 
 NBYTES = 8192
-CAPACITY = 4096 - 128  # of a message; longer ones go over the socket
+CAPACITY = 4096 - 128  # maximum message size; longer messages use the socket
 ABSENT, AWAKE, ASLEEP = 0, 1, 2
 
 _SLOT = 4096
@@ -29,18 +31,18 @@ _BODY = 128
 
 
 def is_usable() -> bool:
-    """Whether this machine's processors make stores visible in their order."""
+    """Whether this machine's processors make stores visible in program order."""
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
 class Mailbox:
     """One end of a mailbox.
 
-    The peer may be hostile: what it writes is copied before anybody looks at it.
+    The peer may be hostile: its messages are copied before validation.
     """
 
     def __init__(self, memory: memoryview, *, is_first: bool) -> None:
-        """Use `NBYTES` bytes that are zero at first; of the two ends, one is the first."""
+        """Use `NBYTES` zeroed bytes; exactly one of the two ends passes is_first=True."""
         first, second = memory[:_SLOT], memory[_SLOT:NBYTES]
         outgoing, incoming = (first, second) if is_first else (second, first)
         self._outgoing, self._incoming = outgoing.cast("Q"), incoming.cast("Q")
@@ -49,11 +51,10 @@ class Mailbox:
         self._incoming[_STATE] = AWAKE
 
     def put(self, message: bytes) -> int:
-        """Leave a message for the peer; return whether it is AWAKE or must be woken, or that it is
-        ABSENT.
+        """Put a message for the peer; return the peer's state.
 
-        Then nothing was left: it has no mailbox, the message is too long, or the last one still
-          lies there.
+        AWAKE: the peer polls. ASLEEP: the caller must wake the peer. ABSENT: nothing was put, since
+        the peer has no mailbox, the message is too long, or the slot is occupied.
         """
         slot = self._outgoing
         if slot[_STATE] == ABSENT or len(message) > CAPACITY or slot[_TAKEN] != self._put:
@@ -62,39 +63,39 @@ class Mailbox:
         slot[_LENGTH] = len(message)
         self._put += 1
         slot[_PUT] = self._put
-        return slot[_STATE]  # read after the number was written; see `sleep`
+        return slot[_STATE]  # must be read after the number is written; see `sleep`
 
     def is_unread(self) -> bool:
-        """Whether the last message that was put is one that the peer has not taken."""
+        """Whether the peer has not taken the last message yet."""
         return self._outgoing[_TAKEN] != self._put
 
     def has_message(self) -> bool:
         return self._incoming[_PUT] != self._taken
 
     def take(self) -> bytes:
-        """Return the message that is there.
+        """Return the message in the slot.
 
         Raises:
-          ProtocolError: it is longer than a slot.
+          ProtocolError: the message is longer than a slot.
         """
         slot = self._incoming
         self._taken, length = slot[_PUT], slot[_LENGTH]
         if length > CAPACITY:
             raise ProtocolError(
-                f"a mailbox holds a message of {length} bytes; the limit is {CAPACITY}"
+                f"the mailbox announces a message of {length} bytes; the limit is {CAPACITY}"
             )
         message = bytes(self._received[:length])
         slot[_TAKEN] = self._taken
         return message
 
     def sleep(self) -> None:
-        """Ask to be woken from now on, and until `wake`.
+        """Request wake-ups from now until `wake`.
 
-        A peer that has not seen this may have put a message that is not seen here either, if both
-        did so within the nanoseconds that a store needs: look again a little later.
+        Check for a message again a little later: if both sides act within the nanoseconds of a
+        store, neither this end sees the message nor the peer the request.
         """
         self._incoming[_STATE] = ASLEEP
 
     def wake(self) -> None:
-        """Ask not to be woken: this end will look before it sleeps."""
+        """Decline wake-ups: this end polls before it sleeps."""
         self._incoming[_STATE] = AWAKE
