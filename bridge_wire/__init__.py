@@ -1,9 +1,9 @@
-"""What both sides of the bridge agree on: types, trees, memory, frames and errors.
+"""Shared code of both sides of the bridge: types, trees, memory, frames, errors.
 
 Never imports torch or jax.
 """
 
 __version__ = "0.1.0"
 
-# The versions of proto/bridge/v1 that this package speaks, oldest and newest.
+# Oldest and newest supported version of proto/bridge/v1.
 PROTOCOLS = (1, 1)

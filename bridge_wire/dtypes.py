@@ -1,4 +1,4 @@
-"""The one table of array element types; every reverse map is derived from it."""
+"""Table of array element types; every reverse map is derived from the table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +10,10 @@ from bridge_wire.pb import bridge_pb2 as pb
 _INT, _UINT, _FLOAT, _BFLOAT, _COMPLEX, _BOOL = 0, 1, 2, 4, 5, 6
 
 
-@dataclass(
-    frozen=True, slots=True, eq=False
-)  # one object per type: compared, and hashed, by identity
+# eq=False: there is one object per type, so identity serves as equality and hash.
+@dataclass(frozen=True, slots=True, eq=False)
 class DType:
-    """An element type: its NumPy-style name, its wire number, its DLPack code and its size in
-    bytes."""
+    """An element type: NumPy-style name, wire number, DLPack code, size in bytes."""
 
     name: str
     wire: int
@@ -24,7 +22,7 @@ class DType:
 
     @property
     def is_inexact(self) -> bool:
-        """Whether it can carry a derivative: a float or a complex number."""
+        """Whether the type can carry a derivative: a float or a complex number."""
         return self.dlpack_code not in (_INT, _UINT, _BOOL)
 
     @property
@@ -62,13 +60,13 @@ _TABLE = (
 BY_NAME: Mapping[str, DType] = MappingProxyType({dtype.name: dtype for dtype in _TABLE})
 BY_WIRE: Mapping[int, DType] = MappingProxyType({dtype.wire: dtype for dtype in _TABLE})
 
-# What a 64-bit type becomes in a worker that has no 64-bit types. Floats have no entry: they are
-# never narrowed.
+# Replacements of 64-bit types in a worker without x64. Floats have no entry: they are never
+# narrowed.
 NARROWED: Mapping[str, DType] = MappingProxyType(
     {"int64": BY_NAME["int32"], "uint64": BY_NAME["uint32"]}
 )
 NEEDS_X64 = frozenset({"int64", "uint64", "float64", "complex128"})
-# What to do about a JAX that lacks them.
+# Remedy for a JAX without 64-bit types, for error texts.
 TURN_ON_X64 = (
     'start the worker with --x64 (in one process: jax.config.update("jax_enable_x64", True))'
 )

@@ -1,14 +1,14 @@
-"""Every error of the bridge, and how each travels.
+"""Errors of the bridge, and their encoding for the wire.
 
 BridgeError
 ├── CallerError            the call is wrong; nothing was sent
-│   ├── SpecError          a leaf's shape or dtype does not fit
+│   ├── SpecError          a leaf's shape or dtype does not match
 │   ├── DTypeError         a dtype the worker cannot hold without loss
 │   ├── StructureError     a pytree that cannot be sent
-│   ├── CopyNeeded         copy=False, and it takes a copy
-│   ├── UnknownModel       the worker hosts no model of that name
+│   ├── CopyNeeded         copy=False, but a copy is needed
+│   ├── UnknownModel       the worker hosts no model of this name
 │   ├── TargetError        `mod:fn` names nothing that can be served
-│   └── SessionClosed      you closed it
+│   └── SessionClosed      the caller closed the session
 ├── RemoteModelError       the model raised; carries the remote type and traceback as text
 ├── PeerError              the other side broke the contract
 │   ├── ProtocolError      a malformed or illegal message
@@ -16,15 +16,15 @@ BridgeError
 │   └── Unauthenticated    a wrong or missing token, or another user
 ├── WorldError             nobody's fault in this process
 │   ├── WorkerUnavailable  no worker answers at the address
-│   │   ├── WorkerDied     it died, or the connection broke, during a call
-│   │   └── WorkerDraining it is shutting down
-│   ├── WorkerCrashed      a spawned worker ended before it was ready
+│   │   ├── WorkerDied     the worker died, or the connection broke, during a call
+│   │   └── WorkerDraining the worker is shutting down
+│   ├── WorkerCrashed      a spawned worker exited before it was ready
 │   ├── StartupTimeout     a spawned worker was not ready in time
 │   ├── CallTimeout        no answer within timeout_s
-│   ├── OutOfMemory        no room for a block: the slabs' cap, the kernel or the GPU said no
-│   ├── CudaError          CUDA, or a handle for it, does not work here
-│   ├── ModelChanged       the worker now has another model than the one that an earlier call used
-│   └── LaneUnavailable    the lane or memory kind that was required cannot be had
+│   ├── OutOfMemory        no memory for a block: the slabs' cap, the kernel or the GPU refused
+│   ├── CudaError          CUDA, or one of its handles, does not work here
+│   ├── ModelChanged       the worker now hosts another model than during an earlier call
+│   └── LaneUnavailable    the required lane or memory kind is unavailable
 ├── ResidualGone           the worker no longer has the residual; the caller recomputes
 └── InternalError          a bug of the bridge
 """
@@ -39,17 +39,17 @@ from bridge_wire.pb import bridge_pb2 as pb
 
 _Status = grpc.StatusCode
 
-# The gRPC trailer that carries the pb.Error.
+# The gRPC trailer with the pb.Error.
 TRAILER = "bridge-error-bin"
-# gRPC drops a call's whole trailers past 8 KiB, and writes each byte of the details that is no
-# ASCII as three.
+# gRPC drops all trailers of a call above 8 KiB, and writes each non-ASCII byte of the details as
+# three bytes.
 _MAX_TRAILER = 4096
 _MAX_DETAILS = 512
-_MAX_TEXT = 1 << 18  # characters of one text: an error has to fit in a frame
+_MAX_TEXT = 1 << 18  # characters of one text: an error must fit in a frame
 
 
 class BridgeError(Exception):
-    """The root of every error that this project raises."""
+    """Root of all errors of this project."""
 
     status = _Status.UNKNOWN
 
@@ -61,7 +61,7 @@ class CallerError(BridgeError):
 
 
 class SpecError(CallerError):
-    """A leaf's shape or dtype does not fit."""
+    """A leaf's shape or dtype does not match."""
 
 
 class DTypeError(CallerError, TypeError):
@@ -73,11 +73,11 @@ class StructureError(CallerError, TypeError):
 
 
 class CopyNeeded(CallerError, ValueError):
-    """A copy was forbidden, but it cannot be done without one."""
+    """The caller forbade a copy, but a copy is needed."""
 
 
 class UnknownModel(CallerError, LookupError):
-    """The worker hosts no model of that name."""
+    """The worker hosts no model of this name."""
 
     status = _Status.NOT_FOUND
 
@@ -95,8 +95,7 @@ class SessionClosed(CallerError):
 class RemoteModelError(BridgeError):
     """The model raised.
 
-    `remote_type` is the exception's qualified class name and `remote_traceback` its traceback, both
-    as text.
+    `remote_type` is the exception's qualified class name, `remote_traceback` its traceback as text.
     """
 
     status = _Status.ABORTED
@@ -107,7 +106,7 @@ class RemoteModelError(BridgeError):
         self.remote_traceback = remote_traceback
 
     def with_advice(self, advice: str) -> "RemoteModelError":
-        """Return this error with advice for the caller below its message."""
+        """Return this error with advice for the caller, appended to its message."""
         message = f"{self.args[0]}\n{advice}"
         return RemoteModelError(
             message, remote_type=self.remote_type, remote_traceback=self.remote_traceback
@@ -155,19 +154,19 @@ class WorkerUnavailable(WorldError, ConnectionError):
 
 
 class WorkerDied(WorkerUnavailable):
-    """The worker died, or the connection to it broke, during a call. The next call reconnects."""
+    """The worker died, or its connection broke, during a call. The next call reconnects."""
 
 
 class WorkerDraining(WorkerUnavailable):
-    """The worker is shutting down and takes no new work."""
+    """The worker is shutting down and accepts no new work."""
 
 
 class WorkerCrashed(WorldError):
-    """A spawned worker ended before it was ready."""
+    """A spawned worker exited before it was ready."""
 
 
 class StartupTimeout(WorldError, TimeoutError):
-    """A spawned worker was not ready in time; it was killed."""
+    """A spawned worker was not ready in time and was killed."""
 
     status = _Status.DEADLINE_EXCEEDED
 
@@ -175,35 +174,35 @@ class StartupTimeout(WorldError, TimeoutError):
 class CallTimeout(WorldError, TimeoutError):
     """No answer within timeout_s.
 
-    The call's blocks stay leased until the worker lets go of them.
+    The call's blocks stay leased until the worker releases them.
     """
 
     status = _Status.DEADLINE_EXCEEDED
 
 
 class OutOfMemory(WorldError, MemoryError):
-    """No room for a block: the slabs have reached their cap, or the kernel, or the GPU, has no
+    """No memory for a block: the slabs reached their cap, or the kernel or the GPU has no
     memory."""
 
     status = _Status.RESOURCE_EXHAUSTED
 
 
 class CudaError(WorldError):
-    """CUDA does not work here, or refused what was asked of it, such as to open a handle."""
+    """CUDA does not work here, or an operation failed, such as opening a handle."""
 
 
 class ModelChanged(WorldError):
-    """The worker was restarted with another model than the one that an earlier call used."""
+    """The worker was restarted with another model than during an earlier call."""
 
     status = _Status.FAILED_PRECONDITION
 
 
 class LaneUnavailable(WorldError):
-    """The lane or the memory kind that was required cannot be had."""
+    """The required lane or memory kind is unavailable."""
 
 
 class ResidualGone(BridgeError):
-    """The worker no longer has the residual: it was evicted, or the worker was restarted."""
+    """The worker no longer has the residual, after an eviction or a restart of the worker."""
 
     status = _Status.DATA_LOSS
 
@@ -243,18 +242,16 @@ def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:
 
 
 def _utf8(text: str) -> str:
-    """Return text that can be sent: what a model says may hold lone surrogates, or all of its
-    data."""
+    """Return valid UTF-8 of limited length: a model's text may contain lone surrogates, or all
+    of its data."""
     if len(text) > _MAX_TEXT:
         half = _MAX_TEXT // 2
-        text = (
-            f"{text[:half]}\n[{len(text) - 2 * half} characters are left out here]\n{text[-half:]}"
-        )
+        text = f"{text[:half]}\n[{len(text) - 2 * half} characters omitted here]\n{text[-half:]}"
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def decode(message: pb.Error) -> BridgeError:
-    """Return the error that a message carries; a kind unknown here becomes a plain BridgeError."""
+    """Return the error of a message; an unknown kind becomes a plain BridgeError."""
     kind = _BY_KIND.get(message.kind, BridgeError)
     if kind is RemoteModelError:
         return RemoteModelError(
@@ -264,12 +261,12 @@ def decode(message: pb.Error) -> BridgeError:
 
 
 def unexpected(error: BaseException) -> InternalError:
-    """Return the InternalError that stands for an exception that should not have happened."""
+    """Return the InternalError for an unexpected exception."""
     return InternalError(f"unexpected {type(error).__name__}: {error}")
 
 
 def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
-    """End a gRPC call with the error's status, its text, and the whole error in the trailer."""
+    """Abort a gRPC call with the error's status and text, and the whole error in the trailer."""
     message = encode(error)
     message.message, message.traceback = _shortened(message.message), _shortened(message.traceback)
     context.set_trailing_metadata(((TRAILER, message.SerializeToString()),))

@@ -1,4 +1,4 @@
-"""The type of one array: dtype and shape, checked once where it enters the process."""
+"""Specs: the dtype and shape of one array, validated once where a spec enters the process."""
 
 import math
 import re
@@ -16,9 +16,9 @@ _ARRAY = re.compile(r"\s*(\w+)\[([\d,\s]*)\]\s*(?:,|$)")
 
 
 class Spec(NamedTuple):
-    """A dense row-major array's dtype and shape. A NamedTuple because it is hashed on the hot path.
+    """Dtype and shape of a dense row-major array. A NamedTuple, for fast hashes on the hot path.
 
-    `weak` marks a Python number: a 0-d value whose dtype yields to the other operands'.
+    `weak` marks a Python number: a 0-d value whose dtype yields to the other operands' dtypes.
     """
 
     dtype: DType
@@ -34,10 +34,10 @@ class Spec(NamedTuple):
 
 
 def of(dtype: object, shape: int | Sequence[int]) -> Spec:
-    """Return the type of an array of a dtype, by name or a framework's own, and a shape.
+    """Return the spec of an array; `dtype` is a name or a framework's dtype.
 
     Raises:
-      DTypeError, SpecError: there is none.
+      DTypeError, SpecError: the dtype or the shape is invalid.
     """
     name = (
         getattr(dtype, "name", None)
@@ -46,12 +46,10 @@ def of(dtype: object, shape: int | Sequence[int]) -> Spec:
     )
     known = BY_NAME.get(name)
     if known is None:
-        raise DTypeError(f"there is no dtype {dtype!r}; expected one of {', '.join(BY_NAME)}")
+        raise DTypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(BY_NAME)}")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if len(sizes) > _MAX_RANK or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise SpecError(
-            f"{shape!r} is no shape; expected at most {_MAX_RANK} sizes, none of them negative"
-        )
+        raise SpecError(f"{shape!r} is no shape; expected at most {_MAX_RANK} non-negative sizes")
     if math.prod(size or 1 for size in sizes) * known.itemsize > _MAX_NBYTES:
         raise SpecError(f"an array of shape {shape!r} and dtype {name} does not fit in memory")
     return Spec(known, sizes)
@@ -63,51 +61,52 @@ def encode(spec: Spec) -> pb.Spec:
 
 
 def decode(message: pb.Spec) -> Spec:
-    """Return the spec that a message carries.
+    """Return the spec of a message.
 
     Raises:
-      ProtocolError: the dtype is unknown, a size is negative, or the array would not fit in 63 bits
-        of bytes.
+      ProtocolError: the dtype is unknown, a size is negative, or the size in bytes exceeds 63 bits.
     """
     dtype = BY_WIRE.get(message.dtype)
     if dtype is None:
         raise ProtocolError(
-            f"a spec has dtype number {message.dtype}, which this side does not know"
+            f"a spec has the unknown dtype number {message.dtype}; install one version of"
+            " torch-jax-bridge on both sides"
         )
     shape = tuple(message.shape)
     if len(shape) > _MAX_RANK:
         raise ProtocolError(f"a spec has {len(shape)} dimensions; at most {_MAX_RANK} are allowed")
     if any(size < 0 for size in shape):
         raise ProtocolError(f"a spec has the negative shape {shape}")
-    # Sizes of zero hide an overflow of the others, which frameworks reject all the same.
+    # `size or 1`: a zero would hide an overflow of the other sizes, which frameworks reject.
     if math.prod(size or 1 for size in shape) * dtype.itemsize > _MAX_NBYTES:
         raise ProtocolError(
             f"a spec of shape {shape} and dtype {dtype.name} does not fit in memory"
         )
     if message.weak and (shape or dtype.name not in _NUMBERS):
         raise ProtocolError(
-            f"a Python number came as {dtype.name}{list(shape)}; expected a 0-d one of {_NUMBERS}"
+            f"a Python number has the spec {dtype.name}{list(shape)}; expected one of"
+            f" {_NUMBERS} without dimensions"
         )
     return Spec(dtype, shape, message.weak)
 
 
 def decode_all(messages: Sequence[pb.Spec]) -> tuple[Spec, ...]:
-    """Return the specs that the messages carry."""
+    """Return the specs of the messages."""
     return tuple(decode(message) for message in messages)
 
 
 def parse(text: str) -> tuple[Spec, ...]:
-    """Return the specs that a text such as "float32[8,64],int32[8]" names.
+    """Return the specs of a text such as "float32[8,64],int32[8]".
 
     Raises:
-      CallerError: it is not of that form.
+      CallerError: the text has another form.
     """
     parsed: list[Spec] = []
     position = 0
     while position < len(text):
         match = _ARRAY.match(text, position)
         if match is None or match[1] not in BY_NAME:
-            raise CallerError(f"{text!r} is not of the form float32[8,64],int32[8]")
+            raise CallerError(f"{text!r} is no list of specs; write it like float32[8,64],int32[8]")
         sizes = [size for size in match[2].replace(" ", "").split(",") if size]
         parsed.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
         position = match.end()

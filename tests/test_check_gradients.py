@@ -99,7 +99,10 @@ def test_arguments_are_reproducible(check) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--input", "float[3"], "'float[3' is not of the form float32[8,64],int32[8]"),
+        (
+            ["--input", "float[3"],
+            "'float[3' is no list of specs; write it like float32[8,64],int32[8]",
+        ),
         (["--input", "float32[3]", "--seed", "x"], "invalid int value: 'x'"),
         ([], "ADDRESS"),
     ],

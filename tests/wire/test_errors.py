@@ -153,7 +153,7 @@ def test_endless_text_fits_in_a_frame() -> None:
     error = errors.encode(RemoteModelError(endless, remote_traceback=endless))
     assert len(error.SerializeToString()) < MAX_FRAME
     assert error.message.startswith("first") and error.message.endswith("last")
-    assert "characters are left out here" in error.traceback
+    assert "characters omitted here" in error.traceback
 
 
 # Over gRPC ----------------------------------------------------------------------------------------
