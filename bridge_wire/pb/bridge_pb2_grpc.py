@@ -77,14 +77,15 @@ class BridgeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """Streams progress while the worker traces and compiles; the last event is `prepared`.
+        """Streams progress of tracing and compiling; the last event is `prepared` or `error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Lane(self, request_iterator, context):
-        """The call path when no local lane can be had. The same messages travel as frames over the local lane.
+        """The lane over gRPC, if no local lane is available. A local lane sends the same messages as
+        frames.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
