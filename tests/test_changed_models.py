@@ -197,7 +197,7 @@ def test_a_backward_on_another_model_is_an_error(serving: Serving) -> None:
         serving.restart(**values)
         for backward in pending:
             with pytest.raises(
-                ModelChanged, match=rf"another model '{name}' than the one that ran"
+                ModelChanged, match=rf"another model '{name}' than in this call's forward"
             ):
                 backward()
         for dtype in ("float32", "float64"):
@@ -239,7 +239,7 @@ def test_a_plain_call_on_another_model_warns_once(
         assert f(x).tolist() == [1, 5, 9, 13]
         assert torch.autograd.grad(f(x.requires_grad_()).sum(), x)[0].tolist() == [2, 6, 10, 14]
     (record,) = caplog.records
-    assert record.getMessage().startswith("model 'f' is another one since the worker was restarted")
+    assert record.getMessage().startswith("model 'f' has changed with the worker's restart")
 
 
 def test_other_types_are_an_error(serving: Serving) -> None:

@@ -474,7 +474,7 @@ def test_a_token_may_have_the_end_of_its_line(
     address = f"127.0.0.1:{tokened_worker.address.rpartition(':')[2]}"
     with connect(address, token=f"{_TOKEN}\n") as session:
         assert squares(session, 3.0) == [9.0]
-    with pytest.raises(CallerError, match="not printable ASCII"):
+    with pytest.raises(CallerError, match="must be printable ASCII"):
         connect(address, token="sésame")
 
 

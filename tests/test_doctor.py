@@ -92,7 +92,7 @@ def test_doctor_tells_why_a_worker_at_hand_is_slow(
     assert status == 0
     path = checks["path"]
     assert path.verdict == SLOW
-    assert path.found.startswith("lane grpc, memory inline: its local lane cannot be reached")
+    assert path.found.startswith("lane grpc, memory inline: its local lane is unreachable")
     assert "unix:PATH" in path.remedy
     assert "shared memory" not in checks and "grpc lane" in checks
 

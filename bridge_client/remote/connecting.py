@@ -1,5 +1,4 @@
-"""`connect`: a session with a worker that somebody else runs; and what else a function's target
-may be."""
+"""`connect`, and `session_for`: the session of a function's target. Framework imports are local."""
 
 from typing import Any
 
@@ -24,17 +23,17 @@ def connect(
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
     Args:
-      token: what a worker with --token-file asks for.
+      token: the token of a worker with --token-file.
       tls: certificates; True trusts the system's authorities.
       timeout_s: seconds for each call; None waits.
-      lane: forces "local" (Unix socket, shared memory) or "grpc" (bytes inline); by default the
-        best there is.
+      lane: forces "local" (Unix socket, shared memory) or "grpc" (inline bytes); the default is
+        the fastest available lane.
       require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged
-        fall-back.
+        fallback.
     Raises:
-      WorkerUnavailable: no worker answers there.
+      WorkerUnavailable: no worker answers at the address.
       Unauthenticated: the token is wrong.
-      LaneUnavailable: the lane or memory kind that was asked for cannot be had.
+      LaneUnavailable: the required lane or memory kind is unavailable.
       VersionMismatch: the worker speaks another protocol.
     """
     check_address(address)
@@ -44,8 +43,9 @@ def connect(
 
 
 def session_for(target: Any, framework: str) -> Session:
-    """Return the session that a function's target means: one with the worker at an address, the
-    session itself, or one with a model of this framework in this process.
+    """Return the session of a function's target.
+
+    A target is a worker's address, a session, or a model of `framework` in this process.
 
     Raises:
       CallerError: the framework is not installed here.
@@ -55,7 +55,7 @@ def session_for(target: Any, framework: str) -> Session:
     if isinstance(target, Session):
         return target
     try:
-        from bridge_client.inproc import host  # which imports both frameworks
+        from bridge_client.inproc import host  # imports both frameworks
     except ImportError as error:
         raise CallerError(
             f"the target is a {type(target).__qualname__}; expected a worker's address or a"
@@ -66,9 +66,9 @@ def session_for(target: Any, framework: str) -> Session:
 
 
 def check_address(address: object) -> None:
-    """Raise CallerError for what can be no worker's address."""
+    """Raise CallerError for an invalid worker address."""
     if not isinstance(address, str) or not (address.startswith("unix:") or ":" in address):
-        raise CallerError(f"the address {address!r} is neither 'unix:PATH' nor 'HOST:PORT'")
+        raise CallerError(f"address={address!r}; expected 'unix:PATH' or 'HOST:PORT'")
 
 
 def check_terms(lane: str | None, require: str | None) -> None:

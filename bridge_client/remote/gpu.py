@@ -1,5 +1,4 @@
-"""Ordering: how a lane's calls wait for this process's work on the GPU, and that work for the
-calls."""
+"""Ordering of a lane's calls with this process's GPU work: by words, events or the CPU."""
 
 import logging
 import os
@@ -19,25 +18,22 @@ from bridge_wire.pb import bridge_pb2 as pb
 _log = logging.getLogger(__name__)
 
 _SETTING = "BRIDGE_GPU_ORDER"
-_MOST_UNREAD = 64  # calls, after so many of which it is looked which are done
-_NOT_A_NUMBER = 0xFF  # in each byte, whatever the type of float
+_MOST_UNREAD = 64  # number of calls between checks for finished calls
+_NOT_A_NUMBER = 0xFF  # byte of a NaN, for all float types
 
 Ask = Callable[[pb.LaneRequest], pb.LaneReply]
 
 
 class Ordering:
-    """The order between one lane's calls and what is on this process's streams, in the first way
-    that works here.
+    """Orders one lane's calls with this process's streams, in the first way that works here.
 
-    By words or by events, no side waits on the host: a call waits on the GPU for what was on the
-    stream before it, and what comes on the stream afterwards for the call. Where neither can be
-    had, this process waits until its stream is done before it calls, and the worker until the GPU
-    is done before it answers.
+    By words or events, no side blocks the CPU: a call waits on the GPU for the stream's earlier
+    work, and the stream's later work waits for the call. Otherwise this process waits for its
+    stream before a call, and the worker waits for the GPU before an answer.
     """
 
     def __init__(self, pool: GpuPool, ask: Ask) -> None:
-        """Come to terms with the worker, which has the pool's slabs, over a lane, by its way to
-        ask."""
+        """Agree on a way with the worker, which has the pool's slabs; `ask` uses the lane."""
         first = configured_way()
         reasons: list[str] = []
         self._by: _Way | None = None
@@ -55,13 +51,13 @@ class Ordering:
 
     @property
     def way(self) -> str:
-        """How each side waits for the other: "words", "events" or "host"."""
+        """The way of waiting for the other side: "words", "events" or "host"."""
         return HOST if self._by is None else self._by.name
 
     def begin(self, stream: int) -> int:
-        """Let the next call wait for what is on the stream.
+        """Make the next call wait for the stream's present work.
 
-        Returns the number of its turn, for the worker.
+        Returns the number of the call's turn, for the worker.
         """
         if self._by is None:
             self._device.synchronize(stream)
@@ -69,43 +65,40 @@ class Ordering:
         return self._by.begin(stream)
 
     def end(self, stream: int, outputs: Sequence[Block] = ()) -> None:
-        """Let what comes on the stream wait for the last call, whose outputs lie in these
+        """Make later work on the stream wait for the last call; its outputs lie in these
         blocks."""
         if self._by is not None:
             self._by.end(stream, outputs)
 
     @property
     def is_done(self) -> bool:
-        """Whether the last call, and with it what it waited for, is done on the GPU."""
+        """Whether the last call, and the work before it, is done on the GPU."""
         return self._by is None or self._by.is_done
 
     def worker_has_gone(self) -> None:
-        """End the waits for a worker that will do no more.
-
-        Outputs that it had still to write become NaN.
-        """
+        """End the waits for a worker that is gone. Its unwritten outputs become NaN."""
         if self._by is not None:
             self._by.worker_has_gone()
 
     @property
     def has_lost_outputs(self) -> bool:
-        """Whether the worker has gone without outputs of calls that it had answered."""
+        """Whether the worker died before it had written outputs of answered calls."""
         return self._by is not None and self._by.has_lost_outputs
 
     def let_go(self) -> None:
-        """Let go of what belongs to the worker, while that still lives. No call follows."""
+        """Release the worker's resources while the worker is alive. No call may follow."""
         if self._by is not None:
             self._by.let_go()
 
     def close(self) -> None:
-        """Let go of everything, when nobody waits for it any more. For finalizers, too."""
+        """Queue the release of all resources, after the last wait for them. For finalizers too."""
         by, self._by = self._by, None
         if by is not None:
             by.close()
 
 
 def configured_way() -> str:
-    """Return the first way that a lane may take, as BRIDGE_GPU_ORDER says."""
+    """Return the first way that a lane may use, from BRIDGE_GPU_ORDER."""
     way = os.environ.get(_SETTING, WORDS)
     if way not in WAYS:
         raise CallerError(f"{_SETTING}={way!r}; expected one of {', '.join(WAYS)}")
@@ -113,7 +106,7 @@ def configured_way() -> str:
 
 
 class _Way(ABC):
-    """One way to keep order without the host."""
+    """One way to order calls without blocking the CPU."""
 
     name: str
 
@@ -140,18 +133,18 @@ class _Way(ABC):
 
 
 class _Answered(NamedTuple):
-    """A call whose outputs may still be on their way, and where they will be."""
+    """An answered call with the locations of its outputs, which may not be written yet."""
 
     turn: int
     outputs: Sequence[tuple[int, int]]  # pointers and sizes
 
 
 class _ByWords(_Way):
-    """By two counters in a slab, which streams write and wait for.
+    """Ordering by two counters in a slab: streams write them and wait for them.
 
-    Each call has a number. A call on another stream than the one before begins once that one's
-    number is written here: else its own, which is greater, could be there first, and would let the
-    call before begin too soon.
+    Each call has a number. If the stream changes between two calls, the second call first waits for
+    the first call's number in this side's word. Otherwise the second number, which is greater,
+    could be written first and would start the first call too early.
     """
 
     name = WORDS
@@ -159,7 +152,7 @@ class _ByWords(_Way):
     def __init__(self, pool: GpuPool, ask: Ask) -> None:
         device = pool.device
         if not device.has_words:
-            raise CudaError("this driver has streams neither write nor wait for words of 64 bits")
+            raise CudaError("this driver's streams can neither write nor await 64-bit words")
         self._pool, self._device = pool, device
         stream = device.new_urgent_stream()
         try:
@@ -181,7 +174,7 @@ class _ByWords(_Way):
             if not self._words.comes_within(FIRST, PROBE_S) or not self._words.pass_within(
                 FIRST, PROBE_S
             ):
-                raise CudaError("a stream here does not see the word that the worker has written")
+                raise CudaError("a stream here does not see the word written by the worker")
         except BaseException:
             self._words.close()
             raise
@@ -204,7 +197,7 @@ class _ByWords(_Way):
                 if len(self._answered) % _MOST_UNREAD == 0:
                     self._forget_done()
         self._words.wait(self._begun, stream)
-        if self._is_worker_gone:  # it went after it had answered
+        if self._is_worker_gone:  # the worker died after its answer
             self.worker_has_gone()
 
     @property
@@ -218,8 +211,8 @@ class _ByWords(_Way):
             if not self._answered:
                 return
             _log.error(
-                "the worker died before its GPU had written the outputs of %d calls: they are NaN"
-                " now, integers -1",
+                "the worker died before its GPU had written the outputs of %d calls: the outputs"
+                " are NaN now, integers -1; repeat the calls",
                 len(self._answered),
             )
             self.has_lost_outputs = True
@@ -242,7 +235,7 @@ class _ByWords(_Way):
             self._answered.popleft()
 
     def give_back(self) -> None:
-        """Let go of the words; only those that nobody will write any more serve again."""
+        """Release the words; only words without pending writes are reused."""
         if self.is_done and self._words.mine() >= self._begun:
             self._pool.give_back_words(self._block)
         self._words.close()
@@ -253,7 +246,7 @@ def _end_words(words: _ByWords) -> None:
 
 
 class _ByEvents(_Way):
-    """By one interprocess event of each side, which the other has opened."""
+    """Ordering by one interprocess event per side, opened by the other side."""
 
     name = EVENTS
 
@@ -283,17 +276,17 @@ class _ByEvents(_Way):
         return self._theirs is None or not driver().is_pending(self._theirs)
 
     def worker_has_gone(self) -> None:
-        pass  # what waits for an event of a dead process waits forever
+        pass  # waits for a dead process's event never end
 
     def let_go(self) -> None:
-        # CUDA leaves undefined what an opened event is once its owner has destroyed it.
+        # Must come before the owner destroys its event: CUDA leaves later use undefined.
         theirs, self._theirs = self._theirs, None
         if theirs is not None:
             self._device.destroy_event(theirs)
 
     def close(self) -> None:
-        # Of a lane that has ended first, the worker's event is left as it is: to destroy it is
-        # undefined, too.
+        # If the lane has ended first, the worker's event is not destroyed: its destruction is
+        # undefined too.
         self._theirs = None
         leave_event(self._device, self._ours)
 

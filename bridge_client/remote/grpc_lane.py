@@ -1,4 +1,4 @@
-"""The gRPC lane: a stream; the bytes of the tensors travel in its messages."""
+"""gRPC lane: a bidirectional stream with the tensors' bytes in its messages. No framework."""
 
 import contextlib
 import itertools
@@ -27,10 +27,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 
 
 class GrpcLane(Lane):
-    """A gRPC stream; the bytes of the tensors follow each message in chunks.
-
-    Works between hosts.
-    """
+    """A gRPC stream with the tensors' bytes in chunks after each message. Works between hosts."""
 
     name = "grpc"
     memory = "inline"
@@ -39,7 +36,7 @@ class GrpcLane(Lane):
         """Open the stream and attach.
 
         Raises:
-          BridgeError: the worker refused, or cannot be reached.
+          BridgeError: the worker refused or is unreachable.
         """
         self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = queue.SimpleQueue()
         self._is_closed = False
@@ -76,9 +73,8 @@ class GrpcLane(Lane):
 
     @contextlib.contextmanager
     def _deadline(self, timeout_s: float) -> Iterator[None]:
-        """End the stream when the time is up: a stream that is open already takes no deadline of
-        its own."""
-        # Taken by whichever comes first, the end of the call or that of its time.
+        """Cancel the stream at a deadline, since gRPC sets no deadline on an open stream."""
+        # Acquired once: either by the end of the call or by the deadline.
         over = threading.Lock()
 
         def expire() -> None:
@@ -113,15 +109,15 @@ class GrpcLane(Lane):
         call = self._call
 
         def ended() -> None:
-            if call.code() is not grpc.StatusCode.CANCELLED:  # by this side
+            if call.code() is not grpc.StatusCode.CANCELLED:  # this side cancels by closing
                 action()
 
         call.add_callback(ended)
 
     def abandon(self) -> bool:
         self._end_stream()
-        # What travels by value the worker cannot touch. Of the GPU's memory nobody tells when it
-        # lets go.
+        # The worker cannot access tensors sent by value. There is no signal for its release of GPU
+        # memory.
         return self.ordering is not None
 
     def has_ended(self) -> bool:
@@ -154,15 +150,15 @@ class GrpcLane(Lane):
                 "the worker ended the stream during a call; the next call reconnects"
             ) from None
         except grpc.RpcError as error:
-            # The error is the stream itself: with a traceback it would be a cycle that keeps the
-            # call's blocks.
+            # The error object is the stream: with a traceback, a reference cycle would keep the
+            # call's blocks alive.
             raise from_rpc(error, during_call=True) from error.with_traceback(None)
         return raise_if_failed(reply)
 
 
 def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
-    """Return the bridge's error for a grpc.RpcError: the worker's own where it sent one, else
-    the connection's."""
+    """Return the BridgeError of a grpc.RpcError: the error sent by the worker, or a connection
+    error."""
     for key, value in error.trailing_metadata() or ():
         if key == TRAILER:
             return decode(pb.Error.FromString(value))
@@ -187,7 +183,7 @@ def _flattened(
 
 
 def _address_on_gpu(message: pb.Run, call: Call) -> None:
-    """Write the addresses of tensors on the GPU; 0 stands for a tensor that travels by value."""
+    """Add the addresses of GPU tensors; 0 means a tensor sent by value."""
     message.inline = True
     for field, tensors in ((message.inputs, call.run.inputs), (message.outputs, call.outputs)):
         addresses = [x.address if is_on_gpu(x.address) else 0 for x in tensors]

@@ -1,7 +1,7 @@
-"""The interface of lanes: connections to a worker that serve one call at a time.
+"""Lane: interface of connections to a worker that serve one call at a time.
 
-A lane belongs to the call that took it from its link. `local_lane` and `grpc_lane` are the two
-kinds.
+A lane belongs to the call that took the lane from its link. `local_lane` and `grpc_lane` implement
+the two kinds. No framework is imported here.
 """
 
 from abc import ABC, abstractmethod
@@ -22,19 +22,17 @@ from bridge_wire.memory.cuda_memory import GpuPool, GpuSlab
 from bridge_wire.memory.pool import Block, Pool
 from bridge_wire.pb import bridge_pb2 as pb
 
-# For what no model's work can delay: attaching, sharing, releasing.
+# Time limit of requests independent of the models' work: attach, share, release.
 HANDSHAKE_S = 10.0
-# For what CUDA may keep waiting for the kernels of either process (pytorch#15937): opening a
-# handle.
+# Time limit of opening a handle: CUDA may wait for the kernels of either process (pytorch#15937).
 GPU_HANDSHAKE_S = 180.0
 
 
 class Stale(Exception):
-    """The connection was dead before the request went out, so it is safe to send it again over a
-    new one."""
+    """The connection was dead before the request was sent: a retry on a new lane is safe."""
 
 
-# After these the worker has ended the lane.
+# After these errors the worker has ended the lane.
 ENDS_LANE = (PeerError, InternalError, WorkerDied, CallTimeout)
 
 
@@ -42,22 +40,22 @@ class Call(NamedTuple):
     """A run over one link."""
 
     run: Run
-    program: int  # the worker's number for the program
+    program: int  # the worker's id for the program
     outputs: list[Block]
     released: Sequence[int]  # residuals that the worker may free
     timeout_s: float | None
-    pool: Pool  # of the inputs in host memory
+    pool: Pool  # holds the inputs in host memory
 
 
 class Lane(ABC):
     """One attached connection.
 
-    After an exception other than a plain BridgeError it must not be used again.
+    After an exception other than a plain BridgeError, the lane must not be used again.
     """
 
     name: str
     memory: str
-    # With this process's work on the GPU, from the first call with memory there.
+    # Ordering with this process's GPU work; set by the first call with GPU memory.
     ordering: Ordering | None = None
 
     def run(self, call: Call) -> Any:
@@ -65,7 +63,7 @@ class Lane(ABC):
 
         Raises:
           Stale: nothing was sent.
-          WorkerDied, CallTimeout: something was sent, and no reply came.
+          WorkerDied, CallTimeout: the request was sent, but no reply came.
         """
         run, ordering = call.run, self.ordering
         request = pb.LaneRequest()
@@ -82,44 +80,45 @@ class Lane(ABC):
         return outputs
 
     def free_after(self, stream: int) -> None:
-        """Have a stream wait for the last run, which has read memory that is reused there."""
+        """Make a stream wait for the last run before the stream reuses the run's inputs."""
         if self.ordering is not None:
             self.ordering.end(stream)
 
     @abstractmethod
     def _run(self, request: pb.LaneRequest, call: Call) -> Any:
-        """Write the tensors' addresses or bytes into the request, and exchange it for the reply."""
+        """Add the tensors' addresses or bytes to the request, send it and receive the reply."""
 
     def bytes_by_value(self, call: Call) -> int:
-        """Return how many bytes of the inputs the lane sends in messages."""
+        """Return the number of input bytes that the lane sends in messages."""
         return 0
 
     @abstractmethod
     def ask(self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S) -> pb.LaneReply:
-        """Ask for what no model's work can delay, but for that of a GPU, which gets `timeout_s`."""
+        """Send a request that models cannot delay; GPU requests pass a longer `timeout_s`."""
 
     def ask_about_gpu(self, request: pb.LaneRequest) -> pb.LaneReply:
-        """Ask for what the work of models on a GPU may delay."""
+        """Send a request that the models' GPU work may delay."""
         return self.ask(request, GPU_HANDSHAKE_S)
 
     def release(self, residuals: Sequence[int]) -> pb.Usage:
-        """Release residuals, and return what the worker holds for the session."""
+        """Release residuals, and return the worker's usage for the session."""
         return self.ask(pb.LaneRequest(release=pb.Release(residuals=residuals))).usage
 
     def peek(self, address: int, nbytes: int) -> bytes:
-        """Return what the worker sees in a few bytes that were shared with it."""
+        """Return a few bytes of shared memory as the worker reads them."""
         return self.ask_about_gpu(
             pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))
         ).peeked
 
     def share_on_gpu(self, slab: GpuSlab) -> None:
-        """Hand a GPU's slab over to the worker."""
+        """Share a GPU slab with the worker."""
         share = pb.Share(base=slab.base, nbytes=slab.nbytes, cuda_handle=slab.handle)
         self.ask_about_gpu(pb.LaneRequest(share=share))
 
     def order(self, pool: GpuPool, share: Callable[[], None]) -> Ordering:
-        """Return how this lane's calls and this process's work on the GPU wait for each other.
-        `share` hands over the pool's slabs, which may have become more.
+        """Return the ordering of this lane's calls with this process's GPU work.
+
+        `share` sends the pool's new slabs to the worker.
         """
 
         def ask(request: pb.LaneRequest) -> pb.LaneReply:
@@ -132,21 +131,21 @@ class Lane(ABC):
 
     @abstractmethod
     def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
-        """Have a thread act when the worker ends the connection, or dies.
+        """Register an action for the end of the connection or the worker's death.
 
-        `action` holds nothing alive.
+        A separate thread calls `action`, which must hold no strong references.
         """
 
     @abstractmethod
     def abandon(self) -> bool:
-        """Give up on the call under way.
+        """Abandon the pending call.
 
-        Returns whether the worker may still touch the call's blocks.
+        Returns whether the worker may still access the call's blocks.
         """
 
     @abstractmethod
     def has_ended(self) -> bool:
-        """Whether the worker has let go of an abandoned call. Never blocks."""
+        """Whether the worker has released an abandoned call. Never blocks."""
 
     @abstractmethod
     def close(self) -> None:

@@ -1,6 +1,7 @@
-"""A link: one life of the connection to a worker.
+"""Link: one connection to one worker process, with its gRPC channel and lanes.
 
-A session outlives its links; a restarted worker gets a new one.
+A session outlives its links: after a worker's restart, the session opens a new link. No framework
+is imported here.
 """
 
 import contextlib
@@ -48,15 +49,15 @@ _GPU_S, _GPU_POLL_S = 30.0, 0.001
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
-    # A shared pool would make a new link wait out the back-off of the dead one.
+    # With a shared pool, a new link would wait for the back-off of the dead link.
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM-encoded certificates: the authority that signed the worker's, and optionally one's own
-    with its key."""
+    """PEM-encoded certificates: the authority of the worker's certificate, and optionally the
+    client's certificate with its key."""
 
     root_certificates: bytes | None = None
     certificate: bytes | None = None
@@ -65,7 +66,7 @@ class Tls:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How to connect: see `connect`."""
+    """Options of a connection: see `connect`."""
 
     token: str | None = None
     tls: Tls | None = None
@@ -74,26 +75,25 @@ class Terms:
 
 
 class Link:
-    """A gRPC channel, the session it opened on the worker, and idle lanes. Thread-safe."""
+    """A gRPC channel, its session on the worker, and idle lanes. Thread-safe."""
 
     def __init__(self, address: str, terms: Terms, on_fallback: Callable[[str], None]) -> None:
         """Connect, open a session and attach a first lane.
 
-        `on_fallback` is told why the tensors will travel by value, if they will.
+        `on_fallback` receives the reason if tensors must travel by value.
 
         Raises:
           WorkerUnavailable: no worker answers at the address.
-          LaneUnavailable: the terms demand a lane or memory kind that cannot be had.
+          LaneUnavailable: the terms require an unavailable lane or memory kind.
         """
         self.address = address
-        self._shared: set[int] = set()  # by their bases, the host's slabs
+        self._shared: set[int] = set()  # bases of shared host slabs
         self._shared_on_gpu: set[int] = set()
         self._share_lock = threading.Lock()
-        self.ways: Counter[str] = (
-            Counter()
-        )  # of the lanes that are in order with a GPU, as `Ordering.way` says
-        self.has_lost_outputs = False  # of calls that the worker had answered before it died
-        self._watches: list[Watch] = []  # one, when a lane is watched
+        # Number of GPU lanes by `Ordering.way`.
+        self.ways: Counter[str] = Counter()
+        self.has_lost_outputs = False  # whether answered calls lost outputs by the worker's death
+        self._watches: list[Watch] = []  # at most one, created with the first watched lane
         self._metadata = _authorization(terms.token)
         self._channel = open_channel(address, terms.tls)
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
@@ -117,20 +117,20 @@ class Link:
             self._channel.close()
             raise
         self.lane_name, self.memory = first.name, first.memory
-        # Idle lanes, the warmest last. As long as one is attached, the worker keeps the session.
+        # Idle lanes, the most recently used last. The worker keeps the session while a lane is
+        # attached.
         self._idle: list[Lane] = [first]
-        # A link that is forgotten ends as well: the worker must not keep the session of a module
-        # nobody has.
+        # Also ends an unreferenced link: the worker must not keep the session of a deleted module.
         self._end = weakref.finalize(self, _end, self._idle, self._channel, self._watches)
         self._end.atexit = False
 
     def prepare(
         self, request: pb.PrepareRequest, what: str, timeout_s: float | None
     ) -> pb.Prepared:
-        """Have a program prepared; logs when that takes long.
+        """Let the worker prepare a program; log progress of a slow preparation.
 
         Raises:
-          Stale: the worker no longer knows the session.
+          Stale: the worker no longer has the session.
         """
         request.session = self.token
         phase = "starting"
@@ -151,21 +151,19 @@ class Link:
             if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
                 raise Stale from raised
             raise raised from error
-        except (
-            Unauthenticated
-        ) as error:  # another worker, or another life of it, answers at the address
+        # Another worker, or the restarted worker, answers at the address.
+        except Unauthenticated as error:
             raise Stale from error
-        raise WorkerDied("the worker ended a preparation without a result")
+        raise WorkerDied("the worker ended a preparation without a result; the next call retries")
 
     def take(self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None) -> Lane:
-        """Take a lane for one call, with every slab of the pool shared over it. It must be given
-        back, or abandoned.
+        """Take a lane for one call, after sharing all slabs of the pool.
 
-        For a call on a GPU, that pool's slabs are shared too, and the lane is in order with the
-        GPU.
+        The caller must give the lane back, or abandon it. For a call on a GPU, this method also
+        shares the slabs of `gpu` and orders the lane with the GPU.
 
         Raises:
-          Stale: no lane can be had; the link is dead.
+          Stale: there is no lane, since the link is dead.
         """
         try:
             lane = self._idle.pop()
@@ -176,7 +174,7 @@ class Link:
         if len(self._shared) < len(pool.slabs) and lane.memory == "memfd":
             try:
                 self._share(lane, pool, timeout_s)
-            except BaseException:  # nobody knows whether the worker has the slab now
+            except BaseException:  # the worker may or may not have the slab now
                 lane.close()
                 self.abort()
                 raise
@@ -185,15 +183,13 @@ class Link:
     def give_back(self, lane: Lane) -> None:
         """Return a lane that is ready for the next call."""
         self._idle.append(lane)
-        if not self._end.alive:  # the link was ended during the call: nobody would close the lane
+        if not self._end.alive:  # the link ended during the call and no longer closes its lanes
             _close(self._idle)
 
     def close(self) -> None:
-        """Say goodbye to the worker and end every connection. Idempotent; a worker that is gone
-        does not matter.
+        """Close the session on the worker and all connections. Idempotent; ignores a dead worker.
 
-        Where a GPU's memory is shared, the worker has unmapped it when this returns, if it could be
-        reached.
+        On return, a reachable worker has unmapped the shared GPU memory.
         """
         patience_s, orderings = _GOODBYE_S, []
         if self._shared_on_gpu:
@@ -204,17 +200,16 @@ class Link:
         with contextlib.suppress(grpc.RpcError, Stale):
             self._stub.Close(pb.CloseRequest(session=self.token), timeout=patience_s)
         self.abort()
-        for ordering in orderings:  # now the worker uses nothing of it any more
+        for ordering in orderings:  # the worker no longer uses their resources
             ordering.close()
         end_what_is_left()
 
     def abort(self) -> None:
-        """End every connection without a word."""
+        """Close all connections without notice to the worker."""
         self._end()
 
     def _wait_for_gpu(self) -> None:
-        """Wait until what the worker waits for on the GPU is done: it must not wait for a
-        process that has ended."""
+        """Wait until the worker's GPU waits are over: it must not wait for an ended process."""
         deadline = time.monotonic() + _GPU_S
         for lane in list(self._idle):
             while lane.ordering is not None and not lane.ordering.is_done and not lane.has_ended():
@@ -226,8 +221,8 @@ class Link:
                 self.worker_has_gone(lane.ordering)
 
     def _taken_from_lanes(self) -> list[Ordering]:
-        """Take the orderings of the idle lanes, which let go of what is the worker's while that
-        still has it."""
+        """Take the idle lanes' orderings, and release the worker's resources while the worker
+        still has them."""
         taken = []
         for lane in list(self._idle):
             ordering, lane.ordering = lane.ordering, None
@@ -257,8 +252,8 @@ class Link:
             return self._watches[0]
 
     def _order(self, lane: Lane, gpu: GpuPool, share: Callable[[], None]) -> None:
-        """Have a lane be in order with the GPU, and hear of the worker's end also when all
-        threads wait for that."""
+        """Order a lane with the GPU, and detect the worker's end even if all threads wait for the
+        worker."""
         ordering = lane.order(gpu, share)
         self.ways[ordering.way] += 1
         link, waiting = weakref.ref(self), weakref.ref(ordering)
@@ -283,7 +278,7 @@ class Link:
             raise Stale from error
 
     def _share(self, lane: Lane, pool: Pool, timeout_s: float | None) -> None:
-        assert isinstance(lane, LocalLane), "only such a lane carries descriptors"
+        assert isinstance(lane, LocalLane), "only a local lane carries descriptors"
         with self._share_lock:
             self._refuse_if_ended()
             for slab in pool.slabs:
@@ -306,7 +301,7 @@ class Link:
             share()
             if lane.ordering is None:
                 self._order(lane, gpu, share)
-        except (CudaError, OutOfMemory):  # the worker's answer: it does not have the slab
+        except (CudaError, OutOfMemory):  # by the worker's answer, it does not have the slab
             self.give_back(lane)
             raise
         except BaseException:
@@ -324,22 +319,27 @@ class Link:
             return LocalLane(path, self.token)
 
         if terms.require == "cuda_ipc" and not self.description.gpu.uuid:
-            raise LaneUnavailable("require='cuda_ipc': the models of this worker run on no GPU")
+            raise LaneUnavailable(
+                "require='cuda_ipc': the models of this worker run on no GPU; start the worker on a"
+                " GPU, or drop require"
+            )
         if terms.lane == "grpc":
             if terms.require == "memfd":
-                raise LaneUnavailable(f"require={terms.require!r} cannot be had with lane='grpc'")
+                raise LaneUnavailable(
+                    f"require={terms.require!r} is impossible with lane='grpc'; drop one of them"
+                )
             return by_grpc, by_grpc()
         path = self._lane_path(advertised)
         reason = ""
         if not memfd_works():
-            reason = "this system has no memfd, or forbids it"
+            reason = "this system has no memfd, or forbids memfds"
         elif not path:
             reason = "the worker offers no local lane"
         else:
             try:
                 return by_socket, by_socket()
             except (OSError, BridgeError, Stale) as error:
-                reason = f"its local lane cannot be reached ({error or type(error).__name__})"
+                reason = f"its local lane is unreachable ({error or type(error).__name__})"
         if terms.lane == "local" or terms.require == "memfd":
             raise LaneUnavailable(f"the worker shares no memory with this process: {reason}")
         on_fallback(reason)
@@ -347,7 +347,7 @@ class Link:
 
     def _lane_path(self, advertised: str) -> str:
         if self.address.startswith("unix:") and advertised:
-            # The worker may see the directory under another path, as from inside a container.
+            # The worker may see the directory under another path, as in a container.
             directory = os.path.dirname(self.address.removeprefix("unix:"))
             return os.path.join(directory, os.path.basename(advertised))
         return advertised
@@ -360,8 +360,7 @@ class Link:
 
 
 class _Authorized:
-    """A stub whose every call carries the same metadata, and raises Stale once the channel is
-    closed."""
+    """A stub that adds metadata to each call, and raises Stale after the channel is closed."""
 
     def __init__(self, stub: BridgeStub, metadata: Sequence[tuple[str, str]]) -> None:
         self._stub = stub
@@ -373,7 +372,7 @@ class _Authorized:
         def call(request: Any, timeout: float | None = None) -> Any:
             try:
                 return method(request, timeout=timeout, metadata=self._metadata)
-            except ValueError as error:  # gRPC's, of a channel that another thread has closed
+            except ValueError as error:  # gRPC's error if another thread has closed the channel
                 raise Stale from error
 
         return call
@@ -387,18 +386,17 @@ def _end(lanes: list[Lane], channel: grpc.Channel, watches: list[Watch]) -> None
 
 
 def _close(lanes: list[Lane]) -> None:
-    with contextlib.suppress(IndexError):  # two threads may be at it
+    with contextlib.suppress(IndexError):  # two threads may close lanes at once
         while True:
             lanes.pop().close()
 
 
 def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
-    """Return a channel to a worker, which connects by itself when it is used."""
+    """Return a channel to a worker; the channel connects on first use."""
     options = list(_CHANNEL_OPTIONS)
     if is_loopback(address.rpartition(":")[0]):
-        options.append(
-            ("grpc.enable_http_proxy", 0)
-        )  # that of http_proxy would look for the worker on its own host
+        # A proxy from http_proxy would look for the worker on the proxy's host.
+        options.append(("grpc.enable_http_proxy", 0))
     if tls is None:
         return grpc.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
@@ -406,12 +404,12 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 
 
 def _authorization(token: str | None) -> tuple[tuple[str, str], ...]:
-    """Return the headers that present a token, without the line's end that it may have in its
-    file."""
+    """Return the authorization header of a token, stripped of its file's trailing newline."""
     if token is None or not (token := token.strip()):
         return ()
-    if not (token.isascii() and token.isprintable()):  # gRPC would say that no worker answers
+    # gRPC would misreport such a token as an unavailable worker.
+    if not (token.isascii() and token.isprintable()):
         raise CallerError(
-            "the token has characters that are not printable ASCII, as no worker's has"
+            "the token must be printable ASCII; check the file or variable it is from"
         )
     return (("authorization", f"Bearer {token}"),)

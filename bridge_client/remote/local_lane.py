@@ -1,4 +1,4 @@
-"""The local lane: frames over a Unix socket; the tensors stay in slabs that both sides map."""
+"""Local lane: frames over a Unix socket, tensors in slabs mapped by both sides. No framework."""
 
 import operator
 import socket
@@ -24,7 +24,7 @@ _address_of = operator.attrgetter("address")
 
 
 class LocalLane(Lane):
-    """Frames over a Unix socket; the tensors stay where they are, in slabs that both sides map."""
+    """Frames over a Unix socket; the tensors stay in place, in slabs mapped by both sides."""
 
     name = "local"
     memory = "memfd"
@@ -33,7 +33,7 @@ class LocalLane(Lane):
         """Connect and attach.
 
         Raises:
-          OSError: nobody listens there.
+          OSError: no worker listens at the path.
           BridgeError: the worker refused.
         """
         connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -52,7 +52,7 @@ class LocalLane(Lane):
             raise
 
     def share(self, slab: Slab, timeout_s: float | None) -> None:
-        """Hand a slab over to the worker, within `timeout_s` and at most a few seconds."""
+        """Share a slab with the worker, within `timeout_s` and at most HANDSHAKE_S seconds."""
         request = pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes))
         self._exchange(request, min(timeout_s or HANDSHAKE_S, HANDSHAKE_S), descriptors=(slab.fd,))
 
@@ -72,15 +72,14 @@ class LocalLane(Lane):
 
         def ended() -> None:
             found = connection()
-            # The descriptor's number may be another socket's by now.
+            # The descriptor's number may belong to another socket by now.
             if found is not None and found.fileno() >= 0 and not found.is_connected():
                 action()
 
         watch().add(self._socket.fileno(), ended)
 
     def abandon(self) -> bool:
-        # The worker sees the end of the stream once it has finished the call, and only then ends
-        # its own side.
+        # The worker sees the end of the stream after the call, and only then closes its side.
         self._socket.half_close()
         return True
 
@@ -96,8 +95,8 @@ class LocalLane(Lane):
             super().close()
             self._socket.close()
             return
-        # The worker takes a client whose connection has ended for dead, and waits no longer for its
-        # GPU.
+        # A closed connection looks like a dead client: the worker would stop waiting for the
+        # client's GPU work.
         self.ordering = None
         self._socket.half_close()
         leave(_end_socket, (ordering, self._socket))
@@ -129,18 +128,17 @@ class LocalLane(Lane):
             raise WorkerDied(
                 "the worker ended the connection during a call; the next call reconnects"
             )
-        if message == _RAN_BYTES:  # as nearly always
+        if message == _RAN_BYTES:  # fast path of nearly all replies
             return _RAN
         try:
             reply = pb.LaneReply.FromString(message)
         except DecodeError as error:
-            raise ProtocolError("the worker sent a frame that holds no LaneReply") from error
+            raise ProtocolError("the worker sent a frame that is no LaneReply") from error
         return raise_if_failed(reply)
 
 
 def _end_socket(left: tuple[Ordering, FramedSocket]) -> None:
-    """Close a lane's socket once its calls are done on the GPU, or the worker has ended its
-    side."""
+    """Close a lane's socket after its GPU work, or after the worker has closed its side."""
     ordering, connection = left
     if connection.has_ended() or ordering.is_done:
         ordering.close()

@@ -1,4 +1,4 @@
-"""Sessions with a worker process: calls and residuals over whichever link to it is alive."""
+"""RemoteSession: a session with a worker process, over its current link. Imports no framework."""
 
 import atexit
 import contextlib
@@ -44,23 +44,23 @@ _T = TypeVar("_T")
 
 
 class Host(Protocol):
-    """Where the worker is, and who keeps it running."""
+    """Source of a worker: its address, and its process if spawned here."""
 
     def address(self) -> str:
-        """Return the worker's address, starting it first if that is this process's task."""
+        """Return the worker's address; a spawning source starts the worker first."""
 
     def has_ended(self) -> bool:
-        """Whether a worker that this process has started is gone, so that `address` would start
-        another one."""
+        """Whether a worker started by this process has exited, so that `address` starts a new
+        worker."""
 
     def close(self) -> None:
-        """End a worker that this process has started. Idempotent."""
+        """Shut down a worker started by this process. Idempotent."""
 
 
 class RemoteSession(Session):
-    """A connection to one worker. Made by `connect` and `spawn`.
+    """A session with one worker, created by `connect` or `spawn`.
 
-    In a forked child the session starts afresh with a connection and memory of its own.
+    In a forked child, the session restarts with a new connection and new memory.
     """
 
     def __init__(self, host: Host, terms: Terms, timeout_s: float | None) -> None:
@@ -83,7 +83,7 @@ class RemoteSession(Session):
         self._link: Link | None = None
         self._lock = threading.Lock()
         self._unfinished = Unfinished()
-        self._changed_models: set[str] = set()  # reported already
+        self._changed_models: set[str] = set()  # already reported in the log
 
     @property
     def framework(self) -> str:
@@ -113,8 +113,9 @@ class RemoteSession(Session):
                 self._look_for_gpu(link)
 
     def _look_for_gpu(self, link: Link) -> None:
-        """Share a first slab with the worker on its GPU, or find out why that cannot be, but for a
-        worker that is gone: another one may take its place.
+        """Share a first slab on the worker's GPU, or note the reason for a failure.
+
+        A dead worker is no such reason: a new worker may replace it.
         """
         about = link.description.gpu
         if not about.uuid:
@@ -136,7 +137,7 @@ class RemoteSession(Session):
 
     @property
     def address(self) -> str:
-        """Where the worker listens."""
+        """The worker's address."""
         return self._require_link().address
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
@@ -186,14 +187,14 @@ class RemoteSession(Session):
         _sessions.discard(self)
 
     def __reduce__(self) -> tuple[Callable[..., "RemoteSession"], tuple[Any, ...]]:
-        # A session cannot travel, but whoever unpickles it can make its own with the same worker.
+        # Pickles the address: the unpickling process opens its own session with the same worker.
         return _reconnect, (self.address, self._terms, self.timeout_s)
 
     # Links ----------------------------------------------------------------------------------------
 
     def _over_link(self, action: Callable[..., _T], *args: Any) -> _T:
-        """Act over the link; over a new one if the old one turns out to have been dead before
-        anything was sent."""
+        """Act over the link, and over a new link if the old link was dead before a request was
+        sent."""
         link = self._link or self._require_link()
         try:
             return action(link, *args)
@@ -205,7 +206,7 @@ class RemoteSession(Session):
         except Stale as error:
             self._forget(link)
             raise WorkerUnavailable(
-                "the worker went away again right after it was reached"
+                "the worker disconnected again right after reconnecting; look at its log"
             ) from error
 
     def _require_link(self) -> Link:
@@ -238,9 +239,8 @@ class RemoteSession(Session):
         end_what_is_left()
         if is_new and link.has_lost_outputs:
             raise WorkerDied(
-                "the worker died before its GPU had written the outputs of earlier calls, which are"
-                " NaN, or -1 where they are integers: run these calls again; the next call"
-                " reconnects"
+                "the worker died before its GPU had written the outputs of earlier calls: these"
+                " outputs are NaN, integers -1; repeat the earlier calls, the next call reconnects"
             )
 
     def _note_fallback(self, reason: str) -> None:
@@ -261,7 +261,7 @@ class RemoteSession(Session):
             lane = link.take(self.pool, call.timeout_s, None if run.stream is None else self._gpu)
             outputs = lane.run(call)
             if forward is not None and forward.stream not in (None, run.stream):
-                lane.free_after(forward.stream)  # the pullback may have read that run's inputs
+                lane.free_after(forward.stream)  # the pullback may have read the forward's inputs
         except BaseException as error:
             self._unfinished.release_later(call.released)
             if lane is not None:
@@ -273,10 +273,10 @@ class RemoteSession(Session):
         return outputs
 
     def _forward_of(self, link: Link, run: Run) -> Forward | None:
-        """Return the forward whose residual a pullback reads; note a run that keeps one.
+        """Return the forward run of a pullback's residual; record a run that keeps a residual.
 
         Raises:
-          ResidualGone: the residual was kept over another link.
+          ResidualGone: the forward run used another link.
         """
         if not run.residual:
             return None
@@ -285,11 +285,11 @@ class RemoteSession(Session):
             return None
         forward = self._unfinished.forward(run.residual)
         if forward is None or forward.link is not link:
-            raise ResidualGone("the residual belongs to an earlier life of the worker")
+            raise ResidualGone("the worker has restarted since it kept the residual")
         return forward
 
     def _call(self, link: Link, run: Run) -> Call:
-        """Prepare the program on this link if it is new there, and lease the outputs' blocks."""
+        """Prepare the program on this link if needed, and lease blocks for its outputs."""
         program, gpu = run.program, None if run.stream is None else self._gpu
         timeout_s = run.timeout_s or program.timeout_s or self.timeout_s
         named, name = program.name
@@ -302,7 +302,8 @@ class RemoteSession(Session):
         return Call(run, name, outputs, self._unfinished.to_release(), timeout_s, self.pool)
 
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
-        """Return the worker's name for a program, which it prepares if it is new on this link."""
+        """Return the worker's id for a program, after preparing the program on this link if
+        needed."""
         named, name = program.name
         if named is link:
             return name
@@ -318,7 +319,7 @@ class RemoteSession(Session):
         except (SpecError, DTypeError, StructureError, UnknownModel) as error:
             if is_known:
                 raise ModelChanged(
-                    f"{what} has served such calls before the worker was restarted: {error}"
+                    f"{what} served this call before the worker's restart, but now fails: {error}"
                 ) from error
             raise
         if prepared.fingerprint:
@@ -329,24 +330,24 @@ class RemoteSession(Session):
     def _check_model(
         self, program: Program, prepared: pb.Prepared, what: str, *, is_known: bool
     ) -> None:
-        """Compare what a restarted worker serves to what it has served before.
+        """Compare a restarted worker's program with the earlier one.
 
         Raises:
-          ModelChanged: the program is tied to the model of an earlier call, or the outputs have
-            other types.
+          ModelChanged: the program requires the model of an earlier call, or the output types
+            differ.
         """
         if program.tag and model_tag(prepared.fingerprint) != program.tag:
             raise ModelChanged(
-                f"the worker serves another {what} than the one that ran this call's forward, so it"
+                f"the worker now serves another {what} than in this call's forward pass, so it"
                 " cannot compute the gradient; call the function again"
             )
         outputs = decode_all(prepared.outputs)
         results = [trees.without_origins(result) for result in (prepared.result, program.result)]
         if program.outputs and (outputs != program.outputs or results[0] != results[1]):
             raise ModelChanged(
-                f"{what} returned {', '.join(map(str, program.outputs))} before the worker was"
-                f" restarted, and now returns {', '.join(map(str, outputs))} or another structure;"
-                " make a new function of it"
+                f"{what} returned {', '.join(map(str, program.outputs))} before the worker's"
+                f" restart, and now returns {', '.join(map(str, outputs))} or another structure;"
+                " create a new function for the model"
             )
         if not is_known or prepared.fingerprint == program.identity.fingerprint:
             return
@@ -355,21 +356,20 @@ class RemoteSession(Session):
             self._changed_models.add(what)
         if not is_reported:
             _log.warning(
-                "%s is another one since the worker was restarted: results differ from earlier"
-                " calls",
+                "%s has changed with the worker's restart: results differ from earlier calls",
                 what,
             )
 
     def _after_failure(self, link: Link, error: BaseException, lane: Lane, call: Call) -> None:
-        """Put the lane back if it can still be used; else keep the call's blocks until the
-        worker lets go of them."""
+        """Give back a usable lane; otherwise keep the call's blocks until the worker releases
+        them."""
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
             link.give_back(lane)
         elif isinstance(error, Stale | PeerError | WorkerDied):
             if lane.ordering is not None and not isinstance(error, PeerError):
                 link.worker_has_gone(lane.ordering)
             lane.close()
-        elif lane.abandon():  # CallTimeout; or KeyboardInterrupt, for one
+        elif lane.abandon():  # CallTimeout, or for example KeyboardInterrupt
             self._unfinished.abandon(lane, call)
 
     def _usage(self) -> pb.Usage:
@@ -378,7 +378,7 @@ class RemoteSession(Session):
             return pb.Usage()
         try:
             lane = link.take(self.pool)
-        except (Stale, BridgeError):  # a worker that is gone holds nothing
+        except (Stale, BridgeError):  # a dead worker holds nothing
             return pb.Usage()
         dropped = self._unfinished.to_release()
         try:
@@ -395,7 +395,7 @@ class RemoteSession(Session):
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A worker that somebody else runs."""
+    """A worker at a fixed address, not started by this process."""
 
     at: str
 
@@ -414,8 +414,8 @@ def _reconnect(address: str, terms: Terms, timeout_s: float | None) -> RemoteSes
 
 
 _sessions: "weakref.WeakSet[RemoteSession]" = weakref.WeakSet()
-# What a forked child must neither use nor finalize: it belongs to the parent, and gRPC's threads
-# are not here.
+# Parent's objects that a forked child must neither use nor finalize, since gRPC's threads do not
+# survive the fork.
 _of_the_parent: list[Any] = []
 
 

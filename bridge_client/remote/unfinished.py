@@ -1,4 +1,7 @@
-"""Records of what calls leave behind: residuals, ids to release, calls given up, bytes to count."""
+"""Records of unfinished work: residuals, ids to release, abandoned calls, uncounted bytes.
+
+No framework is imported here.
+"""
 
 import threading
 from collections import deque
@@ -10,19 +13,19 @@ from bridge_client.remote.link import Link
 from bridge_client.session import Placed
 
 _MOST_UNCOUNTED = 1000
-_MOST_RELEASED = 100_000  # by one message, which has to fit in a frame
+_MOST_RELEASED = 100_000  # ids per message, which must fit in a frame
 
 
 class Forward(NamedTuple):
-    """A run that kept a residual. It keeps the blocks alive that the residual may alias."""
+    """A run that kept a residual. Keeps the inputs alive, since the residual may alias them."""
 
     link: Link
     inputs: Sequence[Placed]
-    stream: int | None  # on which the inputs' blocks are used
+    stream: int | None  # CUDA stream of the inputs' blocks
 
 
 class _Abandoned(NamedTuple):
-    """A call that was given up: the worker may still use its blocks."""
+    """An abandoned call; the worker may still use its blocks."""
 
     lane: Lane
     call: Call
@@ -44,16 +47,16 @@ class Unfinished:
         self._forwards[residual] = forward
 
     def forward(self, residual: int) -> Forward | None:
-        """Return the run that kept a residual, or None if that was dropped."""
+        """Return the run that kept a residual, or None if the residual was dropped."""
         return self._forwards.get(residual)
 
     def drop(self, residual: int) -> None:
-        """Have a residual released with the next message. For finalizers."""
+        """Queue a residual for release with the next message. For finalizers."""
         if self._forwards.pop(residual, None) is not None:
             self._released.append(residual)
 
     def to_release(self) -> list[int]:
-        """Take ids of dropped residuals, as many as one message may hold."""
+        """Take the ids of dropped residuals, up to the limit of one message."""
         taken: list[int] = []
         while self._released and len(taken) < _MOST_RELEASED:
             taken.append(self._released.popleft())
@@ -64,18 +67,18 @@ class Unfinished:
         self._released.extend(residuals)
 
     def abandon(self, lane: Lane, call: Call) -> None:
-        """Keep the blocks of a call that was given up until the worker has ended its lane."""
+        """Keep an abandoned call's blocks until the worker has ended its lane."""
         with self._lock:
             self._abandoned.append(_Abandoned(lane, call))
 
     def count(self, bytes_copied: int) -> None:
-        """Count a call, and the bytes that either side copied for it."""
+        """Count a call, and the bytes copied for it by either side."""
         self._uncounted.append(bytes_copied)
         if self._abandoned or len(self._uncounted) > _MOST_UNCOUNTED:
             self.sweep()
 
     def totals(self) -> tuple[int, int]:
-        """Return how many calls were counted, and the bytes copied by them."""
+        """Return the number of calls and the bytes copied for them."""
         with self._lock:
             self._add_up()
             return self._calls, self._bytes_copied

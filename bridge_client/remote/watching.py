@@ -1,6 +1,6 @@
-"""A thread that hears at once when connections end, also while all others wait for a GPU.
+"""Watch: a thread that reports ended connections at once, even if all other threads wait for a GPU.
 
-No framework.
+Imports no framework.
 """
 
 import contextlib
@@ -14,10 +14,7 @@ _log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Watches sockets of this process, until `close`.
-
-    One that is closed here is forgotten by itself.
-    """
+    """Watches sockets of this process until `close`. A socket closed here leaves by itself."""
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
@@ -29,13 +26,16 @@ class Watch:
         threading.Thread(target=_watch, args=arguments, name="bridge-watch", daemon=True).start()
 
     def add(self, fd: int, action: Callable[[], None]) -> None:
-        """Have a thread act when the peer of a socket has gone. The action holds nothing alive."""
+        """Register an action for the end of a socket's peer.
+
+        The action must hold no strong references.
+        """
         self._actions[fd] = action
-        with contextlib.suppress(OSError, ValueError):  # the socket, or the watch, is being closed
+        with contextlib.suppress(OSError, ValueError):  # the socket or the watch is closing
             self._epoll.register(fd, select.EPOLLHUP)
 
     def close(self) -> None:
-        """Stop. Idempotent; for finalizers, too."""
+        """Stop the thread. Idempotent. For finalizers too."""
         if not self._is_closed:
             self._is_closed = True
             os.eventfd_write(self._stop, 1)
@@ -47,12 +47,12 @@ def _watch(epoll: select.epoll, stop: int, actions: dict[int, Callable[[], None]
             for fd, _ in epoll.poll():
                 if fd == stop:
                     return
-                with contextlib.suppress(OSError):  # it was closed here meanwhile
+                with contextlib.suppress(OSError):  # this process may have closed the socket
                     epoll.unregister(fd)
                 try:
                     actions.pop(fd)()
                 except Exception:
-                    _log.exception("the end of a worker could not be dealt with")
+                    _log.exception("the action for a worker's end failed")
     finally:
         epoll.close()
         os.close(stop)

@@ -420,7 +420,7 @@ def test_a_worker_killed_while_the_gpu_waits_for_it(
         assert time.monotonic() - begun < 5
         assert all(math.isnan(value) for value in values)
         assert "had written the outputs of 1 calls" in caplog.text
-        with pytest.raises(WorkerDied, match="earlier calls, which are NaN"):
+        with pytest.raises(WorkerDied, match="these outputs are NaN"):
             client.run(late, x)
         spawned.run(
             prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)]
