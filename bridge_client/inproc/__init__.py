@@ -1,4 +1,4 @@
-"""Both frameworks in one process: the only client package that may import both, and
+"""Both frameworks in one process: the only client package that may import both frameworks and
 `bridge_server`."""
 
 from bridge_client.inproc.session import host

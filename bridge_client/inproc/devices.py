@@ -1,4 +1,4 @@
-"""Which device the torch models of this process run on."""
+"""Selects the device of this process's torch models."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -12,8 +12,7 @@ from bridge_wire.errors import TargetError
 
 
 def torch_device_of(targets: Iterable[Any]) -> str:
-    """Return the device that torch models run on: the one their tensors are on. Models without any
-    run where jax's arrays are by default.
+    """Return the device of the models' tensors; without tensors, JAX's default device.
 
     Raises:
       TargetError: the tensors are on several devices, one of which is a GPU.
@@ -25,7 +24,7 @@ def torch_device_of(targets: Iterable[Any]) -> str:
     if len(devices) > 1:
         raise TargetError(
             f"the models' tensors are on {' and '.join(devices)}; put them on one device, or host"
-            " each model by itself"
+            " each model in its own session"
         )
     return devices[0]
 

@@ -1,5 +1,4 @@
-"""An in-process session on a GPU: its memory, and the turns that the caller's stream and the
-models' take there.
+"""GPU memory of in-process sessions, and stream-ordered turns of caller and models.
 
 Imports no framework.
 """
@@ -22,10 +21,10 @@ from bridge_wire.memory.cuda_memory import (
 
 
 class ProcessGpuMemory(GpuPool):
-    """Any aligned memory of the GPU is passed as it lies, and slabs serve what has to be copied.
+    """Passes aligned GPU memory in place; slabs hold copies of other memory.
 
-    So the address of what lies in no block is its pointer, beyond the addresses of the host's
-    memory.
+    The address of memory outside blocks is its pointer plus FIRST_ADDRESS, above all host
+    addresses.
     """
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
@@ -33,27 +32,26 @@ class ProcessGpuMemory(GpuPool):
 
 
 class NearTurn(TurnByEvents):
-    """A turn of models in the client's own process: both sides' streams are known, and put in
-    order at once."""
+    """A turn of models in the client's process. Orders both sides' streams at once, since both
+    streams are known."""
 
     def __init__(self, device: Device, stream: int | None) -> None:
-        """Begin to take turns; `stream` is the one that the models of this thread run on, as for
-        any turn."""
+        """Create a turn; `stream` is the stream of this thread's models, as for any turn."""
         super().__init__(device, device.new_event(), stream, is_shared=False)
 
     def follow(self, stream: int) -> None:
-        """Let the next run wait for what is on the caller's stream."""
-        assert self._ready is not None, "it is destroyed by close only"
+        """Make the next run wait for the present work of the caller's stream."""
+        assert self._ready is not None, "only close destroys the event"
         self.device.record(self._ready, stream)
 
     def precede(self, stream: int) -> None:
-        """Let what comes on the caller's stream wait for the last run."""
+        """Make later work on the caller's stream wait for the last run."""
         self.device.wait(self.done, stream)
 
 
 class Turns:
-    """The turns of one session: as many as calls were ever under way at once, for each stream
-    that models run on."""
+    """Pool of one session's turns, by the models' stream. Grows with the number of concurrent
+    calls."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -62,8 +60,8 @@ class Turns:
 
     @contextlib.contextmanager
     def taken(self, models_stream: int | None, stream: int) -> Iterator[NearTurn]:
-        """Take a turn: what is within comes after what is on the caller's stream, and before
-        what comes there next."""
+        """Take a turn: the context's work runs after the present work of the caller's stream, and
+        before its later work."""
         idle = self._idle[models_stream]
         try:
             turn = idle.pop()
@@ -76,13 +74,13 @@ class Turns:
             turn.end()
             turn.precede(stream)
         except BaseException:
-            turn.finish()  # on hearing of the error, the caller takes its memory back
+            turn.finish()  # after the error, the caller reuses its memory
             raise
         finally:
             idle.append(turn)
 
     def close(self) -> None:
-        """Wait for what is under way, and let go of the streams and events."""
+        """Wait for pending work, and release streams and events."""
         _leave_all(self._idle)
         end_what_is_left()
 

@@ -1,4 +1,4 @@
-"""The memory of an in-process session: any of this process. Imports no framework."""
+"""Host memory of in-process sessions: any memory of this process. Imports no framework."""
 
 import weakref
 from typing import Any
@@ -12,11 +12,9 @@ from bridge_wire.specs import Spec
 
 
 class ProcessMemory(Pool):
-    """What is aligned as XLA wants it is passed as it lies, and what a model makes becomes a block
-    as it lies.
+    """Passes inputs with XLA's alignment, and adopts outputs, in place; slabs hold copies.
 
-    So an address is a pointer here, save that of a leased block, which has both. Slabs serve what
-    has to be copied.
+    An address is therefore a pointer, except for leased blocks, which have both.
     """
 
     def __init__(self) -> None:
@@ -27,7 +25,7 @@ class ProcessMemory(Pool):
         return None if pointer % ALIGNMENT else pointer
 
     def adopt(self, pointer: int, nbytes: int, owner: Any) -> Block:
-        """Return memory that `owner` keeps alive as a block, which keeps the owner alive."""
+        """Return a block over `owner`'s memory; the block keeps the owner alive."""
         return block_at(pointer, nbytes, _Adopted(owner, self._adopted))
 
     def live_blocks(self) -> int:
@@ -35,7 +33,7 @@ class ProcessMemory(Pool):
 
 
 class _Adopted:
-    """Keeps what a block's memory belongs to, and counts the block while it lives."""
+    """Keeps the owner of a block's memory alive, and counts the live block."""
 
     __slots__ = ("_live", "_owner")
 
@@ -49,11 +47,10 @@ class _Adopted:
 
 
 class Views:
-    """The runtime's arrays over inputs. That over a tensor's storage is made once, and goes before
-    the storage does.
+    """The runtime's arrays over inputs, cached per tensor storage.
 
-    It does not keep the storage alive, and must not be kept beyond a call but by who keeps the
-    input as well.
+    A cached array dies before its storage and does not keep the storage alive. After a call, only a
+    holder of the input may keep the array.
     """
 
     def __init__(self, serving: Runtime) -> None:
@@ -61,7 +58,7 @@ class Views:
         self._known: dict[tuple[int, Spec], tuple[weakref.ref[Any], Any]] = {}
 
     def of(self, placed: Placed, spec: Spec) -> Any:
-        """Return the array over an input; for a weak spec, the Python number there."""
+        """Return the array over an input; for a weak spec, its Python number."""
         storage = getattr(placed, "storage", None)
         if storage is None or spec.weak:
             return self._runtime.view(pointer_of(placed), spec, placed)
@@ -75,7 +72,7 @@ class Views:
 
 
 def pointer_of(placed: Placed) -> int:
-    """Return where an input lies in this process."""
+    """Return an input's pointer in this process."""
     if isinstance(placed, Block):
         return placed.pointer
     return placed.address - FIRST_ADDRESS if is_on_gpu(placed.address) else placed.address

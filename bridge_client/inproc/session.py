@@ -1,6 +1,6 @@
-"""Sessions with models of this very process: the worker's runtime is called directly.
+"""InprocSession: a session with models of this process, which calls the runtime directly.
 
-Imports no framework itself.
+Never imports a framework at the top level.
 """
 
 import threading
@@ -26,22 +26,22 @@ from bridge_wire.specs import Spec
 
 
 def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
-    """Return a session with models of this process: no worker, no thread, and no copy where memory
-    can be shared.
+    """Return a session with models of this process: no worker, no thread, and no copy of shareable
+    memory.
 
-    JAX models run on JAX's default device, and torch models where their tensors are.
+    JAX models run on JAX's default device, torch models on their tensors' device.
 
     Args:
-      jax_model: whatever `bridge_server --jax-model` can name: a function, a pair (apply, params),
-        a flax or equinox module; or a dict of these by name.
-      torch_model: likewise of `--torch-model`.
+      jax_model: a target of `bridge_server --jax-model`: a function, a pair (apply, params), a flax
+        or equinox module; or a dict of these by name.
+      torch_model: a target of `bridge_server --torch-model`, or a dict of these by name.
     Raises:
-      TargetError: a model is none of these, or torch models are on several devices.
-      CallerError: models of both frameworks were given, or of neither.
+      TargetError: a model is no such target, or torch models are on several devices.
+      CallerError: both or neither of the arguments were given.
     """
     if (jax_model is None) == (torch_model is None):
         raise CallerError(
-            "host takes either jax_model= or torch_model=: a session's models are of one framework"
+            "host takes exactly one of jax_model= and torch_model=; use one session per framework"
         )
     model = torch_model if jax_model is None else jax_model
     targets = model if isinstance(model, dict) else {_name_of(model): model}
@@ -53,7 +53,7 @@ def host(*, jax_model: Any = None, torch_model: Any = None) -> "InprocSession":
 
 @dataclass(slots=True, eq=False)
 class _Era:
-    """The programs of one setting of x64: what was traced with 64-bit types is no use without
+    """The programs of one x64 setting: programs traced with 64-bit types do not work without
     them."""
 
     programs: Programs
@@ -61,7 +61,7 @@ class _Era:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, program: runtime.Program) -> int:
-        """Return this era's name for a program."""
+        """Add a program and return its id."""
         with self.lock:
             self.prepared.append(program)
             return len(self.prepared) - 1
@@ -71,15 +71,14 @@ class _Era:
 class _Residual:
     program: runtime.Program
     value: Any
-    inputs: Sequence[Placed]  # which the value may alias
-    stream: int | None  # on which their memory is used
+    inputs: Sequence[Placed]  # kept alive, since the value may alias them
+    stream: int | None  # CUDA stream of the inputs' memory
 
 
 class InprocSession(Session):
-    """Models of this process. Whether they have 64-bit types is JAX's own setting, at each call.
+    """Session with models of this process. JAX's x64 setting applies at each call.
 
-    A residual lives exactly as long as the graph that needs it: there is no budget, and none is
-      evicted.
+    A residual lives exactly as long as its graph: there is no budget and no eviction.
     """
 
     def __init__(self, serving: Runtime, models: Mapping[str, Model]) -> None:
@@ -133,7 +132,7 @@ class InprocSession(Session):
         gpu = self._runtime.gpu()
         if gpu is None:
             self._no_gpu = (
-                "the models run on no GPU; move them there, or make one jax's default device"
+                "the models run on no GPU; move them to a GPU, or make a GPU jax's default device"
             )
             return
         try:
@@ -167,8 +166,7 @@ class InprocSession(Session):
 
     def __reduce__(self) -> NoReturn:
         raise CallerError(
-            "a model of this process cannot be pickled; save the state_dict, or serve it by a"
-            " worker"
+            "a model of this process cannot be pickled; save its state_dict, or use a worker"
         )
 
     def _described(self) -> Sequence[pb.Model]:
@@ -189,10 +187,12 @@ class InprocSession(Session):
 
     def _refuse_time_limit(self, program: Program, timeout_s: float | None) -> None:
         if timeout_s or program.timeout_s or self.timeout_s:
-            raise CallerError("a call in this process cannot be given up: timeout_s needs a worker")
+            raise CallerError(
+                "a call in this process cannot be abandoned: timeout_s needs a worker"
+            )
 
     def _prepared(self, program: Program) -> runtime.Program:
-        """Return the runtime's program, which it prepares if it is new in this era."""
+        """Return the runtime's program, prepared for the present x64 setting if needed."""
         self._refuse_if_closed()
         era = self._eras[self._runtime.has_x64()]
         known, name = program.name
@@ -239,12 +239,12 @@ class InprocSession(Session):
         return run.make(blocks)
 
     def _run_on_gpu(self, run: Run, stream: int) -> list[Block]:
-        """Run a program on memory on the GPU and on the host, with the outputs in slabs there."""
+        """Run a program on inputs in GPU or host memory, with the outputs in GPU slabs."""
         gpu, turns = self._gpu, self._turns
         if gpu is None or turns is None:
             if self._is_closed:
                 raise closed()
-            raise ProtocolError("a run names a stream, but no gpu_pool was asked for")
+            raise ProtocolError("the run has a stream, but no GPU pool; call gpu_pool() first")
         program = self._prepared(run.program)
         forward = self._forward_of(run, program)
         with turns.taken(self._runtime.stream(), stream) as turn:
@@ -256,7 +256,7 @@ class InprocSession(Session):
                 if block.nbytes:
                     self._runtime.write(output, block.pointer, block.nbytes, turn)
         if forward is not None and forward.stream not in (None, stream):
-            turn.precede(forward.stream)  # the pullback may have read the inputs of that run
+            turn.precede(forward.stream)  # the pullback may have read the forward's inputs
         self._finish(run, program, value, sum(program.output_nbytes))
         return blocks
 
@@ -271,7 +271,7 @@ class InprocSession(Session):
         arrays = list(map(self._views.of, run.inputs, program.inputs))
         outputs, value = program.run(arrays, None if forward is None else forward.value)
         if run.program.request.HasField("parameters"):
-            # Copies of the model's own: a client that trains them must not change the model.
+            # Copies of the parameters: a client that trains them must not change the model.
             pointers: Sequence[int | None] = [None] * len(outputs)
         else:
             pointers = self._runtime.exclusive(outputs, arrays, value)
@@ -289,16 +289,16 @@ class InprocSession(Session):
         return blocks
 
     def _forward_of(self, run: Run, program: runtime.Program) -> _Residual | None:
-        """Return the residual that a pullback reads; None for any other program."""
+        """Return a pullback's residual; None for other programs."""
         if not run.program.is_pullback:
             return None
         residual = self._residuals.get(run.residual)
         if residual is None or residual.program is not program.pullback_of:
-            raise ResidualGone("the residual was dropped, or kept under another setting of x64")
+            raise ResidualGone("the residual was dropped, or kept under another x64 setting")
         return residual
 
     def _finish(self, run: Run, program: runtime.Program, value: Any, written: int) -> None:
-        """Keep the residual of a run that has one, and count the run."""
+        """Keep the run's residual, if any, and count the run."""
         if run.residual and not run.program.is_pullback:
             self._residuals[run.residual] = _Residual(program, value, run.inputs, run.stream)
         with self._lock:

@@ -232,8 +232,8 @@ def test_models_on_the_host_and_arrays_on_a_gpu(
     assert [
         record.message for record in caplog.records if "through the host" in record.message
     ] == [
-        "tensors on a GPU travel through the host, since the models run on no GPU; move them there,"
-        " or make one jax's default device"
+        "tensors on a GPU travel through the host, since the models run on no GPU; move them to a"
+        " GPU, or make a GPU jax's default device"
     ]
     f.session.close()
 

@@ -188,7 +188,7 @@ def test_what_is_no_model_is_refused() -> None:
     expected."""
     with pytest.raises(TargetError, match=r"nn\.Module"):
         RemoteTorchFunction(3)
-    with pytest.raises(CallerError, match="one framework"):
+    with pytest.raises(CallerError, match="one session per framework"):
         host()
 
 
