@@ -265,7 +265,7 @@ def test_namespaces_tell_only_whether_they_are_shared() -> None:
             "on this system, in common: mnt net; its own: pid ipc",
         ),
         (lambda theirs: theirs.update(host=b""), "on another system"),
-        (lambda theirs: theirs.clear(), "not told"),
+        (lambda theirs: theirs.clear(), "unknown"),
     ],
     ids=["all", "some", "another system", "an older worker"],
 )

@@ -1,5 +1,7 @@
-"""What `bridge_client doctor` looks at: this host and environment, and a worker with the way to
-it."""
+"""Checks of `bridge_client doctor`: the host, the environment, a worker and its connection.
+
+Imports no framework.
+"""
 
 import contextlib
 import os
@@ -28,24 +30,25 @@ from bridge_wire.memory.pool import Pool
 from bridge_wire.memory.slabs import memfd_works
 from bridge_wire.pb import bridge_pb2 as pb
 
-# What is far beyond a healthy system, and not what a fast one takes. Another host may be any
-# distance away.
+# Limits far beyond a healthy system's latency, not the latency of a fast system. The worker's host
+# may be far away.
 _SLOW_PING_S = 0.1
 _SLOW_LANE_S = {"local": 0.005, "grpc": 0.1}
 _EXCHANGES = 200
 
 _REMEDIES: dict[type[BridgeError], str] = {
-    CallTimeout: "it is stopped, or its host is overloaded: look at its log",
+    CallTimeout: "the worker is stopped, or its host overloaded: look at the worker's log",
     Unauthenticated: "give the worker's token with --token or BRIDGE_TOKEN",
     VersionMismatch: "install matching releases of torch-jax-bridge on both sides",
 }
 _NOT_THERE = (
-    "start it, or use the endpoint of its line `bridge_server ready`; with TLS, give --tls-ca"
+    "start the worker, or use the address in its line `bridge_server ready`; with TLS, give"
+    " --tls-ca"
 )
 
 
 def examine(address: str | None, terms: Terms) -> Iterator[Check]:
-    """Look at this host and, given an address, at the worker there."""
+    """Check this host and, given an address, the worker at the address."""
     yield from host.checks()
     yield from gpu_checks.checks()
     if address is None:
@@ -56,7 +59,7 @@ def examine(address: str | None, terms: Terms) -> Iterator[Check]:
         remedy = next(
             (text for kind, text in _REMEDIES.items() if isinstance(error, kind)), _NOT_THERE
         )
-        yield broken("worker", str(error) or "it went away while it was examined", remedy)
+        yield broken("worker", str(error) or "the worker exited during the checks", remedy)
 
 
 def _reached(address: str, terms: Terms) -> Iterator[Check]:
@@ -79,7 +82,7 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
         if link.description.gpu.uuid:
             yield _gpu(link, pool, held)
     finally:
-        link.close()  # the worker unmaps what is freed after that
+        link.close()  # the worker must unmap GPU memory before `held` frees the memory
         held.close()
         pool.close()
 
@@ -88,7 +91,7 @@ def _health(status: str) -> Check:
     if status == SERVING:
         return ok("health", status)
     return broken(
-        "health", status, "wait until its models are warm; where it drains, start another"
+        "health", status, "wait until its models are warm; if it shuts down, start another worker"
     )
 
 
@@ -107,7 +110,7 @@ def _described(about: pb.DescribeReply) -> Iterator[Check]:
             "start it without BRIDGE_ALLOCATOR=system, or preload jemalloc",
         )
     else:
-        yield ok("its allocator", about.allocator or "not told")
+        yield ok("its allocator", about.allocator or "unknown")
     if about.cores:
         yield host.cores("its cores", about.cores)
     yield ok(
@@ -118,7 +121,7 @@ def _described(about: pb.DescribeReply) -> Iterator[Check]:
 
 def _compared(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
     if not (ours and theirs):
-        return "not told"
+        return "unknown"
     if ours[namespaces.HOST] != theirs.get(namespaces.HOST):
         return "on another system"
     shared = {kind: ours[kind] == theirs.get(kind) for kind in namespaces.KINDS}
@@ -128,7 +131,7 @@ def _compared(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
 
 
 def _path(link: Link, fallbacks: list[str]) -> Check:
-    """How calls are signalled and tensors travel, and whether there could be a better way."""
+    """Check the lane and the memory kind: slow if a faster path is possible."""
     found = f"lane {link.lane_name}, memory {link.memory}"
     if not fallbacks:
         return ok("path", found)
@@ -157,10 +160,9 @@ def _seen_alike(written: bytes, seen: bytes) -> Check:
 
 
 def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
-    """Whether the worker sees what this process writes to its GPU, and how the two wait for each
-    other.
+    """Check that the worker reads this process's bytes on the GPU, and report the way of ordering.
 
-    What this takes on the GPU is given back by `held`.
+    `held` releases the check's GPU memory.
     """
     name, about = "its GPU", link.description.gpu
     label = f"{about.name} {label_of(about.uuid)}"
@@ -193,7 +195,7 @@ def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
 
 
 def _exchange_s(lane: Lane) -> float:
-    """Return the median time of a request on a lane, and its reply."""
+    """Return the median round-trip time of a request on a lane."""
     durations = []
     for _ in range(_EXCHANGES):
         begun = time.perf_counter()
@@ -207,5 +209,5 @@ def _latency(name: str, median_s: float, limit_s: float) -> Check:
     if median_s <= limit_s:
         return ok(name, found)
     return slow(
-        name, f"{found}; under {limit_s * 1e3:g} ms is usual", "look for other load on either side"
+        name, f"{found}; usual: under {limit_s * 1e3:g} ms", "look for other load on either side"
     )

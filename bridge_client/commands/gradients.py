@@ -1,8 +1,7 @@
-"""Whether a model's derivatives are right: its VJP, its JVP and finite differences compared.
-Imports no framework.
+"""Gradient check: compares a model's VJP, JVP and finite differences. Imports no framework.
 
-For a random cotangent of one output and a random direction of one input, all three give the same
-number.
+For a random cotangent of one output and a random direction of one input, all three must give the
+same number.
 """
 
 import random
@@ -29,14 +28,14 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _Arrays = list[list[float]]
-# Where arguments are drawn from: beside the kinks and poles that many functions have at zero.
+# Range of random arguments: away from zero, where many functions have kinks and poles.
 LOW, HIGH = 0.25, 1.75
-_MOST_NUMBERS = 2**24  # of one call: as Python floats they take some gigabytes
+_MOST_NUMBERS = 2**24  # per call: as Python floats, they take some gigabytes
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """The derivative of one output along a direction of one input, three ways."""
+    """Derivative of one output along a direction of one input, computed in three ways."""
 
     output: str
     input: str
@@ -47,7 +46,7 @@ class Check:
 
     @property
     def agrees(self) -> bool:
-        """Whether all of them are the same number. What is not a number agrees with nothing."""
+        """Whether all values are the same number. NaN agrees with nothing."""
         others = [self.vjp] if self.jvp is None else [self.vjp, self.jvp]
         return all(abs(value - self.difference) <= self.tolerance for value in others)
 
@@ -61,14 +60,13 @@ def check_gradients(
     low: float = LOW,
     high: float = HIGH,
 ) -> list[Check]:
-    """Return a check for each output of floats and each input of floats, parameters too, of a call
-    with these arrays.
+    """Return a check for each pair of a float output and a float input (or parameter) of a call.
 
     The arrays' numbers are random, from `low` to `high`; integers and booleans are zeros and ones.
 
     Raises:
-      SpecError: no input or no output has a derivative, one has too few digits, or they are too
-        large.
+      SpecError: no input or no output has a derivative, a type has too few digits, or the arrays
+        are too large.
       RemoteModelError: the model raised, or has no VJP.
     """
     return list(_Point(session, model, arrays, random.Random(seed), low, high).checks())
@@ -91,8 +89,8 @@ class _Point:
         self._program = program = _prepared(session, model, arrays)
         if (count := sum(map(size_of, (*program.inputs, *program.outputs)))) > _MOST_NUMBERS:
             raise SpecError(
-                f"a call of model {model.name!r} takes and returns {count} numbers, and at most"
-                f" {_MOST_NUMBERS} can be checked; use smaller arrays"
+                f"a call of model {model.name!r} takes and returns {count} numbers; the limit is"
+                f" {_MOST_NUMBERS}; use smaller arrays"
             )
         self._values = _parameters(session, model) + [
             drawn(spec, chance, low, high) for spec in arrays
@@ -101,18 +99,16 @@ class _Point:
         self._outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
         if not self._wrt or not self._outputs:
             raise SpecError(
-                f"model {model.name!r} takes no floats, or returns none: it has no derivative"
+                f"model {model.name!r} takes or returns no floats, so it has no derivative"
             )
         chosen = [program.inputs[i] for i in self._wrt] + [
             program.outputs[i] for i in self._outputs
         ]
         self._epsilon = max(epsilon_of(spec) for spec in chosen)
-        self._step = self._epsilon ** (
-            1 / 3
-        )  # balances rounding and truncation of central differences
-        self._share = min(
-            10 * self._epsilon**0.5, 0.1
-        )  # of a derivative, that the three ways may differ by
+        # Balances rounding and truncation of central differences.
+        self._step = self._epsilon ** (1 / 3)
+        # Tolerance between the three ways, relative to the derivative.
+        self._share = min(10 * self._epsilon**0.5, 0.1)
 
     def checks(self) -> Iterator[Check]:
         program = self._program
@@ -123,9 +119,8 @@ class _Point:
         tangents = {i: self._pushed(i, directions[i]) for i in self._wrt}
         for o in self._outputs:
             spec = program.outputs[o]
-            noise = (
-                self._epsilon / self._step * norm(values[o])
-            )  # that rounding of the values leaves in a difference
+            # Rounding error of a difference, from the values.
+            noise = self._epsilon / self._step * norm(values[o])
             for i in self._wrt:
                 difference, pushed = differences[i][o], tangents[i]
                 cotangent = self._cotangent(spec, difference)
@@ -139,17 +134,17 @@ class _Point:
                 )
 
     def _cotangent(self, spec: Spec, difference: Sequence[float]) -> list[float]:
-        """Return a cotangent half of which is random, and half the difference: so their pairing
-        is seldom small."""
+        """Return the sum of a random cotangent and the scaled difference, since their pairing is
+        seldom small."""
         chosen = drawn(spec, self._chance, -1, 1)
         scale = norm(chosen) / (norm(difference) or 1.0)
         aligned = [scale * value for value in difference]
-        if spec.dtype.is_complex:  # pairs without conjugation
+        if spec.dtype.is_complex:  # `dot` pairs without conjugation
             aligned[1::2] = [-value for value in aligned[1::2]]
         return unpack(spec, pack(spec, [a + b for a, b in zip(chosen, aligned, strict=True)]))
 
     def _direction(self, i: int) -> list[float]:
-        """Return a random direction of an input, as large as its numbers are."""
+        """Return a random direction of an input, scaled to the input's numbers."""
         values = self._values[i]
         scale = norm(values) / max(len(values), 1) ** 0.5 or 1.0
         return [scale * value for value in drawn(self._program.inputs[i], self._chance, -1, 1)]
@@ -168,8 +163,8 @@ class _Point:
         ]
 
     def _pushed(self, i: int, direction: Sequence[float]) -> dict[int, list[float]] | None:
-        """Return the tangents of the outputs along a direction of one input; None if the model
-        has no forward mode."""
+        """Return the outputs' tangents along a direction of one input; None without a forward
+        mode."""
         inputs = self._program.inputs
         tangents = [list(direction) if j == i else zeros(inputs[j]) for j in self._wrt]
         try:
@@ -181,7 +176,7 @@ class _Point:
         return dict(zip(self._outputs, made, strict=True))
 
     def _pulled(self, o: int, cotangent: Sequence[float]) -> dict[int, list[float]]:
-        """Return the cotangent of each input for that of one output."""
+        """Return each input's cotangent for one output's cotangent."""
         outputs = self._program.outputs
         cotangents = [list(cotangent) if p == o else zeros(outputs[p]) for p in self._outputs]
         made = self._run(self._program.vjp(self._wrt, self._outputs), [*self._values, *cotangents])

@@ -1,4 +1,4 @@
-"""Asks a worker's health service, as probes do: without a token and without a session."""
+"""Client of a worker's health service, for probes: needs no token, session or framework."""
 
 import contextlib
 import statistics
@@ -26,7 +26,7 @@ class Health:
 
         Raises:
           WorkerUnavailable: no worker answers.
-          CallTimeout: it did not answer in time.
+          CallTimeout: the worker did not answer in time.
         """
         try:
             answer = self._stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
@@ -35,7 +35,7 @@ class Health:
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     def latency_s(self, times: int = 50) -> float:
-        """Return the median time of one question and its answer."""
+        """Return the median round-trip time of a health request."""
         durations = []
         for _ in range(times):
             begun = time.perf_counter()
@@ -46,10 +46,10 @@ class Health:
 
 @contextlib.contextmanager
 def health_of(address: str, tls: Tls | None = None) -> Iterator[Health]:
-    """The health service of the worker at "unix:PATH" or "HOST:PORT".
+    """Yield the health service of the worker at "unix:PATH" or "HOST:PORT".
 
     Raises:
-      CallerError: the address is neither.
+      CallerError: the address has neither form.
     """
     check_address(address)
     with open_channel(address, tls) as channel:

@@ -1,6 +1,6 @@
-"""Arrays as lists of Python floats, for commands that must work without any framework.
+"""Arrays as lists of Python floats, for commands that import no framework.
 
-A complex array is the list of its real and imaginary parts in turn.
+A complex array is the list of its alternating real and imaginary parts.
 """
 
 import math
@@ -13,8 +13,8 @@ from bridge_wire.errors import SpecError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
-# struct's letters, and the machine epsilon of the types that have derivatives. bfloat16 is the
-# upper half of a float32.
+# struct's letters, and the machine epsilon of differentiable types. bfloat16 is the upper half of a
+# float32.
 _LETTERS = {
     **{"bool": "?", "int8": "b", "int16": "h", "int32": "i", "int64": "q"},
     **{"uint8": "B", "uint16": "H", "uint32": "I", "uint64": "Q"},
@@ -37,7 +37,7 @@ def epsilon_of(spec: Spec) -> float:
     """Return the distance from 1 to the next number of an array's type.
 
     Raises:
-      SpecError: the type has none, or hardly any, between 1 and 2.
+      SpecError: the type has no numbers, or too few, between 1 and 2.
     """
     if spec.dtype.name not in _EPSILONS:
         raise SpecError(f"{spec} has too few digits for finite differences; use a wider type")
@@ -45,7 +45,7 @@ def epsilon_of(spec: Spec) -> float:
 
 
 def size_of(spec: Spec) -> int:
-    """Return how many floats make up an array."""
+    """Return the number of floats in an array."""
     size = 1
     for length in spec.shape:
         size *= length
@@ -56,11 +56,13 @@ def pack(spec: Spec, values: Sequence[float]) -> bytes:
     """Return the bytes of an array, rounded to its type.
 
     Raises:
-      SpecError: a number is too large for the type, or there is no such type in Python.
+      SpecError: a number is too large for the type, or Python's struct lacks the type.
     """
     letter = _LETTERS.get(spec.dtype.name)
     if letter is None:
-        raise SpecError(f"arrays of type {spec} cannot be made without a framework")
+        raise SpecError(
+            f"{spec} has no Python equivalent; use a float type of 16 bits or more, or an integer"
+        )
     if letter in "?bhiqBHIQ":
         values = [int(value) for value in values]
     try:
@@ -83,7 +85,7 @@ def unpack(spec: Spec, packed: bytes) -> list[float]:
 
 
 def _to_bfloat16(packed: bytes) -> bytes:
-    """Return the upper halves of float32s, rounded to the nearest, and to even between two."""
+    """Return the upper halves of float32s, rounded to nearest, ties to even."""
     rounded = bytearray()
     for (word,) in struct.iter_unpack("<I", packed):
         rounded += struct.pack("<H", (word + 0x7FFF + (word >> 16 & 1)) >> 16 & 0xFFFF)
@@ -91,7 +93,7 @@ def _to_bfloat16(packed: bytes) -> bytes:
 
 
 def place(session: Session, spec: Spec, values: Sequence[float]) -> Block:
-    """Return a block of the session that holds an array."""
+    """Return a block of the session with an array's bytes."""
     packed = pack(spec, values)
     block = session.pool.lease(len(packed))
     block.buffer[:] = packed
@@ -104,7 +106,7 @@ def read(spec: Spec, block: Block) -> list[float]:
 
 
 def drawn(spec: Spec, chance: random.Random, low: float, high: float) -> list[float]:
-    """Return random numbers from `low` to `high`; of integers and booleans, zeros and ones."""
+    """Return random numbers from `low` to `high`; for integers and booleans, zeros and ones."""
     if spec.dtype.is_inexact:
         return [chance.uniform(low, high) for _ in range(size_of(spec))]
     return [float(chance.randrange(2)) for _ in range(size_of(spec))]
@@ -116,8 +118,8 @@ def zeros(spec: Spec) -> list[float]:
 
 
 def dot(spec: Spec, left: Sequence[float], right: Sequence[float]) -> float:
-    """Return the pairing of a cotangent with a tangent: the real part of the sum of products, as
-    JAX defines it."""
+    """Return the pairing of a cotangent with a tangent, as in JAX: the real part of the sum of
+    products."""
     products = [a * b for a, b in zip(left, right, strict=True)]
     return sum(products[::2]) - sum(products[1::2]) if spec.dtype.is_complex else sum(products)
 
