@@ -1,11 +1,11 @@
-"""The client: sessions with workers.
+"""Client package: sessions with workers.
 
-Importing it imports no framework; `.torch` and `.jax` import theirs.
+Imports no framework; `bridge_client.torch` imports torch, `bridge_client.jax` imports jax.
 """
 
 import os
 
-# Must be set before grpc is first imported: without it, a channel made in a forked child (a
+# Must be set before the first import of grpc: otherwise a channel created in a forked child (a
 # DataLoader worker) fails.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
 

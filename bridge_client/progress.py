@@ -1,4 +1,4 @@
-"""Logs progress when compilation takes longer than 2 s, so that it never looks like a hang."""
+"""Logs progress when a preparation takes longer than 2 s, so that it never looks like a hang."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ _SLOW_S = 2.0
 
 @dataclass(slots=True)
 class Progress:
-    """The phase of a preparation."""
+    """Current phase of a preparation."""
 
     phase: str = "starting"
 
@@ -22,7 +22,7 @@ class Progress:
 
 @contextlib.contextmanager
 def logged_when_slow(what: str) -> Iterator[Progress]:
-    """Log the phase of a preparation that is not over after two seconds."""
+    """Log the phase of a preparation that takes longer than two seconds."""
     progress = Progress()
     timer = threading.Timer(_SLOW_S, lambda: _log.info("still %s %s", progress.phase, what))
     timer.daemon = True

@@ -1,8 +1,7 @@
-"""Sessions, as everything above them sees them: the one interface between frameworks and models,
-wherever these run.
+"""Session: the interface between framework modules and models. Imports no framework.
 
-`bridge_client.remote.session` serves it by a worker process, `bridge_client.inproc` by a runtime in
-this process.
+`bridge_client.remote.session` implements the interface with a worker process,
+`bridge_client.inproc` with a runtime in this process.
 """
 
 import itertools
@@ -33,7 +32,7 @@ _SUBMITTED_AT_ONCE = 32
 
 
 class Placed(Protocol):
-    """Memory of the session: a Block, or something else that keeps what lies at the address
+    """Memory of the session: a Block, or another object that keeps the memory at `address`
     alive."""
 
     @property
@@ -51,9 +50,10 @@ class ParameterInfo:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What is known of a model: its docstring, positional arguments' names, parameters by path, and
-    the arguments that a worker was told of by --warmup, and whether it has a training and an
-    inference mode.
+    """Description of a model: docstring, positional arguments' names, parameters by path.
+
+    `signatures` are the arguments given to the worker by --warmup. `has_modes` tells whether the
+    model has a training and an inference mode.
     """
 
     name: str
@@ -65,16 +65,16 @@ class ModelInfo:
 
 
 def _unchanged(blocks: list[Block]) -> list[Block]:
-    """Return the outputs of a run as they are."""
+    """Return the outputs of a run unchanged."""
     return blocks
 
 
 class Run(NamedTuple):
-    """One run of a program on memory of its session: see `Session.run`."""
+    """One run of a program on its session's memory: see `Session.run`."""
 
     program: Program
     inputs: Sequence[Placed]
-    residual: int = 0  # the id of what the run keeps or, of a pullback, reads
+    residual: int = 0  # id of the residual that the run keeps, or that a pullback reads
     copied: int = 0
     timeout_s: float | None = None
     make: Callable[[list[Block]], Any] = _unchanged
@@ -82,14 +82,14 @@ class Run(NamedTuple):
 
 
 def _paired(blocks: list[Block], residual: int) -> tuple[list[Block], int]:
-    """Return the outputs of a run with the residual it has kept."""
+    """Return the outputs of a run with its residual's id."""
     return blocks, residual
 
 
 class Session(ABC):
-    """Models, and everything this process owns in their use: memory, programs, residuals.
+    """Access to a set of models. Owns this process's memory, programs and residuals for them.
 
-    Thread-safe: calls of several threads run side by side. Also a context manager.
+    Thread-safe: calls of several threads run concurrently. Also a context manager.
     """
 
     pool: Pool
@@ -99,7 +99,7 @@ class Session(ABC):
         self._is_closed = False
         self._ids = itertools.count(1)
         self._bytes_through_host = 0
-        self._no_gpu = ""  # why there is no gpu_pool; empty until it was looked for
+        self._no_gpu = ""  # reason for the missing gpu_pool; empty before the first search
         self._forget_threads()
 
     def _forget_threads(self) -> None:
@@ -119,7 +119,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def framework(self) -> str:
-        """What the models are written in: "jax" or "torch"."""
+        """The models' framework: "jax" or "torch"."""
 
     @property
     @abstractmethod
@@ -129,34 +129,35 @@ class Session(ABC):
     @property
     @abstractmethod
     def lane(self) -> str:
-        """How calls are signalled: "local", "grpc" or "inproc"."""
+        """The lane of the calls: "local", "grpc" or "inproc"."""
 
     @property
     @abstractmethod
     def memory(self) -> str:
-        """How tensors travel: "memfd" (shared), "cuda_ipc" (shared, and those on the worker's GPU
-        stay there), "inline" (by value) or "dlpack" (within this process).
+        """The memory kind of tensors: "memfd" (shared), "cuda_ipc" (shared, and tensors on the
+        worker's GPU stay there), "inline" (by value) or "dlpack" (within this process).
         """
 
     def gpu_pool(self) -> GpuPool | None:
-        """Return the memory that is shared with the worker on its GPU; None: there is none, and
-        tensors on a GPU must travel through the host.
+        """Return the pool shared with the worker on its GPU, or None.
+
+        Without a pool, tensors on a GPU travel through the host.
         """
         return None
 
     def empty(
         self, shape: int | Sequence[int], dtype: Any = "float32", *, device: str = "cpu"
     ) -> Exporter:
-        """Return an array with undefined contents in memory that is shared with the worker, for
-        from_dlpack of any framework: what lies in its memory is passed without a copy.
+        """Return an array with undefined contents in memory shared with the worker.
 
-        `dtype` is a name, or a dtype of a framework. `device` is "cpu", or "cuda" for the worker's
-        GPU: to be used on the default stream. The memory lives as long as what was made of it.
+        The array is for any framework's from_dlpack. Calls pass arrays in its memory without a
+        copy. `dtype` is a name, or a dtype of a framework. `device` is "cpu", or "cuda" for the
+        worker's GPU, for use on the default stream. The memory lives as long as its last array.
 
         Raises:
-          SpecError, DTypeError: there is no such array.
-          CallerError: no memory on such a device is shared.
-          OutOfMemory: there is no room for it.
+          SpecError, DTypeError: the shape or the dtype is invalid.
+          CallerError: the session shares no memory on this device.
+          OutOfMemory: there is no memory for the array.
         """
         spec = specs.of(dtype, shape)
         if device == "cpu":
@@ -165,25 +166,25 @@ class Session(ABC):
         pool = self.gpu_pool() if device == "cuda" else None
         if pool is None:
             raise CallerError(
-                f"device={device!r}; expected 'cpu' or, where memory on a GPU is shared, 'cuda'"
+                f"device={device!r}; expected 'cpu' or, if GPU memory is shared, 'cuda'"
             )
         block = pool.lease(spec.nbytes)
         return DeviceExporter(block.pointer, spec, block, pool.device.dlpack_device, lambda _: None)
 
     def note_staged(self, nbytes: int) -> None:
-        """Count bytes on a GPU that had to be brought through the host; the first time, log why."""
+        """Count GPU bytes copied through the host; log the reason the first time."""
         with self._closing:
             is_first = not self._bytes_through_host
             self._bytes_through_host += nbytes
         if is_first:
-            why = self._no_gpu or "they are not on the models' GPU, or change their type on the way"
+            why = self._no_gpu or "they are not on the models' GPU, or need another dtype"
             _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     def model(self, name: str | None) -> ModelInfo:
         """Return a hosted model; None picks the only one.
 
         Raises:
-          UnknownModel: there is no such model, or None was given and there are several.
+          UnknownModel: there is no such model, or `name` is None and there are several models.
         """
         models = self.models
         if name is None and len(models) == 1:
@@ -196,21 +197,21 @@ class Session(ABC):
 
     @abstractmethod
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
-        """Have a program traced and compiled, and fill in its outputs.
+        """Trace and compile a program, and set its output specs.
 
         Raises:
           CallerError: the signature cannot be served.
-          RemoteModelError: the model raised while it was traced.
+          RemoteModelError: the model raised during the trace.
           WorkerUnavailable: no worker answers.
         """
 
     def described_call(
         self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
     ) -> Program:
-        """Return the program of an untransformed call of a model, which is not prepared yet.
+        """Return the program of an untransformed model call, without preparing it.
 
-        `labels` name the inputs in errors; `timeout_s` holds for each run of it, and of what is
-        derived from it.
+        `labels` name the inputs in errors. `timeout_s` applies to each run of the program and of
+        programs derived from it.
         """
         named = tuple(labels) or tuple(f"input {i}" for i in range(len(call.inputs)))
         inputs = tuple(
@@ -221,22 +222,22 @@ class Session(ABC):
     def prepare_call(
         self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
     ) -> Program:
-        """Prepare an untransformed call of a model; the arguments are those of `described_call`."""
+        """Prepare an untransformed model call; takes the arguments of `described_call`."""
         return self.prepare(self.described_call(call, labels, timeout_s))
 
     @abstractmethod
     def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
-        """Return the shape of each output of a call, for all sizes that have names in these shapes
-        of its inputs.
+        """Return the output shapes of a call as formulas of the named sizes in the input shapes.
 
-        Sizes are as in the protocol's `Shape`; of the outputs, `sizes.formula` reads them.
+        Sizes have the form of the protocol's `Shape`; `sizes.formula` parses output sizes.
 
         Raises:
-          BridgeError: the shapes depend on more, or the framework cannot tell.
+          BridgeError: the shapes depend on more than the named sizes, or the framework cannot
+            derive formulas.
         """
 
     def prepare_parameters(self, model: str) -> Program:
-        """Prepare the program without inputs whose outputs are a model's parameters."""
+        """Prepare a program without inputs that returns a model's parameters."""
         return self.prepare(
             Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ())
         )
@@ -251,21 +252,20 @@ class Session(ABC):
         make: Callable[[list[Block]], Any] = _unchanged,
         stream: int | None = None,
     ) -> Any:
-        """Run a program on memory of this session; return what `make` makes of its outputs, by
-        default the blocks.
+        """Run a program on memory of this session; return `make(outputs)`, by default the blocks.
 
-        The outputs are row-major, in blocks leased to the caller; `make` is called while the model
-        computes, before they have their values. `copied` bytes were copied to make the inputs, for
-        the statistics.
+        The outputs are row-major, in blocks leased to the caller. `make` runs while the model
+        computes, before the outputs have their values. `copied` is the number of bytes copied for
+        the inputs, for the statistics.
 
-        With a CUDA stream, inputs may lie in `gpu_pool`, and the outputs do: whatever comes on the
-        stream from now on finds their values there.
+        With a CUDA stream, inputs may lie in `gpu_pool`. The outputs lie there too, and later work
+        on the stream sees their values.
 
         Raises:
           RemoteModelError: the model raised.
           WorkerDied: the worker died during the call; the next call reconnects.
-          CallTimeout: no answer within `timeout_s` seconds, or else the session's; None waits.
-          OutOfMemory: no room for the outputs; nothing was sent.
+          CallTimeout: no answer within `timeout_s` seconds, by default the session's; None waits.
+          OutOfMemory: no memory for the outputs; nothing was sent.
         """
         return self._run(Run(program, inputs, 0, copied, timeout_s, make, stream))
 
@@ -279,11 +279,11 @@ class Session(ABC):
         make: Callable[[list[Block], int], Any] = _paired,
         stream: int | None = None,
     ) -> Any:
-        """Run a program that keeps a residual; return what `make` makes of its outputs and the
-        residual's id, by default a pair of these.
+        """Run a program that keeps a residual; return `make(outputs, residual id)`, by default
+        this pair.
 
         The inputs stay leased until `drop_residual`, since the residual may alias them. Otherwise
-        as `run`.
+        like `run`.
         """
         id = residual_id(next(self._ids), program.fingerprint)
 
@@ -306,11 +306,11 @@ class Session(ABC):
         make: Callable[[list[Block]], Any] = _unchanged,
         stream: int | None = None,
     ) -> Any:
-        """Run the pullback of a run that kept a residual, which stays. Otherwise as `run`.
+        """Run the pullback of a run that kept a residual. Keeps the residual. Otherwise like `run`.
 
         Raises:
-          ResidualGone: it was evicted, or the worker restarted; run the vjp program on the inputs
-            instead.
+          ResidualGone: the residual was evicted, or the worker restarted; run the vjp program on
+            the inputs instead.
         """
         return self._run(Run(program, cotangents, residual, copied, None, make, stream))
 
@@ -320,14 +320,14 @@ class Session(ABC):
 
     @abstractmethod
     def drop_residual(self, id: int) -> None:
-        """Let go of a residual. For finalizers: nothing is sent until the next call, and no lock is
-        taken.
+        """Release a residual. For finalizers: sends nothing until the next call, takes no lock.
 
-        Its inputs may be reused at once: whoever could still run its pullback would hold it.
+        The residual's inputs may be reused at once: a caller of its pullback would still hold the
+        residual.
         """
 
     def submit(self, action: Callable[[], _T]) -> Future[_T]:
-        """Begin an action in a thread of this session, and return its future."""
+        """Submit an action to this session's threads, and return its future."""
         with self._closing:
             if self._is_closed:
                 raise closed()
@@ -339,14 +339,17 @@ class Session(ABC):
 
     @abstractmethod
     def stats(self) -> Mapping[str, int]:
-        """Return counts: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors
-        on a GPU), `fallbacks` to a slower path, and what is held now: leased `blocks`,
-        `slab_bytes`, `residuals` and `residual_bytes`. `gpu_lanes_by_words`, `gpu_lanes_by_events`
-        and `gpu_lanes_by_host` say how many lanes to the worker are in order with its GPU, and how.
+        """Return counts.
+
+        Totals: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors on a
+        GPU), `fallbacks` to a slower path. Present values: leased `blocks`, `slab_bytes`,
+        `residuals`, `residual_bytes`. Lanes by their way of ordering calls with the GPU:
+        `gpu_lanes_by_words`, `gpu_lanes_by_events`, `gpu_lanes_by_host`.
         """
 
     def close(self) -> None:
-        """End the session, and a worker that it spawned. Idempotent. Tensors made by it stay valid.
+        """Close the session, and its worker if spawned. Idempotent. The session's tensors stay
+        valid.
 
         A submitted call that has not begun ends with SessionClosed.
         """
@@ -356,8 +359,8 @@ class Session(ABC):
             self._is_closed = True
             threads, self._threads = self._threads, None
         if threads is not None:
-            # Not cancel_futures: nobody who waits for a future is told of that (Python 3.11 to
-            # 3.13), and what has not begun fails at once anyway.
+            # Not cancel_futures: waiters for a cancelled future are not notified (Python 3.11 to
+            # 3.13), and actions that have not begun fail at once anyway.
             threads.shutdown(wait=False)
         try:
             self._release()
@@ -385,13 +388,13 @@ class Session(ABC):
 
     @abstractmethod
     def _release(self) -> None:
-        """Let go of whatever the session holds besides its pool; called once, by `close`."""
+        """Release all resources of the session except its pool; called once, by `close`."""
 
 
 def _decoded(spec: pb.Spec, label: str) -> Spec:
     try:
         return specs.decode(spec)
-    except ProtocolError as error:  # of this side's making: what the caller passed
+    except ProtocolError as error:  # the caller passed this spec, not the peer
         raise SpecError(f"`{label}`: {error}") from error
 
 
@@ -399,7 +402,7 @@ def checked_limit(timeout_s: float | None) -> float | None:
     """Return a user's time limit for calls.
 
     Raises:
-      CallerError: it is neither None nor a positive number of seconds.
+      CallerError: the limit is neither None nor a positive number of seconds.
     """
     if timeout_s is not None and not (
         isinstance(timeout_s, int | float) and 0 < timeout_s <= TIMEOUT_MAX
@@ -411,13 +414,13 @@ def checked_limit(timeout_s: float | None) -> float | None:
 
 
 def lanes_by_way(ways: Mapping[str, int]) -> dict[str, int]:
-    """Return, for the statistics, how many lanes are in order with a GPU in each way."""
+    """Return the number of GPU lanes by way of ordering, for the statistics."""
     return {f"gpu_lanes_by_{way}": ways.get(way, 0) for way in WAYS}
 
 
 def closed() -> SessionClosed:
-    """Return the error of a session that its owner has closed."""
-    return SessionClosed("the session is closed; make a new one")
+    """Return the error for calls of a closed session."""
+    return SessionClosed("the session is closed; open a new session")
 
 
 def _model_info(model: pb.Model) -> ModelInfo:
