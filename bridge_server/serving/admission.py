@@ -61,7 +61,7 @@ class Entrance(grpc.ServerInterceptor):
         given = str(dict(details.invocation_metadata).get("authorization", ""))
         return self._expected is None or hmac.compare_digest(given.encode(), self._expected)
 
-    def _prompt(self, handler: grpc.RpcMethodHandler[Any, Any]) -> _Behavior:
+    def _prompt(self, handler: "grpc.RpcMethodHandler[Any, Any]") -> _Behavior:
         """Return a handler's behavior with a deadline for the first request of the stream."""
         kinds = (
             handler.unary_unary,
