@@ -97,7 +97,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     name = type(error).__name__
     if name == "OutOfMemoryError":  # torch's
         return True
-    first_line = str(error).partition("\n")[0]
+    first_line = text_of(error).partition("\n")[0]
     return name in _XLA_ERRORS and "RESOURCE_EXHAUSTED" in first_line
 
 
