@@ -15,7 +15,7 @@ from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from bridge_client.programs import Program, residual_id, unpin
+from bridge_client.programs import Program, residual_id
 from bridge_wire import specs
 from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
 from bridge_wire.memory.cuda_memory import GpuPool
@@ -99,6 +99,7 @@ class Session(ABC):
         self._is_closed = False
         self._ids = itertools.count(1)
         self._bytes_through_host = 0
+        self._at_close: list[Callable[[], None]] = []
         self._no_gpu = ""  # reason for the missing gpu_pool; empty before the first search
         self._forget_threads()
 
@@ -365,8 +366,13 @@ class Session(ABC):
         try:
             self._release()
         finally:
-            unpin(self)
+            for action in self._at_close:
+                action()
             self.pool.close()
+
+    def at_close(self, action: Callable[[], None]) -> None:
+        """Have `close` call an action."""
+        self._at_close.append(action)
 
     def __enter__(self) -> "Session":
         return self

@@ -118,6 +118,22 @@ def test_framework_module_loads_its_own_framework_only(module: str) -> None:
     assert frameworks_loaded_by(module) & {"jax", "torch"} == FRAMEWORKS_OF[module]
 
 
+def test_client_of_torch_loads_no_compiler() -> None:
+    """Importing bridge_client.torch loads Dynamo only where torch itself does: that would take
+    seconds, and a writable temporary directory."""
+    program = (
+        "import sys, torch\n"
+        "alone = 'torch._dynamo' in sys.modules\n"
+        "import bridge_client.torch\n"
+        "print(alone, 'torch._dynamo' in sys.modules)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    alone, together = run.stdout.split()
+    assert together == alone, run.stderr
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch", "numpy"])
 def test_fresh_interpreter_guard_reports_a_framework(framework: str) -> None:
     """The guard above names a framework that comes with an import of bridge_wire: it can fail."""

@@ -1,78 +1,55 @@
-"""The way in from torch.compile: a call of a function, traced with tensors that have types only.
+"""Calls that torch.compile traces, on tensors without values. Importing this imports Dynamo.
 
-Dynamo does not look into it (nonstrict_trace), and lets only some values through; the others go in
-other words.
+Dynamo does not look into such a call (nonstrict_trace), and lets only some values through; the
+others are encoded.
 """
 
 import collections
 import contextlib
 import dataclasses
-import itertools
 import logging
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
+from bridge_client.torch import modes
+from bridge_client.torch.graphs import function_of
 from bridge_wire import trees
 from bridge_wire.errors import BridgeError
 
-if TYPE_CHECKING:
-    from bridge_client.torch.function import RemoteJaxFunction
-
 _log = logging.getLogger(__name__)
-
-# By which number compiled code names a function.
-_functions: "weakref.WeakValueDictionary[int, RemoteJaxFunction]" = weakref.WeakValueDictionary()
-_keys = itertools.count()
-
-
-def name(function: "RemoteJaxFunction") -> int:
-    """Return a number by which compiled code can name a function."""
-    key = next(_keys)
-    _functions[key] = function
-    return key
 
 
 def call(
-    key: int,
+    number: int,
     own: Sequence[Tensor],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     mode: int,
-    is_stateful: bool = False,
+    is_stateful: bool,
 ) -> Any:
-    """Call the function of that number; its runs become operators of the graph."""
-    args, kwargs = _paraphrased((args, kwargs))
-    return _meant(_traced_call(key, own, args, kwargs, mode, is_stateful))
+    """Call the function with this number; its runs become operators of the graph."""
+    arguments = _encoded((args, kwargs))
+    return _decoded(_traced_call(number, own, arguments, mode, is_stateful))
 
 
 @torch._dynamo.nonstrict_trace
 def _traced_call(
-    key: int,
-    own: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: int,
-    is_stateful: bool = False,
+    number: int, own: Sequence[Tensor], arguments: Any, mode: int, is_stateful: bool
 ) -> Any:
-    """Call a function while torch.compile traces, with tensors that have types only: its runs
-    become operators."""
-    if torch.compiler.is_exporting():
+    """Call a function on tensors without values, while torch.compile traces."""
+    if modes.is_exporting():
         _pass_structures()
-    args, kwargs = _meant((args, kwargs))
     try:
-        made = _functions[key]._call_traced(own, args, kwargs, mode, is_stateful)
-    except BridgeError as error:
-        _log.error(
-            "a call that torch.compile traces has failed: %s", error
-        )  # Dynamo's own error forgets the cause
+        result = function_of(number).call_traced(own, _decoded(arguments), mode, is_stateful)
+    except BridgeError as error:  # Dynamo's own error forgets the cause
+        _log.error("a call that torch.compile traces has failed: %s", error)
         raise
-    return _paraphrased(made)
+    return _encoded(result)
 
 
 # What nonstrict_trace refuses goes through it in other words, as the one key of a dict.
@@ -82,10 +59,10 @@ _CLASS = "torch-jax-bridge: class "
 _named: list[Any] = []  # the namedtuples and dataclasses that were met
 
 
-def _paraphrased(value: Any) -> Any:
+def _encoded(value: Any) -> Any:
     """Return a pytree in words that nonstrict_trace lets through.
 
-    Dynamo traces it, and `_meant`.
+    Dynamo traces it, and `_decoded`.
     """
     if value is None:
         return {_NONE: 0}
@@ -94,15 +71,15 @@ def _paraphrased(value: Any) -> Any:
     if (fields := _fields_of(type(value))) is not None:
         return {
             f"{_CLASS}{_number_of(type(value))}": [
-                _paraphrased(getattr(value, field)) for field in fields
+                _encoded(getattr(value, field)) for field in fields
             ]
         }
     if isinstance(value, list):
-        return [_paraphrased(item) for item in value]
+        return [_encoded(item) for item in value]
     if isinstance(value, tuple):
-        return tuple([_paraphrased(item) for item in value])
+        return tuple([_encoded(item) for item in value])
     if isinstance(value, Mapping):
-        items = [(key, _paraphrased(value[key])) for key in value]
+        items = [(key, _encoded(value[key])) for key in value]
         return (
             collections.OrderedDict(items)
             if isinstance(value, collections.OrderedDict)
@@ -111,20 +88,22 @@ def _paraphrased(value: Any) -> Any:
     return value
 
 
-def _meant(value: Any) -> Any:
+def _decoded(value: Any) -> Any:
     """Return the pytree that was paraphrased so."""
     if type(value) is list:
-        return [_meant(item) for item in value]
+        return [_decoded(item) for item in value]
     if type(value) is tuple:
-        return tuple([_meant(item) for item in value])
+        return tuple([_decoded(item) for item in value])
     if not isinstance(value, dict):
         return value
     key = next(iter(value)) if len(value) == 1 else None
     if type(key) is not str or not key.startswith("torch-jax-bridge: "):
-        return type(value)([(key, _meant(item)) for key, item in value.items()])
+        return type(value)([(key, _decoded(item)) for key, item in value.items()])
     if key.startswith(_CLASS):
         cls = _named[int(key[len(_CLASS) :])]
-        return trees.instantiate(cls, _fields_of(cls) or (), [_meant(item) for item in value[key]])
+        return trees.instantiate(
+            cls, _fields_of(cls) or (), [_decoded(item) for item in value[key]]
+        )
     return None if key == _NONE else key[len(_TEXT) :]
 
 

@@ -1,42 +1,38 @@
 """Runs of programs with their derivatives: autograd, forward mode, and torch.func's transforms."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import CGradInterpreterPtr, TransformType
-from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from bridge_client.programs import Program, model_tag, tag_of
+from bridge_client.programs import Positions, Program, model_tag, tag_of
+from bridge_client.torch import modes
+from bridge_client.torch.families import AnyProgram, member_for
+from bridge_client.torch.graphs import pinned
 from bridge_client.torch.runs import (
     LIBRARY,
     as_values,
-    is_traced,
     pull_back,
     run,
     run_keeping,
     run_operator,
 )
 
-# What a pullback of torch.func has kept from its level, it hands over after that level has ended.
+# A pullback of torch.func returns tensors of its level after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_transforms = torch._C._functorch.get_interpreter_stack
 _level_of, _unwrap = torch._C._functorch.maybe_get_level, torch._C._functorch.get_unwrapped
-_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 
 
-def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
-    """Run a program, recorded by autograd where a gradient can be asked for, and seen by
-    torch.func's transforms."""
-    if _are_transforms_active():
-        if (level := _unrecorded_level()) is not None:
+def apply(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
+    """Run a program. Autograd records the run if a gradient can be asked for, and torch.func's
+    transforms see it."""
+    if modes.is_transforming():
+        if (level := modes.unrecorded_level()) is not None:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
         return _Transformable.apply(program, *inputs)
-    if (
-        torch._C._get_tracing_state() is not None
-    ):  # torch.jit.trace would take the result for a constant
+    if modes.is_jit_tracing():  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
@@ -44,46 +40,26 @@ def apply(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     return run(program, inputs)
 
 
-def prepared(program: Program, inputs: Sequence[Any]) -> Program:
-    """Prepare a program, as far as its run on these inputs is going to need it."""
-    is_recorded = (
-        torch.is_grad_enabled()
-        and not _are_transforms_active()
-        and torch._C._get_tracing_state() is None
+def prepare(program: Program, inputs: Sequence[Any]) -> Program:
+    """Prepare a program, as far as a run on these inputs needs it."""
+    is_recorded = torch.is_grad_enabled() and not (
+        modes.is_transforming() or modes.is_jit_tracing()
     )
     if is_recorded and (wrt := _requiring_grad(inputs)):
         return program.prepare_keeping(wrt)
-    return program.session.prepare(program)
+    prepared: Program = program.session.prepare(program)
+    return prepared
 
 
-def _requiring_grad(inputs: Sequence[Any]) -> tuple[int, ...]:
+def _requiring_grad(inputs: Sequence[Any]) -> Positions:
     return tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
 
 
-def _are_transforms_active() -> bool:
-    """Whether tensors may be those of a torch.func transform, or dual ones: with more to them
-    than their memory."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def _unrecorded_level() -> int | None:
-    """Return from which level of torch.func's transforms downwards torch.no_grad forbids to
-    record; None: from none."""
-    is_enabled = torch.is_grad_enabled()
-    for transform in reversed(_transforms() or ()):
-        if not is_enabled:
-            return int(transform.level())
-        if transform.key() == TransformType.Grad:
-            is_enabled = CGradInterpreterPtr(
-                transform
-            ).prevGradMode()  # as it was around this transform
-    return None if is_enabled else 0
-
-
 def _as_in_no_grad(value: Any, level: int) -> Any:
-    """Return a value that has no history from this level downwards, where a Function would be
-    recorded by all levels but the first (torch 2.13): itself, or a copy, since to copy is an
-    operator, which is recorded as it should be.
+    """Return a value without history from this level downwards: the value itself, or a copy.
+
+    All levels but the first would record a Function (torch 2.13). A copy is an operator, which
+    torch records correctly.
     """
     inner = value
     while isinstance(inner, Tensor):
@@ -94,39 +70,37 @@ def _as_in_no_grad(value: Any, level: int) -> Any:
     return value
 
 
-def _apply_derivative(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+def _apply_derivative(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a derivative as `apply` does, also on the batched tensors of `is_grads_batched` and
     `vectorize=True`.
 
-    These come from the vmap that torch had before torch.func, of which autograd.Function knows
-    nothing. They too are one call, of the program's batched kind.
+    They come from the vmap before torch.func, which autograd.Function does not support. They too
+    are one call, of the batched program.
     """
-    is_batched = [isinstance(x, Tensor) and _is_legacy_batch(x) for x in inputs]
+    is_batched = [isinstance(x, Tensor) and modes.is_legacy_batched(x) for x in inputs]
     if not any(is_batched):
         return apply(program, inputs)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    level = modes.legacy_vmap_level()
     physical = [
-        torch._remove_batch_dim(x, level, 1, 0) if b else x
-        for x, b in zip(inputs, is_batched, strict=True)
+        torch._remove_batch_dim(x, level, 1, 0) if batched else x
+        for x, batched in zip(inputs, is_batched, strict=True)
     ]
-    size = next(x.shape[0] for x, b in zip(physical, is_batched, strict=True) if b)
-    outputs = apply(program.vmap(tuple(0 if b else -1 for b in is_batched), size), physical)
+    size = physical[is_batched.index(True)].shape[0]
+    axes = tuple(0 if batched else -1 for batched in is_batched)
+    outputs = apply(program.vmap(axes, size), physical)
     return [torch._add_batch_dim(y, 0, level) for y in outputs]
 
 
 class _Recorded(_SingleLevelFunction):
     """A run that keeps a residual, and its VJP.
 
-    Below torch.func's transforms, which see _Transformable instead.
+    For calls outside of torch.func's transforms, which use _Transformable instead.
     """
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
-    def forward(
-        ctx: Any, program: Program, wrt: tuple[int, ...], *inputs: Any
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any) -> tuple[Tensor, ...]:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)
         numbers = None
         if program.takes_numbers:
@@ -136,7 +110,7 @@ class _Recorded(_SingleLevelFunction):
         # So the residual goes when torch drops the saved tensors: after a backward without
         # retain_graph, with the node, or with whatever a saved-tensor hook makes of them.
         ctx.save_for_backward(handle, *inputs)
-        _mark_integers(ctx, program, outputs)
+        _mark_nondifferentiable(ctx, program, outputs)
         return tuple(outputs)
 
     @staticmethod
@@ -145,27 +119,23 @@ class _Recorded(_SingleLevelFunction):
         handle, *inputs = ctx.saved_tensors
         if numbers is not None:
             inputs = _merged(numbers, inputs)
-        # Only what this backward pass is going to use is worth computing.
+        # Only the gradients that this backward pass uses are worth computing.
         wrt = kept if len(kept) == 1 else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
-        given = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
-        gradients: list[Tensor | None] = [None] * (2 + len(inputs))
-        if wrt and given:
-            selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
+
+        def pull(outputs: Positions, selected: list[Tensor]) -> Sequence[Tensor]:
             # With create_graph the derivative must be a program that can be derived again, and
-            # under a transform, such as torch.vmap around torch.autograd.grad, one that can be
-            # transformed.
+            # under a transform, such as torch.vmap around torch.autograd.grad, a program that can
+            # be transformed.
             if (
                 torch.is_grad_enabled()
-                or _are_transforms_active()
-                or any(map(_is_legacy_batch, selected))
+                or modes.is_transforming()
+                or any(map(modes.is_legacy_batched, selected))
             ):
-                made_by = program if is_traced([handle]) else program.on_model(tag_of(int(handle)))
-                made = _apply_derivative(made_by.vjp(wrt, given), [*inputs, *selected])
-            else:
-                made = pull_back(program, (kept, wrt, given), handle, inputs, selected)
-            for i, gradient in zip(wrt, made, strict=True):
-                gradients[2 + i] = _as_gradient_of(inputs[i], gradient)
-        return tuple(gradients)
+                origin = program if modes.is_traced([handle]) else _on_model_of(program, handle)
+                return _apply_derivative(origin.vjp(wrt, outputs), [*inputs, *selected])
+            return pull_back(program, (kept, wrt, outputs), handle, inputs, selected)
+
+        return (None, None, *_gradients(inputs, wrt, cotangents, pull))
 
 
 class _Transformable(torch.autograd.Function):
@@ -187,73 +157,86 @@ class _Transformable(torch.autograd.Function):
         ctx.call = (program, numbers)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        _mark_integers(ctx, program, output)
+        _mark_nondifferentiable(ctx, program, output)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         program, numbers = ctx.call
-        needed = ctx.needs_input_grad[1:]
         inputs = _merged(numbers, ctx.saved_tensors)
-        made_by = program if is_traced(inputs) else program.on_model(ctx.tag)
-        return (None, *_gradients(made_by, inputs, needed, cotangents))
+        origin = program if modes.is_traced(inputs) else program.on_model(ctx.tag)
+        return (None, *_gradients_by_vjp(origin, inputs, ctx.needs_input_grad[1:], cotangents))
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
-        wrt = tuple(
-            i
-            for i, t in enumerate(tangents)
-            if isinstance(t, Tensor) and program.inputs[i].dtype.is_inexact
-        )
-        outputs = tuple(i for i in range(len(program.outputs)) if i not in program.discrete_outputs)
-        made: list[Tensor | None] = [None] * len(program.outputs)
+        is_inexact = [spec.dtype.is_inexact for spec in program.inputs]
+        wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and is_inexact[i])
+        discrete = program.prepared.nondifferentiable_outputs
+        outputs = tuple(i for i in range(len(program.outputs)) if i not in discrete)
+        moved: list[Tensor | None] = [None] * len(program.outputs)
         if wrt and outputs:
-            derived = _apply_derivative(
-                program.jvp(wrt, outputs), [*inputs, *(tangents[i] for i in wrt)]
-            )
+            selected = [tangents[i] for i in wrt]
+            derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *selected])
             for i, tangent in zip(outputs, derived, strict=True):
-                made[i] = tangent
-        return tuple(made)
+                moved[i] = tangent
+        return tuple(moved)
 
     @staticmethod
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], program: Program, *inputs: Any
     ) -> tuple[Any, Any]:
         axes = tuple(-1 if dim is None else dim for dim in in_dims[1:])
-        outputs = apply(
-            program.vmap(axes, int(info.batch_size)), inputs
-        )  # guarded, if it is symbolic
+        size = int(info.batch_size)  # has torch.compile guard it, if it is symbolic
+        outputs = apply(program.vmap(axes, size), inputs)
         return tuple(outputs), (0,) * len(outputs)
 
 
 def _gradients(
-    program: Program,
+    inputs: Sequence[Any],
+    wrt: Positions,
+    cotangents: Sequence[Tensor | None],
+    pull: Callable[[Positions, list[Tensor]], Sequence[Tensor]],
+) -> list[Tensor | None]:
+    """Return the gradient of each input, None for inputs not in `wrt`.
+
+    `pull(outputs, cotangents)` returns JAX's cotangents of the inputs `wrt`, from JAX's cotangents
+    of these outputs.
+    """
+    outputs = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    if wrt and outputs:
+        selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
+        for i, cotangent in zip(wrt, pull(outputs, selected), strict=True):
+            gradients[i] = _as_gradient_of(inputs[i], cotangent)
+    return gradients
+
+
+def _gradients_by_vjp(
+    program: AnyProgram,
     inputs: Sequence[Any],
     needed: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return the gradient of each input that needs one, by the program that is this one's VJP."""
-    wrt = tuple(
-        i
-        for i, spec in enumerate(program.inputs)
-        if needed[i] and spec.dtype.is_inexact and not spec.weak
-    )
-    given = tuple(i for i, ct in enumerate(cotangents) if ct is not None)
-    gradients: list[Tensor | None] = [None] * len(inputs)
-    if wrt and given:
-        selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
-        made = _apply_derivative(program.vjp(wrt, given), [*inputs, *selected])
-        for i, gradient in zip(wrt, made, strict=True):
-            gradients[i] = _as_gradient_of(inputs[i], gradient)
-    return gradients
+    """Return the gradient of each input that needs one, by the VJP program."""
+    is_float = [spec.dtype.is_inexact and not spec.weak for spec in program.inputs]
+    wrt = tuple(i for i in range(len(is_float)) if is_float[i] and needed[i])
+
+    def pull(outputs: Positions, selected: list[Tensor]) -> Sequence[Tensor]:
+        return _apply_derivative(program.vjp(wrt, outputs), [*inputs, *selected])
+
+    return _gradients(inputs, wrt, cotangents, pull)
 
 
-def _mark_integers(ctx: Any, program: Program, outputs: Sequence[Tensor]) -> None:
-    """Tell autograd which outputs have no derivative, and that absent cotangents should stay
-    absent."""
-    if program.discrete_outputs:
-        ctx.mark_non_differentiable(*(outputs[i] for i in program.discrete_outputs))
+def _on_model_of(program: Program, handle: Tensor) -> Program:
+    """Return the program on the model that made a residual only."""
+    return program.on_model(tag_of(int(handle)))
+
+
+def _mark_nondifferentiable(ctx: Any, program: AnyProgram, outputs: Sequence[Tensor]) -> None:
+    """Mark the outputs without a derivative, and have autograd pass None for unused cotangents."""
+    if discrete := program.prepared.nondifferentiable_outputs:
+        ctx.mark_non_differentiable(*(outputs[i] for i in discrete))
     ctx.set_materialize_grads(False)
 
 
@@ -264,16 +247,15 @@ def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
 
 
 def _is_wanted(ctx: Any, position: int, numbers: Sequence[Any] | None) -> bool:
-    """Whether the backward pass under way will use the gradient of this input."""
-    edge = (
-        position if numbers is None else numbers[:position].count(None)
-    )  # tensors alone have edges
+    """Whether the backward pass under way uses the gradient of this input."""
+    # Only tensors have edges.
+    edge = position if numbers is None else numbers[:position].count(None)
     node = ctx.next_functions[edge][0]
     if node is None:
         return False
     try:
         return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # of a leaf that torch.autograd.grad was asked for by name
+    except RuntimeError:  # of a leaf that is an input of torch.autograd.grad
         return True
 
 
@@ -302,10 +284,11 @@ def _differentiate_run(
     ctx: Any, cotangents: Sequence[Tensor | None]
 ) -> tuple[list[Tensor | None], None]:
     arrays = ctx.saved_tensors
-    program = Program.of(ctx.program).at(arrays).plain
+    program = member_for(pinned(ctx.program), arrays).plain
     inputs = as_values(program, arrays)
     needed = [x.requires_grad for x in arrays]
-    return _gradients(program, inputs, needed, cotangents[: len(program.outputs)]), None
+    selected = cotangents[: len(program.outputs)]
+    return _gradients_by_vjp(program, inputs, needed, selected), None
 
 
 torch.library.register_autograd(
@@ -321,19 +304,13 @@ def _save_pull_back(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor])
 
 
 def _differentiate_pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    key, wrt, given = ctx.call
+    number, wrt, outputs = ctx.call
     arrays = ctx.saved_tensors
-    # Makes the same of the same arrays, and can be derived from.
-    program = Program.of(key).at(arrays).vjp(wrt, given)
+    # The VJP has the same outputs for the same arrays, and can be derived from.
+    program = member_for(pinned(number), arrays).vjp(wrt, outputs)
     needed = [x.requires_grad for x in arrays]
-    return (
-        None,
-        _gradients(program, as_values(program, arrays), needed, cotangents),
-        None,
-        None,
-        None,
-        None,
-    )
+    gradients = _gradients_by_vjp(program, as_values(program, arrays), needed, cotangents)
+    return None, gradients, None, None, None, None
 
 
 torch.library.register_autograd(

@@ -1,15 +1,15 @@
-"""Programs for all sizes of a call's inputs: what torch.compile traces with symbolic sizes names
-such a family."""
+"""Families of programs: a call for all sizes of its inputs, as torch.compile traces it with
+symbolic sizes."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from operator import attrgetter
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
-from bridge_client.programs import Program
+from bridge_client.programs import Positions, Program
 from bridge_client.sizes import Formula, formula
 from bridge_wire.errors import BridgeError, CallerError, InternalError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -20,34 +20,68 @@ _FUNCTIONS = {"max": torch.sym_max, "min": torch.sym_min}
 Shape = tuple[int, ...]
 Formulas = tuple[tuple[Formula, ...], ...]
 Named = tuple[tuple[Any, ...], ...]  # shapes of sizes, or of the names of unknown ones
+Told = Sequence[Sequence[str]]  # the formulas of each output's sizes, as the worker sent them
 
 
-@dataclass(slots=True, eq=False, repr=False)
-class Family(Program):
-    """A program for some sizes, which stands for those of all sizes: types and structures are the
-    same.
+class Family:
+    """The programs of one call for all sizes, with the same types and structures.
 
-    The graph of compiled code names the family; each run takes the member for the sizes that its
-    inputs have.
+    The graph of compiled code names the family; each run takes the member for its inputs' sizes.
+    Everything that does not depend on sizes is the example's.
+
+    Args:
+      example: the member for the sizes at the time of tracing.
+      named: the shapes of the call's inputs, in which unknown sizes have names.
+      formulas: the sizes of each output.
+      told: the formulas of the call's own outputs, as the worker sent them.
+      make: returns the member for other shapes of the inputs.
+      plain: the family with the same outputs that keeps no residual; None: this one.
     """
 
-    named: Named = ()  # the inputs' shapes
-    formulas: Formulas = ()  # of the sizes of each output
-    told: Sequence[Sequence[str]] = ()  # the formulas of the call's outputs, as they came
-    make: Callable[[tuple[Shape, ...]], Program] | None = None
-    _members: dict[tuple[Shape, ...], Program] = field(default_factory=dict)
+    session = property(attrgetter("example.session"))
+    request = property(attrgetter("example.request"))
+    inputs = property(attrgetter("example.inputs"))
+    labels = property(attrgetter("example.labels"))
+    outputs = property(attrgetter("example.outputs"))
+    prepared = property(attrgetter("example.prepared"))
+    result = property(attrgetter("example.result"))
+    fingerprint = property(attrgetter("example.fingerprint"))
+    keeps_residual = property(attrgetter("example.keeps_residual"))
+    takes_numbers = property(attrgetter("example.takes_numbers"))
 
-    def at(self, arrays: Sequence[Tensor]) -> Program:
+    def __init__(
+        self,
+        example: Program,
+        named: Named,
+        formulas: Formulas,
+        told: Told,
+        make: Callable[[tuple[Shape, ...]], Program],
+    ) -> None:
+        self.example = example
+        self.named = named
+        self.formulas = formulas
+        self.told = told
+        self.plain = self
+        self._make = make
+        self._members: dict[tuple[Shape, ...], Program] = {}
+        self._derived: dict[Hashable, Family] = {}
+
+    def __repr__(self) -> str:
+        return repr(self.example)
+
+    def at(self, arrays: Sequence[Tensor]) -> "AnyProgram":
         """Return the member for these inputs; where torch traces with symbolic sizes, the family
         itself."""
         if any(isinstance(size, torch.SymInt) for array in arrays for size in array.shape):
             return self
-        member = self._member(tuple([tuple(array.shape) for array in arrays[: len(self.inputs)]]))
-        seen = [spec.shape for spec in member.outputs]
-        if seen != (told := self.output_shapes(arrays)):
+        inputs = arrays[: len(self.inputs)]
+        member = self._member(tuple([tuple(array.shape) for array in inputs]))
+        shapes = [spec.shape for spec in member.outputs]
+        expected = self.output_shapes(arrays)
+        if shapes != expected:
             raise InternalError(
-                f"{member!r} has outputs of shapes {seen}, where {told} were foretold; compile it"
-                " with dynamic=False"
+                f"{member!r} has outputs of shapes {shapes}; the symbolic formulas gave {expected}:"
+                " compile it with dynamic=False"
             )
         return member
 
@@ -56,164 +90,162 @@ class Family(Program):
         sizes: dict[str, Any] = {}
         for names, array in zip(self.named, arrays, strict=False):
             for name, size in zip(names, array.shape, strict=True):
-                # Where the sizes are symbolic, to compare them has torch.compile guard that they
-                # stay equal.
-                if size != (name if isinstance(name, int) else sizes.setdefault(name, size)):
+                # To compare symbolic sizes has torch.compile guard that they stay equal.
+                known = name if isinstance(name, int) else sizes.setdefault(name, size)
+                if size != known:
                     raise InternalError(f"{self!r} is run on sizes that it was not compiled for")
         return [tuple([size(sizes) for size in output]) for output in self.formulas]
 
-    def described(self) -> bytes:
-        return Program.described(self) + repr((self.named, self.told)).encode()
+    def keeping(self, wrt: Positions) -> "Family":
+        """Return the family of the members' programs that keep a residual."""
+        family = self._derive(("keep", wrt), lambda member: member.keeping(wrt), self.formulas)
+        family.plain = self
+        return family
 
-    def keeping(self, wrt: tuple[int, ...]) -> Program:
-        return self._family(
-            ("keep", wrt), lambda program: Program.keeping(program, wrt), self.formulas
+    def vjp(self, wrt: Positions, outputs: Positions) -> "Family":
+        """Return the family of the members' VJPs."""
+        formulas = _formulas_of([self.named[i] for i in wrt])
+        return self._derive(
+            ("vjp", wrt, outputs), lambda member: member.vjp(wrt, outputs), formulas
         )
 
-    def vjp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
-        shapes = tuple([tuple(map(_size_of, self.named[i])) for i in wrt])
-        return self._family(
-            ("vjp", wrt, outputs), lambda program: Program.vjp(program, wrt, outputs), shapes
+    def jvp(self, wrt: Positions, outputs: Positions) -> "Family":
+        """Return the family of the members' JVPs."""
+        formulas = tuple([self.formulas[i] for i in outputs])
+        return self._derive(
+            ("jvp", wrt, outputs), lambda member: member.jvp(wrt, outputs), formulas
         )
 
-    def jvp(self, wrt: tuple[int, ...], outputs: tuple[int, ...]) -> Program:
-        shapes = tuple([self.formulas[i] for i in outputs])
-        return self._family(
-            ("jvp", wrt, outputs), lambda program: Program.jvp(program, wrt, outputs), shapes
-        )
-
-    def vmap(self, axes: tuple[int, ...], size: int) -> Program:
+    def vmap(self, axes: Positions, size: int) -> Program:
+        """Raise CallerError: the worker has formulas for single calls only."""
         raise CallerError(
             "a call that was traced for all sizes has no batched version; compile with"
             " dynamic=False"
         )
 
-    def _family(
+    def _derive(
         self, key: Hashable, derive: Callable[[Program], Program], formulas: Formulas
-    ) -> Program:
-        known = self._derived.get((key, "of all sizes"))
-        if known is None:
-            count = len(self.inputs)
-            make = lambda shapes: derive(self._member(shapes[:count]))  # noqa: E731
-            known = self._derived[key, "of all sizes"] = _family_of(
-                derive(self), self.named, formulas, self.told, make
-            )
-        return known
+    ) -> "Family":
+        cached = self._derived.get(key)
+        if cached is not None:
+            return cached
+        count = len(self.inputs)
+
+        def make(shapes: tuple[Shape, ...]) -> Program:
+            return derive(self._member(shapes[:count]))
+
+        family = Family(derive(self.example), self.named, formulas, self.told, make)
+        return self._derived.setdefault(key, family)
 
     def _member(self, shapes: tuple[Shape, ...]) -> Program:
-        known = self._members.get(shapes)
-        if known is None:
-            assert self.make is not None
-            known = self._members.setdefault(shapes, self.make(shapes))
-        return known
+        cached = self._members.get(shapes)
+        return cached or self._members.setdefault(shapes, self._make(shapes))
 
 
-def _family_of(
-    example: Program,
-    named: Named,
-    formulas: Formulas,
-    told: Sequence[Sequence[str]],
-    make: Callable[[tuple[Shape, ...]], Program],
-) -> Family:
-    """Return the family of which a program is an example; `make` makes those for other shapes of
-    the inputs."""
-    own = ("key", "number", "_derived")
-    given = {
-        each.name: getattr(example, each.name)
-        for each in fields(Program)
-        if each.init and each.name not in own
-    }
-    return Family(**given, named=named, formulas=formulas, told=told, make=make)
+AnyProgram = Union[Program, Family]  # noqa: UP007
+
+
+def member_for(program: AnyProgram, arrays: Sequence[Tensor]) -> AnyProgram:
+    """Return the program that runs on these inputs: of a family, its member for their sizes."""
+    return program.at(arrays) if isinstance(program, Family) else program
+
+
+def output_shapes(program: AnyProgram, arrays: Sequence[Any]) -> Sequence[tuple[Any, ...]]:
+    """Return the shapes of a program's outputs for these inputs."""
+    if isinstance(program, Family):
+        return program.output_shapes(arrays)
+    return [spec.shape for spec in program.outputs]
 
 
 class Seen(str):
-    """A symbolic size, as torch names it, and the one it has `now`, while torch traces."""
+    """A symbolic size by torch's name for it, with its value `now`, while torch traces."""
 
     __slots__ = ("now",)
     now: int
 
 
 def seen(size: Any) -> int | Seen:
-    """Return a size that torch traces: symbolic ones as such, where torch knows an example."""
+    """Return a size that torch traces: a Seen if it is symbolic and torch knows an example."""
     if isinstance(size, int) or size.node.maybe_as_int() is not None or not size.node.has_hint():
         return int(size)
-    # With the example: what was taken for equal, or for fixed, was so of that one.
+    # With the example, since sizes were found equal, or fixed, for that one.
     named = Seen(f"{size.node.expr}={size.node.hint}")
     named.now = size.node.hint
     return named
 
 
+def now(shape: Sequence[int | Seen]) -> Shape:
+    """Return a shape with its sizes at present."""
+    return tuple([size.now if isinstance(size, Seen) else size for size in shape])
+
+
 def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) -> Family:
     """Return the programs of a call for all sizes that are symbolic in the shapes of its inputs, or
-    as many as can be.
+    for as many as possible.
 
     Raises:
-      SpecError: the worker cannot tell the shapes of the outputs for any but the sizes of the
-        example.
+      SpecError: the worker has formulas for the outputs' shapes for the example's sizes only.
     """
-    # Graphs hold the family until the session is closed: so it must not hold the function that was
-    # called.
+    # Graphs hold the family until the session is closed: so it must not hold the called function.
     session, call = example.session, example.request.call
+    labels, timeout_s = example.labels, example.timeout_s
 
-    def ask(named: Named) -> Sequence[Sequence[str]] | None:
+    def ask(named: Named) -> Told | None:
         try:
-            return session.shapes(call, [tuple(map(str, shape)) for shape in named])
+            told: Told = session.shapes(call, [tuple(map(str, shape)) for shape in named])
         except BridgeError as error:
-            _log.debug("the shapes of %r cannot be told for %s: %s", example, named, error)
+            _log.debug("no formulas for the outputs of %r for %s: %s", example, named, error)
             return None
-
-    found = _most_general(shapes, ask)
-    if found is None:
-        raise SpecError(f"the shapes of {example!r} cannot be told for other sizes than these")
+        return told
 
     def make(shapes: tuple[Shape, ...]) -> Program:
         sized = pb.Call()
         sized.CopyFrom(call)
         for spec, shape in zip(sized.inputs, shapes, strict=True):
             spec.shape[:] = shape
-        return session.prepare_call(sized, labels=example.labels, timeout_s=example.timeout_s)
+        member: Program = session.prepare_call(sized, labels=labels, timeout_s=timeout_s)
+        return member
 
-    named, told = found
-    return _family_of(
-        example, named, tuple([tuple(map(_size_of, sizes)) for sizes in told]), told, make
-    )
+    answer = _most_general(shapes, ask)
+    if answer is None:
+        raise SpecError(f"{example!r} has no formulas for its outputs' shapes for other sizes")
+    named, told = answer
+    return Family(example, named, _formulas_of(told), told, make)
 
 
 def _most_general(
-    shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Sequence[Sequence[str]] | None]
-) -> tuple[Named, Sequence[Sequence[str]]] | None:
+    shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Told | None]
+) -> tuple[Named, Told] | None:
     """Return the most general of these shapes that there are formulas for, in which unknown sizes
     have names.
 
-    First each symbolic size is one of its own, then those are one that are equal now, then only
-    those stay unknown that can alone.
+    First each symbolic size has a name of its own, then sizes that are equal now share a name, then
+    only the sizes have one that can be unknown alone.
     """
-    symbolic = list(
-        dict.fromkeys(size for shape in shapes for size in shape if isinstance(size, Seen))
-    )
+    every_size = [size for shape in shapes for size in shape]
+    symbolic = list(dict.fromkeys(size for size in every_size if isinstance(size, Seen)))
     different = list(dict.fromkeys(size.now for size in symbolic))
 
-    def attempt(names: Mapping[Any, str]) -> tuple[Named, Sequence[Sequence[str]]] | None:
-        named = tuple(
-            [
-                tuple([names.get(size, getattr(size, "now", size)) for size in shape])
-                for shape in shapes
-            ]
-        )
+    def attempt(names: Mapping[Any, str]) -> tuple[Named, Told] | None:
+        def name(size: int | Seen) -> int | str:
+            return names.get(size, size.now if isinstance(size, Seen) else size)
+
+        named = tuple([tuple(map(name, shape)) for shape in shapes])
         told = ask(named)
         return None if told is None else (named, told)
 
     def names_of(sizes: Sequence[int]) -> dict[Any, str]:
         return {size: f"d{sizes.index(size.now)}" for size in symbolic if size.now in sizes}
 
-    found = attempt({size: f"d{i}" for i, size in enumerate(symbolic)})
-    if found is None and len(different) < len(symbolic):
-        found = attempt(names_of(different))
-    if found is None and len(different) > 1:
+    answer = attempt({size: f"d{i}" for i, size in enumerate(symbolic)})
+    if answer is None and len(different) < len(symbolic):
+        answer = attempt(names_of(different))
+    if answer is None and len(different) > 1:
         alone = [size for size in different if attempt(names_of([size]))]
-        found = attempt(names_of(alone)) if alone else None
-    return found
+        answer = attempt(names_of(alone)) if alone else None
+    return answer
 
 
-def _size_of(size: Any) -> Formula:
-    return formula(str(size), _FUNCTIONS)
+def _formulas_of(shapes: Sequence[Sequence[Any]]) -> Formulas:
+    """Return the functions for shapes that are written as formulas."""
+    return tuple([tuple([formula(str(size), _FUNCTIONS) for size in shape]) for shape in shapes])

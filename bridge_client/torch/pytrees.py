@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
+import torch
 
+from bridge_client.arguments import NUMBERS
 from bridge_wire import trees
 from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _NAMESPACE = "torch-jax-bridge"
+_LEAVES = {bool, str, *NUMBERS, torch.Tensor, torch.nn.Parameter}  # the usual ones
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -27,6 +30,19 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
         raise StructureError(
             "the arguments are nested too deeply, or contain themselves; flatten them"
         ) from error
+
+
+def flatten_fully(tree: Any) -> tuple[list[Any], Any]:
+    """Return a pytree's leaves and its structure, after containers of new classes are made nodes.
+
+    Raises:
+      StructureError: as `flatten`.
+    """
+    leaves, structure = flatten(tree)
+    new = [kind for kind in set(map(type, leaves)) if kind not in _LEAVES]
+    if any([register_if_container(kind) for kind in new]):
+        return flatten_fully(tree)  # these leaves are nodes now
+    return leaves, structure
 
 
 def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) -> str:
@@ -103,9 +119,7 @@ def marked(value: Any, mark: bool) -> Any:
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     """Return the pytree with the function applied to each leaf; also to those in containers that
     are new here."""
-    leaves, structure = flatten(tree)
-    if any([register_if_container(type(leaf)) for leaf in leaves]):
-        return mapped(function, tree)  # those leaves have become nodes
+    leaves, structure = flatten_fully(tree)
     return optree.tree_unflatten(structure, map(function, leaves))
 
 

@@ -1,29 +1,29 @@
-"""Runs of programs on tensors, unseen by autograd: at once, or as operators where torch only
-traces."""
+"""Runs of programs on tensors without autograd: at once, or as operators where torch traces."""
 
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._guards import TracingContext
+from torch import Tensor
 
 from bridge_client.arguments import NUMBERS
 from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
+from bridge_client.torch import modes
+from bridge_client.torch.families import AnyProgram, member_for, output_shapes
+from bridge_client.torch.graphs import pin, pinned
 from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
 from bridge_wire.errors import ResidualGone, StructureError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
-PLAIN = {Tensor, nn.Parameter, *NUMBERS}
 
-
-def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+def run(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
-    if is_traced(inputs):
+    if modes.is_traced(inputs):
         return run_operator(program, inputs)
+    assert isinstance(program, Program), "a family is traced only"
     placed, copied, gpu = place(program, inputs)
     session = program.session
     outputs: Sequence[Tensor] = session.run(
@@ -36,21 +36,22 @@ def run(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
     return outputs if gpu is None else gpu.brought_back(outputs, session)
 
 
-def run_operator(program: Program, inputs: Sequence[Any]) -> Sequence[Tensor]:
+def run_operator(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program as an operator, which a graph can name."""
     _refuse_sharded(program, inputs)
-    return _operators().run(_as_tensors(inputs), program.pin())
+    return _operators().run(_as_tensors(inputs), pin(program))
 
 
-def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
+def run_keeping(program: AnyProgram, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
     """Run a program that keeps a residual; return its outputs and the residual's handle.
 
     The residual goes with the handle's storage. The handle's content is its id, so that a copy,
     which a saved-tensor hook may make, still names it, or nothing at all.
     """
-    if is_traced(inputs):
+    if modes.is_traced(inputs):
         *outputs, handle = run_operator(program, inputs)
         return outputs, handle
+    assert isinstance(program, Program), "a family is traced only"
     placed, copied, gpu = place(program, inputs)
     session = program.session
 
@@ -64,7 +65,7 @@ def run_keeping(program: Program, inputs: Sequence[Any]) -> tuple[Sequence[Tenso
 
 
 def pull_back(
-    program: Program,
+    program: AnyProgram,
     which: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
     handle: Tensor,
     inputs: Sequence[Any],
@@ -77,9 +78,10 @@ def pull_back(
     that have cotangents.
     """
     kept, wrt, given = which
-    if is_traced([handle, *cotangents]):
+    if modes.is_traced([handle, *cotangents]):
         arrays = _as_tensors([*inputs, *cotangents])
-        return _operators().pull_back(handle, arrays, program.pin(), kept, wrt, given)
+        return _operators().pull_back(handle, arrays, pin(program), kept, wrt, given)
+    assert isinstance(program, Program), "a family is traced only"
     pullback = program.keeping(kept).pullback(wrt, given)
     session = program.session
     try:
@@ -115,20 +117,7 @@ def _handle(session: Session, residual: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.int64)
 
 
-def is_traced(inputs: Sequence[Any]) -> bool:
-    """Whether an input has no memory here to be read, or somebody watches the operators."""
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    return not PLAIN.issuperset(map(type, inputs)) and not all(map(_has_memory, inputs))
-
-
-def _has_memory(value: Any) -> bool:
-    """Whether a value is what its class in C++ says: so are numbers, and tensors of most classes
-    of a user's own."""
-    return type(value) in PLAIN or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def _refuse_sharded(program: Program, inputs: Sequence[Any]) -> None:
+def _refuse_sharded(program: AnyProgram, inputs: Sequence[Any]) -> None:
     """Raise StructureError for a DTensor: its memory holds this rank's shard."""
     sharding = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
     if sharding is None:
@@ -152,7 +141,7 @@ def _number_as_tensor(number: Any) -> Tensor:
     return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
 
 
-def as_values(program: Program, tensors: Sequence[Tensor]) -> list[Any]:
+def as_values(program: AnyProgram, tensors: Sequence[Tensor]) -> list[Any]:
     """Return an operator's inputs as a run takes them: the Python numbers as such again."""
     if not program.takes_numbers:
         return list(tensors)
@@ -176,11 +165,10 @@ def _operators() -> Any:
     """Return the operators that a graph is going to name: in code that torch.compile makes, those
     without derivatives.
 
-    It has derived its graphs when they run, and an operator that has a derivative looks for
-    whatever records it at each
-    run: 15 µs of a forward and VJP (torch 2.13).
+    torch.compile has derived its graphs when they run, and an operator that has a derivative looks
+    at each run for modes that record it: 15 µs of a forward and VJP (torch 2.13).
     """
-    is_derived = TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    is_derived = modes.is_in_graph()
     return torch.ops.torch_jax_bridge_derived if is_derived else torch.ops.torch_jax_bridge
 
 
@@ -216,20 +204,20 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_operator("run(Tensor[] arrays, int program) -> Tensor[]")
 def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
-    """Run a program; one that keeps a residual has the residual's handle as its last output."""
-    known = Program.of(program).at(arrays)
-    inputs = as_values(known, arrays)
-    if not known.keeps_residual:
-        return list(run(known, inputs))
-    outputs, handle = run_keeping(known, inputs)
+    """Run a program; if it keeps a residual, the last output is the residual's handle."""
+    member = member_for(pinned(program), arrays)
+    inputs = as_values(member, arrays)
+    if not member.keeps_residual:
+        return list(run(member, inputs))
+    outputs, handle = run_keeping(member, inputs)
     return [*outputs, handle]
 
 
 @_fake("run")
 def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
-    known = Program.of(program)
-    handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if known.keeps_residual else []
-    return _empty(known.outputs, known.output_shapes(arrays), arrays) + handle
+    named = pinned(program)
+    handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if named.keeps_residual else []
+    return _empty(named.outputs, output_shapes(named, arrays), arrays) + handle
 
 
 @_operator(
@@ -244,12 +232,13 @@ def _pull_back_operator(
     wrt: Sequence[int],
     given: Sequence[int],
 ) -> list[Tensor]:
-    """Return the cotangents of the inputs `wrt` of a run whose residual this is the handle of;
-    see pull_back."""
-    known = Program.of(program).at(arrays)
-    count = len(known.inputs)
+    """Return the cotangents of the inputs `wrt`, from the handle of a run's residual; see
+    pull_back."""
+    member = member_for(pinned(program), arrays)
+    count = len(member.inputs)
+    inputs, cotangents = as_values(member, arrays[:count]), arrays[count:]
     which = (tuple(kept), tuple(wrt), tuple(given))
-    return list(pull_back(known, which, handle, as_values(known, arrays[:count]), arrays[count:]))
+    return list(pull_back(member, which, handle, inputs, cotangents))
 
 
 @_fake("pull_back")
@@ -261,6 +250,6 @@ def _(
     wrt: Sequence[int],
     given: Sequence[int],
 ) -> list[Tensor]:
-    known = Program.of(program)
+    inputs = pinned(program).inputs
     shapes = [tuple(arrays[i].shape) for i in wrt]
-    return _empty([known.inputs[i] for i in wrt], shapes, arrays[len(known.inputs) :])
+    return _empty([inputs[i] for i in wrt], shapes, arrays[len(inputs) :])

@@ -19,8 +19,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridge_client import Session
-from bridge_client.programs import Program
-from bridge_client.torch import RemoteJaxFunction
+from bridge_client.torch import RemoteJaxFunction, graphs
 from bridge_wire.errors import RemoteModelError
 from tests.torch_client.conftest import Remote
 
@@ -177,10 +176,11 @@ def test_graphs_of_different_programs_differ(x64_remote: Remote) -> None:
         return node.args[1]
 
     sine, again, outer = number_of("sine"), number_of("sine"), number_of("outer")
-    programs = [Program.of(number) for number in (sine, again, outer)]
-    assert programs[0].described() == programs[1].described() != programs[2].described()
+    programs = [graphs.pinned(number) for number in (sine, again, outer)]
+    texts = list(map(graphs.described, programs))
+    assert texts[0] == texts[1] != texts[2]
     assert sine < again < sine + 1000, "the same, and then the next that is free"
-    assert programs[2].described().endswith(b"float64[3,3]")
+    assert texts[2].endswith(b"float64[3,3]")
 
 
 def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:

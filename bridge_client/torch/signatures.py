@@ -1,0 +1,168 @@
+"""Signatures of calls: from arguments to a hashable key and the inputs of a program.
+
+A signature is everything that a program is compiled for: structure, dtypes, shapes, static values.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import optree
+import torch
+from torch import Tensor
+
+from bridge_client.arguments import NUMBERS, Slot, encode
+from bridge_client.torch import modes
+from bridge_client.torch.families import Seen, seen
+from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
+from bridge_client.torch.pytrees import flatten, path_of
+from bridge_wire import trees
+from bridge_wire.errors import StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+
+ShapeOf = Callable[[Tensor], tuple[Any, ...]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_TENSORS = {Tensor}
+_STATIC = {bool, str, *NUMBERS}
+# Numbers that torch.compile found to change between calls: inputs of the graph, as of a call.
+_SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+
+
+class Signature(NamedTuple):
+    """The signature of a call, and its values."""
+
+    key: list[Any]
+    inputs: list[Any]  # parameters, a random key, and the leaves that are data
+    leaves: Sequence[Any]
+    structure: Any  # None: positional tensors only
+    statics: frozenset[int]  # the leaves of static arguments
+
+
+def are_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `of_tensors` takes these arguments."""
+    return not kwargs and _TENSORS.issuperset(map(type, args))
+
+
+def of_tensors(own: Sequence[Tensor], args: tuple[Tensor, ...], shape_of: ShapeOf) -> Signature:
+    """Return the signature of a call with positional tensors only: the usual call."""
+    key = _key_of(own, shape_of)
+    for tensor in args:
+        key.append(tensor.dtype)
+        key.append(tensor.shape)
+    key.append(len(args))
+    return Signature(key, [*own, *args], args, None, frozenset())
+
+
+def of_pytrees(
+    own: Sequence[Tensor],
+    arguments: Arguments,
+    flat: tuple[list[Any], Any],
+    statics: frozenset[int],
+    shape_of: ShapeOf,
+) -> Signature:
+    """Return the signature of any call; `flat` are the leaves and the structure of its arguments.
+
+    Raises:
+      StructureError: a leaf is neither data nor static.
+    """
+    leaves, structure = flat
+    key, inputs = _key_of(own, shape_of), list(own)
+    key.append(structure)
+    for i, leaf in enumerate(leaves):
+        kind = type(leaf)
+        is_static = i in statics
+        if kind in _SYMBOLIC:
+            kind = _SYMBOLIC[kind]
+            if not is_static and kind is not bool:
+                leaves[i] = kind()
+                key.append(kind)
+                inputs.append(_symbolic_as_tensor(leaf, kind))
+                continue
+            leaf = leaves[i] = kind(leaf)  # has torch compile anew for another value
+        if is_static or kind is bool or kind is str:
+            key.append(_static_key(leaf, arguments, i))
+            continue
+        if kind in NUMBERS:
+            key.append(kind)
+        else:
+            if not isinstance(leaf, Tensor):
+                path = functools.partial(path_of, arguments, i)
+                leaf = leaves[i] = as_tensor(leaf, path)
+            key.append(leaf.dtype)
+            key.append(shape_of(leaf))
+        inputs.append(leaf)
+    return Signature(key, inputs, leaves, structure, statics)
+
+
+def encoded(signature: Signature, classes: trees.Classes) -> tuple[pb.Tree, list[Any]]:
+    """Return a call's arguments as a message, and the leaves that are data, in the same order."""
+    leaves, structure, statics = signature.leaves, signature.structure, signature.statics
+    if structure is None:
+        structure = flatten((tuple(leaves), {}))[1]
+    slots = [
+        leaf if i in statics or isinstance(leaf, bool | str) else Slot(i)
+        for i, leaf in enumerate(leaves)
+    ]
+    slotted: Any = optree.tree_unflatten(structure, slots)
+    arguments, order = encode(slotted, classes)
+    if order != sorted(order):
+        raise StructureError(
+            "a dict of the arguments has keys that cannot be sorted; use strings only"
+        )
+    return arguments, [leaves[i] for i in order]
+
+
+def default_shape_of() -> ShapeOf:
+    """Return the function to the shapes of tensors where no size may stay symbolic."""
+    return fixed_shape_of if modes.is_jit_tracing() else plain_shape_of
+
+
+def plain_shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape outside of torch.jit.trace, whose sizes are tensors."""
+    return tensor.shape if type(tensor) in modes.PLAIN else fixed_shape_of(tensor)
+
+
+def symbolic_shape_of(tensor: Tensor) -> tuple[int | Seen, ...]:
+    """Return a tensor's shape, with symbolic sizes as such."""
+    return tuple(map(seen, tensor.shape))
+
+
+def fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape as of now: torch.compile then guards the symbolic sizes.
+
+    Raises:
+      StructureError: the tensor is a nested one.
+    """
+    if tensor.is_nested:
+        raise StructureError(
+            "an argument is a nested tensor; pad it with .to_padded_tensor(...), or call for each"
+            " of its parts"
+        )
+    return tuple(map(int, tensor.shape))
+
+
+def _key_of(own: Sequence[Tensor], shape_of: ShapeOf) -> list[Any]:
+    key: list[Any] = []
+    for tensor in own:
+        key.append(tensor.dtype)
+        key.append(shape_of(tensor))
+    return key
+
+
+def _static_key(leaf: Any, arguments: Arguments, position: int) -> tuple[type, str]:
+    kind = type(leaf)
+    if kind not in _STATIC:
+        raise StructureError(
+            f"`{path_of(arguments, position)}` is a {kind.__module__}.{kind.__qualname__}, and"
+            " static; expected a number, bool, str or None, or a dict, list, tuple, namedtuple or"
+            " dataclass of these"
+        )
+    # By repr: 0.0 == -0.0, but they are different static values.
+    return (kind, leaf if kind is str else repr(leaf))
+
+
+def _symbolic_as_tensor(number: Any, kind: type) -> Tensor:
+    # By arithmetic, which torch.compile can follow with a float that stays symbolic.
+    dtype = TORCH_DTYPES[NUMBERS[kind].dtype.name]
+    return torch.ones((), dtype=dtype, device="cpu") * number
