@@ -46,10 +46,8 @@ class _Identity:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """The answer to a request: the program's name on a worker, and its outputs."""
+    """The answer to a request: the model's fingerprint, and the outputs."""
 
-    # (link, id): the worker's id for this program, valid on that link only
-    name: tuple[object, int] = (None, 0)
     fingerprint: bytes = b""  # the model's, when the program was last prepared
     outputs: tuple[Spec, ...] = ()
     output_nbytes: tuple[int, ...] = ()
@@ -93,6 +91,8 @@ class Program:
     # names that worker's classes.
     result: pb.Tree = field(default_factory=pb.Tree)
     prepared: Prepared = field(default_factory=Prepared)
+    # (link, id): the worker's id for this program, valid on that link only
+    name: tuple[object, int] = (None, 0)
     key: int = field(default_factory=_keys.__next__)  # unique in this process
     is_pullback: bool = field(init=False)
     keeps_residual: bool = field(init=False)
@@ -108,11 +108,6 @@ class Program:
         call = self.request.call
         steps = [transform.WhichOneof("kind") for transform in call.transforms]
         return "/".join([call.model or str(self.request.WhichOneof("what")), *map(str, steps)])
-
-    @property
-    def name(self) -> tuple[object, int]:
-        """(link, id): the worker's id for this program, valid on that link only."""
-        return self.prepared.name
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
@@ -149,8 +144,9 @@ class Program:
             buffer_outputs = len(outputs) - len(trees.leaf_paths(self.result, ""))
         if prepared.fingerprint:
             self.identity.link, self.identity.fingerprint = link, prepared.fingerprint
-        named = Prepared((link, prepared.program), prepared.fingerprint or self.fingerprint)
-        self.prepared = named.with_outputs(outputs, buffer_outputs)
+        answer = Prepared(prepared.fingerprint or self.fingerprint)
+        self.prepared = answer.with_outputs(outputs, buffer_outputs)
+        self.name = (link, prepared.program)
 
     def prepare_keeping(self, wrt: Positions) -> "Program":
         """Prepare only the program whose runs also keep a residual, and take its outputs over; the

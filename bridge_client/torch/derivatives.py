@@ -32,7 +32,7 @@ def apply(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
         if (level := modes.unrecorded_level()) is not None:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
         return _Transformable.apply(program, *inputs)
-    if modes.is_jit_tracing():  # torch.jit.trace would take the result for a constant
+    if modes.jit_trace() is not None:  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
@@ -42,9 +42,8 @@ def apply(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
 
 def prepare(program: Program, inputs: Sequence[Any]) -> Program:
     """Prepare a program, as far as a run on these inputs needs it."""
-    is_recorded = torch.is_grad_enabled() and not (
-        modes.is_transforming() or modes.is_jit_tracing()
-    )
+    is_watched = modes.is_transforming() or modes.jit_trace() is not None
+    is_recorded = torch.is_grad_enabled() and not is_watched
     if is_recorded and (wrt := _requiring_grad(inputs)):
         return program.prepare_keeping(wrt)
     prepared: Program = program.session.prepare(program)

@@ -35,12 +35,14 @@ from bridge_client.torch.pytrees import (
     rebuilder,
     register_dataclass,
 )
-from bridge_client.torch.signatures import ShapeOf, Signature
+from bridge_client.torch.signatures import TENSORS, ShapeOf
 from bridge_wire import specs, trees
 from bridge_wire.errors import BridgeError, CallerError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _log = logging.getLogger(__name__)
+
+_NO_LEAVES: frozenset[int] = frozenset()
 
 
 class RemoteJaxFunction(nn.Module):
@@ -132,12 +134,13 @@ class RemoteJaxFunction(nn.Module):
           WorkerDied: the worker died during the call; the next one reconnects.
           CallTimeout: no answer within the time allowed.
         """
-        own = tensors_of(self._owners, self)
+        own = tensors_of(self._owners, self) if self._owners else []
         if self._is_stateful and self.training:
             return self._call_stateful(own, args, kwargs)
         if modes.is_compiling():
             return self._call_compiled(own, args, kwargs)
-        keep_parameters_in_slab(self.session, own)
+        if own:
+            keep_parameters_in_slab(self.session, own)
         return self._call(own, args, kwargs)
 
     def _call_stateful(
@@ -215,24 +218,30 @@ class RemoteJaxFunction(nn.Module):
         """
         if self.cast_inputs is not None and modes.is_autocast_on():
             own, args, kwargs = self._cast(self.cast_inputs, (own, args, kwargs))
-        shape_of = shape_of or signatures.default_shape_of()
+        if shape_of is None:
+            is_jit_tracing = modes.jit_trace() is not None
+            shape_of = signatures.fixed_shape_of if is_jit_tracing else signatures.plain_shape_of
         if (
-            shape_of is signatures.plain_shape_of
+            not kwargs
             and not self._static_argnames
-            and signatures.are_tensors(args, kwargs)
+            and shape_of is signatures.plain_shape_of
+            and TENSORS.issuperset(map(type, args))
         ):
-            signature = signatures.of_tensors(own, args, shape_of)
+            flat, statics = None, _NO_LEAVES
+            key, inputs = signatures.of_tensors(own, args)
         else:
             flat = flatten_fully((args, kwargs))
-            statics = self._static_leaves(args, kwargs) if self._static_argnames else frozenset()
-            signature = signatures.of_pytrees(own, (args, kwargs), flat, statics, shape_of)
+            statics = self._static_leaves(args, kwargs) if self._static_argnames else _NO_LEAVES
+            key, inputs = signatures.of_pytrees(own, (args, kwargs), flat, statics, shape_of)
         mode = self._mode if mode is None else mode
-        key = (*signature.key, mode, is_stateful)
-        call = self._calls.get(key)
+        signature = (*key, mode, is_stateful)
+        call = self._calls.get(signature)
         if call is None:
-            call = self._prepare(signature, own, mode, is_stateful, shape_of)
-            self._calls[key] = call
-        outputs = apply(call.program, signature.inputs)
+            flat = flat or flatten((args, kwargs))
+            arguments, data = signatures.encoded(flat, statics, self._classes)
+            call = self._prepare(arguments, [*own, *data], mode, is_stateful, shape_of)
+            self._calls[signature] = call
+        outputs = apply(call.program, inputs)
         if is_stateful:
             results = len(outputs) - call.program.prepared.buffer_outputs
             return call.rebuild(outputs[:results]), outputs[results:]
@@ -318,18 +327,16 @@ class RemoteJaxFunction(nn.Module):
 
     def _prepare(
         self,
-        signature: Signature,
-        own: Sequence[Tensor],
+        arguments: pb.Tree,
+        inputs: Sequence[Any],
         mode: int,
         is_stateful: bool,
         shape_of: ShapeOf,
     ) -> "_Call":
         """Describe a call with a new signature, and prepare its program."""
-        arguments, data = signatures.encoded(signature, self._classes)
         rngs = self._rngs if is_stateful else ()
         paths = [info.path for info in self._model.parameters] if self._owners else []
         paths += ["the key"] * bool(rngs) + trees.argument_paths(arguments)
-        inputs = [*own, *data]
         shapes = [shape_of(value) if isinstance(value, Tensor) else () for value in inputs]
         x64 = self.session.x64
         described = [

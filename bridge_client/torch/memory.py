@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 from bridge_client.arguments import NUMBERS
-from bridge_client.programs import Program
 from bridge_client.session import Placed, Session
 from bridge_client.torch import gpu
+from bridge_client.torch.families import AnyProgram
 from bridge_client.torch.gpu import OnGpu
 from bridge_client.torch.pytrees import mapped
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
@@ -47,7 +47,7 @@ class _InSlab(NamedTuple):
     storage: torch.UntypedStorage
 
 
-def place(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu | None]:
+def place(program: AnyProgram, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu | None]:
     """Return each input in the session's memory, as the program wants it, the bytes that had to be
     copied, and how the run uses a GPU, if an input is on one.
     """
@@ -100,7 +100,9 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
     return block
 
 
-def _place_beside_gpu(program: Program, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu]:
+def _place_beside_gpu(
+    program: AnyProgram, inputs: Sequence[Any]
+) -> tuple[list[Placed], int, OnGpu]:
     """Return what `place` does, of inputs some of which are on a GPU."""
     session = program.session
     run = gpu.run_of(session, inputs)

@@ -32,14 +32,10 @@ _AUTOCAST_DEVICES = ("cpu", "cuda")
 # The functions themselves: Dynamo knows them, and calls cost nothing more.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
+jit_trace = torch._C._get_tracing_state  # the state of torch.jit.trace, None outside of it
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _transforms = torch._C._functorch.get_interpreter_stack
-
-
-def is_jit_tracing() -> bool:
-    """Whether torch.jit.trace records."""
-    return torch._C._get_tracing_state() is not None
 
 
 def is_in_graph() -> bool:

@@ -23,14 +23,13 @@ def run(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
     if modes.is_traced(inputs):
         return run_operator(program, inputs)
-    assert isinstance(program, Program), "a family is traced only"
     placed, copied, gpu = place(program, inputs)
     session = program.session
     outputs: Sequence[Tensor] = session.run(
         program,
         placed,
         copied=copied,
-        make=lambda blocks: from_blocks(blocks, program.outputs, gpu),
+        make=lambda blocks: from_blocks(blocks, program.prepared.outputs, gpu),
         stream=None if gpu is None else gpu.stream,
     )
     return outputs if gpu is None else gpu.brought_back(outputs, session)
@@ -51,12 +50,11 @@ def run_keeping(program: AnyProgram, inputs: Sequence[Any]) -> tuple[Sequence[Te
     if modes.is_traced(inputs):
         *outputs, handle = run_operator(program, inputs)
         return outputs, handle
-    assert isinstance(program, Program), "a family is traced only"
     placed, copied, gpu = place(program, inputs)
     session = program.session
 
     def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
-        return from_blocks(blocks, program.outputs, gpu), _handle(session, residual)
+        return from_blocks(blocks, program.prepared.outputs, gpu), _handle(session, residual)
 
     made = session.run_keeping(
         program, placed, copied=copied, make=make, stream=None if gpu is None else gpu.stream
@@ -91,7 +89,7 @@ def pull_back(
             int(handle),
             placed,
             copied=copied,
-            make=lambda blocks: from_blocks(blocks, pullback.outputs, gpu),
+            make=lambda blocks: from_blocks(blocks, pullback.prepared.outputs, gpu),
             stream=None if gpu is None else gpu.stream,
         )
     except ResidualGone:

@@ -5,7 +5,7 @@ A signature is everything that a program is compiled for: structure, dtypes, sha
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import optree
 import torch
@@ -15,60 +15,55 @@ from bridge_client.arguments import NUMBERS, Slot, encode
 from bridge_client.torch import modes
 from bridge_client.torch.families import Seen, seen
 from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
-from bridge_client.torch.pytrees import flatten, path_of
+from bridge_client.torch.pytrees import path_of
 from bridge_wire import trees
 from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 ShapeOf = Callable[[Tensor], tuple[Any, ...]]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Flat = tuple[list[Any], Any]  # leaves and structure
+Signature = tuple[list[Any], list[Any]]  # a key, and the inputs: parameters, a random key, data
 
-_TENSORS = {Tensor}
+TENSORS = {Tensor}  # types of the arguments of the usual call
 _STATIC = {bool, str, *NUMBERS}
 # Numbers that torch.compile found to change between calls: inputs of the graph, as of a call.
 _SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
 
 
-class Signature(NamedTuple):
-    """The signature of a call, and its values."""
-
-    key: list[Any]
-    inputs: list[Any]  # parameters, a random key, and the leaves that are data
-    leaves: Sequence[Any]
-    structure: Any  # None: positional tensors only
-    statics: frozenset[int]  # the leaves of static arguments
-
-
-def are_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether `of_tensors` takes these arguments."""
-    return not kwargs and _TENSORS.issuperset(map(type, args))
-
-
-def of_tensors(own: Sequence[Tensor], args: tuple[Tensor, ...], shape_of: ShapeOf) -> Signature:
-    """Return the signature of a call with positional tensors only: the usual call."""
-    key = _key_of(own, shape_of)
+def of_tensors(own: Sequence[Tensor], args: tuple[Tensor, ...]) -> Signature:
+    """Return the signature of a call with positional tensors only, outside of traces: the usual
+    call."""
+    key: list[Any] = []
+    for tensor in own:
+        key.append(tensor.dtype)
+        key.append(plain_shape_of(tensor))
     for tensor in args:
         key.append(tensor.dtype)
         key.append(tensor.shape)
     key.append(len(args))
-    return Signature(key, [*own, *args], args, None, frozenset())
+    return key, [*own, *args]
 
 
 def of_pytrees(
     own: Sequence[Tensor],
     arguments: Arguments,
-    flat: tuple[list[Any], Any],
+    flat: Flat,
     statics: frozenset[int],
     shape_of: ShapeOf,
 ) -> Signature:
-    """Return the signature of any call; `flat` are the leaves and the structure of its arguments.
+    """Return the signature of any call. Leaves that are no tensors yet are replaced by tensors.
 
     Raises:
       StructureError: a leaf is neither data nor static.
     """
     leaves, structure = flat
-    key, inputs = _key_of(own, shape_of), list(own)
+    key: list[Any] = []
+    for tensor in own:
+        key.append(tensor.dtype)
+        key.append(shape_of(tensor))
     key.append(structure)
+    inputs = list(own)
     for i, leaf in enumerate(leaves):
         kind = type(leaf)
         is_static = i in statics
@@ -92,14 +87,14 @@ def of_pytrees(
             key.append(leaf.dtype)
             key.append(shape_of(leaf))
         inputs.append(leaf)
-    return Signature(key, inputs, leaves, structure, statics)
+    return key, inputs
 
 
-def encoded(signature: Signature, classes: trees.Classes) -> tuple[pb.Tree, list[Any]]:
+def encoded(
+    flat: Flat, statics: frozenset[int], classes: trees.Classes
+) -> tuple[pb.Tree, list[Any]]:
     """Return a call's arguments as a message, and the leaves that are data, in the same order."""
-    leaves, structure, statics = signature.leaves, signature.structure, signature.statics
-    if structure is None:
-        structure = flatten((tuple(leaves), {}))[1]
+    leaves, structure = flat
     slots = [
         leaf if i in statics or isinstance(leaf, bool | str) else Slot(i)
         for i, leaf in enumerate(leaves)
@@ -111,11 +106,6 @@ def encoded(signature: Signature, classes: trees.Classes) -> tuple[pb.Tree, list
             "a dict of the arguments has keys that cannot be sorted; use strings only"
         )
     return arguments, [leaves[i] for i in order]
-
-
-def default_shape_of() -> ShapeOf:
-    """Return the function to the shapes of tensors where no size may stay symbolic."""
-    return fixed_shape_of if modes.is_jit_tracing() else plain_shape_of
 
 
 def plain_shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -140,14 +130,6 @@ def fixed_shape_of(tensor: Tensor) -> tuple[int, ...]:
             " of its parts"
         )
     return tuple(map(int, tensor.shape))
-
-
-def _key_of(own: Sequence[Tensor], shape_of: ShapeOf) -> list[Any]:
-    key: list[Any] = []
-    for tensor in own:
-        key.append(tensor.dtype)
-        key.append(shape_of(tensor))
-    return key
 
 
 def _static_key(leaf: Any, arguments: Arguments, position: int) -> tuple[type, str]:
