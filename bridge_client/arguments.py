@@ -3,6 +3,7 @@
 Imports no framework.
 """
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,10 @@ from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+Values = Sequence[Any]  # inputs of a run: tensors or arrays, and Python numbers
 
 # How a Python number travels; in the model it is one again, and takes its type from the other
 # operands.
@@ -76,6 +81,13 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
         raise CallerError(f"{option}={value!r}; expected a name or several different ones")
     return names
+
+
+def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
+    """Return the function from a result's leaves to the result."""
+    if tree.WhichOneof("kind") == "leaf":
+        return operator.itemgetter(0)
+    return lambda leaves: trees.build(tree, leaves, classes)
 
 
 def _is_slot(value: Any) -> bool:

@@ -4,17 +4,18 @@ No jax function is called while a callback runs: that could wait for the very co
 waits for the callback.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from bridge_client.arguments import Values
 from bridge_client.jax.errors import named
 from bridge_client.jax.gpu import HAS_BUFFERS, OnGpu, gpu_of_callback
-from bridge_client.jax.memory import JAX_DTYPES, Source, write
+from bridge_client.jax.memory import JAX_DTYPES, Source
 from bridge_client.jax.runs import Action
-from bridge_client.jax.x64 import check_range, extremes, narrowed, widened
+from bridge_client.jax.x64 import check_range, converted, extremes
 from bridge_wire.memory.dlpack import data_pointer
 from bridge_wire.memory.pool import Block
 
@@ -22,23 +23,20 @@ if HAS_BUFFERS:
     from jax.experimental.buffer_callback import buffer_callback
 
 
-def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
+def call_back_on_buffers(action: Action, *values: Any) -> Values:
     """Return what an action makes of traced values, by a callback that sees XLA's own buffers."""
-    results, into = action.result_types, list(zip(action.outputs, action.labels, strict=True))
+    results = action.result_types
     if not results:
         return []
     dtypes = [np.dtype(value.dtype) for value in values]
     result_dtypes = [result.dtype for result in results]
 
-    def callback(_: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+    def callback(_: Any, outputs: Values, *inputs: Any) -> None:
         try:
-            blocks = action(
-                [Source(data_pointer(x), dtype) for x, dtype in zip(inputs, dtypes, strict=True)]
-            )
-            for block, (spec, label), output, dtype in zip(
-                blocks, into, outputs, result_dtypes, strict=True
-            ):
-                write(block, spec, data_pointer(output), dtype, label)
+            sources = list(map(Source, map(data_pointer, inputs), dtypes))
+            blocks = action(sources)
+            targets = zip(map(data_pointer, outputs), result_dtypes, strict=True)
+            action.write(blocks, targets)
         except (Exception, KeyboardInterrupt) as error:  # as in _crossing, without another call
             crossing = named(error)
         else:
@@ -51,7 +49,7 @@ def call_back_on_buffers(action: Action, *values: Any) -> Sequence[Any]:
     return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
 
 
-def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
+def call_back_on_gpu(action: Action, *values: Any) -> Values:
     """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own
     buffers there.
 
@@ -64,37 +62,27 @@ def call_back_on_gpu(action: Action, *values: Any) -> Sequence[Any]:
         return []
     if action.session.gpu_pool() is None:
         return call_back_on_arrays(action, *values, is_staged=True)
-    wanted = enumerate(zip(values, action.inputs, strict=True))
-    values = tuple(
-        x if action.is_for_host(i) else widened(x, JAX_DTYPES[spec.dtype])
-        for i, (x, spec) in wanted
-    )
-    passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in values]
-    described = [
+    widened = action.widened(values)
+    passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in widened]
+    wide_types = [
         jax.ShapeDtypeStruct(spec.shape, JAX_DTYPES[spec.dtype]) for spec in action.outputs
     ]
 
     @_crossing
-    def callback(context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
+    def callback(context: Any, outputs: Values, *inputs: Any) -> None:
         gpu = gpu_of_callback(action.session, context, [*outputs, *inputs])
-        sources = _sources_in(gpu, action, [data_pointer(x) for x in inputs], passed)
+        sources = _sources_in(gpu, action, list(map(data_pointer, inputs)), passed)
         blocks = action(sources, None if gpu.pool is None else gpu)
-        _deliver(gpu, action, blocks, [data_pointer(x) for x in outputs])
+        _deliver(gpu, action, blocks, list(map(data_pointer, outputs)))
 
     is_empty = not any(result.size for result in results)
     with jax.enable_x64(True):
-        made = buffer_callback(callback, described, has_side_effect=is_empty)(*values)
-    changed = [
-        i
-        for i, (y, result) in enumerate(zip(made, results, strict=True))
-        if y.dtype != result.dtype
-    ]
-    _check_ranges(action, {i: made[i] for i in changed if made[i].size}, results)
-    return (
-        [narrowed(y, result.dtype) for y, result in zip(made, results, strict=True)]
-        if changed
-        else made
-    )
+        arrays = buffer_callback(callback, wide_types, has_side_effect=is_empty)(*widened)
+    dtypes = [result.dtype for result in results]
+    if all(array.dtype == dtype for array, dtype in zip(arrays, dtypes, strict=True)):
+        return arrays
+    _check_ranges(action, arrays, dtypes)
+    return list(map(converted, arrays, dtypes))
 
 
 def _sources_in(
@@ -105,17 +93,17 @@ def _sources_in(
 ) -> list[Source]:
     """Return a callback's inputs on a GPU; on the host what is read there, and everything if the
     run is the host's."""
-    sources = [
-        Source(pointer, dtype, None, gpu)
-        for pointer, (dtype, _) in zip(pointers, passed, strict=True)
-    ]
-    wanted = [i for i in range(len(sources)) if gpu.pool is None or action.is_for_host(i)]
-    if wanted:
-        arrays = gpu.to_host(
-            [pointers[i] for i in wanted], *zip(*(passed[i] for i in wanted), strict=True)
-        )
-        for i, array in zip(wanted, arrays, strict=True):
-            sources[i] = Source(array.ctypes.data, array.dtype, array)
+    sources: list[Source] = []
+    for_host: list[int] = []
+    for i, (pointer, (dtype, _)) in enumerate(zip(pointers, passed, strict=True)):
+        sources.append(Source(pointer, dtype, None, gpu))
+        if gpu.pool is None or action.is_for_host(i):
+            for_host.append(i)
+    if for_host:
+        dtypes, shapes = zip(*(passed[i] for i in for_host), strict=True)
+        arrays = gpu.to_host([pointers[i] for i in for_host], dtypes, shapes)
+        for i, array in zip(for_host, arrays, strict=True):
+            sources[i] = _source_over(array)
         if gpu.pool is None:
             action.session.note_staged(sum(array.nbytes for array in arrays))
     return sources
@@ -131,30 +119,29 @@ def _deliver(gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequ
         action.session.note_staged(sum(block.nbytes for block in blocks))
 
 
-def _check_ranges(
-    action: Action, wide: Mapping[int, Any], results: Sequence[jax.ShapeDtypeStruct]
-) -> None:
-    """Have compiled code fail where an output, by its position, does not fit the type that jax
-    has for it."""
-    if not wide:
+def _check_ranges(action: Action, arrays: Values, dtypes: Sequence[np.dtype]) -> None:
+    """Have compiled code fail if an output does not fit jax's dtype for it."""
+    pairs: list[Any] = []
+    described: list[tuple[np.dtype, np.dtype, str]] = []
+    for array, dtype, label in zip(arrays, dtypes, action.labels, strict=True):
+        if array.dtype != dtype and array.size:
+            pairs.append(extremes(array))
+            described.append((np.dtype(array.dtype), dtype, label))
+    count = len(pairs)
+    if not count:
         return
-    found = [extremes(y) for y in wide.values()]
-    described = [(np.dtype(y.dtype), results[i].dtype, action.labels[i]) for i, y in wide.items()]
-    count = len(found)
 
     @_crossing
     def callback(context: Any, _: Any, *buffers: Any) -> None:
         gpu = gpu_of_callback(action.session, context, buffers)
-        pairs = gpu.to_host(
-            [data_pointer(x) for x in buffers], [np.dtype(np.float64)] * count, [(2,)] * count
-        )
-        for pair, (dtype, narrow, label) in zip(pairs, described, strict=True):
-            check_range(pair, dtype, narrow, label)
+        pointers = list(map(data_pointer, buffers))
+        bounds = gpu.to_host(pointers, [np.dtype(np.float64)] * count, [(2,)] * count)
+        for pair, (wide, narrow, label) in zip(bounds, described, strict=True):
+            check_range(pair, wide, narrow, label)
 
+    result = jax.ShapeDtypeStruct((1,), np.int32)
     with jax.enable_x64(True):
-        buffer_callback(callback, jax.ShapeDtypeStruct((1,), np.int32), has_side_effect=True)(
-            *found
-        )
+        buffer_callback(callback, result, has_side_effect=True)(*pairs)
 
 
 def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
@@ -170,7 +157,7 @@ def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Sequence[Any]:
+def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Values:
     """Return what an action makes of traced values, by a callback that sees copies on the host:
     `is_staged` says that they are of memory on a GPU.
     """
@@ -181,14 +168,15 @@ def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -
     @_crossing
     def callback(*inputs: Any) -> list[np.ndarray]:
         arrays = [np.asarray(x, order="C") for x in inputs]
-        blocks = action([Source(array.ctypes.data, array.dtype, array) for array in arrays])
-        made = [np.empty(result.shape, result.dtype) for result in results]
-        for block, spec, label, array in zip(
-            blocks, action.outputs, action.labels, made, strict=True
-        ):
-            write(block, spec, array.ctypes.data, array.dtype, label)
+        blocks = action(list(map(_source_over, arrays)))
+        outputs = [np.empty(result.shape, result.dtype) for result in results]
+        action.write(blocks, [(array.ctypes.data, array.dtype) for array in outputs])
         if is_staged:
-            action.session.note_staged(sum(array.nbytes for array in (*arrays, *made)))
-        return made
+            action.session.note_staged(sum(array.nbytes for array in (*arrays, *outputs)))
+        return outputs
 
     return jax.pure_callback(callback, results, *values)
+
+
+def _source_over(array: np.ndarray) -> Source:
+    return Source(array.ctypes.data, array.dtype, array)

@@ -1,5 +1,6 @@
 """RemoteTorchFunction: signatures, parameters, random keys, and calls on several devices."""
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_client.arguments import NUMBERS, Slot, encode, marked_static, names_of
+from bridge_client.arguments import (
+    NUMBERS,
+    Args,
+    Kwargs,
+    Slot,
+    Values,
+    encode,
+    marked_static,
+    names_of,
+    rebuilder,
+)
 from bridge_client.jax import primitives, sharding
 from bridge_client.jax.memory import as_array, dtype_of, from_block, has_x64, spec_of
 from bridge_client.jax.pytrees import (
@@ -15,7 +26,6 @@ from bridge_client.jax.pytrees import (
     flatten,
     marked,
     path_of,
-    rebuilder,
     register_dataclass,
     register_if_dataclass,
 )
@@ -30,8 +40,11 @@ from bridge_wire.specs import Spec
 
 _KEY_WORDS = 2
 _KEY = Spec(BY_NAME["uint32"], (_KEY_WORDS,))
-# The stream that torch draws from; a model of torch has one only.
+# The stream of random numbers; a model of torch has only one.
 _STREAMS = ("default",)
+
+
+_Results = tuple[Any, dict[str, Any]]  # a call's result, and the new values of buffers
 
 
 class RemoteTorchFunction:
@@ -95,21 +108,21 @@ class RemoteTorchFunction:
     def params(self) -> dict[str, jax.Array]:
         """The trainable parameters by their names in the model, as the worker has them; they
         live in its memory."""
-        return self._own(lambda info: info.trainable)
+        return self._own("params")
 
     @params.setter
     def params(self, values: Mapping[str, Any]) -> None:
-        self._replace(values, lambda info: info.trainable, "params")
+        self._replace(values, "params")
 
     @property
     def buffers(self) -> dict[str, jax.Array]:
         """What the model keeps besides its parameters, such as the statistics of a BatchNorm, by
         name."""
-        return self._own(lambda info: not info.trainable)
+        return self._own("buffers")
 
     @buffers.setter
     def buffers(self, values: Mapping[str, Any]) -> None:
-        self._replace(values, lambda info: not info.trainable, "buffers")
+        self._replace(values, "buffers")
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -120,12 +133,9 @@ class RemoteTorchFunction:
           WorkerDied: the worker died during the call; the next one reconnects.
           CallTimeout: no answer within the time allowed.
         """
-        own = (
-            [self._all()[info.path] for info in self._model.parameters]
-            if self._passes_parameters
-            else None
-        )
-        return self._anywhere(_Way(own, None, False), args, kwargs)[0]
+        own = list(self._all().values()) if self._passes_parameters else None
+        result, _ = self._anywhere(_CallOptions(own, None, False), args, kwargs)
+        return result
 
     def apply(
         self,
@@ -148,20 +158,16 @@ class RemoteTorchFunction:
         Raises:
           StructureError: a name is missing or unknown. Otherwise as a plain call.
         """
-        _check_names(
-            params, [info.path for info in self._model.parameters if info.trainable], "params"
-        )
-        state = dict(params)
+        self._check_names(params, "params")
         if buffers is None:
             buffers = self.buffers
-        _check_names(
-            buffers, [info.path for info in self._model.parameters if not info.trainable], "buffers"
-        )
-        state.update(buffers)
-        own = [self._as_parameter(state[info.path], info) for info in self._model.parameters]
+        self._check_names(buffers, "buffers")
+        state = {**params, **buffers}
+        infos = self._model.parameters
+        own = [self._as_parameter(state[info.path], info) for info in infos]
         key = None if rng is None else _key_words(rng)
-        result, changed = self._anywhere(_Way(own, key, mutable), args, kwargs)
-        return (result, changed) if mutable else result
+        result, new_buffers = self._anywhere(_CallOptions(own, key, mutable), args, kwargs)
+        return (result, new_buffers) if mutable else result
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and classes belong to this process: a copy makes its own.
@@ -182,53 +188,67 @@ class RemoteTorchFunction:
 
     # Parameters -----------------------------------------------------------------------------------
 
-    def _own(self, is_wanted: Callable[[ParameterInfo], bool]) -> dict[str, jax.Array]:
+    def _infos(self, kind: str) -> list[ParameterInfo]:
+        """Return the model's "params" or "buffers"."""
+        is_trainable = kind == "params"
+        return [info for info in self._model.parameters if info.trainable is is_trainable]
+
+    def _own(self, kind: str) -> dict[str, jax.Array]:
         state = self._all()
-        return {info.path: state[info.path] for info in self._model.parameters if is_wanted(info)}
+        return {info.path: state[info.path] for info in self._infos(kind)}
 
     def _all(self) -> dict[str, jax.Array]:
         if self._state is None:
             program = self.session.prepare_parameters(self._model.name)
             blocks = self.session.run(program, ())
-            infos = self._model.parameters
-            self._state = {
-                info.path: from_block(block, spec, f"parameter `{info.path}`")
-                for info, block, spec in zip(infos, blocks, program.outputs, strict=True)
-            }
+            paths = [info.path for info in self._model.parameters]
+            labels = map(_label_of, paths)
+            arrays = map(from_block, blocks, program.outputs, labels)
+            self._state = dict(zip(paths, arrays, strict=True))
         return self._state
 
-    def _replace(
-        self, values: Mapping[str, Any], is_wanted: Callable[[ParameterInfo], bool], what: str
-    ) -> None:
-        wanted = [info for info in self._model.parameters if is_wanted(info)]
-        _check_names(values, [info.path for info in wanted], what)
-        self._state = {
-            **self._all(),
-            **{info.path: self._as_parameter(values[info.path], info) for info in wanted},
-        }
+    def _replace(self, values: Mapping[str, Any], kind: str) -> None:
+        self._check_names(values, kind)
+        state = dict(self._all())
+        for info in self._infos(kind):
+            state[info.path] = self._as_parameter(values[info.path], info)
+        self._state = state
         self._passes_parameters = True
+
+    def _check_names(self, values: Mapping[str, Any], kind: str) -> None:
+        """Raise StructureError unless there is a value for each of the "params" or "buffers"."""
+        if not isinstance(values, Mapping):
+            raise StructureError(
+                f"{kind} is a {type(values).__qualname__}; expected a dict of arrays by name"
+            )
+        names = {info.path for info in self._infos(kind)}
+        missing, unknown = names - set(values), set(values) - names
+        problems = [f"lacks {sorted(missing)}"] if missing else []
+        if unknown:
+            problems.append(f"has {sorted(unknown)}, which the model does not know")
+        if problems:
+            raise StructureError(f"{kind} {' and '.join(problems)}")
 
     # Calls ----------------------------------------------------------------------------------------
 
-    def _anywhere(
-        self, way: "_Way", args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def _anywhere(self, options: "_CallOptions", args: Args, kwargs: Kwargs) -> _Results:
         """Call as one, or once per shard where specs were declared and there is a mesh."""
         leaves, structure, statics = self._flatten(args, kwargs)
         if self._in_specs is not None:
-            arrays = [
-                leaf
-                for i, leaf in enumerate(leaves)
-                if i not in statics and isinstance(leaf, jax.Array)
-            ]
-            mesh = sharding.mesh_of([*arrays, *(way.own or ())])
+            arrays = [leaves[i] for i in _arrays_among(leaves, statics)]
+            mesh = sharding.mesh_of([*arrays, *(options.own or ())])
             if mesh is not None and not sharding.is_manual(mesh):
-                return self._per_shard(mesh, way, leaves, structure, statics)
-        return self._call(way, leaves, structure, statics)
+                return self._per_shard(mesh, options, leaves, structure, statics)
+        return self._call(options, leaves, structure, statics)
 
     def _per_shard(
-        self, mesh: Any, way: "_Way", leaves: list[Any], structure: Any, statics: frozenset[int]
-    ) -> tuple[Any, dict[str, Any]]:
+        self,
+        mesh: Any,
+        options: "_CallOptions",
+        leaves: list[Any],
+        structure: Any,
+        statics: frozenset[int],
+    ) -> _Results:
         args, _ = jax.tree.unflatten(structure, leaves)
         declared = self._in_specs
         if not isinstance(declared, jax.sharding.PartitionSpec):
@@ -236,38 +256,40 @@ class RemoteTorchFunction:
         replicated = jax.sharding.PartitionSpec()
         per_leaf = sharding.specs_of(declared, args, "in_specs")
         per_leaf += [replicated] * (len(leaves) - len(per_leaf))
-        traced = [
-            i for i, leaf in enumerate(leaves) if i not in statics and isinstance(leaf, jax.Array)
-        ]
+        positions = _arrays_among(leaves, statics)
         axes = sharding.axes_of(per_leaf)
 
-        def call(own: Any, key: Any, values: Sequence[Any]) -> tuple[Any, dict[str, Any]]:
+        def call(own: Any, key: Any, values: Values) -> _Results:
             local = list(leaves)
-            for i, value in zip(traced, values, strict=True):
+            for i, value in zip(positions, values, strict=True):
                 local[i] = value
-            if key is not None:  # each shard its own numbers
-                key = key.at[-1].add(jax.lax.axis_index(axes).astype(key.dtype))
-            result, changed = self._call(_Way(own, key, way.is_mutable), local, structure, statics)
-            return result, {
-                name: sharding.mean_over(axes, value) for name, value in changed.items()
-            }
+            if key is not None:  # each shard its own random numbers
+                shard = jax.lax.axis_index(axes)
+                key = key.at[-1].add(shard.astype(key.dtype))
+            of_shard = _CallOptions(own, key, options.is_mutable)
+            result, buffers = self._call(of_shard, local, structure, statics)
+            for name, value in buffers.items():
+                buffers[name] = sharding.mean_over(axes, value)
+            return result, buffers
 
-        specs = [per_leaf[i] for i in traced]
-        in_specs, out_specs = (replicated, replicated, specs), (self._out_specs, replicated)
-        own, arrays = way.own, sharding.spread([leaves[i] for i in traced], mesh, specs)
+        array_specs = [per_leaf[i] for i in positions]
+        arrays = sharding.spread([leaves[i] for i in positions], mesh, array_specs)
+        own = options.own
         if own is not None:
             own = sharding.spread(own, mesh, [replicated] * len(own))
-        return sharding.per_shard(call, mesh, in_specs, out_specs)(own, way.key, arrays)
+        in_specs = (replicated, replicated, array_specs)
+        out_specs = (self._out_specs, replicated)
+        return sharding.per_shard(call, mesh, in_specs, out_specs)(own, options.key, arrays)
 
     def _call(
-        self, way: "_Way", leaves: list[Any], structure: Any, statics: frozenset[int]
-    ) -> tuple[Any, dict[str, Any]]:
-        passed = way.passed
+        self, options: "_CallOptions", leaves: list[Any], structure: Any, statics: frozenset[int]
+    ) -> _Results:
+        passed = options.passed
         signature: list[Hashable] = [
             structure,
-            way.own is None,
-            way.key is None,
-            way.is_mutable,
+            options.own is None,
+            options.key is None,
+            options.is_mutable,
             has_x64(),
         ]
         inputs = list(passed)
@@ -286,14 +308,14 @@ class RemoteTorchFunction:
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._prepare(way, leaves, structure, statics)
-        made = primitives.run(call.program, sharding.varying_alike([inputs[i] for i in call.order]))
-        result = call.rebuild(made[: call.result_leaves])
-        return result, dict(zip(call.changed, made[call.result_leaves :], strict=True))
+            call = self._calls[key] = self._prepare(options, leaves, structure, statics)
+        ordered = sharding.varying_alike([inputs[i] for i in call.order])
+        outputs = primitives.run(call.program, ordered)
+        count = len(outputs) - len(call.buffers)
+        result = call.rebuild(outputs[:count])
+        return result, dict(zip(call.buffers, outputs[count:], strict=True))
 
-    def _flatten(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[Any], Any, frozenset[int]]:
+    def _flatten(self, args: Args, kwargs: Kwargs) -> tuple[list[Any], Any, frozenset[int]]:
         """Return the leaves of a call's arguments, those that are data as arrays, and which of
         them are static."""
         leaves, structure = flatten((args, kwargs))
@@ -306,27 +328,23 @@ class RemoteTorchFunction:
             if i in statics:
                 if isinstance(leaf, jax.Array | np.ndarray):
                     raise StructureError(_not_static(path_of((args, kwargs), i), leaf))
-            elif not isinstance(leaf, jax.Array) or type(leaf) in NUMBERS or _is_key(leaf):
-                leaves[i] = self._as_leaf(leaf, lambda i=i: path_of((args, kwargs), i))  # type: ignore[misc]
+            elif not isinstance(leaf, jax.Array) or _is_key(leaf):
+                path = functools.partial(path_of, (args, kwargs), i)
+                leaves[i] = self._as_leaf(leaf, path)
         return leaves, structure, frozenset(statics)
 
-    def _as_leaf(self, leaf: Any, path: str | Callable[[], str]) -> Any:
+    def _as_leaf(self, leaf: Any, path: Callable[[], str]) -> Any:
         """Return a leaf as an array of jax, or as the Python number that it is."""
-        if isinstance(leaf, jax.Array) and not _is_key(leaf):
+        is_key = _is_key(leaf)
+        if isinstance(leaf, jax.Array) and not is_key:
             return leaf
-        name = path if isinstance(path, str) else path()
+        if type(leaf) is int:
+            _check_integer(leaf, path)
         if type(leaf) in NUMBERS:
-            if (
-                type(leaf) is int
-                and not -(2**31) <= leaf < 2**31
-                and not (has_x64() and -(2**63) <= leaf < 2**63)
-            ):
-                bits = 64 if has_x64() else 32
-                raise DTypeError(
-                    f"input `{name}` is the integer {leaf}, which does not fit in {bits} bits"
-                )
             return leaf
-        if not _is_key(leaf) and (hasattr(leaf, "__array__") or hasattr(leaf, "__jax_array__")):
+        name = path()
+        is_array = hasattr(leaf, "__array__") or hasattr(leaf, "__jax_array__")
+        if is_array and not is_key:
             try:
                 return as_array(leaf, name)
             except DTypeError:
@@ -338,80 +356,81 @@ class RemoteTorchFunction:
         raise StructureError(
             f"`{name}` is a {type(leaf).__module__}.{type(leaf).__qualname__}; expected an array, a"
             " number, bool, str or None, or a pytree of these"
-            + ("; a key is passed as rng= of apply" if _is_key(leaf) else "")
+            + ("; a key is passed as rng= of apply" if is_key else "")
         )
 
     def _as_parameter(self, value: Any, info: ParameterInfo) -> Any:
         """Return a parameter as an array of jax; a Python number takes the type that the model's
         has."""
-        leaf = self._as_leaf(value, info.path)
-        return (
-            jnp.asarray(leaf, dtype_of(info.spec, f"parameter `{info.path}`"))
-            if type(leaf) in NUMBERS
-            else leaf
-        )
+        leaf = self._as_leaf(value, lambda: info.path)
+        if type(leaf) not in NUMBERS:
+            return leaf
+        return jnp.asarray(leaf, dtype_of(info.spec, _label_of(info.path)))
 
-    def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
         marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
-        return frozenset(i for i, mark in enumerate(jax.tree.leaves(marks)) if mark)
+        is_static = enumerate(jax.tree.leaves(marks))
+        return frozenset(i for i, mark in is_static if mark)
 
     def _prepare(
-        self, way: "_Way", leaves: Sequence[Any], structure: Any, statics: frozenset[int]
+        self,
+        options: "_CallOptions",
+        leaves: Values,
+        structure: Any,
+        statics: frozenset[int],
     ) -> "_Call":
         """Describe a call of a signature that is new here, and have it prepared."""
-        slotted = jax.tree.unflatten(
-            structure, [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
-        )
-        arguments, slots = encode(slotted, self._classes, expand=expand)
+        slotted = [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
+        tree = jax.tree.unflatten(structure, slotted)
+        arguments, slots = encode(tree, self._classes, expand=expand)
         infos = self._model.parameters
-        paths = [info.path for info in infos] if way.own is not None else []
-        paths += ["rng"] if way.key is not None else []
+        paths = [info.path for info in infos] if options.own is not None else []
+        paths += ["rng"] if options.key is not None else []
         paths += trees.argument_paths(arguments)
-        inputs = [*way.passed, *(leaves[i] for i in slots)]
-        described = [self._spec_of(value, path) for value, path in zip(inputs, paths, strict=True)]
+        passed = options.passed
+        inputs = [*passed, *(leaves[i] for i in slots)]
+        described = map(self._spec_of, inputs, paths)
         program = self.session.prepare_call(
             pb.Call(
                 model=self._model.name,
                 arguments=arguments,
-                inputs=[specs.encode(spec) for spec in described],
-                parameters=way.own is not None,
-                rngs=_STREAMS if way.key is not None else (),
-                mutable=way.is_mutable,
+                inputs=map(specs.encode, described),
+                parameters=options.own is not None,
+                rngs=_STREAMS if options.key is not None else (),
+                mutable=options.is_mutable,
             ),
             labels=paths,
             timeout_s=self.timeout_s,
         )
         rank = {leaf: i for i, leaf in enumerate(sorted(slots))}  # among the leaves that are data
-        order = [*range(len(way.passed)), *(len(way.passed) + rank[leaf] for leaf in slots)]
-        changed = [info.path for info in infos if not info.trainable] if way.is_mutable else []
-        return _Call(
-            program,
-            order,
-            len(program.outputs) - len(changed),
-            changed,
-            rebuilder(program.result, self._classes),
-        )
+        order = [*range(len(passed)), *(len(passed) + rank[leaf] for leaf in slots)]
+        buffers = [info.path for info in self._infos("buffers")] if options.is_mutable else []
+        return _Call(program, order, buffers, rebuilder(program.result, self._classes))
 
     def _spec_of(self, value: Any, path: str) -> Spec:
         if type(value) in NUMBERS:
             return NUMBERS[type(value)]
         if path == "rng":
             return _KEY
-        return spec_of(value.shape, value.dtype, path, self.session.framework, self.session.x64)
+        session = self.session
+        return spec_of(value.shape, value.dtype, path, session.framework, session.x64)
 
 
-class _Way(NamedTuple):
+class _CallOptions(NamedTuple):
     """How a call is made, besides its arguments."""
 
-    own: Sequence[Any] | None  # the parameters and buffers; None: the worker's
+    own: Values | None  # the parameters and buffers; None: the worker's
     key: Any  # the words of a random key, or None
     is_mutable: bool
 
     @property
     def passed(self) -> list[Any]:
         """The inputs before the arguments' leaves."""
-        return [*(self.own or ()), *(() if self.key is None else (self.key,))]
+        passed = list(self.own or ())
+        if self.key is not None:
+            passed.append(self.key)
+        return passed
 
 
 class _Call(NamedTuple):
@@ -420,13 +439,33 @@ class _Call(NamedTuple):
 
     program: Program
     order: Sequence[int]
-    result_leaves: int
-    changed: Sequence[str]  # the buffers whose new values follow the result's leaves
-    rebuild: Callable[[Sequence[Any]], Any]
+    buffers: Sequence[str]  # whose new values follow the result's leaves
+    rebuild: Callable[[Values], Any]
 
 
 def _is_key(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    if not isinstance(value, jax.Array):
+        return False
+    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def _arrays_among(leaves: Values, statics: frozenset[int]) -> list[int]:
+    """Return the positions of the arrays that are data."""
+    arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
+    return [i for i in arrays if i not in statics]
+
+
+def _label_of(path: str) -> str:
+    return f"parameter `{path}`"
+
+
+def _check_integer(value: int, path: Callable[[], str]) -> None:
+    bits = 64 if has_x64() else 32
+    limit = 2 ** (bits - 1)
+    if not -limit <= value < limit:
+        raise DTypeError(
+            f"input `{path()}` is the integer {value}, which does not fit in {bits} bits"
+        )
 
 
 def _key_words(rng: Any) -> Any:
@@ -450,18 +489,6 @@ def _key_words(rng: Any) -> Any:
     for start in range(_KEY_WORDS, words.shape[0], _KEY_WORDS):
         folded = folded ^ words[start : start + _KEY_WORDS]
     return folded
-
-
-def _check_names(given: Mapping[str, Any], expected: Sequence[str], what: str) -> None:
-    if not isinstance(given, Mapping):
-        raise StructureError(
-            f"{what} is a {type(given).__qualname__}; expected a dict of arrays by name"
-        )
-    missing, unknown = set(expected) - set(given), set(given) - set(expected)
-    wrong = [f"lacks {sorted(missing)}"] if missing else []
-    wrong += [f"has {sorted(unknown)}, which the model does not know"] if unknown else []
-    if wrong:
-        raise StructureError(f"{what} {' and '.join(wrong)}")
 
 
 def _not_static(path: str, leaf: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bridge_client.arguments import Values
 from bridge_client.session import Session
 from bridge_wire.errors import CudaError
 from bridge_wire.memory.cuda import Device, device_of, gpus
@@ -54,7 +55,7 @@ class OnGpu(NamedTuple):
         self.device.copy(target, source, nbytes, self.stream)
 
     def to_host(
-        self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Sequence[Any]
+        self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Values
     ) -> list[np.ndarray]:
         """Return what will lie at some places on the GPU once the stream comes to this; the one
         wait of the host."""
@@ -105,7 +106,7 @@ def _let_go(reference: Any) -> None:
     """A reference has been dropped."""
 
 
-def gpu_for(session: Session, values: Sequence[Any]) -> OnGpu | None:
+def gpu_for(session: Session, values: Values) -> OnGpu | None:
     """Return where a run on concrete arrays takes place, if one of them is on the worker's GPU;
     else None."""
     ordinals = {ordinal_of(value): value for value in values if isinstance(value, jax.Array)}
@@ -117,7 +118,7 @@ def gpu_for(session: Session, values: Sequence[Any]) -> OnGpu | None:
     return OnGpu(pool.device, stream_of(next(iter(array.devices()))), pool)
 
 
-def gpu_of_callback(session: Session, context: Any, buffers: Sequence[Any]) -> OnGpu:
+def gpu_of_callback(session: Session, context: Any, buffers: Values) -> OnGpu:
     """Return where a callback's buffers lie, which must not be none."""
     _, ordinal = buffers[0].__dlpack_device__()
     pool = session.gpu_pool()
@@ -159,7 +160,7 @@ def stream_of_callback(context: Any) -> int:
     return int(context.stream)
 
 
-def is_committed(values: Sequence[Any]) -> bool:
+def is_committed(values: Values) -> bool:
     """Whether jax may not move what is made of these values to the device of others."""
     return any(
         isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bridge_client.arguments import NUMBERS
+from bridge_client.arguments import NUMBERS, Values
 from bridge_client.jax.gpu import DONATION_ENDS_PROCESS, OnGpu
-from bridge_client.jax.x64 import check_range, extremes, narrowed
+from bridge_client.jax.x64 import check_range, converted, extremes
 from bridge_client.programs import Program
 from bridge_client.session import Placed
 from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, DType
@@ -176,10 +176,10 @@ def from_block_on(
     with jax.enable_x64(True):
         array = gpu.array_over(block, spec)
     check_range(np.asarray(extremes(array)), wide, dtype, label)
-    return narrowed(array, dtype)
+    return converted(array, dtype)
 
 
-def home_of(inputs: Sequence[Any]) -> jax.Device | None:
+def home_of(inputs: Values) -> jax.Device | None:
     """Return the device that an input is committed to, where outputs belong; None if none is."""
     for value in inputs:
         if (

@@ -1,4 +1,4 @@
-"""The JAX primitives that stand for runs of programs, and what every transformation makes of them.
+"""JAX primitives for runs of programs, and the rules for each of JAX's transformations.
 
 The derivative of a program is another program, and so is its batched version: each rule below names
 a program and binds a primitive to it, and all compositions follow.
@@ -12,7 +12,7 @@ a program and binds a primitive to it, and all compositions follow.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,16 +22,21 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bridge_client.arguments import Values
 from bridge_client.jax.callbacks import call_back_on_arrays, call_back_on_buffers, call_back_on_gpu
 from bridge_client.jax.effects import MAY_FAIL
 from bridge_client.jax.gpu import HAS_BUFFERS
 from bridge_client.jax.memory import dtype_of
 from bridge_client.jax.residuals import HANDLE
 from bridge_client.jax.runs import Action, PullBack, Run, RunKeeping
-from bridge_client.programs import Program
+from bridge_client.programs import Positions, Program
 from bridge_wire.specs import Spec
 
-Positions = tuple[int, ...]
+Arrays = list[Any]
+Primals = tuple[Arrays, Arrays]  # values and their tangents
+Typed = tuple[Arrays, frozenset[Any]]  # types and effects
+CallBack = Callable[..., Values]
+MakeAction = Callable[..., Action]
 
 
 def _primitive(name: str) -> Any:
@@ -46,9 +51,13 @@ linear_p = _primitive("linear")
 pull_back_p = _primitive("pull_back")
 
 
-def run(program: Program, values: Sequence[Any]) -> list[Any]:
+def run(program: Program, values: Values) -> Arrays:
     """Run a program on arrays, traced or not, and Python numbers."""
     return run_p.bind(*values, program=program)
+
+
+def _pick(values: Values, positions: Iterable[int]) -> Arrays:
+    return [values[i] for i in positions]
 
 
 # Types and execution ------------------------------------------------------------------------------
@@ -60,22 +69,25 @@ def varying_axes(aval: Any) -> frozenset[str]:
     return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
 
 
-def _avals(specs: Sequence[Spec], inputs: Sequence[Any], program: Program) -> list[Any]:
+def _avals(specs: Sequence[Spec], inputs: Values, program: Program) -> Arrays:
     """Return the types of a run's outputs, on the mesh and varying over the axes of the inputs'."""
-    template = max(
-        inputs, key=lambda aval: (len(varying_axes(aval)), not _mesh_of(aval).empty), default=None
-    )
-    made = []
+    template = max(inputs, key=_spreading, default=None)
+    avals: Arrays = []
     for i, spec in enumerate(specs):
         dtype = dtype_of(spec, f"output {i} of {program!r}")
         if template is None or _mesh_of(template).empty:
-            made.append(jax.core.ShapedArray(spec.shape, dtype))
+            avals.append(jax.core.ShapedArray(spec.shape, dtype))
             continue
-        sharding = NamedSharding(_mesh_of(template), PartitionSpec(*[None] * len(spec.shape)))
-        made.append(
-            template.update(shape=spec.shape, dtype=dtype, weak_type=False, sharding=sharding)
-        )
-    return made
+        replicated = PartitionSpec(*[None] * len(spec.shape))
+        sharding = NamedSharding(_mesh_of(template), replicated)
+        kind = {"dtype": dtype, "weak_type": False}
+        avals.append(template.update(shape=spec.shape, sharding=sharding, **kind))
+    return avals
+
+
+def _spreading(aval: Any) -> tuple[int, bool]:
+    """Return an order of types, by the number of axes they vary over."""
+    return len(varying_axes(aval)), not _mesh_of(aval).empty
 
 
 def _mesh_of(aval: Any) -> Any:
@@ -84,58 +96,60 @@ def _mesh_of(aval: Any) -> Any:
 
 def _outputs_of(program: Program) -> Positions:
     """Return the outputs that have derivatives."""
-    return tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
+    outputs = enumerate(program.outputs)
+    return tuple(i for i, spec in outputs if spec.dtype.is_inexact)
 
 
 @run_p.def_effectful_abstract_eval
-def _(*avals: Any, program: Program) -> tuple[list[Any], frozenset[Any]]:
+def _(*avals: Any, program: Program) -> Typed:
     return _avals(program.outputs, avals, program), MAY_FAIL
 
 
 @keep_p.def_effectful_abstract_eval
-def _(*avals: Any, program: Program, wrt: Positions) -> tuple[list[Any], frozenset[Any]]:
+def _(*avals: Any, program: Program, wrt: Positions) -> Typed:
     return _avals((*program.outputs, HANDLE), avals, program), MAY_FAIL
 
 
 @linear_p.def_effectful_abstract_eval
-def _(
-    *avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
-) -> tuple[list[Any], frozenset[Any]]:
-    return _avals([program.outputs[i] for i in outputs], avals, program), MAY_FAIL
+def _(*avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions) -> Typed:
+    return _avals(_pick(program.outputs, outputs), avals, program), MAY_FAIL
 
 
 @pull_back_p.def_effectful_abstract_eval
-def _(
-    *avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions
-) -> tuple[list[Any], frozenset[Any]]:
-    return _avals([program.inputs[i] for i in wrt], avals, program), MAY_FAIL
+def _(*avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions) -> Typed:
+    return _avals(_pick(program.inputs, wrt), avals, program), MAY_FAIL
 
 
-_actions: dict[Any, Callable[..., Action]] = {
+_actions: dict[Any, MakeAction] = {
     run_p: Run,
     keep_p: lambda program, wrt: RunKeeping(program.keeping(wrt)),
     pull_back_p: PullBack,
 }
 
 
-def _run_at_once(primitive: Any, action_of: Callable[..., Action]) -> None:
-    primitive.def_impl(lambda *values, **params: action_of(**params).at_once(values))
+def _run_at_once(primitive: Any, make: MakeAction) -> None:
+    def execute(*values: Any, **params: Any) -> Arrays:
+        return make(**params).at_once(values)
+
+    primitive.def_impl(execute)
 
 
-def lower_as(call_back: Callable[..., Sequence[Any]], platform: str | None = None) -> None:
-    """Have runs in compiled code be callbacks of this kind, on a platform or on all that have no
-    kind of their own."""
-    for primitive, action_of in _actions.items():
-        mlir.register_lowering(primitive, _lowering(call_back, action_of), platform=platform)
+def lower_as(call_back: CallBack, platform: str | None = None) -> None:
+    """Lower runs in compiled code to callbacks of this kind, on one platform or on all others."""
+    for primitive, make in _actions.items():
+        rule = _lowering(call_back, make)
+        mlir.register_lowering(primitive, rule, platform=platform)
 
 
-def _lowering(call_back: Callable[..., Sequence[Any]], action_of: Callable[..., Action]) -> Any:
-    traced = lambda *values, **params: call_back(action_of(**params), *values)  # noqa: E731
+def _lowering(call_back: CallBack, make: MakeAction) -> Any:
+    def traced(*values: Any, **params: Any) -> Values:
+        return call_back(make(**params), *values)
+
     return mlir.lower_fun(traced, multiple_results=True)
 
 
-for primitive, action_of in _actions.items():
-    _run_at_once(primitive, action_of)
+for primitive, make in _actions.items():
+    _run_at_once(primitive, make)
 lower_as(call_back_on_arrays)
 if HAS_BUFFERS:
     lower_as(call_back_on_buffers, "cpu")
@@ -146,19 +160,17 @@ else:
 
 def _push_forward(
     *values: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
-) -> Sequence[Any]:
+) -> Arrays:
     """Evaluate the linear map: a run of the jvp program."""
-    inputs, tangents = _parts(values, program, kept)
-    return run_p.bind(*inputs, *tangents, program=program.jvp(wrt, outputs))
+    inputs, tangents = _split(values, program, kept)
+    return run(program.jvp(wrt, outputs), [*inputs, *tangents])
 
 
 linear_p.def_impl(_push_forward)
 mlir.register_lowering(linear_p, mlir.lower_fun(_push_forward, multiple_results=True))
 
 
-def _parts(
-    values: Sequence[Any], program: Program, kept: Positions
-) -> tuple[Sequence[Any], Sequence[Any]]:
+def _split(values: Values, program: Program, kept: Positions) -> tuple[Values, Values]:
     """Return the inputs and the tangents among the operands of a linear map, without the handle."""
     count = len(program.inputs)
     return values[:count], values[count + bool(kept) :]
@@ -167,72 +179,67 @@ def _parts(
 # Forward mode -------------------------------------------------------------------------------------
 
 
-def _differentiable(program: Program, is_wanted: Callable[[int], bool]) -> Positions:
-    specs = enumerate(program.inputs)
-    return tuple(i for i, spec in specs if spec.dtype.is_inexact and not spec.weak and is_wanted(i))
+def _differentiable(program: Program, is_wanted: Iterable[bool]) -> Positions:
+    """Return the wanted inputs that have derivatives."""
+    is_float = [spec.dtype.is_inexact and not spec.weak for spec in program.inputs]
+    pairs = enumerate(zip(is_float, is_wanted, strict=False))
+    return tuple(i for i, pair in pairs if all(pair))
 
 
 def _zero(value: Any) -> Any:
     return ad.Zero(jax.typeof(value).to_tangent_aval())
 
 
+def _is_nonzero(tangent: Any) -> bool:
+    return type(tangent) is not ad.Zero
+
+
 def _tangents(
     program: Program,
-    values: Sequence[Any],
-    tangents: Sequence[Any],
-    made: Sequence[Any],
+    values: Values,
+    tangents: Values,
+    primals: Values,
     handle: Any = None,
     kept: Positions = (),
-) -> list[Any]:
-    """Return the tangents of what a program made, as the linear map of those of its inputs."""
-    wrt = _differentiable(program, lambda i: type(tangents[i]) is not ad.Zero)
+) -> Arrays:
+    """Return the tangents of a program's outputs, by the linear map of those of its inputs."""
+    wrt = _differentiable(program, map(_is_nonzero, tangents))
     outputs = _outputs_of(program)
-    full = [_zero(y) for y in made]
+    full = list(map(_zero, primals))
     if wrt and outputs:
-        operands = [*values, *([handle] if kept else []), *(tangents[i] for i in wrt)]
+        handles = [handle] if kept else []
+        operands = [*values, *handles, *_pick(tangents, wrt)]
         moved = linear_p.bind(*operands, program=program, wrt=wrt, outputs=outputs, kept=kept)
         for i, tangent in zip(outputs, moved, strict=True):
             full[i] = tangent
     return full
 
 
-def _run_jvp(
-    values: Sequence[Any], tangents: Sequence[Any], *, program: Program
-) -> tuple[list[Any], list[Any]]:
-    made = run_p.bind(*values, program=program)
-    return made, _tangents(program, values, tangents, made)
+def _run_jvp(values: Values, tangents: Values, *, program: Program) -> Primals:
+    primals = run(program, values)
+    return primals, _tangents(program, values, tangents, primals)
 
 
-def _keep_jvp(
-    values: Sequence[Any], tangents: Sequence[Any], *, program: Program, wrt: Positions
-) -> tuple[list[Any], list[Any]]:
-    *made, handle = keep_p.bind(*values, program=program, wrt=wrt)
-    return [*made, handle], [*_tangents(program, values, tangents, made), _zero(handle)]
+def _keep_jvp(values: Values, tangents: Values, *, program: Program, wrt: Positions) -> Primals:
+    *primals, handle = keep_p.bind(*values, program=program, wrt=wrt)
+    moved = _tangents(program, values, tangents, primals)
+    return [*primals, handle], [*moved, _zero(handle)]
 
 
-def _linear_jvp(
-    values: Sequence[Any], tangents: Sequence[Any], **params: Any
-) -> tuple[list[Any], list[Any]]:
+def _linear_jvp(values: Values, tangents: Values, **params: Any) -> Primals:
     program, kept = params["program"], params["kept"]
-    made = linear_p.bind(*values, **params)
+    primals = linear_p.bind(*values, **params)
     derived = program.jvp(params["wrt"], params["outputs"])
-    inputs, moved = (
-        [*first, *rest] for first, rest in (_parts(v, program, kept) for v in (values, tangents))
-    )
-    return made, _tangents(derived, inputs, moved, made)
+    inputs, moved = _split(values, program, kept)
+    input_tangents, moved_tangents = _split(tangents, program, kept)
+    every_tangent = [*input_tangents, *moved_tangents]
+    return primals, _tangents(derived, [*inputs, *moved], every_tangent, primals)
 
 
-def _pull_back_jvp(
-    values: Sequence[Any],
-    tangents: Sequence[Any],
-    *,
-    program: Program,
-    kept: Positions,
-    wrt: Positions,
-    given: Positions,
-) -> tuple[list[Any], list[Any]]:
-    made = pull_back_p.bind(*values, program=program, kept=kept, wrt=wrt, given=given)
-    return made, _tangents(program.vjp(wrt, given), values[1:], tangents[1:], made)
+def _pull_back_jvp(values: Values, tangents: Values, **params: Any) -> Primals:
+    primals = pull_back_p.bind(*values, **params)
+    vjp = params["program"].vjp(params["wrt"], params["given"])
+    return primals, _tangents(vjp, values[1:], tangents[1:], primals)
 
 
 ad.primitive_jvps[run_p] = _run_jvp
@@ -245,33 +252,35 @@ ad.primitive_jvps[pull_back_p] = _pull_back_jvp
 
 
 def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
-    """Run a program that is going to be differentiated: in reverse mode, keep what its pullback
-    needs."""
-    # Older releases do not say for which mode.
-    is_reverse, nonzero, *values = (
-        arguments if isinstance(arguments[0], bool) else (True, *arguments)
-    )
-    wrt, outputs = _differentiable(program, lambda i: nonzero[i]), _outputs_of(program)
+    """Run a program that is going to be differentiated: in reverse mode, keep a residual for its
+    pullback."""
+    # Older releases do not pass the mode.
+    if isinstance(arguments[0], bool):
+        is_reverse, nonzero, *values = arguments
+    else:
+        is_reverse, (nonzero, *values) = True, arguments
+    wrt, outputs = _differentiable(program, nonzero), _outputs_of(program)
     handle = None
     kept: Positions = ()
     if is_reverse and wrt and outputs:
-        *made, handle = keep_p.bind(*values, program=program, wrt=wrt)
+        *primals, handle = keep_p.bind(*values, program=program, wrt=wrt)
         kept = wrt
     else:
-        made = run_p.bind(*values, program=program)
+        primals = run(program, values)
 
-    def linearized(residuals: Any, *tangents: Any) -> list[Any]:
-        values, made, handle = residuals
-        return _tangents(program, values, tangents[-len(values) :], made, handle, kept)
+    def linearized(residuals: Any, *tangents: Any) -> Arrays:
+        values, primals, handle = residuals
+        own = tangents[-len(values) :]
+        return _tangents(program, values, own, primals, handle, kept)
 
-    # After the residuals, jax 0.12 has place for those of another kind, of which there are none.
-    others = [None] * _has_structured_residuals
-    nonzero_made = [bool(wrt) and i in outputs for i in range(len(made))]
-    return made, nonzero_made, (values, made, handle), *others, linearized
+    # After the residuals, jax 0.12 has a place for structured ones, of which there are none.
+    structured = [None] * _has_structured_residuals
+    is_nonzero = [bool(wrt) and i in outputs for i in range(len(primals))]
+    return primals, is_nonzero, (values, primals, handle), *structured, linearized
 
 
 try:
-    # Which of the two derivatives is being made, only this table is told; elsewhere the vjp program
+    # Only this table is told which of the two derivatives is made; elsewhere the vjp program
     # recomputes.
     from jax._src.interpreters.ad import LinearizeTrace, primitive_linearizations
 except ImportError:
@@ -283,95 +292,95 @@ else:
     primitive_linearizations[run_p] = _run_linearize
 
 
-def _nonzero(cotangents: Sequence[Any]) -> Positions:
-    return tuple(i for i, cotangent in enumerate(cotangents) if type(cotangent) is not ad.Zero)
+def _where(predicate: Callable[[Any], bool], values: Values) -> Positions:
+    return tuple(i for i, value in enumerate(values) if predicate(value))
 
 
 def _linear_transpose(
-    cotangents: Sequence[Any],
+    cotangents: Values,
     *values: Any,
     program: Program,
     wrt: Positions,
     outputs: Positions,
     kept: Positions,
-) -> list[Any]:
-    inputs, tangents = _parts(values, program, kept)
-    wanted = tuple(
-        i for i, tangent in zip(wrt, tangents, strict=True) if ad.is_undefined_primal(tangent)
-    )
-    nonzero = _nonzero(cotangents)
-    given = tuple(outputs[i] for i in nonzero)
-    made: dict[int, Any] = {}
+) -> Arrays:
+    inputs, tangents = _split(values, program, kept)
+    wanted = tuple(_pick(wrt, _where(ad.is_undefined_primal, tangents)))
+    nonzero = _where(_is_nonzero, cotangents)
+    given = tuple(_pick(outputs, nonzero))
+    pulled: Arrays = []
     if wanted and given:
-        selected = [cotangents[i] for i in nonzero]
+        operands = [*inputs, *_pick(cotangents, nonzero)]
         if kept:
-            operands = [values[len(inputs)], *inputs, *selected]
-            pulled = pull_back_p.bind(
-                *operands, program=program, kept=kept, wrt=wanted, given=given
-            )
+            params = {"kept": kept, "wrt": wanted, "given": given}
+            handle = values[len(inputs)]
+            pulled = pull_back_p.bind(handle, *operands, program=program, **params)
         else:
-            pulled = run_p.bind(*inputs, *selected, program=program.vjp(wanted, given))
-        made = dict(zip(wanted, pulled, strict=True))
-    return [*[None] * (len(values) - len(tangents)), *_placed(made, wrt, tangents)]
+            pulled = run(program.vjp(wanted, given), operands)
+    constant = [None] * (len(values) - len(tangents))
+    by_position = dict(zip(wanted, pulled, strict=False))
+    return [*constant, *_placed(by_position, wrt, tangents)]
 
 
-def _placed(made: Mapping[int, Any], positions: Positions, values: Sequence[Any]) -> list[Any]:
-    """Return the cotangent of each value: none of a known one, and zero where nothing depends on
-    an unknown one."""
-    return [
-        (_spread_as(value.aval, made[i]) if i in made else ad.Zero(value.aval))
-        if ad.is_undefined_primal(value)
-        else None
-        for i, value in zip(positions, values, strict=True)
-    ]
+def _placed(cotangents: Mapping[int, Any], positions: Positions, values: Values) -> Arrays:
+    """Return the cotangent of each value: None of a known value, and zero of an unknown value that
+    nothing depends on."""
+    placed: Arrays = []
+    for i, value in zip(positions, values, strict=True):
+        if not ad.is_undefined_primal(value):
+            placed.append(None)
+        elif i in cotangents:
+            placed.append(_spread_as(value.aval, cotangents[i]))
+        else:
+            placed.append(ad.Zero(value.aval))
+    return placed
 
 
-def _spread_as(aval: Any, value: Any) -> Any:
-    """Return a cotangent as spread over an explicit mesh as what it belongs to; a run's outputs
-    are on all devices."""
+def _spread_as(aval: Any, cotangent: Any) -> Any:
+    """Return a cotangent with the sharding of its value over an explicit mesh; a run's outputs are
+    on all devices."""
     sharding = aval.sharding
-    if jax.typeof(value).sharding.spec == sharding.spec:
-        return value
-    return jax.sharding.reshard(value, sharding)
+    if jax.typeof(cotangent).sharding.spec == sharding.spec:
+        return cotangent
+    return jax.sharding.reshard(cotangent, sharding)
 
 
-def _run_transpose(cotangents: Sequence[Any], *values: Any, program: Program) -> list[Any]:
-    """Transpose a run of what is linear in its undefined inputs: its derivative by them, which
-    is the same anywhere."""
-    wrt = tuple(i for i, value in enumerate(values) if ad.is_undefined_primal(value))
-    given = _nonzero(cotangents)
-    made: dict[int, Any] = {}
+def _run_transpose(cotangents: Values, *values: Any, program: Program) -> Arrays:
+    """Transpose a run that is linear in its undefined inputs: its derivative by them, which is the
+    same at every point."""
+    wrt = _where(ad.is_undefined_primal, values)
+    given = _where(_is_nonzero, cotangents)
+    pulled: Arrays = []
     if given:
-        point = [
-            jnp.zeros(v.aval.shape, v.aval.dtype) if i in wrt else v for i, v in enumerate(values)
-        ]
-        pulled = run_p.bind(
-            *point, *(cotangents[i] for i in given), program=program.vjp(wrt, given)
-        )
-        made = dict(zip(wrt, pulled, strict=True))
-    return _placed(made, tuple(range(len(values))), values)
+        point = list(values)
+        for i in wrt:
+            aval = values[i].aval
+            point[i] = jnp.zeros(aval.shape, aval.dtype)
+        pulled = run(program.vjp(wrt, given), [*point, *_pick(cotangents, given)])
+    by_position = dict(zip(wrt, pulled, strict=False))
+    return _placed(by_position, tuple(range(len(values))), values)
 
 
 def _pull_back_transpose(
-    cotangents: Sequence[Any],
+    cotangents: Values,
     handle: Any,
     *values: Any,
     program: Program,
     kept: Positions,
     wrt: Positions,
     given: Positions,
-) -> list[Any]:
-    inputs, pulled = values[: len(program.inputs)], values[len(program.inputs) :]
-    wanted = tuple(
-        i for i, value in zip(given, pulled, strict=True) if ad.is_undefined_primal(value)
-    )
-    nonzero = _nonzero(cotangents)
-    moved: dict[int, Any] = {}
+) -> Arrays:
+    count = len(program.inputs)
+    inputs, pulled = values[:count], values[count:]
+    wanted = tuple(_pick(given, _where(ad.is_undefined_primal, pulled)))
+    nonzero = _where(_is_nonzero, cotangents)
+    moved: Arrays = []
     if wanted and nonzero:
-        derived = program.jvp(tuple(wrt[i] for i in nonzero), wanted)
-        made = run_p.bind(*inputs, *(cotangents[i] for i in nonzero), program=derived)
-        moved = dict(zip(wanted, made, strict=True))
-    return [None, *[None] * len(inputs), *_placed(moved, given, pulled)]
+        jvp = program.jvp(tuple(_pick(wrt, nonzero)), wanted)
+        moved = run(jvp, [*inputs, *_pick(cotangents, nonzero)])
+    constant = [None] * (1 + count)
+    by_position = dict(zip(wanted, moved, strict=False))
+    return [*constant, *_placed(by_position, given, pulled)]
 
 
 ad.primitive_transposes[linear_p] = _linear_transpose
@@ -380,14 +389,16 @@ ad.primitive_transposes[pull_back_p] = _pull_back_transpose
 
 
 def _drop_unused_handle(used: Sequence[bool], *arguments: Any) -> tuple[list[bool], Any]:
-    """Make a plain run of one whose residual nobody is going to pull back."""
-    equation = arguments[-1]  # after which inputs are alive, from jax 0.12 on
+    """Replace a run that keeps a residual by a plain run if nobody uses the handle."""
+    equation = arguments[-1]  # after the list of live inputs, from jax 0.12 on
+    count = len(equation.invars)
     if not any(used):
-        return [False] * len(equation.invars), None
+        return [False] * count, None
     if not used[-1]:
         params = {"program": equation.params["program"]}
-        equation = equation.replace(primitive=run_p, outvars=equation.outvars[:-1], params=params)
-    return [True] * len(equation.invars), equation
+        outvars = equation.outvars[:-1]
+        equation = equation.replace(primitive=run_p, outvars=outvars, params=params)
+    return [True] * count, equation
 
 
 pe.dce_rules[keep_p] = _drop_unused_handle
@@ -398,23 +409,22 @@ def _recompute_or_save(
     unknown: Sequence[bool],
     instantiated: Sequence[bool],
     equation: Any,
-) -> tuple[Any, Any, list[bool], list[bool], list[Any]]:
-    """Split a checkpointed equation as jax does those without effects: what an effect has is
-    never recomputed."""
+) -> tuple[Any, Any, list[bool], list[bool], Arrays]:
+    """Split a checkpointed equation as jax splits equations without effects: jax never recomputes
+    an equation that has an effect."""
     count = len(equation.outvars)
-    needed = [
-        x
-        for x, is_there in zip(equation.invars, instantiated, strict=True)
-        if not is_there and type(x) is Var
-    ]
+    none, every = [False] * count, [True] * count
+    needed = []
+    for variable, is_there in zip(equation.invars, instantiated, strict=True):
+        if not is_there and type(variable) is Var:
+            needed.append(variable)
     if any(unknown):
-        return None, equation, [True] * count, [True] * count, needed
-    policy = saveable(equation.primitive, *(x.aval for x in equation.invars), **equation.params)
-    if (
-        policy is True or type(policy).__name__ == "SaveableType"
-    ):  # of a type that jax does not export
-        return equation, None, [False] * count, [False] * count, []
-    return equation, equation, [False] * count, [True] * count, needed
+        return None, equation, every, every, needed
+    avals = [variable.aval for variable in equation.invars]
+    policy = saveable(equation.primitive, *avals, **equation.params)
+    if policy is True or type(policy).__name__ == "SaveableType":  # which jax does not export
+        return equation, None, none, none, []
+    return equation, equation, none, every, needed
 
 
 for primitive in (run_p, keep_p, linear_p, pull_back_p):
@@ -424,75 +434,75 @@ for primitive in (run_p, keep_p, linear_p, pull_back_p):
 # Batches ------------------------------------------------------------------------------------------
 
 _Dims = Sequence[int | None]
+_Batch = tuple[Arrays, list[Any]]  # values and their batch axes
 
 
-def _batched(program: Program, values: Sequence[Any], dims: _Dims) -> tuple[Program, list[Any]]:
+def _batched(program: Program, values: Values, dims: _Dims) -> tuple[Program, Arrays]:
     """Return the program over batches, and its inputs."""
-    size = next(
-        value.shape[dim] for value, dim in zip(values, dims, strict=True) if dim is not None
-    )
+    pairs = zip(values, dims, strict=True)
+    size = next(value.shape[dim] for value, dim in pairs if dim is not None)
     values, dims = list(values), list(dims)
     for i, spec in enumerate(program.inputs):
-        # A Python number is the same for the whole batch, even where jax has made one of it.
+        # A Python number is the same for the whole batch, even if jax has made a batch of it.
         if spec.weak and (dim := dims[i]) is not None:
-            values[i], dims[i] = jnp.take(values[i], 0, dim), None
-    return program.vmap(tuple(-1 if dim is None else dim for dim in dims), size), values
+            values[i] = jnp.take(values[i], 0, dim)
+            dims[i] = None
+    axes = tuple(-1 if dim is None else dim for dim in dims)
+    return program.vmap(axes, size), values
 
 
-def _run_batch(
-    values: Sequence[Any], dims: _Dims, *, program: Program
-) -> tuple[list[Any], list[int]]:
-    derived, values = _batched(program, values, dims)
-    made = run_p.bind(*values, program=derived)
-    return made, [0] * len(made)
+def _run_batch(values: Values, dims: _Dims, *, program: Program) -> _Batch:
+    batched, values = _batched(program, values, dims)
+    outputs = run(batched, values)
+    return outputs, [0] * len(outputs)
 
 
-def _keep_batch(
-    values: Sequence[Any], dims: _Dims, *, program: Program, wrt: Positions
-) -> tuple[list[Any], list[int | None]]:
-    derived, values = _batched(program, values, dims)
-    if all(dims[i] is not None for i in wrt):
-        made = keep_p.bind(*values, program=derived, wrt=wrt)
+def _keep_batch(values: Values, dims: _Dims, *, program: Program, wrt: Positions) -> _Batch:
+    batched, values = _batched(program, values, dims)
+    if None not in _pick(dims, wrt):
+        *outputs, handle = keep_p.bind(*values, program=batched, wrt=wrt)
     else:
-        # The residual of a batch yields the sum of the gradients by what is not batched, not each
-        # one.
-        made = [*run_p.bind(*values, program=derived), jnp.zeros(HANDLE.shape, HANDLE.dtype.name)]
-    return made, [*[0] * (len(made) - 1), None]
+        # The residual of a batch yields the sum of the gradients by an unbatched input, not each of
+        # them.
+        outputs = run(batched, values)
+        handle = jnp.zeros(HANDLE.shape, HANDLE.dtype.name)
+    return [*outputs, handle], [*[0] * len(outputs), None]
 
 
-def _linear_batch(values: Sequence[Any], dims: _Dims, **params: Any) -> tuple[list[Any], list[int]]:
+def _linear_batch(values: Values, dims: _Dims, **params: Any) -> _Batch:
     program, kept = params["program"], params["kept"]
-    flat, flat_dims = (
-        [*inputs, *moved] for inputs, moved in (_parts(v, program, kept) for v in (values, dims))
-    )
-    return _run_batch(flat, flat_dims, program=program.jvp(params["wrt"], params["outputs"]))
+    inputs, moved = _split(values, program, kept)
+    input_dims, moved_dims = _split(dims, program, kept)
+    jvp = program.jvp(params["wrt"], params["outputs"])
+    return _run_batch([*inputs, *moved], [*input_dims, *moved_dims], program=jvp)
 
 
 def _pull_back_batch(
-    values: Sequence[Any],
+    values: Values,
     dims: _Dims,
     *,
     program: Program,
     kept: Positions,
     wrt: Positions,
     given: Positions,
-) -> tuple[list[Any], list[int]]:
-    count = 1 + len(program.inputs)
-    is_of_the_batch = dims[0] is None and all(dims[1 + i] is not None for i in kept)
-    if not is_of_the_batch:
-        return _run_batch(values[1:], dims[1:], program=program.vjp(wrt, given))
-    derived, inputs = _batched(program, values[1:count], dims[1:count])
-    size = values[1 + kept[0]].shape[dims[1 + kept[0]]]
-    cotangents = [
-        jnp.broadcast_to(value, (size, *value.shape))
-        if dim is None
-        else jnp.moveaxis(value, dim, 0)
-        for value, dim in zip(values[count:], dims[count:], strict=True)
-    ]
-    made = pull_back_p.bind(
-        values[0], *inputs, *cotangents, program=derived, kept=kept, wrt=wrt, given=given
-    )
-    return made, [dims[1 + i] for i in wrt]  # type: ignore[misc]
+) -> _Batch:
+    handle, *values = values
+    handle_dim, *dims = dims
+    if handle_dim is not None or None in _pick(dims, kept):
+        return _run_batch(values, dims, program=program.vjp(wrt, given))
+    count = len(program.inputs)
+    batched, inputs = _batched(program, values[:count], dims[:count])
+    first = kept[0]
+    size = values[first].shape[dims[first]]
+    cotangents = []
+    for value, dim in zip(values[count:], dims[count:], strict=True):
+        if dim is None:
+            cotangents.append(jnp.broadcast_to(value, (size, *value.shape)))
+        else:
+            cotangents.append(jnp.moveaxis(value, dim, 0))
+    params = {"kept": kept, "wrt": wrt, "given": given}
+    pulled = pull_back_p.bind(handle, *inputs, *cotangents, program=batched, **params)
+    return pulled, _pick(dims, wrt)
 
 
 batching.primitive_batchers[run_p] = _run_batch

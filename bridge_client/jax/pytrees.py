@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 
 from bridge_wire import trees
 from bridge_wire.errors import StructureError
-from bridge_wire.pb import bridge_pb2 as pb
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -88,10 +87,3 @@ def expand(value: Any) -> trees.Node | None:
 def marked(value: Any, mark: bool) -> Any:
     """Return the pytree with each of its leaves replaced by the mark."""
     return jax.tree.map(lambda _: mark, value)
-
-
-def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
-    """Return the function from a result's leaves to the result."""
-    if tree.WhichOneof("kind") == "leaf":
-        return lambda leaves: leaves[0]
-    return lambda leaves: trees.build(tree, leaves, classes)

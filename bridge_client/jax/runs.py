@@ -6,16 +6,17 @@ Arrays on the worker's GPU stay there; those on any other travel through the hos
 import atexit
 import contextlib
 import ctypes
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bridge_client.arguments import Values
 from bridge_client.jax.gpu import (
-    HAS_BUFFERS,
     OnGpu,
     gpu_for,
     is_committed,
@@ -33,17 +34,15 @@ from bridge_client.jax.memory import (
     is_importable,
     place,
     source_of,
+    write,
 )
 from bridge_client.jax.residuals import HANDLE, residuals_of
-from bridge_client.jax.x64 import widened
+from bridge_client.jax.x64 import converted
 from bridge_client.programs import Program, tag_of
 from bridge_client.session import Session
 from bridge_wire.errors import ResidualGone
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
-
-if HAS_BUFFERS:
-    pass
 
 
 @atexit.register
@@ -57,28 +56,38 @@ def _finish() -> None:
 class Action(ABC):
     """What happens when a primitive runs: from inputs in memory to outputs in blocks."""
 
-    session: Session
-    inputs: tuple[Spec, ...]
-    outputs: tuple[Spec, ...]
-    labels: tuple[str, ...]
+    def __init__(
+        self,
+        program: Program,
+        inputs: tuple[Spec, ...],
+        outputs: tuple[Spec, ...],
+        labels: tuple[str, ...],
+    ) -> None:
+        self.session: Session = program.session
+        self.program = program
+        self.inputs = inputs
+        self.outputs = outputs
+        self.labels = labels
 
     def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
         """Run on inputs that are valid during the call; with a GPU, where some of them may be
         and the outputs will."""
         return self._run(sources, gpu).blocks
 
-    def at_once(self, values: Sequence[Any]) -> list[jax.Array]:
+    def at_once(self, values: Values) -> list[jax.Array]:
         """Run on concrete arrays and Python numbers; return arrays over the blocks."""
-        self._check_outputs()
+        for spec, label in zip(self.outputs, self.labels, strict=True):
+            dtype_of(spec, label)  # before anything runs, since jax may be unable to hold an output
         if has_one_cpu():
-            ran = self._run([source_of(value) for value in values], None)
-            made = list(map(from_block, ran.blocks, self.outputs, self.labels))
+            ran = self._run(list(map(source_of, values)), None)
+            arrays = list(map(from_block, ran.blocks, self.outputs, self.labels))
         else:
-            ran, made = self._beside(values)
-        _check_special(made, self.labels)
+            ran, arrays = self._beside(values)
+        _check_special(arrays, self.labels)
         if ran.residual:
-            made.append(residuals_of(self.session).own(ran.residual, ran.program))
-        return made
+            handle = residuals_of(self.session).own(ran.residual, ran.program)
+            arrays.append(handle)
+        return arrays
 
     def is_for_host(self, position: int) -> bool:
         """Whether an input is read by a host, here or on the worker."""
@@ -87,65 +96,70 @@ class Action(ABC):
     @abstractmethod
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> "_Ran": ...
 
-    def _beside(self, values: Sequence[Any]) -> tuple["_Ran", list[jax.Array]]:
+    def _beside(self, values: Values) -> tuple["_Ran", list[jax.Array]]:
         """Run where there are more devices than the host, and return the outputs on the device
         of the inputs."""
         gpu = gpu_for(self.session, values)
         if gpu is not None:
             ran = self._run(self._sources_on(gpu, values), gpu)
             return ran, self._arrays_on(gpu, ran.blocks, values)
-        home, ran = home_of(values), self._run([source_of(value) for value in values], None)
-        made = [
-            from_block(*each, home)
-            for each in zip(ran.blocks, self.outputs, self.labels, strict=False)
-        ]
+        ran = self._run(list(map(source_of, values)), None)
+        make = functools.partial(from_block, home=home_of(values))
+        arrays = list(map(make, ran.blocks, self.outputs, self.labels))
         staged = [x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None]
         if staged:
-            self.session.note_staged(sum(x.nbytes for x in (*staged, *made)))
-        return ran, made
+            self.session.note_staged(_nbytes_of([*staged, *arrays]))
+        return ran, arrays
 
-    def _sources_on(self, gpu: OnGpu, values: Sequence[Any]) -> list[Source]:
-        described = enumerate(zip(values, self.inputs, strict=True))
+    def _sources_on(self, gpu: OnGpu, values: Values) -> list[Source]:
         return [
-            source_of(value)
-            if self.is_for_host(i)
-            else source_of(widened(value, JAX_DTYPES[spec.dtype]), gpu)
-            for i, (value, spec) in described
+            source_of(value) if self.is_for_host(i) else source_of(value, gpu)
+            for i, value in enumerate(self.widened(values))
         ]
 
-    def _arrays_on(
-        self, gpu: OnGpu, blocks: Sequence[Block], values: Sequence[Any]
-    ) -> list[jax.Array]:
-        device = next(next(iter(x.devices())) for x in values if gpu.holds(x))
-        made = [
-            from_block_on(gpu, *each, device)
-            for each in zip(blocks, self.outputs, self.labels, strict=False)
-        ]
-        staged = sum(
-            y.nbytes
-            for y, spec in zip(made, self.outputs, strict=False)
-            if not is_importable(JAX_DTYPES[spec.dtype])
-        )
+    def _arrays_on(self, gpu: OnGpu, blocks: Sequence[Block], values: Values) -> list[jax.Array]:
+        first = next(x for x in values if gpu.holds(x))
+        device = next(iter(first.devices()))
+        arrays: list[jax.Array] = []
+        staged = 0
+        for block, spec, label in zip(blocks, self.outputs, self.labels, strict=False):
+            array = from_block_on(gpu, block, spec, label, device)
+            arrays.append(array)
+            if not is_importable(JAX_DTYPES[spec.dtype]):
+                staged += array.nbytes
         if staged:
             self.session.note_staged(staged)
-        made = made if is_committed(values) else list(map(uncommitted, made))
-        for block, array in zip(blocks, made, strict=True):
+        if not is_committed(values):
+            arrays = list(map(uncommitted, arrays))
+        for block, array in zip(blocks, arrays, strict=True):
             if block.nbytes and array.unsafe_buffer_pointer() == block.pointer:
                 gpu.keep_from_donation(array)
-        return made
+        return arrays
 
-    def _check_outputs(self) -> None:
-        """Raise DTypeError, before anything runs, for an output that jax cannot hold."""
-        for spec, label in zip(self.outputs, self.labels, strict=True):
-            dtype_of(spec, label)
+    def widened(self, values: Values) -> list[Any]:
+        """Return values, traced or not, in the dtypes that the worker expects on a GPU."""
+        widened = list(values)
+        for i, spec in enumerate(self.inputs):
+            if not self.is_for_host(i):
+                widened[i] = converted(values[i], JAX_DTYPES[spec.dtype])
+        return widened
+
+    def write(self, blocks: Sequence[Block], targets: Iterable[tuple[int, np.dtype]]) -> None:
+        """Copy the outputs of a run to memory: a pointer and a dtype for each."""
+        outputs = zip(blocks, self.outputs, self.labels, strict=True)
+        for (block, spec, label), (pointer, dtype) in zip(outputs, targets, strict=True):
+            write(block, spec, pointer, dtype, label)
 
     @property
     def result_types(self) -> list[jax.ShapeDtypeStruct]:
-        """The outputs as jax holds them."""
-        described = zip(self.outputs, self.labels, strict=True)
-        return [
-            jax.ShapeDtypeStruct(spec.shape, dtype_of(spec, label)) for spec, label in described
-        ]
+        """The outputs as jax holds them.
+
+        Raises:
+          DTypeError: jax cannot hold an output.
+        """
+        dtypes = map(dtype_of, self.outputs, self.labels)
+        shapes = [spec.shape for spec in self.outputs]
+        return list(map(jax.ShapeDtypeStruct, shapes, dtypes))
 
 
 class _Ran(NamedTuple):
@@ -162,39 +176,29 @@ class Run(Action):
     """A run of a program."""
 
     def __init__(self, program: Program) -> None:
-        self.session = program.session
-        self.program = program
-        self.inputs = program.inputs
-        self.outputs = program.outputs
-        self.labels = _labels_of(program)
+        super().__init__(program, program.inputs, program.outputs, _labels_of(program))
 
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
-        placed, copied = place(self.program, sources)
-        return _Ran(
-            self.program,
-            self.session.run(self.program, placed, copied=copied, stream=_stream_of(gpu)),
-            copied,
-        )
+        program = self.program
+        placed, copied = place(program, sources)
+        blocks = self.session.run(program, placed, copied=copied, stream=_stream_of(gpu))
+        return _Ran(program, blocks, copied)
 
 
 class RunKeeping(Action):
     """A run of a program that keeps a residual, whose handle is the last output."""
 
     def __init__(self, program: Program) -> None:
-        self.session = program.session
-        self.program = program
-        self.inputs = program.inputs
-        self.outputs = (*program.outputs, HANDLE)
-        self.labels = (*_labels_of(program), "the handle")
+        outputs = (*program.outputs, HANDLE)
+        labels = (*_labels_of(program), "the handle")
+        super().__init__(program, program.inputs, outputs, labels)
         self._residuals = residuals_of(program.session)
 
     def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
         ran = self._run(sources, gpu)
         pool = self.session.pool if gpu is None or gpu.pool is None else gpu.pool
-        return [
-            *ran.blocks,
-            self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes),
-        ]
+        handle = self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes)
+        return [*ran.blocks, handle]
 
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources, lasting=True)
@@ -211,30 +215,30 @@ class PullBack(Action):
     def __init__(
         self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]
     ) -> None:
+        self._plain = program
+        self._wrt, self._given = wrt, given
         self._keeping = program.keeping(kept)
-        self._pullback = self._keeping.pullback(wrt, given)
-        self._afresh: Callable[[int], Program] = lambda tag: program.on_model(tag).vjp(wrt, given)
-        self._count = len(program.inputs)
         self._residuals = residuals_of(program.session)
-        self.session = program.session
-        self.inputs = (HANDLE, *program.inputs, *self._pullback.inputs)
-        self.outputs = self._pullback.outputs
-        self.labels = _labels_of(self._pullback)
+        pullback = self._keeping.pullback(wrt, given)
+        inputs = (HANDLE, *program.inputs, *pullback.inputs)
+        super().__init__(pullback, inputs, pullback.outputs, _labels_of(pullback))
 
     def is_for_host(self, position: int) -> bool:
         return position == 0 or super().is_for_host(position)
 
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
         id = ctypes.c_uint64.from_address(sources[0].pointer).value
-        pullback = self._pullback
+        pullback = self.program
+        first_cotangent = 1 + len(self._plain.inputs)
         try:
             self._residuals.check(id, self._keeping)
-            placed, copied = place(pullback, sources[1 + self._count :])
+            placed, copied = place(pullback, sources[first_cotangent:])
             stream = _stream_of(gpu)
             blocks = self.session.run_pullback(pullback, id, placed, copied=copied, stream=stream)
         except ResidualGone:
             tag = 0 if self._residuals.is_of_another(id, self._keeping) else tag_of(id)
-            return Run(self._afresh(tag))._run(sources[1:], gpu)
+            vjp = self._plain.on_model(tag).vjp(self._wrt, self._given)
+            return Run(vjp)._run(sources[1:], gpu)
         finally:
             self._residuals.claim(id)
         return _Ran(pullback, blocks, copied)
@@ -251,14 +255,18 @@ def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
     if not nans and not infs:
         return
     for array, label in zip(arrays, labels, strict=False):  # a handle has a label only
-        if jnp.issubdtype(array.dtype, jnp.inexact):
-            values = np.asarray(array)
-            for name, is_wrong in (
-                ("nan", nans and np.isnan(values).any()),
-                ("inf", infs and np.isinf(values).any()),
-            ):
-                if is_wrong:
-                    raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
+        if not jnp.issubdtype(array.dtype, jnp.inexact):
+            continue
+        values = np.asarray(array)
+        is_nan = nans and np.isnan(values).any()
+        is_inf = infs and np.isinf(values).any()
+        if is_nan or is_inf:
+            name = "nan" if is_nan else "inf"
+            raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
+
+
+def _nbytes_of(arrays: Sequence[jax.Array]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def _labels_of(program: Program) -> tuple[str, ...]:

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bridge_client.arguments import Values
 from bridge_client.jax.primitives import varying_axes
 from bridge_wire.errors import StructureError
 
 
-def mesh_of(values: Sequence[Any]) -> Any:
+def mesh_of(values: Values) -> Any:
     """Return the mesh that the arrays are spread over, or that the caller has set; None for a
     single device."""
     for value in values:
@@ -65,7 +66,7 @@ def check_declared(in_specs: Any, out_specs: Any) -> None:
             )
 
 
-def varying_alike(values: Sequence[Any]) -> list[Any]:
+def varying_alike(values: Values) -> list[Any]:
     """Return the arrays as varying over all manual axes that any of them varies over.
 
     What all shards share then has the sum of their gradients for its gradient.
@@ -106,7 +107,7 @@ def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(named))
 
 
-def spread(values: Sequence[Any], mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
+def spread(values: Values, mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
     """Return the arrays spread as the specs say, where a shard_map would not do so itself: on
     explicit axes."""
     if not getattr(mesh, "explicit_axes", ()):

@@ -14,21 +14,13 @@ import numpy as np
 from bridge_wire.errors import DTypeError
 
 
-def widened(value: Any, dtype: np.dtype) -> Any:
-    """Return an array, traced or not, with the dtype that its program wants.
-
-    What is no array stays as it is.
-    """
+def converted(value: Any, dtype: np.dtype) -> Any:
+    """Return an array, traced or not, in a dtype that may be a 64-bit one; see `extremes` for
+    whether a narrower dtype holds it. Other values stay unchanged."""
     if not isinstance(value, jax.Array) or value.dtype == dtype:
         return value
     with jax.enable_x64(True):
         return jax.lax.convert_element_type(value, dtype)
-
-
-def narrowed(wide: Any, dtype: np.dtype) -> Any:
-    """Return an output with the dtype that jax has; see `extremes` for whether it fits."""
-    with jax.enable_x64(True):
-        return jax.lax.convert_element_type(wide, dtype)
 
 
 def extremes(wide: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.utils._pytree import TreeSpec
 
+from bridge_client.arguments import Args, Kwargs
 from bridge_client.torch import modes
 from bridge_client.torch.graphs import function_of
 from bridge_wire import trees
@@ -27,8 +28,8 @@ _log = logging.getLogger(__name__)
 def call(
     number: int,
     own: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: Args,
+    kwargs: Kwargs,
     mode: int,
     is_stateful: bool,
 ) -> Any:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import _SingleLevelFunction
 
+from bridge_client.arguments import Values
 from bridge_client.programs import Positions, Program, model_tag, tag_of
 from bridge_client.torch import modes
 from bridge_client.torch.families import AnyProgram, member_for
@@ -25,7 +26,14 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _level_of, _unwrap = torch._C._functorch.maybe_get_level, torch._C._functorch.get_unwrapped
 
 
-def apply(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
+Tensors = Sequence[Tensor]
+TensorTuple = tuple[Tensor, ...]
+Optionals = tuple[Tensor | None, ...]
+Cotangents = Sequence[Tensor | None]
+Gradients = list[Tensor | None]
+
+
+def apply(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program. Autograd records the run if a gradient can be asked for, and torch.func's
     transforms see it."""
     if modes.is_transforming():
@@ -40,7 +48,7 @@ def apply(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     return run(program, inputs)
 
 
-def prepare(program: Program, inputs: Sequence[Any]) -> Program:
+def prepare(program: Program, inputs: Values) -> Program:
     """Prepare a program, as far as a run on these inputs needs it."""
     is_watched = modes.is_transforming() or modes.jit_trace() is not None
     is_recorded = torch.is_grad_enabled() and not is_watched
@@ -50,7 +58,7 @@ def prepare(program: Program, inputs: Sequence[Any]) -> Program:
     return prepared
 
 
-def _requiring_grad(inputs: Sequence[Any]) -> Positions:
+def _requiring_grad(inputs: Values) -> Positions:
     return tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
 
 
@@ -69,7 +77,7 @@ def _as_in_no_grad(value: Any, level: int) -> Any:
     return value
 
 
-def _apply_derivative(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
+def _apply_derivative(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a derivative as `apply` does, also on the batched tensors of `is_grads_batched` and
     `vectorize=True`.
 
@@ -99,7 +107,7 @@ class _Recorded(_SingleLevelFunction):
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @staticmethod
-    def forward(ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any) -> TensorTuple:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)
         numbers = None
         if program.takes_numbers:
@@ -113,7 +121,7 @@ class _Recorded(_SingleLevelFunction):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Optionals:
         program, kept, numbers = ctx.call
         handle, *inputs = ctx.saved_tensors
         if numbers is not None:
@@ -121,7 +129,7 @@ class _Recorded(_SingleLevelFunction):
         # Only the gradients that this backward pass uses are worth computing.
         wrt = kept if len(kept) == 1 else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
 
-        def pull(outputs: Positions, selected: list[Tensor]) -> Sequence[Tensor]:
+        def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
             # With create_graph the derivative must be a program that can be derived again, and
             # under a transform, such as torch.vmap around torch.autograd.grad, a program that can
             # be transformed.
@@ -144,11 +152,11 @@ class _Transformable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(program: Program, *inputs: Any) -> tuple[Tensor, ...]:
+    def forward(program: Program, *inputs: Any) -> TensorTuple:
         return tuple(run(program, inputs))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: TensorTuple) -> None:
         program, *values = inputs
         ctx.tag = model_tag(program.fingerprint)
         numbers = [None if isinstance(x, Tensor) else x for x in values]
@@ -159,21 +167,21 @@ class _Transformable(torch.autograd.Function):
         _mark_nondifferentiable(ctx, program, output)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Optionals:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
         origin = program if modes.is_traced(inputs) else program.on_model(ctx.tag)
         return (None, *_gradients_by_vjp(origin, inputs, ctx.needs_input_grad[1:], cotangents))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Any) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: Any, _: None, *tangents: Any) -> Optionals:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
         is_inexact = [spec.dtype.is_inexact for spec in program.inputs]
         wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and is_inexact[i])
         discrete = program.prepared.nondifferentiable_outputs
         outputs = tuple(i for i in range(len(program.outputs)) if i not in discrete)
-        moved: list[Tensor | None] = [None] * len(program.outputs)
+        moved: Gradients = [None] * len(program.outputs)
         if wrt and outputs:
             selected = [tangents[i] for i in wrt]
             derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *selected])
@@ -192,18 +200,18 @@ class _Transformable(torch.autograd.Function):
 
 
 def _gradients(
-    inputs: Sequence[Any],
+    inputs: Values,
     wrt: Positions,
-    cotangents: Sequence[Tensor | None],
-    pull: Callable[[Positions, list[Tensor]], Sequence[Tensor]],
-) -> list[Tensor | None]:
+    cotangents: Cotangents,
+    pull: Callable[[Positions, list[Tensor]], Tensors],
+) -> Gradients:
     """Return the gradient of each input, None for inputs not in `wrt`.
 
     `pull(outputs, cotangents)` returns JAX's cotangents of the inputs `wrt`, from JAX's cotangents
     of these outputs.
     """
     outputs = tuple([i for i, ct in enumerate(cotangents) if ct is not None])
-    gradients: list[Tensor | None] = [None] * len(inputs)
+    gradients: Gradients = [None] * len(inputs)
     if wrt and outputs:
         selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
         for i, cotangent in zip(wrt, pull(outputs, selected), strict=True):
@@ -213,15 +221,15 @@ def _gradients(
 
 def _gradients_by_vjp(
     program: AnyProgram,
-    inputs: Sequence[Any],
+    inputs: Values,
     needed: Sequence[bool],
-    cotangents: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+    cotangents: Cotangents,
+) -> Gradients:
     """Return the gradient of each input that needs one, by the VJP program."""
     is_float = [spec.dtype.is_inexact and not spec.weak for spec in program.inputs]
     wrt = tuple(i for i in range(len(is_float)) if is_float[i] and needed[i])
 
-    def pull(outputs: Positions, selected: list[Tensor]) -> Sequence[Tensor]:
+    def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
         return _apply_derivative(program.vjp(wrt, outputs), [*inputs, *selected])
 
     return _gradients(inputs, wrt, cotangents, pull)
@@ -232,20 +240,20 @@ def _on_model_of(program: Program, handle: Tensor) -> Program:
     return program.on_model(tag_of(int(handle)))
 
 
-def _mark_nondifferentiable(ctx: Any, program: AnyProgram, outputs: Sequence[Tensor]) -> None:
+def _mark_nondifferentiable(ctx: Any, program: AnyProgram, outputs: Tensors) -> None:
     """Mark the outputs without a derivative, and have autograd pass None for unused cotangents."""
     if discrete := program.prepared.nondifferentiable_outputs:
         ctx.mark_non_differentiable(*(outputs[i] for i in discrete))
     ctx.set_materialize_grads(False)
 
 
-def _merged(numbers: Sequence[Any], tensors: Sequence[Tensor]) -> list[Any]:
+def _merged(numbers: Values, tensors: Tensors) -> list[Any]:
     """Return the inputs of a call: its tensors, with the Python numbers in their places."""
     restored = iter(tensors)
     return [next(restored) if number is None else number for number in numbers]
 
 
-def _is_wanted(ctx: Any, position: int, numbers: Sequence[Any] | None) -> bool:
+def _is_wanted(ctx: Any, position: int, numbers: Values | None) -> bool:
     """Whether the backward pass under way uses the gradient of this input."""
     # Only tensors have edges.
     edge = position if numbers is None else numbers[:position].count(None)
@@ -273,15 +281,13 @@ def _as_gradient_of(value: Tensor, cotangent: Tensor) -> Tensor:
     return cotangent.conj() if cotangent.is_complex() else cotangent
 
 
-def _save_run(ctx: Any, inputs: tuple[Sequence[Tensor], int], output: Sequence[Tensor]) -> None:
+def _save_run(ctx: Any, inputs: tuple[Tensors, int], output: Tensors) -> None:
     arrays, ctx.program = inputs
     ctx.save_for_backward(*arrays)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_run(
-    ctx: Any, cotangents: Sequence[Tensor | None]
-) -> tuple[list[Tensor | None], None]:
+def _differentiate_run(ctx: Any, cotangents: Cotangents) -> tuple[Gradients, None]:
     arrays = ctx.saved_tensors
     program = member_for(pinned(ctx.program), arrays).plain
     inputs = as_values(program, arrays)
@@ -295,14 +301,14 @@ torch.library.register_autograd(
 )
 
 
-def _save_pull_back(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+def _save_pull_back(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
     _, arrays, program, _, wrt, given = inputs
     ctx.call = (program, tuple(wrt), tuple(given))
     ctx.save_for_backward(*arrays)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_pull_back(ctx: Any, cotangents: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _differentiate_pull_back(ctx: Any, cotangents: Cotangents) -> tuple[Any, ...]:
     number, wrt, outputs = ctx.call
     arrays = ctx.saved_tensors
     # The VJP has the same outputs for the same arrays, and can be derived from.

@@ -9,6 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
+from bridge_client.arguments import Values
 from bridge_client.programs import Positions, Program
 from bridge_client.sizes import Formula, formula
 from bridge_wire.errors import BridgeError, CallerError, InternalError, SpecError
@@ -85,7 +86,7 @@ class Family:
             )
         return member
 
-    def output_shapes(self, arrays: Sequence[Any]) -> list[tuple[Any, ...]]:
+    def output_shapes(self, arrays: Values) -> list[tuple[Any, ...]]:
         """Return the shapes of the outputs for these inputs, whose sizes may be symbolic."""
         sizes: dict[str, Any] = {}
         for names, array in zip(self.named, arrays, strict=False):
@@ -150,7 +151,7 @@ def member_for(program: AnyProgram, arrays: Sequence[Tensor]) -> AnyProgram:
     return program.at(arrays) if isinstance(program, Family) else program
 
 
-def output_shapes(program: AnyProgram, arrays: Sequence[Any]) -> Sequence[tuple[Any, ...]]:
+def output_shapes(program: AnyProgram, arrays: Values) -> Sequence[tuple[Any, ...]]:
     """Return the shapes of a program's outputs for these inputs."""
     if isinstance(program, Family):
         return program.output_shapes(arrays)
@@ -246,6 +247,6 @@ def _most_general(
     return answer
 
 
-def _formulas_of(shapes: Sequence[Sequence[Any]]) -> Formulas:
+def _formulas_of(shapes: Sequence[Values]) -> Formulas:
     """Return the functions for shapes that are written as formulas."""
     return tuple([tuple([formula(str(size), _FUNCTIONS) for size in shape]) for shape in shapes])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge_client.arguments import marked_static, names_of
+from bridge_client.arguments import Args, Kwargs, Values, marked_static, names_of, rebuilder
 from bridge_client.futures import completed
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import Session, checked_limit
@@ -32,7 +32,6 @@ from bridge_client.torch.pytrees import (
     flatten,
     flatten_fully,
     marked,
-    rebuilder,
     register_dataclass,
 )
 from bridge_client.torch.signatures import TENSORS, ShapeOf
@@ -143,9 +142,7 @@ class RemoteJaxFunction(nn.Module):
             keep_parameters_in_slab(self.session, own)
         return self._call(own, args, kwargs)
 
-    def _call_stateful(
-        self, own: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _call_stateful(self, own: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """Call the model in training mode: with a new random key, and with buffers that change."""
         inputs = list(own)
         if self._is_mutable and torch.is_grad_enabled():
@@ -173,8 +170,8 @@ class RemoteJaxFunction(nn.Module):
     def _call_compiled(
         self,
         own: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         *,
         is_stateful: bool = False,
     ) -> Any:
@@ -204,8 +201,8 @@ class RemoteJaxFunction(nn.Module):
     def _call(
         self,
         own: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        args: Args,
+        kwargs: Kwargs,
         *,
         mode: int | None = None,
         is_stateful: bool = False,
@@ -248,8 +245,8 @@ class RemoteJaxFunction(nn.Module):
         return call.rebuild(outputs)
 
     def _cast(
-        self, dtype: torch.dtype, tensors: tuple[Any, tuple[Any, ...], dict[str, Any]]
-    ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        self, dtype: torch.dtype, tensors: tuple[Any, Args, Kwargs]
+    ) -> tuple[Any, Args, Kwargs]:
         """Return a call's parameters, args and kwargs in this dtype."""
         own = tensors[0]
         cast, args, kwargs = cast_floats(tensors, dtype)
@@ -300,7 +297,7 @@ class RemoteJaxFunction(nn.Module):
         copied.__setstate__(copy.deepcopy(RemoteJaxFunction.__getstate__(self), memo))
         return copied
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Kwargs:
         # Programs and classes belong to this process: a copy makes its own.
         return {
             key: value
@@ -308,7 +305,7 @@ class RemoteJaxFunction(nn.Module):
             if key not in ("_calls", "_classes", "_number")
         }
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: Kwargs) -> None:
         super().__setstate__(state)
         self._calls = {}
         self._classes = trees.Classes(adopt=register_dataclass)
@@ -320,7 +317,7 @@ class RemoteJaxFunction(nn.Module):
         keep_all_in_slab(self.session, self._owners)
         return self
 
-    def _static_leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return which leaves belong to static arguments."""
         marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
@@ -328,7 +325,7 @@ class RemoteJaxFunction(nn.Module):
     def _prepare(
         self,
         arguments: pb.Tree,
-        inputs: Sequence[Any],
+        inputs: Values,
         mode: int,
         is_stateful: bool,
         shape_of: ShapeOf,

@@ -8,11 +8,12 @@ another GPU that is seen here, through memory there.
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bridge_client.arguments import Values
 from bridge_client.session import Session
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, CudaError
@@ -62,7 +63,7 @@ class OnGpu(NamedTuple):
         return [y.to(self.device) for y in outputs]
 
 
-def run_of(session: Session, inputs: Sequence[Any]) -> OnGpu:
+def run_of(session: Session, inputs: Values) -> OnGpu:
     """Return how a run goes whose inputs are on a GPU, at least one of them.
 
     Its outputs belong beside the first.

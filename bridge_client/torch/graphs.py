@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from bridge_client.arguments import Args, Kwargs
 from bridge_client.session import Session
 from bridge_client.torch.families import AnyProgram, Family
 
@@ -20,7 +21,7 @@ class Traceable(Protocol):
     def call_traced(
         self,
         own: Sequence[Tensor],
-        arguments: tuple[tuple[Any, ...], dict[str, Any]],
+        arguments: tuple[Args, Kwargs],
         mode: int,
         is_stateful: bool,
     ) -> Any: ...

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from bridge_client.arguments import NUMBERS
+from bridge_client.arguments import NUMBERS, Values
 from bridge_client.session import Placed, Session
 from bridge_client.torch import gpu
 from bridge_client.torch.families import AnyProgram
@@ -47,7 +47,7 @@ class _InSlab(NamedTuple):
     storage: torch.UntypedStorage
 
 
-def place(program: AnyProgram, inputs: Sequence[Any]) -> tuple[list[Placed], int, OnGpu | None]:
+def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu | None]:
     """Return each input in the session's memory, as the program wants it, the bytes that had to be
     copied, and how the run uses a GPU, if an input is on one.
     """
@@ -100,9 +100,7 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
     return block
 
 
-def _place_beside_gpu(
-    program: AnyProgram, inputs: Sequence[Any]
-) -> tuple[list[Placed], int, OnGpu]:
+def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu]:
     """Return what `place` does, of inputs some of which are on a GPU."""
     session = program.session
     run = gpu.run_of(session, inputs)

@@ -14,7 +14,7 @@ and autocast.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch._C._functorch import CGradInterpreterPtr, TransformType
 from torch._guards import TracingContext
 from torch.autograd import forward_ad
 
-from bridge_client.arguments import NUMBERS
+from bridge_client.arguments import NUMBERS, Values
 
 PLAIN = {Tensor, nn.Parameter, *NUMBERS}  # types whose values have their memory in this process
 _AUTOCAST_DEVICES = ("cpu", "cuda")
@@ -48,7 +48,7 @@ def is_transforming() -> bool:
     return _are_transforms_active() or forward_ad._current_level >= 0
 
 
-def is_traced(inputs: Sequence[Any]) -> bool:
+def is_traced(inputs: Values) -> bool:
     """Whether an input has no memory in this process, or a mode watches the operators."""
     if torch._C._len_torch_dispatch_stack() > 0:
         return True

@@ -12,7 +12,6 @@ import torch
 from bridge_client.arguments import NUMBERS
 from bridge_wire import trees
 from bridge_wire.errors import StructureError
-from bridge_wire.pb import bridge_pb2 as pb
 
 _NAMESPACE = "torch-jax-bridge"
 _LEAVES = {bool, str, *NUMBERS, torch.Tensor, torch.nn.Parameter}  # the usual ones
@@ -121,11 +120,3 @@ def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
     are new here."""
     leaves, structure = flatten_fully(tree)
     return optree.tree_unflatten(structure, map(function, leaves))
-
-
-def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
-    """Return the function from a result's leaves to the result."""
-    kind = tree.WhichOneof("kind")
-    if kind == "leaf":
-        return lambda leaves: leaves[0]
-    return lambda leaves: trees.build(tree, leaves, classes)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bridge_client.arguments import NUMBERS
-from bridge_client.programs import Program, tag_of
+from bridge_client.arguments import NUMBERS, Values
+from bridge_client.programs import Positions, Program, tag_of
 from bridge_client.session import Session
 from bridge_client.torch import modes
 from bridge_client.torch.families import AnyProgram, member_for, output_shapes
@@ -18,14 +18,18 @@ from bridge_wire.errors import ResidualGone, StructureError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
+Tensors = Sequence[Tensor]
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
-def run(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
+
+def run(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
     if modes.is_traced(inputs):
         return run_operator(program, inputs)
     placed, copied, gpu = place(program, inputs)
     session = program.session
-    outputs: Sequence[Tensor] = session.run(
+    outputs: Tensors = session.run(
         program,
         placed,
         copied=copied,
@@ -35,13 +39,13 @@ def run(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
     return outputs if gpu is None else gpu.brought_back(outputs, session)
 
 
-def run_operator(program: AnyProgram, inputs: Sequence[Any]) -> Sequence[Tensor]:
+def run_operator(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program as an operator, which a graph can name."""
     _refuse_sharded(program, inputs)
     return _operators().run(_as_tensors(inputs), pin(program))
 
 
-def run_keeping(program: AnyProgram, inputs: Sequence[Any]) -> tuple[Sequence[Tensor], Tensor]:
+def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
     """Run a program that keeps a residual; return its outputs and the residual's handle.
 
     The residual goes with the handle's storage. The handle's content is its id, so that a copy,
@@ -53,7 +57,7 @@ def run_keeping(program: AnyProgram, inputs: Sequence[Any]) -> tuple[Sequence[Te
     placed, copied, gpu = place(program, inputs)
     session = program.session
 
-    def make(blocks: list[Block], residual: int) -> tuple[Sequence[Tensor], Tensor]:
+    def make(blocks: list[Block], residual: int) -> tuple[Tensors, Tensor]:
         return from_blocks(blocks, program.prepared.outputs, gpu), _handle(session, residual)
 
     made = session.run_keeping(
@@ -64,11 +68,11 @@ def run_keeping(program: AnyProgram, inputs: Sequence[Any]) -> tuple[Sequence[Te
 
 def pull_back(
     program: AnyProgram,
-    which: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    which: tuple[Positions, Positions, Positions],
     handle: Tensor,
-    inputs: Sequence[Any],
-    cotangents: Sequence[Tensor],
-) -> Sequence[Tensor]:
+    inputs: Values,
+    cotangents: Tensors,
+) -> Tensors:
     """Return the cotangents of the inputs, from the residual; if that is gone, by running the
     inputs once more.
 
@@ -84,7 +88,7 @@ def pull_back(
     session = program.session
     try:
         placed, copied, gpu = place(pullback, cotangents)
-        gradients: Sequence[Tensor] = session.run_pullback(
+        gradients: Tensors = session.run_pullback(
             pullback,
             int(handle),
             placed,
@@ -115,7 +119,7 @@ def _handle(session: Session, residual: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.int64)
 
 
-def _refuse_sharded(program: AnyProgram, inputs: Sequence[Any]) -> None:
+def _refuse_sharded(program: AnyProgram, inputs: Values) -> None:
     """Raise StructureError for a DTensor: its memory holds this rank's shard."""
     sharding = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
     if sharding is None:
@@ -130,7 +134,7 @@ def _refuse_sharded(program: AnyProgram, inputs: Sequence[Any]) -> None:
             )
 
 
-def _as_tensors(inputs: Sequence[Any]) -> list[Tensor]:
+def _as_tensors(inputs: Values) -> list[Tensor]:
     return [x if isinstance(x, Tensor) else _number_as_tensor(x) for x in inputs]
 
 
@@ -139,16 +143,14 @@ def _number_as_tensor(number: Any) -> Tensor:
     return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
 
 
-def as_values(program: AnyProgram, tensors: Sequence[Tensor]) -> list[Any]:
+def as_values(program: AnyProgram, tensors: Tensors) -> list[Any]:
     """Return an operator's inputs as a run takes them: the Python numbers as such again."""
     if not program.takes_numbers:
         return list(tensors)
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
-def _empty(
-    described: Sequence[Spec], shapes: Sequence[Any], arrays: Sequence[Tensor]
-) -> list[Tensor]:
+def _empty(described: Sequence[Spec], shapes: Values, arrays: Tensors) -> list[Tensor]:
     """Return the outputs of a run of these arrays, without values: on the GPU of the first one
     that is on a GPU."""
     device = next((x.device for x in arrays if x.is_cuda), "cpu")
@@ -177,10 +179,10 @@ _DERIVED = torch.library.Library("torch_jax_bridge_derived", "DEF")
 _TAGS = tuple(filter(None, [getattr(torch.Tag, "cudagraph_unsafe", None)]))
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(schema: str) -> Decorator:
     """Make a function an operator of both libraries."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Function) -> Function:
         for library in (LIBRARY, _DERIVED):
             library.define(schema, tags=_TAGS)
             library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
@@ -189,10 +191,10 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _fake(name: str) -> Decorator:
     """Make a function what an operator of both libraries does with tensors that have types only."""
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+    def register(function: Function) -> Function:
         for library in (LIBRARY, _DERIVED):
             torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
         return function
@@ -201,7 +203,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @_operator("run(Tensor[] arrays, int program) -> Tensor[]")
-def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+def _run_operator(arrays: Tensors, program: int) -> list[Tensor]:
     """Run a program; if it keeps a residual, the last output is the residual's handle."""
     member = member_for(pinned(program), arrays)
     inputs = as_values(member, arrays)
@@ -212,7 +214,7 @@ def _run_operator(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
 
 
 @_fake("run")
-def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
+def _(arrays: Tensors, program: int) -> list[Tensor]:
     named = pinned(program)
     handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if named.keeps_residual else []
     return _empty(named.outputs, output_shapes(named, arrays), arrays) + handle
@@ -224,11 +226,11 @@ def _(arrays: Sequence[Tensor], program: int) -> list[Tensor]:
 )
 def _pull_back_operator(
     handle: Tensor,
-    arrays: Sequence[Tensor],
+    arrays: Tensors,
     program: int,
-    kept: Sequence[int],
-    wrt: Sequence[int],
-    given: Sequence[int],
+    kept: Positions,
+    wrt: Positions,
+    given: Positions,
 ) -> list[Tensor]:
     """Return the cotangents of the inputs `wrt`, from the handle of a run's residual; see
     pull_back."""
@@ -242,11 +244,11 @@ def _pull_back_operator(
 @_fake("pull_back")
 def _(
     handle: Tensor,
-    arrays: Sequence[Tensor],
+    arrays: Tensors,
     program: int,
-    kept: Sequence[int],
-    wrt: Sequence[int],
-    given: Sequence[int],
+    kept: Positions,
+    wrt: Positions,
+    given: Positions,
 ) -> list[Tensor]:
     inputs = pinned(program).inputs
     shapes = [tuple(arrays[i].shape) for i in wrt]

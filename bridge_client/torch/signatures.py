@@ -11,7 +11,7 @@ import optree
 import torch
 from torch import Tensor
 
-from bridge_client.arguments import NUMBERS, Slot, encode
+from bridge_client.arguments import NUMBERS, Args, Kwargs, Slot, encode
 from bridge_client.torch import modes
 from bridge_client.torch.families import Seen, seen
 from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
@@ -21,7 +21,7 @@ from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 ShapeOf = Callable[[Tensor], tuple[Any, ...]]
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[Args, Kwargs]
 Flat = tuple[list[Any], Any]  # leaves and structure
 Signature = tuple[list[Any], list[Any]]  # a key, and the inputs: parameters, a random key, data
 
