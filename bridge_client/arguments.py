@@ -1,4 +1,4 @@
-"""The arguments of a call as the worker is told of them: what is data, and what is static.
+"""The arguments of a call as a message: data, and static values.
 
 Imports no framework.
 """
@@ -17,8 +17,8 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Values = Sequence[Any]  # inputs of a run: tensors or arrays, and Python numbers
 
-# How a Python number travels; in the model it is one again, and takes its type from the other
-# operands.
+# The types of Python numbers in messages. In the model they are numbers again, whose type follows
+# the other operands.
 NUMBERS: Mapping[type, Spec] = {
     int: Spec(BY_NAME["int64"], (), weak=True),
     float: Spec(BY_NAME["float64"], (), weak=True),
@@ -38,11 +38,11 @@ def encode(
     *,
     expand: trees.Expand = trees.expand_dataclass,
 ) -> tuple[pb.Tree, list[int]]:
-    """Return the tree of (args, kwargs), in which slots stand for data, and the slots' leaves in
-    the tree's order.
+    """Return the tree of (args, kwargs), with slots for data, and the slots' leaves in the tree's
+    order.
 
     Raises:
-      StructureError: something in them can neither be sent nor be static.
+      StructureError: a value can neither be sent nor be static.
     """
     encoded_args, first = trees.encode(arguments[0], _is_slot, classes, expand=expand, root="args")
     encoded_kwargs, second = trees.encode(
@@ -58,8 +58,7 @@ def marked_static(
     static: Collection[str],
     marked: Callable[[Any, bool], Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with each leaf replaced by whether the argument that it belongs to is
-    named as static.
+    """Return the arguments with each leaf replaced by whether its argument is named as static.
 
     `names` are those of the positional arguments; `marked(tree, mark)` replaces each leaf of a
     pytree.
@@ -72,7 +71,7 @@ def marked_static(
 
 
 def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the names that an option was given: one, or several different ones.
+    """Return an option's names: one, or several different ones.
 
     Raises:
       CallerError: it is something else.

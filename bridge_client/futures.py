@@ -1,4 +1,4 @@
-"""Futures of calls: several gathered, and one that is there already. Imports no framework."""
+"""Futures of calls: waits for several, and makes completed ones. Imports no framework."""
 
 from collections.abc import Callable
 from concurrent.futures import ALL_COMPLETED, Future, wait
@@ -13,10 +13,10 @@ def gather(*futures: Future[Any], timeout_s: float | None = None) -> list[Any]:
     """Wait until every call has ended; return their results in order, or raise the first error
     among them.
 
-    So after an error no call is still under way that uses what the caller may now change or close.
+    So after an error no call is still using things that the caller may now change or close.
 
     Raises:
-      CallTimeout: some had not ended within `timeout_s` seconds; those that had not begun are
+      CallTimeout: some calls had not ended within `timeout_s` seconds; calls that had not begun are
         cancelled.
     """
     pending = wait(futures, timeout_s, ALL_COMPLETED).not_done

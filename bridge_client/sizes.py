@@ -1,4 +1,4 @@
-"""Sizes that depend on others: what a worker says of the shapes of a call's outputs.
+"""Formulas of symbolic sizes, as a worker sends them for the shapes of a call's outputs.
 
 Imports no framework.
 """
@@ -10,8 +10,7 @@ from typing import Any
 
 from bridge_wire.errors import ProtocolError
 
-# Returns a size from the sizes that have names; these may be of any type that computes, such as
-# torch's symbolic ones.
+# Returns a size from named sizes of any type that computes, such as torch's symbolic ones.
 Formula = Callable[[Mapping[str, Any]], Any]
 
 _LONGEST = 10_000
@@ -25,12 +24,12 @@ _OPERATORS: Mapping[type, Callable[..., Any]] = {
 
 
 def formula(text: str, functions: Mapping[str, Callable[[Any, Any], Any]]) -> Formula:
-    """Return the function that an expression of the protocol's `Shape` stands for.
+    """Return the function of an expression of the protocol's `Shape`.
 
     Args:
-      functions: what `max` and `min` are of sizes of these types.
+      functions: `max` and `min` for sizes of these types.
     Raises:
-      ProtocolError: it is no such expression.
+      ProtocolError: the text is no such expression.
     """
     known = {"floordiv": operator.floordiv, "mod": operator.mod, **functions}
     try:

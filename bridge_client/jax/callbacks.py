@@ -1,7 +1,9 @@
-"""Runs within compiled code: as callbacks, by whichever kind of callback there is.
+"""Runs within compiled code, as callbacks of three kinds: on XLA's host buffers, on its GPU
+buffers,
+and on copies.
 
-No jax function is called while a callback runs: that could wait for the very computation which
-waits for the callback.
+A callback never calls a jax function: that could wait for the computation that waits for the
+callback.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ if HAS_BUFFERS:
 
 
 def call_back_on_buffers(action: Action, *values: Any) -> Values:
-    """Return what an action makes of traced values, by a callback that sees XLA's own buffers."""
+    """Return an action's outputs for traced values, by a callback on XLA's own buffers."""
     results = action.result_types
     if not results:
         return []
@@ -43,19 +45,20 @@ def call_back_on_buffers(action: Action, *values: Any) -> Values:
             return
         raise crossing
 
-    # XLA leaves out what makes empty arrays only; but the model may raise, or return another shape
-    # now.
+    # XLA drops callbacks whose outputs are all empty; but the model may raise, or return another
+    # shape now.
     is_empty = not any(result.size for result in results)
     return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
 
 
 def call_back_on_gpu(action: Action, *values: Any) -> Values:
-    """Return what an action makes of traced values on a GPU, by a callback that sees XLA's own
-    buffers there.
+    """Return an action's outputs for traced values on a GPU, by a callback on XLA's own buffers
+    there.
 
-    It puts everything on XLA's stream and waits for nothing, but for what a host has to read:
+    The callback puts everything on XLA's stream. It waits only for values that a host has to read:
     handles of residuals, Python numbers, and the range of integers that jax must hold in fewer
-    bits. Where the worker's GPU is another one, or shares no memory, all goes through the host.
+    bits.
+    If the worker's GPU is another one, or shares no memory, everything goes through the host.
     """
     results = action.result_types
     if not results:
@@ -91,8 +94,10 @@ def _sources_in(
     pointers: Sequence[int],
     passed: Sequence[tuple[np.dtype, tuple[int, ...]]],
 ) -> list[Source]:
-    """Return a callback's inputs on a GPU; on the host what is read there, and everything if the
-    run is the host's."""
+    """Return a callback's inputs on a GPU. Inputs that a host reads are copied to the host; if the
+    run
+    is the host's, all are.
+    """
     sources: list[Source] = []
     for_host: list[int] = []
     for i, (pointer, (dtype, _)) in enumerate(zip(pointers, passed, strict=True)):
@@ -110,11 +115,11 @@ def _sources_in(
 
 
 def _deliver(gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequence[int]) -> None:
-    """Put the outputs of a run where XLA wants them on a GPU."""
+    """Copy the outputs of a run into XLA's buffers on a GPU."""
     for block, pointer in zip(blocks, pointers, strict=True):
         if block.nbytes:
             gpu.copy(pointer, block.pointer, block.nbytes)
-    if gpu.pool is None:  # the blocks are the host's, and may be used again at once
+    if gpu.pool is None:  # the blocks are the host's, and may be reused at once
         gpu.device.synchronize(gpu.stream)
         action.session.note_staged(sum(block.nbytes for block in blocks))
 
@@ -145,21 +150,22 @@ def _check_ranges(action: Action, arrays: Values, dtypes: Sequence[np.dtype]) ->
 
 
 def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a callback whose exceptions get through XLA with their types."""
+    """Return a callback whose exceptions cross XLA with their types."""
 
     def called(*arguments: Any) -> Any:
         try:
             return callback(*arguments)
         except (Exception, KeyboardInterrupt) as error:
             crossing = named(error)
-        raise crossing  # not from within the handler, whose exception holds the frames of the call
+        raise crossing  # outside of the handler, whose exception holds the frames of the call
 
     return called
 
 
 def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Values:
-    """Return what an action makes of traced values, by a callback that sees copies on the host:
-    `is_staged` says that they are of memory on a GPU.
+    """Return an action's outputs for traced values, by a callback on copies on the host;
+    `is_staged` if
+    these are copies of memory on a GPU.
     """
     results = action.result_types
     if not results:

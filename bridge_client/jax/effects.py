@@ -1,12 +1,12 @@
-"""What jax is told of a run: that it may fail, and nothing else.
+"""The effect of a run: it may fail.
 
-jax calls compiled code that it takes for pure without any Python in between, and an error then
-comes out as a ValueError of mere text. Code with an effect is called from Python, where errors have
+jax calls compiled code without effects directly, with no Python in between, and an error then
+becomes a ValueError that is only text. Code with an effect is called from Python, where errors have
 types (bridge_client.jax.errors). That costs 45 us per call of the compiled code (measured 2026-11,
-2 cores), however many runs are in it.
+2 cores), however many runs the code contains.
 
-In every other way a run is pure: it may be left out, repeated, and moved. So each of jax's lists of
-what an effect forbids gets to know this one as harmless.
+Apart from that a run is pure: jax may leave it out, repeat it, and move it. So this effect is
+registered as harmless in each of jax's lists of forbidden effects.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ except ImportError:  # then errors are texts, and calls faster
 else:
 
     class MayFail(effects.Effect):
-        """A run may raise."""
+        """The effect: a run may raise."""
 
         def __str__(self) -> str:
             return "MayFail"

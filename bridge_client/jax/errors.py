@@ -1,10 +1,10 @@
-"""How an exception gets through compiled code with its type.
+"""Exceptions that pass through compiled code and keep their types.
 
-XLA knows texts only: whatever a callback raises comes out as a JaxRuntimeError whose message quotes
-it. So the callback leaves the exception here under a number that the message names, and
-JaxRuntimeError, when jax makes one with such a message, becomes an instance that is the exception's
-type too: `except RemoteModelError` and `except JaxRuntimeError` both catch it. So does Ctrl-C while
-a call in compiled code is under way.
+XLA knows texts only: an exception in a callback becomes a JaxRuntimeError whose message quotes it.
+So the callback stores the exception here, under a number that the message contains. When jax makes
+a JaxRuntimeError with this message, it gets an instance that is of the exception's type too:
+`except RemoteModelError` and `except JaxRuntimeError` both catch it. Ctrl-C during a call in
+compiled code passes in the same way.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ _lock = threading.Lock()
 
 
 class Crossing(Exception):
-    """Names an exception to XLA."""
+    """A reference to a stored exception, in a form that XLA quotes."""
 
 
 def named(error: BaseException) -> Crossing:
-    """Return what a callback must raise for this exception to come out of the compiled code."""
+    """Store an exception; return the exception that a callback must raise in its place."""
     known = error if isinstance(error, BridgeError | KeyboardInterrupt) else unexpected(error)
     number = next(_numbers)
-    # Without its frames, and those of what led to it, which hold the call's memory.
+    # Without its frames and those of its causes, which hold the call's memory.
     known.__cause__ = known.__context__ = None
     with _lock:
         _pending[number] = known.with_traceback(None)
@@ -67,7 +67,7 @@ def _kind(cls: Any) -> Any:
     """Return the type of errors of this class that come out of compiled code."""
 
     def init(self: Any, *args: Any) -> None:
-        # jax calls this with XLA's message; what the error says it has been given already.
+        # jax calls this with XLA's message; the error already has its own arguments.
         JaxRuntimeError.__init__(self, str(self.args[0]) if self.args else "")
 
     return type(
@@ -78,7 +78,7 @@ def _kind(cls: Any) -> Any:
 
 
 _plain_new = JaxRuntimeError.__new__
-# Where jax forbids it, the text of the exception, with the remote traceback, is still in the
-# message.
+# If jax forbids the assignment, the message still has the text of the exception, with the remote
+# traceback.
 with contextlib.suppress(TypeError, AttributeError):
     JaxRuntimeError.__new__ = _new

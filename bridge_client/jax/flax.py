@@ -12,9 +12,10 @@ from bridge_client.jax.function import RemoteTorchFunction
 class LinenModule(linen.Module):
     """A remote torch module as a flax.linen module.
 
-    Its parameters begin as the worker's and are named as there, in the collection `params`; its
-    buffers are in `batch_stats`, and follow the model's where that collection is mutable. Random
-    numbers come from the stream `rng`, if the caller passes one.
+    Its parameters begin as the worker's and have the same names, in the collection `params`. Its
+    buffers are in `batch_stats`, and follow the model's if that collection is mutable. Random
+    numbers
+    come from the stream `rng`, if the caller passes one.
 
     Attributes:
       function: the remote module.
@@ -93,8 +94,10 @@ def _applied(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
-    """Call the function; return its result and the buffers' new values, if they may change and
-    there are any."""
+    """Call the function; return its result and the buffers' new values, if there are buffers that
+    may
+    change.
+    """
     if is_mutable and buffers:
         return function.apply(params, *args, buffers=buffers, mutable=True, rng=rng, **kwargs)
     return function.apply(params, *args, buffers=buffers, rng=rng, **kwargs), {}

@@ -50,27 +50,27 @@ _Results = tuple[Any, dict[str, Any]]  # a call's result, and the new values of 
 class RemoteTorchFunction:
     """A torch function or module that runs in a worker process, as a differentiable JAX function.
 
-    Call it with pytrees of arrays and Python numbers, inside or outside of jit, grad, vmap and all
-    the rest; strings, bools and None are static, and so is what `static_argnames` names. Results
-    have the model's dtypes. Where jax runs without x64, int32 arrays go to a torch model as int64,
-    and its int64 results come as int32, if they fit.
+    Call it with pytrees of arrays and Python numbers, inside or outside of jit, grad, vmap and the
+    other transformations. Strings, bools, None and the arguments in `static_argnames` are static.
+    Results have the model's dtypes. Where jax runs without x64, int32 arrays go to a torch model as
+    int64, and its int64 results come as int32, if they fit.
 
     Args:
       target: a worker's address, a Session, or a torch function or module, which then runs in this
         process.
-      name: which of the worker's models; needed only where it hosts several.
-      parameters: whose parameters a plain call uses: "worker" has them stay there, "client" passes
-        `params` and `buffers` of this object, as every call does once either has been assigned.
-        `apply` is always given them.
+      name: one of the worker's models; needed only if it hosts several.
+      parameters: whose parameters a plain call uses. "worker": the worker's; they stay there.
+        "client": `params` and `buffers` of this object, as in every call after either was assigned.
+        `apply` always takes them as arguments.
       static_argnames: arguments whose numbers are part of the program instead of its data.
       timeout_s: seconds for each call; None takes the session's.
-      in_specs: how the arguments are spread over a mesh, as in `jax.shard_map`: one PartitionSpec
+      in_specs: how the arguments are sharded over a mesh, as in `jax.shard_map`: one PartitionSpec
         for each positional argument, or one for all. Then each shard makes a call of its own, and
-        nothing is gathered. Keyword arguments and parameters are the same on all of them.
+        nothing is gathered. Keyword arguments and parameters are the same on all shards.
       out_specs: likewise for the result.
     Raises:
       WorkerUnavailable: no worker answers.
-      TargetError: the target is nothing that can be served.
+      TargetError: the target cannot be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
     """
 
@@ -88,14 +88,12 @@ class RemoteTorchFunction:
         if parameters not in ("client", "worker"):
             raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
         if (in_specs is None) != (out_specs is None):
-            raise CallerError(
-                "in_specs and out_specs come together: what is spread must be told of both sides"
-            )
+            raise CallerError("only one of in_specs and out_specs is given; pass both, or neither")
         sharding.check_declared(in_specs, out_specs)
         self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)
-        self.__name__ = self._model.name  # by which jax calls what it compiles of it
+        self.__name__ = self._model.name  # the name that jax gives to compiled code
         self._passes_parameters = parameters == "client"
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._in_specs = in_specs
@@ -106,8 +104,8 @@ class RemoteTorchFunction:
 
     @property
     def params(self) -> dict[str, jax.Array]:
-        """The trainable parameters by their names in the model, as the worker has them; they
-        live in its memory."""
+        """The trainable parameters by their names in the model, as the worker has them, in its
+        memory."""
         return self._own("params")
 
     @params.setter
@@ -116,8 +114,7 @@ class RemoteTorchFunction:
 
     @property
     def buffers(self) -> dict[str, jax.Array]:
-        """What the model keeps besides its parameters, such as the statistics of a BatchNorm, by
-        name."""
+        """The model's other state, such as the statistics of a BatchNorm, by name."""
         return self._own("buffers")
 
     @buffers.setter
@@ -128,9 +125,9 @@ class RemoteTorchFunction:
         """Call the model.
 
         Raises:
-          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was.
+          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was sent.
           RemoteModelError: the model raised; with the remote traceback.
-          WorkerDied: the worker died during the call; the next one reconnects.
+          WorkerDied: the worker died during the call; the next call reconnects.
           CallTimeout: no answer within the time allowed.
         """
         own = list(self._all().values()) if self._passes_parameters else None
@@ -152,9 +149,8 @@ class RemoteTorchFunction:
         Args:
           params: an array for each name in `self.params`.
           buffers: an array for each name in `self.buffers`; None takes those.
-          mutable: whether to return (result, new buffers), as the call has left them.
-          rng: a jax key, from which the model's random numbers follow; None leaves them to the
-            worker.
+          mutable: whether to return (result, buffers), with the buffers' values after the call.
+          rng: a jax key for the model's random numbers; None takes the worker's own numbers.
         Raises:
           StructureError: a name is missing or unknown. Otherwise as a plain call.
         """
@@ -232,7 +228,7 @@ class RemoteTorchFunction:
     # Calls ----------------------------------------------------------------------------------------
 
     def _anywhere(self, options: "_CallOptions", args: Args, kwargs: Kwargs) -> _Results:
-        """Call as one, or once per shard where specs were declared and there is a mesh."""
+        """Make one call, or one per shard if specs were declared and there is a mesh."""
         leaves, structure, statics = self._flatten(args, kwargs)
         if self._in_specs is not None:
             arrays = [leaves[i] for i in _arrays_among(leaves, statics)]
@@ -316,11 +312,11 @@ class RemoteTorchFunction:
         return result, dict(zip(call.buffers, outputs[count:], strict=True))
 
     def _flatten(self, args: Args, kwargs: Kwargs) -> tuple[list[Any], Any, frozenset[int]]:
-        """Return the leaves of a call's arguments, those that are data as arrays, and which of
-        them are static."""
+        """Return the leaves of a call's arguments, with data as arrays; the structure; the static
+        leaves."""
         leaves, structure = flatten((args, kwargs))
         if any(register_if_dataclass(type(leaf)) for leaf in leaves):
-            return self._flatten(args, kwargs)  # those leaves have become nodes
+            return self._flatten(args, kwargs)  # those leaves are nodes now
         statics = {i for i, leaf in enumerate(leaves) if isinstance(leaf, bool | str)}
         if self._static_argnames:
             statics |= self._static_leaves(args, kwargs)
@@ -360,15 +356,15 @@ class RemoteTorchFunction:
         )
 
     def _as_parameter(self, value: Any, info: ParameterInfo) -> Any:
-        """Return a parameter as an array of jax; a Python number takes the type that the model's
-        has."""
+        """Return a parameter as an array of jax; a Python number takes the dtype of the model's
+        parameter."""
         leaf = self._as_leaf(value, lambda: info.path)
         if type(leaf) not in NUMBERS:
             return leaf
         return jnp.asarray(leaf, dtype_of(info.spec, _label_of(info.path)))
 
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
-        """Return which leaves belong to static arguments."""
+        """Return the leaves of static arguments."""
         marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         is_static = enumerate(jax.tree.leaves(marks))
         return frozenset(i for i, mark in is_static if mark)
@@ -380,7 +376,7 @@ class RemoteTorchFunction:
         structure: Any,
         statics: frozenset[int],
     ) -> "_Call":
-        """Describe a call of a signature that is new here, and have it prepared."""
+        """Describe a call with a new signature, and prepare its program."""
         slotted = [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
         tree = jax.tree.unflatten(structure, slotted)
         arguments, slots = encode(tree, self._classes, expand=expand)
@@ -418,7 +414,7 @@ class RemoteTorchFunction:
 
 
 class _CallOptions(NamedTuple):
-    """How a call is made, besides its arguments."""
+    """A call apart from its arguments: parameters, random key, and whether buffers change."""
 
     own: Values | None  # the parameters and buffers; None: the worker's
     key: Any  # the words of a random key, or None
@@ -434,8 +430,10 @@ class _CallOptions(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What a signature needs: the program, its inputs' order, and the way from its outputs to
-    the result."""
+    """A prepared signature: the program, the order of its inputs, and the function from its outputs
+    to
+    the result.
+    """
 
     program: Program
     order: Sequence[int]
@@ -469,10 +467,10 @@ def _check_integer(value: int, path: Callable[[], str]) -> None:
 
 
 def _key_words(rng: Any) -> Any:
-    """Return a key's words, folded to as many as travel.
+    """Return a key's words, folded to as many as are sent.
 
     Raises:
-      StructureError: it is no single key.
+      StructureError: it is not a single key.
     """
     try:
         words = jax.random.key_data(rng) if _is_key(rng) else jnp.asarray(rng)

@@ -1,9 +1,9 @@
-"""Arrays on a GPU: how they are read, made and waited for. All that knows XLA's streams is here.
+"""Arrays on a GPU: reading, making and waiting for them. The only module that knows XLA's streams.
 
-XLA's computations on a GPU come one after the other on one stream, and XLA lets go of memory, also
-of others', in the order of that stream: a computation may still be about to read it. So everything
-is done on XLA's own stream. There, a copy finds what was computed before, a block serves again
-after its last reader, and no host waits.
+XLA runs its computations on a GPU one after the other on one stream, and releases memory, also
+other owners' memory, in the order of that stream: a computation may be about to read it. So
+everything here is done on XLA's own stream. There, a copy finds the results of earlier
+computations, a block is reused after its last reader, and no host waits.
 """
 
 import functools
@@ -31,15 +31,17 @@ else:
     HAS_BUFFERS = True
 
 
-# XLA's source of jax 0.11 writes into imported memory that is donated: that is the array's own as
-# long as nobody else refers to it. Before, LOG(FATAL) was on the way ("ForeignRawSEDeviceMemory
+# From jax 0.11 on, XLA writes into imported memory that is donated: that is the array's own as long
+# as nobody else refers to it. Before, that path ended in LOG(FATAL) ("ForeignRawSEDeviceMemory
 # cannot be donated").
 DONATION_ENDS_PROCESS = jax.__version_info__ < (0, 11)
 
 
 class OnGpu(NamedTuple):
-    """XLA's stream on a GPU, and the memory there that is shared with the worker; None: its
-    models run elsewhere."""
+    """XLA's stream on a GPU, and the memory there that is shared with the worker; None if its
+    models
+    run elsewhere.
+    """
 
     device: Device
     stream: int
@@ -47,7 +49,7 @@ class OnGpu(NamedTuple):
 
     def lease(self, nbytes: int) -> Block:
         """Return a block for use on the stream."""
-        assert self.pool is not None, "only what runs on the GPU has memory there"
+        assert self.pool is not None, "only a run on the GPU has memory there"
         return self.pool.lease(nbytes, self.stream)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
@@ -57,8 +59,10 @@ class OnGpu(NamedTuple):
     def to_host(
         self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Values
     ) -> list[np.ndarray]:
-        """Return what will lie at some places on the GPU once the stream comes to this; the one
-        wait of the host."""
+        """Return the values at some places on the GPU, at this point of the stream. The only wait
+        of the
+        host.
+        """
         arrays = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
         for array, pointer in zip(arrays, pointers, strict=True):
             if array.nbytes:
@@ -71,44 +75,44 @@ class OnGpu(NamedTuple):
         return isinstance(value, jax.Array) and ordinal_of(value) == self.device.gpu.ordinal
 
     def pointer_of(self, array: jax.Array) -> int:
-        """Return where an array lies; what comes on the stream finds its value there."""
+        """Return an array's address; later work on the stream finds its value there."""
         array.__dlpack__(stream=self.stream)  # type: ignore[call-arg]
         return array.unsafe_buffer_pointer()
 
     def array_over(self, block: Block, spec: Spec) -> jax.Array:
-        """Return the array over a block whose value is there for what comes on the stream."""
+        """Return the array over a block that has its value for later work on the stream."""
         return jax.dlpack.from_dlpack(
             DeviceExporter(block.pointer, spec, block, self.device.dlpack_device, self._let_wait)
         )
 
     def keep_from_donation(self, array: jax.Array) -> None:
-        """Have an array over a block never be donated where XLA would end the process rather than
-        take memory not its own.
+        """Prevent the donation of an array over a block, where XLA would end the process instead of
+        taking
+        memory that it does not own.
         """
         if DONATION_ENDS_PROCESS:
             weakref.finalize(array, _let_go, self.reference_to(array)).atexit = False
 
     def reference_to(self, array: jax.Array) -> Any:
-        """Return a reference to an array's memory: XLA donates no array whose memory somebody
-        else refers to."""
-        # By another object than the array itself, which it must not keep alive.
+        """Return a reference to an array's memory: XLA does not donate memory with another
+        reference."""
+        # By an object other than the array itself, which the reference must not keep alive.
         return array.addressable_data(0).__dlpack__(stream=self.stream)  # type: ignore[call-arg]
 
     def _let_wait(self, stream: int | None) -> None:
         if stream is None:
             self.device.synchronize(self.stream)
         elif stream != self.stream:
-            assert self.pool is not None, "only what runs on the GPU leaves blocks there"
+            assert self.pool is not None, "only a run on the GPU leaves blocks there"
             self.pool.let_wait(stream, self.stream)
 
 
 def _let_go(reference: Any) -> None:
-    """A reference has been dropped."""
+    """Do nothing: the argument was the last reference."""
 
 
 def gpu_for(session: Session, values: Values) -> OnGpu | None:
-    """Return where a run on concrete arrays takes place, if one of them is on the worker's GPU;
-    else None."""
+    """Return the GPU of a run on these arrays if one is on the worker's GPU; else None."""
     ordinals = {ordinal_of(value): value for value in values if isinstance(value, jax.Array)}
     ordinals.pop(None, None)
     pool = session.gpu_pool() if ordinals and HAS_BUFFERS else None
@@ -119,7 +123,7 @@ def gpu_for(session: Session, values: Values) -> OnGpu | None:
 
 
 def gpu_of_callback(session: Session, context: Any, buffers: Values) -> OnGpu:
-    """Return where a callback's buffers lie, which must not be none."""
+    """Return the GPU of a callback's buffers; there must be at least one buffer."""
     _, ordinal = buffers[0].__dlpack_device__()
     pool = session.gpu_pool()
     if pool is not None and pool.device.gpu.ordinal == ordinal:
@@ -128,8 +132,7 @@ def gpu_of_callback(session: Session, context: Any, buffers: Values) -> OnGpu:
 
 
 def ordinal_of(array: jax.Array) -> int | None:
-    """Return the number, in this process, of the GPU in whose memory an array lies, as a whole;
-    else None."""
+    """Return this process's number of the GPU that holds a whole array; else None."""
     devices = array.devices()
     device = next(iter(devices))
     if (
@@ -143,7 +146,7 @@ def ordinal_of(array: jax.Array) -> int | None:
 
 @functools.cache
 def stream_of(device: jax.Device) -> int:
-    """Return XLA's stream on a GPU, which only a callback is told."""
+    """Return XLA's stream on a GPU, which XLA tells callbacks only."""
     found: list[int] = []
     called = buffer_callback(
         lambda context, _, x: found.append(stream_of_callback(context)),
@@ -161,15 +164,16 @@ def stream_of_callback(context: Any) -> int:
 
 
 def is_committed(values: Values) -> bool:
-    """Whether jax may not move what is made of these values to the device of others."""
+    """Whether jax must keep results of these values on their device."""
     return any(
         isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values
     )
 
 
 def uncommitted(array: jax.Array) -> jax.Array:
-    """Return an array that jax may move to the device of others, if there are any; what is
-    imported never is."""
+    """Return an array that jax may move to the device of other arrays, if there are any; jax never
+    moves imported arrays.
+    """
     if jax.local_device_count() == 1:
         return array
     try:

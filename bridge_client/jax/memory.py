@@ -1,7 +1,7 @@
-"""Arrays and the session's memory: placed in it as inputs, made of it as outputs.
+"""Arrays and the session's memory: inputs placed in it, outputs made of it.
 
-What callbacks use calls no jax function: that could wait for the very computation which waits for
-the callback.
+Code for callbacks calls no jax function: that could wait for the computation that waits for the
+callback.
 """
 
 import functools
@@ -36,10 +36,10 @@ class Source(NamedTuple):
     pointer: int
     dtype: np.dtype
     owner: Any = None
-    gpu: OnGpu | None = None  # whose memory it is; None: the host's
+    gpu: OnGpu | None = None  # the GPU with this memory; None: the host
 
 
-# The blocks that arrays lie in: of an input, a callback learns no more than where it is.
+# The blocks of arrays by address: a callback learns an input's address only.
 _blocks: weakref.WeakValueDictionary[int, Block] = weakref.WeakValueDictionary()
 
 
@@ -53,8 +53,8 @@ class _InSlab(NamedTuple):
 def place(
     program: Program, sources: Sequence[Source], *, lasting: bool = False
 ) -> tuple[list[Placed], int]:
-    """Return each input in the session's memory, as the program wants it, and the bytes that had to
-    be copied.
+    """Return each input in the session's memory, in the program's types, and the number of bytes
+    copied.
 
     `lasting`: the inputs must outlive the call, since a residual may alias them.
     """
@@ -93,19 +93,19 @@ def place(
 def _placed_on(
     gpu: OnGpu, pointer: int, nbytes: int, owner: Any, lasting: bool
 ) -> tuple[Placed, int]:
-    """Return an input on the GPU in the memory that is shared there, and the bytes that had to
-    be copied."""
-    assert gpu.pool is not None, "what else lies on a GPU is brought to the host"
+    """Return an input on the GPU in the shared memory there, and the number of bytes copied."""
+    assert gpu.pool is not None, "inputs on other GPUs are brought to the host"
     address = gpu.pool.address_of(pointer, nbytes) if nbytes else None
     if address is not None:
         block = _blocks.get(pointer, owner)
         if not lasting:
             return _InSlab(address, block), 0
-        # XLA must not write into what the residual aliases: it would, if the array is donated while
-        # nobody refers to its memory, and within compiled code nobody can.
+        # XLA must not write into memory that the residual aliases. It would if the array were
+        # donated while nobody refers to its memory, and within compiled code nobody can refer to
+        # it.
         if owner is not None:
             return _InSlab(address, (block, gpu.reference_to(owner))), 0
-        if block is not None and DONATION_ENDS_PROCESS:  # and so never is
+        if block is not None and DONATION_ENDS_PROCESS:  # so it is never donated
             return _InSlab(address, block), 0
     block = gpu.lease(nbytes)
     if nbytes:
@@ -124,8 +124,9 @@ def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -
 
 
 def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
-    """Return where the elements of a concrete array, or of a Python number, lie: those of an array
-    on this GPU are left there, all others brought to the host.
+    """Return the memory of a concrete array or a Python number. Arrays on this GPU stay there;
+    others
+    are brought to the host.
     """
     if gpu is not None and gpu.holds(value) and _is_row_major(value):
         return Source(gpu.pointer_of(value), value.dtype, value, gpu)
@@ -138,14 +139,15 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
 
 
 def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = None) -> jax.Array:
-    """Return the array over the block, whose lease ends with it, where an array belongs on the
-    host: always if that is the only device, and else if it is its home.
+    """Return the array over the block, whose lease ends with it. That is on the host, if the host
+    is the
+    only device or `home`.
 
-    It is a copy on any other device, and where jax can only hold a narrower type.
+    On any other device, or if jax has only a narrower type, return a copy.
     """
     dtype = dtype_of(spec, label)
-    # An imported array is committed to its device; beside others, that would forbid it to be used
-    # with their arrays.
+    # An imported array is committed to its device; beside other devices, jax would then refuse to
+    # combine it with their arrays.
     is_imported = (
         block.nbytes
         and dtype == JAX_DTYPES[spec.dtype]
@@ -164,7 +166,7 @@ def from_block_on(
 ) -> jax.Array:
     """Return the array over a block on the GPU, whose lease ends with it.
 
-    It is a copy there where jax has only a narrower type, whose range the host has then checked.
+    If jax has only a narrower type, return a copy there, after the host has checked its range.
     """
     dtype, wide = dtype_of(spec, label), JAX_DTYPES[spec.dtype]
     if not block.nbytes or not is_importable(wide):
@@ -180,7 +182,7 @@ def from_block_on(
 
 
 def home_of(inputs: Values) -> jax.Device | None:
-    """Return the device that an input is committed to, where outputs belong; None if none is."""
+    """Return the device that an input is committed to, where outputs belong; else None."""
     for value in inputs:
         if (
             isinstance(value, jax.Array)
@@ -192,9 +194,9 @@ def home_of(inputs: Values) -> jax.Device | None:
 
 
 def dtype_of(spec: Spec, label: str) -> np.dtype:
-    """Return the dtype that an array of the spec has in jax.
+    """Return the dtype of arrays of the spec in jax.
 
-    Integers are 32-bit ones where jax has no others, if they fit.
+    Integers are 32-bit if jax has no wider ones, provided their values fit.
 
     Raises:
       DTypeError: jax can hold it only with less precision.
@@ -213,10 +215,11 @@ def dtype_of(spec: Spec, label: str) -> np.dtype:
 def spec_of(
     shape: Sequence[int], dtype: np.dtype, path: str, framework: str, worker_x64: bool
 ) -> Spec:
-    """Return the type that an array has on the worker.
+    """Return the type of an array on the worker.
 
-    Without x64, jax has no integers but 32-bit ones; in torch, code expects 64-bit ones, labels and
-    indices above all. So an int32 goes to a torch model as an int64 then.
+    Without x64, jax has 32-bit integers only; torch code expects 64-bit ones, for labels and
+    indices
+    above all. So an int32 goes to a torch model as an int64 then.
 
     Raises:
       DTypeError: the worker cannot hold it without loss.
@@ -246,11 +249,11 @@ def spec_of(
 
 
 def as_array(leaf: Any, path: str) -> jax.Array:
-    """Return an array of another library as one of jax.
+    """Return an array of another library as an array of jax.
 
     Raises:
       DTypeError: jax runs without x64 and would lose precision, or an integer.
-      TypeError: it is no array, or one that jax has nothing like.
+      TypeError: it is no array, or jax has no such dtype.
     """
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError("its mask would be lost; fill it with .filled(...)")
@@ -286,7 +289,7 @@ def has_one_cpu() -> bool:
 
 @functools.cache
 def has_cpu() -> bool:
-    """Whether jax has a backend for the host, which JAX_PLATFORMS=cuda leaves out."""
+    """Whether jax has a backend for the host; with JAX_PLATFORMS=cuda it has none."""
     try:
         return bool(jax.local_devices(backend="cpu"))
     except RuntimeError:
@@ -314,9 +317,9 @@ def _is_row_major(array: Any) -> bool:
 
 @functools.cache
 def is_importable(dtype: np.dtype) -> bool:
-    """Whether jax takes arrays of the dtype through DLPack."""
+    """Whether jax imports arrays of the dtype through DLPack."""
     memory = np.zeros(64, np.uint8)
-    if not has_cpu():  # there is none to try it with: DLPack has a code for each of them
+    if not has_cpu():  # no backend to try it with: DLPack has a code for each dtype
         return True
     try:
         jax.dlpack.from_dlpack(Exporter(memory.ctypes.data, Spec(DTYPES[dtype], (1,)), memory))
@@ -341,10 +344,10 @@ def _of_block(block: Block, spec: Spec) -> np.ndarray:
 
 
 class _Memory:
-    """Memory as NumPy wants it described. Its lifetime is the caller's business."""
+    """Memory in the form of NumPy's array interface. The caller keeps it alive."""
 
     def __init__(self, pointer: int, dtype: np.dtype, shape: Sequence[int]) -> None:
-        # As bytes without a meaning: NumPy's protocol has no name for bfloat16 and its like.
+        # As raw bytes: NumPy's protocol has no name for bfloat16 and similar types.
         typestr = f"|V{dtype.itemsize}"
         self.__array_interface__ = {
             "version": 3,

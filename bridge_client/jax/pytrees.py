@@ -1,4 +1,4 @@
-"""Pytrees of arguments and results. No arrays are touched here."""
+"""Pytrees of arguments and results. This module touches no arrays."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return a pytree's leaves and its structure.
 
     Raises:
-      StructureError: jax cannot take it apart: keys that cannot be sorted, a structure that
-        contains itself.
+      StructureError: jax cannot flatten it: its keys cannot be sorted, or it contains itself.
     """
     try:
         return jax.tree.flatten(tree)
@@ -25,7 +24,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
         TypeError,
         RecursionError,
         SystemError,
-    ) as error:  # the last is how jax passes on another
+    ) as error:  # SystemError is how jax passes on another error
         raise StructureError(
             f"jax cannot take the arguments apart: {error.__cause__ or error}"
         ) from error
@@ -38,8 +37,8 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
 
 
 def register_if_dataclass(cls: type) -> bool:
-    """Make a dataclass that is met for the first time, as a leaf, a pytree node; return whether
-    it is one."""
+    """Make a dataclass that is new here, and so a leaf, a pytree node; return whether it is a
+    dataclass."""
     if not dataclasses.is_dataclass(cls):
         return False
     register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
@@ -47,7 +46,7 @@ def register_if_dataclass(cls: type) -> bool:
 
 
 def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
-    """Make a dataclass a pytree node; static fields travel as values."""
+    """Make a dataclass a pytree node; static fields are sent as values."""
 
     def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
         return [getattr(value, field) for field in fields], trees.attributes_beyond(value, fields)
@@ -67,7 +66,7 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
 
 def expand(value: Any) -> trees.Node | None:
-    """Return what a dataclass, or any other pytree node that jax knows, consists of."""
+    """Return the parts of a dataclass, or of any other pytree node that jax knows."""
     if (node := trees.expand_dataclass(value)) is not None:
         return node
     structure: Any
@@ -85,5 +84,5 @@ def expand(value: Any) -> trees.Node | None:
 
 
 def marked(value: Any, mark: bool) -> Any:
-    """Return the pytree with each of its leaves replaced by the mark."""
+    """Return the pytree with each leaf replaced by the mark."""
     return jax.tree.map(lambda _: mark, value)

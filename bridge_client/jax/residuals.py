@@ -1,9 +1,9 @@
-"""Residuals as JAX sees them: a handle is an array, two words that make up the residual's id.
+"""Residuals in JAX: a handle is an array of two words, the residual's id.
 
-Outside compiled code the handle array owns the residual, which goes with it. Within, nobody tells
-when the last copy of a number is forgotten: there the first pullback takes the residual with it,
-and the oldest of those never asked for are dropped. Whoever comes later, with a handle whose
-residual is gone, recomputes from the inputs.
+Outside compiled code the handle array owns the residual, which is dropped with it. In compiled code
+there is no sign of a number's last copy: there the first pullback drops the residual, and the
+oldest unused residuals are evicted first. A pullback with the handle of a dropped residual
+recomputes from the inputs.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ class _Kept(NamedTuple):
 
 
 class _Words:
-    """Where the handles of residuals lie, each until many more have come: a GPU copies them when
-    it gets to that."""
+    """The memory of handles. Each stays until many more have come, since a GPU copies handles
+    later."""
 
     def __init__(self) -> None:
         self._words = (ctypes.c_uint64 * _MOST_UNCLAIMED)()
@@ -48,7 +48,7 @@ class _Words:
         return block_at(ctypes.addressof(self._words) + HANDLE.nbytes * slot, HANDLE.nbytes, self)
 
     def append(self, address: int) -> None:
-        """A block has died; its memory stays."""
+        """Do nothing: a block has died, and its memory stays."""
 
 
 class Residuals:
@@ -64,7 +64,7 @@ class Residuals:
 
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
-        # By device_put, a transfer that jax.transfer_guard("disallow") takes for intended.
+        # By device_put, a transfer that jax.transfer_guard("disallow") accepts as explicit.
         handle = jax.device_put(
             np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name)
         )
@@ -73,11 +73,12 @@ class Residuals:
         return handle
 
     def leave(self, id: int, program: Program, nbytes: int, max_bytes: int) -> Block:
-        """Keep a residual until it is claimed or too many others came; return its handle, for
-        compiled code to hold.
+        """Keep a residual until it is claimed or evicted; return its handle, for compiled code to
+        hold.
 
-        `nbytes` is the size of the memory here that it keeps from being used otherwise, `max_bytes`
-        all there is.
+        `nbytes` is the size of the memory here that the residual keeps leased, `max_bytes` that of
+        all
+        memory.
         """
         kept = _Kept(program.key, nbytes)
         dropped: list[int] = []
@@ -85,7 +86,7 @@ class Residuals:
             self._unclaimed[id] = kept
             self._unclaimed_nbytes += kept.nbytes
             while len(self._unclaimed) > 1 and (
-                # A quarter of the memory for what may never be asked for.
+                # A quarter of the memory for residuals that may never be used.
                 len(self._unclaimed) > _MOST_UNCLAIMED or self._unclaimed_nbytes > max_bytes // 4
             ):
                 oldest, entry = self._unclaimed.popitem(last=False)
@@ -107,7 +108,7 @@ class Residuals:
         return kept is not None and kept.program != program.key
 
     def claim(self, id: int) -> None:
-        """Let go of a residual whose handle nobody owns: its pullback has run."""
+        """Release a residual whose handle nobody owns: its pullback has run."""
         with self._lock:
             entry = self._unclaimed.pop(id, None)
             if entry is None:
@@ -119,7 +120,7 @@ class Residuals:
         return self._owned.get(id) or self._unclaimed.get(id)
 
     def _disown(self, id: int) -> None:
-        """Let go of a residual whose handle is gone. For finalizers: no lock is taken."""
+        """Release a residual whose handle is gone. For finalizers: takes no lock."""
         if self._owned.pop(id, None) is not None:
             self._drop(id)
 

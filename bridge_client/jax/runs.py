@@ -1,6 +1,6 @@
-"""Runs of programs: what happens in one, and how it is made at once, on concrete arrays.
+"""Runs of programs as actions, and their execution at once, on concrete arrays.
 
-Arrays on the worker's GPU stay there; those on any other travel through the host.
+Arrays on the worker's GPU stay there; arrays on other GPUs go through the host.
 """
 
 import atexit
@@ -47,14 +47,17 @@ from bridge_wire.specs import Spec
 
 @atexit.register
 def _finish() -> None:
-    """Have the calls under way end before their sessions are closed: what is registered later
-    runs earlier."""
-    with contextlib.suppress(Exception):  # who wants a call's error has waited for the call
+    """Wait for the calls under way before their sessions are closed: exit functions run in the
+    reverse
+    order of their registration.
+    """
+    # a caller that needs a call's error has waited for the call
+    with contextlib.suppress(Exception):
         jax.effects_barrier()
 
 
 class Action(ABC):
-    """What happens when a primitive runs: from inputs in memory to outputs in blocks."""
+    """The execution of a primitive: from inputs in memory to outputs in blocks."""
 
     def __init__(
         self,
@@ -70,8 +73,8 @@ class Action(ABC):
         self.labels = labels
 
     def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
-        """Run on inputs that are valid during the call; with a GPU, where some of them may be
-        and the outputs will."""
+        """Run on inputs that are valid during the call. With a GPU, inputs may be there, and
+        outputs are."""
         return self._run(sources, gpu).blocks
 
     def at_once(self, values: Values) -> list[jax.Array]:
@@ -97,8 +100,8 @@ class Action(ABC):
     def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> "_Ran": ...
 
     def _beside(self, values: Values) -> tuple["_Ran", list[jax.Array]]:
-        """Run where there are more devices than the host, and return the outputs on the device
-        of the inputs."""
+        """Run where there are other devices than the host; return the outputs on the inputs'
+        device."""
         gpu = gpu_for(self.session, values)
         if gpu is not None:
             ran = self._run(self._sources_on(gpu, values), gpu)
@@ -152,7 +155,7 @@ class Action(ABC):
 
     @property
     def result_types(self) -> list[jax.ShapeDtypeStruct]:
-        """The outputs as jax holds them.
+        """The outputs' types in jax.
 
         Raises:
           DTypeError: jax cannot hold an output.
@@ -163,8 +166,8 @@ class Action(ABC):
 
 
 class _Ran(NamedTuple):
-    """What a run has made: blocks, and a residual if its program keeps one; and the bytes that
-    were copied for it."""
+    """The outputs of a run: blocks, a residual if the program keeps one, and the number of bytes
+    copied."""
 
     program: Program
     blocks: Sequence[Block]
@@ -210,7 +213,9 @@ class RunKeeping(Action):
 
 class PullBack(Action):
     """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to
-    those of `wrt`."""
+    cotangents
+    of `wrt`.
+    """
 
     def __init__(
         self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]
@@ -249,7 +254,7 @@ def _stream_of(gpu: OnGpu | None) -> int | None:
 
 
 def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
-    """Raise what jax raises of its own operations' results under `jax.debug_nans` and
+    """Raise as jax does for results of its own operations under `jax.debug_nans` and
     `jax.debug_infs`."""
     nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
     if not nans and not infs:

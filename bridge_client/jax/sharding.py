@@ -1,8 +1,8 @@
-"""Calls on arrays that are spread over the devices of a mesh.
+"""Calls on arrays that are sharded over the devices of a mesh.
 
-XLA knows nothing of what a callback does and would gather its inputs. Within a shard_map each shard
-makes a call of its own; where the specs of arguments and results are declared, a call makes that
-shard_map itself.
+XLA does not look into a callback and would gather its inputs. Within a shard_map each shard makes a
+call of its own; if the specs of arguments and results are declared, a call makes that shard_map
+itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,10 @@ from bridge_wire.errors import StructureError
 
 
 def mesh_of(values: Values) -> Any:
-    """Return the mesh that the arrays are spread over, or that the caller has set; None for a
-    single device."""
+    """Return the mesh that the arrays are sharded over, or that the caller has set; None for a
+    single
+    device.
+    """
     for value in values:
         sharding = (
             value.sharding if not isinstance(value, jax.core.Tracer) else jax.typeof(value).sharding
@@ -32,11 +34,11 @@ def mesh_of(values: Values) -> Any:
 
 
 def is_manual(mesh: Any) -> bool:
-    """Whether this already runs once per shard, within a shard_map over the mesh."""
+    """Whether this code already runs once per shard, within a shard_map over the mesh."""
     return bool(getattr(mesh, "manual_axes", ()))
 
 
-def specs_of(declared: Any, tree: Any, what: str) -> list[PartitionSpec]:
+def specs_of(declared: Any, tree: Any, option: str) -> list[PartitionSpec]:
     """Return the spec of each leaf: the declared ones are a prefix of the tree.
 
     Raises:
@@ -48,7 +50,7 @@ def specs_of(declared: Any, tree: Any, what: str) -> list[PartitionSpec]:
         )
     except (TypeError, ValueError) as error:
         raise StructureError(
-            f"{what}={declared} is no prefix of the structure it stands for: {error}"
+            f"{option}={declared} is no prefix of the structure that it describes: {error}"
         ) from error
     return jax.tree.leaves(broadcast, is_leaf=_is_spec)
 
@@ -69,7 +71,7 @@ def check_declared(in_specs: Any, out_specs: Any) -> None:
 def varying_alike(values: Values) -> list[Any]:
     """Return the arrays as varying over all manual axes that any of them varies over.
 
-    What all shards share then has the sum of their gradients for its gradient.
+    The gradient of a value that all shards share is then the sum of their gradients.
     """
     axes: frozenset[str] = frozenset()
     for value in values:
@@ -92,15 +94,17 @@ def _cast(value: Any, axes: frozenset[str]) -> Any:
 
 
 def mean_over(axes: Sequence[str], value: Any) -> Any:
-    """Return the mean over shards of what each has changed in its own way; of integers, which
-    count, the largest."""
+    """Return the mean over shards of a value that each has changed; of integers, which are
+    counters, the
+    largest.
+    """
     if jnp.issubdtype(value.dtype, jnp.inexact):
         return jax.lax.pmean(value, tuple(axes))
     return jax.lax.pmax(value, tuple(axes))
 
 
 def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
-    """Return the names of the mesh axes that the specs mention."""
+    """Return the names of the mesh axes in the specs."""
     named = [
         name for spec in specs for entry in spec if entry is not None for name in _names(entry)
     ]
@@ -108,8 +112,8 @@ def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
 
 
 def spread(values: Values, mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
-    """Return the arrays spread as the specs say, where a shard_map would not do so itself: on
-    explicit axes."""
+    """Return the arrays sharded by the specs, where a shard_map would not do so itself: on explicit
+    axes."""
     if not getattr(mesh, "explicit_axes", ()):
         return list(values)
     return [
@@ -121,7 +125,7 @@ def spread(values: Values, mesh: Any, specs: Sequence[PartitionSpec]) -> list[An
 def per_shard(
     call: Callable[..., Any], mesh: Any, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """Return the call as made once by each shard."""
+    """Return the function that makes the call once per shard."""
     return jax.shard_map(call, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 

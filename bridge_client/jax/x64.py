@@ -1,7 +1,6 @@
-"""Integers of 64 bits where jax has none: torch models expect and return them, and jax's are of 32
-bits.
+"""64-bit integers without x64: torch models take and return them, while jax has 32-bit ones.
 
-On the host NumPy converts them (bridge_client.jax.memory); on a GPU XLA does, by what stands here.
+On the host NumPy converts them (bridge_client.jax.memory); on a GPU XLA does, by these functions.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,9 @@ from bridge_wire.errors import DTypeError
 
 def converted(value: Any, dtype: np.dtype) -> Any:
     """Return an array, traced or not, in a dtype that may be a 64-bit one; see `extremes` for
-    whether a narrower dtype holds it. Other values stay unchanged."""
+    whether a
+    narrower dtype holds it. Other values stay unchanged.
+    """
     if not isinstance(value, jax.Array) or value.dtype == dtype:
         return value
     with jax.enable_x64(True):
@@ -26,7 +27,7 @@ def converted(value: Any, dtype: np.dtype) -> Any:
 def extremes(wide: Any) -> Any:
     """Return the smallest and the largest element.
 
-    As floats: those that matter, around 2**32, are exact.
+    As floats: those around 2**32, which decide, are exact.
     """
     with jax.enable_x64(True):
         return jnp.stack([wide.min(), wide.max()]).astype(np.float64)

@@ -1,10 +1,11 @@
 """Remote JAX functions as torch modules. The only client package that imports torch; it never
-imports jax.
+imports
+jax.
 
-A call's tensors are placed in the session's memory (those that lie there already are passed as they
-are), the worker writes the outputs into blocks, and each output tensor's storage is its block. A
-forward under grad keeps a residual on the worker; the autograd node holds it through a saved
-tensor, so that it goes exactly when torch lets go of what the node saved.
+A call's tensors are placed in the session's memory, or passed as they are if they lie there
+already. The worker writes the outputs into blocks, and each output tensor's storage is its block. A
+forward under grad keeps a residual on the worker. The autograd node holds it through a saved
+tensor, so that the residual is dropped exactly when torch releases the node's saved tensors.
 """
 
 from bridge_client.futures import gather

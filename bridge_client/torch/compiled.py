@@ -53,17 +53,17 @@ def _traced_call(
     return _encoded(result)
 
 
-# What nonstrict_trace refuses goes through it in other words, as the one key of a dict.
+# Values that nonstrict_trace refuses are encoded as the only key of a dict.
 _NONE = "torch-jax-bridge: None"
 _TEXT = "torch-jax-bridge: text "
 _CLASS = "torch-jax-bridge: class "
-_named: list[Any] = []  # the namedtuples and dataclasses that were met
+_named: list[Any] = []  # namedtuples and dataclasses, by number
 
 
 def _encoded(value: Any) -> Any:
-    """Return a pytree in words that nonstrict_trace lets through.
+    """Return a pytree in a form that nonstrict_trace lets through.
 
-    Dynamo traces it, and `_decoded`.
+    Dynamo traces this function, and `_decoded`.
     """
     if value is None:
         return {_NONE: 0}
@@ -90,7 +90,7 @@ def _encoded(value: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """Return the pytree that was paraphrased so."""
+    """Return the pytree that was encoded."""
     if type(value) is list:
         return [_decoded(item) for item in value]
     if type(value) is tuple:
@@ -108,12 +108,14 @@ def _decoded(value: Any) -> Any:
     return None if key == _NONE else key[len(_TEXT) :]
 
 
-# Dynamo sees of these two what they return: they look at classes only, and a class that is met has
-# its number at once.
+# Dynamo takes the results of these two functions as constants: they depend on classes only, and a
+# class has its number from its first use.
 @torch.compiler.assume_constant_result
 def _fields_of(cls: type) -> tuple[str, ...] | None:
-    """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; of any
-    other class, None."""
+    """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; None for
+    any
+    other class.
+    """
     if issubclass(cls, tuple):
         return getattr(cls, "_fields", None)
     if not dataclasses.is_dataclass(cls) or issubclass(cls, Mapping | list):
@@ -123,15 +125,17 @@ def _fields_of(cls: type) -> tuple[str, ...] | None:
 
 @torch.compiler.assume_constant_result
 def _number_of(cls: type) -> int:
-    """Return by which number a class is named."""
+    """Return the number of a class."""
     if cls not in _named:
         _named.append(cls)
     return _named.index(cls)
 
 
 def _pass_structures() -> None:
-    """Let strict export go on: it takes each constant of Dynamo's graph without a value for a
-    tensor, even the structures of arguments that nonstrict_trace puts there itself (torch 2.13).
+    """Give values to the constants of Dynamo's graph: strict export takes each constant without a
+    value
+    for a tensor, even the structures of arguments that nonstrict_trace puts there itself (torch
+    2.13).
     """
     with contextlib.suppress(AttributeError):  # in non-strict export there is no Dynamo
         for node in InstructionTranslator.current_tx().output.graph.nodes:

@@ -114,8 +114,8 @@ class _Recorded(_SingleLevelFunction):
             numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             inputs = tuple(x for x in inputs if isinstance(x, Tensor))
         ctx.call = (program, wrt, numbers)
-        # So the residual goes when torch drops the saved tensors: after a backward without
-        # retain_graph, with the node, or with whatever a saved-tensor hook makes of them.
+        # So the residual is dropped when torch drops the saved tensors: after a backward without
+        # retain_graph, with the node, or with the values that a saved-tensor hook makes of them.
         ctx.save_for_backward(handle, *inputs)
         _mark_nondifferentiable(ctx, program, outputs)
         return tuple(outputs)
@@ -146,9 +146,9 @@ class _Recorded(_SingleLevelFunction):
 
 
 class _Transformable(torch.autograd.Function):
-    """A run whose every derivative, and batched version, is the run of another program: for
-    torch.func, forward-mode derivatives and their compositions, to any depth. It keeps no residual,
-    since each derivative must be a function that can be transformed again.
+    """A run whose derivatives and batched version are all runs of other programs: for torch.func,
+    forward-mode derivatives and their compositions, to any depth. It keeps no residual, since each
+    derivative must be a function that can be transformed again.
     """
 
     @staticmethod
@@ -267,9 +267,8 @@ def _is_wanted(ctx: Any, position: int, numbers: Values | None) -> bool:
 
 
 def _as_jaxs(cotangent: Tensor) -> Tensor:
-    """Return a cotangent as jax.vjp takes it, which is linear where torch's gradient is
-    conjugate-linear."""
-    if cotangent.layout is not torch.strided:  # as of an output that was an embedding's table
+    """Return a cotangent for jax.vjp: linear, where torch's gradient is conjugate-linear."""
+    if cotangent.layout is not torch.strided:  # such as a cotangent of an embedding's table
         cotangent = cotangent.to_dense()
     return cotangent.conj() if cotangent.is_complex() else cotangent
 

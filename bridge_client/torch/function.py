@@ -1,4 +1,4 @@
-"""RemoteJaxFunction: signatures, parameters, and the way in from torch.compile."""
+"""RemoteJaxFunction: a module whose calls find a prepared program by their signature."""
 
 import contextlib
 import copy
@@ -46,23 +46,25 @@ _NO_LEAVES: frozenset[int] = frozenset()
 
 class RemoteJaxFunction(nn.Module):
     """A JAX function, or a model with parameters, that runs in a worker process, as a
-    differentiable torch module.
+    differentiable
+    torch module.
 
     Call it with pytrees (dict, list, tuple, namedtuple, dataclass, None) of tensors and Python
-    numbers; strings, bools and None are static, and so is what `static_argnames` names. Outputs
-    have the model's dtypes and live in the session's memory; gradients have their input's dtype.
+    numbers. Strings, bools, None and the arguments in `static_argnames` are static. Outputs have
+    the
+    model's dtypes and live in the session's memory; gradients have their input's dtype.
 
     Args:
       target: a worker's address, a Session, or a JAX function or model, which then runs in this
         process.
-      name: which of the worker's models; needed only where it hosts several.
+      name: one of the worker's models; needed only if it hosts several.
       parameters: "client" makes the model's parameters nn.Parameters of this module, named by their
         tree path (such as `params.Dense_0.kernel`) and trained by any torch optimizer; "worker"
-        leaves them there, frozen.
+        leaves them on the worker, frozen.
       static_argnames: arguments whose numbers are part of the program instead of its data.
-      rngs: names of the random streams that the model draws from in training mode, such as
-        "dropout". Each call then takes a new key from torch's default generator, so that
-        torch.manual_seed decides what is drawn.
+      rngs: names of the model's random streams in training mode, such as "dropout". Each call then
+        takes a new key from torch's default generator, so that torch.manual_seed decides all
+        samples.
       mutable: whether calls in training mode change the model's buffers, such as the statistics of
         a BatchNorm. Their new values are written into this module's buffers after the call.
       timeout_s: seconds for each call; None takes the session's.
@@ -71,7 +73,7 @@ class RemoteJaxFunction(nn.Module):
         computes in the dtypes it is given.
     Raises:
       WorkerUnavailable: no worker answers.
-      TargetError: the target is nothing that can be served.
+      TargetError: the target cannot be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
     """
 
@@ -113,11 +115,12 @@ class RemoteJaxFunction(nn.Module):
             )
 
     def train(self, mode: bool = True) -> "RemoteJaxFunction":
-        """Set training mode, in which calls draw keys and change buffers, or leave it.
+        """Set or leave training mode, in which calls take random keys and change buffers.
 
         A flax.nnx or equinox model is put into that mode at each later call. Before the first
-        `train` or `eval`, of this module or one that contains it, such a model has the mode in
-        which it was loaded.
+        `train` or
+        `eval`, of this module or one that contains it, the model has the mode in which it was
+        loaded.
         """
         super().train(mode)
         if self._model.has_modes:
@@ -128,9 +131,9 @@ class RemoteJaxFunction(nn.Module):
         """Call the model.
 
         Raises:
-          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was.
+          DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was sent.
           RemoteModelError: the model raised; with the remote traceback.
-          WorkerDied: the worker died during the call; the next one reconnects.
+          WorkerDied: the worker died during the call; the next call reconnects.
           CallTimeout: no answer within the time allowed.
         """
         own = tensors_of(self._owners, self) if self._owners else []
@@ -175,8 +178,8 @@ class RemoteJaxFunction(nn.Module):
         *,
         is_stateful: bool = False,
     ) -> Any:
-        """Call the model as torch.compile traces this code."""
-        from bridge_client.torch import compiled  # imports Dynamo: 4 s, and it needs a folder
+        """Call the model while torch.compile traces this code."""
+        from bridge_client.torch import compiled  # imports Dynamo: 4 s (torch 2.13)
 
         return compiled.call(self._number, own, args, kwargs, self._mode, is_stateful)
 
@@ -256,17 +259,21 @@ class RemoteJaxFunction(nn.Module):
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Begin a call, and return its future; `gather` waits for several. Submitted calls run side
-        by side, at most 32 of a session, and beside this thread's own work.
+        by side,
+        at most 32 of a session, and beside this thread's own work.
 
         Grad mode and autocast are the caller's, and the result is part of the autograd graph. Do
-        not change the arguments in place until the result is there. A future that is cancelled
-        before its call has begun never calls; one whose call is under way cannot be cancelled, and
-        a result that nobody waits for is dropped when it comes. Where this thread is tracing,
-        transforming or packing saved tensors, which other threads cannot do for it, the call is
-        made at once. What random streams are going to draw is decided here.
+        not
+        change the arguments in place until the result is there. A future that is cancelled before
+        its
+        call has begun never calls. A call under way cannot be cancelled; its result is dropped if
+        nobody
+        waits for it. If this thread is tracing, transforming or packing saved tensors, which other
+        threads cannot do for it, the call is made at once. The random key is made at submission.
 
         Raises:
-          CallerError: the call would change the model's buffers, which calls side by side cannot.
+          CallerError: the call would change the model's buffers, which calls side by side cannot
+            do.
         """
         if modes.is_bound_to_this_thread():
             return completed(lambda: self(*args, **kwargs))
@@ -288,11 +295,12 @@ class RemoteJaxFunction(nn.Module):
             return (
                 f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
             )
-        except BridgeError:  # the session is closed, or its worker gone: to print must not raise
+        except BridgeError:  # the session is closed, or its worker gone: printing must not raise
             return repr(self._model.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
-        # Written out, since torch.nn.utils.parametrize replaces __getstate__ by one that raises.
+        # Written out, since torch.nn.utils.parametrize replaces __getstate__ by a function that
+        # raises.
         copied = memo[id(self)] = self.__new__(type(self))
         copied.__setstate__(copy.deepcopy(RemoteJaxFunction.__getstate__(self), memo))
         return copied
@@ -318,7 +326,7 @@ class RemoteJaxFunction(nn.Module):
         return self
 
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
-        """Return which leaves belong to static arguments."""
+        """Return the leaves of static arguments."""
         marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
 
@@ -357,13 +365,13 @@ class RemoteJaxFunction(nn.Module):
 
 
 class _Call(NamedTuple):
-    """What a signature needs: the program, and the way from its outputs to the result."""
+    """A prepared signature: the program, and the function from its outputs to the result."""
 
     program: AnyProgram
     rebuild: Callable[[Sequence[Tensor]], Any]
 
 
-# The function whose submitted call runs in this thread, and the key that was drawn for it.
+# The function whose submitted call runs in this thread, and the random key of that call.
 _submitted: "ContextVar[tuple[RemoteJaxFunction | None, Tensor | None]]" = ContextVar(
     "_submitted", default=(None, None)
 )

@@ -1,8 +1,9 @@
-"""Tensors on a GPU: over the session's memory there, used on torch's current stream. All that takes
-torch with CUDA.
+"""Tensors on a GPU: over the session's memory there, used on torch's current stream. The only
+module
+that needs torch with CUDA.
 
-Where the worker shares no memory on a GPU, tensors go through the host; where it computes on
-another GPU that is seen here, through memory there.
+If the worker shares no memory on a GPU, tensors go through the host. If it computes on another GPU
+that this process can use, they go through memory there.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
-# What NumPy's protocol, and so CUDA's array interface, has a name for.
+# The names in NumPy's protocol, and so in CUDA's array interface.
 _TYPESTRS: Mapping[str, str] = {
     name: f"{'<' if dtype.itemsize > 1 else '|'}{kind}{dtype.itemsize}"
     for name, dtype in BY_NAME.items()
@@ -40,8 +41,7 @@ _BYTES = "|u1"
 
 
 class OnGpu(NamedTuple):
-    """A run with tensors on a GPU: where its outputs belong, and the memory and the stream that
-    it uses."""
+    """A run with tensors on a GPU: the outputs' device, and the run's memory and stream."""
 
     device: torch.device
     pool: GpuPool | None  # None: the run is the host's, and the tensors are brought there and back
@@ -49,13 +49,12 @@ class OnGpu(NamedTuple):
     stays: bool  # whether the pool is on that device
 
     def tensor_over(self, block: Block, spec: Spec) -> Tensor:
-        """Return the tensor whose storage is a block of the pool: the lease ends with the
-        storage."""
-        assert self.pool is not None, "what lies on the host is made there"
+        """Return the tensor whose storage is a block of the pool; the lease ends with it."""
+        assert self.pool is not None, "a run on the host has its outputs there"
         return tensor_over(self.pool, block, spec)
 
     def brought_back(self, outputs: Sequence[Tensor], session: Session) -> Sequence[Tensor]:
-        """Return the outputs of the run where they belong."""
+        """Return the outputs of the run on their device."""
         if self.stays:
             return outputs
         if self.pool is None:
@@ -64,9 +63,9 @@ class OnGpu(NamedTuple):
 
 
 def run_of(session: Session, inputs: Values) -> OnGpu:
-    """Return how a run goes whose inputs are on a GPU, at least one of them.
+    """Return the run for these inputs, of which at least one is on a GPU.
 
-    Its outputs belong beside the first.
+    Its outputs belong on the device of the first.
     """
     first = next(x for x in inputs if isinstance(x, Tensor) and x.is_cuda)
     pool = session.gpu_pool()
@@ -83,11 +82,13 @@ def index_of(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def allocate_in(session: Session) -> Iterator[None]:
-    """Let torch allocate the CUDA tensors that this thread makes inside in memory that the session
-    shares with its worker. They are passed without a copy from when the context ends. Memory once
-    used so stays for such tensors until the session is closed.
+    """Let torch allocate this thread's CUDA tensors inside the context in memory that the session
+    shares
+    with its worker. After the context, calls pass them without a copy. The memory stays reserved
+    for
+    such tensors until the session is closed.
 
-    As torch.cuda.use_mem_pool, which it is, and on the worker's GPU only.
+    This is torch.cuda.use_mem_pool, on the worker's GPU only.
 
     Raises:
       CallerError: the session shares no memory on a GPU.
@@ -99,7 +100,7 @@ def allocate_in(session: Session) -> Iterator[None]:
             " require="
         )
     try:
-        pool = shared.lenders.pop()  # what its dead tensors have left is used again
+        pool = shared.lenders.pop()  # reuses the memory of its dead tensors
     except IndexError:
         pool = torch.cuda.MemPool()
     try:
@@ -110,7 +111,7 @@ def allocate_in(session: Session) -> Iterator[None]:
     try:
         for segment in pool.snapshot():
             shared.adopt(segment["address"], segment["total_size"])
-    except CudaError as error:  # as of expandable segments, which have no handle
+    except CudaError as error:  # such as expandable segments, which have no handle
         _log.warning(
             "tensors made in allocate_in are copied for each call after all, since %s", error
         )
@@ -120,7 +121,7 @@ def current_stream(index: int) -> int:
     """Return torch's current stream of a device, as CUDA knows it.
 
     Raises:
-      CallerError: what is done there is being captured.
+      CallerError: the stream is being captured.
     """
     if torch.cuda.is_current_stream_capturing():
         raise CallerError(
@@ -160,9 +161,9 @@ def tensor_over(pool: GpuPool, block: Block, spec: Spec) -> Tensor:
 
 
 class _Array:
-    """A block as CUDA's array interface describes it.
+    """A block in the form of CUDA's array interface.
 
-    What is made of it keeps it, and so the lease.
+    A tensor made of it keeps it, and so the lease.
     """
 
     def __init__(self, block: Block, shape: tuple[int, ...], typestr: str) -> None:

@@ -1,4 +1,4 @@
-"""Tensors and the session's memory: placed in it as inputs, made of it as outputs."""
+"""Tensors and the session's memory: inputs placed in it, outputs made of it."""
 
 import struct
 import sys
@@ -28,10 +28,10 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name i
 DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
 
 
-# Tensors that are no subclass's: their storage is as large as it says.
+# Exact types of tensors whose storage is as large as it says.
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
 
-# A Python number as bytes, in the type that its spec names.
+# A Python number as bytes, in its spec's type.
 _PACK: Mapping[type, Callable[[Any], bytes]] = {
     int: struct.Struct("<q").pack,
     float: struct.Struct("<d").pack,
@@ -40,23 +40,26 @@ _PACK: Mapping[type, Callable[[Any], bytes]] = {
 
 
 class _InSlab(NamedTuple):
-    """A tensor that lies in the session's memory already, by its storage: that keeps no autograd
-    graph alive."""
+    """A tensor that lies in the session's memory already. By its storage, which keeps no autograd
+    graph
+    alive.
+    """
 
     address: int
     storage: torch.UntypedStorage
 
 
 def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu | None]:
-    """Return each input in the session's memory, as the program wants it, the bytes that had to be
-    copied, and how the run uses a GPU, if an input is on one.
+    """Return each input in the session's memory, in the program's types; the number of bytes
+    copied; and
+    the run's use of a GPU, if an input is on one.
     """
     pool = program.session.pool
     placed: list[Placed] = []
     copied = 0
     for value, spec in zip(inputs, program.inputs, strict=True):
-        # The pointer last: none has what is empty, and the zeros without memory that forward mode
-        # makes.
+        # The pointer last: empty tensors have none, nor have the zeros without memory that forward
+        # mode makes.
         if (
             not spec.weak
             and value.is_cpu
@@ -84,8 +87,10 @@ def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu
 
 
 def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
-    """Return a Python number, or a tensor of the host whose elements do not lie as they have to,
-    in the host's pool."""
+    """Return a Python number, or a host tensor whose elements have another layout or type, in the
+    host's
+    pool.
+    """
     if spec.weak:
         block = session.pool.lease(spec.dtype.itemsize)
         block.buffer[:] = _packed(value, label, session)
@@ -101,7 +106,7 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
 
 
 def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu]:
-    """Return what `place` does, of inputs some of which are on a GPU."""
+    """Place inputs as `place` does, if some of them are on a GPU."""
     session = program.session
     run = gpu.run_of(session, inputs)
     if run.pool is None:
@@ -134,8 +139,7 @@ def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed]
 def from_blocks(
     blocks: Sequence[Block], described: Sequence[Spec], run: OnGpu | None = None
 ) -> list[Tensor]:
-    """Return the tensors whose storages are the blocks, of the host's memory or of that which
-    the run uses on a GPU."""
+    """Return the tensors whose storages are the blocks, on the host or on the run's GPU."""
     if run is not None and run.pool is not None:
         return [run.tensor_over(block, spec) for block, spec in zip(blocks, described, strict=True)]
     return list(map(from_block, blocks, described))
@@ -153,8 +157,8 @@ def from_block(block: Block, spec: Spec) -> Tensor:
 
 
 def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
-    """Return a copy of a tensor in the session's memory on its device; None where the session
-    has none."""
+    """Return a copy of a tensor in the session's memory on its device; None if the session has
+    none."""
     spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
     if tensor.is_cpu:
         return from_block(session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
@@ -169,7 +173,7 @@ def is_sole_owner(tensor: Tensor) -> bool:
     """Whether nothing but this tensor uses its storage: no view, no exporter, no Python object that
     keeps the storage.
 
-    False where this torch does not tell.
+    False if this torch does not report the uses.
     """
     return _SOLE_OWNER is not None and _owners_of(tensor) == _SOLE_OWNER
 
@@ -186,7 +190,7 @@ _SOLE_OWNER = _owners_of(torch.empty(1, device="cpu"))
 
 
 def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
-    """Return the type that a value has on the worker; `shape` is that of a tensor.
+    """Return the type of a value on the worker; `shape` is that of a tensor.
 
     Raises:
       DTypeError, SpecError, StructureError: the worker, or this session's memory, cannot hold it.
@@ -222,7 +226,9 @@ def _check_readable(value: Tensor, path: str) -> None:
 
 def _check_memory(value: Tensor, path: str) -> None:
     """Raise SpecError unless the storage holds each element: torch itself would read beyond its
-    end, or crash."""
+    end, or
+    crash.
+    """
     if value.numel() == 0 or type(value) not in _WITH_MEMORY or value._is_zerotensor():
         return
     last = value.storage_offset() + sum(
@@ -238,8 +244,7 @@ def _check_memory(value: Tensor, path: str) -> None:
 
 
 def _check_range(value: Tensor, spec: Spec, path: str) -> None:
-    """Raise DTypeError unless each integer fits the narrower type that it is going to have on
-    the worker."""
+    """Raise DTypeError unless each integer fits its narrower type on the worker."""
     if value.numel() == 0:
         return
     bounds = torch.iinfo(TORCH_DTYPES[spec.dtype.name])
@@ -259,7 +264,7 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
     """Return a Python number as bytes.
 
     Raises:
-      DTypeError: an integer that the worker's widest type cannot hold.
+      DTypeError: the worker's widest type cannot hold the integer.
     """
     if type(value) is int and not -(2**31) <= value < 2**31:
         if not -(2**63) <= value < 2**63:
@@ -276,8 +281,7 @@ def _packed(value: Any, path: str, session: Session) -> bytes:
 
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
-    """Return a pytree in which each float tensor has this dtype; those of float64 stay as they
-    are, as in autocast."""
+    """Return a pytree with its float tensors in this dtype; float64 stays, as in autocast."""
 
     def cast(leaf: Any) -> Any:
         is_cast = (
@@ -291,8 +295,7 @@ def cast_floats(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
-    """Return a leaf that is no tensor, but an array of another library, as one; `path` names it
-    in errors."""
+    """Return an array of another library as a tensor; `path` names it in errors."""
     if hasattr(type(leaf), "__dlpack__") or hasattr(type(leaf), "__array__"):
         flags = getattr(leaf, "flags", None)
         if hasattr(type(leaf), "filled"):
@@ -302,7 +305,7 @@ def as_tensor(leaf: Any, path: Callable[[], str]) -> Tensor:
         if flags is not None and (
             not flags.writeable or any(stride < 0 for stride in leaf.strides)
         ):
-            leaf = leaf.copy()  # of these NumPy arrays torch makes no tensor, or warns
+            leaf = leaf.copy()  # torch refuses these NumPy arrays, or warns
         try:
             return torch.as_tensor(leaf)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Pytrees of arguments and results. No tensors are touched here."""
+"""Pytrees of arguments and results. This module touches no tensors."""
 
 import collections
 import contextlib
@@ -21,7 +21,7 @@ def flatten(tree: Any) -> tuple[list[Any], Any]:
     """Return a pytree's leaves and its structure, which is hashable.
 
     Raises:
-      StructureError: it is nested without end, or nearly so.
+      StructureError: it is nested too deeply, or contains itself.
     """
     try:
         return optree.tree_flatten(tree, namespace=_NAMESPACE)
@@ -52,11 +52,11 @@ def path_of(arguments: tuple[tuple[Any, ...], dict[str, Any]], position: int) ->
 
 
 def register_if_container(cls: type) -> bool:
-    """Make a class that is met for the first time a pytree node, if it is a container; return
-    whether it is one.
+    """Make a class that is new here a pytree node, if it is a container; return whether it is one.
 
-    What counts as a dict, list or tuple in Python, such as torch.Size, travels as one; and
-    dataclasses are containers.
+    Subclasses of Python's dict, list and tuple, such as torch.Size, are sent as these; dataclasses
+    are
+    containers too.
     """
     if issubclass(cls, Mapping):
         _register(
@@ -83,8 +83,7 @@ def _parts_of_sequence(value: Sequence[Any]) -> Any:
 
 
 def _register(cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], Any]) -> None:
-    """Make a container's class a pytree node; put together again, it is of the plain class
-    `like`."""
+    """Make a container's class a pytree node; it is rebuilt as the plain class `like`."""
 
     def unflatten(keys: Any, children: Any) -> Any:
         return like(children if keys is None else zip(keys, children, strict=True))
@@ -94,7 +93,7 @@ def _register(cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], A
 
 
 def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
-    """Make a dataclass a pytree node here; static fields travel as values."""
+    """Make a dataclass a pytree node here; static fields are sent as values."""
 
     def parts_of(value: Any) -> Any:
         return (
@@ -111,12 +110,11 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
 
 def marked(value: Any, mark: bool) -> Any:
-    """Return the pytree with each of its leaves replaced by the mark."""
+    """Return the pytree with each leaf replaced by the mark."""
     return optree.tree_map(lambda _: mark, value, namespace=_NAMESPACE)
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Return the pytree with the function applied to each leaf; also to those in containers that
-    are new here."""
+    """Apply a function to each leaf of a pytree, also in containers of new classes."""
     leaves, structure = flatten_fully(tree)
     return optree.tree_unflatten(structure, map(function, leaves))

@@ -24,7 +24,7 @@ Decorator = Callable[[Function], Function]
 
 
 def run(program: AnyProgram, inputs: Values) -> Tensors:
-    """Run a program, unseen by autograd: at once, or as an operator where torch only traces."""
+    """Run a program without autograd: at once, or as an operator if torch only traces."""
     if modes.is_traced(inputs):
         return run_operator(program, inputs)
     placed, copied, gpu = place(program, inputs)
@@ -48,8 +48,8 @@ def run_operator(program: AnyProgram, inputs: Values) -> Tensors:
 def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
     """Run a program that keeps a residual; return its outputs and the residual's handle.
 
-    The residual goes with the handle's storage. The handle's content is its id, so that a copy,
-    which a saved-tensor hook may make, still names it, or nothing at all.
+    The residual is dropped with the handle's storage. The handle's content is the residual's id, so
+    that a copy, which a saved-tensor hook may make, names the same residual, or none at all.
     """
     if modes.is_traced(inputs):
         *outputs, handle = run_operator(program, inputs)
@@ -73,11 +73,12 @@ def pull_back(
     inputs: Values,
     cotangents: Tensors,
 ) -> Tensors:
-    """Return the cotangents of the inputs, from the residual; if that is gone, by running the
-    inputs once more.
+    """Return the cotangents of the inputs, from the residual; if that is gone, run the inputs once
+    more.
 
-    `which` are the inputs that the residual was kept for, those that are wanted, and the outputs
-    that have cotangents.
+    `which`: the inputs that the residual was kept for, the inputs whose cotangents are returned,
+    and
+    the outputs that have cotangents.
     """
     kept, wrt, given = which
     if modes.is_traced([handle, *cotangents]):
@@ -103,7 +104,7 @@ def pull_back(
 
 
 class _Handle(bytearray):
-    """The id of a residual as the memory of a tensor; the residual goes with it."""
+    """The id of a residual as the memory of a tensor; the residual is dropped with it."""
 
     session: Session
     residual: int
@@ -139,20 +140,19 @@ def _as_tensors(inputs: Values) -> list[Tensor]:
 
 
 def _number_as_tensor(number: Any) -> Tensor:
-    # Numbers travel by the host's memory, whatever torch.set_default_device says.
+    # On the host, even under torch.set_default_device.
     return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
 
 
 def as_values(program: AnyProgram, tensors: Tensors) -> list[Any]:
-    """Return an operator's inputs as a run takes them: the Python numbers as such again."""
+    """Return an operator's inputs as values of a run, with Python numbers as such."""
     if not program.takes_numbers:
         return list(tensors)
     return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
 
 
 def _empty(described: Sequence[Spec], shapes: Values, arrays: Tensors) -> list[Tensor]:
-    """Return the outputs of a run of these arrays, without values: on the GPU of the first one
-    that is on a GPU."""
+    """Return a run's outputs without values, on the first GPU of these arrays."""
     device = next((x.device for x in arrays if x.is_cuda), "cpu")
     dtypes = [TORCH_DTYPES[spec.dtype.name] for spec in described]
     return [
@@ -192,7 +192,7 @@ def _operator(schema: str) -> Decorator:
 
 
 def _fake(name: str) -> Decorator:
-    """Make a function what an operator of both libraries does with tensors that have types only."""
+    """Make a function the implementation of both libraries' operator on tensors without values."""
 
     def register(function: Function) -> Function:
         for library in (LIBRARY, _DERIVED):
