@@ -3,6 +3,7 @@
 Imports no framework.
 """
 
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +45,11 @@ def encode(
     Raises:
       StructureError: a value can neither be sent nor be static.
     """
-    encoded_args, first = trees.encode(arguments[0], _is_slot, classes, expand=expand, root="args")
-    encoded_kwargs, second = trees.encode(
-        arguments[1], _is_slot, classes, expand=expand, root="kwargs"
-    )
-    return trees.arguments(encoded_args, encoded_kwargs), [slot.leaf for slot in (*first, *second)]
+    args, kwargs = arguments
+    encoded_args, slots = trees.encode(args, _is_slot, classes, expand=expand, root="args")
+    encoded_kwargs, more = trees.encode(kwargs, _is_slot, classes, expand=expand, root="kwargs")
+    tree = trees.arguments(encoded_args, encoded_kwargs)
+    return tree, [slot.leaf for slot in (*slots, *more)]
 
 
 def marked_static(
@@ -63,11 +64,11 @@ def marked_static(
     `names` are those of the positional arguments; `marked(tree, mark)` replaces each leaf of a
     pytree.
     """
-    is_static = [i < len(names) and names[i] in static for i in range(len(args))]
-    return (
-        tuple(marked(arg, mark) for arg, mark in zip(args, is_static, strict=True)),
-        {key: marked(value, key in static) for key, value in kwargs.items()},
-    )
+    # More arguments than names: *args, which are never static.
+    padded = itertools.chain(names, itertools.repeat(""))
+    is_static = (name in static for name in padded)
+    marked_args = tuple(map(marked, args, is_static))
+    return marked_args, {key: marked(value, key in static) for key, value in kwargs.items()}
 
 
 def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -76,8 +77,10 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
       CallerError: it is something else.
     """
-    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
-    if not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
+    is_single = isinstance(value, str) or not isinstance(value, Iterable)
+    names: tuple[Any, ...] = (value,) if is_single else tuple(value)
+    are_names = all(isinstance(name, str) and name for name in names)
+    if not are_names or len(set(names)) != len(names):
         raise CallerError(f"{option}={value!r}; expected a name or several different ones")
     return names
 

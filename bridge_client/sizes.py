@@ -4,6 +4,7 @@ Imports no framework.
 """
 
 import ast
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from bridge_wire.errors import ProtocolError
 
 # Returns a size from named sizes of any type that computes, such as torch's symbolic ones.
 Formula = Callable[[Mapping[str, Any]], Any]
+Functions = Mapping[str, Callable[[Any, Any], Any]]
 
 _LONGEST = 10_000
 _MOST_POWER = 64
@@ -23,7 +25,7 @@ _OPERATORS: Mapping[type, Callable[..., Any]] = {
 }
 
 
-def formula(text: str, functions: Mapping[str, Callable[[Any, Any], Any]]) -> Formula:
+def formula(text: str, functions: Functions) -> Formula:
     """Return the function of an expression of the protocol's `Shape`.
 
     Args:
@@ -31,35 +33,39 @@ def formula(text: str, functions: Mapping[str, Callable[[Any, Any], Any]]) -> Fo
     Raises:
       ProtocolError: the text is no such expression.
     """
-    known = {"floordiv": operator.floordiv, "mod": operator.mod, **functions}
+    every = {"floordiv": operator.floordiv, "mod": operator.mod, **functions}
     try:
         if len(text) > _LONGEST:
             raise ProtocolError(
                 f"the formula of a size has {len(text)} characters; at most {_LONGEST} are read"
             )
-        return _read(ast.parse(text.replace("^", "**").strip(), mode="eval").body, known)
+        expression = text.replace("^", "**").strip()
+        parsed = ast.parse(expression, mode="eval")
+        return _read(parsed.body, every)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ProtocolError(f"the formula {text[:80]!r} of a size cannot be read") from error
+        raise ProtocolError(f"the formula {text[:80]!r} of a size is not an expression") from error
 
 
-def _read(node: ast.expr, functions: Mapping[str, Callable[[Any, Any], Any]]) -> Formula:
+def _read(node: ast.expr, functions: Functions) -> Formula:
+    read = functools.partial(_read, functions=functions)
     match node:
         case ast.Constant(value=int() as number) if type(number) is int:
             return lambda sizes: number
         case ast.Name(id=name):
             return lambda sizes: sizes[name]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
-            return _applied(_OPERATORS[type(op)], [_read(operand, functions)])
+            return _applied(_OPERATORS[type(op)], [read(operand)])
         case ast.BinOp(left=base, op=ast.Pow(), right=ast.Constant(value=int() as exponent)) if (
             exponent <= _MOST_POWER
         ):
-            return _applied(lambda size: size**exponent, [_read(base, functions)])
+            return _applied(lambda size: size**exponent, [read(base)])
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _applied(_OPERATORS[type(op)], [_read(left, functions), _read(right, functions)])
+            return _applied(_OPERATORS[type(op)], [read(left), read(right)])
         case ast.Call(func=ast.Name(id=name), args=[left, right], keywords=[]) if name in functions:
-            return _applied(functions[name], [_read(left, functions), _read(right, functions)])
+            return _applied(functions[name], [read(left), read(right)])
     raise ProtocolError(
-        f"the formula of a size holds {ast.unparse(node)[:80]!r}, which is none of a size's"
+        f"the formula of a size contains {ast.unparse(node)[:80]!r}; expected integers, names, +,"
+        " -, *, ^, and calls of floordiv, mod, max and min"
     )
 
 

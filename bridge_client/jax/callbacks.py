@@ -48,7 +48,9 @@ def call_back_on_buffers(action: Action, *values: Any) -> Values:
     # XLA drops callbacks whose outputs are all empty; but the model may raise, or return another
     # shape now.
     is_empty = not any(result.size for result in results)
-    return buffer_callback(callback, results, has_side_effect=is_empty)(*values)
+    call = buffer_callback(callback, results, has_side_effect=is_empty)
+    arrays: Values = call(*values)
+    return arrays
 
 
 def call_back_on_gpu(action: Action, *values: Any) -> Values:
@@ -74,15 +76,18 @@ def call_back_on_gpu(action: Action, *values: Any) -> Values:
     @_crossing
     def callback(context: Any, outputs: Values, *inputs: Any) -> None:
         gpu = gpu_of_callback(action.session, context, [*outputs, *inputs])
-        sources = _sources_in(gpu, action, list(map(data_pointer, inputs)), passed)
+        pointers = list(map(data_pointer, inputs))
+        sources = _sources_in(gpu, action, pointers, passed)
         blocks = action(sources, None if gpu.pool is None else gpu)
-        _deliver(gpu, action, blocks, list(map(data_pointer, outputs)))
+        targets = list(map(data_pointer, outputs))
+        _deliver(gpu, action, blocks, targets)
 
     is_empty = not any(result.size for result in results)
     with jax.enable_x64(True):
-        arrays = buffer_callback(callback, wide_types, has_side_effect=is_empty)(*widened)
+        call = buffer_callback(callback, wide_types, has_side_effect=is_empty)
+        arrays: Values = call(*widened)
     dtypes = [result.dtype for result in results]
-    if all(array.dtype == dtype for array, dtype in zip(arrays, dtypes, strict=True)):
+    if [array.dtype for array in arrays] == dtypes:
         return arrays
     _check_ranges(action, arrays, dtypes)
     return list(map(converted, arrays, dtypes))
@@ -99,11 +104,11 @@ def _sources_in(
     is the host's, all are.
     """
     sources: list[Source] = []
-    for_host: list[int] = []
-    for i, (pointer, (dtype, _)) in enumerate(zip(pointers, passed, strict=True)):
+    for pointer, (dtype, _) in zip(pointers, passed, strict=True):
         sources.append(Source(pointer, dtype, None, gpu))
-        if gpu.pool is None or action.is_for_host(i):
-            for_host.append(i)
+    for_host = list(range(len(sources)))
+    if gpu.pool is not None:
+        for_host = list(filter(action.is_for_host, for_host))
     if for_host:
         dtypes, shapes = zip(*(passed[i] for i in for_host), strict=True)
         arrays = gpu.to_host([pointers[i] for i in for_host], dtypes, shapes)
@@ -140,7 +145,8 @@ def _check_ranges(action: Action, arrays: Values, dtypes: Sequence[np.dtype]) ->
     def callback(context: Any, _: Any, *buffers: Any) -> None:
         gpu = gpu_of_callback(action.session, context, buffers)
         pointers = list(map(data_pointer, buffers))
-        bounds = gpu.to_host(pointers, [np.dtype(np.float64)] * count, [(2,)] * count)
+        dtypes, shapes = [np.dtype(np.float64)] * count, [(2,)] * count
+        bounds = gpu.to_host(pointers, dtypes, shapes)
         for pair, (wide, narrow, label) in zip(bounds, described, strict=True):
             check_range(pair, wide, narrow, label)
 
@@ -176,12 +182,15 @@ def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -
         arrays = [np.asarray(x, order="C") for x in inputs]
         blocks = action(list(map(_source_over, arrays)))
         outputs = [np.empty(result.shape, result.dtype) for result in results]
-        action.write(blocks, [(array.ctypes.data, array.dtype) for array in outputs])
+        targets = [(array.ctypes.data, array.dtype) for array in outputs]
+        action.write(blocks, targets)
         if is_staged:
-            action.session.note_staged(sum(array.nbytes for array in (*arrays, *outputs)))
+            staged = [*arrays, *outputs]
+            action.session.note_staged(sum(array.nbytes for array in staged))
         return outputs
 
-    return jax.pure_callback(callback, results, *values)
+    arrays: Values = jax.pure_callback(callback, results, *values)
+    return arrays
 
 
 def _source_over(array: np.ndarray) -> Source:

@@ -1,5 +1,6 @@
 """A remote torch module as a layer of a Flax model: for flax.linen and for flax.nnx."""
 
+import functools
 from typing import Any
 
 import flax.linen as linen
@@ -60,10 +61,9 @@ class NnxModule(nnx.Module):
     def __init__(
         self, function: RemoteTorchFunction, *, rngs: nnx.Rngs | None = None, rng: str = "dropout"
     ) -> None:
-        self.params = nnx.Dict({name: nnx.Param(value) for name, value in function.params.items()})
-        self.buffers = nnx.Dict(
-            {name: nnx.BatchStat(value) for name, value in function.buffers.items()}
-        )
+        params, buffers = function.params.items(), function.buffers.items()
+        self.params = nnx.Dict({name: nnx.Param(value) for name, value in params})
+        self.buffers = nnx.Dict({name: nnx.BatchStat(value) for name, value in buffers})
         self.rngs = rngs
         self.use_running_average = False
         self._function = function
@@ -98,6 +98,8 @@ def _applied(
     may
     change.
     """
-    if is_mutable and buffers:
-        return function.apply(params, *args, buffers=buffers, mutable=True, rng=rng, **kwargs)
-    return function.apply(params, *args, buffers=buffers, rng=rng, **kwargs), {}
+    apply = functools.partial(function.apply, params, buffers=buffers, rng=rng)
+    if not is_mutable or not buffers:
+        return apply(*args, **kwargs), {}
+    result, new_buffers = apply(*args, mutable=True, **kwargs)
+    return result, new_buffers

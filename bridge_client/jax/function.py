@@ -275,7 +275,9 @@ class RemoteTorchFunction:
             own = sharding.spread(own, mesh, [replicated] * len(own))
         in_specs = (replicated, replicated, array_specs)
         out_specs = (self._out_specs, replicated)
-        return sharding.per_shard(call, mesh, in_specs, out_specs)(own, options.key, arrays)
+        sharded = sharding.per_shard(call, mesh, in_specs, out_specs)
+        results: _Results = sharded(own, options.key, arrays)
+        return results
 
     def _call(
         self, options: "_CallOptions", leaves: list[Any], structure: Any, statics: frozenset[int]

@@ -63,7 +63,7 @@ class OnGpu(NamedTuple):
         of the
         host.
         """
-        arrays = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        arrays = list(map(np.empty, shapes, dtypes))
         for array, pointer in zip(arrays, pointers, strict=True):
             if array.nbytes:
                 self.copy(array.ctypes.data, pointer, array.nbytes)
@@ -81,9 +81,10 @@ class OnGpu(NamedTuple):
 
     def array_over(self, block: Block, spec: Spec) -> jax.Array:
         """Return the array over a block that has its value for later work on the stream."""
-        return jax.dlpack.from_dlpack(
-            DeviceExporter(block.pointer, spec, block, self.device.dlpack_device, self._let_wait)
-        )
+        location = self.device.dlpack_device
+        exporter = DeviceExporter(block.pointer, spec, block, location, self._let_wait)
+        array: jax.Array = jax.dlpack.from_dlpack(exporter)
+        return array
 
     def keep_from_donation(self, array: jax.Array) -> None:
         """Prevent the donation of an array over a block, where XLA would end the process instead of
@@ -119,7 +120,8 @@ def gpu_for(session: Session, values: Values) -> OnGpu | None:
     array = None if pool is None else ordinals.get(pool.device.gpu.ordinal)
     if pool is None or array is None:
         return None
-    return OnGpu(pool.device, stream_of(next(iter(array.devices()))), pool)
+    (device,) = array.devices()
+    return OnGpu(pool.device, stream_of(device), pool)
 
 
 def gpu_of_callback(session: Session, context: Any, buffers: Values) -> OnGpu:
@@ -141,7 +143,8 @@ def ordinal_of(array: jax.Array) -> int | None:
         or array.sharding.memory_kind not in ("device", None)
     ):
         return None
-    return device.local_hardware_id
+    ordinal: int = device.local_hardware_id
+    return ordinal
 
 
 @functools.cache
@@ -154,7 +157,8 @@ def stream_of(device: jax.Device) -> int:
         has_side_effect=True,
     )
     with jax.ensure_compile_time_eval():
-        jax.block_until_ready(jax.jit(called)(jax.device_put(np.zeros(1, np.int32), device)))
+        argument = jax.device_put(np.zeros(1, np.int32), device)
+        jax.block_until_ready(jax.jit(called)(argument))
     return found[0]
 
 
@@ -166,7 +170,7 @@ def stream_of_callback(context: Any) -> int:
 def is_committed(values: Values) -> bool:
     """Whether jax must keep results of these values on their device."""
     return any(
-        isinstance(value, jax.Array) and getattr(value, "committed", True) for value in values
+        getattr(value, "committed", True) for value in values if isinstance(value, jax.Array)
     )
 
 

@@ -82,9 +82,8 @@ def place(
         else:
             block = pool.lease(nbytes)
             if nbytes:
-                _convert(
-                    _view(pointer, dtype, spec.shape), _of_block(block, spec), program.labels[i]
-                )
+                elements = _view(pointer, dtype, spec.shape)
+                _convert(elements, _of_block(block, spec), program.labels[i])
         placed.append(block)
         copied += nbytes
     return placed, copied
@@ -134,7 +133,8 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
         value.block_until_ready()
         return Source(value.unsafe_buffer_pointer(), value.dtype, value)
     spec = NUMBERS.get(type(value))
-    array = np.asarray(value, dtype=None if spec is None else spec.dtype.name, order="C")
+    name = None if spec is None else spec.dtype.name
+    array = np.asarray(value, dtype=name, order="C")
     return Source(array.ctypes.data, array.dtype, array)
 
 
@@ -155,10 +155,12 @@ def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = N
     )
     if is_imported and is_importable(dtype):
         _blocks[block.pointer] = block
-        return jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
+        imported: jax.Array = jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
+        return imported
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)
-    return jax.device_put(array, home)
+    copied: jax.Array = jax.device_put(array, home)
+    return copied
 
 
 def from_block_on(
@@ -171,25 +173,25 @@ def from_block_on(
     dtype, wide = dtype_of(spec, label), JAX_DTYPES[spec.dtype]
     if not block.nbytes or not is_importable(wide):
         (found,) = gpu.to_host([block.pointer], [wide], [spec.shape])
-        return jax.device_put(found.astype(dtype), device)
+        copied: jax.Array = jax.device_put(found.astype(dtype), device)
+        return copied
     if dtype == wide:
         _blocks[block.pointer] = block
         return gpu.array_over(block, spec)
     with jax.enable_x64(True):
         array = gpu.array_over(block, spec)
     check_range(np.asarray(extremes(array)), wide, dtype, label)
-    return converted(array, dtype)
+    narrow: jax.Array = converted(array, dtype)
+    return narrow
 
 
 def home_of(inputs: Values) -> jax.Device | None:
     """Return the device that an input is committed to, where outputs belong; else None."""
     for value in inputs:
-        if (
-            isinstance(value, jax.Array)
-            and getattr(value, "committed", True)
-            and len(value.devices()) == 1
-        ):
-            return next(iter(value.devices()))
+        if isinstance(value, jax.Array) and getattr(value, "committed", True):
+            devices = value.devices()
+            if len(devices) == 1:
+                return next(iter(devices))
     return None
 
 
@@ -303,10 +305,10 @@ def _host() -> jax.Device | None:
 
 def _is_plain(array: Any) -> bool:
     """Whether an array's elements lie row-major in the memory of the host."""
-    if not has_one_cpu() and (
-        len(array.devices()) > 1 or next(iter(array.devices())).platform != "cpu"
-    ):
-        return False
+    if not has_one_cpu():
+        device, *others = array.devices()
+        if others or device.platform != "cpu":
+            return False
     return _is_row_major(array)
 
 
@@ -321,8 +323,9 @@ def is_importable(dtype: np.dtype) -> bool:
     memory = np.zeros(64, np.uint8)
     if not has_cpu():  # no backend to try it with: DLPack has a code for each dtype
         return True
+    spec = Spec(DTYPES[dtype], (1,))
     try:
-        jax.dlpack.from_dlpack(Exporter(memory.ctypes.data, Spec(DTYPES[dtype], (1,)), memory))
+        jax.dlpack.from_dlpack(Exporter(memory.ctypes.data, spec, memory))
     except Exception:
         return False
     return True
@@ -334,8 +337,9 @@ def _convert(source: np.ndarray, into: np.ndarray, label: str) -> None:
     Raises:
       DTypeError: an integer does not fit.
     """
-    if into.dtype.kind in "iu" and into.dtype.itemsize < source.dtype.itemsize and source.size:
-        check_range((source.min(), source.max()), source.dtype, into.dtype, label)
+    wide, narrow = source.dtype, into.dtype
+    if narrow.kind in "iu" and narrow.itemsize < wide.itemsize and source.size:
+        check_range((source.min(), source.max()), wide, narrow, label)
     into[...] = source
 
 

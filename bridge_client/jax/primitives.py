@@ -53,7 +53,8 @@ pull_back_p = _primitive("pull_back")
 
 def run(program: Program, values: Values) -> Arrays:
     """Run a program on arrays, traced or not, and Python numbers."""
-    return run_p.bind(*values, program=program)
+    outputs: Arrays = run_p.bind(*values, program=program)
+    return outputs
 
 
 def _pick(values: Values, positions: Iterable[int]) -> Arrays:

@@ -65,7 +65,7 @@ class Residuals:
     def own(self, id: int, program: Program) -> jax.Array:
         """Return the array that is a residual's handle and owns it."""
         # By device_put, a transfer that jax.transfer_guard("disallow") accepts as explicit.
-        handle = jax.device_put(
+        handle: jax.Array = jax.device_put(
             np.frombuffer(id.to_bytes(HANDLE.nbytes, "little"), HANDLE.dtype.name)
         )
         self._owned[id] = _Kept(program.key, 0)

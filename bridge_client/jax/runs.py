@@ -38,11 +38,17 @@ from bridge_client.jax.memory import (
 )
 from bridge_client.jax.residuals import HANDLE, residuals_of
 from bridge_client.jax.x64 import converted
-from bridge_client.programs import Program, tag_of
+from bridge_client.programs import Positions, Program, tag_of
 from bridge_client.session import Session
 from bridge_wire.errors import ResidualGone
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
+
+Sources = Sequence[Source]
+Blocks = Sequence[Block]
+Arrays = list[jax.Array]
+Specs = tuple[Spec, ...]
+Labels = tuple[str, ...]
 
 
 @atexit.register
@@ -62,9 +68,9 @@ class Action(ABC):
     def __init__(
         self,
         program: Program,
-        inputs: tuple[Spec, ...],
-        outputs: tuple[Spec, ...],
-        labels: tuple[str, ...],
+        inputs: Specs,
+        outputs: Specs,
+        labels: Labels,
     ) -> None:
         self.session: Session = program.session
         self.program = program
@@ -72,12 +78,12 @@ class Action(ABC):
         self.outputs = outputs
         self.labels = labels
 
-    def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
+    def __call__(self, sources: Sources, gpu: OnGpu | None = None) -> Blocks:
         """Run on inputs that are valid during the call. With a GPU, inputs may be there, and
         outputs are."""
         return self._run(sources, gpu).blocks
 
-    def at_once(self, values: Values) -> list[jax.Array]:
+    def at_once(self, values: Values) -> Arrays:
         """Run on concrete arrays and Python numbers; return arrays over the blocks."""
         for spec, label in zip(self.outputs, self.labels, strict=True):
             dtype_of(spec, label)  # before anything runs, since jax may be unable to hold an output
@@ -97,9 +103,9 @@ class Action(ABC):
         return self.inputs[position].weak
 
     @abstractmethod
-    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> "_Ran": ...
+    def _run(self, sources: Sources, gpu: OnGpu | None) -> "_Ran": ...
 
-    def _beside(self, values: Values) -> tuple["_Ran", list[jax.Array]]:
+    def _beside(self, values: Values) -> tuple["_Ran", Arrays]:
         """Run where there are other devices than the host; return the outputs on the inputs'
         device."""
         gpu = gpu_for(self.session, values)
@@ -120,10 +126,10 @@ class Action(ABC):
             for i, value in enumerate(self.widened(values))
         ]
 
-    def _arrays_on(self, gpu: OnGpu, blocks: Sequence[Block], values: Values) -> list[jax.Array]:
+    def _arrays_on(self, gpu: OnGpu, blocks: Blocks, values: Values) -> Arrays:
         first = next(x for x in values if gpu.holds(x))
         device = next(iter(first.devices()))
-        arrays: list[jax.Array] = []
+        arrays: Arrays = []
         staged = 0
         for block, spec, label in zip(blocks, self.outputs, self.labels, strict=False):
             array = from_block_on(gpu, block, spec, label, device)
@@ -147,7 +153,7 @@ class Action(ABC):
                 widened[i] = converted(values[i], JAX_DTYPES[spec.dtype])
         return widened
 
-    def write(self, blocks: Sequence[Block], targets: Iterable[tuple[int, np.dtype]]) -> None:
+    def write(self, blocks: Blocks, targets: Iterable[tuple[int, np.dtype]]) -> None:
         """Copy the outputs of a run to memory: a pointer and a dtype for each."""
         outputs = zip(blocks, self.outputs, self.labels, strict=True)
         for (block, spec, label), (pointer, dtype) in zip(outputs, targets, strict=True):
@@ -170,7 +176,7 @@ class _Ran(NamedTuple):
     copied."""
 
     program: Program
-    blocks: Sequence[Block]
+    blocks: Blocks
     copied: int
     residual: int = 0
 
@@ -181,7 +187,7 @@ class Run(Action):
     def __init__(self, program: Program) -> None:
         super().__init__(program, program.inputs, program.outputs, _labels_of(program))
 
-    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
+    def _run(self, sources: Sources, gpu: OnGpu | None) -> _Ran:
         program = self.program
         placed, copied = place(program, sources)
         blocks = self.session.run(program, placed, copied=copied, stream=_stream_of(gpu))
@@ -197,13 +203,13 @@ class RunKeeping(Action):
         super().__init__(program, program.inputs, outputs, labels)
         self._residuals = residuals_of(program.session)
 
-    def __call__(self, sources: Sequence[Source], gpu: OnGpu | None = None) -> Sequence[Block]:
+    def __call__(self, sources: Sources, gpu: OnGpu | None = None) -> Blocks:
         ran = self._run(sources, gpu)
         pool = self.session.pool if gpu is None or gpu.pool is None else gpu.pool
         handle = self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes)
         return [*ran.blocks, handle]
 
-    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
+    def _run(self, sources: Sources, gpu: OnGpu | None) -> _Ran:
         placed, copied = place(self.program, sources, lasting=True)
         blocks, id = self.session.run_keeping(
             self.program, placed, copied=copied, stream=_stream_of(gpu)
@@ -217,9 +223,7 @@ class PullBack(Action):
     of `wrt`.
     """
 
-    def __init__(
-        self, program: Program, kept: tuple[int, ...], wrt: tuple[int, ...], given: tuple[int, ...]
-    ) -> None:
+    def __init__(self, program: Program, kept: Positions, wrt: Positions, given: Positions) -> None:
         self._plain = program
         self._wrt, self._given = wrt, given
         self._keeping = program.keeping(kept)
@@ -231,7 +235,7 @@ class PullBack(Action):
     def is_for_host(self, position: int) -> bool:
         return position == 0 or super().is_for_host(position)
 
-    def _run(self, sources: Sequence[Source], gpu: OnGpu | None) -> _Ran:
+    def _run(self, sources: Sources, gpu: OnGpu | None) -> _Ran:
         id = ctypes.c_uint64.from_address(sources[0].pointer).value
         pullback = self.program
         first_cotangent = 1 + len(self._plain.inputs)
@@ -253,7 +257,7 @@ def _stream_of(gpu: OnGpu | None) -> int | None:
     return None if gpu is None else gpu.stream
 
 
-def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
+def _check_special(arrays: Arrays, labels: Sequence[str]) -> None:
     """Raise as jax does for results of its own operations under `jax.debug_nans` and
     `jax.debug_infs`."""
     nans, infs = jax.config.jax_debug_nans, jax.config.jax_debug_infs  # type: ignore[attr-defined]
@@ -270,9 +274,9 @@ def _check_special(arrays: Sequence[jax.Array], labels: Sequence[str]) -> None:
             raise FloatingPointError(f"invalid value ({name}) encountered in {label}")
 
 
-def _nbytes_of(arrays: Sequence[jax.Array]) -> int:
+def _nbytes_of(arrays: Arrays) -> int:
     return sum(array.nbytes for array in arrays)
 
 
-def _labels_of(program: Program) -> tuple[str, ...]:
+def _labels_of(program: Program) -> Labels:
     return tuple(f"output {i} of {program!r}" for i in range(len(program.outputs)))

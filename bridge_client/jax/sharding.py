@@ -23,9 +23,8 @@ def mesh_of(values: Values) -> Any:
     device.
     """
     for value in values:
-        sharding = (
-            value.sharding if not isinstance(value, jax.core.Tracer) else jax.typeof(value).sharding
-        )
+        is_traced = isinstance(value, jax.core.Tracer)
+        sharding = jax.typeof(value).sharding if is_traced else value.sharding
         mesh = getattr(sharding, "mesh", None)
         if mesh is not None and not mesh.empty:
             return mesh
@@ -44,10 +43,12 @@ def specs_of(declared: Any, tree: Any, option: str) -> list[PartitionSpec]:
     Raises:
       StructureError: they are not.
     """
+
+    def for_leaves(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda _: spec, part)
+
     try:
-        broadcast = jax.tree.map(
-            lambda spec, part: jax.tree.map(lambda _: spec, part), declared, tree, is_leaf=_is_spec
-        )
+        broadcast = jax.tree.map(for_leaves, declared, tree, is_leaf=_is_spec)
     except (TypeError, ValueError) as error:
         raise StructureError(
             f"{option}={declared} is no prefix of the structure that it describes: {error}"
@@ -105,10 +106,12 @@ def mean_over(axes: Sequence[str], value: Any) -> Any:
 
 def axes_of(specs: Sequence[PartitionSpec]) -> tuple[str, ...]:
     """Return the names of the mesh axes in the specs."""
-    named = [
-        name for spec in specs for entry in spec if entry is not None for name in _names(entry)
-    ]
-    return tuple(dict.fromkeys(named))
+    names: list[str] = []
+    for spec in specs:
+        for entry in spec:
+            if entry is not None:
+                names += _names(entry)
+    return tuple(dict.fromkeys(names))
 
 
 def spread(values: Values, mesh: Any, specs: Sequence[PartitionSpec]) -> list[Any]:
@@ -116,10 +119,8 @@ def spread(values: Values, mesh: Any, specs: Sequence[PartitionSpec]) -> list[An
     axes."""
     if not getattr(mesh, "explicit_axes", ()):
         return list(values)
-    return [
-        jax.sharding.reshard(x, NamedSharding(mesh, spec))
-        for x, spec in zip(values, specs, strict=True)
-    ]
+    shardings = [NamedSharding(mesh, spec) for spec in specs]
+    return list(map(jax.sharding.reshard, values, shardings))
 
 
 def per_shard(

@@ -39,12 +39,14 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     if modes.is_transforming():
         if (level := modes.unrecorded_level()) is not None:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
-        return _Transformable.apply(program, *inputs)
+        transformed: Tensors = _Transformable.apply(program, *inputs)
+        return transformed
     if modes.jit_trace() is not None:  # torch.jit.trace would take the result for a constant
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
-        return _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
+        recorded: Tensors = _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
+        return recorded
     return run(program, inputs)
 
 

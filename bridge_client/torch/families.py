@@ -3,7 +3,7 @@ symbolic sizes."""
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Union
 
 import torch
@@ -19,6 +19,7 @@ _log = logging.getLogger(__name__)
 
 _FUNCTIONS = {"max": torch.sym_max, "min": torch.sym_min}
 Shape = tuple[int, ...]
+Shapes = tuple[Shape, ...]
 Formulas = tuple[tuple[Formula, ...], ...]
 Named = tuple[tuple[Any, ...], ...]  # shapes of sizes, or of the names of unknown ones
 Told = Sequence[Sequence[str]]  # the formulas of each output's sizes, as the worker sent them
@@ -56,7 +57,7 @@ class Family:
         named: Named,
         formulas: Formulas,
         told: Told,
-        make: Callable[[tuple[Shape, ...]], Program],
+        make: Callable[[Shapes], Program],
     ) -> None:
         self.example = example
         self.named = named
@@ -64,7 +65,7 @@ class Family:
         self.told = told
         self.plain = self
         self._make = make
-        self._members: dict[tuple[Shape, ...], Program] = {}
+        self._members: dict[Shapes, Program] = {}
         self._derived: dict[Hashable, Family] = {}
 
     def __repr__(self) -> str:
@@ -73,10 +74,11 @@ class Family:
     def at(self, arrays: Sequence[Tensor]) -> "AnyProgram":
         """Return the member for these inputs; where torch traces with symbolic sizes, the family
         itself."""
-        if any(isinstance(size, torch.SymInt) for array in arrays for size in array.shape):
+        arrays_shapes = [tuple(array.shape) for array in arrays]
+        if any(isinstance(size, torch.SymInt) for shape in arrays_shapes for size in shape):
             return self
-        inputs = arrays[: len(self.inputs)]
-        member = self._member(tuple([tuple(array.shape) for array in inputs]))
+        inputs = arrays_shapes[: len(self.inputs)]
+        member = self._member(tuple(inputs))
         shapes = [spec.shape for spec in member.outputs]
         expected = self.output_shapes(arrays)
         if shapes != expected:
@@ -99,23 +101,19 @@ class Family:
 
     def keeping(self, wrt: Positions) -> "Family":
         """Return the family of the members' programs that keep a residual."""
-        family = self._derive(("keep", wrt), lambda member: member.keeping(wrt), self.formulas)
+        family = self._derive(self.formulas, "keeping", wrt)
         family.plain = self
         return family
 
     def vjp(self, wrt: Positions, outputs: Positions) -> "Family":
         """Return the family of the members' VJPs."""
         formulas = _formulas_of([self.named[i] for i in wrt])
-        return self._derive(
-            ("vjp", wrt, outputs), lambda member: member.vjp(wrt, outputs), formulas
-        )
+        return self._derive(formulas, "vjp", wrt, outputs)
 
     def jvp(self, wrt: Positions, outputs: Positions) -> "Family":
         """Return the family of the members' JVPs."""
         formulas = tuple([self.formulas[i] for i in outputs])
-        return self._derive(
-            ("jvp", wrt, outputs), lambda member: member.jvp(wrt, outputs), formulas
-        )
+        return self._derive(formulas, "jvp", wrt, outputs)
 
     def vmap(self, axes: Positions, size: int) -> Program:
         """Raise CallerError: the worker has formulas for single calls only."""
@@ -124,21 +122,23 @@ class Family:
             " dynamic=False"
         )
 
-    def _derive(
-        self, key: Hashable, derive: Callable[[Program], Program], formulas: Formulas
-    ) -> "Family":
+    def _derive(self, formulas: Formulas, method: str, *arguments: Positions) -> "Family":
+        key = (method, *arguments)
         cached = self._derived.get(key)
         if cached is not None:
             return cached
+        derive = methodcaller(method, *arguments)
         count = len(self.inputs)
 
-        def make(shapes: tuple[Shape, ...]) -> Program:
-            return derive(self._member(shapes[:count]))
+        def make(shapes: Shapes) -> Program:
+            member: Program = derive(self._member(shapes[:count]))
+            return member
 
-        family = Family(derive(self.example), self.named, formulas, self.told, make)
+        example = derive(self.example)
+        family = Family(example, self.named, formulas, self.told, make)
         return self._derived.setdefault(key, family)
 
-    def _member(self, shapes: tuple[Shape, ...]) -> Program:
+    def _member(self, shapes: Shapes) -> Program:
         cached = self._members.get(shapes)
         return cached or self._members.setdefault(shapes, self._make(shapes))
 
@@ -165,22 +165,32 @@ class Seen(str):
     now: int
 
 
+SeenShapes = Sequence[tuple[int | Seen, ...]]
+
+
 def seen(size: Any) -> int | Seen:
     """Return a size that torch traces: a Seen if it is symbolic and torch knows an example."""
-    if isinstance(size, int) or size.node.maybe_as_int() is not None or not size.node.has_hint():
+    if isinstance(size, int):
+        return size
+    node = size.node
+    if node.maybe_as_int() is not None or not node.has_hint():
         return int(size)
     # With the example, since sizes were found equal, or fixed, for that one.
-    named = Seen(f"{size.node.expr}={size.node.hint}")
-    named.now = size.node.hint
+    named = Seen(f"{node.expr}={node.hint}")
+    named.now = node.hint
     return named
 
 
 def now(shape: Sequence[int | Seen]) -> Shape:
     """Return a shape with its sizes at present."""
-    return tuple([size.now if isinstance(size, Seen) else size for size in shape])
+    return tuple(map(_size_now, shape))
 
 
-def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) -> Family:
+def _size_now(size: int | Seen) -> int:
+    return size.now if isinstance(size, Seen) else size
+
+
+def for_all_sizes(example: Program, shapes: SeenShapes) -> Family:
     """Return the programs of a call for all sizes that are symbolic in the shapes of its inputs, or
     for as many as possible.
 
@@ -193,13 +203,14 @@ def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) ->
 
     def ask(named: Named) -> Told | None:
         try:
-            told: Told = session.shapes(call, [tuple(map(str, shape)) for shape in named])
+            inputs = [tuple(map(str, shape)) for shape in named]
+            told: Told = session.shapes(call, inputs)
         except BridgeError as error:
             _log.debug("no formulas for the outputs of %r for %s: %s", example, named, error)
             return None
         return told
 
-    def make(shapes: tuple[Shape, ...]) -> Program:
+    def make(shapes: Shapes) -> Program:
         sized = pb.Call()
         sized.CopyFrom(call)
         for spec, shape in zip(sized.inputs, shapes, strict=True):
@@ -215,7 +226,7 @@ def for_all_sizes(example: Program, shapes: Sequence[tuple[int | Seen, ...]]) ->
 
 
 def _most_general(
-    shapes: Sequence[tuple[int | Seen, ...]], ask: Callable[[Named], Told | None]
+    shapes: SeenShapes, ask: Callable[[Named], Told | None]
 ) -> tuple[Named, Told] | None:
     """Return the most general of these shapes that there are formulas for, in which unknown sizes
     have names.
@@ -229,7 +240,7 @@ def _most_general(
 
     def attempt(names: Mapping[Any, str]) -> tuple[Named, Told] | None:
         def name(size: int | Seen) -> int | str:
-            return names.get(size, size.now if isinstance(size, Seen) else size)
+            return names.get(size, _size_now(size))
 
         named = tuple([tuple(map(name, shape)) for shape in shapes])
         told = ask(named)
@@ -249,4 +260,8 @@ def _most_general(
 
 def _formulas_of(shapes: Sequence[Values]) -> Formulas:
     """Return the functions for shapes that are written as formulas."""
-    return tuple([tuple([formula(str(size), _FUNCTIONS) for size in shape]) for shape in shapes])
+    return tuple([tuple(map(_formula_of, shape)) for shape in shapes])
+
+
+def _formula_of(size: Any) -> Formula:
+    return formula(str(size), _FUNCTIONS)

@@ -9,7 +9,7 @@ that this process can use, they go through memory there.
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,12 +67,18 @@ def run_of(session: Session, inputs: Values) -> OnGpu:
 
     Its outputs belong on the device of the first.
     """
-    first = next(x for x in inputs if isinstance(x, Tensor) and x.is_cuda)
+    first = next(filter(is_on_gpu, inputs))
     pool = session.gpu_pool()
     if pool is None:
         return OnGpu(first.device, None, None, stays=False)
-    stream = current_stream(pool.device.gpu.ordinal)
-    return OnGpu(first.device, pool, stream, stays=index_of(first) == pool.device.gpu.ordinal)
+    ordinal = pool.device.gpu.ordinal
+    stream = current_stream(ordinal)
+    return OnGpu(first.device, pool, stream, stays=index_of(first) == ordinal)
+
+
+def is_on_gpu(value: Any) -> bool:
+    """Whether a value is a tensor on a GPU."""
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def index_of(tensor: Tensor) -> int:

@@ -110,9 +110,10 @@ def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed]
     session = program.session
     run = gpu.run_of(session, inputs)
     if run.pool is None:
-        staged = [x.cpu() if isinstance(x, Tensor) and x.is_cuda else x for x in inputs]
+        staged = [x.cpu() if gpu.is_on_gpu(x) else x for x in inputs]
         placed, copied, _ = place(program, staged)
-        session.note_staged(sum(x.nbytes for x in inputs if isinstance(x, Tensor) and x.is_cuda))
+        brought = filter(gpu.is_on_gpu, inputs)
+        session.note_staged(sum(x.nbytes for x in brought))
         return placed, copied, run
     placed, copied = [], 0
     for value, spec, label in zip(inputs, program.inputs, program.labels, strict=True):
@@ -141,7 +142,7 @@ def from_blocks(
 ) -> list[Tensor]:
     """Return the tensors whose storages are the blocks, on the host or on the run's GPU."""
     if run is not None and run.pool is not None:
-        return [run.tensor_over(block, spec) for block, spec in zip(blocks, described, strict=True)]
+        return list(map(run.tensor_over, blocks, described))
     return list(map(from_block, blocks, described))
 
 
@@ -160,13 +161,18 @@ def copied_into(session: Session, tensor: Tensor) -> Tensor | None:
     """Return a copy of a tensor in the session's memory on its device; None if the session has
     none."""
     spec = Spec(DTYPES[tensor.dtype], tuple(tensor.shape))
+    value = tensor.detach()
     if tensor.is_cpu:
-        return from_block(session.pool.lease(tensor.nbytes), spec).copy_(tensor.detach())
+        block = session.pool.lease(tensor.nbytes)
+        return from_block(block, spec).copy_(value)
     pool = session.gpu_pool() if tensor.is_cuda else None
-    if pool is None or pool.device.gpu.ordinal != gpu.index_of(tensor):
+    if pool is None:
         return None
-    block = pool.lease(tensor.nbytes, gpu.current_stream(pool.device.gpu.ordinal))
-    return gpu.tensor_over(pool, block, spec).copy_(tensor.detach())
+    ordinal = pool.device.gpu.ordinal
+    if ordinal != gpu.index_of(tensor):
+        return None
+    block = pool.lease(tensor.nbytes, gpu.current_stream(ordinal))
+    return gpu.tensor_over(pool, block, spec).copy_(value)
 
 
 def is_sole_owner(tensor: Tensor) -> bool:
@@ -231,10 +237,11 @@ def _check_memory(value: Tensor, path: str) -> None:
     """
     if value.numel() == 0 or type(value) not in _WITH_MEMORY or value._is_zerotensor():
         return
-    last = value.storage_offset() + sum(
-        (n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True)
-    )
-    needed, there = (last + 1) * value.itemsize, value.untyped_storage().nbytes()
+    last = value.storage_offset()
+    for size, stride in zip(value.shape, value.stride(), strict=True):
+        last += (size - 1) * stride
+    needed = (last + 1) * value.itemsize
+    there = value.untyped_storage().nbytes()
     if there < needed:
         raise SpecError(
             f"input `{path}` has a storage of {there} bytes, and needs {needed}: the storage was"

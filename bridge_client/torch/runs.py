@@ -42,7 +42,8 @@ def run(program: AnyProgram, inputs: Values) -> Tensors:
 def run_operator(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program as an operator, which a graph can name."""
     _refuse_sharded(program, inputs)
-    return _operators().run(_as_tensors(inputs), pin(program))
+    outputs: Tensors = _operators().run(_as_tensors(inputs), pin(program))
+    return outputs
 
 
 def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
@@ -60,10 +61,9 @@ def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
     def make(blocks: list[Block], residual: int) -> tuple[Tensors, Tensor]:
         return from_blocks(blocks, program.prepared.outputs, gpu), _handle(session, residual)
 
-    made = session.run_keeping(
-        program, placed, copied=copied, make=make, stream=None if gpu is None else gpu.stream
-    )
-    return made if gpu is None else (gpu.brought_back(made[0], session), made[1])
+    stream = None if gpu is None else gpu.stream
+    outputs, handle = session.run_keeping(program, placed, copied=copied, make=make, stream=stream)
+    return outputs if gpu is None else gpu.brought_back(outputs, session), handle
 
 
 def pull_back(
@@ -83,7 +83,9 @@ def pull_back(
     kept, wrt, given = which
     if modes.is_traced([handle, *cotangents]):
         arrays = _as_tensors([*inputs, *cotangents])
-        return _operators().pull_back(handle, arrays, pin(program), kept, wrt, given)
+        operator = _operators().pull_back
+        traced: Tensors = operator(handle, arrays, pin(program), kept, wrt, given)
+        return traced
     assert isinstance(program, Program), "a family is traced only"
     pullback = program.keeping(kept).pullback(wrt, given)
     session = program.session
@@ -140,15 +142,18 @@ def _as_tensors(inputs: Values) -> list[Tensor]:
 
 
 def _number_as_tensor(number: Any) -> Tensor:
+    spec = NUMBERS[type(number)]
+    dtype = TORCH_DTYPES[spec.dtype.name]
     # On the host, even under torch.set_default_device.
-    return torch.tensor(number, dtype=TORCH_DTYPES[NUMBERS[type(number)].dtype.name], device="cpu")
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
 
 def as_values(program: AnyProgram, tensors: Tensors) -> list[Any]:
     """Return an operator's inputs as values of a run, with Python numbers as such."""
     if not program.takes_numbers:
         return list(tensors)
-    return [x.item() if spec.weak else x for x, spec in zip(tensors, program.inputs, strict=True)]
+    pairs = zip(tensors, program.inputs, strict=True)
+    return [x.item() if spec.weak else x for x, spec in pairs]
 
 
 def _empty(described: Sequence[Spec], shapes: Values, arrays: Tensors) -> list[Tensor]:

@@ -147,4 +147,5 @@ def _static_key(leaf: Any, arguments: Arguments, position: int) -> tuple[type, s
 def _symbolic_as_tensor(number: Any, kind: type) -> Tensor:
     # By arithmetic, which torch.compile can follow with a float that stays symbolic.
     dtype = TORCH_DTYPES[NUMBERS[kind].dtype.name]
-    return torch.ones((), dtype=dtype, device="cpu") * number
+    tensor: Tensor = torch.ones((), dtype=dtype, device="cpu") * number
+    return tensor

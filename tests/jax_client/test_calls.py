@@ -205,7 +205,7 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.float32)
     with pytest.raises(SpecError, match=r"`args\[0\]` has the symbolic shape \(n,\)"):
         jax.eval_shape(f, symbolic)
-    with pytest.raises(CallerError, match="in_specs and out_specs come together"):
+    with pytest.raises(CallerError, match="only one of in_specs and out_specs is given"):
         remote("echo", in_specs=jax.sharding.PartitionSpec())
     with pytest.raises(CallerError, match="static_argnames=3; expected a name"):
         remote("echo", static_argnames=3)
