@@ -163,8 +163,8 @@ class Program:
         if tag in (0, self.tag):
             return self
         key = ("on model", tag)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         restricted = self._child(self.request, self.inputs, self.labels)
         restricted.tag, restricted.result = tag, self.result
         return self._derived.setdefault(key, restricted._with_outputs_of(self))
@@ -172,8 +172,8 @@ class Program:
     def keeping(self, wrt: Positions) -> "Program":
         """Return the program whose runs also keep a residual for the pullback to inputs `wrt`."""
         key = ("keep", wrt)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
         keeping = self._child(request, self.inputs, self.labels, self)
@@ -185,8 +185,8 @@ class Program:
         """Return the program from cotangents of `outputs` to those of `wrt`; this program must keep
         residuals."""
         key = ("pullback", wrt, outputs)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         request = pb.PrepareRequest(pullback=pb.Pullback(wrt=wrt, outputs=outputs))
         inputs = tuple(self.outputs[i] for i in outputs)
         return self._cache(key, self._child(request, inputs, _cotangents_of(outputs), self))
@@ -194,8 +194,8 @@ class Program:
     def vjp(self, wrt: Positions, outputs: Positions) -> "Program":
         """Return the program from the inputs and cotangents of `outputs` to cotangents of `wrt`."""
         key = ("vjp", wrt, outputs)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         request = self._copied_request()
         request.call.transforms.add(vjp=pb.Transform.Vjp(wrt=wrt, outputs=outputs))
         inputs = self.inputs + tuple(self.outputs[i] for i in outputs)
@@ -205,8 +205,8 @@ class Program:
     def jvp(self, wrt: Positions, outputs: Positions) -> "Program":
         """Return the program from the inputs and tangents of `wrt` to tangents of `outputs`."""
         key = ("jvp", wrt, outputs)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         request = self._copied_request()
         request.call.transforms.add(jvp=pb.Transform.Jvp(wrt=wrt, outputs=outputs))
         inputs = self.inputs + tuple(self.inputs[i] for i in wrt)
@@ -217,8 +217,8 @@ class Program:
         """Return the program over batches of `size`, along the given axis of each input (-1: the
         input has no batch axis)."""
         key = ("vmap", axes, size)
-        if known := self._derived.get(key):
-            return known
+        if cached := self._derived.get(key):
+            return cached
         request = self._copied_request()
         request.call.transforms.add(vmap=pb.Transform.Vmap(axes=axes, size=size))
         inputs = tuple(

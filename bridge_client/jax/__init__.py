@@ -1,6 +1,5 @@
 """Remote torch functions as JAX functions. The only client package that imports jax; it never
-imports
-torch.
+imports torch.
 
 A call is a primitive of this package. Outside compiled code it runs at once, on arrays that lie in
 the session's memory or are copied there, and its results are arrays over blocks. Compiled code

@@ -1,6 +1,5 @@
 """Runs within compiled code, as callbacks of three kinds: on XLA's host buffers, on its GPU
-buffers,
-and on copies.
+buffers, and on copies.
 
 A callback never calls a jax function: that could wait for the computation that waits for the
 callback.
@@ -59,8 +58,7 @@ def call_back_on_gpu(action: Action, *values: Any) -> Values:
 
     The callback puts everything on XLA's stream. It waits only for values that a host has to read:
     handles of residuals, Python numbers, and the range of integers that jax must hold in fewer
-    bits.
-    If the worker's GPU is another one, or shares no memory, everything goes through the host.
+    bits. If the worker's GPU is another one, or shares no memory, everything goes through the host.
     """
     results = action.result_types
     if not results:
@@ -100,9 +98,7 @@ def _sources_in(
     passed: Sequence[tuple[np.dtype, tuple[int, ...]]],
 ) -> list[Source]:
     """Return a callback's inputs on a GPU. Inputs that a host reads are copied to the host; if the
-    run
-    is the host's, all are.
-    """
+    run is the host's, all are."""
     sources: list[Source] = []
     for pointer, (dtype, _) in zip(pointers, passed, strict=True):
         sources.append(Source(pointer, dtype, None, gpu))
@@ -170,9 +166,7 @@ def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Values:
     """Return an action's outputs for traced values, by a callback on copies on the host;
-    `is_staged` if
-    these are copies of memory on a GPU.
-    """
+    `is_staged` if these are copies of memory on a GPU."""
     results = action.result_types
     if not results:
         return []

@@ -34,21 +34,21 @@ class Crossing(Exception):
 
 def named(error: BaseException) -> Crossing:
     """Store an exception; return the exception that a callback must raise in its place."""
-    known = error if isinstance(error, BridgeError | KeyboardInterrupt) else unexpected(error)
+    stored = error if isinstance(error, BridgeError | KeyboardInterrupt) else unexpected(error)
     number = next(_numbers)
     # Without its frames and those of its causes, which hold the call's memory.
-    known.__cause__ = known.__context__ = None
+    stored.__cause__ = stored.__context__ = None
     with _lock:
-        _pending[number] = known.with_traceback(None)
+        _pending[number] = stored.with_traceback(None)
         while len(_pending) > _MOST_PENDING:
             _pending.popitem(last=False)
-    return Crossing(f"{type(known).__name__}: {known} (torch-jax-bridge error #{number}#)")
+    return Crossing(f"{type(stored).__name__}: {stored} (torch-jax-bridge error #{number}#)")
 
 
 def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeError:
     if cls is JaxRuntimeError and args and isinstance(args[0], str):
-        found = _MARK.findall(args[0])
-        error = _pending.get(int(found[-1])) if found else None
+        marks = _MARK.findall(args[0])
+        error = _pending.get(int(marks[-1])) if marks else None
         if error is not None:
             return _surfaced(error)
     return _plain_new(cls, *args, **kwargs)
@@ -56,10 +56,10 @@ def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeErr
 
 def _surfaced(error: BridgeError | KeyboardInterrupt) -> JaxRuntimeError:
     kind = _kind(cast(Hashable, type(error)))
-    made = cast(Any, type(error).__new__(kind, *error.args))
-    made.args = error.args
-    made.__dict__.update(error.__dict__)
-    return made
+    surfaced = cast(Any, type(error).__new__(kind, *error.args))
+    surfaced.args = error.args
+    surfaced.__dict__.update(error.__dict__)
+    return surfaced
 
 
 @functools.cache

@@ -15,8 +15,7 @@ class LinenModule(linen.Module):
 
     Its parameters begin as the worker's and have the same names, in the collection `params`. Its
     buffers are in `batch_stats`, and follow the model's if that collection is mutable. Random
-    numbers
-    come from the stream `rng`, if the caller passes one.
+    numbers come from the stream `rng`, if the caller passes one.
 
     Attributes:
       function: the remote module.
@@ -95,9 +94,7 @@ def _applied(
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, jax.Array]]:
     """Call the function; return its result and the buffers' new values, if there are buffers that
-    may
-    change.
-    """
+    may change."""
     apply = functools.partial(function.apply, params, buffers=buffers, rng=rng)
     if not is_mutable or not buffers:
         return apply(*args, **kwargs), {}

@@ -433,9 +433,7 @@ class _CallOptions(NamedTuple):
 
 class _Call(NamedTuple):
     """A prepared signature: the program, the order of its inputs, and the function from its outputs
-    to
-    the result.
-    """
+    to the result."""
 
     program: Program
     order: Sequence[int]

@@ -39,9 +39,7 @@ DONATION_ENDS_PROCESS = jax.__version_info__ < (0, 11)
 
 class OnGpu(NamedTuple):
     """XLA's stream on a GPU, and the memory there that is shared with the worker; None if its
-    models
-    run elsewhere.
-    """
+    models run elsewhere."""
 
     device: Device
     stream: int
@@ -60,9 +58,7 @@ class OnGpu(NamedTuple):
         self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Values
     ) -> list[np.ndarray]:
         """Return the values at some places on the GPU, at this point of the stream. The only wait
-        of the
-        host.
-        """
+        of the host."""
         arrays = list(map(np.empty, shapes, dtypes))
         for array, pointer in zip(arrays, pointers, strict=True):
             if array.nbytes:
@@ -88,9 +84,7 @@ class OnGpu(NamedTuple):
 
     def keep_from_donation(self, array: jax.Array) -> None:
         """Prevent the donation of an array over a block, where XLA would end the process instead of
-        taking
-        memory that it does not own.
-        """
+        taking memory that it does not own."""
         if DONATION_ENDS_PROCESS:
             weakref.finalize(array, _let_go, self.reference_to(array)).atexit = False
 
@@ -150,16 +144,16 @@ def ordinal_of(array: jax.Array) -> int | None:
 @functools.cache
 def stream_of(device: jax.Device) -> int:
     """Return XLA's stream on a GPU, which XLA tells callbacks only."""
-    found: list[int] = []
+    streams: list[int] = []
     called = buffer_callback(
-        lambda context, _, x: found.append(stream_of_callback(context)),
+        lambda context, _, x: streams.append(stream_of_callback(context)),
         jax.ShapeDtypeStruct((1,), np.int32),
         has_side_effect=True,
     )
     with jax.ensure_compile_time_eval():
         argument = jax.device_put(np.zeros(1, np.int32), device)
         jax.block_until_ready(jax.jit(called)(argument))
-    return found[0]
+    return streams[0]
 
 
 def stream_of_callback(context: Any) -> int:
@@ -176,8 +170,7 @@ def is_committed(values: Values) -> bool:
 
 def uncommitted(array: jax.Array) -> jax.Array:
     """Return an array that jax may move to the device of other arrays, if there are any; jax never
-    moves imported arrays.
-    """
+    moves imported arrays."""
     if jax.local_device_count() == 1:
         return array
     try:

@@ -124,9 +124,7 @@ def write(block: Block, spec: Spec, pointer: int, dtype: np.dtype, label: str) -
 
 def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
     """Return the memory of a concrete array or a Python number. Arrays on this GPU stay there;
-    others
-    are brought to the host.
-    """
+    others are brought to the host."""
     if gpu is not None and gpu.holds(value) and _is_row_major(value):
         return Source(gpu.pointer_of(value), value.dtype, value, gpu)
     if isinstance(value, jax.Array) and _is_plain(value):
@@ -140,8 +138,7 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
 
 def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = None) -> jax.Array:
     """Return the array over the block, whose lease ends with it. That is on the host, if the host
-    is the
-    only device or `home`.
+    is the only device or `home`.
 
     On any other device, or if jax has only a narrower type, return a copy.
     """
@@ -172,8 +169,8 @@ def from_block_on(
     """
     dtype, wide = dtype_of(spec, label), JAX_DTYPES[spec.dtype]
     if not block.nbytes or not is_importable(wide):
-        (found,) = gpu.to_host([block.pointer], [wide], [spec.shape])
-        copied: jax.Array = jax.device_put(found.astype(dtype), device)
+        (values,) = gpu.to_host([block.pointer], [wide], [spec.shape])
+        copied: jax.Array = jax.device_put(values.astype(dtype), device)
         return copied
     if dtype == wide:
         _blocks[block.pointer] = block
@@ -220,8 +217,7 @@ def spec_of(
     """Return the type of an array on the worker.
 
     Without x64, jax has 32-bit integers only; torch code expects 64-bit ones, for labels and
-    indices
-    above all. So an int32 goes to a torch model as an int64 then.
+    indices above all. So an int32 goes to a torch model as an int64 then.
 
     Raises:
       DTypeError: the worker cannot hold it without loss.

@@ -77,8 +77,7 @@ class Residuals:
         hold.
 
         `nbytes` is the size of the memory here that the residual keeps leased, `max_bytes` that of
-        all
-        memory.
+        all memory.
         """
         kept = _Kept(program.key, nbytes)
         dropped: list[int] = []
@@ -135,5 +134,5 @@ _by_session: "weakref.WeakKeyDictionary[Session, Residuals]" = weakref.WeakKeyDi
 
 def residuals_of(session: Session) -> Residuals:
     """Return the residuals of a session."""
-    known = _by_session.get(session)
-    return known if known is not None else _by_session.setdefault(session, Residuals(session))
+    residuals = _by_session.get(session)
+    return residuals or _by_session.setdefault(session, Residuals(session))

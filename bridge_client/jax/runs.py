@@ -54,9 +54,7 @@ Labels = tuple[str, ...]
 @atexit.register
 def _finish() -> None:
     """Wait for the calls under way before their sessions are closed: exit functions run in the
-    reverse
-    order of their registration.
-    """
+    reverse order of their registration."""
     # a caller that needs a call's error has waited for the call
     with contextlib.suppress(Exception):
         jax.effects_barrier()
@@ -219,9 +217,7 @@ class RunKeeping(Action):
 
 class PullBack(Action):
     """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to
-    cotangents
-    of `wrt`.
-    """
+    cotangents of `wrt`."""
 
     def __init__(self, program: Program, kept: Positions, wrt: Positions, given: Positions) -> None:
         self._plain = program

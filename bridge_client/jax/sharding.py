@@ -19,9 +19,7 @@ from bridge_wire.errors import StructureError
 
 def mesh_of(values: Values) -> Any:
     """Return the mesh that the arrays are sharded over, or that the caller has set; None for a
-    single
-    device.
-    """
+    single device."""
     for value in values:
         is_traced = isinstance(value, jax.core.Tracer)
         sharding = jax.typeof(value).sharding if is_traced else value.sharding
@@ -96,9 +94,7 @@ def _cast(value: Any, axes: frozenset[str]) -> Any:
 
 def mean_over(axes: Sequence[str], value: Any) -> Any:
     """Return the mean over shards of a value that each has changed; of integers, which are
-    counters, the
-    largest.
-    """
+    counters, the largest."""
     if jnp.issubdtype(value.dtype, jnp.inexact):
         return jax.lax.pmean(value, tuple(axes))
     return jax.lax.pmax(value, tuple(axes))

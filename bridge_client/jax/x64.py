@@ -15,9 +15,7 @@ from bridge_wire.errors import DTypeError
 
 def converted(value: Any, dtype: np.dtype) -> Any:
     """Return an array, traced or not, in a dtype that may be a 64-bit one; see `extremes` for
-    whether a
-    narrower dtype holds it. Other values stay unchanged.
-    """
+    whether a narrower dtype holds it. Other values stay unchanged."""
     if not isinstance(value, jax.Array) or value.dtype == dtype:
         return value
     with jax.enable_x64(True):

@@ -1,6 +1,5 @@
 """Remote JAX functions as torch modules. The only client package that imports torch; it never
-imports
-jax.
+imports jax.
 
 A call's tensors are placed in the session's memory, or passed as they are if they lie there
 already. The worker writes the outputs into blocks, and each output tensor's storage is its block. A

@@ -113,9 +113,7 @@ def _decoded(value: Any) -> Any:
 @torch.compiler.assume_constant_result
 def _fields_of(cls: type) -> tuple[str, ...] | None:
     """Return the names of the fields of a namedtuple, or of a dataclass that is no dict; None for
-    any
-    other class.
-    """
+    any other class."""
     if issubclass(cls, tuple):
         return getattr(cls, "_fields", None)
     if not dataclasses.is_dataclass(cls) or issubclass(cls, Mapping | list):
@@ -133,10 +131,8 @@ def _number_of(cls: type) -> int:
 
 def _pass_structures() -> None:
     """Give values to the constants of Dynamo's graph: strict export takes each constant without a
-    value
-    for a tensor, even the structures of arguments that nonstrict_trace puts there itself (torch
-    2.13).
-    """
+    value for a tensor, even the structures of arguments that nonstrict_trace puts there itself
+    (torch 2.13)."""
     with contextlib.suppress(AttributeError):  # in non-strict export there is no Dynamo
         for node in InstructionTranslator.current_tx().output.graph.nodes:
             if isinstance(node.meta.get("example_value"), TreeSpec):

@@ -150,8 +150,7 @@ class _Recorded(_SingleLevelFunction):
 class _Transformable(torch.autograd.Function):
     """A run whose derivatives and batched version are all runs of other programs: for torch.func,
     forward-mode derivatives and their compositions, to any depth. It keeps no residual, since each
-    derivative must be a function that can be transformed again.
-    """
+    derivative must be a function that can be transformed again."""
 
     @staticmethod
     def forward(program: Program, *inputs: Any) -> TensorTuple:

@@ -94,8 +94,8 @@ class Family:
         for names, array in zip(self.named, arrays, strict=False):
             for name, size in zip(names, array.shape, strict=True):
                 # To compare symbolic sizes has torch.compile guard that they stay equal.
-                known = name if isinstance(name, int) else sizes.setdefault(name, size)
-                if size != known:
+                expected = name if isinstance(name, int) else sizes.setdefault(name, size)
+                if size != expected:
                     raise InternalError(f"{self!r} is run on sizes that it was not compiled for")
         return [tuple([size(sizes) for size in output]) for output in self.formulas]
 

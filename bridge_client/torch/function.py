@@ -46,13 +46,11 @@ _NO_LEAVES: frozenset[int] = frozenset()
 
 class RemoteJaxFunction(nn.Module):
     """A JAX function, or a model with parameters, that runs in a worker process, as a
-    differentiable
-    torch module.
+    differentiable torch module.
 
     Call it with pytrees (dict, list, tuple, namedtuple, dataclass, None) of tensors and Python
     numbers. Strings, bools, None and the arguments in `static_argnames` are static. Outputs have
-    the
-    model's dtypes and live in the session's memory; gradients have their input's dtype.
+    the model's dtypes and live in the session's memory; gradients have their input's dtype.
 
     Args:
       target: a worker's address, a Session, or a JAX function or model, which then runs in this
@@ -118,9 +116,8 @@ class RemoteJaxFunction(nn.Module):
         """Set or leave training mode, in which calls take random keys and change buffers.
 
         A flax.nnx or equinox model is put into that mode at each later call. Before the first
-        `train` or
-        `eval`, of this module or one that contains it, the model has the mode in which it was
-        loaded.
+        `train` or `eval`, of this module or one that contains it, the model has the mode in which
+        it was loaded.
         """
         super().train(mode)
         if self._model.has_modes:
@@ -259,17 +256,14 @@ class RemoteJaxFunction(nn.Module):
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """Begin a call, and return its future; `gather` waits for several. Submitted calls run side
-        by side,
-        at most 32 of a session, and beside this thread's own work.
+        by side, at most 32 of a session, and beside this thread's own work.
 
         Grad mode and autocast are the caller's, and the result is part of the autograd graph. Do
-        not
-        change the arguments in place until the result is there. A future that is cancelled before
-        its
-        call has begun never calls. A call under way cannot be cancelled; its result is dropped if
-        nobody
-        waits for it. If this thread is tracing, transforming or packing saved tensors, which other
-        threads cannot do for it, the call is made at once. The random key is made at submission.
+        not change the arguments in place until the result is there. A future that is cancelled
+        before its call has begun never calls. A call under way cannot be cancelled; its result is
+        dropped if nobody waits for it. If this thread is tracing, transforming or packing saved
+        tensors, which other threads cannot do for it, the call is made at once. The random key is
+        made at submission.
 
         Raises:
           CallerError: the call would change the model's buffers, which calls side by side cannot
@@ -301,9 +295,9 @@ class RemoteJaxFunction(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
         # Written out, since torch.nn.utils.parametrize replaces __getstate__ by a function that
         # raises.
-        copied = memo[id(self)] = self.__new__(type(self))
-        copied.__setstate__(copy.deepcopy(RemoteJaxFunction.__getstate__(self), memo))
-        return copied
+        function = memo[id(self)] = self.__new__(type(self))
+        function.__setstate__(copy.deepcopy(RemoteJaxFunction.__getstate__(self), memo))
+        return function
 
     def __getstate__(self) -> Kwargs:
         # Programs and classes belong to this process: a copy makes its own.

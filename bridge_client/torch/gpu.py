@@ -1,6 +1,5 @@
 """Tensors on a GPU: over the session's memory there, used on torch's current stream. The only
-module
-that needs torch with CUDA.
+module that needs torch with CUDA.
 
 If the worker shares no memory on a GPU, tensors go through the host. If it computes on another GPU
 that this process can use, they go through memory there.
@@ -89,10 +88,8 @@ def index_of(tensor: Tensor) -> int:
 @contextlib.contextmanager
 def allocate_in(session: Session) -> Iterator[None]:
     """Let torch allocate this thread's CUDA tensors inside the context in memory that the session
-    shares
-    with its worker. After the context, calls pass them without a copy. The memory stays reserved
-    for
-    such tensors until the session is closed.
+    shares with its worker. After the context, calls pass them without a copy. The memory stays
+    reserved for such tensors until the session is closed.
 
     This is torch.cuda.use_mem_pool, on the worker's GPU only.
 

@@ -41,9 +41,7 @@ _PACK: Mapping[type, Callable[[Any], bytes]] = {
 
 class _InSlab(NamedTuple):
     """A tensor that lies in the session's memory already. By its storage, which keeps no autograd
-    graph
-    alive.
-    """
+    graph alive."""
 
     address: int
     storage: torch.UntypedStorage
@@ -51,9 +49,7 @@ class _InSlab(NamedTuple):
 
 def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu | None]:
     """Return each input in the session's memory, in the program's types; the number of bytes
-    copied; and
-    the run's use of a GPU, if an input is on one.
-    """
+    copied; and the run's use of a GPU, if an input is on one."""
     pool = program.session.pool
     placed: list[Placed] = []
     copied = 0
@@ -88,9 +84,7 @@ def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu
 
 def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
     """Return a Python number, or a host tensor whose elements have another layout or type, in the
-    host's
-    pool.
-    """
+    host's pool."""
     if spec.weak:
         block = session.pool.lease(spec.dtype.itemsize)
         block.buffer[:] = _packed(value, label, session)
@@ -232,9 +226,7 @@ def _check_readable(value: Tensor, path: str) -> None:
 
 def _check_memory(value: Tensor, path: str) -> None:
     """Raise SpecError unless the storage holds each element: torch itself would read beyond its
-    end, or
-    crash.
-    """
+    end, or crash."""
     if value.numel() == 0 or type(value) not in _WITH_MEMORY or value._is_zerotensor():
         return
     last = value.storage_offset()

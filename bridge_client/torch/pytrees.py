@@ -55,8 +55,7 @@ def register_if_container(cls: type) -> bool:
     """Make a class that is new here a pytree node, if it is a container; return whether it is one.
 
     Subclasses of Python's dict, list and tuple, such as torch.Size, are sent as these; dataclasses
-    are
-    containers too.
+    are containers too.
     """
     if issubclass(cls, Mapping):
         _register(

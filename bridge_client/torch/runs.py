@@ -77,8 +77,7 @@ def pull_back(
     more.
 
     `which`: the inputs that the residual was kept for, the inputs whose cotangents are returned,
-    and
-    the outputs that have cotangents.
+    and the outputs that have cotangents.
     """
     kept, wrt, given = which
     if modes.is_traced([handle, *cotangents]):
