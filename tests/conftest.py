@@ -93,12 +93,13 @@ def x64_worker() -> Iterator[Session]:
 
 @pytest.fixture(scope="session")
 def torch_worker() -> Iterator[Session]:
-    """A worker without jax that hosts every model of tests/torch_server and tests/jax_client."""
+    """A worker without jax that hosts every model of tests/server/torch_server and
+    tests/client/jax_client."""
     models = {
         name: f"tests.{module}:{name}"
         for folder, module in (
-            ("torch_server", "torch_server.models"),
-            ("jax_client", "jax_client.torch_models"),
+            ("server/torch_server", "server.torch_server.models"),
+            ("client/jax_client", "client.jax_client.torch_models"),
         )
         for name in (TESTS / folder / "models.txt").read_text().split()
     }

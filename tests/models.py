@@ -120,16 +120,16 @@ def _pass(gate, value):
     return value
 
 
-# tests/torch_client -------------------------------------------------------------------------------
+# tests/client/torch_client ------------------------------------------------------------------------
 
 
 def __getattr__(name):
-    """Find the models of tests/torch_client, which only a worker that hosts them imports: flax
-    takes a while."""
+    """Find the models of tests/client/torch_client, which only a worker that hosts them imports:
+    flax takes a while."""
     if name.endswith("_shardings"):  # none has; but flax and equinox would be imported to find out
         raise AttributeError(name)
     for module in ("functions", "gradient_cases", "flax_models", "equinox_models"):
-        found = importlib.import_module(f"tests.torch_client.{module}")
+        found = importlib.import_module(f"tests.client.torch_client.{module}")
         if hasattr(found, name):
             return getattr(found, name)
     raise AttributeError(name)

@@ -245,7 +245,7 @@ def test_a_misspelt_target_is_named_with_near_matches(target: str, said: str) ->
 def test_a_framework_that_is_not_there_is_named() -> None:
     """A torch model in an environment without torch is refused, and the error names what is
     missing."""
-    said = _refusal("--torch-model", "tests.torch_server.models:square")
+    said = _refusal("--torch-model", "tests.server.torch_server.models:square")
     assert "--torch-model needs torch in the worker's environment" in said
 
 

@@ -162,7 +162,7 @@ def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables:
         "-m",
         "bridge_server",
         "--torch-model",
-        "tests.torch_server.models:square",
+        "tests.server.torch_server.models:square",
         *args,
     ]
     made = {**os.environ, **environment(tmp_path, ONE, TWO), **variables}

@@ -1,7 +1,7 @@
 """RemoteJaxFunction with a JAX model of the same process: what is shared, what is copied, what
 follows JAX's settings.
 
-What holds of every session is in tests/test_session_contract.py.
+What holds of every session is in tests/contract/test_session_contract.py.
 """
 
 import copy
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, TargetError, UnknownModel
+from tests.client.torch_client.functions import affine
 from tests.conftest import eventually
-from tests.torch_client.functions import affine
 from tests.workers import run_program
 
 CALLS = 3

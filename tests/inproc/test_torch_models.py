@@ -1,6 +1,6 @@
 """RemoteTorchFunction with a torch model of the same process.
 
-What holds of every session is in tests/test_session_contract.py.
+What holds of every session is in tests/contract/test_session_contract.py.
 """
 
 from collections.abc import Callable

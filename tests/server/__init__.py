@@ -1,0 +1,1 @@
+"""Tests of bridge_server in the runtimes of both frameworks."""

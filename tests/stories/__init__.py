@@ -1,0 +1,1 @@
+"""Whole stories: attacks, faults, deployment, restarts with other models, migration, the demo."""
