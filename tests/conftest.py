@@ -1,4 +1,4 @@
-"""What the tests share: real workers in their own environment, and the rule that nothing is left
+"""Shared fixtures: real workers in their own environment, and the rule that nothing is left
 behind."""
 
 import faulthandler

@@ -5,7 +5,7 @@ a failure is had again with `--seed S --first I --inputs 1`. The worker here is 
 runtime, which echoes bytes instead of importing a framework; it reads and writes the memory it is
 given, so that a wrong address kills this process.
 
-What must hold for every input: nothing but a BridgeError comes out, as a reply and never as
+For every input: nothing but a BridgeError comes out, as a reply and never as
 InternalError; the sessions, residuals and descriptors are back where they were; and a good client
 is served afterwards.
 """
@@ -282,7 +282,7 @@ class EchoProgram(Program):
 
 
 class EchoPullback(Program):
-    """Returns what an EchoProgram kept of the inputs `wrt`."""
+    """Returns the inputs `wrt` that an EchoProgram kept."""
 
     def __init__(self, origin: EchoProgram, wrt: Sequence[int], outputs: Sequence[int]) -> None:
         self.inputs = tuple(origin.outputs[i] for i in outputs)
@@ -357,7 +357,7 @@ class EchoRuntime(Runtime):
 
 
 class Aborted(Exception):
-    """What gRPC raises when a call is aborted."""
+    """The exception that gRPC raises when a call is aborted."""
 
 
 class Context:
@@ -459,7 +459,7 @@ class Target:
         self.sessions.close(token)
 
     def check(self) -> None:
-        """Check that nothing is left of those who came, and that a good client is served."""
+        """Check that no resource of the bad clients is left, and that a good client is served."""
         sessions = self.sessions
         if sessions._by_token or sessions._running:
             raise Fault(

@@ -66,7 +66,7 @@ class Worker:
 
     @property
     def ready_line(self) -> dict[str, str]:
-        """What the ready line says, by name."""
+        """The fields of the ready line, by name."""
         line = next(line for line in self.stdout.splitlines() if line.startswith(_READY))
         return dict(word.split("=", 1) for word in shlex.split(line.removeprefix(_READY)))
 
@@ -140,7 +140,7 @@ def slabs_mapped(pid: int) -> int:
 
 
 def held_by(pid: int) -> dict[str, int]:
-    """Return the counts of what a process holds."""
+    """Return the counts of a process's resources."""
     return {
         "slabs": slabs_mapped(pid),
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
@@ -165,12 +165,12 @@ class Background(threading.Thread):
             self._error = error
 
     def result(self) -> object:
-        """Return what the call returned, or raise what it raised."""
+        """Return the call's result, or raise its exception."""
         self.join(30)
         assert not self.is_alive(), "the call has not come back"
         if self._error is None:
             return self._value
-        # The traceback holds what the call held.
+        # The traceback references the call's objects.
         error, self._error = self._error, None
         try:
             raise error
@@ -179,7 +179,7 @@ class Background(threading.Thread):
 
 
 class Gate:
-    """What the model `gated` waits for; `str(gate)` is its argument."""
+    """The gate of the model `gated`; `str(gate)` is its argument."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -206,7 +206,7 @@ class Gate:
 def run_program(
     source: str, *args: str, venv: str = ".venv-both", **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python program to its end, and return what it said."""
+    """Run a Python program to its end, and return its output."""
     with start_program(source, *args, venv=venv, **variables) as program:
         stdout, stderr = program.communicate(timeout=60)
     return subprocess.CompletedProcess(program.args, program.returncode, stdout, stderr)

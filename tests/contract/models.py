@@ -6,7 +6,7 @@ from typing import Any
 
 
 def refusing(x: Any) -> Any:
-    """Raises whatever the values are."""
+    """Raises for all values."""
     raise LookupError(f"nothing of shape {tuple(x.shape)} here")
 
 
@@ -18,17 +18,17 @@ class Speechless(Exception):
 
 
 def speechless(x: Any) -> Any:
-    """Raises what cannot be told."""
+    """Raises an exception without a text."""
     raise Speechless
 
 
 def ending(x: Any) -> Any:
-    """Raises what would end a program, or a thread without a word."""
+    """Raises SystemExit, which would end a program, or a thread silently."""
     raise SystemExit("enough")
 
 
 def interrupted(x: Any) -> Any:
-    """Raises what Ctrl-C does."""
+    """Raises KeyboardInterrupt, as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

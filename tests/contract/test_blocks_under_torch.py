@@ -36,7 +36,7 @@ def test_torch_tensor_on_a_block_keeps_its_lease() -> None:
 
 
 def test_tensor_saved_by_autograd_keeps_its_lease() -> None:
-    """What a graph has saved keeps its block until the graph dies."""
+    """A tensor saved by a graph keeps its block until the graph dies."""
     pool = small_pool()
     x = torch.frombuffer(pool.lease(64).buffer, dtype=torch.float32).fill_(2.0)
     y = (x * torch.ones(16, requires_grad=True)).sum()

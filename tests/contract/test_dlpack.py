@@ -139,13 +139,13 @@ def test_exporter_says_it_is_host_memory() -> None:
 
 
 def test_newer_consumers_arguments_are_accepted() -> None:
-    """What a newer protocol passes (max_version, dl_device, copy) does not disturb the export."""
+    """The arguments of a newer protocol (max_version, dl_device, copy) do not disturb it."""
     exporter, block = exported(BY_NAME["int8"], (8,))
     capsule = exporter.__dlpack__(stream=None, max_version=(1, 1), dl_device=CPU, copy=None)
     assert torch.from_dlpack(capsule).data_ptr() == block.pointer
 
 
-# Who keeps the memory alive -----------------------------------------------------------------------
+# Lifetime of the memory ---------------------------------------------------------------------------
 
 CONSUMERS: list[Consumer] = [torch.from_dlpack, jax.dlpack.from_dlpack, np.from_dlpack]
 CONSUMER_NAMES = ["torch", "jax", "numpy"]

@@ -16,7 +16,7 @@ SIN = Entry("op", "sin", "float32", "plain")
 
 
 class Planted(InProcess):
-    """Calls in this process, and spoils what comes back."""
+    """Calls in this process, and spoils the results."""
 
     def __init__(self, spoil: Callable[[Any], Any]) -> None:
         self._spoil = spoil

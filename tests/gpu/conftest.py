@@ -1,4 +1,4 @@
-"""What the tests of CUDA share: a machine with a GPU that is none."""
+"""Shared fixtures of the tests of CUDA: a machine with a fake GPU."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Tests of bridge_wire: what both sides decode, frame, lease and hand over."""
+"""Tests of bridge_wire: the messages, frames, leases and memory of both sides."""

@@ -131,7 +131,7 @@ def test_unknown_kind_becomes_a_plain_bridge_error(kind: str) -> None:
 
 
 def test_unexpected_exception_becomes_an_internal_error() -> None:
-    """What should not have happened is an InternalError that names the type and text."""
+    """An unexpected exception is an InternalError that names the type and text."""
     error = errors.unexpected(ZeroDivisionError("division by zero"))
     assert type(error) is errors.InternalError
     assert "ZeroDivisionError: division by zero" in str(error)

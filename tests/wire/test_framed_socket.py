@@ -70,7 +70,7 @@ def close_all(descriptors: list[int]) -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"x", b"\0" * 1000], ids=["empty", "one byte", "zeros"])
 def test_message_arrives_whole(payload: bytes) -> None:
-    """What one end sends the other receives, in both directions."""
+    """A message sent by one end is received by the other, in both directions."""
     with pair() as (a, b):
         a.send(payload)
         assert b.receive(5) == payload
@@ -132,7 +132,7 @@ def test_oversized_frame_is_a_protocol_error_at_the_receiver() -> None:
 def test_silence_is_a_timeout_and_costs_nothing(
     either_pair: tuple[FramedSocket, FramedSocket],
 ) -> None:
-    """Nothing within the time is TimeoutError, and what comes later is received whole."""
+    """No message within the time is TimeoutError, and a later message is received whole."""
     a, b = either_pair
     for timeout_s in (0, 0.02):
         with pytest.raises(TimeoutError):
@@ -160,7 +160,7 @@ def test_receive_without_a_timeout_waits() -> None:
 
 
 def test_end_of_the_peer_is_none(either_pair: tuple[FramedSocket, FramedSocket]) -> None:
-    """When the peer closes, what it had sent is received first, and then None, again and again."""
+    """When the peer closes, its messages are received first, and then None, repeatedly."""
     a, b = either_pair
     a.send(b"last words")
     a.close()
@@ -271,7 +271,7 @@ def test_stop_receiving_lets_the_answer_out() -> None:
 
 
 def test_close_is_idempotent() -> None:
-    """Closing twice, and shutting down what is closed, is nothing."""
+    """Closing twice, and shutting down a closed socket, have no effect."""
     with pair() as (a, _):
         a.close()
         a.close()
@@ -280,7 +280,7 @@ def test_close_is_idempotent() -> None:
 
 
 def test_peer_s_user_is_known() -> None:
-    """The kernel says who the peer is."""
+    """The kernel reports the peer's user id."""
     with pair() as (a, b):
         assert a.peer_uid() == b.peer_uid() == os.geteuid()
 
@@ -320,7 +320,7 @@ def test_descriptors_are_dropped_where_none_are_taken() -> None:
 
 
 def test_message_without_descriptors_brings_none() -> None:
-    """Only what was sent with a descriptor yields one."""
+    """Only a message sent with a descriptor yields one."""
     with pair() as (a, b):
         a.send(b"none")
         assert b.receive(5) == b"none"

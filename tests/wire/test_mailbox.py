@@ -41,7 +41,7 @@ def ends(memory: memoryview) -> tuple[Mailbox, Mailbox]:
     "message", [b"x", b"\0" * 100, os.urandom(CAPACITY)], ids=["one byte", "zeros", "full"]
 )
 def test_message_is_there_until_it_is_taken(ends: tuple[Mailbox, Mailbox], message: bytes) -> None:
-    """Each end finds what the other has put, once."""
+    """Each end finds the other end's message, once."""
     for writer, reader in (ends, ends[::-1]):
         assert not reader.has_message()
         assert writer.put(message) == AWAKE
@@ -84,7 +84,7 @@ def test_writer_is_told_whether_to_wake_the_reader(ends: tuple[Mailbox, Mailbox]
 
 
 def test_message_is_the_reader_s_own(ends: tuple[Mailbox, Mailbox], memory: memoryview) -> None:
-    """What was taken does not change with the memory."""
+    """A message that was taken does not change with the memory."""
     writer, reader = ends
     writer.put(b"as it was")
     taken = reader.take()
@@ -94,7 +94,7 @@ def test_message_is_the_reader_s_own(ends: tuple[Mailbox, Mailbox], memory: memo
 
 @given(st.lists(st.tuples(st.integers(0, NBYTES // 8 - 1), st.integers(0, 2**64 - 1)), max_size=20))
 def test_any_memory_yields_a_message_or_a_protocol_error(stores: list[tuple[int, int]]) -> None:
-    """Whatever the peer writes, and wherever, no more than a slot is read."""
+    """No more than a slot is read, for any bytes that the peer writes anywhere."""
     memory = memoryview(mmap.mmap(-1, NBYTES))
     reader = Mailbox(memory, is_first=False)
     for word, value in stores:
@@ -131,7 +131,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def waiting_in_socket(end: FramedSocket) -> bytes:
-    """Return what the socket has for this end, without taking it."""
+    """Return the bytes in the socket for this end, without taking them."""
     with contextlib.suppress(BlockingIOError):
         return end._socket.recv(1 << 20, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     return b""

@@ -221,7 +221,7 @@ def test_any_structure_comes_back_equal(value: Any) -> None:
     assert len(trees.leaf_paths(tree, "x")) == len(leaves)
 
 
-# Depth, and what cannot be sent -------------------------------------------------------------------
+# Depth, and values that cannot be sent ------------------------------------------------------------
 
 
 def nested(depth: int, value: Any = None) -> Any:
@@ -458,7 +458,7 @@ def test_made_class_is_told_apart_by_kind_name_and_fields() -> None:
 
 
 def test_registries_do_not_share_classes() -> None:
-    """What one registry has learnt or made is unknown to another."""
+    """Classes that one registry has learnt or made are unknown to another."""
     sender, receiver = Classes(), Classes()
     received = send(Point(A, B), sender, receiver)
     assert type(received) is not Point
@@ -664,7 +664,7 @@ def test_oldest_classes_are_forgotten() -> None:
 
 
 def test_class_s_own_expansion_is_used() -> None:
-    """`expand` decides what an instance consists of, for types that are no dataclasses."""
+    """`expand` defines the parts of an instance, for types that are no dataclasses."""
 
     def expand(value: Any) -> trees.Node | None:
         if not isinstance(value, range):

@@ -1,4 +1,4 @@
-"""What holds for every test on a GPU: there is one, and no thread is left behind."""
+"""Fixtures for every test on a GPU: there is one, and no thread is left behind."""
 
 import gc
 import signal
@@ -35,7 +35,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def gpu() -> None:
-    """What is declared by --gpu is there."""
+    """The GPU that --gpu declares is there."""
     if not REHEARSED and not gpus():
         pytest.exit("--gpu was given, but there is no GPU here", returncode=1)
 

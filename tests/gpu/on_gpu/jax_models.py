@@ -1,4 +1,4 @@
-"""What the JAX workers on the GPU serve."""
+"""Models of the JAX workers on the GPU."""
 
 import jax
 import jax.numpy as jnp

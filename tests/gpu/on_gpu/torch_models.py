@@ -1,4 +1,4 @@
-"""What the torch workers on the GPU serve."""
+"""Models of the torch workers on the GPU."""
 
 import torch
 from torch import nn

@@ -36,7 +36,7 @@ def total(x):
 
 
 def refusing(x):
-    """Raises whatever the values are."""
+    """Raises for all values."""
     raise ValueError(f"no arrays of shape {tuple(x.shape)} here")
 
 
@@ -148,7 +148,7 @@ def growing(x):
 
 
 def numeral(x):
-    """Returns what is no tensor."""
+    """Returns an object that is not a tensor."""
     return {"loss": x.sum(), "count": len(x)}
 
 

@@ -1,4 +1,4 @@
-"""What only torch code does: the torch runtime in this process, without a worker."""
+"""Behaviour of torch code alone: the torch runtime in this process, without a worker."""
 
 import contextlib
 import copy
@@ -51,7 +51,7 @@ def rand(*shape: int) -> np.ndarray:
 
 
 def values_of(module: nn.Module) -> list[np.ndarray]:
-    """Return copies of what a module holds, in the order of its parameters on the wire."""
+    """Return copies of a module's tensors, in the order of its parameters on the wire."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return [each.detach().numpy().copy() for each in named.values()]
 
@@ -183,7 +183,7 @@ def test_changed_buffers_are_outputs(hosted: Hosted) -> None:
 
 @serving("normed")
 def test_buffers_of_other_calls_are_dropped(hosted: Hosted) -> None:
-    """Without `mutable`, and without parameters, the statistics stay what they are."""
+    """Without `mutable`, and without parameters, the statistics do not change."""
     x, before = rand(6, 3), values_of(models.normed)
     first = hosted.run(hosted.call(x), x)
     hosted.run(hosted.call(x, parameters=True), *before, x)
@@ -231,7 +231,7 @@ def test_statistics_of_a_batch_of_calls(hosted: Hosted) -> None:
 
 
 def test_a_module_is_served_in_the_mode_it_has(runtime: TorchRuntime) -> None:
-    """What is in eval mode when it is loaded stays in it."""
+    """A module in eval mode when it is loaded stays in it."""
     module = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.9)).double().eval()
     hosted = Hosted(runtime, module)
     module.train()
@@ -447,7 +447,7 @@ def test_a_slow_trace_holds_up_nobody(runtime: TorchRuntime) -> None:
 
 @serving("dropped")
 def test_keys_hold_while_others_draw(hosted: Hosted) -> None:
-    """Calls without a key in other threads do not change what a key drops."""
+    """Calls without a key in other threads do not change the elements that a key drops."""
     x, state = rand(64, 4), values_of(models.dropped)
     seeded, free = hosted.call(x, parameters=True, rngs=_STREAMS), hosted.call(x)
     expected = hosted.run(seeded, *state, key(1), x)
@@ -569,7 +569,7 @@ def test_a_loop_without_an_end_on_zeros_is_left(
 
 
 def test_a_model_that_writes_now_and_then_is_found_out(runtime: TorchRuntime) -> None:
-    """What no trace can foresee is an error at once, and the model gets copies after it."""
+    """A write that no trace can foresee is an error at once, and the model gets copies after it."""
     moods = iter([False, False, True, True])
 
     def moody(x: Tensor) -> Tensor:
@@ -999,7 +999,7 @@ def test_a_model_may_change_the_containers_it_gets(hosted: Hosted) -> None:
 
 
 def test_a_model_may_mark_its_inputs(runtime: TorchRuntime) -> None:
-    """What a model does to the tensor objects that it gets does not outlive the call."""
+    """A model's changes to its tensor arguments as objects do not outlive the call."""
 
     def marking(x: Tensor) -> Tensor:
         assert not hasattr(x, "seen")
