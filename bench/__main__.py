@@ -53,7 +53,9 @@ def conclude(results: Results, json: Path | None, plot: Path | None) -> int:
     return budget.exit_status(verdicts)
 
 
-def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, list[list[float]]]]:
+def _measure(
+    plan: Plan,
+) -> tuple[dict[tuple[str, int, str], Cell], dict[str, list[list[float]]]]:
     # Imported late, since torch and jax load slowly and option errors should come first.
     from bench import from_jax, tasks, ways
 
@@ -61,7 +63,9 @@ def _measure(plan: Plan) -> tuple[dict[tuple[str, int, str], Cell], dict[str, li
     work = list(itertools.product(plan.functions, plan.sizes))
     with ways.Workbench() as workbench, tqdm(work, leave=False) as progress:
         for function, nbytes in progress:
-            progress.set_description(f"{report.FUNCTIONS[function]}, {report.size_text(nbytes)}")
+            progress.set_description(
+                f"{report.FUNCTIONS[function]}, {report.size_text(nbytes)}"
+            )
             steps = workbench.steps(function, nbytes)
             ways.check_agreement(steps)
             native = steps["native"]
@@ -97,7 +101,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="default: docs/benchmarks.json; the page is written beside this file",
     )
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="default: docs/benchmarks.png")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", help="default: docs/benchmarks.png"
+    )
     parser.add_argument(
         "--no-soak", action="store_true", help="skip the memory growth over many calls"
     )

@@ -35,7 +35,11 @@ class Verdict:
         """Return "met", "MISSED" or "not measured"."""
         if self.value is None:
             return "not measured"
-        is_met = self.value < self.line.limit if self.line.below else self.value <= self.line.limit
+        is_met = (
+            self.value < self.line.limit
+            if self.line.below
+            else self.value <= self.line.limit
+        )
         return "met" if is_met else "MISSED"
 
 
@@ -66,7 +70,9 @@ def _copied(results: Results) -> float:
 def _growth(results: Results) -> float | None:
     """Return the larger growth of client and worker."""
     return (
-        None if results.growth is None else max(growth.share for growth in results.growth.values())
+        None
+        if results.growth is None
+        else max(growth.share for growth in results.growth.values())
     )
 
 
@@ -84,10 +90,20 @@ LINES = (
     ),
     Line("the same at 1 MiB", 0.85, _ratio(MIB, "local", "jax2torch")),
     Line("the same at 64 MiB", 0.70, _ratio(64 * MIB, "local", "jax2torch")),
-    Line("the same over gRPC inline, 64 MiB / local lane", 4.0, _ratio(64 * MIB, "grpc", "local")),
-    Line("forward + VJP, 1 KiB / one bare gRPC unary ping", 0.5, _ratio(KIB, "local", "ping")),
     Line(
-        "bytes copied, inputs already in a slab / bytes of the outputs and gradients", 1.0, _copied
+        "the same over gRPC inline, 64 MiB / local lane",
+        4.0,
+        _ratio(64 * MIB, "grpc", "local"),
+    ),
+    Line(
+        "forward + VJP, 1 KiB / one bare gRPC unary ping",
+        0.5,
+        _ratio(KIB, "local", "ping"),
+    ),
+    Line(
+        "bytes copied, inputs already in a slab / bytes of the outputs and gradients",
+        1.0,
+        _copied,
     ),
     Line("vmap over 1,000 rows / a Python loop over them", 0.1, _tasks("vmap", "loop")),
     Line(
@@ -95,7 +111,12 @@ LINES = (
         1.0,
         _tasks("compiled with", "eager with"),
     ),
-    Line("resident growth of client and worker over 100,000 calls", 0.01, _growth, below=True),
+    Line(
+        "resident growth of client and worker over 100,000 calls",
+        0.01,
+        _growth,
+        below=True,
+    ),
     Line(
         "forward + VJP, 1 KiB, in one process / jax2torch-style",
         0.25,
@@ -106,5 +127,7 @@ LINES = (
         1.0,
         _tasks("torch worker", "pure_callback"),
     ),
-    Line("an MLP through trace_torch / written in JAX", 1.2, _tasks("traced", "in jax")),
+    Line(
+        "an MLP through trace_torch / written in JAX", 1.2, _tasks("traced", "in jax")
+    ),
 )

@@ -39,7 +39,8 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
     """
     x, cotangent = (jax.random.normal(jax.random.key(i), (_ELEMENTS,)) for i in (0, 1))
     batch = jax.random.normal(jax.random.key(2), (_BATCH, WIDTH))
-    traced: Any = trace_torch(torch_models.mlp())  # a module has `params`, a function has not
+    # A module has `params`, a function has not.
+    traced: Any = trace_torch(torch_models.mlp())
     made = {
         "torch worker": _compiled(RemoteTorchFunction(session), (x,), cotangent),
         "pure_callback": _compiled(_by_callback, (x,), cotangent),

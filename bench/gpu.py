@@ -45,13 +45,16 @@ class Size(NamedTuple):
     copied: Mapping[str, float]
 
     def p50_s(self, way: str) -> float:
-        return statistics.median(seconds for turn in self.rounds[way] for seconds in turn)
+        return statistics.median(
+            seconds for turn in self.rounds[way] for seconds in turn
+        )
 
     def ratio(self, way: str, other: str) -> float:
         """Return the slowdown of a way: the median over the rounds of the quotient of medians."""
         pairs = zip(self.rounds[way], self.rounds[other], strict=True)
         return statistics.median(
-            statistics.median(turn) / statistics.median(others) for turn, others in pairs
+            statistics.median(turn) / statistics.median(others)
+            for turn, others in pairs
         )
 
 
@@ -83,7 +86,12 @@ LIMITS = (
         _in_slab,
     ),
     Limit("the same at 1 GiB", GIB, 1.1, _in_slab),
-    Limit("1 KiB, two processes, inputs copied in / one process by DLPack", KIB, None, _two_to_one),
+    Limit(
+        "1 KiB, two processes, inputs copied in / one process by DLPack",
+        KIB,
+        None,
+        _two_to_one,
+    ),
     Limit("the same at 64 MiB", 64 * MIB, None, _two_to_one),
     Limit("the same at 1 GiB", GIB, None, _two_to_one),
     Limit(
@@ -98,7 +106,12 @@ LIMITS = (
         2.0,
         lambda size: size.copied["worker"],
     ),
-    Limit("the same with inputs in a slab", 64 * MIB, 1.0, lambda size: size.copied["slab"]),
+    Limit(
+        "the same with inputs in a slab",
+        64 * MIB,
+        1.0,
+        lambda size: size.copied["slab"],
+    ),
 )
 
 
@@ -108,12 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not gpus() and not options.rehearse:
         print("CUDA's driver shows no GPU here: nothing was measured")
         return 0
-    python = options.worker_python or (_WORKER if _WORKER.exists() else Path(sys.executable))
-    plan, device = (_REHEARSAL, "cpu") if options.rehearse else (_chosen(options), "cuda")
+    python = options.worker_python or (
+        _WORKER if _WORKER.exists() else Path(sys.executable)
+    )
+    plan, device = (
+        (_REHEARSAL, "cpu") if options.rehearse else (_chosen(options), "cuda")
+    )
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sizes = measured(plan, device, python)
     if not options.rehearse:
-        print(f"{described()}\nA copy of 1 GiB on the device: {_copy_bandwidth() / 1e9:.0f} GB/s\n")
+        print(
+            f"{described()}\nA copy of 1 GiB on the device: {_copy_bandwidth() / 1e9:.0f} GB/s\n"
+        )
     print("\n".join(tables(sizes)))
     missed = [line for line in judged(sizes) if line.endswith("MISSED |")]
     return 1 if missed and not options.rehearse else 0
@@ -168,7 +187,9 @@ def _sizes(text: str) -> tuple[int, ...]:
     for word in text.split(","):
         number, unit = word[:-3], word[-3:]
         if unit not in _UNITS or not number.isdecimal():
-            raise argparse.ArgumentTypeError(f"{word!r} is not a size; expected such as 64MiB")
+            raise argparse.ArgumentTypeError(
+                f"{word!r} is not a size; expected such as 64MiB"
+            )
         sizes.append(int(number) * _UNITS[unit])
     return tuple(sizes)
 
@@ -178,7 +199,11 @@ def measured(plan: Plan, device: str, python: Path) -> dict[int, Size]:
     from bridge_client import spawn
 
     found = {}
-    worker: dict[str, Any] = {"python": python, "args": ["--device", device], "cwd": ROOT}
+    worker: dict[str, Any] = {
+        "python": python,
+        "args": ["--device", device],
+        "cwd": ROOT,
+    }
     with spawn(jax_model={"sine": "bench.models:sine"}, **worker) as session:
         for nbytes in tqdm(plan.sizes, leave=False):
             found[nbytes] = _at(session, nbytes, plan, device)
@@ -209,10 +234,13 @@ def _at(session: Any, nbytes: int, plan: Plan, device: str) -> Size:
         "slab": slab,
     }
     if nbytes <= _MOST_STAGED:
-        steps["staged"] = ways.Step(lambda x: worker.call(x.cpu()).to(x.device), x, cotangent)
+        steps["staged"] = ways.Step(
+            lambda x: worker.call(x.cpu()).to(x.device), x, cotangent
+        )
     ways.check_agreement(steps)
     copied = {
-        way: steps[way].bytes_copied() / steps[way].bytes_made() for way in ("worker", "slab")
+        way: steps[way].bytes_copied() / steps[way].bytes_made()
+        for way in ("worker", "slab")
     }
     waiting = {way: _until_done(step, device) for way, step in steps.items()}
     return Size(interleave(waiting, plan), copied)
@@ -233,7 +261,9 @@ def _copy_bandwidth() -> float:
     """Return the bandwidth of a copy on the device in bytes per second, counting each byte once."""
     import torch
 
-    source, target = (torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2))
+    source, target = (
+        torch.empty(GIB, dtype=torch.uint8, device="cuda") for _ in range(2)
+    )
     seconds = []
     for _ in range(_COPIES):
         torch.cuda.synchronize()
@@ -245,7 +275,9 @@ def _copy_bandwidth() -> float:
 
 
 def _named(nbytes: int) -> str:
-    return next(f"{nbytes // unit} {name}" for name, unit in _UNITS.items() if nbytes >= unit)
+    return next(
+        f"{nbytes // unit} {name}" for name, unit in _UNITS.items() if nbytes >= unit
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -258,9 +290,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the worker's interpreter (default: the one of .venv-jax, else this one)",
     )
     parser.add_argument(
-        "--sizes", type=_sizes, help="array sizes, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)"
+        "--sizes",
+        type=_sizes,
+        help="array sizes, such as 1KiB,64MiB (default: 1KiB,64MiB,1GiB)",
     )
-    parser.add_argument("--rounds", type=int, help=f"number of rounds (default: {_PLAN.rounds})")
+    parser.add_argument(
+        "--rounds", type=int, help=f"number of rounds (default: {_PLAN.rounds})"
+    )
     parser.add_argument(
         "--rehearse",
         default=bool(os.environ.get("BRIDGE_TESTS_REHEARSE")),

@@ -37,7 +37,9 @@ def delay(stream: int, seconds: float) -> None:
     """Block a stream for some time without GPU work: libc's usleep as a host function."""
     usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p)
     microseconds = ctypes.c_void_p(int(seconds * 1e6))
-    status = driver()._library.cuLaunchHostFunc(ctypes.c_void_p(stream), usleep, microseconds)
+    status = driver()._library.cuLaunchHostFunc(
+        ctypes.c_void_p(stream), usleep, microseconds
+    )
     if status:
         raise CudaError(f"cuLaunchHostFunc: {status}")
 
@@ -67,7 +69,13 @@ class Other:
     """The other process in a role, until its kill."""
 
     def __init__(self, role: Callable[..., None], *arguments: object) -> None:
-        command = [sys.executable, "-m", "bench.gpu_pairs", role.__name__, *map(str, arguments)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.gpu_pairs",
+            role.__name__,
+            *map(str, arguments),
+        ]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -133,7 +141,9 @@ def _with_later_record(later_s: float) -> str:
     device().synchronize(one)
     holding(1)
     with Other(waiting) as other:
-        other.ask(device().handle_of(memory).hex(), device().event_handle_of(event).hex())
+        other.ask(
+            device().handle_of(memory).hex(), device().event_handle_of(event).hex()
+        )
         delay(one, 0.6)
         device().copy(memory, holding(1), 8, one)
         device().record(event, one)
@@ -191,7 +201,9 @@ def opening() -> str:
                 is_busy: Callable[[], bool] = functools.partial(_is_busy, other)
             else:
                 is_busy = _spin(2.0)
-            found.append(f"kernel {where}: " + ", ".join(_timed(_calls(memory, event), is_busy)))
+            found.append(
+                f"kernel {where}: " + ", ".join(_timed(_calls(memory, event), is_busy))
+            )
     return "; ".join(found)
 
 
@@ -208,7 +220,9 @@ def _calls(memory: bytes, event: bytes) -> Mapping[str, Callable[[], object]]:
     }
 
 
-def _timed(calls: Mapping[str, Callable[[], object]], is_busy: Callable[[], bool]) -> list[str]:
+def _timed(
+    calls: Mapping[str, Callable[[], object]], is_busy: Callable[[], bool]
+) -> list[str]:
     took = []
     for name, call in calls.items():
         begun = time.monotonic()
@@ -263,7 +277,10 @@ def destroyed() -> str:
     found = []
     for how in ("destroyed", "killed"):
         with Other(destroying) as other:
-            event, stream = device().open_event(bytes.fromhex(other.said())), device().new_stream()
+            event, stream = (
+                device().open_event(bytes.fromhex(other.said())),
+                device().new_stream(),
+            )
             if how == "killed":
                 other.kill()
             else:
@@ -397,7 +414,8 @@ def keeping(nbytes: str) -> None:
 
 
 _ROLES: Mapping[str, Callable[..., None]] = {
-    role.__name__: role for role in (waiting, spinning, destroying, recording, writing, keeping)
+    role.__name__: role
+    for role in (waiting, spinning, destroying, recording, writing, keeping)
 }
 
 

@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def described() -> str:
     """Return the machine and the versions in one line."""
     models = ", ".join(gpu.name for gpu in gpus())
-    packages = ", ".join(f"{name} {version}" for name in _PACKAGES if (version := installed(name)))
+    packages = ", ".join(
+        f"{name} {version}" for name in _PACKAGES if (version := installed(name))
+    )
     system = f"Linux {platform.release()}, Python {platform.python_version()}"
     return f"{models}; CUDA {driver().version()}; {system}; {packages}"
 
@@ -175,7 +177,10 @@ def equal_pids() -> str:
 
 
 def _crossing_behind(prefix: str) -> str:
-    with tempfile.TemporaryDirectory() as folder, _python(Path(folder), prefix) as works:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _python(Path(folder), prefix) as works,
+    ):
         return ", ".join(map(_crossing, WAYS)) if works else "not allowed here"
 
 
@@ -200,7 +205,9 @@ def _mixed_mps() -> str:
     with tempfile.TemporaryDirectory() as folder:
         without = f"env CUDA_MPS_PIPE_DIRECTORY={folder}/none"
         with _python(Path(folder), without):
-            return f"handles to a process without MPS: {', '.join(map(_crossing, WAYS))}"
+            return (
+                f"handles to a process without MPS: {', '.join(map(_crossing, WAYS))}"
+            )
 
 
 # JAX ----------------------------------------------------------------------------------------------
@@ -255,7 +262,9 @@ class _Owner:
 
 
 def _imported(
-    device: Device, pointer: int, wait: Callable[[int | None], None] = lambda stream: None
+    device: Device,
+    pointer: int,
+    wait: Callable[[int | None], None] = lambda stream: None,
 ) -> Any:
     """Return GPU memory as a JAX array, and a weak reference to the owner that JAX releases."""
     import jax
@@ -376,7 +385,11 @@ def _costs() -> str:
 
 def _cost_of_a_copy(nbytes: int) -> str:
     there = device()
-    source, target, stream = there.allocate(nbytes), there.allocate(nbytes), there.new_stream()
+    source, target, stream = (
+        there.allocate(nbytes),
+        there.allocate(nbytes),
+        there.new_stream(),
+    )
     seconds = _median_s(lambda: _copied(there, target, source, nbytes, stream))
     for pointer in (source, target):
         there.free(pointer)
@@ -388,7 +401,8 @@ def _cost_of_opening(nbytes: int) -> str:
     with Other(keeping, nbytes) as other:
         handle = bytes.fromhex(other.said())
         seconds = _median_s(
-            lambda: opened.append(there.open(handle, nbytes)), lambda: there.close(opened.pop())
+            lambda: opened.append(there.open(handle, nbytes)),
+            lambda: there.close(opened.pop()),
         )
     return f"opening {nbytes // MIB} MiB by handle {seconds * 1e3:.3f} ms"
 
@@ -398,7 +412,9 @@ def _copied(device: Device, target: int, source: int, nbytes: int, stream: int) 
     device.synchronize(stream)
 
 
-def _median_s(action: Callable[[], object], undo: Callable[[], object] = lambda: None) -> float:
+def _median_s(
+    action: Callable[[], object], undo: Callable[[], object] = lambda: None
+) -> float:
     seconds = []
     for _ in range(_REPEATS):
         begun = time.perf_counter()
@@ -454,9 +470,12 @@ QUESTIONS: Mapping[str, Question] = {
         " /dev/shm?",
         _namespaces,
     ),
-    "donation": Question("Does donating an imported buffer abort the process?", _donation),
+    "donation": Question(
+        "Does donating an imported buffer abort the process?", _donation
+    ),
     "deleter": Question(
-        "Does the deleter of an imported buffer run before the GPU has read it?", _deleter
+        "Does the deleter of an imported buffer run before the GPU has read it?",
+        _deleter,
     ),
     "events": Question(
         "Does JAX wait for an event through `__dlpack__(stream)` on the GPU, and on which of its"
@@ -487,7 +506,9 @@ QUESTIONS: Mapping[str, Question] = {
         " or destroys it before its GPU has come to that?",
         gpu_pairs.dead_events,
     ),
-    "mps": Question("How does MPS behave when only one of two processes uses it?", _mixed_mps),
+    "mps": Question(
+        "How does MPS behave when only one of two processes uses it?", _mixed_mps
+    ),
     "costs": Question(
         "How much does a copy on the device cost, compared with exporting the worker's memory?",
         _costs,

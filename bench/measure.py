@@ -101,7 +101,8 @@ class Results:
             strict=True,
         )
         return statistics.median(
-            statistics.median(turn) / statistics.median(others) for turn, others in rounds
+            statistics.median(turn) / statistics.median(others)
+            for turn, others in rounds
         )
 
     def task_p50s(self, *names: str) -> list[tuple[float, ...]]:

@@ -39,7 +39,8 @@ def _make_params() -> dict[str, Any]:
         return jnp.asarray(rng.normal(0, WIDTH**-0.5, shape), jnp.float32)
 
     return {
-        f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)} for i in range(LAYERS)
+        f"layer_{i}": {"bias": normal(WIDTH), "kernel": normal(WIDTH, WIDTH)}
+        for i in range(LAYERS)
     }
 
 
@@ -53,4 +54,6 @@ def flat(name: str) -> tuple[Callable[..., Any], list[jax.Array]]:
         return jax.jit(model), []
     apply, params = model
     leaves, structure = jax.tree.flatten(params)
-    return jax.jit(lambda x, *leaves: apply(jax.tree.unflatten(structure, leaves), x)), leaves
+    return jax.jit(
+        lambda x, *leaves: apply(jax.tree.unflatten(structure, leaves), x)
+    ), leaves

@@ -52,8 +52,12 @@ _LINES: dict[str, dict[str, Any]] = {
 
 def tables(results: Results, verdicts: Sequence[Verdict]) -> str:
     """Return the measurements and the verdicts as aligned Markdown tables."""
-    parts = [_aligned(_cell_rows(results, function)) for function in results.plan.functions]
-    return "\n\n".join([*parts, _aligned(_task_rows(results)), _aligned(_verdict_rows(verdicts))])
+    parts = [
+        _aligned(_cell_rows(results, function)) for function in results.plan.functions
+    ]
+    return "\n\n".join(
+        [*parts, _aligned(_task_rows(results)), _aligned(_verdict_rows(verdicts))]
+    )
 
 
 def page(results: Results, verdicts: Sequence[Verdict], plot: str) -> str:
@@ -137,11 +141,17 @@ def to_json(results: Results, verdicts: Sequence[Verdict]) -> str:
         "cells": cells,
         "tasks": tasks,
         "resident_bytes": {
-            process: {"before": g.before, "after": g.after} for process, g in growth.items()
+            process: {"before": g.before, "after": g.after}
+            for process, g in growth.items()
         },
         "soak_calls": results.plan.soak_calls if growth else 0,
         "budget": [
-            {"work": v.line.work, "value": v.value, "limit": v.line.limit, "outcome": v.outcome}
+            {
+                "work": v.line.work,
+                "value": v.value,
+                "limit": v.line.limit,
+                "outcome": v.outcome,
+            }
             for v in verdicts
         ],
     }
@@ -174,17 +184,26 @@ def draw(results: Results, path: Path) -> None:
             for way, label in WAYS.items():
                 _draw_way(axes, results, function, way, label)
             axes.set(
-                xscale="log", yscale="log", xlabel="size of the input", title=FUNCTIONS[function]
+                xscale="log",
+                yscale="log",
+                xlabel="size of the input",
+                title=FUNCTIONS[function],
             )
             axes.set_xticks(
-                plan.sizes, [size_text(nbytes) for nbytes in plan.sizes], rotation=30, ha="right"
+                plan.sizes,
+                [size_text(nbytes) for nbytes in plan.sizes],
+                rotation=30,
+                ha="right",
             )
             axes.minorticks_off()
             axes.grid(alpha=0.3, linewidth=0.6)
         panels[0][0].set_ylabel("one forward + VJP, ms")
         panels[0][0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         figure.legend(
-            *panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False
+            *panels[0][0].get_legend_handles_labels(),
+            loc="lower center",
+            ncols=3,
+            frameon=False,
         )
         figure.suptitle("JAX functions called from torch: p50, whiskers up to p99")
         figure.tight_layout(rect=(0, 0.12, 1, 1))
@@ -198,7 +217,11 @@ def size_text(nbytes: int) -> str:
 
 
 def _draw_way(axes: Any, results: Results, function: str, way: str, label: str) -> None:
-    sizes = [nbytes for nbytes in results.plan.sizes if (function, nbytes, way) in results.cells]
+    sizes = [
+        nbytes
+        for nbytes in results.plan.sizes
+        if (function, nbytes, way) in results.cells
+    ]
     if not sizes:
         return
     cells = [results.cells[function, nbytes, way] for nbytes in sizes]
@@ -237,7 +260,9 @@ def _task_rows(results: Results) -> list[list[str]]:
     rows = [["other uses", "ms"]]
     for task, label in TASKS.items():
         seconds = [second for turn in results.tasks[task] for second in turn]
-        rows.append([label, f"{_ms(percentile(seconds, 50))} ({_ms(percentile(seconds, 99))})"])
+        rows.append(
+            [label, f"{_ms(percentile(seconds, 50))} ({_ms(percentile(seconds, 99))})"]
+        )
     return rows
 
 
@@ -255,9 +280,8 @@ def _growth_text(growths: Mapping[str, Growth], plan: Plan) -> str:
         f"the {process} from {growth.before / MIB:.1f} to {growth.after / MIB:.1f} MiB"
         for process, growth in growths.items()
     )
-    return (
-        f"\nOver {plan.soak_calls:,} forward + VJP of 1 KiB {' and '.join(sentences)} resident.\n"
-    )
+    calls = f"{plan.soak_calls:,} forward + VJP of 1 KiB"
+    return f"\nOver {calls} {' and '.join(sentences)} resident.\n"
 
 
 def _ms(seconds: float) -> str:
@@ -271,10 +295,19 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
     def line(texts: Sequence[str]) -> str:
         first, *others = zip(texts, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+        padded = [
+            first[0].ljust(first[1]),
+            *(text.rjust(width) for text, width in others),
+        ]
         return f"| {' | '.join(padded)} |"
 
-    rule = [f"{'-' * (width - 1)}{'-' if i == 0 else ':'}" for i, width in enumerate(widths)]
+    rule = [
+        f"{'-' * (width - 1)}{'-' if i == 0 else ':'}" for i, width in enumerate(widths)
+    ]
     return "\n".join(
-        [line(rows[0]), f"|{'|'.join(f' {text} ' for text in rule)}|", *map(line, rows[1:])]
+        [
+            line(rows[0]),
+            f"|{'|'.join(f' {text} ' for text in rule)}|",
+            *map(line, rows[1:]),
+        ]
     )

@@ -20,8 +20,12 @@ def soak(calls: int) -> dict[str, Growth]:
     """Return the growth of "client" and "worker", measured in two new processes."""
     python = str(ROOT / ".venv-torch/bin/python")
     command = [python, "-m", "bench.soak", str(calls)]
-    output = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {process: Growth(*resident) for process, resident in json.loads(output).items()}
+    output = subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    return {
+        process: Growth(*resident) for process, resident in json.loads(output).items()
+    }
 
 
 def _measure(calls: int) -> dict[str, tuple[int, int]]:
@@ -33,13 +37,17 @@ def _measure(calls: int) -> dict[str, tuple[int, int]]:
     from bridge_client.torch import RemoteJaxFunction
 
     python = ROOT / ".venv-jax/bin/python"
-    with spawn(jax_model="bench.models:sine", python=python, cwd=ROOT, require="memfd") as session:
+    with spawn(
+        jax_model="bench.models:sine", python=python, cwd=ROOT, require="memfd"
+    ) as session:
         function = RemoteJaxFunction(session)
         x = torch.randn(KIB // 4, requires_grad=True)
         cotangent = torch.randn(KIB // 4)
 
         def run(calls: int) -> None:
-            for _ in tqdm(range(calls), desc="calls of 1 KiB", mininterval=1, leave=False):
+            for _ in tqdm(
+                range(calls), desc="calls of 1 KiB", mininterval=1, leave=False
+            ):
                 x.grad = None
                 function(x).backward(cotangent)
 
@@ -47,7 +55,10 @@ def _measure(calls: int) -> dict[str, tuple[int, int]]:
         run(calls // _WARM_SHARE)
         before = {name: _resident_bytes(pid) for name, pid in processes.items()}
         run(calls)
-        return {name: (before[name], _resident_bytes(pid)) for name, pid in processes.items()}
+        return {
+            name: (before[name], _resident_bytes(pid))
+            for name, pid in processes.items()
+        }
 
 
 def _only_child() -> int:

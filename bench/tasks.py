@@ -39,7 +39,8 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
     Raises:
       RuntimeError: two equivalent tasks disagree.
     """
-    torch._inductor.config.compile_threads = 1  # inductor's compile processes would remain
+    # Inductor's compile processes would remain.
+    torch._inductor.config.compile_threads = 1
     sine = RemoteJaxFunction(session, name="sine")
     rows, x, direction = torch.randn(ROWS, WIDTH), torch.randn(256), torch.randn(256)
     made: dict[str, Callable[[], Tensor]] = {
@@ -52,8 +53,14 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
         chain = _Chain(middle)
         made[f"eager {name}"] = _step(chain, x)
         made[f"compiled {name}"] = _step(torch.compile(chain, fullgraph=True), x)
-    for one, other in (("vmap", "loop"), ("hvp", "native hvp"), ("compiled with", "eager with")):
-        if not torch.allclose(made[one](), made[other](), rtol=_AGREEMENT, atol=_AGREEMENT):
+    for one, other in (
+        ("vmap", "loop"),
+        ("hvp", "native hvp"),
+        ("compiled with", "eager with"),
+    ):
+        if not torch.allclose(
+            made[one](), made[other](), rtol=_AGREEMENT, atol=_AGREEMENT
+        ):
             raise RuntimeError(f"{one} disagrees with {other}")
     return made
 

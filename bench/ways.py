@@ -71,7 +71,9 @@ class Workbench:
                     require="memfd",
                 )
             )
-            self._grpc = stack.enter_context(connect(_address_of(self._local), lane="grpc"))
+            self._grpc = stack.enter_context(
+                connect(_address_of(self._local), lane="grpc")
+            )
             self._ping = stack.enter_context(Ping())
             self._stack = stack.pop_all()
         return self
@@ -99,7 +101,10 @@ class Workbench:
             "jax2torch": jax2torch(function, x, cotangent),
             "local": remote(self._local, function, x, cotangent),
             "slab": remote(
-                self._local, function, _in_slab(x, self._local), _in_slab(cotangent, self._local)
+                self._local,
+                function,
+                _in_slab(x, self._local),
+                _in_slab(cotangent, self._local),
             ),
             "grpc": remote(self._grpc, function, x, cotangent),
             "inproc": inproc(function, x, cotangent),
@@ -121,7 +126,9 @@ def check_agreement(steps: Mapping[str, Callable[[], None]]) -> None:
     for way, step in steps.items():
         if not isinstance(step, Step):
             continue
-        for i, (value, reference) in enumerate(zip(_values(step), expected, strict=True)):
+        for i, (value, reference) in enumerate(
+            zip(_values(step), expected, strict=True)
+        ):
             if (value - reference).abs().max() > _AGREEMENT * reference.abs().max():
                 raise RuntimeError(
                     f"{way} disagrees with native torch in {f'gradient {i}' if i else 'the output'}"
@@ -167,7 +174,9 @@ class _Jax2Torch(torch.autograd.Function):
     """jax.vjp of a jitted function on each call, with DLPack both ways, like jax2torch."""
 
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., jax.Array], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, function: Callable[..., jax.Array], *inputs: Tensor
+    ) -> Tensor:
         output, ctx.pullback = jax.vjp(function, *map(_to_jax, inputs))
         return _to_torch(output)
 
@@ -179,7 +188,9 @@ class _Jax2Torch(torch.autograd.Function):
 def jax2torch(function: str, x: Tensor, cotangent: Tensor) -> Step:
     jitted, arrays = models.flat(function)
     parameters = _parameters(arrays)
-    return Step(lambda x: _Jax2Torch.apply(jitted, x, *parameters), x, cotangent, parameters)
+    return Step(
+        lambda x: _Jax2Torch.apply(jitted, x, *parameters), x, cotangent, parameters
+    )
 
 
 def _to_jax(tensor: Tensor) -> jax.Array:
@@ -205,4 +216,8 @@ def remote(session: Session, function: str, x: Tensor, cotangent: Tensor) -> Ste
 
 def _in_slab(tensor: Tensor, session: Session) -> Tensor:
     block = session.pool.lease(tensor.nbytes)
-    return torch.frombuffer(block.buffer, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    return (
+        torch.frombuffer(block.buffer, dtype=tensor.dtype)
+        .view(tensor.shape)
+        .copy_(tensor)
+    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge_wire import trees
+from bridge_wire.classes import Classes, Expand, expand_dataclass
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -35,9 +36,9 @@ class Slot(NamedTuple):
 
 def encode(
     arguments: tuple[Any, Any],
-    classes: trees.Classes,
+    classes: Classes,
     *,
-    expand: trees.Expand = trees.expand_dataclass,
+    expand: Expand = expand_dataclass,
 ) -> tuple[pb.Tree, list[int]]:
     """Return the tree of (args, kwargs), with slots for data, and the slots' leaves in the tree's
     order.
@@ -46,8 +47,12 @@ def encode(
       StructureError: a value can neither be sent nor be static.
     """
     args, kwargs = arguments
-    encoded_args, slots = trees.encode(args, _is_slot, classes, expand=expand, root="args")
-    encoded_kwargs, more = trees.encode(kwargs, _is_slot, classes, expand=expand, root="kwargs")
+    encoded_args, slots = trees.encode(
+        args, _is_slot, classes, expand=expand, root="args"
+    )
+    encoded_kwargs, more = trees.encode(
+        kwargs, _is_slot, classes, expand=expand, root="kwargs"
+    )
     tree = trees.arguments(encoded_args, encoded_kwargs)
     return tree, [slot.leaf for slot in (*slots, *more)]
 
@@ -68,7 +73,9 @@ def marked_static(
     padded = itertools.chain(names, itertools.repeat(""))
     is_static = (name in static for name in padded)
     marked_args = tuple(map(marked, args, is_static))
-    return marked_args, {key: marked(value, key in static) for key, value in kwargs.items()}
+    return marked_args, {
+        key: marked(value, key in static) for key, value in kwargs.items()
+    }
 
 
 def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
@@ -81,11 +88,13 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     names: tuple[Any, ...] = (value,) if is_single else tuple(value)
     are_names = all(isinstance(name, str) and name for name in names)
     if not are_names or len(set(names)) != len(names):
-        raise CallerError(f"{option}={value!r}; expected a name or several different ones")
+        raise CallerError(
+            f"{option}={value!r}; expected a name or several different ones"
+        )
     return names
 
 
-def rebuilder(tree: pb.Tree, classes: trees.Classes) -> Callable[[Sequence[Any]], Any]:
+def rebuilder(tree: pb.Tree, classes: Classes) -> Callable[[Sequence[Any]], Any]:
     """Return the function from a result's leaves to the result."""
     if tree.WhichOneof("kind") == "leaf":
         return operator.itemgetter(0)

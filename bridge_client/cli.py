@@ -40,8 +40,12 @@ class _Misuse(Exception):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("bridge_client", description="Look at a bridge worker.")
-    parser.add_argument("--version", action="version", version=f"bridge_client {__version__}")
+    parser = argparse.ArgumentParser(
+        "bridge_client", description="Look at a bridge worker."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"bridge_client {__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     describe = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"
@@ -52,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     diagnose = _add_doctor(commands)
     for command in (describe, check, health):
         command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
-    diagnose.add_argument("address", type=_address, nargs="?", help="unix:PATH or HOST:PORT")
+    diagnose.add_argument(
+        "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
+    )
     for command in (describe, check, diagnose):
         command.add_argument(
             "--token",
@@ -61,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         )
     for command in (describe, check, diagnose, health):
         command.add_argument(
-            "--tls-ca", metavar="PEM", help="use TLS, and trust this authority", type=Path
+            "--tls-ca",
+            metavar="PEM",
+            help="use TLS, and trust this authority",
+            type=Path,
         )
     return parser
 
@@ -78,7 +87,12 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
     )
     add = command.add_argument
     add("--model", metavar="NAME", help="default: each model whose arguments are known")
-    add("--input", metavar="DTYPE[SHAPE],...", type=_specs, help="e.g. float64[3,4],int32[3]")
+    add(
+        "--input",
+        metavar="DTYPE[SHAPE],...",
+        type=_specs,
+        help="e.g. float64[3,4],int32[3]",
+    )
     add(
         "--range",
         nargs=2,
@@ -87,7 +101,12 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
         help="of the arguments' numbers",
         default=(LOW, HIGH),
     )
-    add("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the random numbers (default: %(default)s)",
+    )
     command.set_defaults(action=_with_session(_check_gradients))
     return command
 
@@ -102,7 +121,11 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         ),
     )
     command.add_argument(
-        "--timeout", type=float, default=5.0, metavar="SECONDS", help="default: %(default)g"
+        "--timeout",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="default: %(default)g",
     )
     command.set_defaults(action=_health)
     return command
@@ -143,7 +166,9 @@ def _with_session(
     """Return the action on a session with the worker that the options name."""
 
     def act(options: argparse.Namespace) -> int:
-        with connect(options.address, token=options.token, tls=_tls(options)) as session:
+        with connect(
+            options.address, token=options.token, tls=_tls(options)
+        ) as session:
             return action(session, options)
 
     return act
@@ -184,7 +209,9 @@ def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     low, high = options.range
     checks: list[Check] = []
     for model, arrays in _signatures(session, options):
-        made = check_gradients(session, model, arrays, seed=options.seed, low=low, high=high)
+        made = check_gradients(
+            session, model, arrays, seed=options.seed, low=low, high=high
+        )
         print(f"{model.name}({', '.join(map(str, arrays))})\n{_table(made)}\n")
         checks += made
     wrong = sum(not check.agrees for check in checks)
@@ -202,7 +229,11 @@ def _signatures(
     """Return the models that are to be checked, each with the types of its arguments."""
     if options.input is not None:
         return [(session.model(options.model), options.input)]
-    models = session.models.values() if options.model is None else [session.model(options.model)]
+    models = (
+        session.models.values()
+        if options.model is None
+        else [session.model(options.model)]
+    )
     found = [(model, arrays) for model in models for arrays in model.signatures]
     if not found:
         raise _Misuse(
@@ -216,11 +247,16 @@ def _table(checks: Sequence[Check]) -> str:
     rows = [("output", "input", "VJP", "JVP", "differences", "")]
     for check in checks:
         numbers = (_number(check.vjp), _number(check.jvp), _number(check.difference))
-        rows.append((check.output, check.input, *numbers, "ok" if check.agrees else "MISMATCH"))
+        rows.append(
+            (check.output, check.input, *numbers, "ok" if check.agrees else "MISMATCH")
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust)
     lines = (
-        [side(text, width) for side, text, width in zip(sides, row, widths, strict=True)]
+        [
+            side(text, width)
+            for side, text, width in zip(sides, row, widths, strict=True)
+        ]
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -28,7 +28,11 @@ def residual_id(count: int, fingerprint: bytes) -> int:
 
 def model_tag(fingerprint: bytes) -> int:
     """Return a model's tag, a short form of its fingerprint; 0 if the worker sent none."""
-    return 1 + int.from_bytes(fingerprint, "little") % (2**_TAG_BITS - 1) if fingerprint else 0
+    return (
+        1 + int.from_bytes(fingerprint, "little") % (2**_TAG_BITS - 1)
+        if fingerprint
+        else 0
+    )
 
 
 def tag_of(residual: int) -> int:
@@ -55,12 +59,16 @@ class Prepared:
     buffer_outputs: int = 0  # so many outputs at the end are the new values of buffers
     nondifferentiable_outputs: Positions = ()  # integers, bools, and new values of buffers
 
-    def with_outputs(self, outputs: tuple[Spec, ...], buffer_outputs: int) -> "Prepared":
+    def with_outputs(
+        self, outputs: tuple[Spec, ...], buffer_outputs: int
+    ) -> "Prepared":
         """Return this answer with other outputs."""
         nbytes = tuple(spec.nbytes for spec in outputs)
         first_buffer = len(outputs) - buffer_outputs
         nondifferentiable = tuple(
-            i for i, spec in enumerate(outputs) if i >= first_buffer or not spec.dtype.is_inexact
+            i
+            for i, spec in enumerate(outputs)
+            if i >= first_buffer or not spec.dtype.is_inexact
         )
         return replace(
             self,
@@ -86,7 +94,8 @@ class Program:
     timeout_s: float | None = None
     origin: "Program | None" = None  # plain -> keeping -> pullback: the one to the left
     tag: int = 0  # of the only model that this program may run on; 0: any
-    identity: _Identity = field(default_factory=_Identity)  # shared with derived programs
+    # Shared with derived programs.
+    identity: _Identity = field(default_factory=_Identity)
     # Of the call without transforms. Changed in place when another worker prepares the program: it
     # names that worker's classes.
     result: pb.Tree = field(default_factory=pb.Tree)
@@ -96,7 +105,8 @@ class Program:
     key: int = field(default_factory=_keys.__next__)  # unique in this process
     is_pullback: bool = field(init=False)
     keeps_residual: bool = field(init=False)
-    takes_numbers: bool = field(init=False)  # whether an input is a Python number, not an array
+    # Whether an input is a Python number, not an array.
+    takes_numbers: bool = field(init=False)
     _derived: "dict[Hashable, Program]" = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,7 +117,9 @@ class Program:
     def __repr__(self) -> str:
         call = self.request.call
         steps = [transform.WhichOneof("kind") for transform in call.transforms]
-        return "/".join([call.model or str(self.request.WhichOneof("what")), *map(str, steps)])
+        return "/".join(
+            [call.model or str(self.request.WhichOneof("what")), *map(str, steps)]
+        )
 
     @property
     def outputs(self) -> tuple[Spec, ...]:
@@ -189,7 +201,9 @@ class Program:
             return cached
         request = pb.PrepareRequest(pullback=pb.Pullback(wrt=wrt, outputs=outputs))
         inputs = tuple(self.outputs[i] for i in outputs)
-        return self._cache(key, self._child(request, inputs, _cotangents_of(outputs), self))
+        return self._cache(
+            key, self._child(request, inputs, _cotangents_of(outputs), self)
+        )
 
     def vjp(self, wrt: Positions, outputs: Positions) -> "Program":
         """Return the program from the inputs and cotangents of `outputs` to cotangents of `wrt`."""
@@ -222,7 +236,8 @@ class Program:
         request = self._copied_request()
         request.call.transforms.add(vmap=pb.Transform.Vmap(axes=axes, size=size))
         inputs = tuple(
-            _batched(spec, axis, size) for spec, axis in zip(self.inputs, axes, strict=True)
+            _batched(spec, axis, size)
+            for spec, axis in zip(self.inputs, axes, strict=True)
         )
         batched = self._child(request, inputs, self.labels)
         batched.prepared = Prepared(buffer_outputs=self.prepared.buffer_outputs)
@@ -260,7 +275,9 @@ class Program:
 
     def _with_outputs_of(self, other: "Program") -> "Program":
         answer = other.prepared
-        self.prepared = self.prepared.with_outputs(answer.outputs, answer.buffer_outputs)
+        self.prepared = self.prepared.with_outputs(
+            answer.outputs, answer.buffer_outputs
+        )
         return self
 
 

@@ -24,7 +24,9 @@ class Progress:
 def logged_when_slow(what: str) -> Iterator[Progress]:
     """Log the phase of a preparation that takes longer than two seconds."""
     progress = Progress()
-    timer = threading.Timer(_SLOW_S, lambda: _log.info("still %s %s", progress.phase, what))
+    timer = threading.Timer(
+        _SLOW_S, lambda: _log.info("still %s %s", progress.phase, what)
+    )
     timer.daemon = True
     timer.start()
     try:

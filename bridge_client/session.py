@@ -17,7 +17,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from bridge_client.programs import Program, residual_id
 from bridge_wire import specs
-from bridge_wire.errors import CallerError, ProtocolError, SessionClosed, SpecError, UnknownModel
+from bridge_wire.errors import (
+    CallerError,
+    ProtocolError,
+    SessionClosed,
+    SpecError,
+    UnknownModel,
+)
 from bridge_wire.memory.cuda_memory import GpuPool
 from bridge_wire.memory.cuda_words import WAYS
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter
@@ -100,7 +106,8 @@ class Session(ABC):
         self._ids = itertools.count(1)
         self._bytes_through_host = 0
         self._at_close: list[Callable[[], None]] = []
-        self._no_gpu = ""  # reason for the missing gpu_pool; empty before the first search
+        # Reason for the missing gpu_pool; empty before the first search.
+        self._no_gpu = ""
         self._forget_threads()
 
     def _forget_threads(self) -> None:
@@ -110,7 +117,9 @@ class Session(ABC):
     @property
     def models(self) -> Mapping[str, ModelInfo]:
         """The hosted models by name."""
-        return MappingProxyType({model.name: _model_info(model) for model in self._described()})
+        return MappingProxyType(
+            {model.name: _model_info(model) for model in self._described()}
+        )
 
     @property
     def is_closed(self) -> bool:
@@ -170,7 +179,9 @@ class Session(ABC):
                 f"device={device!r}; expected 'cpu' or, if GPU memory is shared, 'cuda'"
             )
         block = pool.lease(spec.nbytes)
-        return DeviceExporter(block.pointer, spec, block, pool.device.dlpack_device, lambda _: None)
+        return DeviceExporter(
+            block.pointer, spec, block, pool.device.dlpack_device, lambda _: None
+        )
 
     def note_staged(self, nbytes: int) -> None:
         """Count GPU bytes copied through the host; log the reason the first time."""
@@ -178,7 +189,9 @@ class Session(ABC):
             is_first = not self._bytes_through_host
             self._bytes_through_host += nbytes
         if is_first:
-            why = self._no_gpu or "they are not on the models' GPU, or need another dtype"
+            why = (
+                self._no_gpu or "they are not on the models' GPU, or need another dtype"
+            )
             _log.warning("tensors on a GPU travel through the host, since %s", why)
 
     def model(self, name: str | None) -> ModelInfo:
@@ -191,9 +204,13 @@ class Session(ABC):
         if name is None and len(models) == 1:
             return next(iter(models.values()))
         if name is None:
-            raise UnknownModel(f"the worker hosts {sorted(models)}; pick one with name=")
+            raise UnknownModel(
+                f"the worker hosts {sorted(models)}; pick one with name="
+            )
         if name not in models:
-            raise UnknownModel(f"the worker hosts no model {name!r}; it hosts {sorted(models)}")
+            raise UnknownModel(
+                f"the worker hosts no model {name!r}; it hosts {sorted(models)}"
+            )
         return models[name]
 
     @abstractmethod
@@ -216,7 +233,8 @@ class Session(ABC):
         """
         named = tuple(labels) or tuple(f"input {i}" for i in range(len(call.inputs)))
         inputs = tuple(
-            _decoded(spec, label) for spec, label in zip(call.inputs, named, strict=True)
+            _decoded(spec, label)
+            for spec, label in zip(call.inputs, named, strict=True)
         )
         return Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s)
 
@@ -227,7 +245,9 @@ class Session(ABC):
         return self.prepare(self.described_call(call, labels, timeout_s))
 
     @abstractmethod
-    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    def shapes(
+        self, call: pb.Call, inputs: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[str]]:
         """Return the output shapes of a call as formulas of the named sizes in the input shapes.
 
         Sizes have the form of the protocol's `Shape`; `sizes.formula` parses output sizes.
@@ -240,7 +260,9 @@ class Session(ABC):
     def prepare_parameters(self, model: str) -> Program:
         """Prepare a program without inputs that returns a model's parameters."""
         return self.prepare(
-            Program(self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ())
+            Program(
+                self, pb.PrepareRequest(parameters=pb.Parameters(model=model)), (), ()
+            )
         )
 
     def run(
@@ -292,7 +314,9 @@ class Session(ABC):
             return make(outputs, id)
 
         try:
-            return self._run(Run(program, inputs, id, copied, timeout_s, make_both, stream))
+            return self._run(
+                Run(program, inputs, id, copied, timeout_s, make_both, stream)
+            )
         except BaseException:
             self.drop_residual(id)
             raise
@@ -431,9 +455,17 @@ def closed() -> SessionClosed:
 
 def _model_info(model: pb.Model) -> ModelInfo:
     parameters = tuple(
-        ParameterInfo(p.path, specs.decode(p.spec), p.trainable) for p in model.parameters
+        ParameterInfo(p.path, specs.decode(p.spec), p.trainable)
+        for p in model.parameters
     )
-    signatures = tuple(specs.decode_all(signature.inputs) for signature in model.signatures)
+    signatures = tuple(
+        specs.decode_all(signature.inputs) for signature in model.signatures
+    )
     return ModelInfo(
-        model.name, model.doc, tuple(model.arguments), parameters, signatures, model.modes
+        model.name,
+        model.doc,
+        tuple(model.arguments),
+        parameters,
+        signatures,
+        model.modes,
     )

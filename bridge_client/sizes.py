@@ -43,7 +43,9 @@ def formula(text: str, functions: Functions) -> Formula:
         parsed = ast.parse(expression, mode="eval")
         return _read(parsed.body, every)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise ProtocolError(f"the formula {text[:80]!r} of a size is not an expression") from error
+        raise ProtocolError(
+            f"the formula {text[:80]!r} of a size is not an expression"
+        ) from error
 
 
 def _read(node: ast.expr, functions: Functions) -> Formula:
@@ -55,13 +57,15 @@ def _read(node: ast.expr, functions: Functions) -> Formula:
             return lambda sizes: sizes[name]
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
             return _applied(_OPERATORS[type(op)], [read(operand)])
-        case ast.BinOp(left=base, op=ast.Pow(), right=ast.Constant(value=int() as exponent)) if (
-            exponent <= _MOST_POWER
-        ):
+        case ast.BinOp(
+            left=base, op=ast.Pow(), right=ast.Constant(value=int() as exponent)
+        ) if exponent <= _MOST_POWER:
             return _applied(lambda size: size**exponent, [read(base)])
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _applied(_OPERATORS[type(op)], [read(left), read(right)])
-        case ast.Call(func=ast.Name(id=name), args=[left, right], keywords=[]) if name in functions:
+        case ast.Call(func=ast.Name(id=name), args=[left, right], keywords=[]) if (
+            name in functions
+        ):
             return _applied(functions[name], [read(left), read(right)])
     raise ProtocolError(
         f"the formula of a size contains {ast.unparse(node)[:80]!r}; expected integers, names, +,"

@@ -16,7 +16,12 @@ from bridge_server.process import devices, doctor, endpoints, logs, targets
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse
 from bridge_server.process.parent import watch_parent
-from bridge_server.process.shutdown import Stopped, StopSignals, end_as_orphan, end_at_the_latest
+from bridge_server.process.shutdown import (
+    Stopped,
+    StopSignals,
+    end_as_orphan,
+    end_at_the_latest,
+)
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.sessions import Sessions
@@ -66,11 +71,14 @@ def _serve(options: argparse.Namespace) -> None:
     restart_with_a_good_allocator()
     if endpoint.is_exposed and not security.is_any:
         _log.warning(
-            "INSECURE: any client that reaches %s can run this worker's models", endpoint.address
+            "INSECURE: any client that reaches %s can run this worker's models",
+            endpoint.address,
         )
     stop = StopSignals()
     # After the restart, which could hide other GPUs: a number would then name another device.
-    devices.choose(options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh))
+    devices.choose(
+        options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh)
+    )
     if options.parent_pid:
         watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
     stdout = _copy_of_stdout()
@@ -111,10 +119,14 @@ def _check(options: argparse.Namespace) -> None:
             "nothing to serve: name a model with --jax-model or --torch-model module:attribute"
         )
     if options.via_xla and not options.torch_model:
-        raise CallerError("--via-xla runs torch models through XLA: name one with --torch-model")
+        raise CallerError(
+            "--via-xla runs torch models through XLA: name one with --torch-model"
+        )
 
 
-def _runtime_with_models(options: argparse.Namespace) -> tuple[Runtime, Mapping[str, Model]]:
+def _runtime_with_models(
+    options: argparse.Namespace,
+) -> tuple[Runtime, Mapping[str, Model]]:
     runtime = _runtime(options)
     models = _load(options.jax_model or options.torch_model, options.factory, runtime)
     logs.enable_loggers()
@@ -189,12 +201,16 @@ def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:
     return half_of_memory() if of_device is None else of_device // 2
 
 
-def _load(texts: Sequence[str], is_factory: bool, runtime: Runtime) -> Mapping[str, Model]:
+def _load(
+    texts: Sequence[str], is_factory: bool, runtime: Runtime
+) -> Mapping[str, Model]:
     models: dict[str, Model] = {}
     for text in texts:
         target = targets.parse(text)
         if target.name in models:
-            raise CallerError(f"two models are named {target.name!r}; write NAME={text}")
+            raise CallerError(
+                f"two models are named {target.name!r}; write NAME={text}"
+            )
         value = targets.load(target)
         if is_factory:
             with targets.no_exit(f"the factory {text!r}"):

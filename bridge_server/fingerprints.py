@@ -34,7 +34,11 @@ class Fingerprint:
     def add(self, *parts: Any) -> None:
         """Add parts: bytes as they are, other values by their text."""
         for part in parts:
-            data = part if isinstance(part, bytes | bytearray | memoryview) else str(part).encode()
+            data = (
+                part
+                if isinstance(part, bytes | bytearray | memoryview)
+                else str(part).encode()
+            )
             self._hash.update(memoryview(data).nbytes.to_bytes(8, "little"))
             self._hash.update(data)
 
@@ -58,10 +62,14 @@ class Values:
         return self._digests[model]
 
 
-def add_call(fingerprint: Fingerprint, model: Model, call: pb.Call, values: Values) -> None:
+def add_call(
+    fingerprint: Fingerprint, model: Model, call: pb.Call, values: Values
+) -> None:
     """Add a model's code, a call, and the parameters: their types, or values if not passed."""
     fingerprint.add(code_of(model), call.SerializeToString(deterministic=True))
-    fingerprint.add(*((parameter.path, parameter.spec) for parameter in model.parameters))
+    fingerprint.add(
+        *((parameter.path, parameter.spec) for parameter in model.parameters)
+    )
     if not call.parameters:
         fingerprint.add(values.of(model))
 
@@ -93,13 +101,19 @@ class _Walk:
             each = pending.pop()
             if isinstance(each, _SIMPLE) or id(each) in self._seen:
                 continue
-            self._seen[id(each)] = each  # a reference, so that no other object gets its id
+            self._seen[id(each)] = (
+                each  # a reference, so that no other object gets its id
+            )
             with contextlib.suppress(Exception):  # computed attributes may raise
                 pending += self._reached_from(each)
 
     def _reached_from(self, each: Any) -> Iterable[Any]:
         if isinstance(each, types.FunctionType):
-            return self._from_function(each) if _is_own(each.__module__) else _wrapped(each)
+            return (
+                self._from_function(each)
+                if _is_own(each.__module__)
+                else _wrapped(each)
+            )
         if isinstance(each, types.MethodType):
             return each.__func__, each.__self__
         if isinstance(each, functools.partial):
@@ -109,7 +123,11 @@ class _Walk:
         if isinstance(each, staticmethod | classmethod):
             return (each.__func__,)
         if isinstance(each, type):
-            return (*each.__mro__[1:], *vars(each).values()) if _is_own(each.__module__) else ()
+            return (
+                (*each.__mro__[1:], *vars(each).values())
+                if _is_own(each.__module__)
+                else ()
+            )
         if isinstance(each, Mapping):
             return list(each.values())
         if isinstance(each, list | tuple | set | frozenset):
@@ -138,7 +156,9 @@ class _Walk:
         return [*reached, *_wrapped(function)]
 
 
-def _globals_read(code: types.CodeType, variables: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _globals_read(
+    code: types.CodeType, variables: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
     """Yield the globals, and the attributes of the user's modules, that code names."""
     scopes = [variables]
     for name in code.co_names:

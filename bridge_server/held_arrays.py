@@ -18,7 +18,8 @@ def arrays_held(target: Any, is_array: Callable[[Any], bool]) -> list[str]:
     """
     paths: list[str] = []
     pending = [("", target)]
-    seen = {id(target): target}  # references, since an id is valid only while its object lives
+    # References, since an id is valid only while its object lives.
+    seen = {id(target): target}
     while pending and len(seen) < _MOST_OBJECTS:
         path, value = pending.pop(0)
         for step, part in _parts_of(value):
@@ -47,7 +48,9 @@ def warn_of_held_arrays(
     """
     paths = arrays_held(function, is_array)
     if paths:
-        shown = ", ".join(paths[:_MOST_SHOWN]) + (", ..." if len(paths) > _MOST_SHOWN else "")
+        shown = ", ".join(paths[:_MOST_SHOWN]) + (
+            ", ..." if len(paths) > _MOST_SHOWN else ""
+        )
         log.warning(
             "model %r is served without parameters, but holds %d %s (%s): they are constants,"
             " which no client can train; to train them, %s",
@@ -67,7 +70,11 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
     elif isinstance(value, functools.partial):
-        yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
+        yield from (
+            (".func", value.func),
+            (".args", value.args),
+            (".keywords", value.keywords),
+        )
     elif isinstance(value, types.FunctionType):
         yield from _cells_of(value)
     else:
@@ -75,7 +82,9 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _cells_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+    for name, cell in zip(
+        function.__code__.co_freevars, function.__closure__ or (), strict=True
+    ):
         try:
             yield f".{name}", cell.cell_contents
         except ValueError:  # not set yet
@@ -96,7 +105,9 @@ def _attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
                 attributes.setdefault(name, object.__getattribute__(value, name))
             except AttributeError:
                 continue
-    yield from ((f".{name}", part) for name, part in attributes.items() if name != "__wrapped__")
+    yield from (
+        (f".{name}", part) for name, part in attributes.items() if name != "__wrapped__"
+    )
     # functools.wraps and jax.jit set it.
     if "__wrapped__" in attributes or hasattr(type(value), "__wrapped__"):
         yield "", getattr(value, "__wrapped__", None)

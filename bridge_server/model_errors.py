@@ -54,7 +54,9 @@ def remote(error: BaseException, where: str) -> BridgeError:
         return OutOfMemory(
             f"the worker has no memory left for this: {kind.__name__}: {text}\n(in {where})"
         )
-    remedies = "".join(f"\n{remedy}" for part, remedy in _REMEDIES.items() if part in text)
+    remedies = "".join(
+        f"\n{remedy}" for part, remedy in _REMEDIES.items() if part in text
+    )
     return RemoteModelError(
         f"{kind.__name__}: {text}{remedies}\n(in {where})",
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
@@ -71,7 +73,9 @@ def _traceback_of(error: BaseException) -> str:
     machinery = _machinery()
     are_models = [not frame.filename.startswith(machinery) for frame in frames]
     first = are_models.index(True) if any(are_models) else 0
-    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(error)
+    lines = traceback.format_list(frames[first:]) + traceback.format_exception_only(
+        error
+    )
     return "".join(["Traceback (most recent call last):\n", *lines])
 
 

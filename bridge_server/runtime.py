@@ -19,7 +19,9 @@ from bridge_wire.specs import Spec, encode
 Preparation = Generator[str, None, "Program"]
 
 
-def finish(preparation: Preparation, on_phase: Callable[[str], None] = lambda _: None) -> "Program":
+def finish(
+    preparation: Preparation, on_phase: Callable[[str], None] = lambda _: None
+) -> "Program":
     """Run a preparation to its end, reporting each phase; return its program."""
     while True:
         try:
@@ -110,7 +112,8 @@ class Options:
     x64: bool = False
     jit: bool = True
     embedded: bool = False
-    device: str = "cpu"  # of an embedded runtime's torch models; a worker follows its environment
+    # Of an embedded runtime's torch models; a worker follows its environment.
+    device: str = "cpu"
     # Axis names and sizes; empty means one device.
     mesh: Mapping[str, int] = field(default_factory=dict)
     # Share of the GPU's memory that the framework may take; None leaves the choice to it.
@@ -155,7 +158,9 @@ class Runtime(ABC):
           CallerError: this runtime has no mesh.
           TargetError: a sharding has the wrong type, or names no parameter of this model.
         """
-        raise CallerError(f"the model {model.name!r} has shardings, which only JAX models can have")
+        raise CallerError(
+            f"the model {model.name!r} has shardings, which only JAX models can have"
+        )
 
     @abstractmethod
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
@@ -217,7 +222,9 @@ class Runtime(ABC):
         return False
 
     @abstractmethod
-    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
+    def view(
+        self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None
+    ) -> Any:
         """Return an array over existing memory, or the Python number there for a weak spec.
 
         Never a copy: each run reads the memory's current contents. `owner` keeps the memory alive.
@@ -230,7 +237,9 @@ class Runtime(ABC):
         return True
 
     @abstractmethod
-    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+    def write(
+        self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None
+    ) -> None:
         """Copy an output's elements, row-major and `nbytes` > 0 in all, to the given memory.
 
         Without a turn, copy to host memory at once. With a turn, copy to GPU memory, in the order

@@ -38,16 +38,22 @@ def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
     return names[1:] if skips_first else names
 
 
-def check_pullback(program: Keeping, wrt: Sequence[int], outputs: Sequence[int]) -> None:
+def check_pullback(
+    program: Keeping, wrt: Sequence[int], outputs: Sequence[int]
+) -> None:
     """Raise ProtocolError unless the program's residuals serve this pullback."""
-    if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(program.differentiable):
+    if not set(wrt) <= set(program.wrt) or not set(outputs) <= set(
+        program.differentiable
+    ):
         raise ProtocolError(
             f"a pullback from the outputs {outputs} to the inputs {wrt}, of a program whose"
             f" residuals serve {program.differentiable} to {program.wrt}"
         )
 
 
-def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool) -> str:
+def check_signature(
+    model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool
+) -> str:
     """Check a call and its inputs, and describe them for later error texts.
 
     Raises:
@@ -58,7 +64,9 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
     keys = ["the key"] if call.rngs else []
     names = own + keys + trees.argument_paths(call.arguments)
     if len(names) != len(inputs):
-        raise ProtocolError(f"a call with {len(names)} array leaves came with {len(inputs)} specs")
+        raise ProtocolError(
+            f"a call with {len(names)} array leaves came with {len(inputs)} specs"
+        )
     if not x64:
         _check_width(names, inputs)
     if call.parameters:
@@ -68,7 +76,9 @@ def check_signature(model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64:
     if call.mutable:
         _check_mutable(model, call)
     if call.mode not in pb.Mode.values():
-        raise ProtocolError(f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}")
+        raise ProtocolError(
+            f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}"
+        )
     return _described(names, inputs, call)
 
 
@@ -82,7 +92,9 @@ def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> s
     return f"({', '.join(shown[-_MOST_SHOWN:])}{more})"
 
 
-def check_differentiable(transform: str, positions: Sequence[int], specs: Sequence[Spec]) -> None:
+def check_differentiable(
+    transform: str, positions: Sequence[int], specs: Sequence[Spec]
+) -> None:
     """Raise an error unless the positions name floats, each once."""
     for i in positions:
         if i >= len(specs):
@@ -122,7 +134,9 @@ def _with_axis(spec: Spec, axis: int, size: int) -> Spec:
 def check_size(spec: Spec, where: str) -> None:
     """Raise an error for an array too large for any machine."""
     if math.prod(spec.shape) > MOST_ELEMENTS:
-        raise SpecError(f"{where} makes an array of type {spec}, which no memory can hold")
+        raise SpecError(
+            f"{where} makes an array of type {spec}, which no memory can hold"
+        )
 
 
 def _check_width(names: Iterable[str], inputs: Iterable[Spec]) -> None:
@@ -149,14 +163,18 @@ def _check_rng_streams(names: Sequence[str], key: Spec) -> None:
             f"a call names {len(names)} random streams; the limit is {_MOST_RNG_STREAMS}"
         )
     if len(set(names)) != len(names) or not all(names):
-        raise ProtocolError(f"the random streams {list(names)} have empty or equal names")
+        raise ProtocolError(
+            f"the random streams {list(names)} have empty or equal names"
+        )
     if key != _KEY:
         raise ProtocolError(f"the key is a {key}; expected {_KEY}")
 
 
 def _check_mutable(model: Model, call: pb.Call) -> None:
     if not call.parameters:
-        raise ProtocolError("a call that may change the model's buffers must pass the parameters")
+        raise ProtocolError(
+            "a call that may change the model's buffers must pass the parameters"
+        )
     if all(parameter.trainable for parameter in model.parameters):
         raise CallerError(
             f"mutable=True, but the model {model.name!r} has no buffers that a call could change"

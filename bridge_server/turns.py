@@ -126,19 +126,25 @@ class TurnByWords(Turn):
         """
         if not device.has_words:
             raise CudaError("this CUDA driver has no 64-bit stream memory operations")
-        self._words = words = Words(device, pointer, device.new_urgent_stream(), is_clients=False)
+        self._words = words = Words(
+            device, pointer, device.new_urgent_stream(), is_clients=False
+        )
         self._number = FIRST
         self._is_connected = is_connected
         try:
             if not words.pass_within(FIRST, PROBE_S):
-                raise CudaError("a stream of this process does not see the client's word")
+                raise CudaError(
+                    "a stream of this process does not see the client's word"
+                )
             words.write(FIRST, words.stream)
             super().__init__(device, stream)
             self._done = device.new_event()
         except BaseException:
             # End the wait from another stream, since the first stream waits itself.
             with contextlib.suppress(CudaError):
-                Words(device, pointer, device.new_urgent_stream(), is_clients=False).release(FIRST)
+                Words(
+                    device, pointer, device.new_urgent_stream(), is_clients=False
+                ).release(FIRST)
             words.close()
             raise
 
@@ -150,7 +156,8 @@ class TurnByWords(Turn):
 
     def end(self) -> None:
         self._words.write(self._number, self.stream)
-        self.device.record(self._done, self.stream)  # querying an event is cheaper than a word
+        # Querying an event is cheaper than a word.
+        self.device.record(self._done, self.stream)
 
     def is_stuck(self, patience_s: float) -> bool:
         """Write the missing word in place of a client that is gone, and return False.
@@ -164,7 +171,9 @@ class TurnByWords(Turn):
     def _wait_here(self, patience_s: float | None) -> None:
         deadline = None if patience_s is None else time.monotonic() + patience_s
         while not self._words.comes_within(self._number, _POLL_S):
-            if not self._is_connected() or (deadline is not None and time.monotonic() > deadline):
+            if not self._is_connected() or (
+                deadline is not None and time.monotonic() > deadline
+            ):
                 _log.info(
                     "a client ended before its GPU work was done; the call reads unfinished inputs"
                 )
@@ -249,5 +258,7 @@ def turn_with(
         if event:
             return TurnByEvents(device, device.open_event(event), stream)
     except CudaError as error:
-        _log.warning("a client's %s cannot be used: %s", "event" if event else "words", error)
+        _log.warning(
+            "a client's %s cannot be used: %s", "event" if event else "words", error
+        )
     return Turn(device, stream)

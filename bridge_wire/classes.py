@@ -29,7 +29,8 @@ class Node(NamedTuple):
     # Function from children to an instance with the same static parts: hashable, and equal for
     # equal static parts. Or a text: the reason why instances cannot be rebuilt.
     builder: Any
-    has_static: bool = False  # whether an instance has parts besides its class and children
+    # Whether an instance has parts besides its class and children.
+    has_static: bool = False
 
 
 # Returns the parts of a class instance; None: the value is no container.
@@ -80,7 +81,9 @@ def structured(
         hash(builder)
     except Exception:
         builder = _INCOMPARABLE
-    return Node(cls, fields, children, builder, has_static=static is not None and parts != ())
+    return Node(
+        cls, fields, children, builder, has_static=static is not None and parts != ()
+    )
 
 
 def expand_dataclass(value: Any) -> Node | None:
@@ -91,7 +94,9 @@ def expand_dataclass(value: Any) -> Node | None:
     return node_of_fields(value, names, [getattr(value, name) for name in names])
 
 
-def node_of_fields(value: Any, fields: tuple[str, ...], children: Sequence[Any]) -> Node:
+def node_of_fields(
+    value: Any, fields: tuple[str, ...], children: Sequence[Any]
+) -> Node:
     cls = type(value)
     if others := attributes_beyond(value, fields):
         return Node(
@@ -109,7 +114,8 @@ def attributes_beyond(value: Any, fields: Sequence[str]) -> tuple[str, ...]:
     attributes = getattr(value, "__dict__", None)
     if not attributes:
         return ()
-    if len(attributes) <= len(fields) and not isinstance(value, tuple):  # the usual case
+    # The usual case.
+    if len(attributes) <= len(fields) and not isinstance(value, tuple):
         return ()
     if _WITHOUT in attributes:
         return cast("tuple[str, ...]", attributes[_WITHOUT])
@@ -154,13 +160,18 @@ class _Origins:
                 name = f"{node.cls.__module__}.{node.cls.__qualname__}"[:_MAX_ORIGIN]
                 if node.has_static or name in self._nodes:
                     name = f"{name[: _MAX_ORIGIN - 40]}#{secrets.token_hex(16)}"
-                self._names[key], self._nodes[name] = name, (kind, node._replace(children=()))
+                self._names[key], self._nodes[name] = (
+                    name,
+                    (kind, node._replace(children=())),
+                )
                 # The oldest is forgotten, and refused when it comes back.
                 if len(self._nodes) > _MAX_CLASSES:
                     del self._nodes[self._names.pop(next(iter(self._names)))]
         return name
 
-    def builder_of(self, kind: str, record: pb.Tree.Record) -> Callable[[Sequence[Any]], Any]:
+    def builder_of(
+        self, kind: str, record: pb.Tree.Record
+    ) -> Callable[[Sequence[Any]], Any]:
         """Return the builder of a record that a peer returns.
 
         Raises:
@@ -188,7 +199,9 @@ class _Origins:
         builder: Callable[[Sequence[Any]], Any] = node.builder
         return builder
 
-    def refuse_without_origin(self, kind: str, name: str, fields: tuple[str, ...]) -> None:
+    def refuse_without_origin(
+        self, kind: str, name: str, fields: tuple[str, ...]
+    ) -> None:
         """Raise StructureError for an older peer's record that may be a class sent from here."""
         for known_kind, node in list(self._nodes.values()):
             if (known_kind, node.cls.__name__, node.fields) == (kind, name, fields):
@@ -275,7 +288,10 @@ class Classes:
 
 
 def instantiate(
-    cls: type, fields: Sequence[str], items: Iterable[Any], without: tuple[str, ...] = ()
+    cls: type,
+    fields: Sequence[str],
+    items: Iterable[Any],
+    without: tuple[str, ...] = (),
 ) -> Any:
     """Return an instance of a namedtuple's or dataclass's class with these values of its fields.
 

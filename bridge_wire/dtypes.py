@@ -68,7 +68,8 @@ NARROWED: Mapping[str, DType] = MappingProxyType(
 NEEDS_X64 = frozenset({"int64", "uint64", "float64", "complex128"})
 # Remedy for a JAX without 64-bit types, for error texts.
 TURN_ON_X64 = (
-    'start the worker with --x64 (in one process: jax.config.update("jax_enable_x64", True))'
+    "start the worker with --x64"
+    ' (in one process: jax.config.update("jax_enable_x64", True))'
 )
 
 _missing = set(pb.DType.values()) - set(BY_WIRE) - {pb.DTYPE_UNSPECIFIED}

@@ -100,7 +100,9 @@ class RemoteModelError(BridgeError):
 
     status = _Status.ABORTED
 
-    def __init__(self, message: str, *, remote_type: str = "", remote_traceback: str = "") -> None:
+    def __init__(
+        self, message: str, *, remote_type: str = "", remote_traceback: str = ""
+    ) -> None:
         super().__init__(message)
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
@@ -109,7 +111,9 @@ class RemoteModelError(BridgeError):
         """Return this error with advice for the caller, appended to its message."""
         message = f"{self.args[0]}\n{advice}"
         return RemoteModelError(
-            message, remote_type=self.remote_type, remote_traceback=self.remote_traceback
+            message,
+            remote_type=self.remote_type,
+            remote_traceback=self.remote_traceback,
         )
 
     def __str__(self) -> str:
@@ -233,7 +237,9 @@ def encode(error: BridgeError) -> pb.Error:
             remote_type=_utf8(error.remote_type),
             traceback=_utf8(error.remote_traceback),
         )
-    kind = next(each.__name__ for each in type(error).__mro__ if each.__name__ in _BY_KIND)
+    kind = next(
+        each.__name__ for each in type(error).__mro__ if each.__name__ in _BY_KIND
+    )
     return pb.Error(kind=kind, message=_utf8(str(error)))
 
 
@@ -255,7 +261,9 @@ def decode(message: pb.Error) -> BridgeError:
     kind = _BY_KIND.get(message.kind, BridgeError)
     if kind is RemoteModelError:
         return RemoteModelError(
-            message.message, remote_type=message.remote_type, remote_traceback=message.traceback
+            message.message,
+            remote_type=message.remote_type,
+            remote_traceback=message.traceback,
         )
     return kind(message.message)
 
@@ -268,7 +276,10 @@ def unexpected(error: BaseException) -> InternalError:
 def abort(context: grpc.ServicerContext, error: BridgeError) -> NoReturn:
     """Abort a gRPC call with the error's status and text, and the whole error in the trailer."""
     message = encode(error)
-    message.message, message.traceback = _shortened(message.message), _shortened(message.traceback)
+    message.message, message.traceback = (
+        _shortened(message.message),
+        _shortened(message.traceback),
+    )
     context.set_trailing_metadata(((TRAILER, message.SerializeToString()),))
     context.abort(error.status, _shortened(message.message, _MAX_DETAILS))
     raise AssertionError("abort raises")

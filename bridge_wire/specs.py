@@ -46,12 +46,20 @@ def of(dtype: object, shape: int | Sequence[int]) -> Spec:
     )
     known = BY_NAME.get(name)
     if known is None:
-        raise DTypeError(f"unknown dtype {dtype!r}; expected one of {', '.join(BY_NAME)}")
+        raise DTypeError(
+            f"unknown dtype {dtype!r}; expected one of {', '.join(BY_NAME)}"
+        )
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
-    if len(sizes) > _MAX_RANK or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise SpecError(f"{shape!r} is no shape; expected at most {_MAX_RANK} non-negative sizes")
+    if len(sizes) > _MAX_RANK or not all(
+        isinstance(size, int) and size >= 0 for size in sizes
+    ):
+        raise SpecError(
+            f"{shape!r} is no shape; expected at most {_MAX_RANK} non-negative sizes"
+        )
     if math.prod(size or 1 for size in sizes) * known.itemsize > _MAX_NBYTES:
-        raise SpecError(f"an array of shape {shape!r} and dtype {name} does not fit in memory")
+        raise SpecError(
+            f"an array of shape {shape!r} and dtype {name} does not fit in memory"
+        )
     return Spec(known, sizes)
 
 
@@ -74,7 +82,9 @@ def decode(message: pb.Spec) -> Spec:
         )
     shape = tuple(message.shape)
     if len(shape) > _MAX_RANK:
-        raise ProtocolError(f"a spec has {len(shape)} dimensions; at most {_MAX_RANK} are allowed")
+        raise ProtocolError(
+            f"a spec has {len(shape)} dimensions; at most {_MAX_RANK} are allowed"
+        )
     if any(size < 0 for size in shape):
         raise ProtocolError(f"a spec has the negative shape {shape}")
     # `size or 1`: a zero would hide an overflow of the other sizes, which frameworks reject.
@@ -106,7 +116,9 @@ def parse(text: str) -> tuple[Spec, ...]:
     while position < len(text):
         match = _ARRAY.match(text, position)
         if match is None or match[1] not in BY_NAME:
-            raise CallerError(f"{text!r} is no list of specs; write it like float32[8,64],int32[8]")
+            raise CallerError(
+                f"{text!r} is no list of specs; write it like float32[8,64],int32[8]"
+            )
         sizes = [size for size in match[2].replace(" ", "").split(",") if size]
         parsed.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
         position = match.end()

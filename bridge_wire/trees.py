@@ -7,19 +7,19 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from bridge_wire.classes import Classes as Classes
-from bridge_wire.classes import Expand as Expand
-from bridge_wire.classes import Instance as Instance
-from bridge_wire.classes import Node as Node
-from bridge_wire.classes import attributes_beyond as attributes_beyond
-from bridge_wire.classes import expand_dataclass as expand_dataclass
-from bridge_wire.classes import instantiate as instantiate
-from bridge_wire.classes import made_here, node_of_fields, origins
-from bridge_wire.classes import structured as structured
+from bridge_wire.classes import (
+    Classes,
+    Expand,
+    Node,
+    expand_dataclass,
+    instantiate,
+    made_here,
+    node_of_fields,
+    origins,
+)
 from bridge_wire.errors import ProtocolError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.values import decode_value as decode_value
-from bridge_wire.values import encode_value
+from bridge_wire.values import decode_value, encode_value
 
 # Protobuf parsers stop at 100 nested messages, and one level of a tree takes two.
 MAX_DEPTH = 40
@@ -46,7 +46,9 @@ def encode(
 class _Encoder:
     """Writes values as trees, and collects their leaves."""
 
-    def __init__(self, is_leaf: Callable[[Any], bool], classes: Classes, expand: Expand) -> None:
+    def __init__(
+        self, is_leaf: Callable[[Any], bool], classes: Classes, expand: Expand
+    ) -> None:
         self.leaves: list[Any] = []
         self._is_leaf = is_leaf
         self._classes = classes
@@ -84,11 +86,17 @@ class _Encoder:
             " or dataclass of these"
         )
 
-    def _sequence(self, items: Iterable[Any], path: str, depth: int) -> pb.Tree.Sequence:
-        trees = [self.tree_of(item, f"{path}[{i}]", depth) for i, item in enumerate(items)]
+    def _sequence(
+        self, items: Iterable[Any], path: str, depth: int
+    ) -> pb.Tree.Sequence:
+        trees = [
+            self.tree_of(item, f"{path}[{i}]", depth) for i, item in enumerate(items)
+        ]
         return pb.Tree.Sequence(items=trees)
 
-    def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> pb.Tree.Mapping:
+    def _mapping(
+        self, value: Mapping[Any, Any], path: str, depth: int
+    ) -> pb.Tree.Mapping:
         keys = ordered_keys(value)
         items = [self.tree_of(value[key], f"{path}[{key!r}]", depth) for key in keys]
         return pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items)
@@ -176,7 +184,9 @@ def argument_values(tree: pb.Tree) -> list[tuple[str, Any]]:
     args, kwargs = tree.tuple.items
     ends = (*_ends(args, "args"), *_ends(kwargs, "kwargs"))
     return [
-        (path, decode_value(end.value)) for path, end in ends if end.WhichOneof("kind") == "value"
+        (path, decode_value(end.value))
+        for path, end in ends
+        if end.WhichOneof("kind") == "value"
     ]
 
 
@@ -245,7 +255,9 @@ def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
         return origins.builder_of(kind, node)(items)
     if not node.origin:
         origins.refuse_without_origin(kind, node.name, fields)
-    return instantiate(classes.find(kind, node.name, fields, node.origin), fields, items)
+    return instantiate(
+        classes.find(kind, node.name, fields, node.origin), fields, items
+    )
 
 
 def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
@@ -261,5 +273,7 @@ def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
 def _key(key: Any, path: str) -> pb.Value:
     encoded = encode_value(key)
     if encoded is None:
-        raise StructureError(f"{path} has the key {key!r}; expected a str, number, bool or None")
+        raise StructureError(
+            f"{path} has the key {key!r}; expected a str, number, bool or None"
+        )
     return encoded

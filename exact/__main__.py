@@ -31,9 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(way: str, x64: bool, options: Any, results: Results) -> None:
     done = set() if options.again else results.done()
-    listed = [e for e in listing(way, options) if e.is_wide == x64 and (way, str(e)) not in done]
+    listed = [
+        e
+        for e in listing(way, options)
+        if e.is_wide == x64 and (way, str(e)) not in done
+    ]
     chosen = [
-        e for e in share(listed, options.share, options.seed) if re.search(options.only, str(e))
+        e
+        for e in share(listed, options.share, options.seed)
+        if re.search(options.only, str(e))
     ]
     chosen = chosen[: options.limit]
     if not chosen:
@@ -51,7 +57,14 @@ def _run(way: str, x64: bool, options: Any, results: Results) -> None:
                     flush=True,
                 )
 
-    arguments = ["--way", way, "--samples", str(options.samples), "--checks", options.checks]
+    arguments = [
+        "--way",
+        way,
+        "--samples",
+        str(options.samples),
+        "--checks",
+        options.checks,
+    ]
     arguments += ["--x64"] if x64 else []
     pool = Pool(
         arguments,
@@ -83,7 +96,8 @@ def _report(results: Results, options: Any) -> int:
     for way, checks in found["counts"].items():
         for check, counts in checks.items():
             text = ", ".join(
-                f"{n} {status}" for status, n in sorted(counts.items(), key=lambda item: -item[1])
+                f"{n} {status}"
+                for status, n in sorted(counts.items(), key=lambda item: -item[1])
             )
             print(f"{way:12} {check:11} {summary.share_right(counts):6.2f} %: {text}")
     for row in found["listed"] if options.verbose else summary.faults(found):
@@ -103,30 +117,49 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtypes", default="float32,float64,complex64,complex128")
     parser.add_argument("--kinds", default="plain,strided,inplace,train,eval,harness")
     parser.add_argument("--checks", default="", help="checks to run (default: all)")
-    parser.add_argument("--samples", type=int, default=1, help="number of samples per operator")
     parser.add_argument(
-        "--share", type=float, default=1.0, help="share of the entries, sampled with --seed"
+        "--samples", type=int, default=1, help="number of samples per operator"
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="share of the entries, sampled with --seed",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="maximum number of entries per way")
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="run matching entries, as op/sin/float32/plain"
+        "--only",
+        default="",
+        metavar="REGEX",
+        help="run matching entries, as op/sin/float32/plain",
     )
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="limit for one check")
     parser.add_argument(
-        "--deadline-s", type=float, default=1e9, help="limit for a way; the next run continues"
+        "--timeout-s", type=float, default=120.0, help="limit for one check"
+    )
+    parser.add_argument(
+        "--deadline-s",
+        type=float,
+        default=1e9,
+        help="limit for a way; the next run continues",
     )
     parser.add_argument("--out", type=Path, default=_OUT / "results.jsonl")
-    parser.add_argument("--again", action="store_true", help="also run entries with a result")
-    parser.add_argument("--summary", action="store_true", help="only summarise earlier results")
+    parser.add_argument(
+        "--again", action="store_true", help="also run entries with a result"
+    )
+    parser.add_argument(
+        "--summary", action="store_true", help="only summarise earlier results"
+    )
     parser.add_argument(
         "--verbose",
         action="store_true",
         help="print every entry that is not right, not only faults",
     )
     parser.add_argument(
-        "--write-docs", action="store_true", help="write exact/summary.json and docs/coverage.md"
+        "--write-docs",
+        action="store_true",
+        help="write exact/summary.json and docs/coverage.md",
     )
     return parser
 

@@ -60,7 +60,9 @@ def _torch_runner(options: Any) -> Callable[[Entry, int, Say], None]:
     def run(entry: Entry, skip: int, say: Say) -> None:
         say({"at": [0, "samples"]})
         count = subjects.count(entry)
-        for position, index in enumerate(chosen_samples(count, options.samples, entry.seed)):
+        for position, index in enumerate(
+            chosen_samples(count, options.samples, entry.seed)
+        ):
             if position < skip:
                 continue
             say({"at": [position, "reference"], "index": index})
@@ -83,7 +85,9 @@ def _torch_runner(options: Any) -> Callable[[Entry, int, Say], None]:
     return run
 
 
-def _checked(make: Callable[[], Any], wanted: Any, position: int, say: Say) -> dict[str, Any]:
+def _checked(
+    make: Callable[[], Any], wanted: Any, position: int, say: Say
+) -> dict[str, Any]:
     from exact.torch_db import Unusable
 
     try:
@@ -100,7 +104,11 @@ def _checked(make: Callable[[], Any], wanted: Any, position: int, say: Say) -> d
             say({"at": [position, name], "so far": verdicts})
             verdict = check()
             verdicts[name] = [verdict.status, verdict.detail]
-    return {"checks": verdicts, "random": checks.is_random, "undefined": checks.is_undefined}
+    return {
+        "checks": verdicts,
+        "random": checks.is_random,
+        "undefined": checks.is_undefined,
+    }
 
 
 def _module_names(options: Any) -> list[str]:

@@ -73,12 +73,14 @@ def judge_refusal(
     if isinstance(want, Refusal) and type(got.error) is type(want.error):
         # Traced code raises in the caller's process.
         return Verdict(f"as {framework}", one_line(got.error))
-    if isinstance(got.error, WorldError):  # a typed error, but the case has ended its worker
+    # A typed error, but the case has ended its worker.
+    if isinstance(got.error, WorldError):
         return Verdict("crash", one_line(got.error))
     if not isinstance(got.error, typed):
         return Verdict("untyped", one_line(got.error))
     return Verdict(
-        f"as {framework}" if isinstance(want, Refusal) else "refused", one_line(got.error)
+        f"as {framework}" if isinstance(want, Refusal) else "refused",
+        one_line(got.error),
     )
 
 
@@ -100,7 +102,11 @@ def judge_values(
     worst, spreads = 0.0, None
     for i, (mine, theirs) in enumerate(zip(got, want, strict=True)):
         mine = np.asarray(mine)
-        name = theirs.dtype.name if is_wide else NARROWED.get(theirs.dtype.name, theirs.dtype.name)
+        name = (
+            theirs.dtype.name
+            if is_wide
+            else NARROWED.get(theirs.dtype.name, theirs.dtype.name)
+        )
         if mine.dtype.name != name or mine.shape != theirs.shape:
             return Verdict(
                 "wrong",
@@ -123,7 +129,8 @@ def judge_values(
                 )
                 seen, expected = (np.atleast_1d(x)[where or 0] for x in (mine, theirs))
                 return Verdict(
-                    "wrong", f"leaf {i}{list(map(int, where))} is {seen!s}, expected {expected!s}"
+                    "wrong",
+                    f"leaf {i}{list(map(int, where))} is {seen!s}, expected {expected!s}",
                 )
         worst = max(worst, error / limit if limit else 0.0)
     return Verdict("right", "" if worst == 0 else f"{worst:.3g} eps")
@@ -136,10 +143,14 @@ def difference(got: np.ndarray, want: np.ndarray) -> tuple[float | str, float]:
     if want.dtype.kind in "biu":
         same = np.array_equal(got.astype(want.dtype), want)
         return (
-            0.0 if same else f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()}"
+            0.0
+            if same
+            else f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()}"
         ), 0.0
     a, b = _parts(got), _parts(want)
-    if not np.array_equal(np.isnan(a), np.isnan(b)) or not np.array_equal(_signs(a), _signs(b)):
+    if not np.array_equal(np.isnan(a), np.isnan(b)) or not np.array_equal(
+        _signs(a), _signs(b)
+    ):
         return (
             (
                 f"{got.ravel()[:6].tolist()}, expected {want.ravel()[:6].tolist()} (not finite"

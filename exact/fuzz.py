@@ -18,7 +18,12 @@ from exact.compare import FAULTS
 from exact.pool import Pool
 
 # The framework of each way's programs.
-FRAMEWORKS = {"inproc": "torch", "worker": "torch", "traced": "torch", "torch-client": "jax"}
+FRAMEWORKS = {
+    "inproc": "torch",
+    "worker": "torch",
+    "traced": "torch",
+    "torch-client": "jax",
+}
 
 
 class Findings:
@@ -39,9 +44,8 @@ class Findings:
             if status in FAULTS:
                 entry = parse_entry(message["case"].rsplit("/", 1)[0])
                 seed, number = entry.name.split(".")
-                again = (
-                    f"python -m exact.fuzz --ways {way} --seed {seed} --first {number} --graphs 1"
-                )
+                options = f"--ways {way} --seed {seed} --first {number} --graphs 1"
+                again = f"python -m exact.fuzz {options}"
                 self.faults.append(
                     f"{check}: {status}: {detail}\n{again}\n{graphs.graph_of(entry).source}"
                 )
@@ -59,7 +63,9 @@ def run(
 ) -> Findings:
     """Run programs `first` to `first + count` of a seed."""
     findings = Findings()
-    entries: list[Entry] = [graphs.entry(FRAMEWORKS[way], seed, first + n) for n in range(count)]
+    entries: list[Entry] = [
+        graphs.entry(FRAMEWORKS[way], seed, first + n) for n in range(count)
+    ]
     shown = itertools.count(1)
 
     def record(message: dict[str, Any]) -> None:
@@ -70,23 +76,36 @@ def run(
         if "done" in message and (number := next(shown)) % 500 == 0:
             print(f"{way}: {number} of {count} programs", flush=True)
 
-    Pool(["--way", way], timeout_s, log or ROOT / "out" / "exact", record, jobs=jobs).run(entries)
+    Pool(
+        ["--way", way], timeout_s, log or ROOT / "out" / "exact", record, jobs=jobs
+    ).run(entries)
     return findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("exact.fuzz", description=__doc__)
-    parser.add_argument("--ways", type=lambda text: text.split(","), default=list(FRAMEWORKS))
-    parser.add_argument("--graphs", type=int, default=1000, help="number of programs per way")
+    parser.add_argument(
+        "--ways", type=lambda text: text.split(","), default=list(FRAMEWORKS)
+    )
+    parser.add_argument(
+        "--graphs", type=int, default=1000, help="number of programs per way"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="number of the first program")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first program"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(argv)
     failed = False
     for way in options.ways:
-        findings = run(way, options.graphs, options.seed, first=options.first, jobs=options.jobs)
+        findings = run(
+            way, options.graphs, options.seed, first=options.first, jobs=options.jobs
+        )
         failed |= bool(findings.faults)
-        print(f"{way}:", ", ".join(f"{n} {status}" for status, n in findings.counts.most_common()))
+        print(
+            f"{way}:",
+            ", ".join(f"{n} {status}" for status, n in findings.counts.most_common()),
+        )
     return int(failed)
 
 

@@ -97,16 +97,29 @@ def _rules(
     shape: Callable[..., Shape | None], *texts: str, needs_key: bool = False
 ) -> Sequence[Rule]:
     return [
-        Rule(text if "{out}" in text else "{out} = " + text, shape, needs_key) for text in texts
+        Rule(text if "{out}" in text else "{out} = " + text, shape, needs_key)
+        for text in texts
     ]
 
 
 # The statements of both frameworks, with F for torch or jnp.
 _COMMON = [
     *_rules(
-        same, "F.sin({a})", "F.cos({a})", "F.tanh({a})", "F.exp(-{a} * {a})", "F.log1p({a} * {a})"
+        same,
+        "F.sin({a})",
+        "F.cos({a})",
+        "F.tanh({a})",
+        "F.exp(-{a} * {a})",
+        "F.log1p({a} * {a})",
     ),
-    *_rules(same, "F.sqrt({a} * {a} + 1)", "F.abs({a})", "F.square({a})", "F.arctan({a})", "-{a}"),
+    *_rules(
+        same,
+        "F.sqrt({a} * {a} + 1)",
+        "F.abs({a})",
+        "F.square({a})",
+        "F.arctan({a})",
+        "-{a}",
+    ),
     # Python numbers on either side.
     *_rules(
         same,
@@ -145,7 +158,13 @@ _COMMON = [
         "({a} * {a}).sum() * 0.5",
         "F.sqrt(({a} * {a}).sum() + 1)",
     ),
-    *_rules(last_dropped, "{a}.sum(-1)", "{a}.mean(-1)", "({a} * {a}).mean(-1)", "{a}[..., 0]"),
+    *_rules(
+        last_dropped,
+        "{a}.sum(-1)",
+        "{a}.mean(-1)",
+        "({a} * {a}).mean(-1)",
+        "{a}[..., 0]",
+    ),
     *_rules(first_dropped, "{a}.sum(0)", "{a}[0]", "{a}[-1]"),
     *_rules(shortened, "{a}[..., 1:]", "{a}[..., :-1] * {a}[..., 1:]", "F.diff({a})"),
     *_rules(flat, "{a}.reshape(-1)", "F.ravel({a})"),
@@ -167,7 +186,10 @@ TORCH = [
         "{a}.clamp(-1, 1)",
     ),
     *_rules(
-        same, "F.relu({a}) * 0.5 + {a}.detach()", "{a}.pow(3)", "torch.pow(2.0, {a}.clamp(max=2))"
+        same,
+        "F.relu({a}) * 0.5 + {a}.detach()",
+        "{a}.pow(3)",
+        "torch.pow(2.0, {a}.clamp(max=2))",
     ),
     *_rules(
         same,
@@ -189,9 +211,13 @@ TORCH = [
         "{a}.norm(dim=-1)",
     ),
     *_rules(
-        long, "{a} - {a}.var(-1, keepdim=True)", "torch.cat(({a}[..., :1], {a}[..., 1:] * 2), -1)"
+        long,
+        "{a} - {a}.var(-1, keepdim=True)",
+        "torch.cat(({a}[..., :1], {a}[..., 1:] * 2), -1)",
     ),
-    *_rules(ranked, "{a} * torch.arange({a}.shape[-1])", "{a} + torch.ones({a}.shape[-1])"),
+    *_rules(
+        ranked, "{a} * torch.arange({a}.shape[-1])", "{a} + torch.ones({a}.shape[-1])"
+    ),
     *_rules(
         ranked,
         "{a} * torch.linspace(0.5, 1, {a}.shape[-1])",
@@ -199,11 +225,20 @@ TORCH = [
     ),
     *_rules(square, "{a} + torch.eye({a}.shape[0])"),
     *_rules(
-        same, "{a} * torch.tensor(0.75)", "{a} + torch.tensor(3)", "torch.full_like({a}, 0.2) * {a}"
+        same,
+        "{a} * torch.tensor(0.75)",
+        "{a} + torch.tensor(3)",
+        "torch.full_like({a}, 0.2) * {a}",
     ),
     # Views.
-    *_rules(same, "{a}.unsqueeze(0).squeeze(0)", "{a}.contiguous().view(-1).view({a}.shape)"),
-    *_rules(widened, "{a}.expand(2, *{a}.shape)", "{a}.unsqueeze(0).repeat(2, *[1] * {a}.ndim)"),
+    *_rules(
+        same, "{a}.unsqueeze(0).squeeze(0)", "{a}.contiguous().view(-1).view({a}.shape)"
+    ),
+    *_rules(
+        widened,
+        "{a}.expand(2, *{a}.shape)",
+        "{a}.unsqueeze(0).repeat(2, *[1] * {a}.ndim)",
+    ),
     *_rules(matrix, "{a}.t().contiguous().t()", "{a}.permute(1, 0).permute(1, 0)"),
     *_rules(doubled, "torch.cat(({a}, {a}.sin()), -1)"),
     *_rules(
@@ -213,13 +248,19 @@ TORCH = [
     ),
     # In-place writes: whole tensors, slices, other views, under no_grad.
     *_rules(
-        same, "{out} = {a}.clone()\n{out}.mul_(2)", "{out} = {a} * 1\n{out}.add_({a}, alpha=0.5)"
+        same,
+        "{out} = {a}.clone()\n{out}.mul_(2)",
+        "{out} = {a} * 1\n{out}.add_({a}, alpha=0.5)",
     ),
     *_rules(
-        same, "{out} = {a}.sin()\n{out}.view(-1)[:1].fill_(0.5)", "{out} = {a}.clone()\n{out} += 1"
+        same,
+        "{out} = {a}.sin()\n{out}.view(-1)[:1].fill_(0.5)",
+        "{out} = {a}.clone()\n{out} += 1",
     ),
     *_rules(
-        ranked, "{out} = {a}.clone()\n{out}[0] = 0.5", "{out} = {a}.clone()\n{out}[..., :1].zero_()"
+        ranked,
+        "{out} = {a}.clone()\n{out}[0] = 0.5",
+        "{out} = {a}.clone()\n{out}[..., :1].zero_()",
     ),
     *_rules(
         ranked,
@@ -242,7 +283,9 @@ TORCH = [
         "{out} = {a}.clone()\n{out}.mul_({b}).add_({b})",
     ),
     *_rules(alike, "{out} = torch.empty_like({a})\n{out}.copy_({a})\n{out}.sub_({b})"),
-    *_rules(ranked, "{out} = {a}.clone()\n{out}.index_add_(0, torch.tensor([0]), {a}[-1:])"),
+    *_rules(
+        ranked, "{out} = {a}.clone()\n{out}.index_add_(0, torch.tensor([0]), {a}[-1:])"
+    ),
     *_rules(same, "{out} = {a}.clone()\n{out}.masked_fill_({a} > 0.5, 0.5)"),
     *_rules(
         same,
@@ -289,10 +332,19 @@ JAX = [
         "jnp.linalg.norm({a}, axis=-1)",
         "jax.nn.logsumexp({a}, axis=-1)",
     ),
-    *_rules(last_dropped, "jnp.take_along_axis({a}, {a}.argmax(-1, keepdims=True), -1)[..., 0]"),
-    *_rules(ranked, "jax.lax.scan(lambda c, x: (0.5 * c + x, jnp.sin(c)), {a}[0] * 0, {a})[1]"),
     *_rules(
-        ranked, "jax.vmap(jnp.sin)({a})", "jax.lax.map(jnp.tanh, {a})", "jax.lax.cumlogsumexp({a})"
+        last_dropped,
+        "jnp.take_along_axis({a}, {a}.argmax(-1, keepdims=True), -1)[..., 0]",
+    ),
+    *_rules(
+        ranked,
+        "jax.lax.scan(lambda c, x: (0.5 * c + x, jnp.sin(c)), {a}[0] * 0, {a})[1]",
+    ),
+    *_rules(
+        ranked,
+        "jax.vmap(jnp.sin)({a})",
+        "jax.lax.map(jnp.tanh, {a})",
+        "jax.lax.cumlogsumexp({a})",
     ),
     *_rules(
         same,
@@ -305,10 +357,13 @@ JAX = [
         "jax.grad(lambda x: jnp.sin(x).sum())({a})",
     ),
     *_rules(
-        same, "{a} * jax.random.uniform(jax.random.key(3), {a}.shape)", "jnp.float32(0.75) * {a}"
+        same,
+        "{a} * jax.random.uniform(jax.random.key(3), {a}.shape)",
+        "jnp.float32(0.75) * {a}",
     ),
     *_rules(
-        same, "jnp.where(jax.random.bernoulli(jax.random.key(5), 0.6, {a}.shape), {a} / 0.6, 0)"
+        same,
+        "jnp.where(jax.random.bernoulli(jax.random.key(5), 0.6, {a}.shape), {a} / 0.6, 0)",
     ),
     *_rules(
         square,
@@ -316,9 +371,13 @@ JAX = [
         "jnp.linalg.inv({a} @ {a}.T + 3 * jnp.eye({a}.shape[0]))",
     ),
     *_rules(
-        widened, "jnp.broadcast_to({a}, (2, *{a}.shape))", "jnp.tile({a}, (2, *[1] * {a}.ndim))"
+        widened,
+        "jnp.broadcast_to({a}, (2, *{a}.shape))",
+        "jnp.tile({a}, (2, *[1] * {a}.ndim))",
     ),
     *_rules(doubled, "jnp.concatenate(({a}, jnp.sin({a})), -1)"),
     *_rules(alike, "jax.lax.select({a} > {b}, {a}, {b})", "jnp.hypot({a}, {b})"),
-    *_rules(long, "jnp.convolve({a}.ravel(), jnp.ones(3), mode='same').reshape({a}.shape)"),
+    *_rules(
+        long, "jnp.convolve({a}.ravel(), jnp.ones(3), mode='same').reshape({a}.shape)"
+    ),
 ]

@@ -45,7 +45,9 @@ class Graph:
 
     def inputs(self, seed: int) -> list[np.ndarray]:
         rng = np.random.RandomState(seed % 2**32)
-        return [np.asarray(rng.standard_normal(shape), np.float32) for shape in self.shapes]
+        return [
+            np.asarray(rng.standard_normal(shape), np.float32) for shape in self.shapes
+        ]
 
 
 def entry(framework: str, seed: int, number: int) -> Entry:
@@ -84,7 +86,8 @@ def _step(
     while True:
         rule = rng.choice(rules)
         operands = tuple(
-            rng.choice(names[-2:] if rng.random() < 0.8 else names) for _ in range(rule.arity)
+            rng.choice(names[-2:] if rng.random() < 0.8 else names)
+            for _ in range(rule.arity)
         )
         shape = rule.shape(*(shapes[name] for name in operands))
         if shape is not None and grammar.flat(shape)[0] <= _MAX_SIZE:

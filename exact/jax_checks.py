@@ -20,7 +20,14 @@ from torch import Tensor
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import BridgeError
 from exact.cases import WIDE, Entry
-from exact.compare import Refusal, Verdict, attempt, judge_refusal, judge_values, one_line
+from exact.compare import (
+    Refusal,
+    Verdict,
+    attempt,
+    judge_refusal,
+    judge_values,
+    one_line,
+)
 from exact.jax_db import Case, Leaves, Unusable, case_of
 
 Say = Callable[[dict[str, Any]], None]
@@ -86,7 +93,11 @@ class _Checks:
         checks = {"value": self._value, "vmap": self._vmap, "gradient": self._gradient}
         checks |= {"jvp": self._jvp, "hvp": self._hvp}
         named = {name: check for name, check in checks.items() if name in answers}
-        if self._case.wrt and not self._case.outputs and not isinstance(answers["value"], Refusal):
+        if (
+            self._case.wrt
+            and not self._case.outputs
+            and not isinstance(answers["value"], Refusal)
+        ):
             named["no gradient"] = self._no_gradient
         return named | {"again": self._again}
 
@@ -105,20 +116,30 @@ class _Checks:
         def gradient() -> Any:
             xs = [self._inputs[i].clone().requires_grad_() for i in self._case.wrt]
             weights = list(map(_tensor, self._case.weights))
-            found = torch.autograd.grad(self._restricted(*xs), xs, weights, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(xs, found, strict=True)]
+            found = torch.autograd.grad(
+                self._restricted(*xs), xs, weights, allow_unused=True
+            )
+            return [
+                torch.zeros_like(x) if g is None else g
+                for x, g in zip(xs, found, strict=True)
+            ]
 
         return self._judge(gradient, "gradient")
 
     def _jvp(self) -> Verdict:
-        return self._judge(lambda: torch.func.jvp(self._restricted, *self._along())[1], "jvp")
+        return self._judge(
+            lambda: torch.func.jvp(self._restricted, *self._along())[1], "jvp"
+        )
 
     def _hvp(self) -> Verdict:
         weights = list(map(_tensor, self._case.weights))
 
         def total(*xs: Tensor) -> Tensor:
             return sum(
-                ((w * y).sum() for w, y in zip(weights, self._restricted(*xs), strict=True)),
+                (
+                    (w * y).sum()
+                    for w, y in zip(weights, self._restricted(*xs), strict=True)
+                ),
                 torch.zeros(()),
             )
 
@@ -199,7 +220,8 @@ def _same(got: Leaves, want: Leaves) -> Verdict:
                 where = np.unravel_index(int(np.argmin(equal)), equal.shape)
                 at = list(map(int, where))
                 return Verdict(
-                    "wrong", f"leaf {i}{at} is {mine[where]!s}, expected {theirs[where]!s}"
+                    "wrong",
+                    f"leaf {i}{at} is {mine[where]!s}, expected {theirs[where]!s}",
                 )
     return Verdict("right")
 
@@ -209,9 +231,9 @@ def _tensor(x: np.ndarray) -> Tensor:
     dtype = getattr(torch, x.dtype.name)
     if x.dtype.kind in "biufc" and not hasattr(ml_dtypes, x.dtype.name):
         return torch.from_numpy(x)
-    return torch.from_numpy(x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1")).view(
-        dtype
-    )
+    return torch.from_numpy(
+        x.view(f"i{x.dtype.itemsize}" if x.dtype.itemsize > 1 else "u1")
+    ).view(dtype)
 
 
 def _array(t: Tensor) -> np.ndarray:

@@ -24,7 +24,10 @@ class Unusable(Exception):
 @functools.cache
 def harnesses() -> dict[str, Any]:
     # Sorted, since some harnesses come from sets, whose order varies between processes.
-    return {h.fullname: h for h in sorted(test_harnesses.all_harnesses, key=lambda h: h.fullname)}
+    return {
+        h.fullname: h
+        for h in sorted(test_harnesses.all_harnesses, key=lambda h: h.fullname)
+    }
 
 
 def entries() -> Iterator[Entry]:
@@ -59,7 +62,10 @@ def case_of(entry: Entry) -> Case:
     if entry.database == "graph":
         graph = graphs.graph_of(entry)
         return _answered(
-            graph.function(), graph.inputs(entry.seed), graph.inputs(entry.seed + 1), entry.seed
+            graph.function(),
+            graph.inputs(entry.seed),
+            graph.inputs(entry.seed + 1),
+            entry.seed,
         )
     harness = harnesses()[entry.name]
     seed = seed_of(entry.name)
@@ -73,16 +79,26 @@ def case_of(entry: Entry) -> Case:
     return _answered(function, list(one), list(two), seed)
 
 
-def _answered(function: Callable[..., Any], one: Leaves, two: Leaves, seed: int) -> Case:
-    alike = all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True))
+def _answered(
+    function: Callable[..., Any], one: Leaves, two: Leaves, seed: int
+) -> Case:
+    alike = all(
+        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True)
+    )
     batch = [np.stack([a, b if alike else a]) for a, b in zip(one, two, strict=True)]
     case = Case(function, one, batch, [], [], [], [], {})
     case.answers["value"] = value = attempt(lambda: _leaves(jax.jit(function)(*one)))
     if one:
-        case.answers["vmap"] = attempt(lambda: _leaves(jax.jit(jax.vmap(function))(*batch)))
+        case.answers["vmap"] = attempt(
+            lambda: _leaves(jax.jit(jax.vmap(function))(*batch))
+        )
     if not isinstance(value, Refusal):
-        case.wrt = [i for i, x in enumerate(one) if jnp.issubdtype(x.dtype, jnp.inexact)]
-        case.outputs = [i for i, y in enumerate(value) if jnp.issubdtype(y.dtype, jnp.inexact)]
+        case.wrt = [
+            i for i, x in enumerate(one) if jnp.issubdtype(x.dtype, jnp.inexact)
+        ]
+        case.outputs = [
+            i for i, y in enumerate(value) if jnp.issubdtype(y.dtype, jnp.inexact)
+        ]
         if case.wrt and case.outputs:
             _differentiate(case, value, np.random.RandomState(seed ^ 1))
     return case
@@ -117,19 +133,26 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
     def gradient() -> Leaves:
         # In two programs, as in training: XLA rounds some derivatives differently in one program.
         _, pullback = jax.jit(forward)(case.inputs)
-        found = jax.jit(lambda pullback, cts: pullback(cts))(pullback, list(map(np.conj, weights)))
+        found = jax.jit(lambda pullback, cts: pullback(cts))(
+            pullback, list(map(np.conj, weights))
+        )
         return [np.conj(g) for g in _leaves(found)]  # torch's convention
 
     def jvp(args: Sequence[Any], tangents: Sequence[Any]) -> Any:
         function, xs = restricted(args)
         return jax.jvp(lambda *xs: function(*xs)[0], xs, list(tangents))[1]
 
-    def hvp(args: Sequence[Any], weights: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    def hvp(
+        args: Sequence[Any], weights: Sequence[Any], tangents: Sequence[Any]
+    ) -> Any:
         function, xs = restricted(args)
 
         def total(*xs: Any) -> Any:
             ys, _ = function(*xs)
-            return sum(jnp.sum(jnp.real(jnp.conj(w) * y)) for w, y in zip(weights, ys, strict=True))
+            return sum(
+                jnp.sum(jnp.real(jnp.conj(w) * y))
+                for w, y in zip(weights, ys, strict=True)
+            )
 
         return jax.jvp(jax.grad(total, positions), xs, list(tangents))[1]
 
@@ -139,7 +162,9 @@ def _differentiate(case: Case, value: Leaves, rng: np.random.RandomState) -> Non
         jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1
         for x in (case.inputs[i] for i in case.wrt)
     ):
-        case.answers["hvp"] = attempt(lambda: _leaves(jax.jit(hvp)(case.inputs, weights, tangents)))
+        case.answers["hvp"] = attempt(
+            lambda: _leaves(jax.jit(hvp)(case.inputs, weights, tangents))
+        )
 
 
 def _leaves(tree: Any) -> Leaves:

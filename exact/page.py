@@ -36,10 +36,15 @@ def page(summary: dict[str, Any]) -> str:
     parts = [_INTRODUCTION]
     for way, title in _WAYS.items():
         if way in summary["counts"]:
-            parts.append(f"\n## {title[0].upper()}{title[1:]}\n\n{_table(summary['counts'][way])}")
+            parts.append(
+                f"\n## {title[0].upper()}{title[1:]}\n\n{_table(summary['counts'][way])}"
+            )
             parts += _lists([row for row in summary["listed"] if row["way"] == way])
     parts.append("\n## Entries of the databases that cannot be called\n\n")
-    parts += [f"- {reason}: {_names(entries)}\n" for reason, entries in summary["unusable"].items()]
+    parts += [
+        f"- {reason}: {_names(entries)}\n"
+        for reason, entries in summary["unusable"].items()
+    ]
     return "".join(parts)
 
 
@@ -61,7 +66,9 @@ def _table(counts: dict[str, dict[str, int]]) -> str:
                 row.get("refused", 0),
                 row.get("listed", 0),
             ]
-            lines.append("| " + " | ".join(map(str, [check, *cells, neutral, faults])) + " |")
+            lines.append(
+                "| " + " | ".join(map(str, [check, *cells, neutral, faults])) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -70,14 +77,21 @@ def _lists(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         checks = ", ".join(row["checks"])
         text = " ".join(row["detail"].replace("|", "/").split())
-        groups.setdefault((row["status"], text), []).append(f"{row['entry']} ({checks})")
+        groups.setdefault((row["status"], text), []).append(
+            f"{row['entry']} ({checks})"
+        )
     titles = {"refused": "Refused", "listed": "Listed"}
     parts = []
     for status in ("listed", "refused", "inherited", *FAULTS):
-        found = {text: entries for (of, text), entries in groups.items() if of == status}
+        found = {
+            text: entries for (of, text), entries in groups.items() if of == status
+        }
         if found:
             parts.append(f"\n### {titles.get(status, status.capitalize())}\n\n")
-            parts += [f"- {text}: {_names(entries)}\n" for text, entries in sorted(found.items())]
+            parts += [
+                f"- {text}: {_names(entries)}\n"
+                for text, entries in sorted(found.items())
+            ]
     return parts
 
 

@@ -104,9 +104,9 @@ class Pool:
 
     def _start(self, number: int) -> _Child:
         self.log.mkdir(parents=True, exist_ok=True)
-        with (self.log / f"child-{'-'.join(self.arguments[:3]).strip('-')}-{number}.log").open(
-            "a"
-        ) as log:
+        with (
+            self.log / f"child-{'-'.join(self.arguments[:3]).strip('-')}-{number}.log"
+        ).open("a") as log:
             child = _Child(
                 subprocess.Popen(
                     [*_COMMAND, *self.arguments],
@@ -124,7 +124,9 @@ class Pool:
             line = None
         if line is None:
             status = child.end()
-            raise RuntimeError(f"exact.child did not start (status {status}); see {self.log}")
+            raise RuntimeError(
+                f"exact.child did not start (status {status}); see {self.log}"
+            )
         return child
 
     def _hand(self, child: _Child, entry: Entry, skip: int) -> int | None:
@@ -157,7 +159,9 @@ class Pool:
             if "done" in message:
                 return None
 
-    def _note_end(self, entry: Entry, at: dict[str, Any], what: str, status: int) -> None:
+    def _note_end(
+        self, entry: Entry, at: dict[str, Any], what: str, status: int
+    ) -> None:
         check = at["at"][1]
         case = f"{entry}/{at.get('index', 0)}"
         detail = (
@@ -168,11 +172,17 @@ class Pool:
         with self._lock:
             if check in ("samples", "reference"):
                 self.record(
-                    {"case": case, "unusable": f"torch itself, or a sample of it: {what}, {detail}"}
+                    {
+                        "case": case,
+                        "unusable": f"torch itself, or a sample of it: {what}, {detail}",
+                    }
                 )
             else:
                 self.record(
-                    {"case": case, "checks": {**at.get("so far", {}), check: [what, detail]}}
+                    {
+                        "case": case,
+                        "checks": {**at.get("so far", {}), check: [what, detail]},
+                    }
                 )
             if check == "samples":
                 self.record({"done": str(entry)})

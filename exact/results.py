@@ -33,7 +33,9 @@ class Results:
     def done(self) -> set[tuple[str, str]]:
         """Return the finished (way, entry) pairs."""
         return {
-            (message["way"], message["done"]) for message in self._messages() if "done" in message
+            (message["way"], message["done"])
+            for message in self._messages()
+            if "done" in message
         }
 
     def _messages(self) -> Iterator[dict[str, Any]]:

@@ -38,5 +38,6 @@ def batch(entry: Entry, index: int) -> list[Tensor]:
     graph = graphs.graph_of(entry)
     rows: list[list[Any]] = [graph.inputs(entry.seed + i) for i in range(2)]
     return [
-        torch.stack([torch.from_numpy(row[i]) for row in rows]) for i in range(len(graph.shapes))
+        torch.stack([torch.from_numpy(row[i]) for row in rows])
+        for i in range(len(graph.shapes))
     ]

@@ -47,7 +47,9 @@ def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]
     for record in records:
         way, case = record["way"], record["case"]
         if "unusable" in record:
-            unusable.setdefault(_general(record["unusable"]), set()).add(case.rsplit("/", 1)[0])
+            unusable.setdefault(_general(record["unusable"]), set()).add(
+                case.rsplit("/", 1)[0]
+            )
             continue
         for check, (status, detail) in record["checks"].items():
             reason = known.reason(way, check, case, status)
@@ -57,7 +59,8 @@ def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]
             if counted in ("listed", "refused", "inherited", *FAULTS):
                 key = f"{way} {case.rsplit('/', 1)[0]} {counted}"
                 row = listed.setdefault(
-                    key, {"way": way, "entry": case.rsplit("/", 1)[0], "status": counted}
+                    key,
+                    {"way": way, "entry": case.rsplit("/", 1)[0], "status": counted},
                 )
                 row.setdefault("checks", [])
                 if check not in row["checks"]:
@@ -68,13 +71,17 @@ def summarise(records: Iterable[dict[str, Any]], known: Known) -> dict[str, Any]
         "listed": sorted(
             listed.values(), key=lambda row: (row["way"], row["status"], row["entry"])
         ),
-        "unusable": {reason: sorted(entries) for reason, entries in sorted(unusable.items())},
+        "unusable": {
+            reason: sorted(entries) for reason, entries in sorted(unusable.items())
+        },
     }
 
 
 def share_right(counts: dict[str, int]) -> float:
     """Return the percentage of right checks among the checks that the framework itself passes."""
-    considered = sum(n for status, n in counts.items() if status not in (*NEUTRAL, "listed"))
+    considered = sum(
+        n for status, n in counts.items() if status not in (*NEUTRAL, "listed")
+    )
     return 100 * counts.get("right", 0) / considered if considered else 100.0
 
 

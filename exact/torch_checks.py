@@ -52,7 +52,11 @@ class Checks:
         inputs = [*state, *subject.inputs]
         if sum(x.numel() for x in inputs) > _TOO_LARGE:
             raise torch_db.Unusable(f"the inputs have more than {_TOO_LARGE} elements")
-        wrt = [i for i, x in enumerate(state) if is_inexact(x)] if subject.is_module else []
+        wrt = (
+            [i for i, x in enumerate(state) if is_inexact(x)]
+            if subject.is_module
+            else []
+        )
         if subject.is_module:  # buffers are not differentiated
             parameters = subject.target.parameters()  # type: ignore[attr-defined]
             wrt = list(range(len(list(parameters))))
@@ -98,10 +102,14 @@ class Checks:
         """Sample the cotangents and tangents for the checks of derivatives."""
         self._outputs = outputs
         self._weights = [self._noise(self._value[i]) for i in outputs]
-        self._tangents = [self._noise(array(self.reference.inputs[i])) for i in self.reference.wrt]
+        self._tangents = [
+            self._noise(array(self.reference.inputs[i])) for i in self.reference.wrt
+        ]
 
     def _made(self, key: Any) -> Function:
-        made = attempt(lambda: self.way.function(self.entry, self._index, self._subject, key))
+        made = attempt(
+            lambda: self.way.function(self.entry, self._index, self._subject, key)
+        )
         if not isinstance(made, Refusal):
             return made
 
@@ -148,7 +156,9 @@ class Checks:
             _, pullback = jax.vjp(self._restricted, *self._primals())
             return pullback(list(map(jnp.asarray, map(array, self._weights))))
 
-        return self._compare(gradient, lambda r: r.gradient(self._outputs, self._weights))
+        return self._compare(
+            gradient, lambda r: r.gradient(self._outputs, self._weights)
+        )
 
     def _check_jvp(self) -> Verdict:
         def jvp() -> Any:
@@ -171,19 +181,25 @@ class Checks:
 
         def hvp() -> Any:
             xs = self._primals()
-            return jax.jvp(jax.grad(total, tuple(range(len(xs)))), xs, self._jax_tangents())[1]
+            return jax.jvp(
+                jax.grad(total, tuple(range(len(xs)))), xs, self._jax_tangents()
+            )[1]
 
         return self._compare(
             hvp,
             lambda r: r.curvature(self._outputs, self._weights, self._tangents),
-            lambda r: r.curvature_by_forward_mode(self._outputs, self._weights, self._tangents),
+            lambda r: r.curvature_by_forward_mode(
+                self._outputs, self._weights, self._tangents
+            ),
         )
 
     def _check_again(self) -> Verdict:
         """Check that a second call and torch itself give equal results, without fake tensors."""
         if _get_current_dispatch_mode() is not None or detect_fake_mode() is not None:
             return Verdict("fake", "a dispatch mode is still active")
-        leaves = [y for y in (torch.ones(2) + 1, *self._plainly()) if isinstance(y, Tensor)]
+        leaves = [
+            y for y in (torch.ones(2) + 1, *self._plainly()) if isinstance(y, Tensor)
+        ]
         if any(isinstance(y, FakeTensor) for y in leaves):
             return Verdict("fake", "torch itself returns fake tensors")
         here = attempt(self.reference.value)
@@ -194,7 +210,9 @@ class Checks:
         ):
             verdict = judge_values(here, self._value, lambda: [], rounding=0)
             if verdict.status != "right":
-                return Verdict("wrong", f"torch itself, called afterwards: {verdict.detail}")
+                return Verdict(
+                    "wrong", f"torch itself, called afterwards: {verdict.detail}"
+                )
         return self._check_value()
 
     # Helpers of the checks ------------------------------------------------------------------------
@@ -208,14 +226,21 @@ class Checks:
     def _judge(
         self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None
     ) -> Verdict:
-        if not isinstance(got, Refusal):  # XLA runs asynchronously: errors come with the values
+        # XLA runs asynchronously: errors come with the values.
+        if not isinstance(got, Refusal):
             got = attempt(lambda: [np.asarray(x) for x in got])
-        if isinstance(got, Refusal) and isinstance(got.error, CallerError) and self._has_no_type():
+        if (
+            isinstance(got, Refusal)
+            and isinstance(got.error, CallerError)
+            and self._has_no_type()
+        ):
             return Verdict("no type", one_line(got.error))
         if isinstance(got, Refusal):
             return judge_refusal(got, want, self.way.typed, "torch")
         if isinstance(want, Refusal):
-            return Verdict("beyond", f"torch: {type(want.error).__name__}: {str(want.error)[:150]}")
+            return Verdict(
+                "beyond", f"torch: {type(want.error).__name__}: {str(want.error)[:150]}"
+            )
         if self.is_undefined or (self.is_random and self.way.is_traced):
             got = [np.zeros(x.shape, x.dtype) for x in got]
             want = [np.zeros_like(x) for x in want]
@@ -233,7 +258,11 @@ class Checks:
                 same = judge_values(
                     got, otherwise, lambda: [], rounding=rounding, is_wide=self._wide
                 )
-                return Verdict("inherited", verdict.detail) if same.status == "right" else verdict
+                return (
+                    Verdict("inherited", verdict.detail)
+                    if same.status == "right"
+                    else verdict
+                )
         return verdict
 
     def _has_no_type(self) -> bool:
@@ -243,11 +272,18 @@ class Checks:
         leaves = self._plainly()
         known = bool(leaves) and all(isinstance(y, Tensor) for y in leaves)
         return not known or (
-            not self._wide and any(y.dtype.name in (*WIDE, "uint64") for y in self._value)
+            not self._wide
+            and any(y.dtype.name in (*WIDE, "uint64") for y in self._value)
         )
 
-    def _spread(self, answer: Callable[[Reference], Any] | None, eps: float) -> Sequence[Any]:
-        return self.reference.spread(answer, eps, np.random.RandomState(1)) if answer else []
+    def _spread(
+        self, answer: Callable[[Reference], Any] | None, eps: float
+    ) -> Sequence[Any]:
+        return (
+            self.reference.spread(answer, eps, np.random.RandomState(1))
+            if answer
+            else []
+        )
 
     def _restricted(self, *xs: Any) -> list[Any]:
         values = list(self.values)
@@ -281,5 +317,7 @@ class Checks:
 
     def _plainly(self) -> list[Any]:
         with torch.no_grad():
-            got = attempt(lambda: self.reference.run(*[x.clone() for x in self.reference.inputs]))
+            got = attempt(
+                lambda: self.reference.run(*[x.clone() for x in self.reference.inputs])
+            )
         return [] if isinstance(got, Refusal) else got

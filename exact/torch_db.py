@@ -119,7 +119,8 @@ def batch_of_sample(entry: Entry, index: int) -> list[Tensor]:
         a.shape == b.shape and a.dtype == b.dtype for a, b in zip(one, two, strict=True)
     )
     return [
-        torch.stack([a, b if alike else a]) for a, b in zip(one, two if alike else one, strict=True)
+        torch.stack([a, b if alike else a])
+        for a, b in zip(one, two if alike else one, strict=True)
     ]
 
 
@@ -133,7 +134,9 @@ def subject_inputs(sample: Any, entry: Entry) -> list[Tensor]:
 
 
 @functools.lru_cache(maxsize=2)
-def _samples(database: str, name: str, dtype: str, is_training: bool, seed: int) -> list[Any]:
+def _samples(
+    database: str, name: str, dtype: str, is_training: bool, seed: int
+) -> list[Any]:
     kind = getattr(torch, dtype)
     with torch.random.fork_rng(devices=()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -144,7 +147,9 @@ def _samples(database: str, name: str, dtype: str, is_training: bool, seed: int)
             op = _OPERATORS[name]
             return list(
                 op.sample_inputs(
-                    "cpu", kind, requires_grad=kind in op.supported_backward_dtypes("cpu")
+                    "cpu",
+                    kind,
+                    requires_grad=kind in op.supported_backward_dtypes("cpu"),
                 )
             )
         info = _MODULES[name]
@@ -158,7 +163,9 @@ def _samples(database: str, name: str, dtype: str, is_training: bool, seed: int)
 def _operator_subject(sample: Any, entry: Entry) -> Subject:
     op = _OPERATORS[entry.name]
     function = op.inplace_variant if entry.kind == "inplace" else op.op
-    leaves, structure = pytree.tree_flatten((sample.input, tuple(sample.args), dict(sample.kwargs)))
+    leaves, structure = pytree.tree_flatten(
+        (sample.input, tuple(sample.args), dict(sample.kwargs))
+    )
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs = [_plain(leaves[i]) for i in slots]
     wrt = [n for n, i in enumerate(slots) if leaves[i].requires_grad]
@@ -185,23 +192,40 @@ def _plain(tensor: Tensor) -> Tensor:
         or tensor.is_quantized
         or type(tensor) not in (Tensor, nn.Parameter)
     ):
-        raise Unusable(f"an input is a {type(tensor).__name__} of layout {tensor.layout}")
-    if not hasattr(np, str(tensor.dtype).removeprefix("torch.")) and tensor.dtype not in (
+        raise Unusable(
+            f"an input is a {type(tensor).__name__} of layout {tensor.layout}"
+        )
+    if not hasattr(
+        np, str(tensor.dtype).removeprefix("torch.")
+    ) and tensor.dtype not in (
         torch.bfloat16,
         torch.bool,
     ):
         raise Unusable(f"an input has {tensor.dtype}")
-    return tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return (
+        tensor.detach()
+        .resolve_conj()
+        .resolve_neg()
+        .clone(memory_format=torch.contiguous_format)
+    )
 
 
 def _as_declared(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return integers in the sample's type, since without x64 JAX passes them in another width."""
-    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.to(dtype)
+    return (
+        tensor
+        if tensor.is_floating_point() or tensor.is_complex()
+        else tensor.to(dtype)
+    )
 
 
 def _strided(tensor: Tensor) -> Tensor:
     """Return equal values, differentiable, as every second element of twice the memory."""
-    return torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0] if tensor.ndim else tensor
+    return (
+        torch.stack((tensor, torch.zeros_like(tensor)), -1)[..., 0]
+        if tensor.ndim
+        else tensor
+    )
 
 
 # Modules ------------------------------------------------------------------------------------------
@@ -211,7 +235,11 @@ class _Applied(nn.Module):
     """A module as a function of its tensor arguments; the other arguments are constants."""
 
     def __init__(
-        self, module: nn.Module, leaves: Sequence[Any], slots: Sequence[int], structure: Any
+        self,
+        module: nn.Module,
+        leaves: Sequence[Any],
+        slots: Sequence[int],
+        structure: Any,
     ) -> None:
         super().__init__()
         self.module = module
@@ -231,14 +259,18 @@ def _module_subject(sample: Any, entry: Entry) -> Subject:
     info = _MODULES[entry.name]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        module = info.module_cls(*made.constructor_input.args, **made.constructor_input.kwargs)
+        module = info.module_cls(
+            *made.constructor_input.args, **made.constructor_input.kwargs
+        )
     module = module.to(getattr(torch, entry.dtype)).train(entry.kind == "train")
     forward = made.forward_input
     leaves, structure = pytree.tree_flatten((tuple(forward.args), dict(forward.kwargs)))
     slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     inputs = [_plain(leaves[i]) for i in slots]
     wrt = [
-        n for n, i in enumerate(slots) if leaves[i].is_floating_point() or leaves[i].is_complex()
+        n
+        for n, i in enumerate(slots)
+        if leaves[i].is_floating_point() or leaves[i].is_complex()
     ]
     return Subject(_Applied(module, leaves, slots, structure), inputs, wrt)
 
@@ -248,14 +280,21 @@ def as_function(target: Callable[..., Any]) -> tuple[Callable[..., Any], list[Te
     if not isinstance(target, nn.Module):
         return target, []
     names, values = [], []
-    for name, value in itertools.chain(target.named_parameters(), target.named_buffers()):
+    for name, value in itertools.chain(
+        target.named_parameters(), target.named_buffers()
+    ):
         names.append(name)
         values.append(value.detach().clone())
 
     def function(*tensors: Tensor) -> Any:
         state = dict(zip(names, tensors, strict=False))
-        own = {name: value.clone() if name in buffers else value for name, value in state.items()}
-        return torch.func.functional_call(copy.deepcopy(target), own, tensors[len(names) :])
+        own = {
+            name: value.clone() if name in buffers else value
+            for name, value in state.items()
+        }
+        return torch.func.functional_call(
+            copy.deepcopy(target), own, tensors[len(names) :]
+        )
 
     buffers = {name for name, _ in target.named_buffers()}
     return function, values

@@ -33,7 +33,11 @@ class Reference:
     """
 
     def __init__(
-        self, function: Function, inputs: Sequence[Tensor], wrt: Sequence[int], key: Any = None
+        self,
+        function: Function,
+        inputs: Sequence[Tensor],
+        wrt: Sequence[int],
+        key: Any = None,
     ) -> None:
         self.inputs, self.wrt, self.key = list(inputs), list(wrt), key
         self._function = function
@@ -51,21 +55,29 @@ class Reference:
 
     def inexact_outputs(self) -> list[int]:
         with torch.no_grad():
-            return [i for i, y in enumerate(self.run(*_fresh(self.inputs))) if is_inexact(y)]
+            return [
+                i for i, y in enumerate(self.run(*_fresh(self.inputs))) if is_inexact(y)
+            ]
 
     def batched(self, batch: Sequence[Tensor]) -> list[np.ndarray]:
         """Return each row's result, stacked."""
         with torch.no_grad():
-            rows = [self.run(*_fresh([x[i] for x in batch])) for i in range(len(batch[0]))]
+            rows = [
+                self.run(*_fresh([x[i] for x in batch])) for i in range(len(batch[0]))
+            ]
         return arrays([torch.stack(leaves) for leaves in zip(*rows, strict=True)])
 
-    def gradient(self, outputs: Sequence[int], cotangents: Sequence[Tensor]) -> list[np.ndarray]:
+    def gradient(
+        self, outputs: Sequence[int], cotangents: Sequence[Tensor]
+    ) -> list[np.ndarray]:
         """Return the cotangents of the differentiated inputs, in JAX's complex convention."""
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         return arrays([g.conj() for g in _grad(ys, xs, [c.conj() for c in cotangents])])
 
-    def tangents(self, outputs: Sequence[int], tangents: Sequence[Tensor]) -> list[np.ndarray]:
+    def tangents(
+        self, outputs: Sequence[int], tangents: Sequence[Tensor]
+    ) -> list[np.ndarray]:
         """Return the outputs' tangents by forward mode.
 
         If an operator lacks forward mode, use two backward passes.
@@ -81,7 +93,10 @@ class Reference:
         return arrays([_dense(t).to(y.dtype) for y, t in zip(*found, strict=True)])
 
     def curvature(
-        self, outputs: Sequence[int], weights: Sequence[Tensor], tangents: Sequence[Tensor]
+        self,
+        outputs: Sequence[int],
+        weights: Sequence[Tensor],
+        tangents: Sequence[Tensor],
     ) -> list[np.ndarray]:
         """Return the Hessian of sum(real(conj(weights) * outputs)) times the tangents.
 
@@ -90,14 +105,18 @@ class Reference:
         xs = self._leaves(self.inputs)
         ys = self._restricted(xs, outputs)
         gradients = _grad([_weighed(ys, weights)], xs, None, create_graph=True)
-        return arrays([g.conj() for g in _grad([_weighed(gradients, tangents)], xs, None)])
+        return arrays(
+            [g.conj() for g in _grad([_weighed(gradients, tangents)], xs, None)]
+        )
 
     # torch's other routes to the same values. If the routes differ, torch contradicts itself.
 
     def batched_by_vmap(self, batch: Sequence[Tensor]) -> list[np.ndarray]:
         with torch.no_grad():
             return arrays(
-                torch.func.vmap(lambda *xs: tuple(self.run(*_fresh(xs))), randomness="same")(*batch)
+                torch.func.vmap(
+                    lambda *xs: tuple(self.run(*_fresh(xs))), randomness="same"
+                )(*batch)
             )
 
     def tangents_by_reverse_mode(
@@ -106,7 +125,10 @@ class Reference:
         return arrays(self._tangents_by_reverse_mode(outputs, tangents))
 
     def curvature_by_forward_mode(
-        self, outputs: Sequence[int], weights: Sequence[Tensor], tangents: Sequence[Tensor]
+        self,
+        outputs: Sequence[int],
+        weights: Sequence[Tensor],
+        tangents: Sequence[Tensor],
     ) -> list[np.ndarray]:
         def total(*xs: Tensor) -> Tensor:
             return _weighed(self._restricted(xs, outputs), weights)
@@ -116,7 +138,10 @@ class Reference:
         return arrays([_dense(g).conj() for g in found])
 
     def spread(
-        self, answer: Callable[["Reference"], Any], eps: float, rng: np.random.RandomState
+        self,
+        answer: Callable[["Reference"], Any],
+        eps: float,
+        rng: np.random.RandomState,
     ) -> list[Any]:
         """Return the change of each leaf of an answer under a change of the inputs by an eps.
 
@@ -135,14 +160,16 @@ class Reference:
                     return [None] * len(base)
                 with np.errstate(all="ignore"):
                     far = np.abs(a.astype(np.complex128) - b.astype(np.complex128))
-                moved[i] = max(moved[i], float(np.nan_to_num(far, nan=0, posinf=0).max(initial=0)))
+                moved[i] = max(
+                    moved[i], float(np.nan_to_num(far, nan=0, posinf=0).max(initial=0))
+                )
         return moved
 
     def _perturbed(self, eps: float, rng: np.random.RandomState) -> "Reference":
         def moved(x: Tensor) -> Tensor:
-            return x * torch.from_numpy(np.asarray(1 + eps * rng.uniform(-1, 1, x.shape))).to(
-                x.dtype
-            )
+            return x * torch.from_numpy(
+                np.asarray(1 + eps * rng.uniform(-1, 1, x.shape))
+            ).to(x.dtype)
 
         inputs = [moved(x) if i in self.wrt else x for i, x in enumerate(self.inputs)]
         return Reference(self._function, inputs, self.wrt, self.key)
@@ -156,7 +183,8 @@ class Reference:
     def _restricted(self, xs: Sequence[Tensor], outputs: Sequence[int]) -> list[Tensor]:
         values = _fresh(self.inputs)
         for i, x in zip(self.wrt, xs, strict=True):
-            values[i] = x.clone()  # a function may write to its inputs, but not to autograd leaves
+            # A function may write to its inputs, but not to autograd leaves.
+            values[i] = x.clone()
         ys = self.run(*values)
         return [ys[i] for i in outputs]
 
@@ -219,7 +247,11 @@ def _weighed(ys: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def _grad(
-    ys: Sequence[Tensor], xs: Sequence[Tensor], cotangents: Any, *, create_graph: bool = False
+    ys: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    cotangents: Any,
+    *,
+    create_graph: bool = False,
 ) -> list[Tensor]:
     """Return gradients, with zeros for inputs without effect."""
     pairs = [
@@ -237,4 +269,7 @@ def _grad(
         allow_unused=True,
         create_graph=create_graph,
     )
-    return [torch.zeros_like(x) if g is None else _dense(g) for x, g in zip(xs, found, strict=True)]
+    return [
+        torch.zeros_like(x) if g is None else _dense(g)
+        for x, g in zip(xs, found, strict=True)
+    ]

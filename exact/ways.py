@@ -22,7 +22,11 @@ from exact.torch_db import Subject
 
 # The exceptions that count as a refusal. jit raises JAX's own for Python code that reads values.
 TYPED = (BridgeError, NotImplementedError)
-TRACED_TYPED = (*TYPED, jax.errors.ConcretizationTypeError, jax.errors.NonConcreteBooleanIndexError)
+TRACED_TYPED = (
+    *TYPED,
+    jax.errors.ConcretizationTypeError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
 
 # A function of flat arrays (parameters, buffers, then inputs) that returns a list of leaves.
 Function = Callable[..., list[Any]]
@@ -33,7 +37,9 @@ class InProcess:
     typed: tuple[type[BaseException], ...] = TYPED
     is_traced = False
 
-    def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
+    def function(
+        self, entry: Entry, index: int, subject: Subject, key: Any
+    ) -> Function:
         return _called(RemoteTorchFunction(subject.target), key, {})
 
     def close(self) -> None:
@@ -47,7 +53,9 @@ class Traced:
     typed = TRACED_TYPED
     is_traced = True
 
-    def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
+    def function(
+        self, entry: Entry, index: int, subject: Subject, key: Any
+    ) -> Function:
         traced = trace_torch(subject.target)
         if isinstance(subject.target, nn.Module):
             # Parameters, then buffers, in the order of the values.
@@ -78,11 +86,15 @@ class Worker:
         self._opened: dict[str, Any] = {}
         self._sessions = contextlib.ExitStack()
 
-    def function(self, entry: Entry, index: int, subject: Subject, key: Any) -> Function:
+    def function(
+        self, entry: Entry, index: int, subject: Subject, key: Any
+    ) -> Function:
         if entry.database == "module":
             name = module_name(entry, index)
             models = dict.fromkeys([*self._modules, name])
-            session = self._session("modules", {name: f"exact.hosted:{name}" for name in models})
+            session = self._session(
+                "modules", {name: f"exact.hosted:{name}" for name in models}
+            )
             return _called(RemoteTorchFunction(session, name=name), key, {})
         session = self._session("operators", {"sample": "exact.hosted:sample"})
         return _called(RemoteTorchFunction(session), key, {"entry": f"{entry}/{index}"})
@@ -90,7 +102,10 @@ class Worker:
     def _session(self, what: str, models: dict[str, str]) -> Any:
         if what not in self._opened:
             session = spawn(
-                torch_model=models, python=sys.executable, cwd=ROOT, startup_timeout_s=300
+                torch_model=models,
+                python=sys.executable,
+                cwd=ROOT,
+                startup_timeout_s=300,
             )
             self._opened[what] = self._sessions.enter_context(session)
         return self._opened[what]
@@ -113,7 +128,9 @@ def _called(remote: RemoteTorchFunction, key: Any, statics: dict[str, Any]) -> F
         if key is None and not params and not buffers:
             return jax.tree.leaves(remote(*values, **statics))
         own, state, args = _split(values, params, buffers)
-        return jax.tree.leaves(remote.apply(own, *args, buffers=state, rng=key, **statics))
+        return jax.tree.leaves(
+            remote.apply(own, *args, buffers=state, rng=key, **statics)
+        )
 
     return function
 
@@ -127,7 +144,9 @@ def _split(
     return own, state, list(rest)
 
 
-def open_way(name: str, modules: Sequence[str], *, x64: bool) -> InProcess | Traced | Worker:
+def open_way(
+    name: str, modules: Sequence[str], *, x64: bool
+) -> InProcess | Traced | Worker:
     if name == "worker":
         return Worker(modules, x64=x64)
     return InProcess() if name == "inproc" else Traced()

@@ -51,11 +51,15 @@ def main() -> int:
         network = nn.Sequential(encoder(), RemoteJaxFunction(session, name="model")).to(
             options.device
         )
-        losses, bytes_per_step = fit(network, batches(train, options.steps), options.steps, session)
+        losses, bytes_per_step = fit(
+            network, batches(train, options.steps), options.steps, session
+        )
         accuracy = accuracy_of(network, *test)
         save_losses(losses, options.losses)
         plot(losses, accuracy)
-        print_summary(session, accuracy, bytes_per_step, *compare_with_torch(network, train))
+        print_summary(
+            session, accuracy, bytes_per_step, *compare_with_torch(network, train)
+        )
     return 0 if accuracy >= WANTED_ACCURACY else 1
 
 
@@ -64,7 +68,9 @@ def parse_options() -> argparse.Namespace:
         description="Train a torch encoder and a Flax head on handwritten digits."
     )
     parser.add_argument(
-        "--lane", choices=("local", "grpc"), help="transport to the worker (default: the fastest)"
+        "--lane",
+        choices=("local", "grpc"),
+        help="transport to the worker (default: the fastest)",
     )
     parser.add_argument(
         "--device",
@@ -82,7 +88,10 @@ def parse_options() -> argparse.Namespace:
         "--steps", type=int, default=800, help="training steps (default: %(default)s)"
     )
     parser.add_argument(
-        "--losses", type=Path, metavar="FILE", help="write the loss of each step, one per line"
+        "--losses",
+        type=Path,
+        metavar="FILE",
+        help="write the loss of each step, one per line",
     )
     return parser.parse_args()
 
@@ -93,9 +102,12 @@ def parse_options() -> argparse.Namespace:
 def digits(device: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return 1437 training images of 8x8 pixels and 360 test images, both with labels."""
     images, labels = load_digits(return_X_y=True)
-    split = train_test_split(images, labels, test_size=360, stratify=labels, random_state=0)
+    split = train_test_split(
+        images, labels, test_size=360, stratify=labels, random_state=0
+    )
     train_x, test_x = (
-        torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16 for part in split[:2]
+        torch.tensor(part, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+        for part in split[:2]
     )
     train_y, test_y = (torch.tensor(part, device=device) for part in split[2:])
     return (train_x.to(device), train_y), (test_x.to(device), test_y)
@@ -113,7 +125,9 @@ def batches(data: tuple[Tensor, Tensor], steps: int) -> Iterator[tuple[Tensor, T
 def encoder() -> nn.Module:
     """Return the torch half: image -> 1024 features."""
     first, second = nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    return nn.Sequential(
+        first, nn.ReLU(), second, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()
+    )
 
 
 def optimizer_of(network: nn.Module) -> torch.optim.Optimizer:
@@ -133,7 +147,10 @@ def step(
 
 
 def fit(
-    network: nn.Module, data: Iterator[tuple[Tensor, Tensor]], steps: int, session: Session
+    network: nn.Module,
+    data: Iterator[tuple[Tensor, Tensor]],
+    steps: int,
+    session: Session,
 ) -> tuple[list[float], float]:
     """Train; return the loss of each step and the copied bytes per step."""
     optimizer = optimizer_of(network)
@@ -151,7 +168,11 @@ def fit(
                 speed = calls / (time.perf_counter() - started)
                 shown = f"{sum(recent) / len(recent):.1%}"
                 bar.set_postfix(
-                    {"loss": f"{loss:.3f}", "accuracy": shown, "calls/s": f"{speed:.0f}"}
+                    {
+                        "loss": f"{loss:.3f}",
+                        "accuracy": shown,
+                        "calls/s": f"{speed:.0f}",
+                    }
                 )
     return losses, (session.stats()["bytes_copied"] - before["bytes_copied"]) / steps
 
@@ -173,11 +194,15 @@ def torch_twin_of(network: nn.Sequential) -> nn.Sequential:
         layer = nn.Linear(*kernel.shape)
         layer.load_state_dict({"weight": kernel.detach().T, "bias": bias.detach()})
         layers.append(layer)
-    twin = nn.Sequential(copy.deepcopy(network[0]), nn.Sequential(layers[0], nn.ReLU(), layers[1]))
+    twin = nn.Sequential(
+        copy.deepcopy(network[0]), nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    )
     return twin.to(weights["params.Dense_0.bias"].device)
 
 
-def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
+def compare_with_torch(
+    network: nn.Sequential, data: tuple[Tensor, Tensor]
+) -> tuple[float, float]:
     """Continue training, alternating with a twin in torch; return both median seconds per step."""
     twin = torch_twin_of(network)
     torch.testing.assert_close(
@@ -198,19 +223,27 @@ def compare_with_torch(network: nn.Sequential, data: tuple[Tensor, Tensor]) -> t
 
 def print_environments(worker: dict[str, Tensor]) -> None:
     """Print the frameworks that each process can import."""
-    here = {name: importlib.util.find_spec(name) is not None for name in ("torch", "jax")}
+    here = {
+        name: importlib.util.find_spec(name) is not None for name in ("torch", "jax")
+    }
     there = {name: bool(worker[name]) for name in ("torch", "jax")}
     sides = [("this process", os.getpid(), here), ("worker", int(worker["pid"]), there)]
     shown = [
         f"{side} {pid}: "
-        + ", ".join(f"{name} {'yes' if has else 'no'}" for name, has in frameworks.items())
+        + ", ".join(
+            f"{name} {'yes' if has else 'no'}" for name, has in frameworks.items()
+        )
         for side, pid, frameworks in sides
     ]
     print(" | ".join(shown), flush=True)
 
 
 def print_summary(
-    session: Session, accuracy: float, bytes_per_step: float, bridged_s: float, native_s: float
+    session: Session,
+    accuracy: float,
+    bytes_per_step: float,
+    bridged_s: float,
+    native_s: float,
 ) -> None:
     print(f"loss curve:       {PLOT.relative_to(ROOT)}")
     print(f"test accuracy:    {accuracy:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
@@ -235,11 +268,16 @@ def save_losses(losses: Sequence[float], file: Path | None) -> None:
 def plot(losses: Sequence[float], accuracy: float) -> None:
     """Draw the loss and its moving average on a logarithmic scale."""
     window = max(1, min(25, len(losses) // 4))
-    smooth = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
+    smooth = [
+        sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)
+    ]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.semilogy(losses, color="tab:blue", alpha=0.3, linewidth=1, label="each batch")
     axes.semilogy(
-        range(window - 1, len(losses)), smooth, color="tab:blue", label=f"mean of {window} batches"
+        range(window - 1, len(losses)),
+        smooth,
+        color="tab:blue",
+        label=f"mean of {window} batches",
     )
     axes.set(
         xlabel="step",

@@ -32,5 +32,8 @@ def environment() -> dict[str, int | bool]:
     """Return this process's id and the frameworks that the process can import."""
     return {
         "pid": os.getpid(),
-        **{name: importlib.util.find_spec(name) is not None for name in ("jax", "torch")},
+        **{
+            name: importlib.util.find_spec(name) is not None
+            for name in ("jax", "torch")
+        },
     }

@@ -43,7 +43,9 @@ class Digits(lightning.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         images, labels = batch
         self.log(
-            "accuracy", (self.network(images).argmax(1) == labels).float().mean(), prog_bar=True
+            "accuracy",
+            (self.network(images).argmax(1) == labels).float().mean(),
+            prog_bar=True,
         )
 
     test_step = validation_step
@@ -61,10 +63,16 @@ def main() -> int:
         DataLoader(test, batch_size=360),
     )
     with spawn(
-        jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT
+        jax_model="examples.digits_head:model",
+        python=ROOT / ".venv-jax/bin/python",
+        cwd=ROOT,
     ) as session:
         best = ModelCheckpoint(
-            OUT, filename="best", monitor="accuracy", mode="max", enable_version_counter=False
+            OUT,
+            filename="best",
+            monitor="accuracy",
+            mode="max",
+            enable_version_counter=False,
         )
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -79,9 +87,13 @@ def main() -> int:
         trainer.fit(Digits(session, options.precision), batches, held_out)
         # A new module, as in another program that continues from the checkpoint.
         loaded = Digits(session, options.precision)
-        loaded.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+        loaded.load_state_dict(
+            torch.load(best.best_model_path, weights_only=True)["state_dict"]
+        )
         (result,) = trainer.test(loaded, held_out, verbose=False)
-    print(f"test accuracy: {result['accuracy']:.1%} (at least {WANTED_ACCURACY:.0%} expected)")
+    print(
+        f"test accuracy: {result['accuracy']:.1%} (at least {WANTED_ACCURACY:.0%} expected)"
+    )
     return 0 if result["accuracy"] >= WANTED_ACCURACY else 1
 
 
@@ -90,10 +102,16 @@ def parse_options() -> argparse.Namespace:
         description="Train a torch encoder and a Flax head with Lightning."
     )
     parser.add_argument(
-        "--epochs", type=int, default=20, help="passes over the data (default: %(default)s)"
+        "--epochs",
+        type=int,
+        default=20,
+        help="passes over the data (default: %(default)s)",
     )
     parser.add_argument(
-        "--precision", choices=("32-true", "bf16-mixed"), default="32-true", help="see Lightning"
+        "--precision",
+        choices=("32-true", "bf16-mixed"),
+        default="32-true",
+        help="see Lightning",
     )
     return parser.parse_args()
 

@@ -75,9 +75,11 @@ def main() -> None:
 def first_guess() -> Tensor:
     """Return the logarithms of a guess from a period of ten years and the means of both series."""
     frequency = 2 * math.pi / 10  # the square root of alpha gamma
-    hares, lynxes = DATA.mean(0)  # the equilibrium: gamma / delta hares, alpha / beta lynxes
+    # The equilibrium: gamma / delta hares, alpha / beta lynxes.
+    hares, lynxes = DATA.mean(0)
     rates = torch.tensor(
-        [frequency, frequency / lynxes, frequency, frequency / hares], dtype=torch.float64
+        [frequency, frequency / lynxes, frequency, frequency / hares],
+        dtype=torch.float64,
     )
     return torch.cat([rates, DATA[0]]).log()
 
@@ -124,7 +126,14 @@ def plot(years: Tensor, fitted: Tensor) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (name, color) in enumerate((("hares", "tab:brown"), ("lynxes", "tab:blue"))):
         axes.plot(years, fitted[:, i], color=color, label=f"{name}: fit")
-        axes.plot(YEARS, DATA[:, i], "o", color=color, markersize=5, label=f"{name}: pelts traded")
+        axes.plot(
+            YEARS,
+            DATA[:, i],
+            "o",
+            color=color,
+            markersize=5,
+            label=f"{name}: pelts traded",
+        )
     axes.set(
         xlabel="year",
         ylabel="thousands",

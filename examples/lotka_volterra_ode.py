@@ -16,7 +16,9 @@ def populations(rates: Array, start: Array, years: Array) -> Array:
     def change(_: Any, population: Array, rates: Array) -> Array:
         hares, lynxes = population
         alpha, beta, gamma, delta = rates
-        return jnp.stack([(alpha - beta * lynxes) * hares, (delta * hares - gamma) * lynxes])
+        return jnp.stack(
+            [(alpha - beta * lynxes) * hares, (delta * hares - gamma) * lynxes]
+        )
 
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(change),

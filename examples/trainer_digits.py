@@ -53,7 +53,11 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((predicted.predictions.argmax(1) == predicted.label_ids).mean())}
+    return {
+        "accuracy": float(
+            (predicted.predictions.argmax(1) == predicted.label_ids).mean()
+        )
+    }
 
 
 def main() -> int:
@@ -76,7 +80,9 @@ def main() -> int:
         remove_unused_columns=False,
     )
     with spawn(
-        jax_model="examples.digits_head:model", python=ROOT / ".venv-jax/bin/python", cwd=ROOT
+        jax_model="examples.digits_head:model",
+        python=ROOT / ".venv-jax/bin/python",
+        cwd=ROOT,
     ) as session:
         trainer = Trainer(
             model=Digits(session, options.bf16),
@@ -100,9 +106,14 @@ def parse_options() -> argparse.Namespace:
         description="Train a torch encoder and a Flax head with transformers' Trainer."
     )
     parser.add_argument(
-        "--epochs", type=int, default=20, help="passes over the data (default: %(default)s)"
+        "--epochs",
+        type=int,
+        default=20,
+        help="passes over the data (default: %(default)s)",
     )
-    parser.add_argument("--bf16", action="store_true", help="train under autocast in bfloat16")
+    parser.add_argument(
+        "--bf16", action="store_true", help="train under autocast in bfloat16"
+    )
     return parser.parse_args()
 
 

@@ -22,7 +22,10 @@ def floats(*shape: int) -> Spec:
 def prepare(session: Session, model: str, *arguments: Spec | str) -> Program:
     """Prepare a call with these positional arguments: arrays, and static text."""
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
-    items = [leaf if isinstance(a, Spec) else pb.Tree(value=pb.Value(text=a)) for a in arguments]
+    items = [
+        leaf if isinstance(a, Spec) else pb.Tree(value=pb.Value(text=a))
+        for a in arguments
+    ]
     args = pb.Tree(tuple=pb.Tree.Sequence(items=items))
     described = [specs.encode(a) for a in arguments if isinstance(a, Spec)]
     tree = trees.arguments(args, pb.Tree(dict=pb.Tree.Mapping()))

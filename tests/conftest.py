@@ -59,7 +59,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("gpu") and is_other else None
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
     if config.getoption("gpu"):
         return
     for item in items:
@@ -104,7 +106,9 @@ def torch_worker() -> Iterator[Session]:
         for name in (TESTS / folder / "models.txt").read_text().split()
     }
     with spawn(
-        torch_model=models | _contract("torch"), python=python_of(".venv-torch"), cwd=ROOT
+        torch_model=models | _contract("torch"),
+        python=python_of(".venv-torch"),
+        cwd=ROOT,
     ) as session:
         yield session
 
@@ -120,7 +124,9 @@ def _hosting_all(*args: str) -> Session:
 
 
 def _contract(framework: str) -> dict[str, str]:
-    return {f"contract.{name}": f"tests.contract.in_{framework}:{name}" for name in MODELS}
+    return {
+        f"contract.{name}": f"tests.contract.in_{framework}:{name}" for name in MODELS
+    }
 
 
 @pytest.fixture(params=["local", "grpc"])
@@ -167,7 +173,8 @@ def held() -> dict[str, int]:
     return {
         "descriptors": len(os.listdir("/proc/self/fd")),
         "threads": sum(
-            not thread.name.startswith("ThreadPool-copy") for thread in threading.enumerate()
+            not thread.name.startswith("ThreadPool-copy")
+            for thread in threading.enumerate()
         ),
         "children": len(children.read_text().split()) if children.exists() else 0,
     }

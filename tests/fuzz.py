@@ -31,6 +31,7 @@ from bridge_server.serving.service import Service
 from bridge_server.serving.sessions import Sessions
 from bridge_server.turns import Turn
 from bridge_wire import errors, specs, trees
+from bridge_wire.classes import Classes
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import BridgeError, PeerError, ProtocolError, StructureError
 from bridge_wire.lane import frames
@@ -43,7 +44,22 @@ BASE = 4 * PAGE
 _MAX_DEPTH = 12
 _CHECK_EVERY = 500
 
-_EDGES = [0, 1, 2, 3, 7, 63, 64, 4095, PAGE, BASE, BASE + 64, BASE + SLAB - 64, BASE + SLAB, SLAB]
+_EDGES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    63,
+    64,
+    4095,
+    PAGE,
+    BASE,
+    BASE + 64,
+    BASE + SLAB - 64,
+    BASE + SLAB,
+    SLAB,
+]
 _EDGES += [
     2**31 - 1,
     2**31,
@@ -88,7 +104,11 @@ class Fault(AssertionError):
 
 def integer(rng: random.Random, bits: int, *, signed: bool) -> int:
     """Return a number of that type, near an edge more often than not."""
-    value = rng.choice(_EDGES) if rng.random() < 0.8 else rng.getrandbits(rng.randrange(1, 65))
+    value = (
+        rng.choice(_EDGES)
+        if rng.random() < 0.8
+        else rng.getrandbits(rng.randrange(1, 65))
+    )
     value &= 2**bits - 1
     return value - 2**bits if signed and value >> (bits - 1) else value
 
@@ -126,12 +146,16 @@ def fill(message: Message, rng: random.Random, depth: int = 0) -> Message:
     return message
 
 
-def fill_field(message: Message, field: FieldDescriptor, rng: random.Random, depth: int) -> None:
+def fill_field(
+    message: Message, field: FieldDescriptor, rng: random.Random, depth: int
+) -> None:
     if field.message_type is not None and depth >= _MAX_DEPTH:
         return
     value = getattr(message, field.name)
     if field.is_repeated:
-        for _ in range(rng.choice([0, 1, 1, 2, 2, 3, 9]) if depth < 6 else rng.randrange(2)):
+        for _ in range(
+            rng.choice([0, 1, 1, 2, 2, 3, 9]) if depth < 6 else rng.randrange(2)
+        ):
             if field.message_type is None:
                 value.append(scalar(rng, field))
             else:
@@ -194,7 +218,9 @@ _MESSAGES: list[type[Message]] = [
 
 def fuzz_frames(rng: random.Random) -> None:
     """Cut a stream into messages: those that were framed, as far as the stream is whole."""
-    payloads = [serialized(rng.choice(_LANE_MESSAGES), rng) for _ in range(rng.randrange(4))]
+    payloads = [
+        serialized(rng.choice(_LANE_MESSAGES), rng) for _ in range(rng.randrange(4))
+    ]
     stream = b"".join(map(frames.encode, payloads))
     is_whole = rng.random() < 0.5
     decoder, received = frames.FrameDecoder(), []
@@ -251,9 +277,9 @@ def decode_tree(tree: pb.Tree) -> None:
         trees.argument_paths(tree)
     with contextlib.suppress(ProtocolError, StructureError):
         count = len(trees.leaf_paths(tree, "x"))
-        trees.build(tree, [Leaf()] * count, trees.Classes())
+        trees.build(tree, [Leaf()] * count, Classes())
         try:
-            trees.build(tree, [Leaf()] * (count + 1), trees.Classes())
+            trees.build(tree, [Leaf()] * (count + 1), Classes())
         except (ProtocolError, StructureError):
             return
         raise Fault("a tree was built with more leaves than it has")
@@ -274,7 +300,9 @@ class EchoProgram(Program):
         self.output_nbytes = tuple(spec.nbytes for spec in inputs)
         self.result = trees.flat(len(inputs))
         self.wrt = wrt
-        self.residual_nbytes = None if wrt is None else sum(inputs[i].nbytes for i in wrt)
+        self.residual_nbytes = (
+            None if wrt is None else sum(inputs[i].nbytes for i in wrt)
+        )
 
     def run(self, inputs: Sequence[Any], residual: Any) -> tuple[Sequence[Any], Any]:
         outputs = [bytes(view) for view in inputs]
@@ -284,7 +312,9 @@ class EchoProgram(Program):
 class EchoPullback(Program):
     """Returns the inputs `wrt` that an EchoProgram kept."""
 
-    def __init__(self, origin: EchoProgram, wrt: Sequence[int], outputs: Sequence[int]) -> None:
+    def __init__(
+        self, origin: EchoProgram, wrt: Sequence[int], outputs: Sequence[int]
+    ) -> None:
         self.inputs = tuple(origin.outputs[i] for i in outputs)
         self.outputs = tuple(origin.inputs[i] for i in wrt)
         self.output_nbytes = tuple(spec.nbytes for spec in self.outputs)
@@ -302,7 +332,7 @@ class EchoRuntime(Runtime):
     """A framework whose arrays are raw memory."""
 
     def __init__(self) -> None:
-        self._classes = trees.Classes()
+        self._classes = Classes()
 
     def describe(self) -> Description:
         return Description("echo", "0", x64=True)
@@ -336,12 +366,16 @@ class EchoRuntime(Runtime):
         self, program: Program, wrt: Sequence[int], outputs: Sequence[int]
     ) -> Preparation:
         assert isinstance(program, EchoProgram) and program.wrt is not None
-        if not set(wrt) <= set(program.wrt) or any(i >= len(program.outputs) for i in outputs):
+        if not set(wrt) <= set(program.wrt) or any(
+            i >= len(program.outputs) for i in outputs
+        ):
             raise ProtocolError("a pullback of what was not kept")
         yield "compiling"
         return EchoPullback(program, wrt, outputs)
 
-    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
+    def view(
+        self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None
+    ) -> Any:
         view = (
             (ctypes.c_ubyte * spec.nbytes).from_address(pointer)
             if spec.nbytes
@@ -350,9 +384,13 @@ class EchoRuntime(Runtime):
         view._owner = owner
         return view
 
-    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+    def write(
+        self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None
+    ) -> None:
         if len(array) != nbytes:
-            raise Fault(f"an output of {len(array)} bytes goes where {nbytes} have room")
+            raise Fault(
+                f"an output of {len(array)} bytes goes where {nbytes} have room"
+            )
         ctypes.memmove(pointer, array, nbytes)
 
 
@@ -440,7 +478,9 @@ class Target:
         last."""
         token = self.sessions.open().token
         sizes = [integer(rng, 12, signed=False) for _ in range(rng.randrange(4))]
-        prepared = [self._prepare(request) for request in self._preparations(rng, token, sizes)]
+        prepared = [
+            self._prepare(request) for request in self._preparations(rng, token, sizes)
+        ]
         stream = Stream(rng)
         for frame, descriptors in self._sentences(rng, token, prepared, len(sizes)):
             stream.send(frame, descriptors)
@@ -475,7 +515,9 @@ class Target:
     def _serve_a_good_client(self) -> None:
         token = self.sessions.open().token
         spec = Spec(BY_NAME["float32"], (25,))
-        keep = self._prepare(pb.PrepareRequest(session=token, call=call_of([spec], keep=True)))
+        keep = self._prepare(
+            pb.PrepareRequest(session=token, call=call_of([spec], keep=True))
+        )
         pull = self._prepare(
             pb.PrepareRequest(
                 session=token, pullback=pb.Pullback(program=keep, wrt=[0], outputs=[0])
@@ -487,10 +529,15 @@ class Target:
         run = pb.Run(program=keep, inputs=[BASE], outputs=[BASE + 128], residual=1)
         for request, descriptors in [
             (pb.LaneRequest(attach=pb.Attach(session=token)), []),
-            (pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)), [os.dup(self._slab.fd)]),
+            (
+                pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)),
+                [os.dup(self._slab.fd)],
+            ),
             (pb.LaneRequest(run=run), []),
             (
-                pb.LaneRequest(run=pb.Run(program=pull, residual=1, inline=True, data=bytes(100))),
+                pb.LaneRequest(
+                    run=pb.Run(program=pull, residual=1, inline=True, data=bytes(100))
+                ),
                 [],
             ),
             (pb.LaneRequest(release=pb.Release(residuals=[1])), []),
@@ -501,7 +548,9 @@ class Target:
             replies = list(self._replies(stream))
         kinds = [reply.WhichOneof("kind") for reply in replies]
         if kinds != ["done", "done", "ran", "ran", "usage", "peeked"]:
-            raise Fault(f"a good client was answered {kinds}: {[reply.error for reply in replies]}")
+            raise Fault(
+                f"a good client was answered {kinds}: {[reply.error for reply in replies]}"
+            )
         if (
             bytes(self._slab.view[128:228]) != data
             or replies[3].ran.data != data
@@ -511,7 +560,9 @@ class Target:
 
     def _replies(self, stream: Stream) -> Generator[pb.LaneReply, None, None]:
         requests = local_lanes._requests(stream)
-        return conversation.Conversation(self.sessions, requests, stream.take_descriptors).replies()
+        return conversation.Conversation(
+            self.sessions, requests, stream.take_descriptors
+        ).replies()
 
     def _prepare(self, request: pb.PrepareRequest) -> int:
         """Return the program's name, or 0 when the service has refused."""
@@ -529,12 +580,14 @@ class Target:
         self, rng: random.Random, token: bytes, sizes: list[int]
     ) -> Iterator[pb.PrepareRequest]:
         inputs = [
-            Spec(rng.choice([BY_NAME["int8"], BY_NAME["float64"]]), (size,)) for size in sizes
+            Spec(rng.choice([BY_NAME["int8"], BY_NAME["float64"]]), (size,))
+            for size in sizes
         ]
         yield pb.PrepareRequest(session=token, call=call_of(inputs, keep=False))
         yield pb.PrepareRequest(session=token, call=call_of(inputs, keep=True))
         yield pb.PrepareRequest(
-            session=token, pullback=pb.Pullback(program=2, wrt=range(len(inputs)), outputs=[])
+            session=token,
+            pullback=pb.Pullback(program=2, wrt=range(len(inputs)), outputs=[]),
         )
         with contextlib.suppress(DecodeError):
             request = pb.PrepareRequest.FromString(serialized(pb.PrepareRequest, rng))
@@ -550,13 +603,17 @@ class Target:
         """Yield a conversation's frames with their descriptors: mostly sensible ones."""
         if rng.random() < 0.97:
             yield (
-                frames.encode(pb.LaneRequest(attach=pb.Attach(session=token)).SerializeToString()),
+                frames.encode(
+                    pb.LaneRequest(attach=pb.Attach(session=token)).SerializeToString()
+                ),
                 [],
             )
         if rng.random() < 0.9:
             yield (
                 frames.encode(
-                    pb.LaneRequest(share=pb.Share(base=BASE, nbytes=SLAB)).SerializeToString()
+                    pb.LaneRequest(
+                        share=pb.Share(base=BASE, nbytes=SLAB)
+                    ).SerializeToString()
                 ),
                 [os.dup(self._slab.fd)],
             )
@@ -567,10 +624,15 @@ class Target:
                 request.run.CopyFrom(self._run(rng, programs, arity))
             elif way < 0.6:
                 request.share.CopyFrom(
-                    pb.Share(base=integer(rng, 64, signed=False), nbytes=rng.choice([SLAB, PAGE]))
+                    pb.Share(
+                        base=integer(rng, 64, signed=False),
+                        nbytes=rng.choice([SLAB, PAGE]),
+                    )
                 )
             elif way < 0.65:
-                address = rng.choice([BASE, BASE + SLAB - 64, integer(rng, 64, signed=False)])
+                address = rng.choice(
+                    [BASE, BASE + SLAB - 64, integer(rng, 64, signed=False)]
+                )
                 request.peek.CopyFrom(
                     pb.Peek(address=address, nbytes=integer(rng, 32, signed=False))
                 )
@@ -593,7 +655,9 @@ class Target:
         """Return the run of one of the programs, the first two of which have `arity` inputs and
         as many outputs."""
         run = pb.Run(
-            program=rng.choice(programs), inline=rng.random() < 0.3, residual=rng.randrange(4)
+            program=rng.choice(programs),
+            inline=rng.random() < 0.3,
+            residual=rng.randrange(4),
         )
         if rng.random() < 0.2:
             run.data = bytes(rng.choice([1, 63, 64, 128, 4095, PAGE]))
@@ -621,7 +685,9 @@ class Target:
 
 def call_of(inputs: Sequence[Spec], *, keep: bool) -> pb.Call:
     """Return the call of the echo with these inputs as its positional arguments."""
-    arguments = trees.arguments(trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping()))
+    arguments = trees.arguments(
+        trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping())
+    )
     call = pb.Call(model="echo", arguments=arguments, inputs=map(specs.encode, inputs))
     if keep:
         call.keep.inputs.extend(range(len(inputs)))
@@ -657,7 +723,11 @@ def run(
     """
     # A refusal that is logged would only be noise; an unexpected exception comes back as
     # InternalError.
-    with mock.patch.dict(os.environ), contextlib.closing(Target()) as target, silenced():
+    with (
+        mock.patch.dict(os.environ),
+        contextlib.closing(Target()) as target,
+        silenced(),
+    ):
         kinds = [fuzz_frames, fuzz_messages, target.fuzz]
         for index in progress(range(first, first + inputs)):
             try:
@@ -681,16 +751,26 @@ def _with_progress_bar(numbers: Iterable[int]) -> Iterable[int]:
         from tqdm import tqdm
     except ImportError:
         return numbers
-    return tqdm(numbers, unit=" inputs", smoothing=0.05, disable=not sys.stderr.isatty())
+    return tqdm(
+        numbers, unit=" inputs", smoothing=0.05, disable=not sys.stderr.isatty()
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m tests.fuzz", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=None, help="by default another one each time")
-    parser.add_argument("--first", type=int, default=0, help="number of the first input")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="by default another one each time"
+    )
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first input"
+    )
     options = parser.parse_args(argv)
-    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    seed = (
+        random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    )
     try:
         run(options.inputs, seed, options.first, _with_progress_bar)
     except Fault as fault:

@@ -40,7 +40,11 @@ _INDIRECT = re.compile(
 
 def sources(package: str) -> list[Path]:
     """Return the package's modules, without generated ones."""
-    return [path for path in sorted((ROOT / package).rglob("*.py")) if path.parent.name != "pb"]
+    return [
+        path
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.parent.name != "pb"
+    ]
 
 
 # Tokens and words ---------------------------------------------------------------------------------
@@ -57,7 +61,9 @@ class Code:
 
 def code(source: str) -> Code:
     """Count tokens as tokenize does, without comments, layout and docstrings."""
-    docstrings = {node.lineno: node.end_lineno or 0 for node in _docstrings(ast.parse(source))}
+    docstrings = {
+        node.lineno: node.end_lineno or 0 for node in _docstrings(ast.parse(source))
+    }
     tokens, lines, prose = 0, set[int](), list[str]()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         row = token.start[0]
@@ -116,7 +122,9 @@ def rooms(folder: Path) -> dict[str, set[str]]:
     """
     names = [path.stem for path in folder.glob("*.py")]
     names += [path.parent.name for path in folder.glob("*/__init__.py")]
-    drawn: dict[str, set[str]] = {name: set() for name in names if name not in _NO_ROOMS}
+    drawn: dict[str, set[str]] = {
+        name: set() for name in names if name not in _NO_ROOMS
+    }
     for path in folder.rglob("*.py"):
         room = path.relative_to(folder).with_suffix("").parts[0]
         if room in drawn:
@@ -136,7 +144,9 @@ def floors(drawn: Mapping[str, set[str]]) -> int:
     return max(heights.values())
 
 
-def without(drawn: Mapping[str, set[str]], arrows: set[tuple[str, str]]) -> dict[str, set[str]]:
+def without(
+    drawn: Mapping[str, set[str]], arrows: set[tuple[str, str]]
+) -> dict[str, set[str]]:
     """Return the rooms without some arrows."""
     return {
         room: {below for below in imported if (room, below) not in arrows}

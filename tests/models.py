@@ -49,14 +49,19 @@ def gated(x, gate, when="forward"):
     """Twice the input; the forward or the backward pass waits until the file `gate` exists."""
 
     def held(value, phase):
-        return jax.pure_callback(lambda v: _pass(gate, v), value, value) if phase == when else value
+        return (
+            jax.pure_callback(lambda v: _pass(gate, v), value, value)
+            if phase == when
+            else value
+        )
 
     @jax.custom_vjp
     def doubled(x):
         return held(x * 2, "forward")
 
     doubled.defvjp(
-        lambda x: (doubled(x), None), lambda _, cotangent: (held(cotangent * 2, "backward"),)
+        lambda x: (doubled(x), None),
+        lambda _, cotangent: (held(cotangent * 2, "backward"),),
     )
     return doubled(x)
 
@@ -79,7 +84,8 @@ def wrong_vjp(x, y):
 
 
 wrong_vjp.defvjp(
-    lambda x, y: (x * y, (x, y)), lambda kept, cotangent: (cotangent, cotangent * kept[0])
+    lambda x, y: (x * y, (x, y)),
+    lambda kept, cotangent: (cotangent, cotangent * kept[0]),
 )
 
 
@@ -89,7 +95,9 @@ def wrong_jvp(x):
     return x * x
 
 
-wrong_jvp.defjvp(lambda primals, tangents: (wrong_jvp(*primals), primals[0] * tangents[0]))
+wrong_jvp.defjvp(
+    lambda primals, tangents: (wrong_jvp(*primals), primals[0] * tangents[0])
+)
 
 
 def square_factory():
@@ -126,7 +134,8 @@ def _pass(gate, value):
 def __getattr__(name):
     """Find the models of tests/client/torch_client, which only a worker that hosts them imports:
     flax takes a while."""
-    if name.endswith("_shardings"):  # none has; but flax and equinox would be imported to find out
+    # None has; but flax and equinox would be imported to find out.
+    if name.endswith("_shardings"):
         raise AttributeError(name)
     for module in ("functions", "gradient_cases", "flax_models", "equinox_models"):
         found = importlib.import_module(f"tests.client.torch_client.{module}")

@@ -33,7 +33,9 @@ def spec_of(value: Any) -> Spec:
     """Return the type of a NumPy array, or of a Python number."""
     if isinstance(value, int | float | complex) and not isinstance(value, np.generic):
         return Spec(
-            BY_NAME[{int: "int64", float: "float64", complex: "complex128"}[type(value)]],
+            BY_NAME[
+                {int: "int64", float: "float64", complex: "complex128"}[type(value)]
+            ],
             (),
             weak=True,
         )
@@ -54,7 +56,8 @@ def described(
     `tree` describes them where they are nested.
     """
     items = [
-        pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF for each in args
+        pb.Tree(value=pb.Value(text=each)) if isinstance(each, str) else _LEAF
+        for each in args
     ]
     tree = tree or pb.Tree(tuple=pb.Tree.Sequence(items=items))
     own = [parameter.spec for parameter in model.parameters] if parameters else []
@@ -93,7 +96,12 @@ class Hosted:
     ) -> Program:
         """Prepare a call with arguments like these; see described."""
         call = described(
-            self.model, args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable
+            self.model,
+            args,
+            parameters=parameters,
+            tree=tree,
+            rngs=rngs,
+            mutable=mutable,
         )
         call.transforms.extend(transforms)
         if keep is not None:
@@ -103,9 +111,13 @@ class Hosted:
     def pullback(
         self, program: Program, wrt: Sequence[int], outputs: Sequence[int] = (0,)
     ) -> Program:
-        return finished(self.runtime.prepare_pullback(program, tuple(wrt), tuple(outputs)))
+        return finished(
+            self.runtime.prepare_pullback(program, tuple(wrt), tuple(outputs))
+        )
 
-    def run(self, program: Program, *inputs: Any, residual: Any = None) -> list[np.ndarray]:
+    def run(
+        self, program: Program, *inputs: Any, residual: Any = None
+    ) -> list[np.ndarray]:
         """Run a program on copies of these arrays, and return its outputs."""
         return self.run_keeping(program, *inputs, residual=residual)[0]
 
@@ -119,7 +131,8 @@ class Hosted:
         ]
         outputs, kept = program.run(views, residual)
         return [
-            self.written(y, spec) for y, spec in zip(outputs, program.outputs, strict=True)
+            self.written(y, spec)
+            for y, spec in zip(outputs, program.outputs, strict=True)
         ], kept
 
     def view(self, array: np.ndarray, spec: Spec) -> Any:
@@ -151,16 +164,19 @@ class Served:
         """Prepare a call with arguments like these; see described."""
         call = described(self.model, args, parameters=parameters, tree=tree)
         program = self.session.prepare_call(call)
-        if (
-            transforms
-        ):  # whatever they are: as a program that this client would derive, they are right
+        # Whatever they are: as a program that this client would derive, they are right.
+        if transforms:
             call.transforms.extend(transforms)
             self.session.prepare_call(call)
         for transform in transforms:
             if transform.HasField("vjp"):
-                program = program.vjp(tuple(transform.vjp.wrt), tuple(transform.vjp.outputs))
+                program = program.vjp(
+                    tuple(transform.vjp.wrt), tuple(transform.vjp.outputs)
+                )
             elif transform.HasField("jvp"):
-                program = program.jvp(tuple(transform.jvp.wrt), tuple(transform.jvp.outputs))
+                program = program.jvp(
+                    tuple(transform.jvp.wrt), tuple(transform.jvp.outputs)
+                )
             else:
                 program = program.vmap(tuple(transform.vmap.axes), transform.vmap.size)
         return program if keep is None else program.keeping(tuple(keep))
@@ -173,19 +189,25 @@ class Served:
     ) -> Derived:
         return program.pullback(tuple(wrt), tuple(outputs))
 
-    def run(self, program: Derived, *inputs: Any, residual: Any = None) -> list[np.ndarray]:
+    def run(
+        self, program: Derived, *inputs: Any, residual: Any = None
+    ) -> list[np.ndarray]:
         """Run a program on copies of these arrays, and return its outputs."""
         blocks = [
-            self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)
+            self._block(value, spec)
+            for value, spec in zip(inputs, program.inputs, strict=True)
         ]
         if residual is None:
             return self._read(program, self.session.run(program, blocks))
         return self._read(program, self.session.run_pullback(program, residual, blocks))
 
-    def run_keeping(self, program: Derived, *inputs: Any) -> tuple[list[np.ndarray], int]:
+    def run_keeping(
+        self, program: Derived, *inputs: Any
+    ) -> tuple[list[np.ndarray], int]:
         """Return the outputs, and the id of what is kept."""
         blocks = [
-            self._block(value, spec) for value, spec in zip(inputs, program.inputs, strict=True)
+            self._block(value, spec)
+            for value, spec in zip(inputs, program.inputs, strict=True)
         ]
         made, id = self.session.run_keeping(program, blocks)
         return self._read(program, made), id
@@ -197,7 +219,9 @@ class Served:
 
     def _read(self, program: Derived, blocks: Sequence[Block]) -> list[np.ndarray]:
         return [
-            np.frombuffer(bytes(block.buffer), _numpy(spec.dtype.name)).reshape(spec.shape)
+            np.frombuffer(bytes(block.buffer), _numpy(spec.dtype.name)).reshape(
+                spec.shape
+            )
             for block, spec in zip(blocks, program.outputs, strict=True)
         ]
 

@@ -25,7 +25,12 @@ SECONDS = {
 COPIED = {"local": 2.0, "slab": 1.0, "grpc": 3.0}
 TASKS = {
     **{"vmap": 1e-3, "loop": 1e-1, "hvp": 1e-3, "native hvp": 1e-4},
-    **{"eager with": 3e-4, "eager without": 1e-4, "compiled with": 2e-4, "compiled without": 1e-4},
+    **{
+        "eager with": 3e-4,
+        "eager without": 1e-4,
+        "compiled with": 2e-4,
+        "compiled without": 1e-4,
+    },
     **{"torch worker": 2e-4, "pure_callback": 3e-4, "traced": 1e-3, "in jax": 1e-3},
 }
 
@@ -34,12 +39,17 @@ def good_results() -> Results:
     """Results that meet every line of the budget."""
     cells = {
         ("sine", nbytes, way): Cell(
-            [[seconds] * 3] * 2, 2 * nbytes, COPIED[way] * 2 * nbytes if way in COPIED else None
+            [[seconds] * 3] * 2,
+            2 * nbytes,
+            COPIED[way] * 2 * nbytes if way in COPIED else None,
         )
         for way, times in SECONDS.items()
         for nbytes, seconds in zip(PLAN.sizes, times, strict=True)
     }
-    growth = {"client": Growth(200 * MIB, 200 * MIB), "worker": Growth(300 * MIB, 301 * MIB)}
+    growth = {
+        "client": Growth(200 * MIB, 200 * MIB),
+        "worker": Growth(300 * MIB, 301 * MIB),
+    }
     tasks = {name: [[seconds] * 3] * 2 for name, seconds in TASKS.items()}
     return Results(PLAN, cells, tasks, growth, {"CPU": "two cores"})
 
@@ -58,13 +68,18 @@ def slower(nbytes: int, way: str, factor: float) -> Callable[[Results], Results]
 def slower_task(name: str, factor: float) -> Callable[[Results], Results]:
     """Return the change of results in which one task takes `factor` times as long."""
     turns = [[TASKS[name] * factor] * 3] * 2
-    return lambda results: dataclasses.replace(results, tasks={**results.tasks, name: turns})
+    return lambda results: dataclasses.replace(
+        results, tasks={**results.tasks, name: turns}
+    )
 
 
 def copies_one_byte_more(results: Results) -> Results:
     cell = results.cells["sine", MIB, "slab"]
     return with_cell(
-        results, MIB, "slab", dataclasses.replace(cell, bytes_copied=cell.bytes_made + 1)
+        results,
+        MIB,
+        "slab",
+        dataclasses.replace(cell, bytes_copied=cell.bytes_made + 1),
     )
 
 
@@ -76,7 +91,9 @@ def grows(process: str) -> Callable[[Results], Results]:
 
 
 def with_cell(results: Results, nbytes: int, way: str, cell: Cell) -> Results:
-    return dataclasses.replace(results, cells=results.cells | {("sine", nbytes, way): cell})
+    return dataclasses.replace(
+        results, cells=results.cells | {("sine", nbytes, way): cell}
+    )
 
 
 # A change that misses each line of the budget, and that one only.
@@ -98,7 +115,9 @@ MISSES = [
 ]
 
 
-def test_results_within_the_budget_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+def test_results_within_the_budget_exit_with_0(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """A run that meets every line exits with status 0 and names no missed line."""
     assert conclude(good_results(), None, None) == 0
     printed = capsys.readouterr()
@@ -130,7 +149,9 @@ def test_a_soak_left_out_is_not_missed(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count("not measured") == 1
 
 
-@pytest.mark.parametrize(("nbytes", "way"), [(KIB, "jax2torch"), (64 * MIB, "grpc"), (KIB, "ping")])
+@pytest.mark.parametrize(
+    ("nbytes", "way"), [(KIB, "jax2torch"), (64 * MIB, "grpc"), (KIB, "ping")]
+)
 def test_a_line_without_its_cells_raises(nbytes: int, way: str) -> None:
     """A budget line whose measurement is missing is an error, never met."""
     results = good_results()
@@ -143,15 +164,23 @@ def test_ratio_compares_within_rounds() -> None:
     """A disturbance that slows both ways in some rounds leaves their ratio as it was."""
     disturbed = [1, 1, 10, 10, 10]
     results = good_results()
-    results = with_cell(results, KIB, "local", Cell([[0.5 * s] * 3 for s in disturbed], 1))
-    results = with_cell(results, KIB, "jax2torch", Cell([[2.0 * s] * 3 for s in disturbed], 1))
+    results = with_cell(
+        results, KIB, "local", Cell([[0.5 * s] * 3 for s in disturbed], 1)
+    )
+    results = with_cell(
+        results, KIB, "jax2torch", Cell([[2.0 * s] * 3 for s in disturbed], 1)
+    )
     assert results.ratio("sine", KIB, "local", "jax2torch") == 0.25
 
 
 def test_percentile_is_a_measured_value() -> None:
     """A percentile is the smallest value that is at least as large as that share of all."""
     values = [float(i) for i in range(100, 0, -1)]
-    assert (percentile(values, 50), percentile(values, 99), percentile(values, 100)) == (
+    assert (
+        percentile(values, 50),
+        percentile(values, 99),
+        percentile(values, 100),
+    ) == (
         50,
         99,
         100,

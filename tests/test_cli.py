@@ -71,7 +71,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         "BRIDGE_RESIDUAL_BYTES": "1M",
         "BRIDGE_X64": "1",
     }
-    with serving(directory, "--listen", f"unix:{path}", *hosted, env=variables) as worker:
+    with serving(
+        directory, "--listen", f"unix:{path}", *hosted, env=variables
+    ) as worker:
         yield worker
 
 
@@ -82,7 +84,12 @@ def tokened_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]
     (directory / "token").write_text(f"{_TOKEN}\n")
     variables = {"BRIDGE_JAX_MODEL": "tests.models:square total=tests.models:total"}
     with serving(
-        directory, "--listen", "0.0.0.0:0", "--token-file", str(directory / "token"), env=variables
+        directory,
+        "--listen",
+        "0.0.0.0:0",
+        "--token-file",
+        str(directory / "token"),
+        env=variables,
     ) as worker:
         yield worker
 
@@ -92,7 +99,12 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A self-signed certificate for this host, and its key."""
     directory = tmp_path_factory.mktemp("certificate")
     certificate, key = directory / "certificate.pem", directory / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subject = [
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1",
+    ]
     made = [
         "-x509",
         "-newkey",
@@ -123,7 +135,11 @@ def test_version() -> None:
             _run("--version", command=command),
             _run("-m", command, "--version", command="python"),
         ):
-            assert (run.returncode, run.stdout, run.stderr) == (0, f"{command} {__version__}\n", "")
+            assert (run.returncode, run.stdout, run.stderr) == (
+                0,
+                f"{command} {__version__}\n",
+                "",
+            )
 
 
 def test_help_names_every_flag() -> None:
@@ -147,11 +163,15 @@ def test_help_names_every_flag() -> None:
     ("args", "said"),
     [
         pytest.param([], "--jax-model or --torch-model", id="nothing to serve"),
-        pytest.param(["--torch-model=tests:x"], "exclude each other", id="two frameworks"),
+        pytest.param(
+            ["--torch-model=tests:x"], "exclude each other", id="two frameworks"
+        ),
         pytest.param(["--no-such-flag"], "--no-such-flag", id="an unknown flag"),
         pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
         pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
-        pytest.param(["--residual-bytes", "many"], "'many' is not a size", id="no size"),
+        pytest.param(
+            ["--residual-bytes", "many"], "'many' is not a size", id="no size"
+        ),
         pytest.param(
             ["--listen", "nowhere"],
             "'nowhere' is neither unix:PATH nor HOST:PORT",
@@ -160,16 +180,28 @@ def test_help_names_every_flag() -> None:
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
         pytest.param(
-            ["--listen", "localhost:65536"], "a port above the limit 65535", id="too large a port"
+            ["--listen", "localhost:65536"],
+            "a port above the limit 65535",
+            id="too large a port",
         ),
         pytest.param(
-            ["--listen", "unix:/no/such/directory/w.sock"], "/no/such/directory", id="no directory"
+            ["--listen", "unix:/no/such/directory/w.sock"],
+            "/no/such/directory",
+            id="no directory",
         ),
-        pytest.param(["--listen", f"unix:/{'x' * 120}"], "bytes: /xxx", id="too long a path"),
         pytest.param(
-            ["--listen", "unix:README.md"], "README.md exists and is no socket", id="a regular file"
+            ["--listen", f"unix:/{'x' * 120}"], "bytes: /xxx", id="too long a path"
         ),
-        pytest.param(["--listen", "unix:tests"], "tests exists and is no socket", id="a directory"),
+        pytest.param(
+            ["--listen", "unix:README.md"],
+            "README.md exists and is no socket",
+            id="a regular file",
+        ),
+        pytest.param(
+            ["--listen", "unix:tests"],
+            "tests exists and is no socket",
+            id="a directory",
+        ),
         pytest.param(["--listen", "0.0.0.0:0"], "--insecure", id="exposed"),
         pytest.param(["--listen", "[::]:0"], "--insecure", id="exposed by IPv6"),
         pytest.param(["--listen", "example.org:0"], "--insecure", id="exposed by name"),
@@ -178,9 +210,13 @@ def test_help_names_every_flag() -> None:
             "--tls-cert and --tls-key go together",
             id="half a certificate",
         ),
-        pytest.param(["--token-file", "/no/such/token"], "/no/such/token", id="no token file"),
         pytest.param(
-            ["--token-file", "/dev/null"], "the token file /dev/null is empty", id="no token"
+            ["--token-file", "/no/such/token"], "/no/such/token", id="no token file"
+        ),
+        pytest.param(
+            ["--token-file", "/dev/null"],
+            "the token file /dev/null is empty",
+            id="no token",
         ),
     ],
 )
@@ -206,8 +242,14 @@ def test_a_token_that_no_header_can_carry_is_refused() -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("raise OSError('no licence')", "importing 'untidy' failed: OSError: no licence"),
-        ("import no_such_package", "importing 'untidy' failed: No module named 'no_such_package'"),
+        (
+            "raise OSError('no licence')",
+            "importing 'untidy' failed: OSError: no licence",
+        ),
+        (
+            "import no_such_package",
+            "importing 'untidy' failed: No module named 'no_such_package'",
+        ),
         ("raise SystemExit(0)", "importing 'untidy' called sys.exit(0)"),
     ],
 )
@@ -218,7 +260,9 @@ def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
     error too."""
     (tmp_path / "untidy.py").write_text(f"\n{line}\n")
     told = _refusal(
-        "--jax-model", "untidy:model", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+        "--jax-model",
+        "untidy:model",
+        PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}",
     )
     assert said in told
     assert f'File "{tmp_path}/untidy.py", line 2' in told
@@ -227,7 +271,10 @@ def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("tests.models:sqare", "'tests.models' has no attribute 'sqare'; did you mean 'square'"),
+        (
+            "tests.models:sqare",
+            "'tests.models' has no attribute 'sqare'; did you mean 'square'",
+        ),
         ("tests.modles:square", "no module 'tests.modles'"),
         ("tests.modles:square", "'models'"),
         ("tets.models:square", "no module 'tets'"),
@@ -385,7 +432,9 @@ def test_the_default_is_a_socket_in_a_private_directory(
     takes its sockets along when it ends.
     """
     with serving(
-        tmp_path / "out", *models("square"), env={"XDG_RUNTIME_DIR": str(runtime_directory)}
+        tmp_path / "out",
+        *models("square"),
+        env={"XDG_RUNTIME_DIR": str(runtime_directory)},
     ) as worker:
         path = Path(worker.address.removeprefix("unix:"))
         assert path.parent.parent == runtime_directory
@@ -400,7 +449,10 @@ def test_the_default_is_a_socket_in_a_private_directory(
 @pytest.mark.parametrize("listen", [None, "127.0.0.1:0"], ids=["unix", "tcp"])
 @pytest.mark.parametrize("is_there", [False, True], ids=["missing", "long"])
 def test_a_runtime_directory_that_no_socket_can_be_in_is_done_without(
-    runtime_directory: Path, monkeypatch: pytest.MonkeyPatch, listen: str | None, is_there: bool
+    runtime_directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listen: str | None,
+    is_there: bool,
 ) -> None:
     """Where XDG_RUNTIME_DIR names no directory, as after `su`, or one whose path is too long, a
     worker's sockets lie below the temporary directory.
@@ -423,7 +475,10 @@ def test_a_lane_of_another_container_stays(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime_directory))
     directory = Path(endpoints.parse("127.0.0.1:0").lane_path).parent
     taken, left = directory / "99999998.lane", directory / "99999999.lane"
-    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as left_behind:
+    with (
+        socket.socket(socket.AF_UNIX) as listening,
+        socket.socket(socket.AF_UNIX) as left_behind,
+    ):
         listening.bind(str(taken))
         listening.listen(0)
         left_behind.bind(str(left))
@@ -431,7 +486,9 @@ def test_a_lane_of_another_container_stays(
         assert taken.exists() and not left.exists()
 
 
-def test_a_runtime_directory_that_others_may_enter_is_refused(runtime_directory: Path) -> None:
+def test_a_runtime_directory_that_others_may_enter_is_refused(
+    runtime_directory: Path,
+) -> None:
     """A worker does not listen in a directory that somebody else may have prepared."""
     directory = runtime_directory / f"torch-jax-bridge-{os.geteuid()}"
     directory.mkdir(mode=0o755)
@@ -458,7 +515,8 @@ def test_describe_takes_a_token(tokened_worker: Worker) -> None:
     """`bridge_client describe --token` reaches a worker that asks for one; without it, it fails."""
     address = tokened_worker.address.replace("0.0.0.0", "127.0.0.1")
     assert (
-        "square(x)" in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
+        "square(x)"
+        in _run("describe", address, "--token", _TOKEN, command="bridge_client").stdout
     )
     done = _run("describe", address, command="bridge_client")
     assert (done.returncode, done.stdout) == (1, "")
@@ -480,7 +538,9 @@ def test_a_token_may_have_the_end_of_its_line(
 
 def test_health_needs_no_token(tokened_worker: Worker) -> None:
     """Probes ask for a worker's health without its token."""
-    with grpc.insecure_channel(tokened_worker.address.replace("0.0.0.0", "127.0.0.1")) as channel:
+    with grpc.insecure_channel(
+        tokened_worker.address.replace("0.0.0.0", "127.0.0.1")
+    ) as channel:
         reply = health_pb2_grpc.HealthStub(channel).Check(
             health_pb2.HealthCheckRequest(), timeout=10
         )
@@ -515,7 +575,11 @@ def test_tls_protects_a_worker(certificate: tuple[Path, Path], tmp_path: Path) -
     cert, key = certificate
     flags = ["--tls-cert", str(cert), "--tls-key", str(key), "--factory", "--no-jit"]
     with serving(
-        tmp_path, "--listen", "0.0.0.0:0", "--jax-model=square=tests.models:square_factory", *flags
+        tmp_path,
+        "--listen",
+        "0.0.0.0:0",
+        "--jax-model=square=tests.models:square_factory",
+        *flags,
     ) as worker:
         port = worker.address.rpartition(":")[2]
         trusting = Tls(root_certificates=cert.read_bytes())
@@ -531,7 +595,11 @@ def test_tls_protects_a_worker(certificate: tuple[Path, Path], tmp_path: Path) -
 def test_insecure_is_allowed_and_loud(tmp_path: Path) -> None:
     """--insecure lets a worker listen for every host without token or TLS, and it warns of that."""
     with serving(
-        tmp_path, *models("square"), "--listen", "0.0.0.0:0", env={"BRIDGE_INSECURE": "1"}
+        tmp_path,
+        *models("square"),
+        "--listen",
+        "0.0.0.0:0",
+        env={"BRIDGE_INSECURE": "1"},
     ) as worker:
         host, _, port = worker.address.rpartition(":")
         assert ipaddress.ip_address(host).is_unspecified
@@ -539,7 +607,8 @@ def test_insecure_is_allowed_and_loud(tmp_path: Path) -> None:
             assert squares(session, 3.0) == [9.0]
         warnings = [json.loads(line) for line in worker.stderr.splitlines()]
         assert any(
-            line["level"] == "WARNING" and "INSECURE" in line["message"] for line in warnings
+            line["level"] == "WARNING" and "INSECURE" in line["message"]
+            for line in warnings
         )
 
 

@@ -24,7 +24,10 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 def headings_of(page: Path) -> set[str]:
     """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -50,7 +53,9 @@ def test_program_in_one_process_in_the_readme_works(tmp_path: Path) -> None:
     page = ROOT / "README.md"
     save_programs(page, tmp_path)
     shown = run(python_of(".venv-both"), "both.py", cwd=tmp_path)
-    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "both.py")), shown.stderr
+    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "both.py")), (
+        shown.stderr
+    )
 
 
 def test_program_in_the_page_of_the_jax_client_works(tmp_path: Path) -> None:
@@ -59,7 +64,9 @@ def test_program_in_the_page_of_the_jax_client_works(tmp_path: Path) -> None:
     save_programs(page, tmp_path)
     (tmp_path / ".venv-torch").symlink_to(ROOT / ".venv-torch")
     shown = run(python_of(".venv-jax"), "fit.py", cwd=tmp_path)
-    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "fit.py")), shown.stderr
+    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "fit.py")), (
+        shown.stderr
+    )
 
 
 def test_client_in_the_protocol_page_works(tmp_path: Path, jax_worker: Session) -> None:
@@ -92,16 +99,22 @@ def test_bytes_in_the_protocol_page_are_those_of_the_messages() -> None:
 def test_operations_page_names_every_option() -> None:
     """The table of options in docs/operations.md has those of `bridge_server --help`, and no
     others."""
-    help_text = run(python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT).stdout
+    help_text = run(
+        python_of(".venv-jax"), "-m", "bridge_server", "--help", cwd=ROOT
+    ).stdout
     options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
-    assert set(re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)) == options - {
-        "--help"
-    }
+    assert set(
+        re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)
+    ) == options - {"--help"}
 
 
 def test_operations_page_shows_what_a_doctor_looks_at(jax_worker: Session) -> None:
     """The checks in docs/operations.md are, one by one, those that a doctor makes on a CPU host."""
-    page = OPERATIONS.read_text().split("bridge_client doctor unix:", 1)[1].split("```", 1)[0]
+    page = (
+        OPERATIONS.read_text()
+        .split("bridge_client doctor unix:", 1)[1]
+        .split("```", 1)[0]
+    )
     shown = re.findall(r"^(?:ok|slow|broken) +(.*?)  ", page, re.MULTILINE)
     made = [check.name for check in doctor.examine(jax_worker.address, Terms())]
     assert shown == [name for name in made if name not in ("GPUs to use", "MPS")]
@@ -121,13 +134,26 @@ def test_tests_that_a_page_names_exist(page: str) -> None:
 
 def test_design_page_names_every_room() -> None:
     """The tables in docs/design.md name every file and folder at the top of the three packages."""
-    text = (ROOT / "docs" / "design.md").read_text().split("## The rooms")[1].split("\n## ")[0]
-    tables = re.findall(r"^\*\*`(\w+)`\*\*(.*?)(?=^\*\*`|\Z)", text, re.MULTILINE | re.DOTALL)
-    assert [package for package, _ in tables] == ["bridge_wire", "bridge_client", "bridge_server"]
+    text = (
+        (ROOT / "docs" / "design.md")
+        .read_text()
+        .split("## The rooms")[1]
+        .split("\n## ")[0]
+    )
+    tables = re.findall(
+        r"^\*\*`(\w+)`\*\*(.*?)(?=^\*\*`|\Z)", text, re.MULTILINE | re.DOTALL
+    )
+    assert [package for package, _ in tables] == [
+        "bridge_wire",
+        "bridge_client",
+        "bridge_server",
+    ]
     for package, table in tables:
         named = set(re.findall(r"^\| `([\w./]+)`", table, re.MULTILINE))
         files = {path.name for path in (ROOT / package).glob("[!_]*.py")}
-        folders = {f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")}
+        folders = {
+            f"{path.parent.name}/" for path in (ROOT / package).glob("*/__init__.py")
+        }
         assert named == (files | folders) - {"pb/"}
 
 
@@ -137,13 +163,17 @@ def test_design_page_names_files_that_exist() -> None:
     named = set(re.findall(r"`([\w/]+\.py)`", text))
     folders = [ROOT, *(ROOT / package for package in PACKAGES)]
     assert len(named) > 20
-    assert not [name for name in named if not any((f / name).is_file() for f in folders)]
+    assert not [
+        name for name in named if not any((f / name).is_file() for f in folders)
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_lead_somewhere(page: Path) -> None:
     """The files and headings of the repository that a page links to are there."""
-    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
+    for target, heading in re.findall(
+        r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()
+    ):
         linked = (page.parent / target).resolve() if target else page
         assert linked.exists(), target
         if heading:

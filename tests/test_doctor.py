@@ -42,7 +42,9 @@ _ECHO = (
 )
 
 
-def _found(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Check]]:
+def _found(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Check]]:
     """Return the exit status of a doctor's run, and its checks by name."""
     status = main(["doctor", "--json", *argv])
     told = json.loads(capsys.readouterr().out)
@@ -74,12 +76,16 @@ def test_doctor_finds_a_worker_well(
     assert set(jax_worker.models) == set(checks["its models"].found.split(", "))
     assert checks["its devices"].found.startswith("cpu:0; 64-bit types are off")
     assert checks["its allocator"].verdict == OK
-    assert checks["its namespaces"].found == "on this system, in common: pid ipc mnt net"
+    assert (
+        checks["its namespaces"].found == "on this system, in common: pid ipc mnt net"
+    )
     assert checks["path"].found == "lane local, memory memfd"
     assert checks["shared memory"] == ok(
         "shared memory", "the worker sees 256 random bytes as they were written"
     )
-    assert checks["local lane"].found.endswith(" ms") and checks["gRPC ping"].found.endswith(" ms")
+    assert checks["local lane"].found.endswith(" ms") and checks[
+        "gRPC ping"
+    ].found.endswith(" ms")
 
 
 def test_doctor_tells_why_a_worker_at_hand_is_slow(
@@ -92,7 +98,9 @@ def test_doctor_tells_why_a_worker_at_hand_is_slow(
     assert status == 0
     path = checks["path"]
     assert path.verdict == SLOW
-    assert path.found.startswith("lane grpc, memory inline: its local lane is unreachable")
+    assert path.found.startswith(
+        "lane grpc, memory inline: its local lane is unreachable"
+    )
     assert "unix:PATH" in path.remedy
     assert "shared memory" not in checks and "grpc lane" in checks
 
@@ -101,16 +109,26 @@ def test_doctor_of_a_client_needs_no_worker(capsys: pytest.CaptureFixture[str]) 
     """Without an address it looks at this host and environment, by live exchanges."""
     status, checks = _found([], capsys)
     assert status == 0
-    assert checks["memfd and seals"].verdict == checks["descriptor passing"].verdict == OK
-    assert "grpcio 1." in checks["packages"].found and "protobuf " in checks["packages"].found
-    assert "jax 0." in checks["frameworks"].found and "torch 2." in checks["frameworks"].found
+    assert (
+        checks["memfd and seals"].verdict == checks["descriptor passing"].verdict == OK
+    )
+    assert (
+        "grpcio 1." in checks["packages"].found
+        and "protobuf " in checks["packages"].found
+    )
+    assert (
+        "jax 0." in checks["frameworks"].found
+        and "torch 2." in checks["frameworks"].found
+    )
     assert "worker" not in checks
 
 
 @pytest.mark.parametrize(
     ("venv", "framework"), [(".venv-jax", "jax 0."), (".venv-torch", "torch 2.")]
 )
-def test_doctor_of_a_worker_tells_what_one_would_run_with(venv: str, framework: str) -> None:
+def test_doctor_of_a_worker_tells_what_one_would_run_with(
+    venv: str, framework: str
+) -> None:
     """`bridge_server doctor` ends with 0 in an environment that can serve models, and loads no
     framework for it."""
     done = subprocess.run(
@@ -125,9 +143,17 @@ def test_doctor_of_a_worker_tells_what_one_would_run_with(venv: str, framework: 
     lines = {line[8:].split("  ")[0]: line for line in done.stdout.splitlines()}
     assert framework in lines["frameworks"]
     assert lines["models"].startswith("ok ") and lines["endpoint"].startswith("ok ")
-    assert lines["allocator"].endswith("glibc with huge pages") or "glibc" not in lines["system"]
+    assert (
+        lines["allocator"].endswith("glibc with huge pages")
+        or "glibc" not in lines["system"]
+    )
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "bridge_wire.doctor.host" in loaded and not loaded & {"jax", "jaxlib", "torch", "cupy"}
+    assert "bridge_wire.doctor.host" in loaded and not loaded & {
+        "jax",
+        "jaxlib",
+        "torch",
+        "cupy",
+    }
 
 
 def test_doctor_of_a_worker_with_an_unknown_option_is_misuse(
@@ -162,8 +188,12 @@ def test_doctor_without_a_framework_finds_a_worker_broken(
     monkeypatch.setenv("BRIDGE_ALLOCATOR", "system")
     monkeypatch.setattr(host, "installed", lambda package: None)
     assert bridge_server(["doctor", "--json"]) == 1
-    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
-    assert checks["models"]["verdict"] == BROKEN and "[jax]" in checks["models"]["remedy"]
+    checks = {
+        check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]
+    }
+    assert (
+        checks["models"]["verdict"] == BROKEN and "[jax]" in checks["models"]["remedy"]
+    )
     assert checks["allocator"]["verdict"] == SLOW
     assert checks["frameworks"]["found"] == "none"
 
@@ -212,13 +242,17 @@ def test_memory_that_differs_is_broken() -> None:
     assert doctor._seen_alike(b"ab", b"ba").verdict == BROKEN
 
 
-def test_huge_pages_that_are_off_are_slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_huge_pages_that_are_off_are_slow(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """With transparent huge pages off the remedy names the setting; a system without them tells
     nothing."""
     monkeypatch.setattr(host, "_HUGE_PAGES", tmp_path)
     assert host.huge_pages() == ok("huge pages", "unknown; for shared memory unknown")
     (tmp_path / "enabled").write_text("always madvise [never]\n")
-    assert host.huge_pages().verdict == SLOW and "echo madvise" in host.huge_pages().remedy
+    assert (
+        host.huge_pages().verdict == SLOW and "echo madvise" in host.huge_pages().remedy
+    )
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     assert host.huge_pages().verdict == OK
 
@@ -241,7 +275,9 @@ def test_namespaces_tell_only_whether_they_are_shared() -> None:
     namespace has it."""
     ours = namespaces.digests()
     assert set(ours) == {"host", "pid", "ipc", "mnt", "net"}
-    assert len(set(ours.values())) == 5 and {len(digest) for digest in ours.values()} == {32}
+    assert len(set(ours.values())) == 5 and {
+        len(digest) for digest in ours.values()
+    } == {32}
     program = (
         "from bridge_wire.doctor import namespaces; print({k: d.hex() for k, d in"
         " namespaces.digests().items()})"
@@ -253,7 +289,9 @@ def test_namespaces_tell_only_whether_they_are_shared() -> None:
         text=True,
         timeout=60,
     )
-    assert told.stdout.strip() == str({kind: digest.hex() for kind, digest in ours.items()})
+    assert told.stdout.strip() == str(
+        {kind: digest.hex() for kind, digest in ours.items()}
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +307,9 @@ def test_namespaces_tell_only_whether_they_are_shared() -> None:
     ],
     ids=["all", "some", "another system", "an older worker"],
 )
-def test_namespaces_are_compared(change: Callable[[dict[str, bytes]], None], said: str) -> None:
+def test_namespaces_are_compared(
+    change: Callable[[dict[str, bytes]], None], said: str
+) -> None:
     """Which namespaces a worker has in common with the client is told, as far as both tell."""
     theirs = namespaces.digests()
     change(theirs)
@@ -281,7 +321,11 @@ def test_namespaces_are_compared(change: Callable[[dict[str, bytes]], None], sai
 
 def test_table_shows_verdicts_and_remedies() -> None:
     """A line for each check, its remedy below, and the sums."""
-    checks = [ok("a", "well"), slow("bcd", "so so", "hurry"), broken("e", "out", "mend it")]
+    checks = [
+        ok("a", "well"),
+        slow("bcd", "so so", "hurry"),
+        broken("e", "out", "mend it"),
+    ]
     assert as_table(checks).splitlines() == [
         "ok      a    well",
         "slow    bcd  so so",
@@ -315,7 +359,10 @@ def test_doctor_s_table_is_the_default(
 
 def test_grpc_lane_can_be_examined(jax_worker: Session) -> None:
     """A lane that was asked for is no fall-back."""
-    checks = {check.name: check for check in doctor.examine(jax_worker.address, Terms(lane="grpc"))}
+    checks = {
+        check.name: check
+        for check in doctor.examine(jax_worker.address, Terms(lane="grpc"))
+    }
     assert checks["path"] == ok("path", "lane grpc, memory inline")
 
 
@@ -330,7 +377,9 @@ def test_health_of_a_worker_that_serves(
     assert capsys.readouterr().out == "SERVING\n"
 
 
-def test_health_of_nobody_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_health_of_nobody_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`bridge_client health` of an address without a worker ends with 1; of what is no address,
     with 2."""
     assert main(["health", f"unix:{tmp_path}/none.sock"]) == 1

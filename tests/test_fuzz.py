@@ -80,5 +80,8 @@ def test_fuzzer_sees_a_leaked_descriptor(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_same_seed_gives_the_same_inputs() -> None:
     """An input is a function of the seed and its number, so that a failure can be had again."""
     kinds = fuzz._MESSAGES
-    one, other = ([fuzz.serialized(kind, random.Random("7/3")) for kind in kinds] for _ in range(2))
+    one, other = (
+        [fuzz.serialized(kind, random.Random("7/3")) for kind in kinds]
+        for _ in range(2)
+    )
     assert one == other

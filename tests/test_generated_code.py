@@ -28,7 +28,9 @@ def copied_checkout(tmp_path: Path) -> Path:
     """A folder with copies of the generator's script, its source, its pin and its output."""
     for folder in ("tools", "proto", GENERATED):
         shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -40,7 +42,9 @@ def test_checked_in_files_are_those_generated() -> None:
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("name", ["bridge_pb2.py", "bridge_pb2.pyi", "bridge_pb2_grpc.py"])
+@pytest.mark.parametrize(
+    "name", ["bridge_pb2.py", "bridge_pb2.pyi", "bridge_pb2_grpc.py"]
+)
 def test_truncated_file_fails_the_check(copied_checkout: Path, name: str) -> None:
     """A generated file without its last line fails the check, which names it."""
     path = copied_checkout / GENERATED / name
@@ -84,9 +88,13 @@ def test_unpinned_generator_fails_the_check(copied_checkout: Path) -> None:
         ("protobuf", "bridge_pb2.py", r"# Protobuf Python Version: ([0-9.]+)"),
     ],
 )
-def test_dependency_floor_is_the_generated_code_s(package: str, file: str, header: str) -> None:
+def test_dependency_floor_is_the_generated_code_s(
+    package: str, file: str, header: str
+) -> None:
     """The oldest grpcio and protobuf that the project admits are those its generated code asks
     for."""
     match = re.search(header, (ROOT / GENERATED / file).read_text())
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
     assert match and f"{package}>={match[1]}" in dependencies

@@ -19,7 +19,13 @@ TOKENS = {"bridge_wire": 8.0, "bridge_client": 8.7, "bridge_server": 8.8}
 LINES = {"bridge_wire": 55, "bridge_client": 84, "bridge_server": 433}
 CLAUSES = {"bridge_wire": 11.6, "bridge_client": 12.3, "bridge_server": 14.6}
 INDIRECT = {"bridge_wire": 1, "bridge_client": 6, "bridge_server": 5}
-CLAUSES_OF_OTHERS = {"bench": 3.0, "exact": 3.0, "tests": 11.5, "tools": 3.0, "examples": 3.0}
+CLAUSES_OF_OTHERS = {
+    "bench": 3.0,
+    "exact": 3.0,
+    "tests": 11.5,
+    "tools": 3.0,
+    "examples": 3.0,
+}
 CLAUSES_OF_PAGES = 3.0
 # Rooms, floors and arrows at most. An arrow up is one that pyproject.toml allows with its reason.
 ROOMS, FLOORS = 14, 7
@@ -72,7 +78,9 @@ def test_functions_are_short(package: str) -> None:
 
 def test_tokens_are_counted_without_prose_and_layout() -> None:
     """Comments, docstrings, blank lines and indentation are no tokens of code."""
-    counted = house.code('"""A module."""\n\n\ndef f(x):  # why\n    """Do."""\n    return x + 1\n')
+    counted = house.code(
+        '"""A module."""\n\n\ndef f(x):  # why\n    """Do."""\n    return x + 1\n'
+    )
     assert (counted.tokens, counted.lines) == (6 + 4, 2)
     assert counted.prose.split("\n") == ["A module.", "why", "Do."]
 
@@ -86,7 +94,9 @@ def test_bodies_are_counted_without_docstrings() -> None:
 # Language -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("package", "limit"), [*CLAUSES.items(), *CLAUSES_OF_OTHERS.items()])
+@pytest.mark.parametrize(
+    ("package", "limit"), [*CLAUSES.items(), *CLAUSES_OF_OTHERS.items()]
+)
 def test_docstrings_and_comments_name_things(package: str, limit: float) -> None:
     """The docstrings and comments of a package have few clauses with *what* and *who*."""
     assert house.clauses_per_1000_words(house.package_code(package).prose) <= limit
@@ -100,7 +110,10 @@ def test_pages_name_things(page: Path) -> None:
 
 def test_clauses_are_counted_outside_of_code() -> None:
     """A word in a code span or a fenced block is none of the text's."""
-    assert house.clauses_per_1000_words("Say what `who` is.\n```\nwhoever\n```\n") == 1000 / 3
+    assert (
+        house.clauses_per_1000_words("Say what `who` is.\n```\nwhoever\n```\n")
+        == 1000 / 3
+    )
 
 
 # Rooms --------------------------------------------------------------------------------------------
@@ -134,7 +147,12 @@ def test_arrows_are_drawn_from_every_form_of_import(tmp_path: Path) -> None:
             "floor": "",
         },
     )
-    assert drawn == {"top": {"middle"}, "middle": {"low"}, "low": {"floor"}, "floor": set()}
+    assert drawn == {
+        "top": {"middle"},
+        "middle": {"low"},
+        "low": {"floor"},
+        "floor": set(),
+    }
     assert house.floors(drawn) == 4
 
 
@@ -201,6 +219,8 @@ def test_empty_error_is_found(raising: str) -> None:
 
 def test_plain_error_passes() -> None:
     """A text that says what was seen and expected passes, and other exceptions do not count."""
-    source = 'raise CallerError(f"expected one descriptor, got {n}")\nraise ValueError\n'
+    source = (
+        'raise CallerError(f"expected one descriptor, got {n}")\nraise ValueError\n'
+    )
     (error,) = house.raised(source)
     assert not error.is_indirect() and not error.is_empty()

@@ -33,9 +33,14 @@ def modules_of(package: str) -> list[str]:
 
     Without `__main__`, which is there to be run: what it does is in other modules.
     """
-    paths = (path.relative_to(ROOT).with_suffix("") for path in (ROOT / package).rglob("*.py"))
+    paths = (
+        path.relative_to(ROOT).with_suffix("")
+        for path in (ROOT / package).rglob("*.py")
+    )
     return sorted(
-        ".".join(path.parts).removesuffix(".__init__") for path in paths if path.name != "__main__"
+        ".".join(path.parts).removesuffix(".__init__")
+        for path in paths
+        if path.name != "__main__"
     )
 
 
@@ -71,7 +76,12 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
     """Run the import linter on the packages in a folder that also holds pyproject.toml."""
     wide = {**os.environ, "COLUMNS": "200"}
     return subprocess.run(
-        [LINTER, "--no-cache"], cwd=folder, env=wide, capture_output=True, text=True, timeout=300
+        [LINTER, "--no-cache"],
+        cwd=folder,
+        env=wide,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -80,7 +90,9 @@ def copied_sources(tmp_path: Path) -> Path:
     """A folder with copies of the three packages and of pyproject.toml."""
     for package in PACKAGES:
         shutil.copytree(
-            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / package,
+            tmp_path / package,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -99,19 +111,30 @@ def test_client_without_an_adapter_loads_neither_framework_nor_numpy() -> None:
 
 def test_server_without_a_runtime_loads_no_framework() -> None:
     """Importing bridge_server without its runtimes loads neither jax nor torch."""
-    assert not frameworks_loaded_by(*framework_free_modules_of("bridge_server")) & {"jax", "torch"}
+    assert not frameworks_loaded_by(*framework_free_modules_of("bridge_server")) & {
+        "jax",
+        "torch",
+    }
 
 
 def test_tests_of_wire_load_no_framework() -> None:
     """The tests of bridge_wire, and the fixtures that they use, load neither jax nor torch."""
-    tests = [f"tests.wire.{path.stem}" for path in (ROOT / "tests" / "wire").glob("test_*.py")]
+    tests = [
+        f"tests.wire.{path.stem}"
+        for path in (ROOT / "tests" / "wire").glob("test_*.py")
+    ]
     assert len(tests) > 10
     assert not frameworks_loaded_by("tests.conftest", *tests) & {"jax", "torch"}
 
 
 @pytest.mark.parametrize(
     "module",
-    [name for package in PACKAGES for name in modules_of(package) if name in FRAMEWORKS_OF],
+    [
+        name
+        for package in PACKAGES
+        for name in modules_of(package)
+        if name in FRAMEWORKS_OF
+    ],
 )
 def test_framework_module_loads_its_own_framework_only(module: str) -> None:
     """A module that belongs to one framework loads that one and not the other."""
@@ -128,7 +151,11 @@ def test_client_of_torch_loads_no_compiler() -> None:
         "print(alone, 'torch._dynamo' in sys.modules)\n"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     alone, together = run.stdout.split()
     assert together == alone, run.stderr
@@ -149,16 +176,40 @@ def test_linter_accepts_the_sources_as_they_are(copied_sources: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "imported", "contract"),
     [
-        ("bridge_wire/extra.py", "bridge_server.cli", "bridge_wire imports neither of its users"),
+        (
+            "bridge_wire/extra.py",
+            "bridge_server.cli",
+            "bridge_wire imports neither of its users",
+        ),
         ("bridge_wire/extra.py", "numpy", "bridge_wire imports neither of its users"),
-        ("bridge_server/extra.py", "bridge_client", "bridge_server does not import bridge_client"),
-        ("bridge_client/extra.py", "bridge_server.cli", "bridge_client imports bridge_server in"),
+        (
+            "bridge_server/extra.py",
+            "bridge_client",
+            "bridge_server does not import bridge_client",
+        ),
+        (
+            "bridge_client/extra.py",
+            "bridge_server.cli",
+            "bridge_client imports bridge_server in",
+        ),
         ("bridge_server/extra.py", "jax.numpy", "jax is imported in"),
         ("bridge_client/extra.py", "flax.linen", "jax is imported in"),
         ("bridge_client/extra.py", "torch.nn", "torch is imported in"),
-        ("bridge_wire/memory/extra.py", "bridge_wire.lane.frames", "bridge_wire's rooms"),
-        ("bridge_client/remote/extra.py", "bridge_client.commands", "bridge_client's rooms"),
-        ("bridge_server/process/extra.py", "bridge_server.serving", "bridge_server's rooms"),
+        (
+            "bridge_wire/memory/extra.py",
+            "bridge_wire.lane.frames",
+            "bridge_wire's rooms",
+        ),
+        (
+            "bridge_client/remote/extra.py",
+            "bridge_client.commands",
+            "bridge_client's rooms",
+        ),
+        (
+            "bridge_server/process/extra.py",
+            "bridge_server.serving",
+            "bridge_server's rooms",
+        ),
     ],
 )
 def test_linter_rejects_a_forbidden_import(
@@ -182,7 +233,8 @@ def test_linter_rejects_a_room_without_a_floor(copied_sources: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "present", "absent"), [("jax", "jax", "torch"), ("torch", "torch", "jax")]
+    ("environment", "present", "absent"),
+    [("jax", "jax", "torch"), ("torch", "torch", "jax")],
 )
 def test_environment_of_one_framework_lacks_the_other(
     environment: str, present: str, absent: str
@@ -195,6 +247,9 @@ def test_environment_of_one_framework_lacks_the_other(
     )
     python = ROOT / f".venv-{environment}" / "bin" / "python"
     run = subprocess.run(
-        [python, "-c", program, present, absent], capture_output=True, text=True, timeout=60
+        [python, "-c", program, present, absent],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert run.stdout.strip() == "[True, False]", run.stderr

@@ -19,7 +19,9 @@ _READY = "bridge_server ready "
 def environment(**variables: str) -> dict[str, str]:
     """Return this process's variables without any BRIDGE_*, and with the given ones."""
     return {
-        name: value for name, value in os.environ.items() if not name.startswith("BRIDGE_")
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("BRIDGE_")
     } | variables
 
 
@@ -67,17 +69,21 @@ class Worker:
     @property
     def ready_line(self) -> dict[str, str]:
         """The fields of the ready line, by name."""
-        line = next(line for line in self.stdout.splitlines() if line.startswith(_READY))
-        return dict(word.split("=", 1) for word in shlex.split(line.removeprefix(_READY)))
+        line = next(
+            line for line in self.stdout.splitlines() if line.startswith(_READY)
+        )
+        return dict(
+            word.split("=", 1) for word in shlex.split(line.removeprefix(_READY))
+        )
 
     @property
     def address(self) -> str:
         return self.ready_line["endpoint"]
 
     def wait_until_ready(self) -> "Worker":
-        assert eventually(lambda: self.is_ready or self.process.poll() is not None, 60), (
-            "the worker is not ready"
-        )
+        assert eventually(
+            lambda: self.is_ready or self.process.poll() is not None, 60
+        ), "the worker is not ready"
         assert self.process.poll() is None, (
             f"the worker ended with {self.process.returncode}:\n{self.stderr}"
         )
@@ -104,7 +110,10 @@ class Worker:
 
 @contextlib.contextmanager
 def serving(
-    directory: Path, *args: str, venv: str = ".venv-jax", env: Mapping[str, str] | None = None
+    directory: Path,
+    *args: str,
+    venv: str = ".venv-jax",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Worker]:
     """A worker that is ready for calls."""
     with Worker(directory, *args, venv=venv, env=env) as worker:
@@ -129,7 +138,8 @@ def children() -> set[int]:
     """Return the ids of this process's children."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+        # The thread has ended.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             found.update(map(int, (task / "children").read_text().split()))
     return found
 

@@ -26,7 +26,9 @@ def pinned_version() -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name = "grpcio-tools=="
     requirements: list[str] = project["optional-dependencies"]["dev"]
-    return next(line.removeprefix(name) for line in requirements if line.startswith(name))
+    return next(
+        line.removeprefix(name) for line in requirements if line.startswith(name)
+    )
 
 
 def require_pinned_generator() -> None:
@@ -64,21 +66,32 @@ def generate() -> dict[str, bytes]:
             ]
         )
         if status != 0:
-            sys.exit(f"protoc failed on {SOURCE / 'bridge.proto'} (exit status {status})")
-        return {path.name: path.read_bytes() for path in Path(folder, PACKAGE).iterdir()}
+            sys.exit(
+                f"protoc failed on {SOURCE / 'bridge.proto'} (exit status {status})"
+            )
+        return {
+            path.name: path.read_bytes() for path in Path(folder, PACKAGE).iterdir()
+        }
 
 
 def checked_in() -> dict[str, bytes]:
     """Return the package's files by name, without the handwritten files."""
     files = [path for path in (ROOT / PACKAGE).glob("*") if path.is_file()]
-    return {path.name: path.read_bytes() for path in files if path.name not in WRITTEN_BY_HAND}
+    return {
+        path.name: path.read_bytes()
+        for path in files
+        if path.name not in WRITTEN_BY_HAND
+    }
 
 
 def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str]:
     """Return one line for each file that is missing, superfluous or not byte-equal."""
     wrong = {
         **{name: "is missing" for name in expected.keys() - found.keys()},
-        **{name: "is not generated from the source" for name in found.keys() - expected.keys()},
+        **{
+            name: "is not generated from the source"
+            for name in found.keys() - expected.keys()
+        },
         **{
             name: f"differs ({len(found[name])} bytes, {len(expected[name])} expected)"
             for name in expected.keys() & found.keys()
@@ -89,7 +102,9 @@ def differences(expected: dict[str, bytes], found: dict[str, bytes]) -> list[str
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generate bridge_wire/pb from the .proto file.")
+    parser = argparse.ArgumentParser(
+        description="Generate bridge_wire/pb from the .proto file."
+    )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; fail if a file differs"
     )
@@ -99,7 +114,10 @@ def main() -> int:
     if options.check:
         wrong = differences(expected, checked_in())
         if wrong:
-            print("\n".join([*wrong, "Run `make proto` and commit the result."]), file=sys.stderr)
+            print(
+                "\n".join([*wrong, "Run `make proto` and commit the result."]),
+                file=sys.stderr,
+            )
         return 1 if wrong else 0
     for name, content in expected.items():
         (ROOT / PACKAGE).mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,9 @@ def _ask(name: str, seconds: int = 45) -> Step:
     return Step(name, "probe", seconds, ("python", "-m", "bench.gpu_probe", name))
 
 
-def _test(name: str, file: str, seconds: int, *arguments: str, **variables: str) -> Step:
+def _test(
+    name: str, file: str, seconds: int, *arguments: str, **variables: str
+) -> Step:
     return Step(name, file, seconds, ("python", *_PYTEST, *arguments), variables)
 
 
@@ -82,7 +84,11 @@ PLAN: Sequence[Sequence[Step]] = (
             "import jax",
             "facts",
             60,
-            ("python", "-c", "import jax; print(jax.numpy.ones(3).sum(), jax.devices())"),
+            (
+                "python",
+                "-c",
+                "import jax; print(jax.numpy.ones(3).sum(), jax.devices())",
+            ),
         ),
         Step(
             "import torch",
@@ -115,7 +121,14 @@ PLAN: Sequence[Sequence[Step]] = (
     (_test("faults", "faults", 100, _FAULTS),),
     (
         _test("programs", "programs", 90, _PROGRAMS, "-k", "not many_calls"),
-        _test("settings", "programs", 90, _SETTINGS, "-k", "PREALLOCATE or platform or expandable"),
+        _test(
+            "settings",
+            "programs",
+            90,
+            _SETTINGS,
+            "-k",
+            "PREALLOCATE or platform or expandable",
+        ),
     ),
     (Step("bench", "bench", 60, _BENCH, {"BRIDGE_SLAB_MAX_BYTES": str(8 << 30)}),),
     (_ask("costs"),),
@@ -145,7 +158,8 @@ class Run:
         """Run the groups in sequence, and the steps of a group concurrently."""
         for group in plan:
             threads = [
-                threading.Thread(target=self._guarded, args=(step,), daemon=True) for step in group
+                threading.Thread(target=self._guarded, args=(step,), daemon=True)
+                for step in group
             ]
             for thread in threads:
                 thread.start()
@@ -156,7 +170,9 @@ class Run:
         try:
             self._step(step)
         except Exception as error:
-            self._note(step, f"COULD NOT RUN: {type(error).__name__}: {error}", is_well=False)
+            self._note(
+                step, f"COULD NOT RUN: {type(error).__name__}: {error}", is_well=False
+            )
 
     def _step(self, step: Step) -> None:
         left = int(self._end - time.monotonic()) - _KILL_S
@@ -178,7 +194,8 @@ class Run:
             )
             try:
                 status: int | None = process.wait(seconds + 2 * _KILL_S)
-            except subprocess.TimeoutExpired:  # a process in a GPU call may be unkillable
+            except subprocess.TimeoutExpired:
+                # A process in a GPU call may be unkillable.
                 status = None
         _end_group(process.pid)
         took = time.monotonic() - begun
@@ -213,7 +230,12 @@ class Run:
 def _ended(status: int | None) -> str:
     if status is None:
         return "DOES NOT END"
-    if status in (124, 128 + signal.SIGKILL, -signal.SIGKILL):  # `timeout` ended the step
+    # `timeout` ended the step.
+    if status in (
+        124,
+        128 + signal.SIGKILL,
+        -signal.SIGKILL,
+    ):
         return "TIME UP"
     return f"status {status}" if status >= 0 else signal.Signals(-status).name
 
@@ -240,10 +262,13 @@ def unpack(wheels: Path, target: Path) -> list[str]:
     return unfit
 
 
-def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLAN) -> int:
+def main(
+    argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLAN
+) -> int:
     """Run the plan. Return the exit status: 1 if a step failed or did not run, else 0."""
     parser = argparse.ArgumentParser(
-        "tools/gpu.py", description="Run all GPU checks and benchmarks within a time limit."
+        "tools/gpu.py",
+        description="Run all GPU checks and benchmarks within a time limit.",
     )
     parser.add_argument(
         "--limit", type=int, default=480, help="seconds for all steps (default: 480)"
@@ -254,12 +279,18 @@ def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLA
         default=ROOT / "out" / "gpu",
         help="folder for the output files (default: out/gpu)",
     )
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that this interpreter lacks")
     parser.add_argument(
-        "--python", default=sys.executable, help="interpreter for the steps (default: this one)"
+        "--wheels", type=Path, help="folder of wheels that this interpreter lacks"
     )
     parser.add_argument(
-        "--rehearse", action="store_true", help="run on the fake CUDA to check the steps themselves"
+        "--python",
+        default=sys.executable,
+        help="interpreter for the steps (default: this one)",
+    )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="run on the fake CUDA to check the steps themselves",
     )
     options = parser.parse_args(argv)
     packages = options.out / ".packages"
@@ -283,7 +314,10 @@ def main(argv: Sequence[str] | None = None, plan: Sequence[Sequence[Step]] = PLA
     finally:
         for folder in (packages, options.out / ".fake"):
             shutil.rmtree(folder, ignore_errors=True)
-    print(f"{len(run.failed)} steps to look at; the output of all is in {options.out}", flush=True)
+    print(
+        f"{len(run.failed)} steps to look at; the output of all is in {options.out}",
+        flush=True,
+    )
     return 1 if run.failed else 0
 
 

@@ -60,7 +60,11 @@ class Environment:
         return self.folder / "setup.log"
 
     def is_current(self, key: str) -> bool:
-        return self.python.exists() and self.stamp.is_file() and self.stamp.read_text() == key
+        return (
+            self.python.exists()
+            and self.stamp.is_file()
+            and self.stamp.read_text() == key
+        )
 
 
 JAX_NEXT = Environment("jax-next", "", packages=("jax", "flax"))
@@ -97,7 +101,9 @@ def say(text: str) -> None:
 def probe(path: str) -> Interpreter | None:
     """Return the interpreter at `path`; None if it fails (a pyenv shim of an inactive version)."""
     try:
-        run = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, timeout=60)
+        run = subprocess.run(
+            [path, "-c", PROBE], capture_output=True, text=True, timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     if run.returncode != 0:
@@ -139,7 +145,10 @@ def find_python(minor: int) -> Interpreter | None:
     for root in pyenv_roots(on_path):
         candidates += pyenv_pythons(root, minor)
     found = (probe(path) for path in candidates)
-    return next((python for python in found if python and python.version[:2] == (3, minor)), None)
+    return next(
+        (python for python in found if python and python.version[:2] == (3, minor)),
+        None,
+    )
 
 
 def choose_python(requested: str | None) -> Interpreter:
@@ -163,7 +172,9 @@ def choose_python(requested: str | None) -> Interpreter:
 
 def find_newer_python(base: Interpreter) -> Interpreter | None:
     """Return an interpreter newer than `base`, for a worker with other versions than its client."""
-    newer = (find_python(minor) for minor in NEWER_MINORS if (3, minor) > base.version[:2])
+    newer = (
+        find_python(minor) for minor in NEWER_MINORS if (3, minor) > base.version[:2]
+    )
     return next((python for python in newer if python), None)
 
 
@@ -187,7 +198,12 @@ def creation_steps(environment: Environment, base: Interpreter) -> list[list[str
     folder, python = str(environment.folder), str(environment.python)
     pip = [python, "-m", "pip", "install", "--progress-bar", "off"]
     install = [*pip, *environment.packages, "--editable", f".{environment.extras}"]
-    if subprocess.run([base.path, "-c", "import ensurepip"], capture_output=True).returncode == 0:
+    if (
+        subprocess.run(
+            [base.path, "-c", "import ensurepip"], capture_output=True
+        ).returncode
+        == 0
+    ):
         return [[base.path, "-m", "venv", folder], install]
     # On Debian without python3-venv, the available pip installs pip into the environment.
     bring_pip = [
@@ -221,7 +237,11 @@ def create(environment: Environment, base: Interpreter, key: str) -> None:
         if name not in ("PYTHONPATH", "PYTHONHOME")
     }
     # With `user` in its configuration, pip refuses virtual environments.
-    settings |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0"}
+    settings |= {
+        "PIP_NO_INPUT": "1",
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_USER": "0",
+    }
     with environment.log.open("w") as log:
         for command in creation_steps(environment, base):
             print("$", *command, file=log, flush=True)
@@ -257,7 +277,9 @@ def failure_text(
 def set_up(names: Sequence[str], requested: str | None) -> list[str]:
     """Create the named environments that are not current, concurrently; return the failures."""
     key = requirements_key(requested)
-    stale = [ENVIRONMENTS[name] for name in names if not ENVIRONMENTS[name].is_current(key)]
+    stale = [
+        ENVIRONMENTS[name] for name in names if not ENVIRONMENTS[name].is_current(key)
+    ]
     if not stale:
         return []
     base = choose_python(requested)
@@ -289,12 +311,18 @@ def set_up(names: Sequence[str], requested: str | None) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Create the project's virtual environments.")
-    parser.add_argument(
-        "--python", help="the environments' interpreter (default: a Python 3.11, else this one)"
+    parser = argparse.ArgumentParser(
+        description="Create the project's virtual environments."
     )
     parser.add_argument(
-        "names", nargs="*", metavar="name", help=f"{', '.join(ENVIRONMENTS)} (default: all)"
+        "--python",
+        help="the environments' interpreter (default: a Python 3.11, else this one)",
+    )
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="name",
+        help=f"{', '.join(ENVIRONMENTS)} (default: all)",
     )
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in ENVIRONMENTS]

@@ -104,7 +104,9 @@ def install(wheel: Path, environment: Environment, is_fresh: bool) -> None:
     _pip("--python", python, "install", "--no-deps", str(wheel), cwd=environment.folder)
     _lend_frameworks(environment)
     # Installs nothing, but fails if a requirement of the wheel is not met.
-    _pip("--python", python, "install", "--no-index", requirement, cwd=environment.folder)
+    _pip(
+        "--python", python, "install", "--no-index", requirement, cwd=environment.folder
+    )
 
 
 def check_origin(environment: Environment) -> None:
@@ -113,12 +115,18 @@ def check_origin(environment: Environment) -> None:
     program += "print(importlib.import_module(name).__file__)"
     for line in environment.run("-c", program, *PACKAGES).splitlines():
         if not Path(line).is_relative_to(environment.root):
-            raise Failed(f"{environment.name} imports {line}; expected a file of the wheel")
+            raise Failed(
+                f"{environment.name} imports {line}; expected a file of the wheel"
+            )
 
 
 def check_commands(environment: Environment) -> None:
     """Run both commands."""
-    for arguments in ("bridge_server --help", "bridge_client --help", "bridge_client doctor"):
+    for arguments in (
+        "bridge_server --help",
+        "bridge_client --help",
+        "bridge_client doctor",
+    ):
         name, *rest = arguments.split()
         run(environment.command(name), *rest, cwd=environment.folder)
 
@@ -133,9 +141,13 @@ def check_programs(folder: Path) -> None:
         save_programs(page, folder)
         output = Environment(name, folder).run(program)
         # The loss of train.py depends on the processor's last bits.
-        seen, expected = (text.split(", loss")[0] for text in (output, shown_after(page, program)))
+        seen, expected = (
+            text.split(", loss")[0] for text in (output, shown_after(page, program))
+        )
         if seen != expected:
-            raise Failed(f"{program} printed {output!r}, but {page.name} shows {expected!r}")
+            raise Failed(
+                f"{program} printed {output!r}, but {page.name} shows {expected!r}"
+            )
 
 
 def check_types(environment: Environment) -> None:
@@ -147,9 +159,13 @@ def check_types(environment: Environment) -> None:
     report = _mypy(environment, program, expected=1)
     first = len(RIGHT_USE.splitlines()) + 1
     for line, code in enumerate(WRONG_USES.values(), first):
-        found = [text for text in report.splitlines() if text.startswith(f"typed.py:{line}:")]
+        found = [
+            text for text in report.splitlines() if text.startswith(f"typed.py:{line}:")
+        ]
         if not any(f"[{code}]" in text for text in found):
-            raise Failed(f"mypy reports no {code} in line {line} of typed.py:\n{report}")
+            raise Failed(
+                f"mypy reports no {code} in line {line} of typed.py:\n{report}"
+            )
 
 
 def _mypy(environment: Environment, program: Path, expected: int) -> str:
@@ -178,13 +194,23 @@ def _pip(*arguments: str, cwd: Path) -> None:
 
 def _settings() -> dict[str, str]:
     """Return this process's environment without a path into the checkout."""
-    settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return settings | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_USER": "0"}
+    settings = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
+    return settings | {
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_NO_INPUT": "1",
+        "PIP_USER": "0",
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Test the built wheel outside of the checkout.")
-    parser.add_argument("--fresh", action="store_true", help="install the frameworks too")
+    parser = argparse.ArgumentParser(
+        description="Test the built wheel outside of the checkout."
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="install the frameworks too"
+    )
     options = parser.parse_args(arguments)
     begun = time.monotonic()
 

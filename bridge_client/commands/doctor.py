@@ -57,9 +57,12 @@ def examine(address: str | None, terms: Terms) -> Iterator[Check]:
         yield from _reached(address, terms)
     except (BridgeError, Stale) as error:
         remedy = next(
-            (text for kind, text in _REMEDIES.items() if isinstance(error, kind)), _NOT_THERE
+            (text for kind, text in _REMEDIES.items() if isinstance(error, kind)),
+            _NOT_THERE,
         )
-        yield broken("worker", str(error) or "the worker exited during the checks", remedy)
+        yield broken(
+            "worker", str(error) or "the worker exited during the checks", remedy
+        )
 
 
 def _reached(address: str, terms: Terms) -> Iterator[Check]:
@@ -76,7 +79,9 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
         lane = link.take(pool)
         if link.memory == "memfd":
             block.buffer[:] = os.urandom(block.nbytes)
-            yield _seen_alike(bytes(block.buffer), lane.peek(block.address, block.nbytes))
+            yield _seen_alike(
+                bytes(block.buffer), lane.peek(block.address, block.nbytes)
+            )
         yield _latency(f"{lane.name} lane", _exchange_s(lane), _SLOW_LANE_S[lane.name])
         link.give_back(lane)
         if link.description.gpu.uuid:
@@ -91,13 +96,20 @@ def _health(status: str) -> Check:
     if status == SERVING:
         return ok("health", status)
     return broken(
-        "health", status, "wait until its models are warm; if it shuts down, start another worker"
+        "health",
+        status,
+        "wait until its models are warm; if it shuts down, start another worker",
     )
 
 
 def _described(about: pb.DescribeReply) -> Iterator[Check]:
-    versions = f"torch-jax-bridge {about.version}, {about.framework} {about.framework_version}"
-    yield ok("worker", f"{versions}, Python {about.python_version}; this client {__version__}")
+    versions = (
+        f"torch-jax-bridge {about.version}, {about.framework} {about.framework_version}"
+    )
+    yield ok(
+        "worker",
+        f"{versions}, Python {about.python_version}; this client {__version__}",
+    )
     yield ok("its models", ", ".join(model.name for model in about.models))
     yield ok(
         "its devices",
@@ -115,7 +127,10 @@ def _described(about: pb.DescribeReply) -> Iterator[Check]:
         yield host.cores("its cores", about.cores)
     yield ok(
         "its namespaces",
-        _compared(namespaces.digests(), {space.kind: space.digest for space in about.namespaces}),
+        _compared(
+            namespaces.digests(),
+            {space.kind: space.digest for space in about.namespaces},
+        ),
     )
 
 
@@ -127,7 +142,9 @@ def _compared(ours: dict[str, bytes], theirs: dict[str, bytes]) -> str:
     shared = {kind: ours[kind] == theirs.get(kind) for kind in namespaces.KINDS}
     common = " ".join(kind for kind, is_shared in shared.items() if is_shared)
     own = " ".join(kind for kind, is_shared in shared.items() if not is_shared)
-    return f"on this system, in common: {common or 'none'}" + (f"; its own: {own}" if own else "")
+    return f"on this system, in common: {common or 'none'}" + (
+        f"; its own: {own}" if own else ""
+    )
 
 
 def _path(link: Link, fallbacks: list[str]) -> Check:
@@ -136,7 +153,8 @@ def _path(link: Link, fallbacks: list[str]) -> Check:
     if not fallbacks:
         return ok("path", found)
     system = next(
-        (s.digest for s in link.description.namespaces if s.kind == namespaces.HOST), None
+        (s.digest for s in link.description.namespaces if s.kind == namespaces.HOST),
+        None,
     )
     if system is not None and system != namespaces.digests().get(namespaces.HOST):
         return ok("path", f"{found}, as to any other system")
@@ -151,7 +169,9 @@ def _path(link: Link, fallbacks: list[str]) -> Check:
 def _seen_alike(written: bytes, seen: bytes) -> Check:
     name = "shared memory"
     if seen == written:
-        return ok(name, f"the worker sees {len(written)} random bytes as they were written")
+        return ok(
+            name, f"the worker sees {len(written)} random bytes as they were written"
+        )
     return broken(
         name,
         "the worker sees other bytes than were written",
@@ -178,10 +198,14 @@ def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
         way = HOST if lane.ordering is None else lane.ordering.way
         link.give_back(lane)
     except (CudaError, OutOfMemory) as error:
-        return slow(name, f"{label}: {error}: {gpu_checks.BY_HOST}", gpu_checks.remedy())
+        return slow(
+            name, f"{label}: {error}: {gpu_checks.BY_HOST}", gpu_checks.remedy()
+        )
     if seen != written:
         return broken(
-            name, f"{label}: the worker sees other bytes than were written", "report this"
+            name,
+            f"{label}: the worker sees other bytes than were written",
+            "report this",
         )
     found = (
         f"{label}: memory cuda_ipc; the worker sees {len(written)} random bytes as they were"
@@ -189,7 +213,9 @@ def _gpu(link: Link, pool: Pool, held: contextlib.ExitStack) -> Check:
     )
     if way == HOST:
         return slow(
-            name, f"{found}, but each call waits for the GPU on the host", gpu_checks.remedy()
+            name,
+            f"{found}, but each call waits for the GPU on the host",
+            gpu_checks.remedy(),
         )
     return ok(name, f"{found}, in order by {way}")
 
@@ -209,5 +235,7 @@ def _latency(name: str, median_s: float, limit_s: float) -> Check:
     if median_s <= limit_s:
         return ok(name, found)
     return slow(
-        name, f"{found}; usual: under {limit_s * 1e3:g} ms", "look for other load on either side"
+        name,
+        f"{found}; usual: under {limit_s * 1e3:g} ms",
+        "look for other load on either side",
     )

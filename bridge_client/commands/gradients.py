@@ -87,7 +87,9 @@ class _Point:
         self._session = session
         self._chance = chance
         self._program = program = _prepared(session, model, arrays)
-        if (count := sum(map(size_of, (*program.inputs, *program.outputs)))) > _MOST_NUMBERS:
+        if (
+            count := sum(map(size_of, (*program.inputs, *program.outputs)))
+        ) > _MOST_NUMBERS:
             raise SpecError(
                 f"a call of model {model.name!r} takes and returns {count} numbers; the limit is"
                 f" {_MOST_NUMBERS}; use smaller arrays"
@@ -95,8 +97,12 @@ class _Point:
         self._values = _parameters(session, model) + [
             drawn(spec, chance, low, high) for spec in arrays
         ]
-        self._wrt = tuple(i for i, spec in enumerate(program.inputs) if spec.dtype.is_inexact)
-        self._outputs = tuple(i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact)
+        self._wrt = tuple(
+            i for i, spec in enumerate(program.inputs) if spec.dtype.is_inexact
+        )
+        self._outputs = tuple(
+            i for i, spec in enumerate(program.outputs) if spec.dtype.is_inexact
+        )
         if not self._wrt or not self._outputs:
             raise SpecError(
                 f"model {model.name!r} takes or returns no floats, so it has no derivative"
@@ -127,10 +133,13 @@ class _Point:
                 yield Check(
                     output=names[o],
                     input=program.labels[i],
-                    vjp=dot(program.inputs[i], self._pulled(o, cotangent)[i], directions[i]),
+                    vjp=dot(
+                        program.inputs[i], self._pulled(o, cotangent)[i], directions[i]
+                    ),
                     jvp=None if pushed is None else dot(spec, cotangent, pushed[o]),
                     difference=dot(spec, cotangent, difference),
-                    tolerance=norm(cotangent) * (self._share * norm(difference) + 4 * noise),
+                    tolerance=norm(cotangent)
+                    * (self._share * norm(difference) + 4 * noise),
                 )
 
     def _cotangent(self, spec: Spec, difference: Sequence[float]) -> list[float]:
@@ -141,28 +150,43 @@ class _Point:
         aligned = [scale * value for value in difference]
         if spec.dtype.is_complex:  # `dot` pairs without conjugation
             aligned[1::2] = [-value for value in aligned[1::2]]
-        return unpack(spec, pack(spec, [a + b for a, b in zip(chosen, aligned, strict=True)]))
+        return unpack(
+            spec, pack(spec, [a + b for a, b in zip(chosen, aligned, strict=True)])
+        )
 
     def _direction(self, i: int) -> list[float]:
         """Return a random direction of an input, scaled to the input's numbers."""
         values = self._values[i]
         scale = norm(values) / max(len(values), 1) ** 0.5 or 1.0
-        return [scale * value for value in drawn(self._program.inputs[i], self._chance, -1, 1)]
+        return [
+            scale * value
+            for value in drawn(self._program.inputs[i], self._chance, -1, 1)
+        ]
 
     def _difference(self, i: int, direction: Sequence[float]) -> _Arrays:
         """Return the central difference of each output along a direction of one input."""
         ends = []
         for step in (self._step, -self._step):
-            moved = [value + step * d for value, d in zip(self._values[i], direction, strict=True)]
+            moved = [
+                value + step * d
+                for value, d in zip(self._values[i], direction, strict=True)
+            ]
             ends.append(
-                self._run(self._program, [*self._values[:i], moved, *self._values[i + 1 :]])
+                self._run(
+                    self._program, [*self._values[:i], moved, *self._values[i + 1 :]]
+                )
             )
         return [
-            [(above - below) / (2 * self._step) for above, below in zip(*output, strict=True)]
+            [
+                (above - below) / (2 * self._step)
+                for above, below in zip(*output, strict=True)
+            ]
             for output in zip(*ends, strict=True)
         ]
 
-    def _pushed(self, i: int, direction: Sequence[float]) -> dict[int, list[float]] | None:
+    def _pushed(
+        self, i: int, direction: Sequence[float]
+    ) -> dict[int, list[float]] | None:
         """Return the outputs' tangents along a direction of one input; None without a forward
         mode."""
         inputs = self._program.inputs
@@ -178,8 +202,12 @@ class _Point:
     def _pulled(self, o: int, cotangent: Sequence[float]) -> dict[int, list[float]]:
         """Return each input's cotangent for one output's cotangent."""
         outputs = self._program.outputs
-        cotangents = [list(cotangent) if p == o else zeros(outputs[p]) for p in self._outputs]
-        made = self._run(self._program.vjp(self._wrt, self._outputs), [*self._values, *cotangents])
+        cotangents = [
+            list(cotangent) if p == o else zeros(outputs[p]) for p in self._outputs
+        ]
+        made = self._run(
+            self._program.vjp(self._wrt, self._outputs), [*self._values, *cotangents]
+        )
         return dict(zip(self._wrt, made, strict=True))
 
     def _run(self, program: Program, values: Sequence[Sequence[float]]) -> _Arrays:
@@ -188,7 +216,10 @@ class _Point:
             for spec, value in zip(program.inputs, values, strict=True)
         ]
         blocks = self._session.run(program, placed)
-        return [read(spec, block) for spec, block in zip(program.outputs, blocks, strict=True)]
+        return [
+            read(spec, block)
+            for spec, block in zip(program.outputs, blocks, strict=True)
+        ]
 
 
 def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Program:
@@ -202,7 +233,10 @@ def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Pro
         parameters=bool(own),
     )
     paths = [parameter.path for parameter in model.parameters]
-    names = [*model.arguments, *(f"args[{i}]" for i in range(len(model.arguments), len(arrays)))]
+    names = [
+        *model.arguments,
+        *(f"args[{i}]" for i in range(len(model.arguments), len(arrays))),
+    ]
     return session.prepare_call(call, labels=paths + names[: len(arrays)])
 
 
@@ -211,4 +245,6 @@ def _parameters(session: Session, model: ModelInfo) -> _Arrays:
         return []
     program = session.prepare_parameters(model.name)
     blocks = session.run(program, ())
-    return [read(spec, block) for spec, block in zip(program.outputs, blocks, strict=True)]
+    return [
+        read(spec, block) for spec, block in zip(program.outputs, blocks, strict=True)
+    ]

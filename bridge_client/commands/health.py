@@ -29,7 +29,9 @@ class Health:
           CallTimeout: the worker did not answer in time.
         """
         try:
-            answer = self._stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            answer = self._stub.Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout_s
+            )
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

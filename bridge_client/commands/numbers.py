@@ -40,7 +40,9 @@ def epsilon_of(spec: Spec) -> float:
       SpecError: the type has no numbers, or too few, between 1 and 2.
     """
     if spec.dtype.name not in _EPSILONS:
-        raise SpecError(f"{spec} has too few digits for finite differences; use a wider type")
+        raise SpecError(
+            f"{spec} has too few digits for finite differences; use a wider type"
+        )
     return _EPSILONS[spec.dtype.name]
 
 
@@ -80,7 +82,9 @@ def unpack(spec: Spec, packed: bytes) -> list[float]:
         packed = b"".join(b"\0\0" + packed[i : i + 2] for i in range(0, len(packed), 2))
     return [
         float(value)
-        for value in struct.unpack(f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed)
+        for value in struct.unpack(
+            f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed
+        )
     ]
 
 
@@ -121,7 +125,11 @@ def dot(spec: Spec, left: Sequence[float], right: Sequence[float]) -> float:
     """Return the pairing of a cotangent with a tangent, as in JAX: the real part of the sum of
     products."""
     products = [a * b for a, b in zip(left, right, strict=True)]
-    return sum(products[::2]) - sum(products[1::2]) if spec.dtype.is_complex else sum(products)
+    return (
+        sum(products[::2]) - sum(products[1::2])
+        if spec.dtype.is_complex
+        else sum(products)
+    )
 
 
 def norm(values: Sequence[float]) -> float:

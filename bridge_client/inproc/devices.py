@@ -17,9 +17,13 @@ def torch_device_of(targets: Iterable[Any]) -> str:
     Raises:
       TargetError: the tensors are on several devices, one of which is a GPU.
     """
-    devices = sorted({str(tensor.device) for target in targets for tensor in _tensors_of(target)})
+    devices = sorted(
+        {str(tensor.device) for target in targets for tensor in _tensors_of(target)}
+    )
     if not any(device.startswith("cuda") for device in devices):
-        ordinal = Layout({}).ordinal if not devices and torch.cuda.is_available() else None
+        ordinal = (
+            Layout({}).ordinal if not devices and torch.cuda.is_available() else None
+        )
         return "cpu" if ordinal is None else f"cuda:{ordinal}"
     if len(devices) > 1:
         raise TargetError(
@@ -37,4 +41,6 @@ def _tensors_of(target: Any) -> Iterator[Tensor]:
         for part in target:
             yield from _tensors_of(part)
     elif isinstance(target, Mapping):
-        yield from (leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor))
+        yield from (
+            leaf for leaf in pytree.tree_leaves(target) if isinstance(leaf, Tensor)
+        )

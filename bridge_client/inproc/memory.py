@@ -64,7 +64,11 @@ class Views:
             return self._runtime.view(pointer_of(placed), spec, placed)
         key = placed.address, spec
         known = self._known.get(key)
-        if known is not None and known[0]() is storage and self._runtime.is_usable(known[1]):
+        if (
+            known is not None
+            and known[0]() is storage
+            and self._runtime.is_usable(known[1])
+        ):
             return known[1]
         view, views = self._runtime.view(placed.address, spec, None), self._known
         views[key] = weakref.ref(storage, lambda _: views.pop(key, None)), view
@@ -75,4 +79,6 @@ def pointer_of(placed: Placed) -> int:
     """Return an input's pointer in this process."""
     if isinstance(placed, Block):
         return placed.pointer
-    return placed.address - FIRST_ADDRESS if is_on_gpu(placed.address) else placed.address
+    return (
+        placed.address - FIRST_ADDRESS if is_on_gpu(placed.address) else placed.address
+    )

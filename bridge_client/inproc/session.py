@@ -132,7 +132,8 @@ class InprocSession(Session):
         gpu = self._runtime.gpu()
         if gpu is None:
             self._no_gpu = (
-                "the models run on no GPU; move them to a GPU, or make a GPU jax's default device"
+                "the models run on no GPU; move them to a GPU, or make a GPU jax's default"
+                " device"
             )
             return
         try:
@@ -141,11 +142,16 @@ class InprocSession(Session):
         except BridgeError as error:
             self._no_gpu = str(error)
 
-    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    def shapes(
+        self, call: pb.Call, inputs: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[str]]:
         self._refuse_if_closed()
         with self._runtime.isolated():
             era = self._eras[self._runtime.has_x64()]
-            return [tuple(shape.sizes) for shape in era.programs.shapes(shapes_of(call, inputs))]
+            return [
+                tuple(shape.sizes)
+                for shape in era.programs.shapes(shapes_of(call, inputs))
+            ]
 
     def drop_residual(self, id: int) -> None:
         self._residuals.pop(id, None)
@@ -160,7 +166,9 @@ class InprocSession(Session):
             "blocks": sum(pool.live_blocks() for pool in pools),
             "slab_bytes": sum(pool.slab_bytes for pool in pools),
             "residuals": len(residuals),
-            "residual_bytes": sum(kept.program.residual_nbytes or 0 for kept in residuals),
+            "residual_bytes": sum(
+                kept.program.residual_nbytes or 0 for kept in residuals
+            ),
             "fallbacks": 0,
         } | lanes_by_way({})
 
@@ -213,7 +221,10 @@ class InprocSession(Session):
         request = program.request
         kind = request.WhichOneof("what")
         if kind == "call":
-            preparation, what = era.programs.call(request.call), f"model {request.call.model!r}"
+            preparation, what = (
+                era.programs.call(request.call),
+                f"model {request.call.model!r}",
+            )
         elif kind == "parameters":
             preparation, what = (
                 era.programs.parameters(request.parameters),
@@ -244,19 +255,24 @@ class InprocSession(Session):
         if gpu is None or turns is None:
             if self._is_closed:
                 raise closed()
-            raise ProtocolError("the run has a stream, but no GPU pool; call gpu_pool() first")
+            raise ProtocolError(
+                "the run has a stream, but no GPU pool; call gpu_pool() first"
+            )
         program = self._prepared(run.program)
         forward = self._forward_of(run, program)
         with turns.taken(self._runtime.stream(), stream) as turn:
             described = zip(run.inputs, program.inputs, strict=True)
             arrays = [self._view(placed, spec, turn) for placed, spec in described]
-            outputs, value = program.run(arrays, None if forward is None else forward.value)
+            outputs, value = program.run(
+                arrays, None if forward is None else forward.value
+            )
             blocks = [gpu.lease(nbytes, stream) for nbytes in program.output_nbytes]
             for output, block in zip(outputs, blocks, strict=True):
                 if block.nbytes:
                     self._runtime.write(output, block.pointer, block.nbytes, turn)
         if forward is not None and forward.stream not in (None, stream):
-            turn.precede(forward.stream)  # the pullback may have read the forward's inputs
+            # The pullback may have read the forward's inputs.
+            turn.precede(forward.stream)
         self._finish(run, program, value, sum(program.output_nbytes))
         return blocks
 
@@ -276,7 +292,9 @@ class InprocSession(Session):
         else:
             pointers = self._runtime.exclusive(outputs, arrays, value)
         written, blocks = 0, []
-        for output, pointer, nbytes in zip(outputs, pointers, program.output_nbytes, strict=True):
+        for output, pointer, nbytes in zip(
+            outputs, pointers, program.output_nbytes, strict=True
+        ):
             if pointer is not None and nbytes:
                 blocks.append(self.pool.adopt(pointer, nbytes, output))
                 continue
@@ -294,13 +312,19 @@ class InprocSession(Session):
             return None
         residual = self._residuals.get(run.residual)
         if residual is None or residual.program is not program.pullback_of:
-            raise ResidualGone("the residual was dropped, or kept under another x64 setting")
+            raise ResidualGone(
+                "the residual was dropped, or kept under another x64 setting"
+            )
         return residual
 
-    def _finish(self, run: Run, program: runtime.Program, value: Any, written: int) -> None:
+    def _finish(
+        self, run: Run, program: runtime.Program, value: Any, written: int
+    ) -> None:
         """Keep the run's residual, if any, and count the run."""
         if run.residual and not run.program.is_pullback:
-            self._residuals[run.residual] = _Residual(program, value, run.inputs, run.stream)
+            self._residuals[run.residual] = _Residual(
+                program, value, run.inputs, run.stream
+            )
         with self._lock:
             self._calls += 1
             self._bytes_copied += run.copied + written

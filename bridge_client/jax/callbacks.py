@@ -38,7 +38,10 @@ def call_back_on_buffers(action: Action, *values: Any) -> Values:
             blocks = action(sources)
             targets = zip(map(data_pointer, outputs), result_dtypes, strict=True)
             action.write(blocks, targets)
-        except (Exception, KeyboardInterrupt) as error:  # as in _crossing, without another call
+        except (
+            Exception,
+            KeyboardInterrupt,
+        ) as error:  # as in _crossing, without another call
             crossing = named(error)
         else:
             return
@@ -68,7 +71,8 @@ def call_back_on_gpu(action: Action, *values: Any) -> Values:
     widened = action.widened(values)
     passed = [(np.dtype(value.dtype), tuple(value.shape)) for value in widened]
     wide_types = [
-        jax.ShapeDtypeStruct(spec.shape, JAX_DTYPES[spec.dtype]) for spec in action.outputs
+        jax.ShapeDtypeStruct(spec.shape, JAX_DTYPES[spec.dtype])
+        for spec in action.outputs
     ]
 
     @_crossing
@@ -115,7 +119,9 @@ def _sources_in(
     return sources
 
 
-def _deliver(gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequence[int]) -> None:
+def _deliver(
+    gpu: OnGpu, action: Action, blocks: Sequence[Block], pointers: Sequence[int]
+) -> None:
     """Copy the outputs of a run into XLA's buffers on a GPU."""
     for block, pointer in zip(blocks, pointers, strict=True):
         if block.nbytes:
@@ -164,7 +170,9 @@ def _crossing(callback: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def call_back_on_arrays(action: Action, *values: Any, is_staged: bool = False) -> Values:
+def call_back_on_arrays(
+    action: Action, *values: Any, is_staged: bool = False
+) -> Values:
     """Return an action's outputs for traced values, by a callback on copies on the host;
     `is_staged` if these are copies of memory on a GPU."""
     results = action.result_types

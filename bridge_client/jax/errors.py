@@ -34,7 +34,11 @@ class Crossing(Exception):
 
 def named(error: BaseException) -> Crossing:
     """Store an exception; return the exception that a callback must raise in its place."""
-    stored = error if isinstance(error, BridgeError | KeyboardInterrupt) else unexpected(error)
+    stored = (
+        error
+        if isinstance(error, BridgeError | KeyboardInterrupt)
+        else unexpected(error)
+    )
     number = next(_numbers)
     # Without its frames and those of its causes, which hold the call's memory.
     stored.__cause__ = stored.__context__ = None
@@ -42,7 +46,9 @@ def named(error: BaseException) -> Crossing:
         _pending[number] = stored.with_traceback(None)
         while len(_pending) > _MOST_PENDING:
             _pending.popitem(last=False)
-    return Crossing(f"{type(stored).__name__}: {stored} (torch-jax-bridge error #{number}#)")
+    return Crossing(
+        f"{type(stored).__name__}: {stored} (torch-jax-bridge error #{number}#)"
+    )
 
 
 def _new(cls: type[JaxRuntimeError], *args: Any, **kwargs: Any) -> JaxRuntimeError:

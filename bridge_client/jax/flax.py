@@ -58,7 +58,11 @@ class NnxModule(nnx.Module):
     """
 
     def __init__(
-        self, function: RemoteTorchFunction, *, rngs: nnx.Rngs | None = None, rng: str = "dropout"
+        self,
+        function: RemoteTorchFunction,
+        *,
+        rngs: nnx.Rngs | None = None,
+        rng: str = "dropout",
     ) -> None:
         params, buffers = function.params.items(), function.buffers.items()
         self.params = nnx.Dict({name: nnx.Param(value) for name, value in params})

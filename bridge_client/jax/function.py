@@ -33,6 +33,7 @@ from bridge_client.programs import Program
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import ParameterInfo, Session, checked_limit
 from bridge_wire import specs, trees
+from bridge_wire.classes import Classes
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, DTypeError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -86,9 +87,13 @@ class RemoteTorchFunction:
         out_specs: Any = None,
     ) -> None:
         if parameters not in ("client", "worker"):
-            raise CallerError(f"parameters={parameters!r}; expected 'client' or 'worker'")
+            raise CallerError(
+                f"parameters={parameters!r}; expected 'client' or 'worker'"
+            )
         if (in_specs is None) != (out_specs is None):
-            raise CallerError("only one of in_specs and out_specs is given; pass both, or neither")
+            raise CallerError(
+                "only one of in_specs and out_specs is given; pass both, or neither"
+            )
         sharding.check_declared(in_specs, out_specs)
         self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
@@ -99,7 +104,7 @@ class RemoteTorchFunction:
         self._in_specs = in_specs
         self._out_specs = out_specs
         self._calls: dict[Hashable, _Call] = {}
-        self._classes = trees.Classes(adopt=register_dataclass)
+        self._classes = Classes(adopt=register_dataclass)
         self._state: dict[str, jax.Array] | None = None
 
     @property
@@ -162,19 +167,23 @@ class RemoteTorchFunction:
         infos = self._model.parameters
         own = [self._as_parameter(state[info.path], info) for info in infos]
         key = None if rng is None else _key_words(rng)
-        result, new_buffers = self._anywhere(_CallOptions(own, key, mutable), args, kwargs)
+        result, new_buffers = self._anywhere(
+            _CallOptions(own, key, mutable), args, kwargs
+        )
         return (result, new_buffers) if mutable else result
 
     def __getstate__(self) -> dict[str, Any]:
         # Programs and classes belong to this process: a copy makes its own.
         return {
-            key: value for key, value in self.__dict__.items() if key not in ("_calls", "_classes")
+            key: value
+            for key, value in self.__dict__.items()
+            if key not in ("_calls", "_classes")
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._calls = {}
-        self._classes = trees.Classes(adopt=register_dataclass)
+        self._classes = Classes(adopt=register_dataclass)
 
     def __repr__(self) -> str:
         return (
@@ -187,7 +196,9 @@ class RemoteTorchFunction:
     def _infos(self, kind: str) -> list[ParameterInfo]:
         """Return the model's "params" or "buffers"."""
         is_trainable = kind == "params"
-        return [info for info in self._model.parameters if info.trainable is is_trainable]
+        return [
+            info for info in self._model.parameters if info.trainable is is_trainable
+        ]
 
     def _own(self, kind: str) -> dict[str, jax.Array]:
         state = self._all()
@@ -227,7 +238,9 @@ class RemoteTorchFunction:
 
     # Calls ----------------------------------------------------------------------------------------
 
-    def _anywhere(self, options: "_CallOptions", args: Args, kwargs: Kwargs) -> _Results:
+    def _anywhere(
+        self, options: "_CallOptions", args: Args, kwargs: Kwargs
+    ) -> _Results:
         """Make one call, or one per shard if specs were declared and there is a mesh."""
         leaves, structure, statics = self._flatten(args, kwargs)
         if self._in_specs is not None:
@@ -280,7 +293,11 @@ class RemoteTorchFunction:
         return results
 
     def _call(
-        self, options: "_CallOptions", leaves: list[Any], structure: Any, statics: frozenset[int]
+        self,
+        options: "_CallOptions",
+        leaves: list[Any],
+        structure: Any,
+        statics: frozenset[int],
     ) -> _Results:
         passed = options.passed
         signature: list[Hashable] = [
@@ -313,7 +330,9 @@ class RemoteTorchFunction:
         result = call.rebuild(outputs[:count])
         return result, dict(zip(call.buffers, outputs[count:], strict=True))
 
-    def _flatten(self, args: Args, kwargs: Kwargs) -> tuple[list[Any], Any, frozenset[int]]:
+    def _flatten(
+        self, args: Args, kwargs: Kwargs
+    ) -> tuple[list[Any], Any, frozenset[int]]:
         """Return the leaves of a call's arguments, with data as arrays; the structure; the static
         leaves."""
         leaves, structure = flatten((args, kwargs))
@@ -367,7 +386,9 @@ class RemoteTorchFunction:
 
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return the leaves of static arguments."""
-        marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
+        marks = marked_static(
+            args, kwargs, self._model.arguments, self._static_argnames, marked
+        )
         is_static = enumerate(jax.tree.leaves(marks))
         return frozenset(i for i, mark in is_static if mark)
 
@@ -401,9 +422,12 @@ class RemoteTorchFunction:
             labels=paths,
             timeout_s=self.timeout_s,
         )
-        rank = {leaf: i for i, leaf in enumerate(sorted(slots))}  # among the leaves that are data
+        # Among the leaves that are data.
+        rank = {leaf: i for i, leaf in enumerate(sorted(slots))}
         order = [*range(len(passed)), *(len(passed) + rank[leaf] for leaf in slots)]
-        buffers = [info.path for info in self._infos("buffers")] if options.is_mutable else []
+        buffers = (
+            [info.path for info in self._infos("buffers")] if options.is_mutable else []
+        )
         return _Call(program, order, buffers, rebuilder(program.result, self._classes))
 
     def _spec_of(self, value: Any, path: str) -> Spec:

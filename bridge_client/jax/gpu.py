@@ -68,7 +68,10 @@ class OnGpu(NamedTuple):
 
     def holds(self, value: Any) -> bool:
         """Whether a value is an array in this GPU's memory."""
-        return isinstance(value, jax.Array) and ordinal_of(value) == self.device.gpu.ordinal
+        return (
+            isinstance(value, jax.Array)
+            and ordinal_of(value) == self.device.gpu.ordinal
+        )
 
     def pointer_of(self, array: jax.Array) -> int:
         """Return an array's address; later work on the stream finds its value there."""
@@ -108,7 +111,9 @@ def _let_go(reference: Any) -> None:
 
 def gpu_for(session: Session, values: Values) -> OnGpu | None:
     """Return the GPU of a run on these arrays if one is on the worker's GPU; else None."""
-    ordinals = {ordinal_of(value): value for value in values if isinstance(value, jax.Array)}
+    ordinals = {
+        ordinal_of(value): value for value in values if isinstance(value, jax.Array)
+    }
     ordinals.pop(None, None)
     pool = session.gpu_pool() if ordinals and HAS_BUFFERS else None
     array = None if pool is None else ordinals.get(pool.device.gpu.ordinal)
@@ -164,7 +169,9 @@ def stream_of_callback(context: Any) -> int:
 def is_committed(values: Values) -> bool:
     """Whether jax must keep results of these values on their device."""
     return any(
-        getattr(value, "committed", True) for value in values if isinstance(value, jax.Array)
+        getattr(value, "committed", True)
+        for value in values
+        if isinstance(value, jax.Array)
     )
 
 

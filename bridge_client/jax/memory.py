@@ -25,7 +25,9 @@ from bridge_wire.memory.dlpack import Exporter, keep_owners_by
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
-JAX_DTYPES: Mapping[DType, np.dtype] = {dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()}
+JAX_DTYPES: Mapping[DType, np.dtype] = {
+    dtype: jnp.dtype(name) for name, dtype in BY_NAME.items()
+}
 DTYPES: Mapping[np.dtype, DType] = {dtype: ours for ours, dtype in JAX_DTYPES.items()}
 keep_owners_by(lambda buffer: np.frombuffer(buffer, np.uint8).__dlpack__())
 
@@ -136,7 +138,9 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
     return Source(array.ctypes.data, array.dtype, array)
 
 
-def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = None) -> jax.Array:
+def from_block(
+    block: Block, spec: Spec, label: str, home: jax.Device | None = None
+) -> jax.Array:
     """Return the array over the block, whose lease ends with it. That is on the host, if the host
     is the only device or `home`.
 
@@ -152,7 +156,9 @@ def from_block(block: Block, spec: Spec, label: str, home: jax.Device | None = N
     )
     if is_imported and is_importable(dtype):
         _blocks[block.pointer] = block
-        imported: jax.Array = jax.dlpack.from_dlpack(Exporter(block.pointer, spec, block))
+        imported: jax.Array = jax.dlpack.from_dlpack(
+            Exporter(block.pointer, spec, block)
+        )
         return imported
     array = np.empty(spec.shape, dtype)
     write(block, spec, array.ctypes.data, dtype, label)

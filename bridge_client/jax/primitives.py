@@ -23,7 +23,11 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bridge_client.arguments import Values
-from bridge_client.jax.callbacks import call_back_on_arrays, call_back_on_buffers, call_back_on_gpu
+from bridge_client.jax.callbacks import (
+    call_back_on_arrays,
+    call_back_on_buffers,
+    call_back_on_gpu,
+)
 from bridge_client.jax.effects import MAY_FAIL
 from bridge_client.jax.gpu import HAS_BUFFERS
 from bridge_client.jax.memory import dtype_of
@@ -112,12 +116,16 @@ def _(*avals: Any, program: Program, wrt: Positions) -> Typed:
 
 
 @linear_p.def_effectful_abstract_eval
-def _(*avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions) -> Typed:
+def _(
+    *avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
+) -> Typed:
     return _avals(_pick(program.outputs, outputs), avals, program), MAY_FAIL
 
 
 @pull_back_p.def_effectful_abstract_eval
-def _(*avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions) -> Typed:
+def _(
+    *avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions
+) -> Typed:
     return _avals(_pick(program.inputs, wrt), avals, program), MAY_FAIL
 
 
@@ -210,7 +218,9 @@ def _tangents(
     if wrt and outputs:
         handles = [handle] if kept else []
         operands = [*values, *handles, *_pick(tangents, wrt)]
-        moved = linear_p.bind(*operands, program=program, wrt=wrt, outputs=outputs, kept=kept)
+        moved = linear_p.bind(
+            *operands, program=program, wrt=wrt, outputs=outputs, kept=kept
+        )
         for i, tangent in zip(outputs, moved, strict=True):
             full[i] = tangent
     return full
@@ -221,7 +231,9 @@ def _run_jvp(values: Values, tangents: Values, *, program: Program) -> Primals:
     return primals, _tangents(program, values, tangents, primals)
 
 
-def _keep_jvp(values: Values, tangents: Values, *, program: Program, wrt: Positions) -> Primals:
+def _keep_jvp(
+    values: Values, tangents: Values, *, program: Program, wrt: Positions
+) -> Primals:
     *primals, handle = keep_p.bind(*values, program=program, wrt=wrt)
     moved = _tangents(program, values, tangents, primals)
     return [*primals, handle], [*moved, _zero(handle)]
@@ -323,7 +335,9 @@ def _linear_transpose(
     return [*constant, *_placed(by_position, wrt, tangents)]
 
 
-def _placed(cotangents: Mapping[int, Any], positions: Positions, values: Values) -> Arrays:
+def _placed(
+    cotangents: Mapping[int, Any], positions: Positions, values: Values
+) -> Arrays:
     """Return the cotangent of each value: None of a known value, and zero of an unknown value that
     nothing depends on."""
     placed: Arrays = []
@@ -389,7 +403,9 @@ ad.primitive_transposes[run_p] = _run_transpose
 ad.primitive_transposes[pull_back_p] = _pull_back_transpose
 
 
-def _drop_unused_handle(used: Sequence[bool], *arguments: Any) -> tuple[list[bool], Any]:
+def _drop_unused_handle(
+    used: Sequence[bool], *arguments: Any
+) -> tuple[list[bool], Any]:
     """Replace a run that keeps a residual by a plain run if nobody uses the handle."""
     equation = arguments[-1]  # after the list of live inputs, from jax 0.12 on
     count = len(equation.invars)
@@ -423,7 +439,8 @@ def _recompute_or_save(
         return None, equation, every, every, needed
     avals = [variable.aval for variable in equation.invars]
     policy = saveable(equation.primitive, *avals, **equation.params)
-    if policy is True or type(policy).__name__ == "SaveableType":  # which jax does not export
+    # Which jax does not export.
+    if policy is True or type(policy).__name__ == "SaveableType":
         return equation, None, none, none, []
     return equation, equation, none, every, needed
 
@@ -458,7 +475,9 @@ def _run_batch(values: Values, dims: _Dims, *, program: Program) -> _Batch:
     return outputs, [0] * len(outputs)
 
 
-def _keep_batch(values: Values, dims: _Dims, *, program: Program, wrt: Positions) -> _Batch:
+def _keep_batch(
+    values: Values, dims: _Dims, *, program: Program, wrt: Positions
+) -> _Batch:
     batched, values = _batched(program, values, dims)
     if None not in _pick(dims, wrt):
         *outputs, handle = keep_p.bind(*values, program=batched, wrt=wrt)

@@ -7,7 +7,13 @@ from typing import Any
 
 import jax
 
-from bridge_wire import trees
+from bridge_wire.classes import (
+    Node,
+    attributes_beyond,
+    expand_dataclass,
+    instantiate,
+    structured,
+)
 from bridge_wire.errors import StructureError
 
 
@@ -49,7 +55,9 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node; static fields are sent as values."""
 
     def flatten(value: Any) -> tuple[list[Any], tuple[str, ...]]:
-        return [getattr(value, field) for field in fields], trees.attributes_beyond(value, fields)
+        return [getattr(value, field) for field in fields], attributes_beyond(
+            value, fields
+        )
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], tuple[str, ...]]:
         children, beyond = flatten(value)
@@ -59,21 +67,23 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
         ], beyond
 
     def unflatten(beyond: tuple[str, ...], children: Iterable[Any]) -> Any:
-        return trees.instantiate(cls, fields, children, without=beyond)
+        return instantiate(cls, fields, children, without=beyond)
 
     with contextlib.suppress(ValueError):  # another thread was faster
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        jax.tree_util.register_pytree_with_keys(
+            cls, flatten_with_keys, unflatten, flatten
+        )
 
 
-def expand(value: Any) -> trees.Node | None:
+def expand(value: Any) -> Node | None:
     """Return the parts of a dataclass, or of any other pytree node that jax knows."""
-    if (node := trees.expand_dataclass(value)) is not None:
+    if (node := expand_dataclass(value)) is not None:
         return node
     structure: Any
     children, structure = jax.tree.flatten(value, is_leaf=lambda x: x is not value)
     if len(children) == 1 and children[0] is value:
         return None
-    return trees.structured(
+    return structured(
         type(value),
         tuple(f"item{i}" for i in range(len(children))),
         children,

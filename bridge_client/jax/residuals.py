@@ -30,7 +30,9 @@ _MOST_UNCLAIMED = 16384
 class _Kept(NamedTuple):
     """A residual on the worker: the program that kept it, and how much memory here it may alias."""
 
-    program: int  # its key: programs hold their session, which must not keep itself alive
+    program: (
+        int  # its key: programs hold their session, which must not keep itself alive
+    )
     nbytes: int
 
 
@@ -45,7 +47,9 @@ class _Words:
         """Return the handle of a residual in memory."""
         slot = id % _MOST_UNCLAIMED
         self._words[slot] = id
-        return block_at(ctypes.addressof(self._words) + HANDLE.nbytes * slot, HANDLE.nbytes, self)
+        return block_at(
+            ctypes.addressof(self._words) + HANDLE.nbytes * slot, HANDLE.nbytes, self
+        )
 
     def append(self, address: int) -> None:
         """Do nothing: a block has died, and its memory stays."""
@@ -86,7 +90,8 @@ class Residuals:
             self._unclaimed_nbytes += kept.nbytes
             while len(self._unclaimed) > 1 and (
                 # A quarter of the memory for residuals that may never be used.
-                len(self._unclaimed) > _MOST_UNCLAIMED or self._unclaimed_nbytes > max_bytes // 4
+                len(self._unclaimed) > _MOST_UNCLAIMED
+                or self._unclaimed_nbytes > max_bytes // 4
             ):
                 oldest, entry = self._unclaimed.popitem(last=False)
                 self._unclaimed_nbytes -= entry.nbytes
@@ -129,7 +134,9 @@ class Residuals:
             session.drop_residual(id)
 
 
-_by_session: "weakref.WeakKeyDictionary[Session, Residuals]" = weakref.WeakKeyDictionary()
+_by_session: "weakref.WeakKeyDictionary[Session, Residuals]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def residuals_of(session: Session) -> Residuals:

@@ -84,7 +84,8 @@ class Action(ABC):
     def at_once(self, values: Values) -> Arrays:
         """Run on concrete arrays and Python numbers; return arrays over the blocks."""
         for spec, label in zip(self.outputs, self.labels, strict=True):
-            dtype_of(spec, label)  # before anything runs, since jax may be unable to hold an output
+            # Before anything runs, since jax may be unable to hold an output.
+            dtype_of(spec, label)
         if has_one_cpu():
             ran = self._run(list(map(source_of, values)), None)
             arrays = list(map(from_block, ran.blocks, self.outputs, self.labels))
@@ -113,7 +114,9 @@ class Action(ABC):
         ran = self._run(list(map(source_of, values)), None)
         make = functools.partial(from_block, home=home_of(values))
         arrays = list(map(make, ran.blocks, self.outputs, self.labels))
-        staged = [x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None]
+        staged = [
+            x for x in values if isinstance(x, jax.Array) and ordinal_of(x) is not None
+        ]
         if staged:
             self.session.note_staged(_nbytes_of([*staged, *arrays]))
         return ran, arrays
@@ -154,7 +157,9 @@ class Action(ABC):
     def write(self, blocks: Blocks, targets: Iterable[tuple[int, np.dtype]]) -> None:
         """Copy the outputs of a run to memory: a pointer and a dtype for each."""
         outputs = zip(blocks, self.outputs, self.labels, strict=True)
-        for (block, spec, label), (pointer, dtype) in zip(outputs, targets, strict=True):
+        for (block, spec, label), (pointer, dtype) in zip(
+            outputs, targets, strict=True
+        ):
             write(block, spec, pointer, dtype, label)
 
     @property
@@ -188,7 +193,9 @@ class Run(Action):
     def _run(self, sources: Sources, gpu: OnGpu | None) -> _Ran:
         program = self.program
         placed, copied = place(program, sources)
-        blocks = self.session.run(program, placed, copied=copied, stream=_stream_of(gpu))
+        blocks = self.session.run(
+            program, placed, copied=copied, stream=_stream_of(gpu)
+        )
         return _Ran(program, blocks, copied)
 
 
@@ -204,7 +211,9 @@ class RunKeeping(Action):
     def __call__(self, sources: Sources, gpu: OnGpu | None = None) -> Blocks:
         ran = self._run(sources, gpu)
         pool = self.session.pool if gpu is None or gpu.pool is None else gpu.pool
-        handle = self._residuals.leave(ran.residual, self.program, ran.copied, pool.max_bytes)
+        handle = self._residuals.leave(
+            ran.residual, self.program, ran.copied, pool.max_bytes
+        )
         return [*ran.blocks, handle]
 
     def _run(self, sources: Sources, gpu: OnGpu | None) -> _Ran:
@@ -219,7 +228,9 @@ class PullBack(Action):
     """From a residual's handle, the inputs of its run and cotangents of the outputs `given` to
     cotangents of `wrt`."""
 
-    def __init__(self, program: Program, kept: Positions, wrt: Positions, given: Positions) -> None:
+    def __init__(
+        self, program: Program, kept: Positions, wrt: Positions, given: Positions
+    ) -> None:
         self._plain = program
         self._wrt, self._given = wrt, given
         self._keeping = program.keeping(kept)
@@ -239,7 +250,9 @@ class PullBack(Action):
             self._residuals.check(id, self._keeping)
             placed, copied = place(pullback, sources[first_cotangent:])
             stream = _stream_of(gpu)
-            blocks = self.session.run_pullback(pullback, id, placed, copied=copied, stream=stream)
+            blocks = self.session.run_pullback(
+                pullback, id, placed, copied=copied, stream=stream
+            )
         except ResidualGone:
             tag = 0 if self._residuals.is_of_another(id, self._keeping) else tag_of(id)
             vjp = self._plain.on_model(tag).vjp(self._wrt, self._given)

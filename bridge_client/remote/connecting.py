@@ -67,7 +67,9 @@ def session_for(target: Any, framework: str) -> Session:
 
 def check_address(address: object) -> None:
     """Raise CallerError for an invalid worker address."""
-    if not isinstance(address, str) or not (address.startswith("unix:") or ":" in address):
+    if not isinstance(address, str) or not (
+        address.startswith("unix:") or ":" in address
+    ):
         raise CallerError(f"address={address!r}; expected 'unix:PATH' or 'HOST:PORT'")
 
 

@@ -11,7 +11,15 @@ from typing import NamedTuple
 from bridge_wire.errors import CallerError, CudaError, OutOfMemory
 from bridge_wire.memory.cuda import driver
 from bridge_wire.memory.cuda_memory import GpuPool, leave, leave_event
-from bridge_wire.memory.cuda_words import EVENTS, FIRST, HOST, PROBE_S, WAYS, WORDS, Words
+from bridge_wire.memory.cuda_words import (
+    EVENTS,
+    FIRST,
+    HOST,
+    PROBE_S,
+    WAYS,
+    WORDS,
+    Words,
+)
 from bridge_wire.memory.pool import Block
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -152,7 +160,9 @@ class _ByWords(_Way):
     def __init__(self, pool: GpuPool, ask: Ask) -> None:
         device = pool.device
         if not device.has_words:
-            raise CudaError("this driver's streams can neither write nor await 64-bit words")
+            raise CudaError(
+                "this driver's streams can neither write nor await 64-bit words"
+            )
         self._pool, self._device = pool, device
         stream = device.new_urgent_stream()
         try:
@@ -171,10 +181,12 @@ class _ByWords(_Way):
             self._words.write(FIRST, stream)
             if not ask(_order(words=self._block.address)).ordered.by_words:
                 raise CudaError("the worker cannot wait for words here")
-            if not self._words.comes_within(FIRST, PROBE_S) or not self._words.pass_within(
+            if not self._words.comes_within(
                 FIRST, PROBE_S
-            ):
-                raise CudaError("a stream here does not see the word written by the worker")
+            ) or not self._words.pass_within(FIRST, PROBE_S):
+                raise CudaError(
+                    "a stream here does not see the word written by the worker"
+                )
         except BaseException:
             self._words.close()
             raise
@@ -192,7 +204,10 @@ class _ByWords(_Way):
             if self._ended != self._begun:
                 self._ended = self._begun
                 self._answered.append(
-                    _Answered(self._begun, [(block.pointer, block.nbytes) for block in outputs])
+                    _Answered(
+                        self._begun,
+                        [(block.pointer, block.nbytes) for block in outputs],
+                    )
                 )
                 if len(self._answered) % _MOST_UNREAD == 0:
                     self._forget_done()
@@ -219,7 +234,9 @@ class _ByWords(_Way):
             for _, outputs in self._answered:
                 for pointer, nbytes in outputs:
                     if nbytes:
-                        self._device.fill(pointer, _NOT_A_NUMBER, nbytes, self._words.stream)
+                        self._device.fill(
+                            pointer, _NOT_A_NUMBER, nbytes, self._words.stream
+                        )
             self._answered.clear()
             self._words.release(self._ended)
 

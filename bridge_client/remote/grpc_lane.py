@@ -38,7 +38,9 @@ class GrpcLane(Lane):
         Raises:
           BridgeError: the worker refused or is unreachable.
         """
-        self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = (
+            queue.SimpleQueue()
+        )
         self._is_closed = False
         self._call = stub.Lane(_flattened(self._outgoing))
         try:
@@ -93,7 +95,9 @@ class GrpcLane(Lane):
             timer.cancel()
             in_time = over.acquire(blocking=False)
         if not in_time:
-            raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+            raise CallTimeout(
+                f"the worker gave no answer within {timeout_s} s"
+            ) from None
         if failure is not None:
             raise failure
 
@@ -101,15 +105,20 @@ class GrpcLane(Lane):
         data = self._receive().ran.data
         inline.fill(blocks, data, (self._receive().chunk for _ in itertools.count()))
 
-    def ask(self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S) -> pb.LaneReply:
+    def ask(
+        self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S
+    ) -> pb.LaneReply:
         with self._deadline(timeout_s):
             return self._exchange(iter([request]))
 
-    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+    def when_worker_goes(
+        self, watch: Callable[[], Watch], action: Callable[[], None]
+    ) -> None:
         call = self._call
 
         def ended() -> None:
-            if call.code() is not grpc.StatusCode.CANCELLED:  # this side cancels by closing
+            # This side cancels by closing.
+            if call.code() is not grpc.StatusCode.CANCELLED:
                 action()
 
         call.add_callback(ended)
@@ -185,13 +194,18 @@ def _flattened(
 def _address_on_gpu(message: pb.Run, call: Call) -> None:
     """Add the addresses of GPU tensors; 0 means a tensor sent by value."""
     message.inline = True
-    for field, tensors in ((message.inputs, call.run.inputs), (message.outputs, call.outputs)):
+    for field, tensors in (
+        (message.inputs, call.run.inputs),
+        (message.outputs, call.outputs),
+    ):
         addresses = [x.address if is_on_gpu(x.address) else 0 for x in tensors]
         if any(addresses):
             field.extend(addresses)
 
 
-def _with_bytes(request: pb.LaneRequest, inputs: Sequence[memoryview]) -> Iterator[pb.LaneRequest]:
+def _with_bytes(
+    request: pb.LaneRequest, inputs: Sequence[memoryview]
+) -> Iterator[pb.LaneRequest]:
     if inline.are_small(sum(map(len, inputs))):
         request.run.data = b"".join(inputs)
         yield request

@@ -93,7 +93,9 @@ class Lane(ABC):
         return 0
 
     @abstractmethod
-    def ask(self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S) -> pb.LaneReply:
+    def ask(
+        self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S
+    ) -> pb.LaneReply:
         """Send a request that models cannot delay; GPU requests pass a longer `timeout_s`."""
 
     def ask_about_gpu(self, request: pb.LaneRequest) -> pb.LaneReply:
@@ -130,7 +132,9 @@ class Lane(ABC):
         return self.ordering
 
     @abstractmethod
-    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+    def when_worker_goes(
+        self, watch: Callable[[], Watch], action: Callable[[], None]
+    ) -> None:
         """Register an action for the end of the connection or the worker's death.
 
         A separate thread calls `action`, which must hold no strong references.

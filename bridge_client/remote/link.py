@@ -77,7 +77,9 @@ class Terms:
 class Link:
     """A gRPC channel, its session on the worker, and idle lanes. Thread-safe."""
 
-    def __init__(self, address: str, terms: Terms, on_fallback: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: str, terms: Terms, on_fallback: Callable[[str], None]
+    ) -> None:
         """Connect, open a session and attach a first lane.
 
         `on_fallback` receives the reason if tensors must travel by value.
@@ -92,8 +94,11 @@ class Link:
         self._share_lock = threading.Lock()
         # Number of GPU lanes by `Ordering.way`.
         self.ways: Counter[str] = Counter()
-        self.has_lost_outputs = False  # whether answered calls lost outputs by the worker's death
-        self._watches: list[Watch] = []  # at most one, created with the first watched lane
+        # Whether answered calls lost outputs by the worker's death.
+        self.has_lost_outputs = False
+        self._watches: list[
+            Watch
+        ] = []  # at most one, created with the first watched lane
         self._metadata = _authorization(terms.token)
         self._channel = open_channel(address, terms.tls)
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
@@ -112,7 +117,9 @@ class Link:
             )
             self.token = opened.session
             self.slab_bytes = opened.slab_bytes
-            self._make_lane, first = self._choose_lane(opened.local_lane, terms, on_fallback)
+            self._make_lane, first = self._choose_lane(
+                opened.local_lane, terms, on_fallback
+            )
         except BaseException:
             self._channel.close()
             raise
@@ -121,7 +128,9 @@ class Link:
         # attached.
         self._idle: list[Lane] = [first]
         # Also ends an unreferenced link: the worker must not keep the session of a deleted module.
-        self._end = weakref.finalize(self, _end, self._idle, self._channel, self._watches)
+        self._end = weakref.finalize(
+            self, _end, self._idle, self._channel, self._watches
+        )
         self._end.atexit = False
 
     def prepare(
@@ -148,15 +157,21 @@ class Link:
             if not self._end.alive:  # another thread has ended the link
                 raise Stale from error
             raised = from_rpc(error, during_call=phase != "starting")
-            if isinstance(raised, WorkerUnavailable) and not isinstance(raised, WorkerDied):
+            if isinstance(raised, WorkerUnavailable) and not isinstance(
+                raised, WorkerDied
+            ):
                 raise Stale from raised
             raise raised from error
         # Another worker, or the restarted worker, answers at the address.
         except Unauthenticated as error:
             raise Stale from error
-        raise WorkerDied("the worker ended a preparation without a result; the next call retries")
+        raise WorkerDied(
+            "the worker ended a preparation without a result; the next call retries"
+        )
 
-    def take(self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None) -> Lane:
+    def take(
+        self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None
+    ) -> Lane:
         """Take a lane for one call, after sharing all slabs of the pool.
 
         The caller must give the lane back, or abandon it. For a call on a GPU, this method also
@@ -183,7 +198,8 @@ class Link:
     def give_back(self, lane: Lane) -> None:
         """Return a lane that is ready for the next call."""
         self._idle.append(lane)
-        if not self._end.alive:  # the link ended during the call and no longer closes its lanes
+        # The link ended during the call and no longer closes its lanes.
+        if not self._end.alive:
             _close(self._idle)
 
     def close(self) -> None:
@@ -212,7 +228,11 @@ class Link:
         """Wait until the worker's GPU waits are over: it must not wait for an ended process."""
         deadline = time.monotonic() + _GPU_S
         for lane in list(self._idle):
-            while lane.ordering is not None and not lane.ordering.is_done and not lane.has_ended():
+            while (
+                lane.ordering is not None
+                and not lane.ordering.is_done
+                and not lane.has_ended()
+            ):
                 if time.monotonic() > deadline:
                     return
                 time.sleep(_GPU_POLL_S)
@@ -301,7 +321,11 @@ class Link:
             share()
             if lane.ordering is None:
                 self._order(lane, gpu, share)
-        except (CudaError, OutOfMemory):  # by the worker's answer, it does not have the slab
+        except (
+            CudaError,
+            OutOfMemory,
+        ):
+            # By the worker's answer, it does not have the slab.
             self.give_back(lane)
             raise
         except BaseException:
@@ -339,9 +363,13 @@ class Link:
             try:
                 return by_socket, by_socket()
             except (OSError, BridgeError, Stale) as error:
-                reason = f"its local lane is unreachable ({error or type(error).__name__})"
+                reason = (
+                    f"its local lane is unreachable ({error or type(error).__name__})"
+                )
         if terms.lane == "local" or terms.require == "memfd":
-            raise LaneUnavailable(f"the worker shares no memory with this process: {reason}")
+            raise LaneUnavailable(
+                f"the worker shares no memory with this process: {reason}"
+            )
         on_fallback(reason)
         return by_grpc, by_grpc()
 
@@ -372,7 +400,9 @@ class _Authorized:
         def call(request: Any, timeout: float | None = None) -> Any:
             try:
                 return method(request, timeout=timeout, metadata=self._metadata)
-            except ValueError as error:  # gRPC's error if another thread has closed the channel
+            except (
+                ValueError
+            ) as error:  # gRPC's error if another thread has closed the channel
                 raise Stale from error
 
         return call
@@ -399,7 +429,9 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
         options.append(("grpc.enable_http_proxy", 0))
     if tls is None:
         return grpc.insecure_channel(address, options=options)
-    credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
+    credentials = grpc.ssl_channel_credentials(
+        tls.root_certificates, tls.key, tls.certificate
+    )
     return grpc.secure_channel(address, credentials, options=options)
 
 

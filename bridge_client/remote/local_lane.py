@@ -54,7 +54,9 @@ class LocalLane(Lane):
     def share(self, slab: Slab, timeout_s: float | None) -> None:
         """Share a slab with the worker, within `timeout_s` and at most HANDSHAKE_S seconds."""
         request = pb.LaneRequest(share=pb.Share(base=slab.base, nbytes=slab.nbytes))
-        self._exchange(request, min(timeout_s or HANDSHAKE_S, HANDSHAKE_S), descriptors=(slab.fd,))
+        self._exchange(
+            request, min(timeout_s or HANDSHAKE_S, HANDSHAKE_S), descriptors=(slab.fd,)
+        )
 
     def _run(self, request: pb.LaneRequest, call: Call) -> Any:
         request.run.inputs.extend(map(_address_of, call.run.inputs))
@@ -64,10 +66,14 @@ class LocalLane(Lane):
         self._receive(call.timeout_s)
         return outputs
 
-    def ask(self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S) -> pb.LaneReply:
+    def ask(
+        self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S
+    ) -> pb.LaneReply:
         return self._exchange(request, timeout_s)
 
-    def when_worker_goes(self, watch: Callable[[], Watch], action: Callable[[], None]) -> None:
+    def when_worker_goes(
+        self, watch: Callable[[], Watch], action: Callable[[], None]
+    ) -> None:
         connection = weakref.ref(self._socket)
 
         def ended() -> None:
@@ -102,7 +108,10 @@ class LocalLane(Lane):
         leave(_end_socket, (ordering, self._socket))
 
     def _exchange(
-        self, request: pb.LaneRequest, timeout_s: float, descriptors: tuple[int, ...] = ()
+        self,
+        request: pb.LaneRequest,
+        timeout_s: float,
+        descriptors: tuple[int, ...] = (),
     ) -> pb.LaneReply:
         self._send(request, descriptors)
         return self._receive(timeout_s)
@@ -117,7 +126,9 @@ class LocalLane(Lane):
         try:
             message = self._socket.receive(timeout_s)
         except TimeoutError:
-            raise CallTimeout(f"the worker gave no answer within {timeout_s} s") from None
+            raise CallTimeout(
+                f"the worker gave no answer within {timeout_s} s"
+            ) from None
         except OSError as error:
             raise WorkerDied(
                 "the connection to the worker broke during a call; the next call reconnects"
@@ -133,7 +144,9 @@ class LocalLane(Lane):
         try:
             reply = pb.LaneReply.FromString(message)
         except DecodeError as error:
-            raise ProtocolError("the worker sent a frame that is no LaneReply") from error
+            raise ProtocolError(
+                "the worker sent a frame that is no LaneReply"
+            ) from error
         return raise_if_failed(reply)
 
 

@@ -145,10 +145,14 @@ class RemoteSession(Session):
         self._over_link(self._name_of, program, limit_s)
         return program
 
-    def shapes(self, call: pb.Call, inputs: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    def shapes(
+        self, call: pb.Call, inputs: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[str]]:
         request = pb.PrepareRequest(shapes=shapes_of(call, inputs))
         what = f"shapes of model {call.model!r}"
-        prepared = self._over_link(lambda link: link.prepare(request, what, self.timeout_s))
+        prepared = self._over_link(
+            lambda link: link.prepare(request, what, self.timeout_s)
+        )
         return [tuple(shape.sizes) for shape in prepared.shapes]
 
     def drop_residual(self, id: int) -> None:
@@ -258,10 +262,13 @@ class RemoteSession(Session):
         call = self._call(link, run)
         lane: Lane | None = None
         try:
-            lane = link.take(self.pool, call.timeout_s, None if run.stream is None else self._gpu)
+            lane = link.take(
+                self.pool, call.timeout_s, None if run.stream is None else self._gpu
+            )
             outputs = lane.run(call)
             if forward is not None and forward.stream not in (None, run.stream):
-                lane.free_after(forward.stream)  # the pullback may have read the forward's inputs
+                # The pullback may have read the forward's inputs.
+                lane.free_after(forward.stream)
         except BaseException as error:
             self._unfinished.release_later(call.released)
             if lane is not None:
@@ -298,8 +305,12 @@ class RemoteSession(Session):
         if gpu is None:
             outputs = list(map(self.pool.lease, program.output_nbytes))
         else:
-            outputs = [gpu.lease(nbytes, run.stream or 0) for nbytes in program.output_nbytes]
-        return Call(run, name, outputs, self._unfinished.to_release(), timeout_s, self.pool)
+            outputs = [
+                gpu.lease(nbytes, run.stream or 0) for nbytes in program.output_nbytes
+            ]
+        return Call(
+            run, name, outputs, self._unfinished.to_release(), timeout_s, self.pool
+        )
 
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:
         """Return the worker's id for a program, after preparing the program on this link if
@@ -342,7 +353,10 @@ class RemoteSession(Session):
                 " cannot compute the gradient; call the function again"
             )
         outputs = decode_all(prepared.outputs)
-        results = [trees.without_origins(result) for result in (prepared.result, program.result)]
+        results = [
+            trees.without_origins(result)
+            for result in (prepared.result, program.result)
+        ]
         if program.outputs and (outputs != program.outputs or results[0] != results[1]):
             raise ModelChanged(
                 f"{what} returned {', '.join(map(str, program.outputs))} before the worker's"
@@ -360,7 +374,9 @@ class RemoteSession(Session):
                 what,
             )
 
-    def _after_failure(self, link: Link, error: BaseException, lane: Lane, call: Call) -> None:
+    def _after_failure(
+        self, link: Link, error: BaseException, lane: Lane, call: Call
+    ) -> None:
         """Give back a usable lane; otherwise keep the call's blocks until the worker releases
         them."""
         if isinstance(error, BridgeError) and not isinstance(error, ENDS_LANE):
@@ -421,7 +437,9 @@ _of_the_parent: list[Any] = []
 
 def _after_fork_in_child() -> None:
     for session in list(_sessions):
-        _of_the_parent.append((session._link, session._unfinished, session.pool, session._gpu))
+        _of_the_parent.append(
+            (session._link, session._unfinished, session.pool, session._gpu)
+        )
         session._forget_threads()
         session._start_afresh()
 

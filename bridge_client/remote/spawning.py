@@ -105,7 +105,9 @@ class _Child:
         startup_timeout_s: float,
     ) -> None:
         self._command = command
-        inherited = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+        inherited = {
+            key: value for key, value in os.environ.items() if key not in _NOT_INHERITED
+        }
         self._env = inherited | dict(env)
         self._cwd = cwd
         self._startup_timeout_s = startup_timeout_s
@@ -154,7 +156,9 @@ class _Child:
     def _start(self) -> None:
         address = f"unix:{self._directory}/worker.sock"
         process = self._process = self._popen(address)
-        output = self._output = _Output(process, f"bridge_server ready endpoint={address} ")
+        output = self._output = _Output(
+            process, f"bridge_server ready endpoint={address} "
+        )
         started = time.monotonic()
         output.wait(self._startup_timeout_s)
         if output.is_ready:
@@ -219,7 +223,9 @@ class _Output:
         self._event = threading.Event()
         self.is_ready = False
         self._threads = [
-            threading.Thread(target=read, args=(stream,), name="worker-log", daemon=True)
+            threading.Thread(
+                target=read, args=(stream,), name="worker-log", daemon=True
+            )
             for read, stream in zip(
                 (self._read_stdout, self._read_stderr), self._streams, strict=True
             )

@@ -23,7 +23,9 @@ class Watch:
         self._epoll.register(self._stop, select.EPOLLIN)
         self._is_closed = False
         arguments = (self._epoll, self._stop, self._actions)
-        threading.Thread(target=_watch, args=arguments, name="bridge-watch", daemon=True).start()
+        threading.Thread(
+            target=_watch, args=arguments, name="bridge-watch", daemon=True
+        ).start()
 
     def add(self, fd: int, action: Callable[[], None]) -> None:
         """Register an action for the end of a socket's peer.
@@ -31,7 +33,8 @@ class Watch:
         The action must hold no strong references.
         """
         self._actions[fd] = action
-        with contextlib.suppress(OSError, ValueError):  # the socket or the watch is closing
+        # The socket or the watch is closing.
+        with contextlib.suppress(OSError, ValueError):
             self._epoll.register(fd, select.EPOLLHUP)
 
     def close(self) -> None:
@@ -41,13 +44,16 @@ class Watch:
             os.eventfd_write(self._stop, 1)
 
 
-def _watch(epoll: select.epoll, stop: int, actions: dict[int, Callable[[], None]]) -> None:
+def _watch(
+    epoll: select.epoll, stop: int, actions: dict[int, Callable[[], None]]
+) -> None:
     try:
         while True:
             for fd, _ in epoll.poll():
                 if fd == stop:
                     return
-                with contextlib.suppress(OSError):  # this process may have closed the socket
+                # This process may have closed the socket.
+                with contextlib.suppress(OSError):
                     epoll.unregister(fd)
                 try:
                     actions.pop(fd)()

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec
 from bridge_client.arguments import Args, Kwargs
 from bridge_client.torch import modes
 from bridge_client.torch.graphs import function_of
-from bridge_wire import trees
+from bridge_wire.classes import instantiate
 from bridge_wire.errors import BridgeError
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,9 @@ def _traced_call(
     if modes.is_exporting():
         _pass_structures()
     try:
-        result = function_of(number).call_traced(own, _decoded(arguments), mode, is_stateful)
+        result = function_of(number).call_traced(
+            own, _decoded(arguments), mode, is_stateful
+        )
     except BridgeError as error:  # Dynamo's own error forgets the cause
         _log.error("a call that torch.compile traces has failed: %s", error)
         raise
@@ -102,7 +104,7 @@ def _decoded(value: Any) -> Any:
         return type(value)([(key, _decoded(item)) for key, item in value.items()])
     if key.startswith(_CLASS):
         cls = _named[int(key[len(_CLASS) :])]
-        return trees.instantiate(
+        return instantiate(
             cls, _fields_of(cls) or (), [_decoded(item) for item in value[key]]
         )
     return None if key == _NONE else key[len(_TEXT) :]

@@ -23,7 +23,10 @@ from bridge_client.torch.runs import (
 
 # A pullback of torch.func returns tensors of its level after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_level_of, _unwrap = torch._C._functorch.maybe_get_level, torch._C._functorch.get_unwrapped
+_level_of, _unwrap = (
+    torch._C._functorch.maybe_get_level,
+    torch._C._functorch.get_unwrapped,
+)
 
 
 Tensors = Sequence[Tensor]
@@ -41,7 +44,8 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
         transformed: Tensors = _Transformable.apply(program, *inputs)
         return transformed
-    if modes.jit_trace() is not None:  # torch.jit.trace would take the result for a constant
+    # torch.jit.trace would take the result for a constant.
+    if modes.jit_trace() is not None:
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
     if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
@@ -61,7 +65,9 @@ def prepare(program: Program, inputs: Values) -> Program:
 
 
 def _requiring_grad(inputs: Values) -> Positions:
-    return tuple([i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad])
+    return tuple(
+        [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
+    )
 
 
 def _as_in_no_grad(value: Any, level: int) -> Any:
@@ -106,10 +112,14 @@ class _Recorded(_SingleLevelFunction):
     For calls outside of torch.func's transforms, which use _Transformable instead.
     """
 
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+    _compiled_autograd_key = staticmethod(
+        torch.autograd.Function._compiled_autograd_key
+    )
 
     @staticmethod
-    def forward(ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any) -> TensorTuple:
+    def forward(
+        ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any
+    ) -> TensorTuple:
         outputs, handle = run_keeping(program.keeping(wrt), inputs)
         numbers = None
         if program.takes_numbers:
@@ -129,7 +139,11 @@ class _Recorded(_SingleLevelFunction):
         if numbers is not None:
             inputs = _merged(numbers, inputs)
         # Only the gradients that this backward pass uses are worth computing.
-        wrt = kept if len(kept) == 1 else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
+        wrt = (
+            kept
+            if len(kept) == 1
+            else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
+        )
 
         def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
             # With create_graph the derivative must be a program that can be derived again, and
@@ -140,7 +154,11 @@ class _Recorded(_SingleLevelFunction):
                 or modes.is_transforming()
                 or any(map(modes.is_legacy_batched, selected))
             ):
-                origin = program if modes.is_traced([handle]) else _on_model_of(program, handle)
+                origin = (
+                    program
+                    if modes.is_traced([handle])
+                    else _on_model_of(program, handle)
+                )
                 return _apply_derivative(origin.vjp(wrt, outputs), [*inputs, *selected])
             return pull_back(program, (kept, wrt, outputs), handle, inputs, selected)
 
@@ -172,14 +190,19 @@ class _Transformable(torch.autograd.Function):
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
         origin = program if modes.is_traced(inputs) else program.on_model(ctx.tag)
-        return (None, *_gradients_by_vjp(origin, inputs, ctx.needs_input_grad[1:], cotangents))
+        return (
+            None,
+            *_gradients_by_vjp(origin, inputs, ctx.needs_input_grad[1:], cotangents),
+        )
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> Optionals:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
         is_inexact = [spec.dtype.is_inexact for spec in program.inputs]
-        wrt = tuple(i for i, t in enumerate(tangents) if isinstance(t, Tensor) and is_inexact[i])
+        wrt = tuple(
+            i for i, t in enumerate(tangents) if isinstance(t, Tensor) and is_inexact[i]
+        )
         discrete = program.prepared.nondifferentiable_outputs
         outputs = tuple(i for i in range(len(program.outputs)) if i not in discrete)
         moved: Gradients = [None] * len(program.outputs)
@@ -269,7 +292,8 @@ def _is_wanted(ctx: Any, position: int, numbers: Values | None) -> bool:
 
 def _as_jaxs(cotangent: Tensor) -> Tensor:
     """Return a cotangent for jax.vjp: linear, where torch's gradient is conjugate-linear."""
-    if cotangent.layout is not torch.strided:  # such as a cotangent of an embedding's table
+    # Such as a cotangent of an embedding's table.
+    if cotangent.layout is not torch.strided:
         cotangent = cotangent.to_dense()
     return cotangent.conj() if cotangent.is_complex() else cotangent
 
@@ -314,7 +338,9 @@ def _differentiate_pull_back(ctx: Any, cotangents: Cotangents) -> tuple[Any, ...
     # The VJP has the same outputs for the same arrays, and can be derived from.
     program = member_for(pinned(number), arrays).vjp(wrt, outputs)
     needed = [x.requires_grad for x in arrays]
-    gradients = _gradients_by_vjp(program, as_values(program, arrays), needed, cotangents)
+    gradients = _gradients_by_vjp(
+        program, as_values(program, arrays), needed, cotangents
+    )
     return None, gradients, None, None, None, None
 
 

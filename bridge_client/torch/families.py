@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 Shapes = tuple[Shape, ...]
 Formulas = tuple[tuple[Formula, ...], ...]
 Named = tuple[tuple[Any, ...], ...]  # shapes of sizes, or of the names of unknown ones
-Told = Sequence[Sequence[str]]  # the formulas of each output's sizes, as the worker sent them
+# The formulas of each output's sizes, as the worker sent them.
+Told = Sequence[Sequence[str]]
 
 
 class Family:
@@ -75,7 +76,9 @@ class Family:
         """Return the member for these inputs; where torch traces with symbolic sizes, the family
         itself."""
         arrays_shapes = [tuple(array.shape) for array in arrays]
-        if any(isinstance(size, torch.SymInt) for shape in arrays_shapes for size in shape):
+        if any(
+            isinstance(size, torch.SymInt) for shape in arrays_shapes for size in shape
+        ):
             return self
         inputs = arrays_shapes[: len(self.inputs)]
         member = self._member(tuple(inputs))
@@ -94,9 +97,13 @@ class Family:
         for names, array in zip(self.named, arrays, strict=False):
             for name, size in zip(names, array.shape, strict=True):
                 # To compare symbolic sizes has torch.compile guard that they stay equal.
-                expected = name if isinstance(name, int) else sizes.setdefault(name, size)
+                expected = (
+                    name if isinstance(name, int) else sizes.setdefault(name, size)
+                )
                 if size != expected:
-                    raise InternalError(f"{self!r} is run on sizes that it was not compiled for")
+                    raise InternalError(
+                        f"{self!r} is run on sizes that it was not compiled for"
+                    )
         return [tuple([size(sizes) for size in output]) for output in self.formulas]
 
     def keeping(self, wrt: Positions) -> "Family":
@@ -122,7 +129,9 @@ class Family:
             " dynamic=False"
         )
 
-    def _derive(self, formulas: Formulas, method: str, *arguments: Positions) -> "Family":
+    def _derive(
+        self, formulas: Formulas, method: str, *arguments: Positions
+    ) -> "Family":
         key = (method, *arguments)
         cached = self._derived.get(key)
         if cached is not None:
@@ -206,7 +215,9 @@ def for_all_sizes(example: Program, shapes: SeenShapes) -> Family:
             inputs = [tuple(map(str, shape)) for shape in named]
             told: Told = session.shapes(call, inputs)
         except BridgeError as error:
-            _log.debug("no formulas for the outputs of %r for %s: %s", example, named, error)
+            _log.debug(
+                "no formulas for the outputs of %r for %s: %s", example, named, error
+            )
             return None
         return told
 
@@ -215,12 +226,16 @@ def for_all_sizes(example: Program, shapes: SeenShapes) -> Family:
         sized.CopyFrom(call)
         for spec, shape in zip(sized.inputs, shapes, strict=True):
             spec.shape[:] = shape
-        member: Program = session.prepare_call(sized, labels=labels, timeout_s=timeout_s)
+        member: Program = session.prepare_call(
+            sized, labels=labels, timeout_s=timeout_s
+        )
         return member
 
     answer = _most_general(shapes, ask)
     if answer is None:
-        raise SpecError(f"{example!r} has no formulas for its outputs' shapes for other sizes")
+        raise SpecError(
+            f"{example!r} has no formulas for its outputs' shapes for other sizes"
+        )
     named, told = answer
     return Family(example, named, _formulas_of(told), told, make)
 
@@ -235,7 +250,9 @@ def _most_general(
     only the sizes have one that can be unknown alone.
     """
     every_size = [size for shape in shapes for size in shape]
-    symbolic = list(dict.fromkeys(size for size in every_size if isinstance(size, Seen)))
+    symbolic = list(
+        dict.fromkeys(size for size in every_size if isinstance(size, Seen))
+    )
     different = list(dict.fromkeys(size.now for size in symbolic))
 
     def attempt(names: Mapping[Any, str]) -> tuple[Named, Told] | None:
@@ -247,7 +264,9 @@ def _most_general(
         return None if told is None else (named, told)
 
     def names_of(sizes: Sequence[int]) -> dict[Any, str]:
-        return {size: f"d{sizes.index(size.now)}" for size in symbolic if size.now in sizes}
+        return {
+            size: f"d{sizes.index(size.now)}" for size in symbolic if size.now in sizes
+        }
 
     answer = attempt({size: f"d{i}" for i, size in enumerate(symbolic)})
     if answer is None and len(different) < len(symbolic):

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bridge_client.arguments import Args, Kwargs, Values, marked_static, names_of, rebuilder
+from bridge_client.arguments import (
+    Args,
+    Kwargs,
+    Values,
+    marked_static,
+    names_of,
+    rebuilder,
+)
 from bridge_client.futures import completed
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import Session, checked_limit
@@ -36,6 +43,7 @@ from bridge_client.torch.pytrees import (
 )
 from bridge_client.torch.signatures import TENSORS, ShapeOf
 from bridge_wire import specs, trees
+from bridge_wire.classes import Classes
 from bridge_wire.errors import BridgeError, CallerError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -99,14 +107,16 @@ class RemoteJaxFunction(nn.Module):
         self._is_stateful = mutable or bool(self._rngs)
         self._mode = int(pb.MODE_UNSPECIFIED)
         self._calls: dict[Hashable, _Call] = {}
-        self._classes = trees.Classes(adopt=register_dataclass)
+        self._classes = Classes(adopt=register_dataclass)
         self._number = graphs.number_of(self)
         self._owners: Owners = []
         self._buffer_positions: list[int] = []
         infos = self._model.parameters
         if parameters == "client" and infos:
             self._owners = fetch(self, session, self._model)
-            self._buffer_positions = [i for i, info in enumerate(infos) if not info.trainable]
+            self._buffer_positions = [
+                i for i, info in enumerate(infos) if not info.trainable
+            ]
         if mutable and all(info.trainable for info in infos):
             raise CallerError(
                 f"mutable=True, but the model {self._model.name!r} has no buffers that could change"
@@ -190,7 +200,9 @@ class RemoteJaxFunction(nn.Module):
         """Call the model on tensors without values: with symbolic sizes, or if the worker has no
         formulas for them, with the sizes at present."""
         args, kwargs = arguments
-        call = partial(self._call, own, args, kwargs, mode=mode, is_stateful=is_stateful)
+        call = partial(
+            self._call, own, args, kwargs, mode=mode, is_stateful=is_stateful
+        )
         if not modes.is_transforming():
             try:
                 return call(shape_of=signatures.symbolic_shape_of)
@@ -217,7 +229,11 @@ class RemoteJaxFunction(nn.Module):
             own, args, kwargs = self._cast(self.cast_inputs, (own, args, kwargs))
         if shape_of is None:
             is_jit_tracing = modes.jit_trace() is not None
-            shape_of = signatures.fixed_shape_of if is_jit_tracing else signatures.plain_shape_of
+            shape_of = (
+                signatures.fixed_shape_of
+                if is_jit_tracing
+                else signatures.plain_shape_of
+            )
         if (
             not kwargs
             and not self._static_argnames
@@ -228,8 +244,14 @@ class RemoteJaxFunction(nn.Module):
             key, inputs = signatures.of_tensors(own, args)
         else:
             flat = flatten_fully((args, kwargs))
-            statics = self._static_leaves(args, kwargs) if self._static_argnames else _NO_LEAVES
-            key, inputs = signatures.of_pytrees(own, (args, kwargs), flat, statics, shape_of)
+            statics = (
+                self._static_leaves(args, kwargs)
+                if self._static_argnames
+                else _NO_LEAVES
+            )
+            key, inputs = signatures.of_pytrees(
+                own, (args, kwargs), flat, statics, shape_of
+            )
         mode = self._mode if mode is None else mode
         signature = (*key, mode, is_stateful)
         call = self._calls.get(signature)
@@ -250,7 +272,8 @@ class RemoteJaxFunction(nn.Module):
         """Return a call's parameters, args and kwargs in this dtype."""
         own = tensors[0]
         cast, args, kwargs = cast_floats(tensors, dtype)
-        for i in self._buffer_positions:  # statistics would lose the small change of each step
+        # Statistics would lose the small change of each step.
+        for i in self._buffer_positions:
             cast[i] = own[i]
         return cast, args, kwargs
 
@@ -286,10 +309,10 @@ class RemoteJaxFunction(nn.Module):
 
     def extra_repr(self) -> str:
         try:
-            return (
-                f"{self._model.name!r}, lane={self.session.lane!r}, memory={self.session.memory!r}"
-            )
-        except BridgeError:  # the session is closed, or its worker gone: printing must not raise
+            session = self.session
+            return f"{self._model.name!r}, lane={session.lane!r}, memory={session.memory!r}"
+        except BridgeError:
+            # The session is closed, or its worker gone: printing must not raise.
             return repr(self._model.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
@@ -310,18 +333,22 @@ class RemoteJaxFunction(nn.Module):
     def __setstate__(self, state: Kwargs) -> None:
         super().__setstate__(state)
         self._calls = {}
-        self._classes = trees.Classes(adopt=register_dataclass)
+        self._classes = Classes(adopt=register_dataclass)
         self._number = graphs.number_of(self)
         keep_all_in_slab(self.session, self._owners)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RemoteJaxFunction":
+    def _apply(
+        self, fn: Callable[[Tensor], Tensor], recurse: bool = True
+    ) -> "RemoteJaxFunction":
         super()._apply(fn, recurse)
         keep_all_in_slab(self.session, self._owners)
         return self
 
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return the leaves of static arguments."""
-        marks = marked_static(args, kwargs, self._model.arguments, self._static_argnames, marked)
+        marks = marked_static(
+            args, kwargs, self._model.arguments, self._static_argnames, marked
+        )
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
 
     def _prepare(
@@ -336,7 +363,9 @@ class RemoteJaxFunction(nn.Module):
         rngs = self._rngs if is_stateful else ()
         paths = [info.path for info in self._model.parameters] if self._owners else []
         paths += ["the key"] * bool(rngs) + trees.argument_paths(arguments)
-        shapes = [shape_of(value) if isinstance(value, Tensor) else () for value in inputs]
+        shapes = [
+            shape_of(value) if isinstance(value, Tensor) else () for value in inputs
+        ]
         x64 = self.session.x64
         described = [
             spec_of(value, path, x64, now(shape))
@@ -351,7 +380,9 @@ class RemoteJaxFunction(nn.Module):
             mutable=is_stateful and self._is_mutable,
             mode=mode,  # type: ignore[arg-type]
         )
-        plain = self.session.described_call(call, labels=paths, timeout_s=self.timeout_s)
+        plain = self.session.described_call(
+            call, labels=paths, timeout_s=self.timeout_s
+        )
         program: AnyProgram = prepare(plain, inputs)
         if any(isinstance(size, Seen) for shape in shapes for size in shape):
             program = for_all_sizes(plain, shapes)

@@ -43,7 +43,8 @@ class OnGpu(NamedTuple):
     """A run with tensors on a GPU: the outputs' device, and the run's memory and stream."""
 
     device: torch.device
-    pool: GpuPool | None  # None: the run is the host's, and the tensors are brought there and back
+    # None: the run is the host's, and the tensors are brought there and back.
+    pool: GpuPool | None
     stream: int | None
     stays: bool  # whether the pool is on that device
 
@@ -52,7 +53,9 @@ class OnGpu(NamedTuple):
         assert self.pool is not None, "a run on the host has its outputs there"
         return tensor_over(self.pool, block, spec)
 
-    def brought_back(self, outputs: Sequence[Tensor], session: Session) -> Sequence[Tensor]:
+    def brought_back(
+        self, outputs: Sequence[Tensor], session: Session
+    ) -> Sequence[Tensor]:
         """Return the outputs of the run on their device."""
         if self.stays:
             return outputs
@@ -116,7 +119,8 @@ def allocate_in(session: Session) -> Iterator[None]:
             shared.adopt(segment["address"], segment["total_size"])
     except CudaError as error:  # such as expandable segments, which have no handle
         _log.warning(
-            "tensors made in allocate_in are copied for each call after all, since %s", error
+            "tensors made in allocate_in are copied for each call after all, since %s",
+            error,
         )
 
 
@@ -158,9 +162,8 @@ def tensor_over(pool: GpuPool, block: Block, spec: Spec) -> Tensor:
     storage = torch.as_tensor(
         _Array(block, (block.nbytes,), _BYTES), device=device
     ).untyped_storage()
-    return (
-        torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(spec.shape)
-    )  # autograd sees no view
+    # Autograd sees no view.
+    return torch.empty(0, dtype=dtype, device=device).set_(storage).resize_(spec.shape)
 
 
 class _Array:

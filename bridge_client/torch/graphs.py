@@ -30,11 +30,15 @@ class Traceable(Protocol):
 _lock = threading.Lock()
 _issued: set[int] = set()  # every number that a program ever had
 _numbers: "weakref.WeakKeyDictionary[AnyProgram, int]" = weakref.WeakKeyDictionary()
-_programs: "weakref.WeakValueDictionary[int, AnyProgram]" = weakref.WeakValueDictionary()
+_programs: "weakref.WeakValueDictionary[int, AnyProgram]" = (
+    weakref.WeakValueDictionary()
+)
 _pinned: dict[int, AnyProgram] = {}  # until their session is closed
 _pinned_of: dict[Session, list[int]] = {}
 
-_functions: "weakref.WeakValueDictionary[int, Traceable]" = weakref.WeakValueDictionary()
+_functions: "weakref.WeakValueDictionary[int, Traceable]" = (
+    weakref.WeakValueDictionary()
+)
 _function_numbers = itertools.count()
 
 

@@ -24,8 +24,12 @@ from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = {name: getattr(torch, name) for name in BY_NAME}
-DTYPES: Mapping[torch.dtype, DType] = {dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name) for name in BY_NAME
+}
+DTYPES: Mapping[torch.dtype, DType] = {
+    dtype: BY_NAME[name] for name, dtype in TORCH_DTYPES.items()
+}
 
 
 # Exact types of tensors whose storage is as large as it says.
@@ -47,7 +51,9 @@ class _InSlab(NamedTuple):
     storage: torch.UntypedStorage
 
 
-def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu | None]:
+def place(
+    program: AnyProgram, inputs: Values
+) -> tuple[list[Placed], int, OnGpu | None]:
     """Return each input in the session's memory, in the program's types; the number of bytes
     copied; and the run's use of a GPU, if an input is on one."""
     pool = program.session.pool
@@ -76,7 +82,9 @@ def place(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu
         elif not spec.weak and value.is_cuda:
             return _place_beside_gpu(program, inputs)
         else:
-            block = _converted(value, spec, program.labels[len(placed)], program.session)
+            block = _converted(
+                value, spec, program.labels[len(placed)], program.session
+            )
         placed.append(block)
         copied += block.nbytes
     return placed, copied, None
@@ -99,7 +107,9 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
     return block
 
 
-def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed], int, OnGpu]:
+def _place_beside_gpu(
+    program: AnyProgram, inputs: Values
+) -> tuple[list[Placed], int, OnGpu]:
     """Place inputs as `place` does, if some of them are on a GPU."""
     session = program.session
     run = gpu.run_of(session, inputs)
@@ -117,7 +127,11 @@ def _place_beside_gpu(program: AnyProgram, inputs: Values) -> tuple[list[Placed]
             _check_readable(value, label)
             _check_memory(value, label)
             is_as_wanted = DTYPES.get(value.dtype) is spec.dtype
-            address = gpu.address_in(run.pool, value) if is_as_wanted and value.nbytes else None
+            address = (
+                gpu.address_in(run.pool, value)
+                if is_as_wanted and value.nbytes
+                else None
+            )
             if address is not None:
                 placed.append(_InSlab(address, value.untyped_storage()))
                 continue
@@ -216,7 +230,9 @@ def spec_of(value: Any, path: str, x64: bool, shape: tuple[int, ...]) -> Spec:
 
 def _check_readable(value: Tensor, path: str) -> None:
     if value.layout is not torch.strided:
-        raise StructureError(f"input `{path}` is {value.layout}; make it dense with .to_dense()")
+        raise StructureError(
+            f"input `{path}` is {value.layout}; make it dense with .to_dense()"
+        )
     if not (value.is_cpu or value.is_cuda):
         raise SpecError(
             f"input `{path}` is on {value.device}; expected the host or a CUDA device: move it with"
@@ -247,9 +263,8 @@ def _check_range(value: Tensor, spec: Spec, path: str) -> None:
     if value.numel() == 0:
         return
     bounds = torch.iinfo(TORCH_DTYPES[spec.dtype.name])
-    wide = (
-        value if value.dtype is torch.int64 else value.view(torch.int64)
-    )  # torch cannot order uint64
+    # Torch cannot order uint64.
+    wide = value if value.dtype is torch.int64 else value.view(torch.int64)
     low, high = (int(extreme) for extreme in torch.aminmax(wide))
     floor = bounds.min if value.dtype is torch.int64 else 0
     if low < floor or high > bounds.max:

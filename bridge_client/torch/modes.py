@@ -26,13 +26,19 @@ from torch.autograd import forward_ad
 
 from bridge_client.arguments import NUMBERS, Values
 
-PLAIN = {Tensor, nn.Parameter, *NUMBERS}  # types whose values have their memory in this process
+# Types whose values have their memory in this process.
+PLAIN = {
+    Tensor,
+    nn.Parameter,
+    *NUMBERS,
+}
 _AUTOCAST_DEVICES = ("cpu", "cuda")
 
 # The functions themselves: Dynamo knows them, and calls cost nothing more.
 is_compiling = torch.compiler.is_compiling
 is_exporting = torch.compiler.is_exporting
-jit_trace = torch._C._get_tracing_state  # the state of torch.jit.trace, None outside of it
+# The state of torch.jit.trace, None outside of it.
+jit_trace = torch._C._get_tracing_state
 is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _transforms = torch._C._functorch.get_interpreter_stack
@@ -82,7 +88,8 @@ def unrecorded_level() -> int | None:
     for transform in reversed(_transforms() or ()):
         if not is_enabled:
             return int(transform.level())
-        if transform.key() == TransformType.Grad:  # grad mode as it was around this transform
+        # Grad mode as it was around this transform.
+        if transform.key() == TransformType.Grad:
             is_enabled = CGradInterpreterPtr(transform).prevGradMode()
     return None if is_enabled else 0
 
@@ -116,4 +123,7 @@ def thread_state() -> Callable[[], AbstractContextManager[None]]:
 def _has_memory(value: Any) -> bool:
     """Whether a value's memory is that of its class in C++, as of numbers and of most tensor
     classes that users write."""
-    return type(value) in PLAIN or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return (
+        type(value) in PLAIN
+        or type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    )

@@ -28,7 +28,9 @@ def fetch(module: nn.Module, session: Session, model: ModelInfo) -> Owners:
     program = session.prepare_parameters(model.name)
     blocks = session.run(program, ())
     owners: Owners = []
-    for info, block, spec in zip(model.parameters, blocks, program.outputs, strict=True):
+    for info, block, spec in zip(
+        model.parameters, blocks, program.outputs, strict=True
+    ):
         tensor = from_block(block, spec)
         *branches, leaf = info.path.split(".")
         owner = module
@@ -88,7 +90,11 @@ def keep_in_slab(session: Session, tensor: Tensor) -> None:
     """
     nbytes = tensor.nbytes
     pool = session.gpu_pool() if tensor.is_cuda else session.pool
-    if nbytes == 0 or pool is None or pool.address_of(tensor.data_ptr(), nbytes) is not None:
+    if (
+        nbytes == 0
+        or pool is None
+        or pool.address_of(tensor.data_ptr(), nbytes) is not None
+    ):
         return
     is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == nbytes
     is_shared = tensor.is_cpu and tensor.is_shared()

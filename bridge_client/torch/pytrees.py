@@ -11,6 +11,7 @@ import torch
 
 from bridge_client.arguments import NUMBERS
 from bridge_wire import trees
+from bridge_wire.classes import attributes_beyond, instantiate
 from bridge_wire.errors import StructureError
 
 _NAMESPACE = "torch-jax-bridge"
@@ -61,7 +62,9 @@ def register_if_container(cls: type) -> bool:
         _register(
             cls,
             _parts_of_mapping,
-            collections.OrderedDict if issubclass(cls, collections.OrderedDict) else dict,
+            collections.OrderedDict
+            if issubclass(cls, collections.OrderedDict)
+            else dict,
         )
     elif issubclass(cls, list | tuple):
         _register(cls, _parts_of_sequence, list if issubclass(cls, list) else tuple)
@@ -81,7 +84,9 @@ def _parts_of_sequence(value: Sequence[Any]) -> Any:
     return list(value), None, tuple(range(len(value)))
 
 
-def _register(cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], Any]) -> None:
+def _register(
+    cls: type, parts_of: Callable[[Any], Any], like: Callable[[Any], Any]
+) -> None:
     """Make a container's class a pytree node; it is rebuilt as the plain class `like`."""
 
     def unflatten(keys: Any, children: Any) -> Any:
@@ -97,12 +102,12 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     def parts_of(value: Any) -> Any:
         return (
             [getattr(value, field) for field in fields],
-            trees.attributes_beyond(value, fields),
+            attributes_beyond(value, fields),
             fields,
         )
 
     def unflatten(beyond: Any, children: Any) -> Any:
-        return trees.instantiate(cls, fields, children, without=beyond)
+        return instantiate(cls, fields, children, without=beyond)
 
     with contextlib.suppress(ValueError):  # another thread was faster
         optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)

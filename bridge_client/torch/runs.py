@@ -59,10 +59,14 @@ def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
     session = program.session
 
     def make(blocks: list[Block], residual: int) -> tuple[Tensors, Tensor]:
-        return from_blocks(blocks, program.prepared.outputs, gpu), _handle(session, residual)
+        return from_blocks(blocks, program.prepared.outputs, gpu), _handle(
+            session, residual
+        )
 
     stream = None if gpu is None else gpu.stream
-    outputs, handle = session.run_keeping(program, placed, copied=copied, make=make, stream=stream)
+    outputs, handle = session.run_keeping(
+        program, placed, copied=copied, make=make, stream=stream
+    )
     return outputs if gpu is None else gpu.brought_back(outputs, session), handle
 
 
@@ -123,7 +127,8 @@ def _handle(session: Session, residual: int) -> Tensor:
 
 def _refuse_sharded(program: AnyProgram, inputs: Values) -> None:
     """Raise StructureError for a DTensor: its memory holds this rank's shard."""
-    sharding = sys.modules.get("torch.distributed.tensor")  # without it there are no DTensors
+    # Without it there are no DTensors.
+    sharding = sys.modules.get("torch.distributed.tensor")
     if sharding is None:
         return
     for value, label in zip(inputs, program.labels, strict=False):
@@ -173,7 +178,9 @@ def _operators() -> Any:
     at each run for modes that record it: 15 µs of a forward and VJP (torch 2.13).
     """
     is_derived = modes.is_in_graph()
-    return torch.ops.torch_jax_bridge_derived if is_derived else torch.ops.torch_jax_bridge
+    return (
+        torch.ops.torch_jax_bridge_derived if is_derived else torch.ops.torch_jax_bridge
+    )
 
 
 # Not by torch.library.custom_op: its wrappers took 15 µs of each call (torch 2.13).
@@ -189,7 +196,9 @@ def _operator(schema: str) -> Decorator:
     def register(function: Function) -> Function:
         for library in (LIBRARY, _DERIVED):
             library.define(schema, tags=_TAGS)
-            library.impl(schema.partition("(")[0], function, "CompositeExplicitAutograd")
+            library.impl(
+                schema.partition("(")[0], function, "CompositeExplicitAutograd"
+            )
         return function
 
     return register
@@ -220,7 +229,11 @@ def _run_operator(arrays: Tensors, program: int) -> list[Tensor]:
 @_fake("run")
 def _(arrays: Tensors, program: int) -> list[Tensor]:
     named = pinned(program)
-    handle = [torch.empty(1, dtype=torch.int64, device="cpu")] if named.keeps_residual else []
+    handle = (
+        [torch.empty(1, dtype=torch.int64, device="cpu")]
+        if named.keeps_residual
+        else []
+    )
     return _empty(named.outputs, output_shapes(named, arrays), arrays) + handle
 
 

@@ -16,19 +16,24 @@ from bridge_client.torch import modes
 from bridge_client.torch.families import Seen, seen
 from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
 from bridge_client.torch.pytrees import path_of
-from bridge_wire import trees
+from bridge_wire.classes import Classes
 from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
 ShapeOf = Callable[[Tensor], tuple[Any, ...]]
 Arguments = tuple[Args, Kwargs]
 Flat = tuple[list[Any], Any]  # leaves and structure
-Signature = tuple[list[Any], list[Any]]  # a key, and the inputs: parameters, a random key, data
+# A key, and the inputs: parameters, a random key, data.
+Signature = tuple[list[Any], list[Any]]
 
 TENSORS = {Tensor}  # types of the arguments of the usual call
 _STATIC = {bool, str, *NUMBERS}
 # Numbers that torch.compile found to change between calls: inputs of the graph, as of a call.
-_SYMBOLIC: Mapping[type, type] = {torch.SymInt: int, torch.SymFloat: float, torch.SymBool: bool}
+_SYMBOLIC: Mapping[type, type] = {
+    torch.SymInt: int,
+    torch.SymFloat: float,
+    torch.SymBool: bool,
+}
 
 
 def of_tensors(own: Sequence[Tensor], args: tuple[Tensor, ...]) -> Signature:
@@ -91,7 +96,7 @@ def of_pytrees(
 
 
 def encoded(
-    flat: Flat, statics: frozenset[int], classes: trees.Classes
+    flat: Flat, statics: frozenset[int], classes: Classes
 ) -> tuple[pb.Tree, list[Any]]:
     """Return a call's arguments as a message, and the leaves that are data, in the same order."""
     leaves, structure = flat

@@ -99,7 +99,8 @@ def _works(
 def _can_be_lowered(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec]) -> bool:
     avals = avals_of(inputs)
     try:
-        jax.jit(f).lower(bound, *avals)  # a trace alone does not refuse forward mode of custom_vjps
+        # A trace alone does not refuse forward mode of custom_vjps.
+        jax.jit(f).lower(bound, *avals)
     except Exception:
         return False
     return True

@@ -47,7 +47,9 @@ class Layout:
         """Whether programs read inputs from host memory and leave outputs there."""
         if self.device.platform != "cpu":
             return False
-        return self._mesh is not None or self.device == jax.local_devices(backend="cpu")[0]
+        return (
+            self._mesh is not None or self.device == jax.local_devices(backend="cpu")[0]
+        )
 
     @functools.cached_property
     def ordinal(self) -> int | None:
@@ -59,11 +61,15 @@ class Layout:
         """Return the model with its own parameters on the device."""
         if self._mesh is not None or self.is_on_host:
             return model
-        return dataclasses.replace(model, values=jax.device_put(list(model.values), self.device))
+        return dataclasses.replace(
+            model, values=jax.device_put(list(model.values), self.device)
+        )
 
     def context(self) -> AbstractContextManager[Any]:
         """Return the context for traces, in which models may name the axes of the mesh."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        return (
+            contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        )
 
     def shard(self, model: Model, shardings: Mapping[str, Any]) -> Model:
         """Return the model with its shardings, and with its own parameters sharded.
@@ -157,7 +163,9 @@ def _check(model: str, pattern: str, spec: Any, paths: Sequence[str]) -> None:
 
 def _spec_of(path: str, shardings: Mapping[str, Any]) -> Any:
     """Return the spec of the first pattern that matches, or None."""
-    return next((spec for pattern, spec in shardings.items() if _matches(pattern, path)), None)
+    return next(
+        (spec for pattern, spec in shardings.items() if _matches(pattern, path)), None
+    )
 
 
 def _matches(pattern: str, path: str) -> bool:

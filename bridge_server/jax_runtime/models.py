@@ -82,12 +82,16 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         )
     _warn_of_constants(name, target, parts)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
-    state = [leaf if hasattr(leaf, "dtype") else number_to_array(leaf) for _, leaf in leaves]
+    state = [
+        leaf if hasattr(leaf, "dtype") else number_to_array(leaf) for _, leaf in leaves
+    ]
     # Leaves of other types, such as PRNG keys, stay with the worker.
     sent = [i for i, leaf in enumerate(state) if dtype_name(leaf) in BY_NAME]
     labels = [_label(leaves[i][0]) for i in sent]
     if len(set(labels)) != len(labels):
-        raise TargetError(f"two parameters of {name!r} have the same path among {sorted(labels)}")
+        raise TargetError(
+            f"two parameters of {name!r} have the same path among {sorted(labels)}"
+        )
     parameters = []
     for label, i in zip(labels, sent, strict=True):
         spec = _spec(name, label, state[i], x64=x64)
@@ -121,10 +125,20 @@ def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
             "serve a pair (apply, params) whose apply(params, *args) uses these arrays, or a flax"
             " or equinox module"
         )
-        warn_of_held_arrays(_log, name, parts.documented, _is_array, noun="arrays", remedy=remedy)
-    elif parts.skips_first and isinstance(parts.state, Mapping) and "params" in parts.state:
+        warn_of_held_arrays(
+            _log, name, parts.documented, _is_array, noun="arrays", remedy=remedy
+        )
+    elif (
+        parts.skips_first
+        and isinstance(parts.state, Mapping)
+        and "params" in parts.state
+    ):
         others = sorted(str(key) for key in parts.state if key != "params")
-        moving = [key for key in others if any(map(_is_array, jax.tree.leaves(parts.state[key])))]
+        moving = [
+            key
+            for key in others
+            if any(map(_is_array, jax.tree.leaves(parts.state[key])))
+        ]
         if moving:
             _log.warning(
                 "model %r is a pair (apply, params), so training changes its collections %s like"
@@ -139,10 +153,14 @@ def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray) and value.ndim > 0
 
 
-def _buffers(parameters: Sequence[Parameter], before: Sequence[Any], state: Any) -> list[Any]:
+def _buffers(
+    parameters: Sequence[Parameter], before: Sequence[Any], state: Any
+) -> list[Any]:
     """Return the buffers' new values, as constants: no derivative passes through state."""
     # By path, since a call may add state of its own, such as values that flax's modules sow.
-    after = {_label(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    after = {
+        _label(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
     buffers: list[Any] = []
     for parameter, old in zip(parameters, before, strict=True):
         if parameter.trainable:
@@ -263,7 +281,10 @@ def _linen_parts(module: Any, variables: Any) -> Parts:
 
 def _nnx_parts(nnx: Any, module: Any) -> Parts:
     graph, state = nnx.split(module)
-    flat = [(".".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
+    flat = [
+        (".".join(map(str, path)), variable)
+        for path, variable in nnx.to_flat_state(state)
+    ]
     trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
     tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
 
@@ -288,7 +309,9 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
             return run(state, invocation)
         fresh = _copied(state)  # a call changes the variables of the state that it gets
         result, after = run(state, invocation)
-        read = _rng_streams_read(nnx, fresh, after, lambda state: run(state, invocation)[0])
+        read = _rng_streams_read(
+            nnx, fresh, after, lambda state: run(state, invocation)[0]
+        )
         if repeated := sorted(read - passed):
             raise CallerError(
                 f"the model draws from its nnx.Rngs streams {repeated}, and each call would draw"
@@ -297,14 +320,24 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
             )
         return result, after
 
-    return Parts(call, state, module.__call__, is_trainable=trainable.__contains__, has_modes=True)
+    return Parts(
+        call,
+        state,
+        module.__call__,
+        is_trainable=trainable.__contains__,
+        has_modes=True,
+    )
 
 
-def _rng_streams_read(nnx: Any, before: Any, after: Any, run: Callable[[Any], Any]) -> set[str]:
+def _rng_streams_read(
+    nnx: Any, before: Any, after: Any, run: Callable[[Any], Any]
+) -> set[str]:
     """Return the tags of the random streams that the result of a call depends on."""
     flat = dict(nnx.to_flat_state(before))
     later = dict(nnx.to_flat_state(after))
-    counts = {path: count for path, count in flat.items() if isinstance(count, nnx.RngCount)}
+    counts = {
+        path: count for path, count in flat.items() if isinstance(count, nnx.RngCount)
+    }
     if all(_leaf(later[path]) is _leaf(count) for path, count in counts.items()):
         return set()
     # Transforms such as nnx.scan replace counts that no draw has advanced, so trace whether the
@@ -320,7 +353,9 @@ def _rng_streams_read(nnx: Any, before: Any, after: Any, run: Callable[[Any], An
 
     jaxpr = jax.make_jaxpr(result_of)(list(map(_leaf, keys.values()))).jaxpr
     _, are_read = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return {key.tag for key, is_read in zip(keys.values(), are_read, strict=True) if is_read}
+    return {
+        key.tag for key, is_read in zip(keys.values(), are_read, strict=True) if is_read
+    }
 
 
 def _copied(state: Any) -> Any:
@@ -344,7 +379,9 @@ def _equinox_parts(equinox: Any, module: Any) -> Parts:
 
 def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
     """Split a module of equinox.nn.make_with_state, which takes `state=` and returns a new one."""
-    arrays, rest = equinox.partition({"model": module, "state": state}, equinox.is_array)
+    arrays, rest = equinox.partition(
+        {"model": module, "state": state}, equinox.is_array
+    )
 
     def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
         whole = equinox.combine(state, rest)
@@ -356,7 +393,9 @@ def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
     def is_trainable(label: str) -> bool:
         return label.startswith("model.")
 
-    return Parts(call, arrays, module.__call__, is_trainable=is_trainable, has_modes=True)
+    return Parts(
+        call, arrays, module.__call__, is_trainable=is_trainable, has_modes=True
+    )
 
 
 def _in_equinox_mode(equinox: Any, module: Any, invocation: Invocation) -> Any:
@@ -368,7 +407,9 @@ def _in_equinox_mode(equinox: Any, module: Any, invocation: Invocation) -> Any:
 def _haiku_parts(transformed: Any, params: Any) -> Parts:
     def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
         key = _only_key(invocation)
-        return transformed.apply(state, key, *invocation.args, **invocation.kwargs), state
+        return transformed.apply(
+            state, key, *invocation.args, **invocation.kwargs
+        ), state
 
     return Parts(call, params, transformed.apply)
 
@@ -377,7 +418,9 @@ def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
     def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
         both = state["params"], state["state"]
         key = _only_key(invocation)
-        result, after = transformed.apply(*both, key, *invocation.args, **invocation.kwargs)
+        result, after = transformed.apply(
+            *both, key, *invocation.args, **invocation.kwargs
+        )
         return result, {"state": after}
 
     def is_trainable(label: str) -> bool:
@@ -401,7 +444,9 @@ def _traced_module_parts(module: Any) -> Parts:
         return result, _nested({**params, **after})
 
     forward = module.module.forward
-    return Parts(call, _nested(arrays), forward, is_trainable=module.params.__contains__)
+    return Parts(
+        call, _nested(arrays), forward, is_trainable=module.params.__contains__
+    )
 
 
 def _traced_function_parts(function: Any) -> Parts:
@@ -426,7 +471,10 @@ def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unnested(tree: Any, names: Iterable[str]) -> dict[str, Any]:
     """Return the leaves of a tree of dicts by their names."""
-    return {name: functools.reduce(operator.getitem, name.split("."), tree) for name in names}
+    return {
+        name: functools.reduce(operator.getitem, name.split("."), tree)
+        for name in names
+    }
 
 
 def _with_keys(function: Callable[..., Any], invocation: Invocation) -> dict[str, Any]:
@@ -459,7 +507,11 @@ def _keywords_of(function: Callable[..., Any]) -> set[str] | None:
         return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {
+        p.name
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    }
 
 
 def _only_key(invocation: Invocation) -> Any:

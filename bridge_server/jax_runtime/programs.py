@@ -92,7 +92,9 @@ class KeepingProgram(Program):
         self.residual_nbytes = sum(aval.size * aval.dtype.itemsize for aval in avals)
         self._structure = linearization.structure
 
-    def pullback(self, wrt: Sequence[int], outputs: Sequence[int], *, is_pruned: bool) -> Flat:
+    def pullback(
+        self, wrt: Sequence[int], outputs: Sequence[int], *, is_pruned: bool
+    ) -> Flat:
         """Return the function from a residual and cotangents of `outputs` to cotangents of `wrt`.
 
         `is_pruned` leaves out the work for other outputs; not all releases of jax can do so.
@@ -104,7 +106,9 @@ class KeepingProgram(Program):
         def pull(residual: Sequence[Any], *cotangents: Any) -> list[Any]:
             passed = dict(zip(outputs, cotangents, strict=True))
             specs = {i: self.outputs[i] for i in self.differentiable}
-            full = [passed[i] if i in passed else zero(spec) for i, spec in specs.items()]
+            full = [
+                passed[i] if i in passed else zero(spec) for i, spec in specs.items()
+            ]
             linear = jax.tree_util.tree_unflatten(self._structure, residual)
             if is_pruned and not all(used):
                 linear = _pruned(linear, used)
@@ -128,7 +132,11 @@ def _pruned(linear: Any, used: Sequence[bool]) -> Any:
     jaxpr = pruned.replace(outvars=outvars, debug_info=jaxpr.debug_info)
     function = functools.partial(linear.fun.func, spec, known, jaxpr, avals)
     return type(linear)(
-        function, linear.in_tree, linear.out_tree, linear.args_res, linear.opaque_residuals
+        function,
+        linear.in_tree,
+        linear.out_tree,
+        linear.args_res,
+        linear.opaque_residuals,
     )
 
 

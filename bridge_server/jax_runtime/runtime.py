@@ -36,9 +36,14 @@ from bridge_server.jax_runtime.types import (
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
 from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
-from bridge_server.signatures import check_differentiable, check_pullback, check_signature
+from bridge_server.signatures import (
+    check_differentiable,
+    check_pullback,
+    check_signature,
+)
 from bridge_server.turns import Turn
 from bridge_wire import trees
+from bridge_wire.classes import Classes
 from bridge_wire.errors import (
     BridgeError,
     CallerError,
@@ -56,7 +61,11 @@ from bridge_wire.specs import Spec, decode_all
 _log = logging.getLogger(__name__)
 
 _OUTPUT = "the run of a model, noticed when its output was copied"
-_TRAINING = {pb.MODE_UNSPECIFIED: None, pb.MODE_TRAINING: True, pb.MODE_INFERENCE: False}
+_TRAINING = {
+    pb.MODE_UNSPECIFIED: None,
+    pb.MODE_TRAINING: True,
+    pb.MODE_INFERENCE: False,
+}
 
 
 class JaxRuntime(Runtime):
@@ -74,7 +83,7 @@ class JaxRuntime(Runtime):
                 "--mesh shards compiled programs over devices, but --no-jit compiles none; leave"
                 " out one of them"
             )
-        self._classes = trees.Classes(adopt=register_dataclass)
+        self._classes = Classes(adopt=register_dataclass)
         self._values = Values(_bytes_of)
 
     def describe(self) -> Description:
@@ -100,14 +109,18 @@ class JaxRuntime(Runtime):
             composed = self._flat(model, call, trees_found)
             for transform in call.transforms:
                 with self._layout.context():
-                    composed, inputs = compose(composed, bound, inputs, transform, where)
+                    composed, inputs = compose(
+                        composed, bound, inputs, transform, where
+                    )
             if call.HasField("keep"):
                 wrt = tuple(call.keep.inputs)
                 check_differentiable("keep", wrt, inputs)
                 prepared = self._prepare_keeping(composed, bound, inputs, wrt, where)
                 program: Program = yield from prepared
             else:
-                run, outputs = yield from self._compile(composed, (bound, *avals_of(inputs)), where)
+                run, outputs = yield from self._compile(
+                    composed, (bound, *avals_of(inputs)), where
+                )
                 code = lambda arrays, _: (run(bound, *arrays), None)  # noqa: E731
                 program = Program(inputs, outputs, code, where, is_async=self._is_async)
         except RemoteModelError as error:
@@ -144,7 +157,11 @@ class JaxRuntime(Runtime):
                 # The text contains all constants, and no debug information, which has file names.
                 fingerprint.add(traced.lower().as_text())
         except Exception as error:  # such as of operations that run only with --no-jit
-            _log.debug("model %r has no lowered program for its fingerprint: %s", model.name, error)
+            _log.debug(
+                "model %r has no lowered program for its fingerprint: %s",
+                model.name,
+                error,
+            )
         return fingerprint.digest()
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
@@ -155,7 +172,9 @@ class JaxRuntime(Runtime):
     def prepare_pullback(
         self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]
     ) -> Preparation:
-        assert isinstance(program, KeepingProgram), "a pullback needs a program with residuals"
+        assert isinstance(program, KeepingProgram), (
+            "a pullback needs a program with residuals"
+        )
         check_pullback(program, wrt, outputs)
         inputs = tuple(program.outputs[i] for i in outputs)
         arguments = (program.residual_avals, *avals_of(inputs))
@@ -178,23 +197,30 @@ class JaxRuntime(Runtime):
         return devices.gpu_at(self._layout.ordinal)
 
     def memory_bytes(self) -> int | None:
-        stats = self._layout.device.memory_stats()  # None for the host, and under some allocators
+        # None for the host, and under some allocators.
+        stats = self._layout.device.memory_stats()
         return stats.get("bytes_limit") if stats else None
 
     def has_failed(self) -> bool:
         if self._layout.is_on_host:
             return False
         probe = np.zeros(1, np.float32)
-        return is_refused(lambda: jax.device_put(probe, self._layout.device).block_until_ready())
+        return is_refused(
+            lambda: jax.device_put(probe, self._layout.device).block_until_ready()
+        )
 
-    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
+    def view(
+        self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None
+    ) -> Any:
         if 0 in spec.shape:
             return jnp.zeros(spec.shape, spec.dtype.name)
         if spec.weak:
             return np.from_dlpack(Exporter(pointer, spec)).item()
         if turn is not None:
             device = turn.device.dlpack_device
-            array = self._imported(DeviceExporter(pointer, spec, owner, device, turn.wait))
+            array = self._imported(
+                DeviceExporter(pointer, spec, owner, device, turn.wait)
+            )
         elif self._layout.is_on_host:
             array = importer()(Exporter(pointer, spec, owner))
         else:
@@ -208,13 +234,16 @@ class JaxRuntime(Runtime):
     def is_usable(self, view: Any) -> bool:
         return isinstance(view, np.ndarray) or not view.is_deleted()
 
-    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+    def write(
+        self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None
+    ) -> None:
         if turn is not None:
             self._write_in_turn(array, pointer, nbytes, turn)
             return
         try:
             source = array.unsafe_buffer_pointer() if self._layout.is_on_host else None
-        except Exception:  # sharded over several devices: the shards have to be gathered
+        except Exception:
+            # Sharded over several devices: the shards have to be gathered.
             source = None
         if source is None:
             with model_errors(_OUTPUT):
@@ -235,7 +264,9 @@ class JaxRuntime(Runtime):
             taken.add(pointer)
         return pointers
 
-    def _advised(self, error: RemoteModelError, model: Model, call: pb.Call) -> RemoteModelError:
+    def _advised(
+        self, error: RemoteModelError, model: Model, call: pb.Call
+    ) -> RemoteModelError:
         """Add advice to an error that a derivative of the call has caused."""
         if not call.transforms and not call.HasField("keep"):
             return error
@@ -291,10 +322,14 @@ class JaxRuntime(Runtime):
             def restricted(*primals: Any) -> tuple[list[Any], list[Any]]:
                 nonlocal differentiable
                 outputs = f(bound, *replaced(arrays, wrt, primals))
-                differentiable = tuple(i for i, y in enumerate(outputs) if is_inexact(y))
+                differentiable = tuple(
+                    i for i, y in enumerate(outputs) if is_inexact(y)
+                )
                 return [outputs[i] for i in differentiable], outputs
 
-            _, pullback, outputs = jax.vjp(restricted, *(arrays[i] for i in wrt), has_aux=True)
+            _, pullback, outputs = jax.vjp(
+                restricted, *(arrays[i] for i in wrt), has_aux=True
+            )
             residual, structure = jax.tree_util.tree_flatten(pullback)
             return outputs, residual
 
@@ -302,7 +337,9 @@ class JaxRuntime(Runtime):
         run, (outputs, residual) = yield from self._compile(forward, arguments, where)
         code = lambda arrays, _: run(bound, *arrays)  # noqa: E731
         linearization = Linearization(wrt, differentiable, residual, structure)
-        return KeepingProgram(inputs, outputs, code, where, linearization, is_async=self._is_async)
+        return KeepingProgram(
+            inputs, outputs, code, where, linearization, is_async=self._is_async
+        )
 
     @property
     def _is_async(self) -> bool:
@@ -336,7 +373,9 @@ class JaxRuntime(Runtime):
             traced = self._layout.jit(f).trace(*arguments)
             check_sizes(traced.jaxpr.jaxpr)
             if not self._jit:
-                return self._layout.placing(_eager(f, traced.out_info, where)), traced.out_info
+                return self._layout.placing(
+                    _eager(f, traced.out_info, where)
+                ), traced.out_info
             lowered = traced.lower()
         yield "compiling"
         with model_errors(where):

@@ -21,7 +21,11 @@ Flat = Callable[..., list[Any]]
 
 
 def compose(
-    f: Flat, bound: Sequence[Any], inputs: tuple[Spec, ...], transform: pb.Transform, where: str
+    f: Flat,
+    bound: Sequence[Any],
+    inputs: tuple[Spec, ...],
+    transform: pb.Transform,
+    where: str,
 ) -> tuple[Flat, tuple[Spec, ...]]:
     """Return the transformed function and its inputs."""
     kind = transform.WhichOneof("kind")
@@ -29,7 +33,9 @@ def compose(
         return _vmap(f, inputs, transform.vmap)
     if kind == "jvp":
         check_differentiable("jvp", transform.jvp.wrt, inputs)
-        check_differentiable("jvp", transform.jvp.outputs, _outputs(f, bound, inputs, where))
+        check_differentiable(
+            "jvp", transform.jvp.outputs, _outputs(f, bound, inputs, where)
+        )
         tangents = tuple(inputs[i] for i in transform.jvp.wrt)
         return _jvp(f, len(inputs), transform.jvp), inputs + tangents
     if kind == "vjp":
@@ -41,7 +47,9 @@ def compose(
     raise ProtocolError("a transform has no kind")
 
 
-def _outputs(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str) -> tuple[Spec, ...]:
+def _outputs(
+    f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], where: str
+) -> tuple[Spec, ...]:
     with model_errors(where):
         return specs_of(jax.eval_shape(f, bound, *avals_of(inputs)))
 
@@ -74,7 +82,9 @@ def _vmap(
     in_axes = tuple(None if axis < 0 else axis for axis in transform.axes)
 
     def transformed(bound: Sequence[Any], *arrays: Any) -> list[Any]:
-        return jax.vmap(lambda *xs: f(bound, *xs), in_axes=in_axes, axis_size=size)(*arrays)
+        return jax.vmap(lambda *xs: f(bound, *xs), in_axes=in_axes, axis_size=size)(
+            *arrays
+        )
 
     return transformed, mapped
 
@@ -96,7 +106,9 @@ def _restricted(
     return restricted, [xs[i] for i in wrt]
 
 
-def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def replaced(
+    xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]
+) -> list[Any]:
     """Return a copy of a list with other values at some positions."""
     copy = list(xs)
     for i, value in zip(positions, values, strict=True):

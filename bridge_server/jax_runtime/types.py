@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
-from bridge_wire import trees
+from bridge_wire.classes import Node, structured
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
@@ -50,7 +50,9 @@ def importer_on(device: jax.Device) -> Callable[[DeviceExporter], jax.Array]:
 
         def quick(exporter: Any) -> jax.Array:
             stream = device.get_stream_for_external_ready_events()
-            array: jax.Array = imported(exporter.__dlpack__(stream=stream), device, stream)
+            array: jax.Array = imported(
+                exporter.__dlpack__(stream=stream), device, stream
+            )
             return array
 
         probe = jax.device_put(np.ones(16, np.float32), device)
@@ -97,7 +99,9 @@ def is_inexact(value: Any) -> bool:
 
 
 def is_array_like(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray | np.generic | bool | int | float | complex)
+    return isinstance(
+        value, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    )
 
 
 def as_output(leaf: Any, position: int) -> Any:
@@ -114,7 +118,7 @@ def number_to_array(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
 
 
-def expand(value: Any) -> trees.Node | None:
+def expand(value: Any) -> Node | None:
     """Split any pytree node that is registered with jax; None for a leaf."""
     structure: Any
     children, structure = jax.tree_util.tree_flatten_with_path(
@@ -125,7 +129,7 @@ def expand(value: Any) -> trees.Node | None:
     names = [path_step(path[0]) for path, _ in children]
     if not all(name.isidentifier() for name in names):
         names = [f"item{i}" for i in range(len(children))]
-    return trees.structured(
+    return structured(
         type(value),
         tuple(names),
         [child for _, child in children],
@@ -152,7 +156,10 @@ def check_sizes(jaxpr: Any) -> None:
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
             shape = getattr(variable.aval, "shape", ())
-            if all(isinstance(size, int) for size in shape) and math.prod(shape) > MOST_ELEMENTS:
+            if (
+                all(isinstance(size, int) for size in shape)
+                and math.prod(shape) > MOST_ELEMENTS
+            ):
                 raise SpecError(
                     f"the model makes an array of shape {list(shape)}, which no memory can hold"
                 )

@@ -82,13 +82,16 @@ def choose(device: str | None, fraction: float | None, *, is_spread: bool) -> No
         ordinal = _ordinal(device, there)
         if device != CUDA:
             _narrow_to(ordinal)
-    os.environ.pop("BRIDGE_DEVICE", None)  # child processes inherit the narrowed environment
+    # Child processes inherit the narrowed environment.
+    os.environ.pop("BRIDGE_DEVICE", None)
 
 
 def gpu_at(ordinal: int | None) -> Gpu | None:
     """Return the GPU with this ordinal in this process's frameworks; None without a GPU."""
     return (
-        None if ordinal is None else next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
+        None
+        if ordinal is None
+        else next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
     )
 
 
@@ -103,13 +106,17 @@ def make_ready(runtime: Runtime) -> None:
     try:
         device_of(gpu.uuid)
     except CudaError as error:
-        _log.warning("clients' GPU tensors will be copied through host memory: %s", error)
+        _log.warning(
+            "clients' GPU tensors will be copied through host memory: %s", error
+        )
 
 
 def refuse_host(device: str | None, runtime: Runtime) -> None:
     """Raise CallerError if --device requires a GPU and the framework finds none."""
     about = runtime.describe()
-    has_any = runtime.gpu() is not None or any(name.startswith(CUDA) for name in about.devices)
+    has_any = runtime.gpu() is not None or any(
+        name.startswith(CUDA) for name in about.devices
+    )
     if device not in (None, CPU) and not has_any:
         raise CallerError(
             f"--device {device}, but {about.framework} finds {', '.join(about.devices)} only;"
@@ -141,9 +148,12 @@ def _visible() -> list[tuple[str, str]]:
             command, capture_output=True, text=True, check=True, timeout=_CHILD_S
         ).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        raise CallerError(f"cannot list the GPUs through the NVIDIA driver: {error}") from error
+        raise CallerError(
+            f"cannot list the GPUs through the NVIDIA driver: {error}"
+        ) from error
     return [
-        (label, name) for label, _, name in (line.partition(" ") for line in found.splitlines())
+        (label, name)
+        for label, _, name in (line.partition(" ") for line in found.splitlines())
     ]
 
 
@@ -153,10 +163,14 @@ def _ordinal(device: str, there: Sequence[tuple[str, str]]) -> int:
         matching = [int(device.removeprefix(CUDA).removeprefix(":") or 0)]
     else:
         matching = [
-            i for i, (label, _) in enumerate(there) if label.lower().startswith(device.lower())
+            i
+            for i, (label, _) in enumerate(there)
+            if label.lower().startswith(device.lower())
         ]
     if len(matching) != 1 or matching[0] >= len(there):
-        listed = ", ".join(f"cuda:{i} ({label}, {name})" for i, (label, name) in enumerate(there))
+        listed = ", ".join(
+            f"cuda:{i} ({label}, {name})" for i, (label, name) in enumerate(there)
+        )
         raise CallerError(
             f"--device {device} is not visible; this process may use {listed or 'no NVIDIA GPU'}"
         )

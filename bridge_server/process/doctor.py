@@ -8,7 +8,16 @@ from collections.abc import Iterator, Sequence
 
 from bridge_server.process import endpoints, malloc
 from bridge_wire.doctor import gpu_checks, host
-from bridge_wire.doctor.checks import BROKEN, Check, as_json, as_table, broken, ok, slow, worst
+from bridge_wire.doctor.checks import (
+    BROKEN,
+    Check,
+    as_json,
+    as_table,
+    broken,
+    ok,
+    slow,
+    worst,
+)
 from bridge_wire.errors import CallerError
 
 
@@ -45,7 +54,9 @@ def _checks() -> Iterator[Check]:
     else:
         yield ok("allocator", allocator)
     try:
-        yield ok("endpoint", f"{endpoints.parse(None).address}, the default of --listen")
+        yield ok(
+            "endpoint", f"{endpoints.parse(None).address}, the default of --listen"
+        )
     except (CallerError, OSError) as error:
         yield broken(
             "endpoint",

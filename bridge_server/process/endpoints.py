@@ -42,7 +42,9 @@ def parse(listen: str | None) -> Endpoint:
     if not (colon and host and port.isdecimal()):
         raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
     if int(port) > _LAST_PORT:
-        raise CallerError(f"--listen {listen!r} has a port above the limit {_LAST_PORT}")
+        raise CallerError(
+            f"--listen {listen!r} has a port above the limit {_LAST_PORT}"
+        )
     directory = _runtime_directory()
     _remove_lanes_of_the_dead(directory)
     # One name per process, since several workers may listen on TCP.
@@ -58,10 +60,14 @@ def _unix(path: Path) -> Endpoint:
             " choose a shorter --listen path"
         )
     if not path.parent.is_dir():
-        raise CallerError(f"the socket's directory does not exist: {path.parent}; create it first")
+        raise CallerError(
+            f"the socket's directory does not exist: {path.parent}; create it first"
+        )
     for taken in (path, Path(f"{path}{LANE_SUFFIX}")):
         if taken.exists() and not stat.S_ISSOCK(taken.stat().st_mode):
-            raise CallerError(f"{taken} exists and is not a socket; choose another --listen path")
+            raise CallerError(
+                f"{taken} exists and is not a socket; choose another --listen path"
+            )
     return Endpoint(f"unix:{path}", f"{path}{LANE_SUFFIX}", is_exposed=False)
 
 
@@ -88,8 +94,12 @@ def _runtime_directory() -> Path:
     # After su and in containers, XDG_RUNTIME_DIR may name a missing directory; on clusters TMPDIR
     # may be very long.
     parents = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
-    usable = (Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK))
-    directory = next((directory for directory in usable if _fits(directory / _DEFAULT)), None)
+    usable = (
+        Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK)
+    )
+    directory = next(
+        (directory for directory in usable if _fits(directory / _DEFAULT)), None
+    )
     if directory is None:
         raise CallerError(
             f"no directory for sockets: none of {', '.join(filter(None, parents))} is writable and"
@@ -97,7 +107,11 @@ def _runtime_directory() -> Path:
         )
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+    if (
+        not stat.S_ISDIR(status.st_mode)
+        or status.st_uid != os.geteuid()
+        or status.st_mode & 0o077
+    ):
         raise CallerError(
             f"{directory} is not a directory of this user with mode 0700; remove it or name a"
             " --listen"
@@ -110,5 +124,9 @@ def _remove_lanes_of_the_dead(directory: Path) -> None:
     for lane in directory.glob(f"*{LANE_SUFFIX}"):
         pid = lane.name.removesuffix(LANE_SUFFIX)
         # The socket's worker may live in another PID namespace, such as a container's.
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and not listens(str(lane)):
+        if (
+            pid.isdigit()
+            and not Path(f"/proc/{pid}").exists()
+            and not listens(str(lane))
+        ):
             lane.unlink(missing_ok=True)

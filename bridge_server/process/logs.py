@@ -19,7 +19,9 @@ def set_up(level: str) -> None:
 def enable_loggers() -> None:
     """Enable the worker's loggers again, since logging.config in a model's module disables them."""
     for name, logger in logging.root.manager.loggerDict.items():
-        if isinstance(logger, logging.Logger) and name.startswith(("bridge_server", "bridge_wire")):
+        if isinstance(logger, logging.Logger) and name.startswith(
+            ("bridge_server", "bridge_wire")
+        ):
             logger.disabled = False
 
 
@@ -32,5 +34,10 @@ class _JsonFormatter(logging.Formatter):
             message = f"{message}\n{self.formatException(record.exc_info)}"
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         return json.dumps(
-            {"time": when, "level": record.levelname, "logger": record.name, "message": message}
+            {
+                "time": when,
+                "level": record.levelname,
+                "logger": record.name,
+                "message": message,
+            }
         )

@@ -28,13 +28,23 @@ def restart_with_a_good_allocator() -> None:
 
     BRIDGE_ALLOCATOR=system or a preloaded allocator (jemalloc, tcmalloc) prevents the restart.
     """
-    if _MARK not in os.environ and platform.libc_ver()[0] == "glibc" and not _preloaded():
+    if (
+        _MARK not in os.environ
+        and platform.libc_ver()[0] == "glibc"
+        and not _preloaded()
+    ):
         theirs = os.environ.get("GLIBC_TUNABLES", "")
-        ours = [f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs]
+        ours = [
+            f"{name}={value}" for name, value in _TUNABLES.items() if name not in theirs
+        ]
         tunables = ":".join(filter(None, [theirs, *ours]))
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # None in a process without streams
+        # None in a process without streams.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()
-        environment = os.environ | {"GLIBC_TUNABLES": tunables, _MARK: "glibc with huge pages"}
+        environment = os.environ | {
+            "GLIBC_TUNABLES": tunables,
+            _MARK: "glibc with huge pages",
+        }
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     _log.debug("allocator: %s", chosen())
 
@@ -47,4 +57,6 @@ def chosen() -> str:
 def _preloaded() -> str:
     """Return the name of the preloaded allocator, such as "libjemalloc.so.2", or an empty text."""
     libraries = re.split("[ :]", os.environ.get("LD_PRELOAD", ""))
-    return next((os.path.basename(library) for library in libraries if "malloc" in library), "")
+    return next(
+        (os.path.basename(library) for library in libraries if "malloc" in library), ""
+    )

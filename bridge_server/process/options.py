@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_serving(add)
     _add_running(add)
     _add_security(add)
-    parser.add_argument("--version", action="version", version=f"bridge_server {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"bridge_server {__version__}"
+    )
     return parser
 
 
@@ -85,7 +87,11 @@ def _add_models(add: Callable[..., Any]) -> None:
         "run torch models through XLA, traced by torchax, also on JAX's devices",
         action="store_true",
     )
-    add("--factory", "MOD:ATTR is a function that returns the model", action="store_true")
+    add(
+        "--factory",
+        "MOD:ATTR is a function that returns the model",
+        action="store_true",
+    )
     add(
         "--warmup",
         "compile for these arguments before reporting healthy, e.g. float32[8,64]; repeatable",
@@ -124,8 +130,16 @@ def _add_serving(add: Callable[..., Any]) -> None:
 
 
 def _add_running(add: Callable[..., Any]) -> None:
-    add("--x64", "allow 64-bit floats and integers, which torch always has", action="store_true")
-    add("--no-jit", "run JAX models operation by operation, for debugging", action="store_true")
+    add(
+        "--x64",
+        "allow 64-bit floats and integers, which torch always has",
+        action="store_true",
+    )
+    add(
+        "--no-jit",
+        "run JAX models operation by operation, for debugging",
+        action="store_true",
+    )
     add(
         "--mesh",
         "shard JAX models over devices by ATTR_shardings in their modules",
@@ -155,14 +169,20 @@ def _add_security(add: Callable[..., Any]) -> None:
     )
     add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
     add("--tls-key", "private key of --tls-cert", metavar="PEM")
-    add("--insecure", "allow TCP beyond loopback without TLS or token", action="store_true")
+    add(
+        "--insecure",
+        "allow TCP beyond loopback without TLS or token",
+        action="store_true",
+    )
 
 
 def _bytes(text: str) -> int:
     number = text.rstrip("KMGTiB")
     unit = text[len(number) :].rstrip("iB")
     if not number.isdecimal() or unit not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; expected 1073741824, 512M or 2G")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; expected 1073741824, 512M or 2G"
+        )
     return int(number) * _UNITS[unit]
 
 
@@ -170,7 +190,14 @@ def _mesh(text: str) -> dict[str, int]:
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
-        if not name.isidentifier() or not size.isdecimal() or int(size) < 1 or name in axes:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; expected data=2,model=2")
+        if (
+            not name.isidentifier()
+            or not size.isdecimal()
+            or int(size) < 1
+            or name in axes
+        ):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a mesh; expected data=2,model=2"
+            )
         axes[name] = int(size)
     return axes

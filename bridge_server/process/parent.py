@@ -14,13 +14,19 @@ def watch_parent(pid: int, stop: Callable[[], None]) -> None:
 
     PR_SET_PDEATHSIG is unsuitable: the signal comes when the parent's spawning *thread* ends.
     """
-    threading.Thread(target=_wait, args=(pid, stop), name="parent-watch", daemon=True).start()
+    threading.Thread(
+        target=_wait, args=(pid, stop), name="parent-watch", daemon=True
+    ).start()
 
 
 def _wait(pid: int, stop: Callable[[], None]) -> None:
     try:
         fd = os.pidfd_open(pid)
-    except (AttributeError, OSError):  # no pidfd on this system, or the parent has already ended
+    except (
+        AttributeError,
+        OSError,
+    ):
+        # No pidfd on this system, or the parent has already ended.
         while os.getppid() == pid:
             time.sleep(_POLL_S)
     else:

@@ -30,7 +30,9 @@ def parse(text: str) -> Target:
     name, equals, path = text.rpartition("=")
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute) or (equals and not name):
-        raise TargetError(f"the target {text!r} is not of the form [NAME=]module:attribute")
+        raise TargetError(
+            f"the target {text!r} is not of the form [NAME=]module:attribute"
+        )
     return Target(name or attribute.rpartition(".")[2], module, attribute)
 
 
@@ -59,7 +61,9 @@ def load(target: Target) -> Any:
         ) from error
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
-        raise TargetError(f"importing {target.module!r} failed: {said}{_trail(error)}") from error
+        raise TargetError(
+            f"importing {target.module!r} failed: {said}{_trail(error)}"
+        ) from error
     seen = target.module
     for part in target.attribute.split("."):
         try:
@@ -78,7 +82,9 @@ def no_exit(what: str) -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        raise TargetError(f"{what} called sys.exit({error.code!r}){_trail(error)}") from error
+        raise TargetError(
+            f"{what} called sys.exit({error.code!r}){_trail(error)}"
+        ) from error
 
 
 def shardings_beside(target: Target) -> Mapping[str, Any]:
@@ -117,7 +123,11 @@ def near_matches(word: str, choices: list[str]) -> list[str]:
 
 def _near(word: str, choices: list[str]) -> str:
     matches = near_matches(word.rpartition(".")[2], choices)
-    return f"; did you mean {' or '.join(repr(match) for match in matches)}?" if matches else ""
+    return (
+        f"; did you mean {' or '.join(repr(match) for match in matches)}?"
+        if matches
+        else ""
+    )
 
 
 def _sibling_modules(module: str) -> list[str]:

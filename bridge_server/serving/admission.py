@@ -39,14 +39,18 @@ class Entrance(grpc.ServerInterceptor):
         self._free_probes = threading.Semaphore(MAX_PROBES)
         self._awaited = _Awaited()
 
-    def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
+    def intercept_service(
+        self, continuation: Any, details: grpc.HandlerCallDetails
+    ) -> Any:
         if not (details.method.startswith(_HEALTH) or self._is_known(details)):
             return _REFUSAL
         handler = continuation(details)
         if handler is None:  # unknown method
             return None
         make = (
-            grpc.stream_stream_rpc_method_handler if handler.response_streaming else _UNARY_RESPONSE
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else _UNARY_RESPONSE
         )
         serve = self._prompt(handler)
         return make(
@@ -59,7 +63,9 @@ class Entrance(grpc.ServerInterceptor):
 
     def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
         given = str(dict(details.invocation_metadata).get("authorization", ""))
-        return self._expected is None or hmac.compare_digest(given.encode(), self._expected)
+        return self._expected is None or hmac.compare_digest(
+            given.encode(), self._expected
+        )
 
     def _prompt(self, handler: "grpc.RpcMethodHandler[Any, Any]") -> _Behavior:
         """Return a handler's behavior with a deadline for the first request of the stream."""
@@ -76,7 +82,10 @@ class Entrance(grpc.ServerInterceptor):
                 return serve(self._awaited.all_of(requests, context), context)
             request = self._awaited.first_of(requests, context)
             if request is None:
-                abort(context, ProtocolError("the call ended without a request; expected one"))
+                abort(
+                    context,
+                    ProtocolError("the call ended without a request; expected one"),
+                )
             return serve(request, context)
 
         return prompt
@@ -86,7 +95,9 @@ class Entrance(grpc.ServerInterceptor):
             if not self._free_probes.acquire(blocking=False):
                 abort(
                     context,
-                    OutOfMemory(f"the worker already answers {MAX_PROBES} probes; try again later"),
+                    OutOfMemory(
+                        f"the worker already answers {MAX_PROBES} probes; try again later"
+                    ),
                 )
             if not context.add_callback(self._free_probes.release):
                 self._free_probes.release()  # the call has ended already
@@ -96,7 +107,9 @@ class Entrance(grpc.ServerInterceptor):
 
 
 def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-    abort(context, Unauthenticated("the worker's token is missing or wrong; pass token="))
+    abort(
+        context, Unauthenticated("the worker's token is missing or wrong; pass token=")
+    )
 
 
 def _lane_request(message: bytes) -> pb.LaneRequest:
@@ -119,11 +132,14 @@ class _Awaited:
     """
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[float, list[grpc.ServicerContext]]] = deque()  # the oldest first
+        # The oldest first.
+        self._calls: deque[tuple[float, list[grpc.ServicerContext]]] = deque()
         self._is_watched = False
         self._lock = threading.Lock()
 
-    def first_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> _T | None:
+    def first_of(
+        self, requests: Iterator[_T], context: grpc.ServicerContext
+    ) -> _T | None:
         """Return a call's first request, or None if the call ends without a request.
 
         Cancel the call after ATTACH_S.
@@ -132,7 +148,9 @@ class _Awaited:
         with self._lock:
             self._calls.append((time.monotonic() + ATTACH_S, awaited))
             if not self._is_watched:
-                threading.Thread(target=self._watch, name="awaited-requests", daemon=True).start()
+                threading.Thread(
+                    target=self._watch, name="awaited-requests", daemon=True
+                ).start()
                 self._is_watched = True
         try:
             return next(requests, None)
@@ -141,7 +159,9 @@ class _Awaited:
         finally:
             awaited.clear()
 
-    def all_of(self, requests: Iterator[_T], context: grpc.ServicerContext) -> Iterator[_T]:
+    def all_of(
+        self, requests: Iterator[_T], context: grpc.ServicerContext
+    ) -> Iterator[_T]:
         """Yield a client's requests, the first within ATTACH_S; a broken stream counts as ended."""
         first = self.first_of(requests, context)
         if first is not None:

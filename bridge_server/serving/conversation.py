@@ -25,7 +25,8 @@ from bridge_wire.pb import bridge_pb2 as pb
 _log = logging.getLogger(__name__)
 
 STUCK_S = 60.0  # longer than any client's GPU work lasts after the client's end
-ATTACH_S = 10.0  # deadline for a connection's first request: each connection holds a thread
+# Deadline for a connection's first request: each connection holds a thread.
+ATTACH_S = 10.0
 RAN = pb.LaneReply(ran=pb.Ran())
 _DONE = pb.LaneReply(done=pb.Done())
 
@@ -57,7 +58,11 @@ class Conversation:
                 descriptors = self._take_descriptors()
                 try:
                     session = self._session
-                    if session is None or not request.HasField("run") or request.run.inline:
+                    if (
+                        session is None
+                        or not request.HasField("run")
+                        or request.run.inline
+                    ):
                         yield from self._answer(request, descriptors)
                         continue
                     call = object()  # hot path: as few function calls as possible
@@ -130,12 +135,15 @@ class Conversation:
             for chunk in inline.chunks_of(buffers):
                 yield pb.LaneReply(chunk=chunk)
 
-    def _received(self, session: Session, data: bytes, sizes: Sequence[int]) -> list[Block]:
+    def _received(
+        self, session: Session, data: bytes, sizes: Sequence[int]
+    ) -> list[Block]:
         chunks = self._chunks()
         try:
             blocks = [session.scratch.lease(nbytes) for nbytes in sizes]
         except OutOfMemory:
-            if not data:  # the chunks are already sent: skip them, so that the lane can continue
+            # The chunks are already sent: skip them, so that the lane can continue.
+            if not data:
                 for nbytes in sizes:
                     for _ in inline.taken(nbytes, chunks):
                         pass
@@ -146,7 +154,9 @@ class Conversation:
     def _chunks(self) -> Iterator[bytes]:
         for request in self._requests:
             if request.WhichOneof("kind") != "chunk":
-                raise ProtocolError("an inline run must be followed by all bytes of its inputs")
+                raise ProtocolError(
+                    "an inline run must be followed by all bytes of its inputs"
+                )
             yield request.chunk
 
     def _refused(self, error: Exception) -> Generator[pb.LaneReply, None, bool]:

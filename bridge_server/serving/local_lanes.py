@@ -37,7 +37,9 @@ class LocalLanes:
         self._listener.bind(path)
         os.chmod(path, 0o600)
         self._listener.listen(_BACKLOG)
-        self._thread = threading.Thread(target=self._accept, name="local-lanes", daemon=True)
+        self._thread = threading.Thread(
+            target=self._accept, name="local-lanes", daemon=True
+        )
 
     def start(self) -> None:
         """Start accepting lanes."""
@@ -61,10 +63,14 @@ class LocalLanes:
             try:
                 connection, _ = self._listener.accept()
             except OSError as error:
-                if self._listener.fileno() < 0 or error.errno in (errno.EINVAL, errno.EBADF):
+                if self._listener.fileno() < 0 or error.errno in (
+                    errno.EINVAL,
+                    errno.EBADF,
+                ):
                     return  # closed by `close`
                 _log.warning("cannot accept a local lane: %s", error.strerror)
-                threading.Event().wait(0.1)  # likely out of descriptors: wait until some are closed
+                # Likely out of descriptors: wait until some are closed.
+                threading.Event().wait(0.1)
                 continue
             lane = FramedSocket(connection, takes_descriptors=True)
             with self._lock:
@@ -82,7 +88,10 @@ class LocalLanes:
             if lane.peer_uid() != os.geteuid():
                 raise Unauthenticated("a local lane serves the worker's own user only")
             conversation = Conversation(
-                self._sessions, _requests(lane), lane.take_descriptors, lane.is_connected
+                self._sessions,
+                _requests(lane),
+                lane.take_descriptors,
+                lane.is_connected,
             )
             with contextlib.closing(conversation.replies()) as replies:
                 for reply in replies:

@@ -40,7 +40,9 @@ class Programs:
     def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
         self.models = models
         # The argument types of --warmup, compiled before the first client connects.
-        self.signatures: dict[str, list[tuple[Spec, ...]]] = {name: [] for name in models}
+        self.signatures: dict[str, list[tuple[Spec, ...]]] = {
+            name: [] for name in models
+        }
         self._runtime = runtime
         self._slots: OrderedDict[object, _Slot] = OrderedDict()
         self._fingerprints: dict[bytes, bytes] = {}
@@ -51,7 +53,11 @@ class Programs:
         model = self._model(request.model)
         _check_extent(request)
         key = request.SerializeToString(deterministic=True)
-        return (yield from self._once(key, lambda: self._runtime.prepare_call(model, request)))
+        return (
+            yield from self._once(
+                key, lambda: self._runtime.prepare_call(model, request)
+            )
+        )
 
     def fingerprint(self, request: pb.Call) -> bytes:
         """Return the fingerprint of a prepared call, computed without its transforms."""
@@ -84,7 +90,9 @@ class Programs:
         model = self._model(request.call.model)
         _check_extent(request.call)
         inputs = [tuple(shape.sizes) for shape in request.inputs]
-        if [len(sizes) for sizes in inputs] != [len(spec.shape) for spec in request.call.inputs]:
+        if [len(sizes) for sizes in inputs] != [
+            len(spec.shape) for spec in request.call.inputs
+        ]:
             raise ProtocolError(
                 "a shapes request must have one shape per input of its call, of the same rank"
             )
@@ -93,16 +101,21 @@ class Programs:
                 "a shapes request has a size that is neither a number nor a name d0, d1, ..."
             )
         if request.call.transforms or request.call.HasField("keep"):
-            raise ProtocolError("a shapes request needs a call without transforms and residuals")
+            raise ProtocolError(
+                "a shapes request needs a call without transforms and residuals"
+            )
         return [
-            pb.Shape(sizes=sizes) for sizes in self._runtime.shapes(model, request.call, inputs)
+            pb.Shape(sizes=sizes)
+            for sizes in self._runtime.shapes(model, request.call, inputs)
         ]
 
     def pullback(self, program: Program, request: pb.Pullback) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
         wrt, outputs = tuple(request.wrt), tuple(request.outputs)
         if program.residual_nbytes is None:
-            raise ProtocolError("a pullback was requested of a program that keeps no residual")
+            raise ProtocolError(
+                "a pullback was requested of a program that keeps no residual"
+            )
         return (
             yield from self._once(
                 (program, wrt, outputs),
@@ -122,7 +135,8 @@ class Programs:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
             self._slots.move_to_end(key)
-            if len(self._slots) > _MAX_PROGRAMS:  # sessions keep their own references to programs
+            # Sessions keep their own references to programs.
+            if len(self._slots) > _MAX_PROGRAMS:
                 self._slots.popitem(last=False)
         if slot.program is None:
             with slot.lock:
@@ -138,10 +152,16 @@ class Programs:
 
 def _check_extent(call: pb.Call) -> None:
     """Raise SpecError for a call so large that other clients would lack time or memory."""
-    derivatives = sum(transform.WhichOneof("kind") != "vmap" for transform in call.transforms)
+    derivatives = sum(
+        transform.WhichOneof("kind") != "vmap" for transform in call.transforms
+    )
     for count, most, what in (
         (derivatives, _MOST_DERIVATIVES, f"a derivative of {derivatives} steps"),
-        (len(call.transforms), _MOST_TRANSFORMS, f"a call with {len(call.transforms)} transforms"),
+        (
+            len(call.transforms),
+            _MOST_TRANSFORMS,
+            f"a call with {len(call.transforms)} transforms",
+        ),
         (len(call.inputs), _MOST_INPUTS, f"a call with {len(call.inputs)} arrays"),
     ):
         if count > most:

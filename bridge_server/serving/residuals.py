@@ -74,5 +74,7 @@ class Residuals:
     def usage(self, owner: object) -> tuple[int, int]:
         """Return the number of an owner's residuals and their bytes."""
         with self._lock:
-            sizes = [kept.nbytes for (each, _), kept in self._kept.items() if each is owner]
+            sizes = [
+                kept.nbytes for (each, _), kept in self._kept.items() if each is owner
+            ]
         return len(sizes), sum(sizes)

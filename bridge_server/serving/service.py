@@ -77,7 +77,9 @@ class Service(BridgeServicer):
             ],
         )
 
-    def Open(self, request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+    def Open(
+        self, request: pb.OpenRequest, context: grpc.ServicerContext
+    ) -> pb.OpenReply:
         try:
             protocol = _negotiated(request)
             session = self._sessions.open()
@@ -111,14 +113,22 @@ class Service(BridgeServicer):
             session = self._sessions.find(request.session)
             with self._sessions.running(session):
                 if request.HasField("shapes"):
-                    yield pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="tracing"))
                     yield pb.PrepareEvent(
-                        prepared=pb.Prepared(shapes=self._programs.shapes(request.shapes))
+                        progress=pb.PrepareEvent.Progress(phase="tracing")
+                    )
+                    yield pb.PrepareEvent(
+                        prepared=pb.Prepared(
+                            shapes=self._programs.shapes(request.shapes)
+                        )
                     )
                     return
-                program = yield from _as_events(self._preparation(request, session.program))
+                program = yield from _as_events(
+                    self._preparation(request, session.program)
+                )
                 fingerprint = (
-                    self._programs.fingerprint(request.call) if request.HasField("call") else b""
+                    self._programs.fingerprint(request.call)
+                    if request.HasField("call")
+                    else b""
                 )
             yield pb.PrepareEvent(
                 prepared=pb.Prepared(
@@ -151,7 +161,9 @@ class Service(BridgeServicer):
         finally:
             self._free_lanes.release()
 
-    def Close(self, request: pb.CloseRequest, context: grpc.ServicerContext) -> pb.CloseReply:
+    def Close(
+        self, request: pb.CloseRequest, context: grpc.ServicerContext
+    ) -> pb.CloseReply:
         self._sessions.close(request.session)
         return pb.CloseReply()
 
@@ -164,8 +176,12 @@ class Service(BridgeServicer):
         if kind == "parameters":
             return self._programs.parameters(request.parameters)
         if kind == "pullback":
-            return self._programs.pullback(program_of(request.pullback.program), request.pullback)
-        raise ProtocolError("a Prepare request must name a call, parameters, a pullback or shapes")
+            return self._programs.pullback(
+                program_of(request.pullback.program), request.pullback
+            )
+        raise ProtocolError(
+            "a Prepare request must name a call, parameters, a pullback or shapes"
+        )
 
 
 def _as_events(preparation: Preparation) -> Generator[pb.PrepareEvent, None, Program]:

@@ -17,7 +17,12 @@ from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
 from bridge_wire.memory import cuda_words
 from bridge_wire.memory.allocator import ALIGNMENT
 from bridge_wire.memory.cuda import Device, device_of
-from bridge_wire.memory.cuda_memory import GpuSlab, copied_to_host, end_what_is_left, open_received
+from bridge_wire.memory.cuda_memory import (
+    GpuSlab,
+    copied_to_host,
+    end_what_is_left,
+    open_received,
+)
 from bridge_wire.memory.pool import Block, Pool
 from bridge_wire.memory.slabs import Slab, map_received
 from bridge_wire.pb import bridge_pb2 as pb
@@ -70,7 +75,9 @@ def nbytes_of(specs: Sequence[Spec]) -> list[int]:
 
 def _is_on_gpu(place: _Place, spec: Spec) -> bool:
     if place.is_on_gpu and spec.weak:
-        raise ProtocolError("a Python number is in GPU memory; expected it in host memory")
+        raise ProtocolError(
+            "a Python number is in GPU memory; expected it in host memory"
+        )
     return place.is_on_gpu
 
 
@@ -87,7 +94,8 @@ class Session:
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
     is_closed: bool = False
-    ended: threading.Event = field(default_factory=threading.Event)  # everything is released
+    # Everything is released.
+    ended: threading.Event = field(default_factory=threading.Event)
     slabs: tuple[Slab, ...] = ()
     programs: dict[int, Program] = field(default_factory=dict)
     # Memory for the arrays of inline calls; unused by clients that pass every tensor by address.
@@ -123,7 +131,10 @@ class Session:
             if slab.base > 2**63 - slab.nbytes:
                 raise ProtocolError("a slab ends beyond the address space")
             for other in self.slabs:
-                if slab.base < other.base + other.nbytes and other.base < slab.base + slab.nbytes:
+                if (
+                    slab.base < other.base + other.nbytes
+                    and other.base < slab.base + slab.nbytes
+                ):
                     raise ProtocolError("a slab overlaps another slab of this session")
             self.slabs = (*self.slabs, slab)
 
@@ -140,7 +151,9 @@ class Session:
                     "the words of a lane must lie on the GPU, aligned to their size"
                 )
             words = place.pointer
-        return turn_with(device, order.event, words, self.runtime.stream(), is_connected)
+        return turn_with(
+            device, order.event, words, self.runtime.stream(), is_connected
+        )
 
     def _device(self, what: str) -> Device:
         gpu = self.runtime.gpu()
@@ -198,15 +211,25 @@ class Session:
         """
         program = self.program(request.program)
         named = addressed(request.outputs, program.output_nbytes)
-        leaving = [self.scratch.lease(nbytes) for address, nbytes in named if not address]
-        sources = self._places(addressed(request.inputs, nbytes_of(program.inputs)), received)
+        leaving = [
+            self.scratch.lease(nbytes) for address, nbytes in named if not address
+        ]
+        sources = self._places(
+            addressed(request.inputs, nbytes_of(program.inputs)), received
+        )
         targets = self._places(named, leaving)
         views = [
-            None if _is_on_gpu(place, spec) else self.runtime.view(place.pointer, spec, place.owner)
+            None
+            if _is_on_gpu(place, spec)
+            else self.runtime.view(place.pointer, spec, place.owner)
             for place, spec in zip(sources, program.inputs, strict=True)
         ]
         plan = _Plan(
-            program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets))
+            program,
+            sources,
+            views,
+            targets,
+            any(place.is_on_gpu for place in (*sources, *targets)),
         )
         if plan.is_on_gpu:
             self._run_in_turn(plan, request.residual, turn, request.turn)
@@ -214,9 +237,13 @@ class Session:
             self._run(program, request.residual, views, targets, None)
         return leaving
 
-    def _run_in_turn(self, plan: _Plan, residual: int, turn: Turn | None, number: int) -> None:
+    def _run_in_turn(
+        self, plan: _Plan, residual: int, turn: Turn | None, number: int
+    ) -> None:
         if turn is None:
-            raise ProtocolError("a lane must send `order` before it runs a program on GPU memory")
+            raise ProtocolError(
+                "a lane must send `order` before it runs a program on GPU memory"
+            )
         turn.begin(number)
         try:
             views = [
@@ -246,11 +273,15 @@ class Session:
         if program.pullback_of is not None:
             kept = self.residuals.find(self, residual)
             if kept.program is not program.pullback_of:
-                raise ProtocolError(f"the residual {residual} was kept by another program")
+                raise ProtocolError(
+                    f"the residual {residual} was kept by another program"
+                )
             read = kept.value
         outputs, value = program.run(inputs, read)
         write = self.runtime.write
-        for output, (pointer, nbytes, _, is_on_gpu) in zip(outputs, targets, strict=True):
+        for output, (pointer, nbytes, _, is_on_gpu) in zip(
+            outputs, targets, strict=True
+        ):
             if nbytes:
                 write(output, pointer, nbytes, turn if is_on_gpu else None)
         if (kept_nbytes := program.residual_nbytes) is not None:
@@ -261,7 +292,9 @@ class Session:
                 )
             self.residuals.keep(self, residual, Kept(program, value, kept_nbytes))
 
-    def _plan(self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> _Plan:
+    def _plan(
+        self, name: int, inputs: tuple[int, ...], outputs: tuple[int, ...]
+    ) -> _Plan:
         """Check a run's addresses and return its plan."""
         program = self.program(name)
         if len(inputs) != len(program.inputs) or len(outputs) != len(program.outputs):
@@ -273,14 +306,23 @@ class Session:
             self._locate(address, spec.nbytes)
             for address, spec in zip(inputs, program.inputs, strict=True)
         ]
-        views = [self._view(*named) for named in zip(inputs, sources, program.inputs, strict=True)]
+        views = [
+            self._view(*named)
+            for named in zip(inputs, sources, program.inputs, strict=True)
+        ]
         targets = [
-            self._locate(*named) for named in zip(outputs, program.output_nbytes, strict=True)
+            self._locate(*named)
+            for named in zip(outputs, program.output_nbytes, strict=True)
         ]
         plan = _Plan(
-            program, sources, views, targets, any(place.is_on_gpu for place in (*sources, *targets))
+            program,
+            sources,
+            views,
+            targets,
+            any(place.is_on_gpu for place in (*sources, *targets)),
         )
-        if not any(spec.weak for spec in program.inputs):  # Python numbers are read at each run
+        # Python numbers are read at each run.
+        if not any(spec.weak for spec in program.inputs):
             if len(self._plans) >= _MAX_CACHED:
                 self._plans.clear()
             self._plans[name, inputs, outputs] = plan
@@ -299,7 +341,9 @@ class Session:
                 self._views[address, spec] = view
         return view
 
-    def _places(self, named: Sequence[tuple[int, int]], by_value: Sequence[Block]) -> list[_Place]:
+    def _places(
+        self, named: Sequence[tuple[int, int]], by_value: Sequence[Block]
+    ) -> list[_Place]:
         """Return the locations of arrays: GPU addresses, and the given blocks for the others."""
         blocks = iter(by_value)
         places = []
@@ -327,14 +371,21 @@ class Session:
                 and address - slab.base <= slab.nbytes - nbytes
             ):
                 return _Place(
-                    slab.pointer + (address - slab.base), nbytes, slab, isinstance(slab, GpuSlab)
+                    slab.pointer + (address - slab.base),
+                    nbytes,
+                    slab,
+                    isinstance(slab, GpuSlab),
                 )
-        raise ProtocolError(f"no shared slab holds a block of {nbytes} bytes at the given address")
+        raise ProtocolError(
+            f"no shared slab holds a block of {nbytes} bytes at the given address"
+        )
 
     def peek(self, request: pb.Peek) -> bytes:
         """Return a few bytes of the client's memory, as this process sees them."""
         if request.nbytes > _MOST_PEEKED:
-            raise ProtocolError(f"a peek of {request.nbytes} bytes; the limit is {_MOST_PEEKED}")
+            raise ProtocolError(
+                f"a peek of {request.nbytes} bytes; the limit is {_MOST_PEEKED}"
+            )
         place = self._locate(request.address, request.nbytes)
         if place.is_on_gpu:
             return copied_to_host(self._device("memory"), place.pointer, place.nbytes)

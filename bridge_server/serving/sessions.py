@@ -73,7 +73,9 @@ class Sessions:
                 raise OutOfMemory(
                     f"the worker already has {_MAX_SESSIONS} sessions with lanes; try again later"
                 )
-            session = Session(secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals)
+            session = Session(
+                secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals
+            )
             session.scratch.limit(self.slab_bytes)
             self._by_token[session.token] = session
         return session
@@ -86,7 +88,9 @@ class Sessions:
         """
         session = self._by_token.get(token)
         if session is None or session.is_closed:
-            raise Unauthenticated("the session token is not valid here; open a session first")
+            raise Unauthenticated(
+                "the session token is not valid here; open a session first"
+            )
         return session
 
     def attach(self, token: bytes) -> Session:

@@ -31,9 +31,13 @@ def warm_up(programs: Programs, text: str) -> None:
     model = programs.models.get(name)
     parameters = model.parameters if model else ()
     call.parameters = bool(parameters)
-    call.inputs.extend(specs.encode(spec) for spec in (*(p.spec for p in parameters), *arrays))
+    call.inputs.extend(
+        specs.encode(spec) for spec in (*(p.spec for p in parameters), *arrays)
+    )
     trainable = [i for i, parameter in enumerate(parameters) if parameter.trainable]
-    floats = [i for i, spec in enumerate(arrays, len(parameters)) if spec.dtype.is_inexact]
+    floats = [
+        i for i, spec in enumerate(arrays, len(parameters)) if spec.dtype.is_inexact
+    ]
     _log.info("warming up %s", text)
     finish(programs.call(call))
     programs.fingerprint(call)

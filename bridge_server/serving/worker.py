@@ -67,7 +67,9 @@ class Worker:
         self._health = health.HealthServicer()
         # The pool starts threads on demand.
         pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")
-        self._server = grpc.server(pool, interceptors=[Entrance(security.token)], options=_OPTIONS)
+        self._server = grpc.server(
+            pool, interceptors=[Entrance(security.token)], options=_OPTIONS
+        )
         add_BridgeServicer_to_server(
             Service(runtime, programs, sessions, endpoint.lane_path), self._server
         )
@@ -113,13 +115,21 @@ class Worker:
         try:
             if security.certificate and security.key:
                 reasons += ", or --tls-cert and --tls-key are not certificate and key in PEM form"
-                credentials = grpc.ssl_server_credentials([(security.key, security.certificate)])
+                credentials = grpc.ssl_server_credentials(
+                    [(security.key, security.certificate)]
+                )
                 port = self._server.add_secure_port(address, credentials)
             else:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise CallerError(f"cannot listen on {address}: {reasons} ({error})") from error
-        return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+            raise CallerError(
+                f"cannot listen on {address}: {reasons} ({error})"
+            ) from error
+        return (
+            address
+            if address.startswith("unix:")
+            else f"{address.rpartition(':')[0]}:{port}"
+        )
 
 
 @contextlib.contextmanager
@@ -134,6 +144,8 @@ def _private_files() -> Iterator[None]:
 def _remove_stale_socket(path: str) -> None:
     """Remove the socket of a killed worker, but never the socket of a running worker."""
     if listens(path):
-        raise CallerError(f"another worker listens at {path}; stop it or choose another --listen")
+        raise CallerError(
+            f"another worker listens at {path}; stop it or choose another --listen"
+        )
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

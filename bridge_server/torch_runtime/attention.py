@@ -20,7 +20,11 @@ _FUSED: Sequence[_Setting] = (
 )
 # In eval mode without gradients, nn.TransformerEncoder gives padded positions other values than
 # under autograd.
-HAVE_FAST_PATH = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
+HAVE_FAST_PATH = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+)
 _FAST_PATH: Sequence[_Setting] = ((mha.get_fastpath_enabled, mha.set_fastpath_enabled),)
 
 

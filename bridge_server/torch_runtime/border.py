@@ -25,7 +25,9 @@ class Border:
     def __init__(self, specs: Sequence[Spec], where: str) -> None:
         self._where = where
         self._specs = specs
-        self._types = [(TORCH_DTYPES[spec.dtype], torch.Size(spec.shape)) for spec in specs]
+        self._types = [
+            (TORCH_DTYPES[spec.dtype], torch.Size(spec.shape)) for spec in specs
+        ]
 
     def checked(self, outputs: Sequence[Any]) -> Sequence[Tensor]:
         """Return the outputs as strided tensors with memory, of declared dtypes and shapes.

@@ -97,14 +97,18 @@ class CodeOfFunction(Code):
 class CodeOfPair(Code):
     """A function whose first argument is its state."""
 
-    def __init__(self, function: Callable[..., Any], structure: Any, own: Sequence[Tensor]) -> None:
+    def __init__(
+        self, function: Callable[..., Any], structure: Any, own: Sequence[Tensor]
+    ) -> None:
         super().__init__(function)
         self._structure = structure
         self._own = own
 
     def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
         state = list(self._own if values is None else values)
-        return self._target(pytree.tree_unflatten(state, self._structure), *args, **kwargs), state
+        return self._target(
+            pytree.tree_unflatten(state, self._structure), *args, **kwargs
+        ), state
 
 
 class CodeOfModule(Code):
@@ -114,7 +118,9 @@ class CodeOfModule(Code):
     time itself, and holds its own state between calls.
     """
 
-    def __init__(self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def __init__(
+        self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
         super().__init__(module)
         self._original = _Refillable(module, own)
         self._own = own
@@ -126,7 +132,9 @@ class CodeOfModule(Code):
             self._idle.append(self._copied())
         except Exception as error:
             name = type(module).__name__
-            _log.warning("%s cannot be copied, so it serves one call at a time: %s", name, error)
+            _log.warning(
+                "%s cannot be copied, so it serves one call at a time: %s", name, error
+            )
             self._one_at_a_time = threading.RLock()
 
     def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
@@ -192,7 +200,9 @@ class _Refillable:
             if id(each) in positions
         ]
         self._first = {i: (held, name) for held, name, i in reversed(self._places)}
-        self._recurrent = [part for part in module.modules() if isinstance(part, nn.RNNBase)]
+        self._recurrent = [
+            part for part in module.modules() if isinstance(part, nn.RNNBase)
+        ]
         self._parts = list(module.modules())
         self._at_rest = PythonState(module)
         # Whether the last call's graph may call the module again, as torch.utils.checkpoint does.
@@ -204,21 +214,29 @@ class _Refillable:
 
         Afterwards, restore its state; if a graph holds the module, keep the values.
         """
-        references = list(map(sys.getrefcount, self._parts)) if torch.is_grad_enabled() else []
+        references = (
+            list(map(sys.getrefcount, self._parts)) if torch.is_grad_enabled() else []
+        )
         if values is not None:
             self._fill(values)
         try:
             result = self.module(*args, **kwargs)
-            places = map(self._first.__getitem__, range(0 if values is None else len(values)))
+            places = map(
+                self._first.__getitem__, range(0 if values is None else len(values))
+            )
             return result, [held[name] for held, name in places]
         finally:
             now = map(sys.getrefcount, self._parts)
-            self.is_held = torch.is_grad_enabled() and any(map(operator.gt, now, references))
+            self.is_held = torch.is_grad_enabled() and any(
+                map(operator.gt, now, references)
+            )
             self._at_rest.restore()
             if self.is_held and values is not None:
                 self._fill(values)
 
-    def call_alone(self, values: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Outcome:
+    def call_alone(
+        self, values: Sequence[Tensor], args: Args, kwargs: Kwargs
+    ) -> Outcome:
         """Call the module with these values.
 
         Raises:

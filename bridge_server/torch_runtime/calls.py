@@ -14,6 +14,7 @@ from bridge_server.torch_runtime.results import Results
 from bridge_server.torch_runtime.tracing import Traced, Trial
 from bridge_server.torch_runtime.types import TORCH_DTYPES
 from bridge_wire import trees
+from bridge_wire.classes import Classes
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -32,7 +33,7 @@ class Call:
         model: Model,
         call: pb.Call,
         inputs: tuple[Spec, ...],
-        classes: trees.Classes,
+        classes: Classes,
         device: torch.device,
         where: str,
     ) -> None:
@@ -48,7 +49,8 @@ class Call:
         self.key = self._passed if call.rngs else None  # its position among the inputs
         self.leaves = self._passed + (self.key is not None)  # the first leaf's position
         buffers = [i for i, each in enumerate(model.parameters) if not each.trainable]
-        self._buffers = buffers if call.mutable else []  # positions of buffers to return
+        # Positions of buffers to return.
+        self._buffers = buffers if call.mutable else []
         paths = [model.parameters[i].path for i in self._buffers]
         self._results = Results(model.name, classes, paths)
         self._is_traced = False
@@ -77,10 +79,14 @@ class Call:
 
     def __call__(self, arrays: Sequence[Any]) -> list[Tensor]:
         """Return the outputs: the result's tensors, then the buffers if the call is mutable."""
-        state: Sequence[Tensor] | None = None if self._is_bound else arrays[: self._passed]
+        state: Sequence[Tensor] | None = (
+            None if self._is_bound else arrays[: self._passed]
+        )
         leaves = arrays[self.leaves :]
         if self._written_state:
-            state = _cloned(self._model.values if state is None else state, self._written_state)
+            state = _cloned(
+                self._model.values if state is None else state, self._written_state
+            )
         if self._written_leaves:
             leaves = _cloned(leaves, self._written_leaves)
         if self.key is not None:
@@ -122,7 +128,9 @@ class Call:
             dtypes = [TORCH_DTYPES[spec.dtype] for spec in self.inputs[: self._passed]]
         inputs = self.inputs[self.leaves :]
         snapshot = self._model.apply.python_state
-        return Trial(self._isolated, state, dtypes, inputs, self.device, self.where, snapshot)
+        return Trial(
+            self._isolated, state, dtypes, inputs, self.device, self.where, snapshot
+        )
 
     def _refuse_unregistered_uses(self, traced: Traced) -> None:
         path = self._model.parameters[min(traced.unregistered_uses)].path
@@ -140,13 +148,20 @@ class Call:
         if not traced.is_fake:
             # Other values may take another branch. Weights can be large, and no known model changes
             # only weights.
-            written |= {i for i, parameter in enumerate(parameters) if not parameter.trainable}
-        has_numbers = any(spec.weak for spec in leaves)  # a trace holds for its numbers only
+            written |= {
+                i for i, parameter in enumerate(parameters) if not parameter.trainable
+            }
+        # A trace holds for its numbers only.
+        has_numbers = any(spec.weak for spec in leaves)
         if has_numbers or not traced.is_fake:
-            written |= {len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak}
+            written |= {
+                len(parameters) + i for i, spec in enumerate(leaves) if not spec.weak
+            }
         return written
 
-    def _isolated(self) -> Callable[[Sequence[Tensor] | None, Sequence[Any]], list[Tensor]]:
+    def _isolated(
+        self,
+    ) -> Callable[[Sequence[Tensor] | None, Sequence[Any]], list[Tensor]]:
         return functools.partial(self._outputs_of, apply=self._model.apply.isolated())
 
     def _outputs_of(
@@ -160,14 +175,17 @@ class Call:
         else:
             args, kwargs = trees.build(self._arguments, leaves, self._classes)
             value, after = apply(state, args, kwargs)
-        buffers = [after[i].detach() for i in self._buffers]  # no gradient passes through state
+        # No gradient passes through state.
+        buffers = [after[i].detach() for i in self._buffers]
         flatten = self._results.take if self._is_traced else self._results.learn
         return flatten(value, buffers)
 
 
 def _is_flat(arguments: pb.Tree) -> bool:
     args, kwargs = arguments.tuple.items
-    return not kwargs.dict.items and all(each.HasField("leaf") for each in args.tuple.items)
+    return not kwargs.dict.items and all(
+        each.HasField("leaf") for each in args.tuple.items
+    )
 
 
 def _cloned(tensors: Sequence[Any], positions: Sequence[int]) -> list[Any]:

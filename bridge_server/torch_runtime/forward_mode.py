@@ -40,7 +40,9 @@ def pushed_forward(
         return [torch.zeros_like(y) for y in f(primals)]
     # Grad mode is enabled so that the function mode sees where the code disables it.
     with _pushing, torch.enable_grad(), _NoGradStopsBoth():
-        pushed = torch.func.jvp(lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents))[1]
+        pushed = torch.func.jvp(
+            lambda *xs: tuple(f(xs)), tuple(primals), tuple(tangents)
+        )[1]
         return list(pushed)
 
 

@@ -66,7 +66,9 @@ def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
     """
     reachable = nodes_of([_edge(y) for y in outputs])
     nodes = [node for node in reachable if isinstance(node, BackwardCFunction)]
-    handles = [node.register_hook(functools.partial(_refuse_lost, node)) for node in nodes]
+    handles = [
+        node.register_hook(functools.partial(_refuse_lost, node)) for node in nodes
+    ]
     try:
         yield
     finally:
@@ -126,7 +128,11 @@ def nodes_of(edges: Sequence[Any]) -> set[Any]:
         node = waiting.pop()
         if node not in nodes:
             nodes.add(node)
-            waiting += [following for following, _ in node.next_functions if following is not None]
+            waiting += [
+                following
+                for following, _ in node.next_functions
+                if following is not None
+            ]
     return nodes
 
 

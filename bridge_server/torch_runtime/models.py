@@ -9,7 +9,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bridge_server.held_arrays import warn_of_held_arrays
-from bridge_server.torch_runtime.callables import Code, CodeOfFunction, CodeOfModule, CodeOfPair
+from bridge_server.torch_runtime.callables import (
+    Code,
+    CodeOfFunction,
+    CodeOfModule,
+    CodeOfPair,
+)
 from bridge_server.torch_runtime.types import DTYPES, HOST
 from bridge_wire.errors import TargetError
 
@@ -44,7 +49,9 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
     if callable(target) and not isinstance(target, type):
-        warn_of_held_arrays(_log, name, target, _is_array, noun="tensors", remedy=_REMEDY)
+        warn_of_held_arrays(
+            _log, name, target, _is_array, noun="tensors", remedy=_REMEDY
+        )
         return Parts(CodeOfFunction(target), {}, frozenset(), target)
     return None
 
@@ -61,11 +68,15 @@ def _moved(target: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(Tensor, lambda each: each.to(device), target)
 
 
-def _of_pair(name: str, function: Callable[..., Any], params: Mapping[str, Any]) -> Parts:
+def _of_pair(
+    name: str, function: Callable[..., Any], params: Mapping[str, Any]
+) -> Parts:
     leaves, structure = pytree.tree_flatten_with_path(params)
     state = {".".join(str(_step(step)) for step in path): leaf for path, leaf in leaves}
     if len(state) != len(leaves):
-        raise TargetError(f"two parameters of {name!r} have the same path among {sorted(state)}")
+        raise TargetError(
+            f"two parameters of {name!r} have the same path among {sorted(state)}"
+        )
     _check(name, state)
     code = CodeOfPair(function, structure, [leaf.detach() for leaf in state.values()])
     trainable = frozenset(label for label, leaf in state.items() if _is_inexact(leaf))
@@ -74,16 +85,23 @@ def _of_pair(name: str, function: Callable[..., Any], params: Mapping[str, Any])
 
 def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Parts:
     """Split a module; tensors in `params` replace its own tensors of the same names."""
-    own: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own: dict[str, Tensor] = {
+        **dict(module.named_parameters()),
+        **dict(module.named_buffers()),
+    }
     if unknown := sorted(params.keys() - own.keys()):
-        raise TargetError(f"{name!r} has no parameter {unknown[0]!r}; it has {sorted(own)[:20]}")
+        raise TargetError(
+            f"{name!r} has no parameter {unknown[0]!r}; it has {sorted(own)[:20]}"
+        )
     # Tensors without a counterpart in the other framework, such as quantized weights, stay with
     # the worker.
     sent = {label: each for label, each in own.items() if _can_be_sent(each)}
     state = {label: params.get(label, each) for label, each in sent.items()}
     _check(name, state)
     trained = {label for label, each in module.named_parameters() if each.requires_grad}
-    trainable = frozenset(label for label in trained & state.keys() if _is_inexact(state[label]))
+    trainable = frozenset(
+        label for label in trained & state.keys() if _is_inexact(state[label])
+    )
     values = [each.detach() for each in state.values()]
     code = CodeOfModule(module, list(sent.values()), values)
     return Parts(code, state, trainable, module.forward)
@@ -113,4 +131,6 @@ def _is_inexact(leaf: Tensor) -> bool:
 
 
 def _step(step: Any) -> Any:
-    return next(getattr(step, name) for name in ("key", "idx", "name") if hasattr(step, name))
+    return next(
+        getattr(step, name) for name in ("key", "idx", "name") if hasattr(step, name)
+    )

@@ -36,7 +36,8 @@ class RunOptions:
     is_seeded: bool = False
     draws_in_row_major_order: bool = False
     has_fast_path: bool = True
-    to_device: ToDevice | None = None  # moves inputs; None where the program runs on the host
+    # Moves inputs; None where the program runs on the host.
+    to_device: ToDevice | None = None
     # Called when a run has written to its inputs: gives copies of the inputs to later runs.
     protect: Callable[[], None] = lambda: None
 
@@ -88,7 +89,8 @@ class Program(runtime.Program):
         if not options.draws:
             return _NOTHING
         return drawing(
-            is_seeded=options.is_seeded, in_row_major_order=options.draws_in_row_major_order
+            is_seeded=options.is_seeded,
+            in_row_major_order=options.draws_in_row_major_order,
         )
 
     def _refuse_writes(self) -> None:
@@ -105,7 +107,8 @@ class Kept(NamedTuple):
     Of the run's tensors, it holds only those that backward formulas have saved.
     """
 
-    outputs: Sequence[Any]  # a GradientEdge per output; None where it depends on no input
+    # A GradientEdge per output; None where it depends on no input.
+    outputs: Sequence[Any]
     primals: Sequence[Tensor]
 
 
@@ -131,7 +134,9 @@ class KeepingProgram(Program):
             outputs = self._f(arrays)
         edges = [get_gradient_edge(y) if y.requires_grad else None for y in outputs]
         if not self._is_measured:
-            self.residual_nbytes = nbytes_saved(edges, [x for x in inputs if _is_clients(x)])
+            self.residual_nbytes = nbytes_saved(
+                edges, [x for x in inputs if _is_clients(x)]
+            )
             self._is_measured = True
         return [y.detach() for y in outputs], Kept(edges, primals)
 
@@ -141,14 +146,18 @@ class KeepingProgram(Program):
         """Return the program from a residual and cotangents of `outputs` to cotangents of `wrt`."""
         positions = [self.wrt.index(i) for i in wrt]
 
-        def pull(cotangents: Sequence[Tensor], kept: Kept) -> tuple[Sequence[Tensor], None]:
+        def pull(
+            cotangents: Sequence[Tensor], kept: Kept
+        ) -> tuple[Sequence[Tensor], None]:
             edges = [kept.outputs[i] for i in outputs]
             primals = [kept.primals[i] for i in positions]
             # A client may pull back along a residual any number of times.
             return pull_back(edges, primals, cotangents, retain_graph=True), None
 
         # A checkpoint draws its numbers again, from the state that the forward pass has saved.
-        options = replace(self._options, is_seeded=False, to_device=to_device, protect=lambda: None)
+        options = replace(
+            self._options, is_seeded=False, to_device=to_device, protect=lambda: None
+        )
         program = Program(
             tuple(self.outputs[i] for i in outputs),
             tuple(self.inputs[i] for i in wrt),

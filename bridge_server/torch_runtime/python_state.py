@@ -32,7 +32,9 @@ _ATOMS = (
     types.ModuleType,
     types.BuiltinFunctionType,
 )
-_LIBRARIES = frozenset({"torch", "numpy", "jax", "jaxlib", "builtins", *sys.stdlib_module_names})
+_LIBRARIES = frozenset(
+    {"torch", "numpy", "jax", "jaxlib", "builtins", *sys.stdlib_module_names}
+)
 _MISSING = object()
 _END = object()
 _MOST_OBJECTS = 20_000  # visited in some 20 ms; a model's own code reaches far fewer
@@ -62,16 +64,22 @@ class PythonState:
             pending.extend(self._visit(value, follows_code))
         self._is_whole = not pending
         # All values in one list, and iterables of the present values: one pass detects changes.
-        lives = [contents.live for contents in self._contents if contents.live is not None]
+        lives = [
+            contents.live for contents in self._contents if contents.live is not None
+        ]
         self._lives: list[Iterable[Any]] | None = None
         if len(lives) == len(self._contents):
             self._lives = [*lives, (_END,)]
-        self._values = [value for contents in self._contents for value in contents.values]
+        self._values = [
+            value for contents in self._contents for value in contents.values
+        ]
         self._values.append(_END)
 
     def may_reach(self, kinds: tuple[type, ...]) -> bool:
         """Return whether an instance of these classes is reachable, or the search was cut short."""
-        return not self._is_whole or any(issubclass(each, kinds) for each in self._types)
+        return not self._is_whole or any(
+            issubclass(each, kinds) for each in self._types
+        )
 
     def restore(self) -> None:
         """Undo all changes since the snapshot."""
@@ -98,8 +106,14 @@ class PythonState:
         if isinstance(value, tuple | frozenset):
             return value
         if isinstance(value, type):
-            return self._visit_class(value) if follows_code and _is_users(value.__module__) else ()
-        if isinstance(value, types.FunctionType | types.MethodType | functools.partial | _LruCache):
+            return (
+                self._visit_class(value)
+                if follows_code and _is_users(value.__module__)
+                else ()
+            )
+        if isinstance(
+            value, types.FunctionType | types.MethodType | functools.partial | _LruCache
+        ):
             return self._visit_code(value) if follows_code else ()
         attributes = getattr(value, "__dict__", None)
         is_followed = isinstance(value, nn.Module) or _is_users(type(value).__module__)
@@ -121,13 +135,19 @@ class PythonState:
             yield from (value.func, value.args, value.keywords)
         elif isinstance(value, _LruCache):
             self._contents.append(_Cache(value))
-            yield from (each for each in gc.get_referents(value) if not _is_table_of_cache(each))
+            yield from (
+                each for each in gc.get_referents(value) if not _is_table_of_cache(each)
+            )
         elif _is_users(value.__module__):
             yield from (value.__defaults__, value.__kwdefaults__, value.__dict__)
             yield from self._note(_Cells(value.__closure__ or ()))
-            yield from self._visit_globals(value.__globals__, set(_names_in(value.__code__)))
+            yield from self._visit_globals(
+                value.__globals__, set(_names_in(value.__code__))
+            )
 
-    def _visit_globals(self, variables: dict[str, Any], names: set[str]) -> Iterator[Any]:
+    def _visit_globals(
+        self, variables: dict[str, Any], names: set[str]
+    ) -> Iterator[Any]:
         """Visit the global variables that code names, and those of the user's modules."""
         yield from self._note(_Globals(variables, sorted(names)))
         for name in names & variables.keys():
@@ -144,7 +164,8 @@ class _Contents(ABC):
     """One container, and its values at the time of the snapshot."""
 
     values: list[Any]
-    live: Iterable[Any] | None = None  # iterates over the present values; None: use `now`
+    # Iterates over the present values; None: use `now`.
+    live: Iterable[Any] | None = None
 
     @abstractmethod
     def now(self) -> Iterable[Any]:
@@ -254,7 +275,9 @@ class _Cells(_Contents):
         self.values = [cell.cell_contents for cell in self._cells]
 
     def now(self) -> Iterable[Any]:
-        return [cell.cell_contents if _is_filled(cell) else None for cell in self._cells]
+        return [
+            cell.cell_contents if _is_filled(cell) else None for cell in self._cells
+        ]
 
     def restore(self) -> None:
         for cell, value in zip(self._cells, self.values, strict=True):

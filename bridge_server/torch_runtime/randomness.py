@@ -66,7 +66,9 @@ class RowMajorDraws(TorchDispatchMode):
         kwargs = kwargs or {}
         if not is_random(operator):
             return operator(*args, **kwargs)
-        drawn_args, drawn_kwargs = pytree.tree_map_only(Tensor, _row_major, (args, kwargs))
+        drawn_args, drawn_kwargs = pytree.tree_map_only(
+            Tensor, _row_major, (args, kwargs)
+        )
         outputs = operator(*drawn_args, **drawn_kwargs)
         for i, argument in enumerate(operator._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:

@@ -10,9 +10,11 @@ from torch import Tensor
 from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.types import DTYPES, spec_of
 from bridge_wire import trees
+from bridge_wire.classes import Classes, attributes_beyond
 from bridge_wire.errors import SpecError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+from bridge_wire.values import decode_value
 
 # Appends the leaves of a value to the list; raises _Different for another structure.
 _Taker = Callable[[Any, list[Any]], None]
@@ -21,7 +23,7 @@ _Taker = Callable[[Any, list[Any]], None]
 class Results:
     """Structure and types of one call's results; buffers are further outputs."""
 
-    def __init__(self, model: str, classes: trees.Classes, buffers: Sequence[str]) -> None:
+    def __init__(self, model: str, classes: Classes, buffers: Sequence[str]) -> None:
         self.tree = trees.flat(0)
         self.specs: tuple[Spec, ...] = ()
         self._model = model
@@ -35,7 +37,9 @@ class Results:
         Raises:
           StructureError, SpecError: a leaf is no tensor, or a tensor that cannot be sent.
         """
-        self.tree, leaves = trees.encode(value, _is_leaf, self._classes, root="the result")
+        self.tree, leaves = trees.encode(
+            value, _is_leaf, self._classes, root="the result"
+        )
         self._take = _taker_of(self.tree, value)
         outputs = [*leaves, *buffers]
         leaves.clear()  # a reference cycle of the encoder holds the list until the next collection
@@ -112,16 +116,23 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
         return _take_none
     node = getattr(tree, kind or "")
     if kind == "dict":
-        keys = [trees.decode_value(key) for key in node.keys]
-        takers = [_taker_of(item, value[key]) for key, item in zip(keys, node.items, strict=True)]
+        keys = [decode_value(key) for key in node.keys]
+        takers = [
+            _taker_of(item, value[key])
+            for key, item in zip(keys, node.items, strict=True)
+        ]
         return lambda value, leaves: _take_items(value, keys, takers, leaves)
     if kind == "dataclass":
         fields = list(node.fields)
         values = [getattr(value, field) for field in fields]
-        takers = [_taker_of(item, each) for item, each in zip(node.items, values, strict=True)]
-        layout = _Fields(type(value), trees.attributes_beyond(value, fields), fields)
+        takers = [
+            _taker_of(item, each) for item, each in zip(node.items, values, strict=True)
+        ]
+        layout = _Fields(type(value), attributes_beyond(value, fields), fields)
         return lambda value, leaves: _take_fields(value, layout, takers, leaves)
-    takers = [_taker_of(item, each) for each, item in zip(value, node.items, strict=True)]
+    takers = [
+        _taker_of(item, each) for each, item in zip(value, node.items, strict=True)
+    ]
     named: type | None = type(value) if kind == "namedtuple" else None
     container: type[Sequence[Any]] = list if kind == "list" else tuple
     return lambda value, leaves: _take_sequence(value, container, named, takers, leaves)
@@ -173,9 +184,11 @@ class _Fields(NamedTuple):
     fields: Sequence[str]
 
 
-def _take_fields(value: Any, layout: _Fields, takers: Sequence[_Taker], leaves: list[Any]) -> None:
+def _take_fields(
+    value: Any, layout: _Fields, takers: Sequence[_Taker], leaves: list[Any]
+) -> None:
     cls, beyond, fields = layout
-    if type(value) is not cls or trees.attributes_beyond(value, fields) != beyond:
+    if type(value) is not cls or attributes_beyond(value, fields) != beyond:
         raise _Different
     for take, field in zip(takers, fields, strict=True):
         if not hasattr(value, field):
@@ -187,5 +200,7 @@ def _is_leaf(value: Any) -> bool:
     """Return whether a value must be a tensor: it is neither None nor a container."""
     if isinstance(value, Tensor):
         return True
-    is_container = isinstance(value, tuple | list | Mapping) or dataclasses.is_dataclass(value)
+    is_container = isinstance(
+        value, tuple | list | Mapping
+    ) or dataclasses.is_dataclass(value)
     return value is not None and not is_container

@@ -12,7 +12,14 @@ from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.model_errors import is_refused, model_errors
 from bridge_server.process import devices
-from bridge_server.runtime import Description, Model, Options, Parameter, Preparation, Runtime
+from bridge_server.runtime import (
+    Description,
+    Model,
+    Options,
+    Parameter,
+    Preparation,
+    Runtime,
+)
 from bridge_server.signatures import (
     check_differentiable,
     check_pullback,
@@ -32,7 +39,7 @@ from bridge_server.torch_runtime.programs import (
 )
 from bridge_server.torch_runtime.transforms import Composed, compose
 from bridge_server.turns import Turn
-from bridge_wire import trees
+from bridge_wire.classes import Classes
 from bridge_wire.errors import TargetError
 from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
@@ -49,7 +56,7 @@ class TorchRuntime(Runtime):
     def __init__(self, options: Options) -> None:
         self._device = _device(options)
         self._is_on_host = self._device == types.HOST
-        self._classes = trees.Classes()
+        self._classes = Classes()
         self._values = Values(types.bytes_of)
         self._calls: dict[tuple[Model, bytes], Call] = {}
 
@@ -102,7 +109,9 @@ class TorchRuntime(Runtime):
             program = KeepingProgram(composed, wrt, base.where, options)
         else:
             code = _without_graph(composed, base)
-            program = Program(composed.inputs, composed.outputs, base.where, code, options)
+            program = Program(
+                composed.inputs, composed.outputs, base.where, code, options
+            )
         if not call.transforms:
             program.result = base.result
         return program
@@ -122,7 +131,9 @@ class TorchRuntime(Runtime):
     def prepare_pullback(
         self, program: runtime.Program, wrt: Sequence[int], outputs: Sequence[int]
     ) -> Preparation:
-        assert isinstance(program, KeepingProgram), "a pullback needs a program with residuals"
+        assert isinstance(program, KeepingProgram), (
+            "a pullback needs a program with residuals"
+        )
         check_pullback(program, wrt, outputs)
         yield "tracing"
         return program.pullback(wrt, outputs, self._to_device())
@@ -140,21 +151,27 @@ class TorchRuntime(Runtime):
         return int(total * torch.cuda.get_per_process_memory_fraction(self._device))
 
     def has_failed(self) -> bool:
-        return not self._is_on_host and is_refused(lambda: torch.zeros(1).to(self._device).cpu())
+        return not self._is_on_host and is_refused(
+            lambda: torch.zeros(1).to(self._device).cpu()
+        )
 
     def stream(self) -> int | None:
         if self._device.type != "cuda":
             return None
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def view(self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None) -> Any:
+    def view(
+        self, pointer: int, spec: Spec, owner: Any, turn: Turn | None = None
+    ) -> Any:
         if turn is not None:
             return types.tensor_in_turn(pointer, spec, owner, turn)
         if spec.weak:
             return types.number_at(pointer, spec)
         return types.tensor_at(pointer, spec, owner)
 
-    def write(self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None) -> None:
+    def write(
+        self, array: Any, pointer: int, nbytes: int, turn: Turn | None = None
+    ) -> None:
         if turn is not None:
             with model_errors(_OUTPUT):
                 types.write_in_turn(array, pointer, nbytes, turn)

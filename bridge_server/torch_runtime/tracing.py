@@ -53,7 +53,8 @@ Filling = Callable[[Spec, torch.device], Any]
 class Traced(NamedTuple):
     """The findings of a trace."""
 
-    written: frozenset[int]  # positions changed in place, among the state and then the inputs
+    # Positions changed in place, among the state and then the inputs.
+    written: frozenset[int]
     # Positions of state whose original was used instead of the passed tensor.
     unregistered_uses: frozenset[int]
     draws: bool  # whether random numbers were drawn
@@ -61,7 +62,9 @@ class Traced(NamedTuple):
     reads_kept: bool  # whether a call reads tensors that an earlier one made of its state or inputs
     # Whether tensors were written that are neither state nor inputs nor made in the call.
     overwrites: bool
-    has_fast_path: bool  # whether it may run layers that torch computes otherwise under autograd
+    has_fast_path: (
+        bool  # whether it may run layers that torch computes otherwise under autograd
+    )
     # Whether it works only while autograd records, as models do that differentiate inside.
     needs_grad: bool
     is_fake: bool  # whether the findings hold for all values
@@ -116,7 +119,9 @@ class Trial:
         """Return whether derivatives of the call pass an autograd.Function; True if unknown."""
         before = self.snapshot()
         f = self.isolated()
-        attempt = _Attempt(zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True)
+        attempt = _Attempt(
+            zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True
+        )
         watch = self._watch(attempt)
         try:
             outputs = self._run(f, watch, attempt)
@@ -140,7 +145,9 @@ class Trial:
                 traced = self._attempted(attempt, name, reason, failures)
                 if traced is not None:
                     return traced
-        if endless := [name for name, error in failures.items() if isinstance(error, _Endless)]:
+        if endless := [
+            name for name, error in failures.items() if isinstance(error, _Endless)
+        ]:
             raise CallerError(
                 f"{self.where} depends on values, so the bridge ran it to find its outputs' types,"
                 f" and it did not end within {_MOST_OPERATORS[-1]} operators on"
@@ -168,7 +175,10 @@ class Trial:
             failures[values] = error
             return None
         _log.warning(
-            "%s was run once on %s, since it cannot be traced: %s", self.where, values, line
+            "%s was run once on %s, since it cannot be traced: %s",
+            self.where,
+            values,
+            line,
         )
         return traced
 
@@ -233,7 +243,9 @@ class Trial:
         second.kept = first.survivors()
         try:
             self._run(f, second, attempt)
-        except Exception as error:  # the call works once only, so it depends on kept tensors
+        except (
+            Exception
+        ) as error:  # the call works once only, so it depends on kept tensors
             _forget_frames(error)
             return True
         return second.reads_kept or not second.survivors()
@@ -244,11 +256,15 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(attempt.needs_grad))
             stack.enter_context(no_fast_path)
-            if watch.fake is None:  # fake tensors draw nothing; real draws must not affect others
+            # Fake tensors draw nothing; real draws must not affect others.
+            if watch.fake is None:
                 stack.enter_context(drawing(is_seeded=True))
             stack.enter_context(watch)
             if attempt.is_recorded:
-                state, inputs = list(map(_as_variable, state)), list(map(_as_variable, inputs))
+                state, inputs = (
+                    list(map(_as_variable, state)),
+                    list(map(_as_variable, inputs)),
+                )
             return f(state, inputs)
 
     def _arguments(
@@ -260,7 +276,9 @@ class Trial:
             state = [each.detach().to(dtype, copy=True) for each, dtype in pairs]
             return state, [filling(spec, self.device) for spec in self.inputs]
         with fake:
-            state = [torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs]
+            state = [
+                torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs
+            ]
             return state, [filling(spec, self.device) for spec in self.inputs]
 
 
@@ -327,12 +345,20 @@ def _identities(spec: Spec, device: torch.device) -> Any:
     tensor = zeros(spec, device)
     if spec.weak:
         return tensor
-    is_matrix = spec.dtype.is_inexact and len(spec.shape) > 1 and spec.shape[-1] == spec.shape[-2]
+    is_matrix = (
+        spec.dtype.is_inexact
+        and len(spec.shape) > 1
+        and spec.shape[-1] == spec.shape[-2]
+    )
     (tensor.diagonal(dim1=-2, dim2=-1) if is_matrix else tensor).fill_(1)
     return tensor
 
 
-_FILLINGS: Mapping[str, Filling] = {"zeros": zeros, "ones": _ones, "identity matrices": _identities}
+_FILLINGS: Mapping[str, Filling] = {
+    "zeros": zeros,
+    "ones": _ones,
+    "identity matrices": _identities,
+}
 
 
 class _Endless(BaseException):
@@ -347,7 +373,9 @@ class _Access(NamedTuple):
     written: Sequence[Tensor]
 
     @classmethod
-    def of(cls, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> "_Access":
+    def of(
+        cls, operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> "_Access":
         schema = operator._schema.arguments
         arguments = {each.name: each.default_value for each in schema}
         arguments.update(kwargs)
@@ -398,7 +426,9 @@ class _Watch(TorchDispatchMode):
 
     def follow(self, tensors: Sequence[Any]) -> None:
         """Follow the state and the inputs; writes to them are noted by position."""
-        self._positions = {_storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)}
+        self._positions = {
+            _storage(x): i for i, x in enumerate(tensors) if isinstance(x, Tensor)
+        }
         self._numbers = dict(self._positions)
         _note([x for x in tensors if isinstance(x, Tensor)], self._followed)
 
@@ -406,7 +436,9 @@ class _Watch(TorchDispatchMode):
         """Return the followed storages that still exist after a collection of cycles."""
         if any(not weak.expired() for weak in self._followed.values()):
             gc.collect()
-        return {storage for storage, weak in self._followed.items() if not weak.expired()}
+        return {
+            storage for storage, weak in self._followed.items() if not weak.expired()
+        }
 
     def __torch_dispatch__(
         self,
@@ -454,10 +486,14 @@ class _Watch(TorchDispatchMode):
 
         Constants are added by value, whether this call or an earlier one has made them.
         """
-        is_recorded = is_random(operator) or any(_storage(x) in self._numbers for x in access.read)
+        is_recorded = is_random(operator) or any(
+            _storage(x) in self._numbers for x in access.read
+        )
         if is_recorded:
             arguments = access.arguments.items()
-            self.operators.add(operator, *(f"{name}={self._named(x)}" for name, x in arguments))
+            self.operators.add(
+                operator, *(f"{name}={self._named(x)}" for name, x in arguments)
+            )
         return is_recorded
 
     def _context(
@@ -506,8 +542,12 @@ def _note(tensors: Sequence[Tensor], storages: dict[int, StorageWeakRef]) -> Non
             storages[storage] = StorageWeakRef(each.untyped_storage())
 
 
-def _positions_of(tensors: Sequence[Tensor], positions: Mapping[int | None, int]) -> set[int]:
-    return {positions[storage] for storage in map(_storage, tensors) if storage in positions}
+def _positions_of(
+    tensors: Sequence[Tensor], positions: Mapping[int | None, int]
+) -> set[int]:
+    return {
+        positions[storage] for storage in map(_storage, tensors) if storage in positions
+    }
 
 
 def _storage(tensor: Tensor) -> int | None:

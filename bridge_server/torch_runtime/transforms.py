@@ -40,7 +40,9 @@ class Composed(NamedTuple):
     outputs: tuple[Spec, ...]
 
 
-def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) -> Composed:
+def compose(
+    call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool
+) -> Composed:
     """Return the call with transforms applied in order; `is_kept`: a pullback will follow."""
     plain = functional = Composed(call, call.inputs, call.outputs)
     kinds = [transform.WhichOneof("kind") for transform in transforms]
@@ -49,7 +51,9 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
     for i, (kind, transform) in enumerate(zip(kinds, transforms, strict=True)):
         if kind == "vmap":
             inputs = batched(plain.inputs, transform.vmap)
-            is_keyed_by_row |= call.key is not None and transform.vmap.axes[call.key] >= 0
+            is_keyed_by_row |= (
+                call.key is not None and transform.vmap.axes[call.key] >= 0
+            )
             randomness = "different" if call.key is None else "same"
             batch = functools.partial(_batched, randomness=randomness)
             functional = _vmap(functional, transform.vmap, inputs, batch)
@@ -76,7 +80,10 @@ def compose(call: Call, transforms: Sequence[pb.Transform], *, is_kept: bool) ->
 
 
 def pull_back(
-    outputs: Sequence[Any], primals: Sequence[Tensor], cotangents: Sequence[Tensor], **how: bool
+    outputs: Sequence[Any],
+    primals: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    **how: bool,
 ) -> list[Tensor]:
     """Return the cotangents of the primals, linear as in jax.vjp; torch's gradient is conjugate.
 
@@ -94,7 +101,9 @@ def pull_back(
 _Selected = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
-def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Tensor]]) -> Composed:
+def _vjp(
+    of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Tensor]]
+) -> Composed:
     wrt = tuple(transform.wrt)
     selected = tuple(transform.outputs)
     count = len(of.inputs)
@@ -102,13 +111,19 @@ def _vjp(of: Composed, transform: pb.Transform.Vjp, pull: Callable[..., list[Ten
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
         xs = arrays[:count]
         cotangents = arrays[count:]
-        return pull(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], cotangents)
+        return pull(
+            _restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], cotangents
+        )
 
     cotangents = tuple(of.outputs[i] for i in selected)
-    return Composed(transformed, of.inputs + cotangents, tuple(of.inputs[i] for i in wrt))
+    return Composed(
+        transformed, of.inputs + cotangents, tuple(of.inputs[i] for i in wrt)
+    )
 
 
-def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Tensor]]) -> Composed:
+def _jvp(
+    of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Tensor]]
+) -> Composed:
     wrt = tuple(transform.wrt)
     selected = tuple(transform.outputs)
     count = len(of.inputs)
@@ -119,9 +134,13 @@ def _jvp(of: Composed, transform: pb.Transform.Jvp, push: Callable[..., list[Ten
     def transformed(arrays: Sequence[Any]) -> list[Tensor]:
         xs = arrays[:count]
         tangents = arrays[count:]
-        pushed = push(_restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents)
+        pushed = push(
+            _restricted(of.f, xs, wrt, selected), [xs[i] for i in wrt], tangents
+        )
         # torch.func.jvp of a float32 scalar and a Python number returns a float64 tangent.
-        return [tangent.to(dtype) for tangent, dtype in zip(pushed, dtypes, strict=True)]
+        return [
+            tangent.to(dtype) for tangent, dtype in zip(pushed, dtypes, strict=True)
+        ]
 
     tangents = tuple(of.inputs[i] for i in wrt)
     return Composed(transformed, of.inputs + tangents, outputs)
@@ -169,7 +188,9 @@ def _pulled_back_within(
     if not primals or not cotangents:
         return [torch.zeros_like(x) for x in primals]
     pull = torch.func.vjp(lambda *xs: tuple(f(xs)), *primals)[1]
-    return [_conjugated(gradient) for gradient in pull(tuple(map(_conjugated, cotangents)))]
+    return [
+        _conjugated(gradient) for gradient in pull(tuple(map(_conjugated, cotangents)))
+    ]
 
 
 def _batched(
@@ -187,14 +208,18 @@ def _batched(
     dims = tuple(axes[i] for i in mapped)
     batch = torch.func.vmap(row, in_dims=dims, randomness=randomness)
     # Hooks such as those of torch.utils.checkpoint would compute again outside of the batch.
-    with torch.autograd.graph.disable_saved_tensors_hooks("a batch cannot be computed again"):
+    with torch.autograd.graph.disable_saved_tensors_hooks(
+        "a batch cannot be computed again"
+    ):
         return list(batch(*(arrays[i] for i in mapped)))
 
 
 # By autograd alone --------------------------------------------------------------------------------
 
 
-def _pulled_back(f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def _pulled_back(
+    f: _Selected, primals: list[Tensor], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
     is_differentiated = torch.is_grad_enabled()  # by an outer derivative
     with torch.enable_grad():
         xs = [_as_variable(x) for x in primals]
@@ -233,16 +258,26 @@ def _pushed_by_two_pullbacks(
 
 
 def _row_by_row(
-    of: Composed, arrays: Sequence[Any], mapped: Sequence[int], axes: Sequence[int], size: int
+    of: Composed,
+    arrays: Sequence[Any],
+    mapped: Sequence[int],
+    axes: Sequence[int],
+    size: int,
 ) -> list[Tensor]:
     # A row is copied to memory of its own: as_strided counts from the start of the memory.
     rows = [
-        of.f(replaced(arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped]))
+        of.f(
+            replaced(
+                arrays, mapped, [arrays[i].select(axes[i], n).clone() for i in mapped]
+            )
+        )
         for n in range(size)
     ]
     if not rows:
         device = next((x.device for x in arrays if isinstance(x, Tensor)), HOST)
-        return [zeros(spec._replace(shape=(0, *spec.shape)), device) for spec in of.outputs]
+        return [
+            zeros(spec._replace(shape=(0, *spec.shape)), device) for spec in of.outputs
+        ]
     return [torch.stack(column) for column in zip(*rows, strict=True)]
 
 
@@ -281,7 +316,10 @@ class _Either:
 
 
 def _gradients(
-    outputs: Sequence[Any], inputs: Sequence[Tensor], weights: Sequence[Tensor], **how: bool
+    outputs: Sequence[Any],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    **how: bool,
 ) -> Sequence[Tensor | None]:
     """Return torch's gradients of weighted outputs; None if no output depends on an input."""
     pairs = zip(outputs, weights, strict=True)
@@ -298,7 +336,9 @@ def _has_graph(output: Any) -> bool:
 
 def _refuse_dead_ends(gradients: Sequence[Tensor | None]) -> None:
     """Raise an error if a further derivative does not exist: autograd would return zeros."""
-    edges = [get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad]
+    edges = [
+        get_gradient_edge(g) for g in gradients if g is not None and g.requires_grad
+    ]
     for node in nodes_of(edges):
         if node.name() == "torch::autograd::Error":
             raise NotImplementedError(
@@ -328,6 +368,8 @@ def _with_simple_attention(f: Flat) -> Flat:
 # Checks of requests -------------------------------------------------------------------------------
 
 
-def _check(kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed) -> None:
+def _check(
+    kind: str, transform: pb.Transform.Vjp | pb.Transform.Jvp, of: Composed
+) -> None:
     check_differentiable(kind, transform.wrt, of.inputs)
     check_differentiable(kind, transform.outputs, of.outputs)

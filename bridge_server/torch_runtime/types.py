@@ -15,15 +15,24 @@ from bridge_wire.memory.copying import copy
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.specs import Spec
 
-keep_owners_by(lambda buffer: torch.to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))  # type: ignore[attr-defined]
+
+def _capsule_over(buffer: Any) -> Any:
+    tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+    return torch.to_dlpack(tensor)  # type: ignore[attr-defined]
+
+
+keep_owners_by(_capsule_over)
 
 HOST = torch.device("cpu")
 TORCH_DTYPES: Mapping[DType, torch.dtype] = {
     dtype: getattr(torch, name) for name, dtype in BY_NAME.items()
 }
-DTYPES: Mapping[torch.dtype, DType] = {theirs: ours for ours, theirs in TORCH_DTYPES.items()}
+DTYPES: Mapping[torch.dtype, DType] = {
+    theirs: ours for ours, theirs in TORCH_DTYPES.items()
+}
 
-_OWN_USERS = 2  # of a storage: its only tensor, and the Python object that reads the count
+# Of a storage: its only tensor, and the Python object that reads the count.
+_OWN_USERS = 2
 
 
 def spec_of(tensor: Tensor) -> Spec:
@@ -72,7 +81,9 @@ def tensor_in_turn(pointer: int, spec: Spec, owner: Any, turn: Turn) -> Tensor:
     """
     if 0 in spec.shape:
         return _empty(spec)
-    exporter = DeviceExporter(pointer, spec, owner, turn.device.dlpack_device, _in_order)
+    exporter = DeviceExporter(
+        pointer, spec, owner, turn.device.dlpack_device, _in_order
+    )
     return torch.utils.dlpack.from_dlpack(exporter)
 
 
@@ -84,7 +95,9 @@ def _in_order(stream: int | None) -> None:
     """Wait for nothing: torch's stream has waited when the turn began."""
 
 
-def brought_to(device: torch.device, inputs: Sequence[Any], kept: int | None) -> list[Any]:
+def brought_to(
+    device: torch.device, inputs: Sequence[Any], kept: int | None
+) -> list[Any]:
     """Move a program's inputs to a device, except for the position `kept`, which the host reads.
 
     On return, all host memory has been read.
@@ -131,7 +144,9 @@ def _is_row_major(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def replaced(xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]) -> list[Any]:
+def replaced(
+    xs: Sequence[Any], positions: Sequence[int], values: Sequence[Any]
+) -> list[Any]:
     """Return a copy of a list with other values at some positions."""
     result = list(xs)
     for i, value in zip(positions, values, strict=True):

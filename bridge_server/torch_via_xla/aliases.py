@@ -63,9 +63,15 @@ class Place:
 
     def read(self) -> Array:
         """Return the array after all writes."""
-        if self.view is not None and self.parent is not None and self._seen != self.base._version:
+        if (
+            self.view is not None
+            and self.parent is not None
+            and self._seen != self.base._version
+        ):
             value = self.view.read(self.parent.read())
-            self._value = _overwritten(self._value, value) if self.is_detached else value
+            self._value = (
+                _overwritten(self._value, value) if self.is_detached else value
+            )
             self._seen = self.base._version
         return self._value
 
@@ -81,7 +87,9 @@ class Place:
             self._version += 1
         else:
             after = self.view.written(self.parent.read(), value)
-            self.parent.write(after, has_derivative=has_derivative and not self.is_detached)
+            self.parent.write(
+                after, has_derivative=has_derivative and not self.is_detached
+            )
         self._value, self._seen = own, self.base._version
 
 
@@ -131,7 +139,9 @@ def _with_value_jvp(
 # ATen's views -------------------------------------------------------------------------------------
 
 
-def views(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[View] | None:
+def views(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[View] | None:
     """Return an operator's views of its first argument, or None if it is no view operator."""
     make = _VIEWS.get(operator)
     if make is None:
@@ -155,7 +165,9 @@ def indexed(index: Any) -> View:
     return View(lambda x: x[index], lambda x, value: x.at[index].set(value))
 
 
-def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None) -> View:
+def strided(
+    x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None
+) -> View:
     """Return the view of `torch.as_strided` for a contiguous tensor at the start of its memory."""
     positions = np.full(tuple(size), offset or 0)
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
@@ -213,7 +225,9 @@ def _expand(x: Tensor, size: Sequence[int], implicit: bool = False) -> View:
             shape[axis] = own
     if math.prod(shape) == x.numel():
         return _whole(lambda x: jnp.reshape(x, shape))
-    return View(lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap())
+    return View(
+        lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap()
+    )
 
 
 def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
@@ -221,7 +235,11 @@ def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
 
 
 def _slice(
-    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+    x: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
 ) -> View:
     return _along(x, dim, slice(start, end, step))
 
@@ -234,7 +252,9 @@ def _split(x: Tensor, size: int | Sequence[int], dim: int = 0) -> list[View]:
     else:
         sizes = list(size)
     ends = itertools.accumulate(sizes)
-    return [_slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [
+        _slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)
+    ]
 
 
 def _unbind(x: Tensor, dim: int = 0) -> list[View]:
@@ -266,7 +286,9 @@ def _unfold(x: Tensor, dimension: int, size: int, step: int) -> View:
     def read(x: Array) -> Array:
         return jnp.moveaxis(jnp.take(x, windows, dim), dim + 1, -1)
 
-    return _part(read) if step >= size else View(read, lambda x, value: _refuse_overlap())
+    return (
+        _part(read) if step >= size else View(read, lambda x, value: _refuse_overlap())
+    )
 
 
 def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
@@ -274,7 +296,10 @@ def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
 
 
 def _as_strided(
-    x: Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
 ) -> View:
     return strided(x, size, stride, storage_offset)
 
@@ -318,7 +343,9 @@ _SAME = View(lambda x: x, lambda x, value: value)
 _VIEWS: Mapping[Any, Callable[..., View | list[View]]] = {
     aten._conj.default: lambda x: View(jnp.conj, lambda x, value: jnp.conj(value)),
     aten._neg_view.default: lambda x: View(jnp.negative, lambda x, value: -value),
-    aten._reshape_alias.default: lambda x, size, stride: _whole(lambda x: jnp.reshape(x, size)),
+    aten._reshape_alias.default: lambda x, size, stride: _whole(
+        lambda x: jnp.reshape(x, size)
+    ),
     aten.alias.default: lambda x: _SAME,
     aten.as_strided.default: _as_strided,
     aten.detach.default: lambda x: _SAME,

@@ -65,14 +65,18 @@ def _map(convert: Callable[[Any], Any], kind: type, tree: Any) -> Any:
             return convert(leaf)
         except (CopyNeeded, DTypeError, StructureError) as error:
             where = jax.tree_util.keystr(path)
-            raise type(error)(f"`{where}`: {error}" if where else str(error)) from error.__cause__
+            raise type(error)(
+                f"`{where}`: {error}" if where else str(error)
+            ) from error.__cause__
 
     return jax.tree_util.tree_map_with_path(convert_leaf, tree)
 
 
 def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
     if tensor.layout is not torch.strided:
-        raise StructureError(f"the tensor is {tensor.layout}; make it dense with .to_dense()")
+        raise StructureError(
+            f"the tensor is {tensor.layout}; make it dense with .to_dense()"
+        )
     if tensor.requires_grad:
         if torch.is_grad_enabled():
             raise StructureError(
@@ -80,7 +84,8 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
                 " torch.no_grad(), or make the function that uses it a RemoteJaxFunction"
             )
         tensor = tensor.detach()
-    if isinstance(tensor, FakeTensor):  # JAX would read an invalid address and crash the process
+    # JAX would read an invalid address and crash the process.
+    if isinstance(tensor, FakeTensor):
         raise StructureError(
             "the tensor has no values, since torch is tracing this code; call to_jax outside of the"
             " traced code"
@@ -99,7 +104,9 @@ def _as_array(tensor: Tensor, copy: bool | None) -> jax.Array:
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, CopyNeeded | DTypeError):
             raise
-        raise StructureError(f"the tensor has no memory that can be shared: {error}") from error
+        raise StructureError(
+            f"the tensor has no memory that can be shared: {error}"
+        ) from error
 
 
 def _importable(tensor: Tensor) -> Tensor:
@@ -176,7 +183,9 @@ def _as_tensor(array: jax.Array, copy: bool | None) -> Tensor:
             f"the array has dtype {array.dtype}, which has no counterpart in torch; cast it"
         )
     if not array.is_fully_addressable:
-        raise StructureError("the array is also on devices of other processes; gather it first")
+        raise StructureError(
+            "the array is also on devices of other processes; gather it first"
+        )
     if len(array.sharding.device_set) > 1:
         return _gathered(array, copy)
     tensor = torch.utils.dlpack.from_dlpack(array.block_until_ready())
@@ -188,5 +197,7 @@ def _gathered(array: jax.Array, copy: bool | None) -> Tensor:
     if array.is_fully_replicated:
         return _as_tensor(first, copy)
     if copy is False:
-        raise CopyNeeded("the array is sharded over several devices; allow a copy with copy=None")
+        raise CopyNeeded(
+            "the array is sharded over several devices; allow a copy with copy=None"
+        )
     return _as_tensor(jax.device_put(array, first.sharding), None)

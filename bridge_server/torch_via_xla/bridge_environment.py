@@ -24,7 +24,13 @@ from torchax.tensor import Tensor as TracedTensor
 
 from bridge_server.jax_runtime.types import has_x64
 from bridge_server.process_settings import Switch
-from bridge_server.torch_via_xla import derivatives, indexing, lowerings, mutations, norms
+from bridge_server.torch_via_xla import (
+    derivatives,
+    indexing,
+    lowerings,
+    mutations,
+    norms,
+)
 from bridge_server.torch_via_xla.aliases import (
     Place,
     follow_writes,
@@ -35,7 +41,12 @@ from bridge_server.torch_via_xla.aliases import (
 )
 from bridge_server.torch_via_xla.arrays import to_jax
 from bridge_server.torch_via_xla.functions import applied, apply_plainly, take_over
-from bridge_server.torch_via_xla.plain_torch import is_traced, plain_torch, storage_of, tensors_in
+from bridge_server.torch_via_xla.plain_torch import (
+    is_traced,
+    plain_torch,
+    storage_of,
+    tensors_in,
+)
 from bridge_server.torch_via_xla.trace_state import Trace, ending
 from bridge_wire.dtypes import TURN_ON_X64
 from bridge_wire.errors import BridgeError, CallerError, DTypeError
@@ -125,7 +136,9 @@ class BridgeEnvironment(Environment):
     def _is_tracing(self) -> bool:
         return isinstance(self.param, Trace)
 
-    def _apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _apply(
+        self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         if self._is_tracing() and any(hasattr(x, "jax") for x in args):
             return applied(self, function, args, kwargs)
         return apply_plainly(function, args, kwargs)
@@ -167,7 +180,11 @@ class BridgeEnvironment(Environment):
         original, traced = self.param.stand_ins.get(storage_of(tensor), (None, None))
         if original is None or traced is None:
             return tensor
-        return traced if tensor is original else self._view_of_parameter(tensor, original, traced)
+        return (
+            traced
+            if tensor is original
+            else self._view_of_parameter(tensor, original, traced)
+        )
 
     def _view_of_parameter(self, tensor: Tensor, original: Tensor, traced: Any) -> Any:
         with plain_torch():
@@ -185,7 +202,9 @@ class BridgeEnvironment(Environment):
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META
             )
         is_detached = original.requires_grad and not tensor.requires_grad
-        return self._tensor_at(Place.of_view(traced.place, view, is_detached=is_detached), layout)
+        return self._tensor_at(
+            Place.of_view(traced.place, view, is_detached=is_detached), layout
+        )
 
     def _tensor_at(self, place: Place, layout: Tensor) -> Any:
         traced = torch.Tensor._make_wrapper_subclass(
@@ -272,7 +291,9 @@ class BridgeEnvironment(Environment):
         with plain_torch():
             # A traced tensor has sizes and strides and no elements, so this computes layouts only.
             layouts = func(*args, **kwargs)
-        is_detached = func is torch.ops.aten.detach.default or not torch.is_grad_enabled()
+        is_detached = (
+            func is torch.ops.aten.detach.default or not torch.is_grad_enabled()
+        )
         outputs = [
             self._tensor_at(Place.of_view(base, part, is_detached=is_detached), layout)
             for part, layout in zip(parts, pytree.tree_leaves(layouts), strict=True)
@@ -372,12 +393,16 @@ class BridgeEnvironment(Environment):
             index = indexing.with_tensors_for_lists(index)
         return func(target, index, *value)
 
-    def _at_positions(self, func: Any, target: Any, index: Any, value: Any = None) -> Any:
+    def _at_positions(
+        self, func: Any, target: Any, index: Any, value: Any = None
+    ) -> Any:
         """Index by traced positions. torch would look at their values, to make a view."""
         indexing.refuse_traced_slices(index)
         target = self._constant(target)
         view = indexed(self.t2j_iso(index))
-        place = Place.of_view(target.place, view, is_detached=not torch.is_grad_enabled())
+        place = Place.of_view(
+            target.place, view, is_detached=not torch.is_grad_enabled()
+        )
         with plain_torch():
             layout = torch.empty(place.read().shape, dtype=target.dtype, device=_META)
             elements = self._tensor_at(place, layout)
@@ -409,7 +434,9 @@ class BridgeEnvironment(Environment):
 class _Dispatch(XLADispatchMode):
     """Passes each operator that torch calls to the environment."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func.namespace == "prims":  # some of torch's compositions consist of these
             with self:
                 return func.impl_aten(*args, **(kwargs or {}))
@@ -436,7 +463,9 @@ def _composition(operator: Any) -> Callable[..., Any] | None:
 def _has_all_results(operator: Any, outputs: Any) -> bool:
     """Return whether outputs have as many parts as the operator's schema."""
     returns = len(operator._schema.returns) if isinstance(operator, OpOverload) else 1
-    return returns < 2 or (isinstance(outputs, list | tuple) and len(outputs) == returns)
+    return returns < 2 or (
+        isinstance(outputs, list | tuple) and len(outputs) == returns
+    )
 
 
 def _with_dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -485,7 +514,9 @@ def _register_return_types() -> None:
     for kind in torch.return_types.all_return_types:
         rebuild = functools.partial(_rebuilt, kind)
         with contextlib.suppress(ValueError):  # registered already
-            jax.tree_util.register_pytree_node(kind, lambda x: (tuple(x), None), rebuild)
+            jax.tree_util.register_pytree_node(
+                kind, lambda x: (tuple(x), None), rebuild
+            )
 
 
 def _rebuilt(kind: Any, _: None, children: Sequence[Any]) -> Any:

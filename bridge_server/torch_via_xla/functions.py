@@ -36,9 +36,12 @@ def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
     return _plain_apply.__get__(None, function)(*args, **kwargs)
 
 
-def applied(env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def applied(
+    env: Any, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
     """Apply an autograd.Function to arguments that include traced tensors of the environment."""
-    if function is CheckpointFunction:  # XLA decides itself which values to compute again
+    # XLA decides itself which values to compute again.
+    if function is CheckpointFunction:
         return args[0](*args[2:])
     has_setup = function.setup_context is not Function.setup_context
     if has_setup:
@@ -101,7 +104,9 @@ class _Application:
     saved: _Template = field(init=False)
     dtypes: list[Any] = field(init=False)
 
-    def forward(self, key: Any, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+    def forward(
+        self, key: Any, arrays: Sequence[jax.Array]
+    ) -> tuple[list[Any], list[Any]]:
         """Return the output arrays, and the saved arrays as the residual."""
         self.dtypes = [x.dtype for x in arrays]
         # Grad mode: a second derivative passes through the saved tensors.
@@ -116,9 +121,13 @@ class _Application:
             gradients = self._traced_backward(residual, cotangents)
         return None, list(map(_gradient, gradients, self.dtypes))
 
-    def _traced_forward(self, arrays: Sequence[jax.Array]) -> tuple[list[Any], list[Any]]:
+    def _traced_forward(
+        self, arrays: Sequence[jax.Array]
+    ) -> tuple[list[Any], list[Any]]:
         args = self.inputs.filled(self.env.wrapped(list(arrays)))
-        context = _Context([isinstance(x, Tensor) and x.is_floating_point() for x in args])
+        context = _Context(
+            [isinstance(x, Tensor) and x.is_floating_point() for x in args]
+        )
         if self.has_setup:
             output = self.function.forward(*args, **self.kwargs)
             self.function.setup_context(context, args, output)
@@ -128,7 +137,9 @@ class _Application:
         self.saved, saved = _Template.of(context.__dict__)
         return self.env.unwrapped(outputs), self.env.unwrapped(saved)
 
-    def _traced_backward(self, residual: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+    def _traced_backward(
+        self, residual: Sequence[Any], cotangents: Sequence[Any]
+    ) -> list[Any]:
         context = _Context([])
         context.__dict__.update(self.saved.filled(self.env.wrapped(list(residual))))
         tensors = iter(self.env.wrapped(list(map(_materialized, cotangents))))

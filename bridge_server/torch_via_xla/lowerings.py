@@ -46,7 +46,9 @@ def _eigh(a: Any, UPLO: str = "L", compute_v: bool = True) -> tuple[Any, Any]:
     a = _hermitian(a, UPLO.upper() == "U")
     if not a.shape[-1]:
         return jnp.zeros(a.shape[:-1], a.real.dtype), a
-    vectors, values = jax.lax.linalg.eigh(a, symmetrize_input=False, sort_eigenvalues=True)
+    vectors, values = jax.lax.linalg.eigh(
+        a, symmetrize_input=False, sort_eigenvalues=True
+    )
     return values, vectors if compute_v else jnp.zeros((0,), a.dtype)
 
 
@@ -55,7 +57,9 @@ def _cholesky(a: Any, upper: bool = False) -> Any:
     return _adjoint(lower) if upper else lower
 
 
-def _cholesky_ex(a: Any, upper: bool = False, check_errors: bool = False) -> tuple[Any, Any]:
+def _cholesky_ex(
+    a: Any, upper: bool = False, check_errors: bool = False
+) -> tuple[Any, Any]:
     factor = _cholesky(a, upper)
     # XLA returns NaNs for a matrix that is not positive definite, without the failing minor.
     has_failed = _has_nan(factor) & ~_has_nan(a)
@@ -67,7 +71,12 @@ def _has_nan(a: Any) -> Any:
 
 
 def _pinv(
-    a: Any, rcond: Any = None, hermitian: bool = False, *, atol: Any = None, rtol: Any = None
+    a: Any,
+    rcond: Any = None,
+    hermitian: bool = False,
+    *,
+    atol: Any = None,
+    rtol: Any = None,
 ) -> Any:
     """Compute torch.linalg.pinv; torch itself computes the tolerances in float64."""
     *batch, rows, columns = a.shape
@@ -93,7 +102,9 @@ def _inverted(a: Any, inverse: Any) -> Any:
 
 
 @_inverted.defjvp
-def _inverted_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+def _inverted_jvp(
+    primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Any, Any]:
     a, inverse = primals
     p = _inverted(a, inverse)
     slope = _adjoint(tangents[0])
@@ -104,7 +115,9 @@ def _inverted_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[
     return p, p @ within + beyond @ (p_adjoint @ p)
 
 
-def _solve_ex(a: Any, b: Any, left: bool = True, check_errors: bool = False) -> tuple[Any, ...]:
+def _solve_ex(
+    a: Any, b: Any, left: bool = True, check_errors: bool = False
+) -> tuple[Any, ...]:
     is_vector = b.ndim == 1 or b.shape == a.shape[:-1]
     b = b[..., None] if is_vector else b
     x = jnp.linalg.solve(a, b) if left else _solved_from_right(a, b)
@@ -188,7 +201,11 @@ def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
 
 
 def _max_unpool(
-    x: Any, indices: Any, output_size: Sequence[int], stride: Any = None, padding: Any = None
+    x: Any,
+    indices: Any,
+    output_size: Sequence[int],
+    stride: Any = None,
+    padding: Any = None,
 ) -> Any:
     """Compute torch's max_unpool.
 
@@ -248,7 +265,9 @@ def _take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
 
 def _along(x: Any, indices: Any, dim: int) -> Any:
     dim %= x.ndim
-    shape = np.broadcast_shapes(_resized(x.shape, dim, 1), _resized(indices.shape, dim, 1))
+    shape = np.broadcast_shapes(
+        _resized(x.shape, dim, 1), _resized(indices.shape, dim, 1)
+    )
     x = jnp.broadcast_to(x, _resized(shape, dim, x.shape[dim]))
     indices = jnp.broadcast_to(indices, _resized(shape, dim, indices.shape[dim]))
     return jnp.take_along_axis(x, indices, dim)
@@ -351,7 +370,9 @@ def _exponential(key: Any, shape: Any, kind: Any, lambd: float = 1) -> Any:
     return jax.random.exponential(key, shape, kind) / lambd
 
 
-def _cauchy(key: Any, shape: Any, kind: Any, median: float = 0, sigma: float = 1) -> Any:
+def _cauchy(
+    key: Any, shape: Any, kind: Any, median: float = 0, sigma: float = 1
+) -> Any:
     return jax.random.cauchy(key, shape, kind) * sigma + median
 
 
@@ -363,7 +384,9 @@ def _normal(key: Any, shape: Any, kind: Any, mean: float = 0, std: float = 1) ->
     return jax.random.normal(key, shape, kind) * std + mean
 
 
-def _log_normal(key: Any, shape: Any, kind: Any, mean: float = 1, std: float = 2) -> Any:
+def _log_normal(
+    key: Any, shape: Any, kind: Any, mean: float = 1, std: float = 2
+) -> Any:
     return jnp.exp(_normal(key, shape, kind, mean, std))
 
 
@@ -375,7 +398,11 @@ def _uniform(key: Any, x: Any, *bounds: float, **named: float) -> Any:
 
 def _integers(key: Any, x: Any, low: int = 0, high: int | None = None) -> Any:
     if high is None:
-        digits = jnp.finfo(x.dtype).nmant + 1 if jnp.issubdtype(x.dtype, jnp.floating) else 31
+        digits = (
+            jnp.finfo(x.dtype).nmant + 1
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else 31
+        )
         high = min(2**digits, 2**31 - 1)
     return jax.random.randint(key, x.shape, low, high).astype(x.dtype)
 

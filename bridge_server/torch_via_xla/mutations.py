@@ -58,13 +58,17 @@ def becomes(operator: Any) -> Any:
     return functional(operator) if name in _RESHAPING else None
 
 
-def arguments(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(
+    operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
     names = [each.name for each in operator._schema.arguments]
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def call_of(operator: Any, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(
+    operator: Any, named: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split named arguments into an operator's positional arguments and keywords."""
     schema = operator._schema.arguments
     passed = [i for i, each in enumerate(schema) if each.name in named]
@@ -79,7 +83,9 @@ def returned(operator: Any, targets: Mapping[str, Any], values: Sequence[Any]) -
     """Return an operator's outputs: its written tensors, by alias set, and new values."""
     new = iter(values)
     outputs = tuple(
-        targets[next(iter(each.alias_info.before_set))] if each.alias_info else next(new)
+        targets[next(iter(each.alias_info.before_set))]
+        if each.alias_info
+        else next(new)
         for each in operator._schema.returns
     )
     return outputs[0] if len(outputs) == 1 else outputs or None

@@ -18,7 +18,9 @@ from bridge_server.torch_via_xla.environment import environment
 from bridge_wire.errors import CallerError, StructureError
 
 
-def trace_torch(target: nn.Module | Callable[..., Any]) -> "TracedModule | TracedFunction":
+def trace_torch(
+    target: nn.Module | Callable[..., Any],
+) -> "TracedModule | TracedFunction":
     """Return torch code as a pure function of JAX arrays, for jit, vmap, grad, and any device.
 
     For a module, the function's first argument is the parameters: see TracedModule. Other tensors
@@ -71,8 +73,12 @@ class TracedModule:
         self.module = module
         self._with_buffers = _WithBuffers(module)
         with torch.no_grad():
-            self.params: dict[str, jax.Array] = to_jax(dict(module.named_parameters()), copy=True)
-            self.buffers: dict[str, jax.Array] = to_jax(dict(module.named_buffers()), copy=True)
+            self.params: dict[str, jax.Array] = to_jax(
+                dict(module.named_parameters()), copy=True
+            )
+            self.buffers: dict[str, jax.Array] = to_jax(
+                dict(module.named_buffers()), copy=True
+            )
 
     def __call__(
         self,
@@ -95,7 +101,9 @@ class TracedModule:
           CallerError: the module has no such name, or draws random numbers without `rng`.
           DTypeError: the code computes in 64 bits, but JAX runs without x64.
         """
-        state = _merged("params", params, self.params) | _merged("buffers", buffers, self.buffers)
+        state = _merged("params", params, self.params) | _merged(
+            "buffers", buffers, self.buffers
+        )
         before = PythonState(self.module)
         with _tracing(rng) as env:
             call = functools.partial(self._call, env)
@@ -105,11 +113,15 @@ class TracedModule:
                 before.restore()
         if not mutable:
             return result
-        return result, {name: jax.lax.stop_gradient(after[name]) for name in self.buffers}
+        return result, {
+            name: jax.lax.stop_gradient(after[name]) for name in self.buffers
+        }
 
     apply = __call__
 
-    def _call(self, env: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, env: Any, state: Mapping[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
         originals = (*self.module.named_parameters(), *self.module.named_buffers())
         for name, original in originals:
             env.param.stand_in(original, state[name])
@@ -128,9 +140,13 @@ class _WithBuffers(nn.Module):
         return self.module(*args, **kwargs), dict(self.module.named_buffers())
 
 
-def _merged(kind: str, passed: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(
+    kind: str, passed: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
     if unknown := passed.keys() - own.keys():
-        raise CallerError(f"the module has no {kind} named {sorted(unknown)}; it has {sorted(own)}")
+        raise CallerError(
+            f"the module has no {kind} named {sorted(unknown)}; it has {sorted(own)}"
+        )
     return {**own, **passed}
 
 

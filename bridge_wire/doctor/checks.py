@@ -47,7 +47,10 @@ def as_table(checks: Sequence[Check]) -> str:
         lines.append(f"{check.verdict:6}  {check.name:{width}}  {check.found}".rstrip())
         if check.remedy:
             lines.append(f"{'':6}  {'':{width}}  -> {check.remedy}")
-    counts = {verdict: sum(check.verdict == verdict for check in checks) for verdict in _BY_GRAVITY}
+    counts = {
+        verdict: sum(check.verdict == verdict for check in checks)
+        for verdict in _BY_GRAVITY
+    }
     lines += ["", ", ".join(f"{count} {verdict}" for verdict, count in counts.items())]
     return "\n".join(lines)
 
@@ -55,6 +58,9 @@ def as_table(checks: Sequence[Check]) -> str:
 def as_json(checks: Sequence[Check]) -> str:
     """Return the checks and their worst verdict as a JSON object."""
     return json.dumps(
-        {"verdict": worst(checks), "checks": [dataclasses.asdict(check) for check in checks]},
+        {
+            "verdict": worst(checks),
+            "checks": [dataclasses.asdict(check) for check in checks],
+        },
         indent=2,
     )

@@ -16,7 +16,8 @@ from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of
 from bridge_wire.memory.cuda_words import FIRST, HOST, WORDS, Words
 
-_ALLOCATION = 2 << 20  # a handle of a smaller one would expose other allocations on its page
+# A handle of a smaller one would expose other allocations on its page.
+_ALLOCATION = 2 << 20
 _WORDS_AT = 4096  # offset of the words in the allocation, in bytes
 _WAY_BYTES = 8
 _SEEN_S, _POLL_S = 5.0, 0.001
@@ -48,7 +49,9 @@ def with_child(uuid: bytes, way: str) -> None:
         read, event = _answer(lane)
         side.take_over(event)
         if read != written or side.read(memory + NBYTES) != written[::-1]:
-            raise CudaError("the child process and this process see different bytes in GPU memory")
+            raise CudaError(
+                "the child process and this process see different bytes in GPU memory"
+            )
 
 
 def _answer(lane: FramedSocket) -> tuple[bytes, bytes]:
@@ -78,9 +81,13 @@ class _Side:
         self._way = way
         if way == WORDS:
             if not self.device.has_words:
-                raise CudaError("this driver's streams can neither write nor await 64-bit words")
+                raise CudaError(
+                    "this driver's streams can neither write nor await 64-bit words"
+                )
             stream = self.device.new_urgent_stream()
-            self._words = Words(self.device, memory + _WORDS_AT, stream, is_clients=not is_child)
+            self._words = Words(
+                self.device, memory + _WORDS_AT, stream, is_clients=not is_child
+            )
             self._held.callback(self._words.close)
             if not is_child:
                 self._words.clear()

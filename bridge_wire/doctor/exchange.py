@@ -33,7 +33,9 @@ def with_child() -> None:
             lane.send(b"memory", (slab.fd,))
             read = lane.receive(CHILD_S)
             if read is None:
-                raise WorldError("the child process exited and did not receive the memory")
+                raise WorldError(
+                    "the child process exited and did not receive the memory"
+                )
         if read != written or slab.view[NBYTES : 2 * NBYTES] != written[::-1]:
             raise WorldError("the child process and this process see different bytes")
     finally:

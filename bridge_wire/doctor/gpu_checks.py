@@ -27,7 +27,8 @@ BY_HOST = "tensors on the GPU travel through the host"
 _DRIVER = "NVIDIA driver"
 _VERSION_FILE = Path("/proc/driver/nvidia/version")
 _EXPOSE = (
-    "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not need it"
+    "for a GPU, install the driver, or run the container with --gpus; CPU tensors do not"
+    " need it"
 )
 _PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 _OFF = ("", "false", "False", "0")  # XLA's client reads every other value as on
@@ -72,7 +73,10 @@ def checks() -> Iterator[Check]:
     yield cupy
     yield _allocators(os.environ)
     yield ok(
-        "MPS", "its daemon's pipes are here" if has_mps() else "off: processes take turns on a GPU"
+        "MPS",
+        "its daemon's pipes are here"
+        if has_mps()
+        else "off: processes take turns on a GPU",
     )
     if cupy.verdict == OK:
         yield from map(exchanged, gpus)
@@ -122,7 +126,8 @@ def remedy() -> str:
 
 def _no_driver(error: CudaError) -> Check:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not isinstance(error.__cause__, OSError):  # libcuda.so.1 loads, but does not initialise
+    # libcuda.so.1 loads, but does not initialise.
+    if not isinstance(error.__cause__, OSError):
         hint = "" if visible is None else f"change CUDA_VISIBLE_DEVICES={visible!r}; "
         return slow(_DRIVER, str(error), hint + _EXPOSE)
     if _VERSION_FILE.exists():
@@ -144,12 +149,21 @@ def _nvidia_smi() -> Mapping[str, _Told]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return {}
-    query = [program, "--query-gpu=uuid,driver_version,compute_mode", "--format=csv,noheader"]
+    query = [
+        program,
+        "--query-gpu=uuid,driver_version,compute_mode",
+        "--format=csv,noheader",
+    ]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+        answer = subprocess.run(
+            query, capture_output=True, text=True, timeout=30, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return {}
-    rows = [[part.strip() for part in line.split(",")] for line in answer.stdout.splitlines()]
+    rows = [
+        [part.strip() for part in line.split(",")]
+        for line in answer.stdout.splitlines()
+    ]
     return {row[0]: _Told(*row[1:]) for row in rows if len(row) == 3}
 
 
@@ -159,7 +173,8 @@ def _devices(gpus: tuple[Gpu, ...], told: Mapping[str, _Told]) -> Check:
     hidden = told.keys() - {gpu.label for gpu in gpus}
     listed = ", ".join(f"cuda:{gpu.ordinal} {gpu.name} {gpu.label}" for gpu in gpus)
     return ok(
-        "GPUs", listed + setting + (f"; hidden: {', '.join(sorted(hidden))}" if hidden else "")
+        "GPUs",
+        listed + setting + (f"; hidden: {', '.join(sorted(hidden))}" if hidden else ""),
     )
 
 
@@ -205,11 +220,15 @@ def _allocators(environment: Mapping[str, str]) -> Check:
     """
     name = "GPU allocators"
     found = ", ".join(
-        f"{each}={environment[each]}" for each in _ALLOCATOR_SETTINGS if each in environment
+        f"{each}={environment[each]}"
+        for each in _ALLOCATOR_SETTINGS
+        if each in environment
     )
     if all(each in environment for each in _XLA_FRACTIONS):
         return broken(
-            name, f"{found}: JAX refuses to start with both", f"unset {_XLA_FRACTIONS[1]}"
+            name,
+            f"{found}: JAX refuses to start with both",
+            f"unset {_XLA_FRACTIONS[1]}",
         )
     if environment.get(_PREALLOCATE, "") not in _OFF:
         return slow(

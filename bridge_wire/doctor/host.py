@@ -18,7 +18,14 @@ from bridge_wire.memory.copying import usable_cores
 from bridge_wire.memory.slabs import PAGE, create_slab
 
 _NEEDED = ("torch-jax-bridge", "grpcio", "grpcio-health-checking", "protobuf", "optree")
-_FRAMEWORKS = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "torch", "torchax")
+_FRAMEWORKS = (
+    "jax",
+    "jaxlib",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "torch",
+    "torchax",
+)
 CUPY = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 _MIB = 1 << 20
@@ -56,12 +63,16 @@ def memfd() -> Check:
     """Check that sealed shared memory exists, which no peer can shrink."""
     name = "memfd and seals"
     if not hasattr(os, "memfd_create"):
-        return slow(name, f"this system has no memfd: {_BY_VALUE}", "use Linux 3.17 or newer")
+        return slow(
+            name, f"this system has no memfd: {_BY_VALUE}", "use Linux 3.17 or newer"
+        )
     try:
         slab = create_slab(PAGE, 0)
     except OutOfMemory as error:
         return slow(
-            name, f"{error}: {_BY_VALUE}", "free memory, or allow memfd_create in the sandbox"
+            name,
+            f"{error}: {_BY_VALUE}",
+            "free memory, or allow memfd_create in the sandbox",
         )
     try:
         os.ftruncate(slab.fd, 0)
@@ -83,10 +94,13 @@ def descriptor_passing() -> Check:
         exchange.with_child()
     except WorldError as error:
         return slow(
-            name, f"{error}: {_BY_VALUE}", "allow SCM_RIGHTS over Unix sockets in the sandbox"
+            name,
+            f"{error}: {_BY_VALUE}",
+            "allow SCM_RIGHTS over Unix sockets in the sandbox",
         )
     return ok(
-        name, f"{exchange.NBYTES} random bytes crossed to a child and back, over a Unix socket"
+        name,
+        f"{exchange.NBYTES} random bytes crossed to a child and back, over a Unix socket",
     )
 
 
@@ -118,7 +132,9 @@ def shared_memory_files() -> Check:
 
 def cores(name: str, usable: int, quota: float | None = None) -> Check:
     """Check that client and worker can run at the same time."""
-    found = f"{usable} usable" if quota is None else f"{usable} usable, {quota:g} by quota"
+    found = (
+        f"{usable} usable" if quota is None else f"{usable} usable, {quota:g} by quota"
+    )
     if usable > 1 and (quota is None or quota > 1):
         return ok(name, found)
     return slow(
@@ -131,7 +147,10 @@ def cores(name: str, usable: int, quota: float | None = None) -> Check:
 def namespaces() -> Check:
     """Report the kernel's names of this process's namespaces."""
     try:
-        return ok("namespaces", " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS))
+        return ok(
+            "namespaces",
+            " ".join(os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS),
+        )
     except OSError:
         return ok("namespaces", "unknown: the system has no /proc/self/ns")
 

@@ -37,7 +37,8 @@ _SOON_S = 2 * _SPIN_S
 _LONGEST_COUNTED_S = 4 * _SOON_S
 # After this time, a message put while this side fell asleep is visible.
 _SETTLED_MS = 10
-_NUDGE = b""  # wakes a peer, or carries its mailbox; no message of the protocol is empty
+# Wakes a peer, or carries its mailbox; no message of the protocol is empty.
+_NUDGE = b""
 _MAX_DESCRIPTORS = 4
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -52,7 +53,9 @@ class FramedSocket:
     Received descriptors are dropped unless `takes_descriptors` is set.
     """
 
-    def __init__(self, connected: socket.socket, *, takes_descriptors: bool = False) -> None:
+    def __init__(
+        self, connected: socket.socket, *, takes_descriptors: bool = False
+    ) -> None:
         self._socket = connected
         self._decoder = FrameDecoder()
         self._buffer = bytearray(_BUFFER_BYTES)
@@ -207,7 +210,9 @@ class FramedSocket:
         # Bookkeeping first, off the critical path: after a message's arrival, each step delays its
         # answer.
         is_there, clock, give_way = self._is_there, time.perf_counter, os.sched_yield
-        self._expected_s += (min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s) / 2
+        self._expected_s += (
+            min(self._waited_s, _LONGEST_COUNTED_S) - self._expected_s
+        ) / 2
         started = clock()
         if self._may_spin and self._expected_s < _SOON_S:
             deadline = started + _SPIN_S
@@ -230,11 +235,15 @@ class FramedSocket:
             try:
                 if box.has_message():
                     return False
-                if self._poll(_SETTLED_MS if left_ms is None else min(_SETTLED_MS, left_ms)):
+                if self._poll(
+                    _SETTLED_MS if left_ms is None else min(_SETTLED_MS, left_ms)
+                ):
                     return True
                 if box.has_message():
                     return False
-                if self._poll(None if left_ms is None else max(0, left_ms - _SETTLED_MS)):
+                if self._poll(
+                    None if left_ms is None else max(0, left_ms - _SETTLED_MS)
+                ):
                     return True
             finally:
                 box.wake()

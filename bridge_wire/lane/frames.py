@@ -27,7 +27,11 @@ class FrameDecoder:
 
     def feed(self, data: bytes | memoryview) -> bytes | None:
         """Append bytes of the stream; return the next whole message, like `next`."""
-        if not self._pending and len(data) > 4 and _LENGTH.unpack_from(data)[0] == len(data) - 4:
+        if (
+            not self._pending
+            and len(data) > 4
+            and _LENGTH.unpack_from(data)[0] == len(data) - 4
+        ):
             # Fast path without the buffer: nearly always the data is exactly one message.
             return bytes(data[4:])
         self._pending += data
@@ -45,7 +49,9 @@ class FrameDecoder:
             return None
         (length,) = _LENGTH.unpack_from(pending)
         if length > MAX_FRAME:
-            raise ProtocolError(f"a frame announces {length} bytes; the limit is {MAX_FRAME}")
+            raise ProtocolError(
+                f"a frame announces {length} bytes; the limit is {MAX_FRAME}"
+            )
         end = 4 + length
         if len(pending) < end:
             return None

@@ -39,7 +39,9 @@ def fill(blocks: Sequence[Writable], data: bytes, chunks: Iterator[bytes]) -> No
     """
     expected = sum(block.nbytes for block in blocks)
     if data and len(data) != expected:
-        raise ProtocolError(f"a message carries {len(data)} bytes for tensors of {expected} bytes")
+        raise ProtocolError(
+            f"a message carries {len(data)} bytes for tensors of {expected} bytes"
+        )
     start = 0
     for block in blocks:
         if data:
@@ -66,6 +68,8 @@ def taken(nbytes: int, chunks: Iterator[bytes]) -> Iterator[bytes]:
                 f"the peer sent no more chunks; {missing} bytes of a tensor are missing"
             )
         if not 0 < len(chunk) <= min(CHUNK, missing):
-            raise ProtocolError(f"a chunk has {len(chunk)} bytes; {missing} bytes were missing")
+            raise ProtocolError(
+                f"a chunk has {len(chunk)} bytes; {missing} bytes were missing"
+            )
         missing -= len(chunk)
         yield chunk

@@ -57,7 +57,11 @@ class Mailbox:
         the peer has no mailbox, the message is too long, or the slot is occupied.
         """
         slot = self._outgoing
-        if slot[_STATE] == ABSENT or len(message) > CAPACITY or slot[_TAKEN] != self._put:
+        if (
+            slot[_STATE] == ABSENT
+            or len(message) > CAPACITY
+            or slot[_TAKEN] != self._put
+        ):
             return ABSENT
         self._to_send[: len(message)] = message
         slot[_LENGTH] = len(message)

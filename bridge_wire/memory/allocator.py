@@ -19,7 +19,9 @@ class Allocator:
     """
 
     def __init__(self) -> None:
-        self._spans: list[tuple[int, int]] = []  # (start, size), sorted, no two adjacent
+        self._spans: list[
+            tuple[int, int]
+        ] = []  # (start, size), sorted, no two adjacent
         self._freed: list[tuple[int, int]] = []
 
     def add(self, start: int, size: int) -> None:

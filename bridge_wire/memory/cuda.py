@@ -120,15 +120,24 @@ class Driver:
     def open_event(self, handle: bytes) -> int:
         """Open another process's event."""
         event = ctypes.c_void_p()
-        self._call("cuIpcOpenEventHandle", ctypes.byref(event), _Handle.from_buffer_copy(handle))
+        self._call(
+            "cuIpcOpenEventHandle",
+            ctypes.byref(event),
+            _Handle.from_buffer_copy(handle),
+        )
         return event.value or 0
 
     def new_urgent_stream(self) -> int:
         """Return a stream of the highest priority."""
         stream, least, greatest = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-        self._call("cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest))
         self._call(
-            "cuStreamCreateWithPriority", ctypes.byref(stream), _STREAM_NON_BLOCKING, greatest
+            "cuCtxGetStreamPriorityRange", ctypes.byref(least), ctypes.byref(greatest)
+        )
+        self._call(
+            "cuStreamCreateWithPriority",
+            ctypes.byref(stream),
+            _STREAM_NON_BLOCKING,
+            greatest,
         )
         return stream.value or 0
 
@@ -257,7 +266,9 @@ class Device:
           CudaError: this process cannot open the allocation, or the allocation is smaller.
         """
         if len(handle) != HANDLE_BYTES:
-            raise CudaError(f"a memory handle has {len(handle)} bytes; expected {HANDLE_BYTES}")
+            raise CudaError(
+                f"a memory handle has {len(handle)} bytes; expected {HANDLE_BYTES}"
+            )
         # Calls that open and close use the driver. CUDA may wait for the whole device
         # (pytorch#15937, tensorpipe#321), and the device for a model's Python callback, which would
         # deadlock with CuPy, since CuPy keeps the GIL.
@@ -296,7 +307,9 @@ class Device:
           CudaError: this process cannot open the event.
         """
         if len(handle) != HANDLE_BYTES:
-            raise CudaError(f"an event handle has {len(handle)} bytes; expected {HANDLE_BYTES}")
+            raise CudaError(
+                f"an event handle has {len(handle)} bytes; expected {HANDLE_BYTES}"
+            )
         return self._by_driver(driver().open_event, handle)
 
     def destroy_event(self, event: int) -> None:
@@ -316,7 +329,9 @@ class Device:
 
     def new_stream(self) -> int:
         """Return a stream without implicit synchronisation with the default stream."""
-        stream: int = self._do(self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING)
+        stream: int = self._do(
+            self._runtime.streamCreateWithFlags, _STREAM_NON_BLOCKING
+        )
         return stream
 
     def new_urgent_stream(self) -> int:
@@ -366,7 +381,9 @@ class Device:
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         """Enqueue a copy between any two of this device's memory and host memory."""
-        self._do(self._runtime.memcpyAsync, target, source, nbytes, _COPY_DEFAULT, stream)
+        self._do(
+            self._runtime.memcpyAsync, target, source, nbytes, _COPY_DEFAULT, stream
+        )
 
     def free_bytes(self) -> int:
         """Return the device's free memory in bytes."""
@@ -379,7 +396,9 @@ class Device:
                 return action(*arguments)
             except self._runtime.CUDARuntimeError as error:
                 if error.status == _OUT_OF_MEMORY:
-                    raise OutOfMemory(f"{self.gpu.label} is out of memory: {error}") from error
+                    raise OutOfMemory(
+                        f"{self.gpu.label} is out of memory: {error}"
+                    ) from error
                 raise CudaError(f"{self.gpu.label} refused: {error}") from error
 
     def _by_driver(self, action: Callable[..., _T], *arguments: Any) -> _T:

@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 from bridge_wire.errors import CudaError
 from bridge_wire.memory import cuda_words
 from bridge_wire.memory.cuda import Device, driver
-from bridge_wire.memory.pool import Block, Pool, block_at, block_class, closed, configured_max_bytes
+from bridge_wire.memory.pool import (
+    Block,
+    Pool,
+    block_at,
+    block_class,
+    closed,
+    configured_max_bytes,
+)
 from bridge_wire.memory.slabs import Slab
 
 _T = TypeVar("_T")
@@ -165,7 +172,12 @@ class GpuPool(Pool):
             if any(slab.pointer == pointer for slab in self.slabs):
                 return
             slab = GpuSlab(
-                _NO_VIEW, pointer, self._next_base, nbytes, -1, self.device.handle_of(pointer)
+                _NO_VIEW,
+                pointer,
+                self._next_base,
+                nbytes,
+                -1,
+                self.device.handle_of(pointer),
             )
             self._next_base = slab.base + nbytes + UNIT
             self.slabs = (*self.slabs, slab)
@@ -189,7 +201,9 @@ class GpuPool(Pool):
         end_what_is_left()
         nbytes = -(-nbytes // UNIT) * UNIT
         pointer = self._memory.allocate(nbytes)
-        return GpuSlab(_NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer))
+        return GpuSlab(
+            _NO_VIEW, pointer, base, nbytes, -1, self.device.handle_of(pointer)
+        )
 
 
 # Deferred frees: queued by finalizers, executed later, since a finalizer may interrupt any code and

@@ -26,7 +26,9 @@ class Words:
     """One side of a lane's words. Reads and releases words on a separate stream without other
     work."""
 
-    def __init__(self, device: Device, pointer: int, stream: int, *, is_clients: bool) -> None:
+    def __init__(
+        self, device: Device, pointer: int, stream: int, *, is_clients: bool
+    ) -> None:
         """Use the words at a pointer, and own the given urgent stream; call `close` later."""
         self._device, self.stream = device, stream
         self._mine, self._theirs = pointer, pointer + _WORKERS

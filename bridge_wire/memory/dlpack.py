@@ -31,7 +31,11 @@ class _DLTensor(ctypes.Structure):
 
 
 class _DLManagedTensor(ctypes.Structure):
-    _fields_ = (("tensor", _DLTensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
+    _fields_ = (
+        ("tensor", _DLTensor),
+        ("context", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
 
 
 _libc = ctypes.CDLL(None)
@@ -122,7 +126,15 @@ class Exporter:
         pointer, ndim = self.pointer or shape, len(self.spec.shape)
         device = self.__dlpack_device__()
         return _DLTensor(
-            pointer, *device, ndim, dtype.dlpack_code, dtype.dlpack_bits, 1, shape, None, 0
+            pointer,
+            *device,
+            ndim,
+            dtype.dlpack_code,
+            dtype.dlpack_bits,
+            1,
+            shape,
+            None,
+            0,
         )
 
 

@@ -115,7 +115,9 @@ class Pool:
     _UNIT = PAGE  # slab sizes are multiples of it
 
     def __init__(self, *, max_bytes: int | None = None, shareable: bool = True) -> None:
-        self.max_bytes = configured_max_bytes(half_of_memory()) if max_bytes is None else max_bytes
+        self.max_bytes = (
+            configured_max_bytes(half_of_memory()) if max_bytes is None else max_bytes
+        )
         self.slabs: tuple[Slab, ...] = ()
         self.shareable = shareable
         self._next_base = self._FIRST_BASE
@@ -211,10 +213,14 @@ class Pool:
             if address is None:
                 self._grow(size)
                 address = self._allocator.allocate(size)
-                assert address is not None, "a new slab has room for the request it was made for"
+                assert address is not None, (
+                    "a new slab has room for the request it was made for"
+                )
             slab = self._slab_of(address)
             offset = address - slab.base
-            self._extents[address] = _Extent(slab.pointer + offset, slab.view, offset, size)
+            self._extents[address] = _Extent(
+                slab.pointer + offset, slab.view, offset, size
+            )
             self._count += 1
         return address
 
@@ -222,7 +228,8 @@ class Pool:
         """Return the extents of the free lists to the allocator, which may merge them."""
         taken: list[tuple[Any, int]] = []
         for key, addresses in list(self._ready.items()):
-            with contextlib.suppress(IndexError):  # other threads also lease from these lists
+            # Other threads also lease from these lists.
+            with contextlib.suppress(IndexError):
                 while True:
                     taken.append((key, addresses.pop()))
         try:

@@ -110,7 +110,9 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
     """
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ProtocolError("the slab's descriptor is not a memfd; expected a sealed memfd")
+            raise ProtocolError(
+                "the slab's descriptor is not a memfd; expected a sealed memfd"
+            )
         try:
             seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
         except OSError as error:
@@ -118,7 +120,9 @@ def map_received(fd: int, nbytes: int, base: int) -> Slab:
                 "the slab's descriptor is not a memfd; expected a sealed memfd"
             ) from error
         if seals & _SEALS != _SEALS:
-            raise ProtocolError("the slab's memfd lacks one of the seals SHRINK, GROW and SEAL")
+            raise ProtocolError(
+                "the slab's memfd lacks one of the seals SHRINK, GROW and SEAL"
+            )
         size = os.fstat(fd).st_size
         if size != nbytes or nbytes == 0 or nbytes % PAGE:
             raise ProtocolError(
@@ -148,13 +152,18 @@ def _available_bytes() -> int:
     """Return the free bytes of the machine and this process's control group; without /proc,
     no limit."""
     try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        fields = dict(
+            line.split(":", 1)
+            for line in Path("/proc/meminfo").read_text().splitlines()
+        )
         available = int(fields["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return sys.maxsize
     try:
         group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        limit, used = (
+            int((group / name).read_text()) for name in ("memory.max", "memory.current")
+        )
     except (OSError, ValueError):  # no limit reads "max"
         return available
     return min(available, limit - used)

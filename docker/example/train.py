@@ -15,7 +15,9 @@ t = torch.linspace(0, 6, 100, device=device)
 seen = 2.0 * torch.exp(-0.3 * t) * torch.cos(t)
 with connect(os.environ["BRIDGE_ADDRESS"], require=memory) as session:
     wave = RemoteJaxFunction(session)
-    amplitude, rate = (torch.tensor(1.0, device=device, requires_grad=True) for _ in range(2))
+    amplitude, rate = (
+        torch.tensor(1.0, device=device, requires_grad=True) for _ in range(2)
+    )
     optimizer = torch.optim.Adam([amplitude, rate], lr=0.1)
     for _ in range(200):
         optimizer.zero_grad()

@@ -39,7 +39,11 @@ def check(worker: Worker, capsys: pytest.CaptureFixture[str]):
     def check(*args: str) -> Checked:
         status = main(["check-gradients", worker.address, *args])
         printed = capsys.readouterr()
-        return status, [line.split() for line in printed.out.splitlines() if line], printed.err
+        return (
+            status,
+            [line.split() for line in printed.out.splitlines() if line],
+            printed.err,
+        )
 
     return check
 
@@ -50,14 +54,20 @@ def test_right_derivatives_agree(check) -> None:
     status, lines, errors = check()
     assert (status, errors) == (0, "")
     heads = [line for line in lines if "(" in line[0]]
-    assert heads == [["square(float64[2,3])"], ["square(bfloat16[5])"], ["affine(float32[4,3])"]]
+    assert heads == [
+        ["square(float64[2,3])"],
+        ["square(bfloat16[5])"],
+        ["affine(float32[4,3])"],
+    ]
     rows = [line for line in lines if line[-1] == "ok"]
     assert [row[:2] for row in rows] == [
         ["result", name] for name in ("x", "x", "bias", "weight", "x")
     ]
     for row in rows[:1] + rows[2:]:
         vjp, jvp, difference = map(float, row[2:5])
-        assert vjp == pytest.approx(jvp, rel=1e-4) and vjp == pytest.approx(difference, rel=1e-2)
+        assert vjp == pytest.approx(jvp, rel=1e-4) and vjp == pytest.approx(
+            difference, rel=1e-2
+        )
     assert lines[-1] == ["all", "5", "derivatives", "agree"]
 
 
@@ -80,9 +90,9 @@ def test_a_wrong_jvp_is_a_mismatch(check, dtype: str) -> None:
     assert status == 1
     _, _, vjp, jvp, difference, verdict = lines[2]
     assert verdict == "MISMATCH"
-    assert float(vjp) == pytest.approx(float(jvp), rel=0.1) and float(vjp) == pytest.approx(
-        float(difference) / 2, 0.2
-    )
+    assert float(vjp) == pytest.approx(float(jvp), rel=0.1) and float(
+        vjp
+    ) == pytest.approx(float(difference) / 2, 0.2)
 
 
 def test_arguments_are_reproducible(check) -> None:
@@ -131,13 +141,22 @@ def test_unknown_arguments_are_misuse(check) -> None:
         (["--input", "float32[3]"], "pick one with"),
         (["--model", "square", "--input", "int32[3]"], "takes or returns no floats"),
         (["--model", "square", "--input", "float8_e5m2[3]"], "too few digits"),
-        (["--model", "square", "--input", "float32[10000000000]"], "20000000000 numbers"),
+        (
+            ["--model", "square", "--input", "float32[10000000000]"],
+            "20000000000 numbers",
+        ),
         (
             ["--model", "square", "--input", "float16[3]", "--range", "1e5", "1e6"],
             "does not fit in float16[3]",
         ),
-        (["--model", "square", "--input", "float32[3],float32[3]"], "takes 1 positional argument"),
-        (["--model", "raises_at_trace", "--input", "float32[3]"], "dislikes every input"),
+        (
+            ["--model", "square", "--input", "float32[3],float32[3]"],
+            "takes 1 positional argument",
+        ),
+        (
+            ["--model", "raises_at_trace", "--input", "float32[3]"],
+            "dislikes every input",
+        ),
     ],
 )
 def test_what_cannot_be_checked_is_a_failure(check, args: list[str], said: str) -> None:
@@ -175,7 +194,9 @@ def test_describe_shows_what_was_compiled_for(
 # Numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if not name.startswith("float8")])
+@pytest.mark.parametrize(
+    "name", [name for name in BY_NAME if not name.startswith("float8")]
+)
 def test_numbers_of_every_type_come_back(name: str) -> None:
     """Numbers that a type holds are the same after packing and unpacking, and take the bytes
     that the type says."""

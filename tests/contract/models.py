@@ -43,7 +43,10 @@ MODELS: Mapping[str, Callable[[Any], Any]] = {
     "product": lambda np: lambda x, number: x * number,
     "transposed": lambda np: lambda x: (x.T, np.broadcast_to(x[0], (3, 4))),
     "nested": lambda np: (
-        lambda tree, kind: {"kept": [tree["a"] * 2, None], "sum": tree["b"][0] + len(kind)}
+        lambda tree, kind: {
+            "kept": [tree["a"] * 2, None],
+            "sum": tree["b"][0] + len(kind),
+        }
     ),
     "refusing": lambda np: refusing,
     "speechless": lambda np: speechless,

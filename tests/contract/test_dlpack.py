@@ -89,7 +89,10 @@ def test_block_becomes_a_torch_tensor_in_place(dtype: DType) -> None:
     for shape in SHAPES:
         exporter, block = exported(dtype, shape)
         tensor = torch.from_dlpack(exporter)
-        assert (tensor.dtype, tuple(tensor.shape)) == (getattr(torch, dtype.name), shape)
+        assert (tensor.dtype, tuple(tensor.shape)) == (
+            getattr(torch, dtype.name),
+            shape,
+        )
         assert tensor.is_contiguous()
         if block.nbytes:
             assert tensor.data_ptr() == block.pointer
@@ -141,7 +144,9 @@ def test_exporter_says_it_is_host_memory() -> None:
 def test_newer_consumers_arguments_are_accepted() -> None:
     """The arguments of a newer protocol (max_version, dl_device, copy) do not disturb it."""
     exporter, block = exported(BY_NAME["int8"], (8,))
-    capsule = exporter.__dlpack__(stream=None, max_version=(1, 1), dl_device=CPU, copy=None)
+    capsule = exporter.__dlpack__(
+        stream=None, max_version=(1, 1), dl_device=CPU, copy=None
+    )
     assert torch.from_dlpack(capsule).data_ptr() == block.pointer
 
 
@@ -162,7 +167,9 @@ def export_with_owner(nbytes: int = 64) -> tuple[Exporter, "weakref.ref[Owner]",
 
 @pytest.mark.parametrize("carrier", CARRIERS.values(), ids=CARRIERS)
 @pytest.mark.parametrize("consume", CONSUMERS, ids=CONSUMER_NAMES)
-def test_owner_lives_until_the_consumer_s_array_dies(consume: Consumer, carrier: Carrier) -> None:
+def test_owner_lives_until_the_consumer_s_array_dies(
+    consume: Consumer, carrier: Carrier
+) -> None:
     """The exporter may go at once: its owner lives as long as the array, and not longer."""
     keep_owners_by(carrier)
     exporter, owner, _block = export_with_owner()
@@ -178,7 +185,11 @@ def test_owner_lives_until_the_consumer_s_array_dies(consume: Consumer, carrier:
 def test_owner_lives_until_the_last_of_several_arrays_dies() -> None:
     """Each export holds the owner by itself."""
     exporter, owner, _block = export_with_owner()
-    arrays = [torch.from_dlpack(exporter), np.from_dlpack(exporter), torch.from_dlpack(exporter)]
+    arrays = [
+        torch.from_dlpack(exporter),
+        np.from_dlpack(exporter),
+        torch.from_dlpack(exporter),
+    ]
     del exporter
     while arrays:
         assert owner() is not None
@@ -224,7 +235,9 @@ def test_export_of_a_block_keeps_its_lease() -> None:
 
 @pytest.mark.parametrize("carrier", CARRIERS.values(), ids=CARRIERS)
 @pytest.mark.parametrize("consume", CONSUMERS, ids=CONSUMER_NAMES)
-def test_array_may_die_while_an_exception_is_raised(consume: Consumer, carrier: Carrier) -> None:
+def test_array_may_die_while_an_exception_is_raised(
+    consume: Consumer, carrier: Carrier
+) -> None:
     """An array that goes as an exception leaves its expression disturbs neither the exception
     nor the interpreter."""
     keep_owners_by(carrier)

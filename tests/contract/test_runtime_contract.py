@@ -21,7 +21,13 @@ from bridge_server.runtime import Options, Runtime
 from bridge_server.torch_runtime import TorchRuntime
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64
-from bridge_wire.errors import DTypeError, ProtocolError, RemoteModelError, SpecError, TargetError
+from bridge_wire.errors import (
+    DTypeError,
+    ProtocolError,
+    RemoteModelError,
+    SpecError,
+    TargetError,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 from tests.contract import models
@@ -79,7 +85,9 @@ def session(
 @pytest.fixture
 def serve(session: Session) -> Serve:
     """Gives the models of that session by name."""
-    return lambda name: Served(session, name if session.lane == "inproc" else f"contract.{name}")
+    return lambda name: Served(
+        session, name if session.lane == "inproc" else f"contract.{name}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,10 @@ def test_a_python_number_is_one_again(serve: Serve, number: complex) -> None:
     x = numbers(2).astype(np.complex64 if isinstance(number, complex) else np.float32)
     program = served.call(x, number)
     assert program.outputs[0].dtype is program.inputs[0].dtype
-    assert served.run(program, x, number)[0].tolist() == (x * x.dtype.type(number)).tolist()
+    assert (
+        served.run(program, x, number)[0].tolist()
+        == (x * x.dtype.type(number)).tolist()
+    )
 
 
 def test_scalars_and_empty_arrays_pass(serve: Serve) -> None:
@@ -169,7 +180,10 @@ def test_structures_pass_both_ways(serve: Serve) -> None:
             pb.Tree(leaf=pb.Tree.Leaf()),
             pb.Tree(
                 list=pb.Tree.Sequence(
-                    items=[pb.Tree(leaf=pb.Tree.Leaf()), pb.Tree(value=pb.Value(none=True))]
+                    items=[
+                        pb.Tree(leaf=pb.Tree.Leaf()),
+                        pb.Tree(value=pb.Value(none=True)),
+                    ]
                 )
             ),
         ],
@@ -177,7 +191,10 @@ def test_structures_pass_both_ways(serve: Serve) -> None:
     items = [pb.Tree(dict=mapping), pb.Tree(value=pb.Value(text="four"))]
     x, y = numbers(2), numbers(3)
     program = served.call(x, y, tree=pb.Tree(tuple=pb.Tree.Sequence(items=items)))
-    assert trees.leaf_paths(program.result, "result") == ["result['kept'][0]", "result['sum']"]
+    assert trees.leaf_paths(program.result, "result") == [
+        "result['kept'][0]",
+        "result['sum']",
+    ]
     doubled, total = served.run(program, x, y)
     assert (doubled.tolist(), total.tolist()) == ((x * 2).tolist(), (y + 4).tolist())
 
@@ -185,7 +202,9 @@ def test_structures_pass_both_ways(serve: Serve) -> None:
 def test_an_exception_of_the_model_is_its_own(serve: Serve) -> None:
     """What a model raises comes with its type, its text, the call, and a traceback that begins
     in the model."""
-    with pytest.raises(RemoteModelError, match=r"nothing of shape \(2,\) here") as caught:
+    with pytest.raises(
+        RemoteModelError, match=r"nothing of shape \(2,\) here"
+    ) as caught:
         serve("refusing").call(numbers(2))
     assert caught.value.remote_type == "builtins.LookupError"
     assert "float32[2]" in str(caught.value)
@@ -197,9 +216,15 @@ def test_an_exception_of_the_model_is_its_own(serve: Serve) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("ending", "SystemExit"), ("interrupted", "KeyboardInterrupt"), ("speechless", "Speechless")],
+    [
+        ("ending", "SystemExit"),
+        ("interrupted", "KeyboardInterrupt"),
+        ("speechless", "Speechless"),
+    ],
 )
-def test_whatever_a_model_raises_is_its_own(serve: Serve, lane: str, name: str, kind: str) -> None:
+def test_whatever_a_model_raises_is_its_own(
+    serve: Serve, lane: str, name: str, kind: str
+) -> None:
     """Neither what ends threads without a word nor what has no text leaves a caller without an
     answer."""
     is_ctrl_c = name == "interrupted" and lane == "inproc"
@@ -208,7 +233,9 @@ def test_whatever_a_model_raises_is_its_own(serve: Serve, lane: str, name: str, 
     assert is_ctrl_c or caught.value.remote_type.endswith(kind)
 
 
-def test_what_is_no_model_is_refused(framework: str, runtimes: dict[str, Runtime]) -> None:
+def test_what_is_no_model_is_refused(
+    framework: str, runtimes: dict[str, Runtime]
+) -> None:
     """A target that cannot be called is a TargetError that says what it is."""
     with pytest.raises(TargetError, match=r"'model' is a builtins\.str"):
         Hosted(runtimes[framework], "a text")
@@ -238,7 +265,9 @@ def test_derivatives_are_those_of_the_formula(serve: Serve, name: str) -> None:
     program = served.call(x, transforms=transforms)
     ones = [np.ones_like(x)] * (len(program.inputs) - 1)
     assert program.outputs == (program.inputs[0],)
-    np.testing.assert_allclose(served.run(program, x, *ones)[0], expected(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        served.run(program, x, *ones)[0], expected(x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_batches_are_rows(serve: Serve) -> None:
@@ -247,7 +276,9 @@ def test_batches_are_rows(serve: Serve) -> None:
     x, y = numbers(2, 3), numbers(2)
     program = served.call(y, y, transforms=[vmap([1, -1], 3)])
     seen = served.run(program, x, y)[0]
-    np.testing.assert_allclose(seen, [[(row * y).sum(), y[0]] for row in x.T], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        seen, [[(row * y).sum(), y[0]] for row in x.T], rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("order", ["vmap of vjp", "vjp of vmap", "vmap of vmap of vjp"])
@@ -279,11 +310,18 @@ def test_complex_derivatives_are_linear(serve: Serve) -> None:
     served = serve("holomorphic")
     z = (numbers(2) + 1j * numbers(2)[::-1]).astype(np.complex64)
     ct = np.array([1 + 2j, 3 - 1j], np.complex64)
-    for transforms in ([vjp([0])], [vmap([0], 1), vjp([0])], [vjp([0]), vmap([0, 0], 1)]):
+    for transforms in (
+        [vjp([0])],
+        [vmap([0], 1), vjp([0])],
+        [vjp([0]), vmap([0, 0], 1)],
+    ):
         batch = (lambda x: x[None]) if len(transforms) == 2 else (lambda x: x)
         program = served.call(z, transforms=transforms)
         np.testing.assert_allclose(
-            served.run(program, batch(z), batch(ct))[0], batch(ct * 2 * z), rtol=1e-6, atol=1e-6
+            served.run(program, batch(z), batch(ct))[0],
+            batch(ct * 2 * z),
+            rtol=1e-6,
+            atol=1e-6,
         )
     program = served.call(z, keep=[0])
     _, residual = served.run_keeping(program, z)
@@ -333,7 +371,9 @@ def test_a_residual_is_pulled_back_as_often_as_one_likes(serve: Serve) -> None:
     np.testing.assert_allclose(
         served.run(served.pullback(program, [1]), ct, residual=residual)[0], ct * x * x
     )
-    together = served.run(served.pullback(program, [1], [0, 2]), ct, 2 * ct, residual=residual)
+    together = served.run(
+        served.pullback(program, [1], [0, 2]), ct, 2 * ct, residual=residual
+    )
     np.testing.assert_allclose(together[0], ct * x * x + 2 * ct)
     unrelated = served.run(served.pullback(program, [0], [2]), ct, residual=residual)
     assert unrelated[0].tolist() == [0.0] * 3
@@ -344,7 +384,9 @@ def test_a_residual_holds_for_the_values_of_its_own_run(serve: Serve) -> None:
     served = serve("exp")
     program = served.call(numbers(2), keep=[0])
     pullback = served.pullback(program, [0])
-    kept = [(x, served.run_keeping(program, x)[1]) for x in (numbers(2), 2 * numbers(2))]
+    kept = [
+        (x, served.run_keeping(program, x)[1]) for x in (numbers(2), 2 * numbers(2))
+    ]
     for x, residual in kept:
         np.testing.assert_allclose(
             served.run(pullback, np.ones_like(x), residual=residual)[0],
@@ -385,7 +427,10 @@ def test_parameters_are_named_by_path(serve: Serve) -> None:
         ("w", True),
     ]
     program = served.parameters()
-    assert [values.tolist() for values in served.run(program)] == [[1.0, 1.0], [2.0, 3.0]]
+    assert [values.tolist() for values in served.run(program)] == [
+        [1.0, 1.0],
+        [2.0, 3.0],
+    ]
     assert served.model.arguments == ("x",)
 
 
@@ -395,10 +440,15 @@ def test_the_callers_parameters_or_the_workers_own(serve: Serve) -> None:
     x = np.array([1.0, 2.0], np.float32)
     assert served.run(served.call(x), x)[0].tolist() == [3.0, 7.0]
     w, b = np.array([5.0, 5.0], np.float32), np.zeros(2, np.float32)
-    assert served.run(served.call(x, parameters=True), b, w, x)[0].tolist() == [5.0, 10.0]
+    assert served.run(served.call(x, parameters=True), b, w, x)[0].tolist() == [
+        5.0,
+        10.0,
+    ]
     program = served.call(x, parameters=True, keep=[0, 1])
     _, residual = served.run_keeping(program, b, w, x)
-    made = served.run(served.pullback(program, [0, 1]), np.ones_like(x), residual=residual)
+    made = served.run(
+        served.pullback(program, [0, 1]), np.ones_like(x), residual=residual
+    )
     assert [each.tolist() for each in made] == [[1.0, 1.0], [1.0, 2.0]]
     assert served.run(served.call(x), x)[0].tolist() == [3.0, 7.0]
 
@@ -426,9 +476,14 @@ def test_threads_transform_at_once(
     def work(thread: int) -> bool:
         start.wait()
         for i in range(25):
-            x = np.full((2, 3) if len(transforms) == 2 else 3, 1 + thread + i / 32, np.float32)
+            x = np.full(
+                (2, 3) if len(transforms) == 2 else 3, 1 + thread + i / 32, np.float32
+            )
             if not np.allclose(
-                served.run(program, x, np.ones_like(x))[0], 3 * x**2, rtol=1e-5, atol=1e-6
+                served.run(program, x, np.ones_like(x))[0],
+                3 * x**2,
+                rtol=1e-5,
+                atol=1e-6,
             ):
                 return False
         return True
@@ -450,7 +505,10 @@ def test_threads_have_their_own_results(serve: Serve, pool: ThreadPoolExecutor) 
             value = np.full(2, 100 * thread + i, np.float32)
             (y,), residual = served.run_keeping(program, value, value, value)
             (made,) = served.run(pullback, np.ones_like(value), residual=residual)
-            if y.tolist() != (value * value + value).tolist() or made.tolist() != value.tolist():
+            if (
+                y.tolist() != (value * value + value).tolist()
+                or made.tolist() != value.tolist()
+            ):
                 return False
         return True
 

@@ -73,10 +73,18 @@ def connected(
     if lane == "inproc":
         return lambda: host(jax_model={name: getattr(hosted, name) for name in _HOSTED})
     if lane == "inproc to torch":
-        return lambda: host(torch_model={name: getattr(torch_models, name) for name in _HOSTED})
-    workers = {"tcp": tcp_worker, "local to torch": torch_worker, "grpc to torch": torch_worker}
+        return lambda: host(
+            torch_model={name: getattr(torch_models, name) for name in _HOSTED}
+        )
+    workers = {
+        "tcp": tcp_worker,
+        "local to torch": torch_worker,
+        "grpc to torch": torch_worker,
+    }
     address = workers.get(lane, jax_worker).address
-    return lambda: connect(address, lane="local" if lane.startswith("local") else "grpc")
+    return lambda: connect(
+        address, lane="local" if lane.startswith("local") else "grpc"
+    )
 
 
 @pytest.fixture
@@ -97,7 +105,9 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 # What a session tells -----------------------------------------------------------------------------
 
 
-def test_the_lane_and_the_memory_kind_are_what_was_asked_for(session: Session, lane: str) -> None:
+def test_the_lane_and_the_memory_kind_are_what_was_asked_for(
+    session: Session, lane: str
+) -> None:
     """A local lane shares memory, a gRPC lane sends the bytes, and in one process arrays are
     handed over."""
     expected = "grpc" if lane == "tcp" else lane.partition(" ")[0]
@@ -175,15 +185,15 @@ def test_a_program_runs_many_times(session: Session) -> None:
 
 def test_scalars_and_empty_arrays_pass(session: Session) -> None:
     """Arrays of no dimension and of no elements are inputs and outputs like any other."""
-    assert values(*session.run(prepare(session, "square", SCALAR), [placed(session, [3.0])])) == [
-        9.0
-    ]
+    assert values(
+        *session.run(prepare(session, "square", SCALAR), [placed(session, [3.0])])
+    ) == [9.0]
     empty = prepare(session, "square", floats(0, 4))
     (made,) = session.run(empty, [session.pool.lease(0)])
     assert made.nbytes == 0
-    assert values(*session.run(prepare(session, "total", floats(0)), [session.pool.lease(0)])) == [
-        0.0
-    ]
+    assert values(
+        *session.run(prepare(session, "total", floats(0)), [session.pool.lease(0)])
+    ) == [0.0]
 
 
 def test_a_pullback_returns_the_cotangents(session: Session) -> None:
@@ -195,14 +205,18 @@ def test_a_pullback_returns_the_cotangents(session: Session) -> None:
     assert values(made) == [1.0, 4.0, 9.0]
     pullback = program.keeping((0,)).pullback((0,), (0,))
     for scale in (1.0, 10.0):
-        (cotangent,) = session.run_pullback(pullback, residual, [placed(session, [scale] * 3)])
+        (cotangent,) = session.run_pullback(
+            pullback, residual, [placed(session, [scale] * 3)]
+        )
         assert values(cotangent) == [2 * scale, 4 * scale, 6 * scale]
 
 
 def test_a_vjp_program_needs_no_residual(session: Session) -> None:
     """The vjp of a program runs on its inputs and cotangents."""
     vjp = prepare(session, "square", floats(2)).vjp((0,), (0,))
-    (cotangent,) = session.run(vjp, [placed(session, [3.0, 4.0]), placed(session, [1.0, 2.0])])
+    (cotangent,) = session.run(
+        vjp, [placed(session, [3.0, 4.0]), placed(session, [1.0, 2.0])]
+    )
     assert values(cotangent) == [6.0, 16.0]
 
 
@@ -211,11 +225,13 @@ def test_a_dropped_residual_goes_with_the_next_request(session: Session) -> None
     program = prepare(session, "square", floats(256))
     keeping = program.keeping((0,))
     pullback = keeping.pullback((0,), (0,))
-    ids = [session.run_keeping(keeping, [placed(session, [1.0] * 256)])[1] for _ in range(3)]
+    ids = [
+        session.run_keeping(keeping, [placed(session, [1.0] * 256)])[1]
+        for _ in range(3)
+    ]
     stats = session.stats()
-    kept = (
-        0 if session.framework == "torch" else 1024
-    )  # torch's holds but the input, which is the client's
+    # Torch's holds but the input, which is the client's.
+    kept = 0 if session.framework == "torch" else 1024
     assert (stats["residuals"], stats["residual_bytes"]) == (3, 3 * kept)
     session.drop_residual(ids[0])
     session.drop_residual(ids[0])
@@ -307,7 +323,9 @@ def test_a_call_past_its_time_raises_call_timeout(session: Session, gate: Gate) 
         session.run(program, [placed(session, [1.0])], timeout_s=0.2)
     assert squares(session, 2.0) == [4.0]
     gate.open()
-    assert values(*session.run(program, [placed(session, [1.0])], timeout_s=30.0)) == [2.0]
+    assert values(*session.run(program, [placed(session, [1.0])], timeout_s=30.0)) == [
+        2.0
+    ]
 
 
 @remote_only
@@ -334,7 +352,10 @@ def test_threads_call_at_once(session: Session) -> None:
         start.wait()
         for i in range(25):
             number = float(100 * thread + i)
-            if values(*session.run(program, [placed(session, [number] * 64)])) != [number**2] * 64:
+            if (
+                values(*session.run(program, [placed(session, [number] * 64)]))
+                != [number**2] * 64
+            ):
                 return False
         return True
 
@@ -363,7 +384,11 @@ def test_calls_of_one_session_run_side_by_side(
     gates = [gate, Gate(tmp_path / "second")]
     programs = [prepare(session, "gated", floats(1), str(gate)) for gate in gates]
     running = [
-        Background(lambda program=program: values(*session.run(program, [placed(session, [4.0])])))
+        Background(
+            lambda program=program: values(
+                *session.run(program, [placed(session, [4.0])])
+            )
+        )
         for program in programs
     ]
     for each in gates:
@@ -374,11 +399,15 @@ def test_calls_of_one_session_run_side_by_side(
     assert [call.result() for call in running] == [[8.0], [8.0]]
 
 
-def test_sessions_do_not_wait_for_each_other(connected: Callable[[], Session], gate: Gate) -> None:
+def test_sessions_do_not_wait_for_each_other(
+    connected: Callable[[], Session], gate: Gate
+) -> None:
     """A call under way on one session does not hold up another session."""
     with connected() as first, connected() as second:
         program = prepare(first, "gated", floats(1), str(gate))
-        running = Background(lambda: values(*first.run(program, [placed(first, [4.0])])))
+        running = Background(
+            lambda: values(*first.run(program, [placed(first, [4.0])]))
+        )
         gate.wait_for_a_caller()
         assert squares(second, 6.0) == [36.0]
         gate.open()
@@ -392,7 +421,9 @@ def test_sessions_share_no_residuals(connected: Callable[[], Session]) -> None:
         keeping = prepare(first, "square", floats(2)).keeping((0,))
         _, residual = first.run_keeping(keeping, [placed(first, [1.0, 2.0])])
         with connected() as second:
-            theirs = prepare(second, "square", floats(2)).keeping((0,)).pullback((0,), (0,))
+            theirs = (
+                prepare(second, "square", floats(2)).keeping((0,)).pullback((0,), (0,))
+            )
             with pytest.raises(ResidualGone):
                 second.run_pullback(theirs, residual, [placed(second, [1.0, 1.0])])
             assert second.stats()["residuals"] == 0
@@ -450,16 +481,22 @@ def test_a_closed_session_says_so(connected: Callable[[], Session]) -> None:
 def test_outputs_outlive_the_session(connected: Callable[[], Session]) -> None:
     """The blocks of a closed session keep their contents."""
     with connected() as session:
-        (made,) = session.run(prepare(session, "square", floats(2)), [placed(session, [3.0, 4.0])])
+        (made,) = session.run(
+            prepare(session, "square", floats(2)), [placed(session, [3.0, 4.0])]
+        )
     assert values(made) == [9.0, 16.0]
 
 
-def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gate) -> None:
+def test_close_ends_a_call_under_way(
+    connected: Callable[[], Session], gate: Gate
+) -> None:
     """A call that is under way when its session is closed raises; it neither hangs nor returns
     garbage."""
     session = connected()
     program = prepare(session, "gated", floats(1), str(gate))
-    running = Background(lambda: values(*session.run(program, [placed(session, [4.0])])))
+    running = Background(
+        lambda: values(*session.run(program, [placed(session, [4.0])]))
+    )
     gate.wait_for_a_caller()
     closing = Background(session.close)
     assert eventually(lambda: session.is_closed)
@@ -470,7 +507,9 @@ def test_close_ends_a_call_under_way(connected: Callable[[], Session], gate: Gat
 
 
 @remote_only
-def test_a_preparation_that_finds_its_connection_ended_makes_a_new_one(session: Session) -> None:
+def test_a_preparation_that_finds_its_connection_ended_makes_a_new_one(
+    session: Session,
+) -> None:
     """Where another thread has just ended the connection, nothing was sent, and nobody sees
     gRPC's ValueError."""
     assert squares(session, 3.0) == [9.0]
@@ -533,9 +572,8 @@ def test_a_gibibyte_passes_by_value_in_both_directions(tcp_worker: Worker) -> No
     with connect(tcp_worker.address, lane="grpc") as session:
         sent = session.pool.lease(_GIB)
         one = placed(session, [1.0]).buffer
-        for start in range(
-            0, _GIB, 1 << 20
-        ):  # one number in each chunk; the rest of a fresh slab is zero
+        # One number in each chunk; the rest of a fresh slab is zero.
+        for start in range(0, _GIB, 1 << 20):
             sent.buffer[start : start + 4] = one
         (received,) = session.run(prepare(session, "total", floats(_GIB // 4)), [sent])
         assert values(received) == [1024.0]
@@ -550,6 +588,7 @@ def test_a_gibibyte_passes_by_value_in_both_directions(tcp_worker: Worker) -> No
         shown = received.buffer.cast("f")
         # A prime stride meets every row, and every column in time.
         assert all(
-            shown[i] == numbers[i // side] * numbers[i % side] for i in range(0, side * side, 4093)
+            shown[i] == numbers[i // side] * numbers[i % side]
+            for i in range(0, side * side, 4093)
         )
         del shown, received

@@ -45,11 +45,18 @@ def raises(y: Any) -> Any:
         (lambda y: y + 1e-3, {"value": "wrong", "vmap": "wrong", "again": "wrong"}),
         (jax.lax.stop_gradient, {"gradient": "wrong", "jvp": "wrong", "hvp": "wrong"}),
         (doubled_derivative, {"gradient": "wrong", "jvp": "wrong", "hvp": "wrong"}),
-        (raises, dict.fromkeys(("value", "vmap", "gradient", "jvp", "hvp", "again"), "untyped")),
+        (
+            raises,
+            dict.fromkeys(
+                ("value", "vmap", "gradient", "jvp", "hvp", "again"), "untyped"
+            ),
+        ),
     ],
     ids=["nothing", "value", "no derivative", "other derivative", "exception"],
 )
-def test_planted_faults_are_seen(spoil: Callable[[Any], Any], expected: dict[str, str]) -> None:
+def test_planted_faults_are_seen(
+    spoil: Callable[[Any], Any], expected: dict[str, str]
+) -> None:
     """A spoilt value, derivative or error is a fault in the checks that concern it, and in no
     other."""
     right = dict.fromkeys(("value", "vmap", "gradient", "jvp", "hvp", "again"), "right")
@@ -65,7 +72,9 @@ def test_a_fake_tensor_mode_that_is_left_is_seen() -> None:
         assert checks["again"]().status == "fake"
 
 
-def test_a_fake_tensor_that_torch_returns_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fake_tensor_that_torch_returns_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A cache of the operator that holds a fake tensor is seen in torch's own next call."""
     checks = Checks(SIN, 0, InProcess())
     again = dict(checks.run())["again"]

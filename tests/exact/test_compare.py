@@ -31,7 +31,10 @@ def test_other_values_are_wrong(got: np.ndarray) -> None:
 def test_rounding_is_right() -> None:
     """A few eps of the largest element are rounding, and equal bits are."""
     assert judge_values([ONE], [ONE], lambda: [0.0]).status == "right"
-    assert judge_values([np.nextafter(ONE, np.float32(9))], [ONE], lambda: [0.0]).status == "right"
+    assert (
+        judge_values([np.nextafter(ONE, np.float32(9))], [ONE], lambda: [0.0]).status
+        == "right"
+    )
 
 
 def test_what_an_eps_of_the_inputs_moves_as_far_is_right() -> None:
@@ -46,14 +49,24 @@ def test_what_an_eps_of_the_inputs_moves_as_far_is_right() -> None:
 def test_exceptions_without_a_type_are_faults() -> None:
     """A BridgeError is a refusal, but for the end of the worker; anything else is a fault."""
     typed = (BridgeError,)
-    assert judge_refusal(Refusal(SpecError("no")), None, typed, "torch").status == "refused"
     assert (
-        judge_refusal(Refusal(SpecError("no")), Refusal(ValueError()), typed, "torch").status
+        judge_refusal(Refusal(SpecError("no")), None, typed, "torch").status
+        == "refused"
+    )
+    assert (
+        judge_refusal(
+            Refusal(SpecError("no")), Refusal(ValueError()), typed, "torch"
+        ).status
         == "as torch"
     )
-    assert judge_refusal(Refusal(IndexError("no")), None, typed, "torch").status == "untyped"
     assert (
-        judge_refusal(Refusal(WorkerDied("gone")), Refusal(ValueError()), typed, "torch").status
+        judge_refusal(Refusal(IndexError("no")), None, typed, "torch").status
+        == "untyped"
+    )
+    assert (
+        judge_refusal(
+            Refusal(WorkerDied("gone")), Refusal(ValueError()), typed, "torch"
+        ).status
         == "crash"
     )
 

@@ -22,11 +22,15 @@ ENTRIES = {"inproc": 60, "worker": 20, "traced": 15, "torch-client": 6}
 def test_operators_are_right_or_refused_by_name(way: str, tmp_path: Path) -> None:
     """Values and derivatives are the framework's, or a typed error; nothing crashes, and no fake
     tensor is left."""
-    options = argparse.Namespace(dtypes="float32", kinds="plain,strided,inplace,eval,train,harness")
+    options = argparse.Namespace(
+        dtypes="float32", kinds="plain,strided,inplace,eval,train,harness"
+    )
     entries = [entry for entry in command.listing(way, options) if not entry.is_wide]
     taken = share(entries, 1.0, SEED + list(ENTRIES).index(way))[: ENTRIES[way]]
     results = Results(tmp_path / "results.jsonl")
-    Pool(["--way", way], 100, tmp_path, lambda message: results.add(way, message)).run(taken)
+    Pool(["--way", way], 100, tmp_path, lambda message: results.add(way, message)).run(
+        taken
+    )
     found = summarise(results.read(), Known())
     assert found["counts"][way]["value"]["right"] > len(taken) / 2
     assert faults(found) == []

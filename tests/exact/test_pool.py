@@ -38,8 +38,12 @@ def test_a_sample_that_ends_its_process_costs_no_other(
     entries = [Entry("op", name, "float32", "plain") for name in (what, "sin")]
     Pool([], timeout_s, tmp_path, records.append).run(entries)
     verdicts = {
-        record["case"]: record["checks"]["value"][0] for record in records if "case" in record
+        record["case"]: record["checks"]["value"][0]
+        for record in records
+        if "case" in record
     }
     assert [verdicts[f"{entries[0]}/{i}"] for i in range(3)] == ["right", what, "right"]
     assert [verdicts[f"{entries[1]}/{i}"] for i in range(3)] == ["right"] * 3
-    assert [record["done"] for record in records if "done" in record] == list(map(str, entries))
+    assert [record["done"] for record in records if "done" in record] == list(
+        map(str, entries)
+    )

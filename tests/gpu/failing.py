@@ -14,7 +14,9 @@ def square(x):
 
 
 def _raise(x):
-    raise ValueError("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
+    raise ValueError(
+        "CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered"
+    )
 
 
 def failing(x):

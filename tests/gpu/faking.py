@@ -24,7 +24,9 @@ _VARIABLES = (
 _MODULES = ("fake_cuda", "cupy", "cupy.cuda")
 
 
-def environment(directory: Path, *gpus: str, nbytes: int | None = None) -> dict[str, str]:
+def environment(
+    directory: Path, *gpus: str, nbytes: int | None = None
+) -> dict[str, str]:
     """Return the variables of a process that is to see the GPUs of the machine in this directory;
     by default it has one.
     """

@@ -57,7 +57,9 @@ def late(x):
 def _copy_late(self, target, source, nbytes, *owners):
     global _is_late
     if _is_late:
-        threading.Thread(target=_release, args=(fake_cuda.hold(self.stream),), daemon=True).start()
+        threading.Thread(
+            target=_release, args=(fake_cuda.hold(self.stream),), daemon=True
+        ).start()
         _is_late = False
     _copy(self, target, source, nbytes, *owners)
 
@@ -90,4 +92,7 @@ def _affine(params, x):
 
 
 # A pair (apply, params).
-trained = _affine, {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)}
+trained = (
+    _affine,
+    {"kernel": np.ones((3, 2), np.float32), "bias": np.zeros(2, np.float32)},
+)

@@ -35,12 +35,16 @@ def jax_on_gpu() -> Iterator[int]:
         for module in (memory, runs):
             patch.setattr(module, "has_one_cpu", lambda: False)
         for module in (gpu, runs):
-            patch.setattr(module, "ordinal_of", lambda array: next(iter(array.devices())).id or 0)
+            patch.setattr(
+                module, "ordinal_of", lambda array: next(iter(array.devices())).id or 0
+            )
         patch.setattr(gpu, "stream_of", lambda device: stream)
         patch.setattr(gpu, "stream_of_callback", lambda context: stream)
         patch.setattr(gpu.OnGpu, "pointer_of", _pointer_of)
         patch.setattr(
-            gpu.OnGpu, "reference_to", lambda self, array: array.addressable_data(0).__dlpack__()
+            gpu.OnGpu,
+            "reference_to",
+            lambda self, array: array.addressable_data(0).__dlpack__(),
         )
         patch.setattr(callbacks, "_deliver", delivered)
         primitives.lower_as(callbacks.call_back_on_gpu, "cpu")

@@ -15,7 +15,9 @@ def pose(replace: Callable[[Any, str, Any], None], runtime: Any) -> None:
     """
     view = runtime.view
 
-    def view_in_turn(self: Any, pointer: int, spec: Any, owner: Any, turn: Any = None) -> Any:
+    def view_in_turn(
+        self: Any, pointer: int, spec: Any, owner: Any, turn: Any = None
+    ) -> Any:
         if turn is not None:
             turn.wait(None)
         return view(self, pointer, spec, owner, turn)

@@ -17,7 +17,8 @@ SECOND = jax.devices("cpu")[1]
 
 def runs_there(runtime: JaxRuntime) -> None:
     hosted = Hosted(
-        runtime, lambda x, unused, scale: (jnp.sin(x) * scale, jnp.ones(2, jnp.bfloat16))
+        runtime,
+        lambda x, unused, scale: (jnp.sin(x) * scale, jnp.ones(2, jnp.bfloat16)),
     )
     x = placed(np.arange(6, dtype=np.float32).reshape(2, 3))
     unused = placed(np.ones(4, np.float16))
@@ -31,7 +32,10 @@ def runs_there(runtime: JaxRuntime) -> None:
         outputs, _ = program.run(views, None)
         assert {device for y in outputs for device in y.devices()} == {SECOND}
         np.testing.assert_allclose(
-            hosted.written(outputs[0], program.outputs[0]), np.sin(x) * 3, rtol=1e-6, atol=1e-6
+            hosted.written(outputs[0], program.outputs[0]),
+            np.sin(x) * 3,
+            rtol=1e-6,
+            atol=1e-6,
         )
         np.testing.assert_array_equal(
             hosted.written(outputs[1], program.outputs[1]).astype(np.float32), [1, 1]
@@ -41,9 +45,8 @@ def runs_there(runtime: JaxRuntime) -> None:
 
 
 def keeps_there(runtime: JaxRuntime) -> None:
-    own = jax.device_put(
-        np.float32([1, 2, 3]), jax.devices("cpu")[0]
-    )  # a model may be loaded elsewhere
+    # A model may be loaded elsewhere.
+    own = jax.device_put(np.float32([1, 2, 3]), jax.devices("cpu")[0])
     hosted = Hosted(runtime, (lambda w, x: jnp.sin(w * x), own))
     (w,) = runtime.prepare_parameters(hosted.model).run((), None)[0]
     assert w.devices() == {SECOND}
@@ -51,7 +54,9 @@ def keeps_there(runtime: JaxRuntime) -> None:
     program = hosted.call(x, keep=[0])
     (y,), kept = hosted.run_keeping(program, x)
     np.testing.assert_allclose(y, np.sin(own * x), rtol=1e-6, atol=1e-6)
-    (gradient,) = hosted.run(hosted.pullback(program, [0]), np.ones(3, np.float32), residual=kept)
+    (gradient,) = hosted.run(
+        hosted.pullback(program, [0]), np.ones(3, np.float32), residual=kept
+    )
     np.testing.assert_allclose(gradient, own * np.cos(own * x), rtol=1e-6, atol=1e-6)
 
 

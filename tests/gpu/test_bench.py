@@ -20,7 +20,9 @@ def _size(copied: float = 2.0, in_slab: float = 1.0, **seconds: float) -> gpu.Si
 
 def _outcomes(size: gpu.Size) -> list[bool]:
     sizes = {KIB: size, 64 * MIB: size, gpu.GIB: size}
-    return [row.endswith("| met |") for row in gpu.judged(sizes) if "| none |" not in row]
+    return [
+        row.endswith("| met |") for row in gpu.judged(sizes) if "| none |" not in row
+    ]
 
 
 def test_a_good_run_meets_every_limit() -> None:
@@ -53,7 +55,10 @@ def test_each_limit_can_be_missed(size: gpu.Size, met: list[bool]) -> None:
 def test_the_tables_show_every_way_and_limit() -> None:
     """By size."""
     table = gpu.tables({64 * MIB: _size()})
-    assert table[0] == "| forward + VJP, p50 | native | one process | worker | slab | staged |"
+    assert (
+        table[0]
+        == "| forward + VJP, p50 | native | one process | worker | slab | staged |"
+    )
     assert (
         table[2]
         == "| 64 MiB | 1000.000 ms | 1000.000 ms | 1400.000 ms | 1050.000 ms | 30000.000 ms |"
@@ -63,13 +68,18 @@ def test_the_tables_show_every_way_and_limit() -> None:
 
 def test_a_size_that_was_not_staged_through_the_host_says_so() -> None:
     """At 1 GiB that would take most of the time there is."""
-    rounds = {way: seconds for way, seconds in _size().rounds.items() if way != "staged"}
-    table = gpu.tables({KIB: _size(), gpu.GIB: gpu.Size(rounds, {"worker": 2.0, "slab": 1.0})})
+    rounds = {
+        way: seconds for way, seconds in _size().rounds.items() if way != "staged"
+    }
+    table = gpu.tables(
+        {KIB: _size(), gpu.GIB: gpu.Size(rounds, {"worker": 2.0, "slab": 1.0})}
+    )
     assert table[3].startswith("| 1 GiB | ") and table[3].endswith("| not measured |")
 
 
 @pytest.mark.parametrize(
-    ("text", "sizes"), [("1KiB", (KIB,)), ("1KiB,64MiB,2GiB", (KIB, 64 * MIB, 2 * gpu.GIB))]
+    ("text", "sizes"),
+    [("1KiB", (KIB,)), ("1KiB,64MiB,2GiB", (KIB, 64 * MIB, 2 * gpu.GIB))],
 )
 def test_a_user_names_the_sizes(text: str, sizes: tuple[int, ...]) -> None:
     """In binary units."""

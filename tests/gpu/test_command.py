@@ -76,8 +76,12 @@ def test_steps_that_hang_or_crash_cost_no_more_than_their_time(
     )
     assert "so far" in (tmp_path / "out" / "jax.txt").read_text()
     assert len(list((tmp_path / "out").iterdir())) <= 8
-    children = re.findall(r"^\d+$", (tmp_path / "out" / "torch.txt").read_text(), re.MULTILINE)
-    assert len(children) == 1 and eventually(lambda: not Path(f"/proc/{children[0]}").exists())
+    children = re.findall(
+        r"^\d+$", (tmp_path / "out" / "torch.txt").read_text(), re.MULTILINE
+    )
+    assert len(children) == 1 and eventually(
+        lambda: not Path(f"/proc/{children[0]}").exists()
+    )
 
 
 def test_a_rehearsal_on_the_faked_cuda_ends_in_time(tmp_path: Path) -> None:
@@ -86,7 +90,9 @@ def test_a_rehearsal_on_the_faked_cuda_ends_in_time(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, _COMMAND, "--rehearse", "--limit", "60", "--out", out]
     begun = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert time.monotonic() - begun < 70, done.stdout
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
@@ -107,7 +113,9 @@ def test_a_rehearsal_on_the_faked_cuda_ends_in_time(tmp_path: Path) -> None:
     )
     summary = (out / "summary.txt").read_text()
     assert re.search(r"ok +doctor: .* 0 broken", summary), done.stdout
-    assert re.search(r"ok +exchange: .* words: yes; events: yes; host: yes", summary), done.stdout
+    assert re.search(r"ok +exchange: .* words: yes; events: yes; host: yes", summary), (
+        done.stdout
+    )
     assert summary == "".join(f"{line}\n" for line in done.stdout.splitlines()[:-1])
 
 
@@ -144,12 +152,18 @@ _ANSWERS = {
 
 
 @pytest.mark.parametrize("name", gpu_probe.QUESTIONS)
-def test_each_question_is_answered_on_the_faked_cuda(name: str, faked: dict[str, str]) -> None:
+def test_each_question_is_answered_on_the_faked_cuda(
+    name: str, faked: dict[str, str]
+) -> None:
     """In one line, which begins with its name."""
     command = [sys.executable, "-m", "bench.gpu_probe", name]
-    done = subprocess.run(command, cwd=ROOT, env=faked, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=ROOT, env=faked, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
-    assert re.match(f"{name}: ({_ANSWERS[name]})", done.stdout.splitlines()[-1]), done.stdout
+    assert re.match(f"{name}: ({_ANSWERS[name]})", done.stdout.splitlines()[-1]), (
+        done.stdout
+    )
 
 
 def test_the_plan_asks_every_question_and_keeps_to_its_files(gpu: ModuleType) -> None:
@@ -164,11 +178,15 @@ def test_the_plan_asks_every_question_and_keeps_to_its_files(gpu: ModuleType) ->
 
 def test_the_tests_that_the_plan_names_exist(gpu: ModuleType) -> None:
     """Each file, and each word of a selection in it."""
-    commands = [step.command for group in gpu.PLAN for step in group if "pytest" in step.command]
+    commands = [
+        step.command for group in gpu.PLAN for step in group if "pytest" in step.command
+    ]
     assert len(commands) >= 7
     for command in commands:
         (file,) = [word for word in command if word.startswith("tests/")]
-        text = (ROOT / file).read_text() + (ROOT / "tests/gpu/on_gpu/machine.py").read_text()
+        text = (ROOT / file).read_text() + (
+            ROOT / "tests/gpu/on_gpu/machine.py"
+        ).read_text()
         if "-k" in command:
             words = set(command[command.index("-k") + 1].split()) - {"not", "and", "or"}
             assert words and all(word in text for word in words), command
@@ -176,7 +194,10 @@ def test_the_tests_that_the_plan_names_exist(gpu: ModuleType) -> None:
 
 def test_wheels_are_unpacked_without_pip(gpu: ModuleType, tmp_path: Path) -> None:
     """Those of this interpreter and machine; the others are named."""
-    tag, machine = f"cp{sys.version_info.major}{sys.version_info.minor}", os.uname().machine
+    tag, machine = (
+        f"cp{sys.version_info.major}{sys.version_info.minor}",
+        os.uname().machine,
+    )
     fit = (
         "a-1-py3-none-any",
         f"b-1-{tag}-{tag}-manylinux_2_17_{machine}",
@@ -186,7 +207,9 @@ def test_wheels_are_unpacked_without_pip(gpu: ModuleType, tmp_path: Path) -> Non
     for name in (*fit, *unfit):
         with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
             archive.writestr(f"{name[0]}.py", "")
-    assert gpu.unpack(tmp_path, tmp_path / "packages") == [f"{name}.whl" for name in unfit]
+    assert gpu.unpack(tmp_path, tmp_path / "packages") == [
+        f"{name}.whl" for name in unfit
+    ]
     assert sorted(path.name for path in (tmp_path / "packages").iterdir()) == [
         "a.py",
         "b.py",

@@ -12,7 +12,14 @@ import pytest
 
 from bridge_wire.errors import CudaError, OutOfMemory
 from bridge_wire.memory import cuda
-from bridge_wire.memory.cuda import HANDLE_BYTES, Device, device_of, driver, gpus, label_of
+from bridge_wire.memory.cuda import (
+    HANDLE_BYTES,
+    Device,
+    device_of,
+    driver,
+    gpus,
+    label_of,
+)
 from bridge_wire.memory.cuda_memory import copied_to_host, copy_to_device
 from tests.gpu.faking import installed
 
@@ -53,7 +60,9 @@ class _Exporter:
             text=True,
         )
         assert self._process.stdout
-        self.memory, self.event = map(bytes.fromhex, self._process.stdout.readline().split())
+        self.memory, self.event = map(
+            bytes.fromhex, self._process.stdout.readline().split()
+        )
 
     def __enter__(self) -> "_Exporter":
         return self
@@ -80,7 +89,9 @@ def test_without_a_driver_there_are_no_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         device_of(_ONE)
 
 
-def test_a_driver_that_does_not_start_is_an_error_with_its_number(tmp_path: Path) -> None:
+def test_a_driver_that_does_not_start_is_an_error_with_its_number(
+    tmp_path: Path,
+) -> None:
     """As in a container that was given no device."""
     with installed(tmp_path) as fake:
         os.environ["FAKE_CUDA_GPUS"] = ""
@@ -108,7 +119,9 @@ def test_a_device_is_found_by_uuid_under_any_numbering(
     device_of.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", two_gpus.TWO)
     assert [gpu.uuid for gpu in gpus()] == [_TWO]
-    with pytest.raises(CudaError, match=f"cannot see {two_gpus.ONE}; add the GPU to CUDA_VISIBLE"):
+    with pytest.raises(
+        CudaError, match=f"cannot see {two_gpus.ONE}; add the GPU to CUDA_VISIBLE"
+    ):
         device_of(_ONE)
 
 
@@ -140,7 +153,9 @@ def test_memory_comes_and_goes(device: Device) -> None:
     assert device.free_bytes() == before
 
 
-def test_no_room_is_out_of_memory_and_the_next_request_is_served(tmp_path: Path) -> None:
+def test_no_room_is_out_of_memory_and_the_next_request_is_served(
+    tmp_path: Path,
+) -> None:
     """The error names the device."""
     with installed(tmp_path, nbytes=4 << 20):
         device = device_of(_ONE)
@@ -150,11 +165,17 @@ def test_no_room_is_out_of_memory_and_the_next_request_is_served(tmp_path: Path)
 
 
 @pytest.mark.parametrize("nbytes", [0, 63, 65])
-def test_a_handle_of_another_length_is_refused_unread(device: Device, nbytes: int) -> None:
+def test_a_handle_of_another_length_is_refused_unread(
+    device: Device, nbytes: int
+) -> None:
     """CuPy would read 64 bytes, whatever it is given."""
-    with pytest.raises(CudaError, match=f"a memory handle has {nbytes} bytes; expected 64"):
+    with pytest.raises(
+        CudaError, match=f"a memory handle has {nbytes} bytes; expected 64"
+    ):
         device.open(bytes(nbytes), 256)
-    with pytest.raises(CudaError, match=f"an event handle has {nbytes} bytes; expected 64"):
+    with pytest.raises(
+        CudaError, match=f"an event handle has {nbytes} bytes; expected 64"
+    ):
         device.open_event(bytes(nbytes))
 
 
@@ -162,7 +183,9 @@ def test_a_random_handle_is_refused(device: Device) -> None:
     """With an error that carries nothing of it."""
     handle = os.urandom(HANDLE_BYTES)
     for opens in (lambda: device.open(handle, 256), lambda: device.open_event(handle)):
-        with pytest.raises(CudaError, match=r"refused: .* with error (1|400), cudaError") as raised:
+        with pytest.raises(
+            CudaError, match=r"refused: .* with error (1|400), cudaError"
+        ) as raised:
             opens()
         assert handle.hex()[:8] not in str(raised.value)
 
@@ -196,7 +219,9 @@ def test_smaller_memory_than_announced_is_refused_and_let_go(
 ) -> None:
     """Nothing could check each access."""
     with _Exporter(_ONE, 2 << 20) as other:
-        with pytest.raises(CudaError, match="has 2097152 bytes, but the peer announced 2097153"):
+        with pytest.raises(
+            CudaError, match="has 2097152 bytes, but the peer announced 2097153"
+        ):
             device.open(other.memory, (2 << 20) + 1)
         assert not fake_cuda.held()["openmem"]
 
@@ -243,7 +268,11 @@ def test_streams_take_turns_by_events(device: Device, fake_cuda: Any) -> None:
     asking never blocks."""
     source, target = device.allocate(256), device.allocate(256)
     ctypes.memset(source, 7, 256)
-    writing, reading, event = device.new_stream(), device.new_stream(), device.new_event()
+    writing, reading, event = (
+        device.new_stream(),
+        device.new_stream(),
+        device.new_event(),
+    )
     held = fake_cuda.hold(writing)
     device.copy(target, source, 256, writing)
     device.record(event, writing)
@@ -283,9 +312,8 @@ def test_what_another_process_can_delay_lets_other_threads_run(
         noting.close(noting.open(other.memory, 2 << 20))
         noting.destroy_event(noting.open_event(other.event))
     assert used == []
-    assert not driver()._library.__class__.__name__.startswith(
-        "Py"
-    )  # ctypes.PyDLL would keep the GIL
+    # Ctypes.PyDLL would keep the GIL.
+    assert not driver()._library.__class__.__name__.startswith("Py")
 
 
 def test_streams_take_turns_by_words(device: Device, fake_cuda: Any) -> None:
@@ -302,7 +330,9 @@ def test_streams_take_turns_by_words(device: Device, fake_cuda: Any) -> None:
     device.fill(word + 8, 7, 8, waiting)
     device.write_word(word, 2, writing)
     device.synchronize(writing)
-    assert device.is_busy(waiting) and copied_to_host(device, word, 16) == b"\2" + bytes(15)
+    assert device.is_busy(waiting) and copied_to_host(
+        device, word, 16
+    ) == b"\2" + bytes(15)
     device.write_word(word, 4, writing)
     device.synchronize(waiting)
     assert copied_to_host(device, word, 16) == b"\4" + bytes(7) + b"\7" * 8
@@ -311,7 +341,9 @@ def test_streams_take_turns_by_words(device: Device, fake_cuda: Any) -> None:
     device.free(word)
 
 
-def test_a_driver_without_words_says_so(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_without_words_says_so(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By its attribute, or since it is too old to have the functions."""
     monkeypatch.setenv("FAKE_CUDA_WORDS", "0")
     assert not device.has_words
@@ -325,7 +357,9 @@ def test_what_cuda_refuses_says_which_device_and_why(
 ) -> None:
     """By CUDA's own name of the error."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcGetEventHandle:801")
-    with pytest.raises(CudaError, match=f"{device.gpu.label} refused: cudaErrorNotSupported"):
+    with pytest.raises(
+        CudaError, match=f"{device.gpu.label} refused: cudaErrorNotSupported"
+    ):
         device.event_handle_of(device.new_event(is_shared=True))
 
 
@@ -334,5 +368,7 @@ def test_the_fake_is_gone_after_its_test(tmp_path: Path) -> None:
     before = Device.dlpack_type
     with installed(tmp_path):
         assert device_of(_ONE).dlpack_device == (1, 0)
-    assert Device.dlpack_type == before and not isinstance(ctypes.CDLL(None), cuda.Driver)
+    assert Device.dlpack_type == before and not isinstance(
+        ctypes.CDLL(None), cuda.Driver
+    )
     assert "fake_cuda" not in sys.modules

@@ -17,7 +17,10 @@ from bridge_wire.memory.cuda import device_of, gpus
 from tests.conftest import ROOT, python_of
 from tests.gpu.faking import environment, installed
 
-ONE, TWO = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f", "GPU-10111213-1415-1617-1819-1a1b1c1d1e1f"
+ONE, TWO = (
+    "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f",
+    "GPU-10111213-1415-1617-1819-1a1b1c1d1e1f",
+)
 _VARIABLES = (
     "BRIDGE_DEVICE",
     "CUDA_VISIBLE_DEVICES",
@@ -97,7 +100,9 @@ def test_a_device_that_is_not_there_is_refused_with_those_that_are(
     )
 
 
-def test_where_there_is_no_gpu_every_one_is_refused(choose: Choose, two_gpus: Any) -> None:
+def test_where_there_is_no_gpu_every_one_is_refused(
+    choose: Choose, two_gpus: Any
+) -> None:
     """`cuda` too."""
     with pytest.raises(CallerError, match="this process may use no NVIDIA GPU"):
         choose("cuda", CUDA_VISIBLE_DEVICES="")
@@ -110,7 +115,9 @@ def test_on_the_cpu_neither_framework_finds_a_gpu(choose: Choose) -> None:
     assert os.environ["JAX_PLATFORMS"] == "cpu"
 
 
-def test_one_device_and_a_mesh_exclude_each_other(choose: Choose, two_gpus: Any) -> None:
+def test_one_device_and_a_mesh_exclude_each_other(
+    choose: Choose, two_gpus: Any
+) -> None:
     """All visible ones, or the host's, can be a mesh."""
     choose("cuda", is_spread=True)
     with pytest.raises(CallerError, match="use --device cuda"):
@@ -127,7 +134,9 @@ def test_memory_is_taken_as_it_is_needed(choose: Choose) -> None:
     choose(None, 0.25)  # in a worker that this one starts
 
 
-@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+@pytest.mark.parametrize(
+    "name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"]
+)
 def test_two_fractions_are_refused(choose: Choose, name: str) -> None:
     """XLA takes either of its variables, which the option would contradict."""
     with pytest.raises(
@@ -155,7 +164,9 @@ def test_a_worker_on_a_gpu_is_ready_to_share_it_before_a_client_asks(
     assert "copied through host memory" in caplog.text and "NoDevice" in caplog.text
 
 
-def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables: str) -> str:
+def _refusal(
+    tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables: str
+) -> str:
     """Return what a worker says that refuses to start, where there are two fake GPUs."""
     command = [
         python_of(venv),
@@ -166,7 +177,9 @@ def _refusal(tmp_path: Path, *args: str, venv: str = ".venv-torch", **variables:
         *args,
     ]
     made = {**os.environ, **environment(tmp_path, ONE, TWO), **variables}
-    done = subprocess.run(command, cwd=ROOT, env=made, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, env=made, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stdout) == (2, ""), done
     return done.stderr
 
@@ -184,9 +197,15 @@ def test_the_choice_is_made_once_by_the_process_that_stays(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--device", "cuda:x"], "'cuda:x' is not a device; expected cpu, cuda, cuda:1"),
+        (
+            ["--device", "cuda:x"],
+            "'cuda:x' is not a device; expected cpu, cuda, cuda:1",
+        ),
         (["--device=GPU-zz"], "'GPU-zz' is not a device"),
-        (["--gpu-memory-fraction", "1.5"], "'1.5' is not a fraction; expected more than 0"),
+        (
+            ["--gpu-memory-fraction", "1.5"],
+            "'1.5' is not a fraction; expected more than 0",
+        ),
         (["--gpu-memory-fraction", "nan"], "'nan' is not a fraction"),
         (["--gpu-memory-fraction=half"], "'half' is not a fraction"),
     ],

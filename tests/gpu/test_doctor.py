@@ -53,7 +53,9 @@ def _without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda.driver.cache_clear()
 
 
-def test_a_host_without_a_gpu_is_well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_host_without_a_gpu_is_well(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """No driver is one line, and no fault."""
     _without_a_library(monkeypatch)
     monkeypatch.setattr(gpu_checks, "_VERSION_FILE", tmp_path / "none")
@@ -68,7 +70,11 @@ def test_a_container_that_was_given_no_gpu_is_told(
     (tmp_path / "version").write_text("NVRM version")
     monkeypatch.setattr(gpu_checks, "_VERSION_FILE", tmp_path / "version")
     (check,) = gpu_checks.checks()
-    assert check.verdict == SLOW and "not visible" in check.found and "--gpus" in check.remedy
+    assert (
+        check.verdict == SLOW
+        and "not visible" in check.found
+        and "--gpus" in check.remedy
+    )
 
 
 def test_a_driver_that_does_not_start_is_told(
@@ -97,7 +103,8 @@ def test_both_doctors_find_a_gpu_well(
     _says(tmp_path / "bin", monkeypatch, f"echo '{fake_cuda.ONE}, 580.65.06, Default'")
     assert command(["doctor", "--json"]) == 0
     checks = {
-        check["name"]: Check(**check) for check in json.loads(capsys.readouterr().out)["checks"]
+        check["name"]: Check(**check)
+        for check in json.loads(capsys.readouterr().out)["checks"]
     }
     assert checks["NVIDIA driver"] == ok("NVIDIA driver", "580.65.06, for CUDA 13.0")
     assert checks["GPUs"] == ok("GPUs", f"cuda:0 Fake GPU 0 {fake_cuda.ONE}")
@@ -128,11 +135,15 @@ def test_gpus_are_told_without_nvidia_smi(
             " (root@host)"
         ),
     ):
-        version.write_text(line + "\nGCC version:  gcc version 12.3.0 (Ubuntu 12.3.0)\n")
+        version.write_text(
+            line + "\nGCC version:  gcc version 12.3.0 (Ubuntu 12.3.0)\n"
+        )
         assert _found()["NVIDIA driver"].found == "580.65.06, for CUDA 13.0"
 
 
-def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gpus_that_are_hidden_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """With the setting that hides them."""
     with installed(tmp_path) as fake:
         monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
@@ -142,7 +153,9 @@ def test_gpus_that_are_hidden_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path
             f"echo '{fake.ONE}, 580, Default'; echo '{fake.TWO}, 580, Default'",
         )
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-        assert _found()["GPUs"].found.endswith(f"(CUDA_VISIBLE_DEVICES='0'); hidden: {fake.TWO}")
+        assert _found()["GPUs"].found.endswith(
+            f"(CUDA_VISIBLE_DEVICES='0'); hidden: {fake.TWO}"
+        )
 
 
 def test_a_gpu_for_one_process_at_a_time_is_told(
@@ -150,12 +163,16 @@ def test_a_gpu_for_one_process_at_a_time_is_told(
 ) -> None:
     """Client and worker could not both use it."""
     monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
-    _says(tmp_path / "bin", monkeypatch, f"echo '{fake_cuda.ONE}, 580, Exclusive_Process'")
+    _says(
+        tmp_path / "bin", monkeypatch, f"echo '{fake_cuda.ONE}, 580, Exclusive_Process'"
+    )
     check = _found()["mode of cuda:0"]
     assert check.verdict == SLOW and f"-i {fake_cuda.ONE} -c DEFAULT" in check.remedy
 
 
-def test_mps_is_told(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mps_is_told(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Whether its daemon's pipes are there."""
     monkeypatch.setattr(gpu_checks, "exchanged", lambda gpu: ok(_MEMORY, ""))
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
@@ -183,7 +200,11 @@ def test_mps_is_told(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ids=["none", "fits", "older", "newer than the driver", "built here", "two"],
 )
 def test_cupy_is_there_once_and_for_the_drivers_cuda(
-    packages: dict[str, str], driver: str, verdict: str, said: str, monkeypatch: pytest.MonkeyPatch
+    packages: dict[str, str],
+    driver: str,
+    verdict: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Anything else is slow, since tensors then travel through the host."""
     monkeypatch.setattr(gpu_checks, "installed", packages.get)
@@ -191,7 +212,9 @@ def test_cupy_is_there_once_and_for_the_drivers_cuda(
     assert check.verdict == verdict and said in check.found + check.remedy
 
 
-def test_without_cupy_nothing_is_exchanged(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_cupy_nothing_is_exchanged(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line says what is missing."""
     monkeypatch.setattr(gpu_checks, "installed", lambda package: None)
     assert _found()["CuPy"].verdict == SLOW and _MEMORY not in _found()
@@ -201,9 +224,21 @@ def test_without_cupy_nothing_is_exchanged(fake_cuda: Any, monkeypatch: pytest.M
     ("settings", "verdict", "said"),
     [
         ({}, OK, "no setting"),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}, OK, "XLA_PYTHON_CLIENT_PREALLOCATE=false"),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, OK, "expandable_segments:True"),
-        ({"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}, SLOW, "a worker disables preallocation"),
+        (
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            OK,
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false",
+        ),
+        (
+            {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
+            OK,
+            "expandable_segments:True",
+        ),
+        (
+            {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"},
+            SLOW,
+            "a worker disables preallocation",
+        ),
         (
             {"XLA_PYTHON_CLIENT_PREALLOCATE": "no"},
             SLOW,
@@ -271,7 +306,11 @@ def test_without_either_the_exchange_waits_on_the_host(
     ids=["a container", "WSL2", "gVisor"],
 )
 def test_memory_that_no_other_process_opens_is_slow(
-    release: str, version: str, remedy: str, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+    release: str,
+    version: str,
+    remedy: str,
+    fake_cuda: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With CUDA's error, and the remedy for the system that it runs on."""
     monkeypatch.setattr(platform, "release", lambda: release)
@@ -319,7 +358,11 @@ def test_the_child_does_not_read_too_early(
 ) -> None:
     """What is late on this process's stream is there when the child reads; with the stream of
     another it is not."""
-    side, writes, answer = cuda_exchange._Side, cuda_exchange._Side.write, cuda_exchange._answer
+    side, writes, answer = (
+        cuda_exchange._Side,
+        cuda_exchange._Side.write,
+        cuda_exchange._answer,
+    )
 
     def late(self: Any, pointer: int, data: bytes) -> None:
         fake_cuda.sleep(self._stream, 0.5)
@@ -370,7 +413,11 @@ assert len(list(gpu_checks.checks())) > 4
 print(*(name for name in ("torch", "jax", "numpy", "cupy") if name in sys.modules))
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.stdout, done.stderr) == ("cupy\n", "")
 
@@ -402,7 +449,8 @@ def test_memory_on_the_workers_gpu_is_exchanged_live(worker: str, way: str) -> N
     fake = sys.modules["fake_cuda"]
     before = fake.held()
     said = (
-        f"memory cuda_ipc; the worker sees 256 random bytes as they were written, in order by {way}"
+        "memory cuda_ipc; the worker sees 256 random bytes as they were written,"
+        f" in order by {way}"
     )
     assert _its_gpu(worker) == ok("its GPU", f"Fake GPU 0 {fake.ONE}: {said}")
     assert eventually(lambda: fake.held() == before)
@@ -412,7 +460,9 @@ def test_a_worker_without_words_whose_events_do_not_open_is_slow(
     worker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each call then waits for the GPU."""
-    monkeypatch.setenv("FAKE_CUDA_FAILS", "ipcOpenEventHandle:801,streamWaitValue64:801")
+    monkeypatch.setenv(
+        "FAKE_CUDA_FAILS", "ipcOpenEventHandle:801,streamWaitValue64:801"
+    )
     check = _its_gpu(worker)
     assert (
         check.verdict == SLOW
@@ -438,5 +488,9 @@ def test_a_gpu_that_is_the_workers_alone_is_slow(
     cuda.driver.cache_clear()
     cuda.device_of.cache_clear()
     check = _its_gpu(worker)
-    assert check.verdict == SLOW and said in check.found and gpu_checks.BY_HOST in check.found
+    assert (
+        check.verdict == SLOW
+        and said in check.found
+        and gpu_checks.BY_HOST in check.found
+    )
     cuda.device_of.cache_clear()

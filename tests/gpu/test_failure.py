@@ -12,18 +12,25 @@ from tests.calls import floats, placed, prepare, squares
 from tests.conftest import ROOT, python_of
 from tests.workers import serving
 
-_MODELS = {name: f"tests.gpu.failing:{name}" for name in ("square", "failing", "untraceable")}
+_MODELS = {
+    name: f"tests.gpu.failing:{name}" for name in ("square", "failing", "untraceable")
+}
 _FLAGS = [f"--jax-model={name}={target}" for name, target in _MODELS.items()]
 
 
-def test_a_worker_whose_gpu_has_failed_ends_with_status_1(tmp_path: Path, lane: str) -> None:
+def test_a_worker_whose_gpu_has_failed_ends_with_status_1(
+    tmp_path: Path, lane: str
+) -> None:
     """The call that found out is answered, the log says why, and nothing is left at the address."""
     path = tmp_path / "worker.sock"
     with serving(tmp_path, "--listen", f"unix:{path}", *_FLAGS) as worker:
         with connect(worker.address, lane=lane) as session:
             assert squares(session, 3.0) == [9.0]
             with pytest.raises(CudaError, match=r"(?s)GPU has failed.*ILLEGAL_ADDRESS"):
-                session.run(prepare(session, "failing", floats(2)), [placed(session, [1.0, 2.0])])
+                session.run(
+                    prepare(session, "failing", floats(2)),
+                    [placed(session, [1.0, 2.0])],
+                )
             assert worker.wait() == 1
         assert "CRITICAL" in worker.stderr
         assert "the GPU rejects further work of this process" in worker.stderr
@@ -50,5 +57,7 @@ def test_a_device_without_room_has_not_failed() -> None:
     assert not is_refused(lambda: None)
     assert not is_refused(lambda: fail(OutOfMemoryError("CUDA out of memory")))
     assert is_refused(
-        lambda: fail(RuntimeError("CUDA error: an illegal memory access was encountered"))
+        lambda: fail(
+            RuntimeError("CUDA error: an illegal memory access was encountered")
+        )
     )

@@ -39,7 +39,9 @@ def _passed(fake: Any, event: int) -> bool:
     return bool(fake.Library().cuEventQuery(ctypes.c_void_p(event)) == 0)
 
 
-def test_a_copy_happens_when_the_stream_comes_to_it(fake_cuda: Any, stream: int) -> None:
+def test_a_copy_happens_when_the_stream_comes_to_it(
+    fake_cuda: Any, stream: int
+) -> None:
     """memcpyAsync returns before anything is copied."""
     source, target = _filled(fake_cuda, b"a"), _filled(fake_cuda, b"-")
     held = fake_cuda.hold(stream)
@@ -66,7 +68,10 @@ def test_a_stream_waits_for_the_event_as_it_was_recorded_at_the_time(
 ) -> None:
     """Neither an event that was never recorded holds a stream up, nor a record that comes after
     the wait."""
-    event, other = fake_cuda.eventCreateWithFlags(_ASYNC), fake_cuda.streamCreateWithFlags(1)
+    event, other = (
+        fake_cuda.eventCreateWithFlags(_ASYNC),
+        fake_cuda.streamCreateWithFlags(1),
+    )
     fake_cuda.streamWaitEvent(other, event)
     fake_cuda.eventSynchronize(event)
     assert _passed(fake_cuda, event)
@@ -149,7 +154,10 @@ def test_another_process_sees_the_memory_and_waits_for_the_event(
     """Both by their handles; a process that dies holds nothing, and never comes to what it has
     recorded."""
     memory, event = _filled(fake_cuda, b"-"), fake_cuda.eventCreateWithFlags(_ASYNC)
-    handles = fake_cuda.ipcGetMemHandle(memory).hex(), fake_cuda.ipcGetEventHandle(event).hex()
+    handles = (
+        fake_cuda.ipcGetMemHandle(memory).hex(),
+        fake_cuda.ipcGetEventHandle(event).hex(),
+    )
     with subprocess.Popen(
         [sys.executable, "-c", _CHILD, *handles],
         stdin=subprocess.PIPE,
@@ -169,10 +177,14 @@ def test_another_process_sees_the_memory_and_waits_for_the_event(
         assert child.stdout.readline() == "recorded\n"
         child.kill()
     assert not _passed(fake_cuda, event)
-    assert eventually(lambda: not fake_cuda.held()["openmem"] and not fake_cuda.held()["openevent"])
+    assert eventually(
+        lambda: not fake_cuda.held()["openmem"] and not fake_cuda.held()["openevent"]
+    )
 
 
-def test_what_a_dead_process_has_allocated_lives_while_another_has_it_open(fake_cuda: Any) -> None:
+def test_what_a_dead_process_has_allocated_lives_while_another_has_it_open(
+    fake_cuda: Any,
+) -> None:
     """As the driver keeps it."""
     program = """
 import ctypes, sys
@@ -183,7 +195,10 @@ print(runtime.ipcGetMemHandle(pointer).hex(), flush=True)
 sys.stdin.readline()
 """
     with subprocess.Popen(
-        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as child:
         assert child.stdout
         opened = fake_cuda.ipcOpenMemHandle(bytes.fromhex(child.stdout.readline()))
@@ -200,7 +215,9 @@ def test_an_unfinished_stream_does_not_keep_a_process_alive(fake_cuda: Any) -> N
     assert fake_cuda.held() == {}
 
 
-def test_a_context_that_broke_stays_broken(fake_cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_that_broke_stays_broken(
+    fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An illegal address, unlike other errors, ends the use of CUDA in a process."""
     monkeypatch.setenv("FAKE_CUDA_FAILS", "getDevice:801,malloc:700")
     for function, status in (

@@ -20,6 +20,7 @@ from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.torch_runtime import TorchRuntime
 from bridge_wire import specs, trees
+from bridge_wire.classes import Classes
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ResidualGone, TargetError
 from bridge_wire.memory.cuda import device_of, gpus
@@ -66,7 +67,9 @@ def stream(session: InprocSession) -> Iterator[int]:
 
 
 def _call(session: InprocSession) -> Program:
-    arguments = trees.encode(((0.0,), {}), lambda leaf: isinstance(leaf, float), trees.Classes())[0]
+    arguments = trees.encode(
+        ((0.0,), {}), lambda leaf: isinstance(leaf, float), Classes()
+    )[0]
     name = next(iter(session.models))
     return session.prepare_call(
         pb.Call(model=name, arguments=arguments, inputs=[specs.encode(_SPEC)])
@@ -104,7 +107,9 @@ def test_a_run_comes_in_the_order_of_the_callers_stream(
     on_gpu.sleep(stream, 0.05)
     _overwrite(session, stream, block)
     (made,) = session.run(program, [block], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        _value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6
+    )
     assert session.stats()["bytes_through_host"] == 0
 
 
@@ -128,7 +133,9 @@ def test_without_the_models_event_its_result_is_missed(
     """In the other direction, too."""
     program, begin, held = _call(session), NearTurn.begin, []
     monkeypatch.setattr(
-        NearTurn, "begin", lambda self: (begin(self), held.append(on_gpu.hold(self.stream)))
+        NearTurn,
+        "begin",
+        lambda self: (begin(self), held.append(on_gpu.hold(self.stream))),
     )
     monkeypatch.setattr(NearTurn, "precede", lambda self, stream: None)
     (made,) = session.run(program, [_block(session, stream, X)], stream=stream)
@@ -145,7 +152,9 @@ def _overwrite(session: InprocSession, stream: int, block: Block) -> None:
 def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> None:
     """Also on another stream than the run that kept the residual, whose inputs it may read."""
     keeping = _call(session).keeping((0,))
-    blocks, residual = session.run_keeping(keeping, [_block(session, stream, X)], stream=stream)
+    blocks, residual = session.run_keeping(
+        keeping, [_block(session, stream, X)], stream=stream
+    )
     pool = session.gpu_pool()
     assert pool is not None
     other = pool.device.new_stream()
@@ -162,7 +171,9 @@ def test_a_pullback_comes_in_order_too(session: InprocSession, stream: int) -> N
     pool.device.destroy_stream(other)
 
 
-def test_memory_in_no_slab_is_read_where_it_lies(session: InprocSession, stream: int) -> None:
+def test_memory_in_no_slab_is_read_where_it_lies(
+    session: InprocSession, stream: int
+) -> None:
     """If it is aligned; and inputs may also be on the host."""
     pool = session.gpu_pool()
     assert pool is not None
@@ -177,15 +188,21 @@ def test_memory_in_no_slab_is_read_where_it_lies(session: InprocSession, stream:
     lying: Any = Lying()
     lying.address = address
     (made,) = session.run(_call(session), [lying], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        _value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6
+    )
     on_host = session.pool.lease(X.nbytes)
     on_host.buffer[:] = X.tobytes()
     (made,) = session.run(_call(session), [on_host], stream=stream)
-    np.testing.assert_allclose(_value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        _value(session, stream, made), np.sin(X) * X, rtol=1e-6, atol=1e-6
+    )
     pool.device.free(own)
 
 
-def test_everything_is_given_back(session: InprocSession, stream: int, on_gpu: Any) -> None:
+def test_everything_is_given_back(
+    session: InprocSession, stream: int, on_gpu: Any
+) -> None:
     """Slabs, events and streams go with the session, or when it is forgotten."""
     for _ in range(3):
         session.run(_call(session), [_block(session, stream, X)], stream=stream)
@@ -202,17 +219,24 @@ def test_arrays_of_jax_and_a_torch_module() -> None:
     module = torch.nn.Linear(3, 2)
     f = RemoteTorchFunction(module)
     x = jnp.asarray(X).reshape(2, 3)
-    weight, bias = (jnp.asarray(parameter.detach().numpy()) for parameter in module.parameters())
+    weight, bias = (
+        jnp.asarray(parameter.detach().numpy()) for parameter in module.parameters()
+    )
     loss = lambda f: lambda x: (f(x) ** 2).sum()  # noqa: E731
     expected = lambda x: x @ weight.T + bias  # noqa: E731
     with jax_on_gpu():
         for wrapped in (lambda f: f, jax.jit):
             np.testing.assert_allclose(wrapped(f)(x), expected(x), rtol=1e-5, atol=1e-6)
             np.testing.assert_allclose(
-                wrapped(jax.grad(loss(f)))(x), jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6
+                wrapped(jax.grad(loss(f)))(x),
+                jax.grad(loss(expected))(x),
+                rtol=1e-5,
+                atol=1e-6,
             )
             batched = wrapped(jax.vmap(jax.grad(loss(f))))(x)
-            np.testing.assert_allclose(batched, jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(
+                batched, jax.grad(loss(expected))(x), rtol=1e-5, atol=1e-6
+            )
         stats = f.session.stats()
         assert stats["bytes_through_host"] == 0 and f.session.gpu_pool() is not None
         gc.collect()
@@ -227,10 +251,14 @@ def test_models_on_the_host_and_arrays_on_a_gpu(
     f = RemoteTorchFunction(torch.sin)
     with jax_on_gpu():
         for wrapped in (lambda f: f, jax.jit):
-            np.testing.assert_allclose(wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(
+                wrapped(f)(jnp.asarray(X)), np.sin(X), rtol=1e-6, atol=1e-6
+            )
     assert f.session.stats()["bytes_through_host"] == 4 * X.nbytes
     assert [
-        record.message for record in caplog.records if "through the host" in record.message
+        record.message
+        for record in caplog.records
+        if "through the host" in record.message
     ] == [
         "tensors on a GPU travel through the host, since the models run on no GPU; move them to a"
         " GPU, or make a GPU jax's default device"
@@ -250,10 +278,14 @@ class _OnGpu(torch.nn.Module):
             yield type("Parameter", (), {"device": torch.device(device)})
 
 
-def test_torch_models_run_where_their_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_models_run_where_their_tensors_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """And those without any where jax's arrays are by default; not on several devices."""
     assert (
-        torch_device_of([torch.nn.Linear(1, 1), (torch.sin, {"w": torch.zeros(1)}), torch.sin])
+        torch_device_of(
+            [torch.nn.Linear(1, 1), (torch.sin, {"w": torch.zeros(1)}), torch.sin]
+        )
         == "cpu"
     )
     assert torch_device_of([_OnGpu("cuda:1"), torch.sin]) == "cuda:1"

@@ -23,7 +23,8 @@ from tests.gpu.faking import installed
 from tests.gpu.posing import jax_on_gpu
 
 _MODELS = {
-    name: f"tests.gpu.torch_models:{name}" for name in ("scaled", "picked", "large", "network")
+    name: f"tests.gpu.torch_models:{name}"
+    for name in ("scaled", "picked", "large", "network")
 }
 X = jnp.linspace(0.1, 2.0, 6).reshape(2, 3)
 Y = jnp.linspace(1.0, 3.0, 6).reshape(2, 3)
@@ -71,7 +72,9 @@ def test_arrays_on_the_gpu_stay_there(
     made = scaled(X, Y)
     np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6, atol=1e-6)
     pool = session.gpu_pool()
-    assert pool is not None and pool.address_of(made.unsafe_buffer_pointer(), made.nbytes)
+    assert pool is not None and pool.address_of(
+        made.unsafe_buffer_pointer(), made.nbytes
+    )
     after = session.stats()
     assert after["bytes_copied"] - before["bytes_copied"] == 3 * X.nbytes
     assert after["bytes_through_host"] == before["bytes_through_host"]
@@ -83,12 +86,17 @@ def test_what_a_call_has_made_is_passed_on_as_it_lies(
     """The output of one call is the input of the next without a copy."""
     made = scaled(X, Y)
     before = session.stats()["bytes_copied"]
-    np.testing.assert_allclose(scaled(made, made), _same(made, made), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        scaled(made, made), _same(made, made), rtol=1e-6, atol=1e-6
+    )
     assert session.stats()["bytes_copied"] - before == made.nbytes
 
 
 def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
-    scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
+    scaled: RemoteTorchFunction,
+    session: Session,
+    stream: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """XLA copies it instead, or raises.
 
@@ -109,7 +117,10 @@ def test_what_a_call_has_made_is_not_donated_where_xla_would_end_the_process(
     monkeypatch.setattr(gpu, "DONATION_ENDS_PROCESS", True)
     made = scaled(X, Y)
     np.testing.assert_allclose(
-        jax.jit(lambda x: x + 1, donate_argnums=0)(made), _same(X, Y) + 1, rtol=1e-6, atol=1e-6
+        jax.jit(lambda x: x + 1, donate_argnums=0)(made),
+        _same(X, Y) + 1,
+        rtol=1e-6,
+        atol=1e-6,
     )
     np.testing.assert_allclose(made, _same(X, Y), rtol=1e-6, atol=1e-6)
     blocks = session.stats()["blocks"]
@@ -146,14 +157,21 @@ def test_what_a_residual_aliases_is_not_donated(
     before = session.stats()["bytes_copied"]
     if is_compiled:
         jax.jit(jax.grad(lambda x, y: scaled(x, y).sum(), (0, 1)))(made, made)
-        assert session.stats()["bytes_copied"] - before >= 5 * made.nbytes and references == []
+        assert (
+            session.stats()["bytes_copied"] - before >= 5 * made.nbytes
+            and references == []
+        )
         return
     value, pull_back = jax.vjp(scaled, made, made)
-    assert len(references) == 2 and all(reference() is not None for reference in references)
+    assert len(references) == 2 and all(
+        reference() is not None for reference in references
+    )
     pull_back(value)
     del value, pull_back
     assert eventually(
-        lambda: gc.collect() >= 0 and all(reference() is None for reference in references)
+        lambda: (
+            gc.collect() >= 0 and all(reference() is None for reference in references)
+        )
     )
 
 
@@ -196,9 +214,13 @@ def test_derivatives(
     ):
         np.testing.assert_allclose(made, expected, rtol=1e-5, atol=1e-6)
     pushed = wrapped(lambda x, y: jax.jvp(scaled, (x, y), (y, x)))(X, Y)
-    np.testing.assert_allclose(pushed, jax.jvp(_same, (X, Y), (Y, X)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        pushed, jax.jvp(_same, (X, Y), (Y, X)), rtol=1e-5, atol=1e-6
+    )
     batched = wrapped(jax.vmap(jax.grad(loss(scaled))))(X, Y)
-    np.testing.assert_allclose(batched, jax.vmap(jax.grad(loss(_same)))(X, Y), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        batched, jax.vmap(jax.grad(loss(_same)))(X, Y), rtol=1e-5, atol=1e-6
+    )
     assert _staged(session) == before
 
 
@@ -232,7 +254,9 @@ def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) 
     """Numbers are read by the host; 32-bit integers are widened on the GPU; 64-bit ones are
     checked and narrowed."""
     wrapped = jax.jit if is_compiled else lambda f: f
-    scaled, picked = (RemoteTorchFunction(session, name=name) for name in ("scaled", "picked"))
+    scaled, picked = (
+        RemoteTorchFunction(session, name=name) for name in ("scaled", "picked")
+    )
     np.testing.assert_allclose(
         wrapped(lambda x, y: scaled(x, y, by=3.0))(X, Y),
         3 * np.asarray(_same(X, Y)),
@@ -250,7 +274,9 @@ def test_numbers_and_integers(is_compiled: bool, session: Session, stream: int) 
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_parameters_on_the_gpu(is_compiled: bool, session: Session, stream: int) -> None:
+def test_parameters_on_the_gpu(
+    is_compiled: bool, session: Session, stream: int
+) -> None:
     """A training step of a module whose parameters jax has put there."""
     network = RemoteTorchFunction(session, name="network")
     params = jax.device_put(network.params)
@@ -264,7 +290,9 @@ def test_parameters_on_the_gpu(is_compiled: bool, session: Session, stream: int)
         np.testing.assert_allclose(made[name], value, rtol=1e-5, atol=1e-6)
 
 
-def test_memory_is_given_back(scaled: RemoteTorchFunction, session: Session, stream: int) -> None:
+def test_memory_is_given_back(
+    scaled: RemoteTorchFunction, session: Session, stream: int
+) -> None:
     """When the arrays are gone there are no leased blocks, and slabs do not grow call by call."""
     gradient = jax.jit(jax.grad(lambda x, y: scaled(x, y).sum()))
     gc.collect()
@@ -274,7 +302,10 @@ def test_memory_is_given_back(scaled: RemoteTorchFunction, session: Session, str
         gradient(X, Y)
     gc.collect()
     after = session.stats()
-    assert after["slab_bytes"] == before["slab_bytes"] and after["blocks"] <= before["blocks"]
+    assert (
+        after["slab_bytes"] == before["slab_bytes"]
+        and after["blocks"] <= before["blocks"]
+    )
 
 
 class _Buffer(DeviceExporter):
@@ -282,14 +313,18 @@ class _Buffer(DeviceExporter):
 
     def __init__(self, pointer: int) -> None:
         super().__init__(
-            pointer, Spec(BY_NAME["float32"], X.shape), None, (2, 0), lambda stream: None
+            pointer,
+            Spec(BY_NAME["float32"], X.shape),
+            None,
+            (2, 0),
+            lambda stream: None,
         )
 
     @property
     def value(self) -> Any:
-        return np.ctypeslib.as_array((ctypes.c_float * X.size).from_address(self.pointer)).reshape(
-            X.shape
-        )
+        return np.ctypeslib.as_array(
+            (ctypes.c_float * X.size).from_address(self.pointer)
+        ).reshape(X.shape)
 
 
 def test_a_callback_waits_for_nothing(
@@ -310,7 +345,9 @@ def test_a_callback_waits_for_nothing(
         lambda called, *_, **__: found.append(called) or (lambda *xs: xs[:1]),
     )
     monkeypatch.setattr(
-        callbacks, "_deliver", inspect.getclosurevars(callbacks._deliver).nonlocals["deliver"]
+        callbacks,
+        "_deliver",
+        inspect.getclosurevars(callbacks._deliver).nonlocals["deliver"],
     )
     callbacks.call_back_on_gpu(runs.Run(call.program), X, Y)
     pool = session.gpu_pool()
@@ -340,7 +377,10 @@ def test_a_callback_waits_for_nothing(
 
 
 def test_arrays_on_another_gpu_travel_through_the_host(
-    scaled: RemoteTorchFunction, session: Session, stream: int, monkeypatch: pytest.MonkeyPatch
+    scaled: RemoteTorchFunction,
+    session: Session,
+    stream: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At once, within compiled code, and where jax has no callbacks on buffers."""
     for module in (gpu, runs):
@@ -349,12 +389,17 @@ def test_arrays_on_another_gpu_travel_through_the_host(
     np.testing.assert_allclose(scaled(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 3 * X.nbytes
     own = gpu.gpu_of_callback
-    monkeypatch.setattr(callbacks, "gpu_of_callback", lambda *args: own(*args)._replace(pool=None))
+    monkeypatch.setattr(
+        callbacks, "gpu_of_callback", lambda *args: own(*args)._replace(pool=None)
+    )
     np.testing.assert_allclose(jax.jit(scaled)(X, Y), _same(X, Y), rtol=1e-6, atol=1e-6)
     assert _staged(session) - before == 6 * X.nbytes
     loss = lambda f: lambda x: f(x, Y).sum()  # noqa: E731
     np.testing.assert_allclose(
-        jax.jit(jax.grad(loss(scaled)))(X), jax.grad(loss(_same))(X), rtol=1e-6, atol=1e-6
+        jax.jit(jax.grad(loss(scaled)))(X),
+        jax.grad(loss(_same))(X),
+        rtol=1e-6,
+        atol=1e-6,
     )
     monkeypatch.setattr(session, "gpu_pool", lambda: None)
     before = _staged(session)

@@ -9,7 +9,13 @@ import pytest
 
 from bridge_wire.errors import OutOfMemory, SessionClosed
 from bridge_wire.memory.cuda import Device, device_of, gpus
-from bridge_wire.memory.cuda_memory import ALIGNMENT, FIRST_ADDRESS, UNIT, GpuPool, copied_to_host
+from bridge_wire.memory.cuda_memory import (
+    ALIGNMENT,
+    FIRST_ADDRESS,
+    UNIT,
+    GpuPool,
+    copied_to_host,
+)
 
 
 @pytest.fixture
@@ -24,7 +30,8 @@ def test_slabs_are_whole_units_and_blocks_aligned(device: Device) -> None:
     blocks = [pool.lease(nbytes) for nbytes in (1, 255, 256, 257, 5000, 20 << 20)]
     assert all(slab.nbytes % UNIT == 0 for slab in pool.slabs) and len(pool.slabs) == 2
     assert all(
-        block.pointer % ALIGNMENT == 0 and block.address >= FIRST_ADDRESS for block in blocks
+        block.pointer % ALIGNMENT == 0 and block.address >= FIRST_ADDRESS
+        for block in blocks
     )
     ends = sorted((block.address, block.address + block.nbytes) for block in blocks)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
@@ -142,7 +149,9 @@ def test_a_closed_pool_frees_its_memory(device: Device, fake_cuda: Any) -> None:
         pool.lease(1)
 
 
-def test_a_closed_pool_still_puts_streams_in_order(device: Device, fake_cuda: Any) -> None:
+def test_a_closed_pool_still_puts_streams_in_order(
+    device: Device, fake_cuda: Any
+) -> None:
     """For the arrays that outlive it."""
     pool = GpuPool(device)
     one, two = device.new_stream(), device.new_stream()

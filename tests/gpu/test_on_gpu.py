@@ -16,7 +16,9 @@ ON_GPU = ROOT / "tests" / "gpu" / "on_gpu"
 FILES = sorted(ON_GPU.rglob("*.py"))
 
 
-def test_processes_keep_the_callers_import_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_keep_the_callers_import_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The packages of a bare machine lie in a folder that PYTHONPATH names: one function alone
     sets it, and appends."""
     monkeypatch.setenv("PYTHONPATH", "/wheels")
@@ -30,10 +32,16 @@ def test_no_subprocess_outlives_its_test() -> None:
     run."""
     for path in FILES:
         module = ast.parse(path.read_text())
-        of_module = [_limit_in(node) for node in module.body if isinstance(node, ast.Assign)]
-        for function in (node for node in module.body if isinstance(node, ast.FunctionDef)):
+        of_module = [
+            _limit_in(node) for node in module.body if isinstance(node, ast.Assign)
+        ]
+        for function in (
+            node for node in module.body if isinstance(node, ast.FunctionDef)
+        ):
             calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
-            runs = [call for call in calls if ast.unparse(call.func) == "subprocess.run"]
+            runs = [
+                call for call in calls if ast.unparse(call.func) == "subprocess.run"
+            ]
             timeouts = [
                 _constant(module, word.value)
                 for call in runs
@@ -60,7 +68,9 @@ def _limit_in(node: ast.AST) -> int:
         for word in call.keywords
         if word.arg == "limit_s"
     ]
-    return max((int(eval(ast.unparse(value), {"_LIMIT_S": 240})) for value in found), default=0)
+    return max(
+        (int(eval(ast.unparse(value), {"_LIMIT_S": 240})) for value in found), default=0
+    )
 
 
 def _constant(module: ast.Module, value: ast.expr) -> float:
@@ -119,7 +129,11 @@ def test_the_case_with_a_broken_worker_ends_without_its_stream() -> None:
     block = ast.parse(program).body[-1]
     assert isinstance(block, ast.With)
     last = [ast.unparse(statement) for statement in block.body[-3:]]
-    assert last == ["print('right', flush=True)", "session._host.close()", "os._exit(0)"]
+    assert last == [
+        "print('right', flush=True)",
+        "session._host.close()",
+        "os._exit(0)",
+    ]
 
 
 def test_the_demos_model_multiplies_in_full_precision() -> None:

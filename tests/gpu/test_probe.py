@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 
 def test_the_page_has_the_questions_that_are_asked() -> None:
     """Word by word, and in that order."""
-    rows = re.findall(r"^\| (.*\?) \| ", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.*\?) \| ", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE
+    )
     assert rows == [question.text for question in gpu_probe.QUESTIONS.values()]
 
 

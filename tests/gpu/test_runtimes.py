@@ -95,7 +95,9 @@ class _Memory:
 
     def read(self) -> np.ndarray:
         made = np.empty_like(self._like)
-        self._turn.device.copy(made.ctypes.data, self.pointer, made.nbytes, self._turn.stream)
+        self._turn.device.copy(
+            made.ctypes.data, self.pointer, made.nbytes, self._turn.stream
+        )
         self._turn.finish()
         return made
 
@@ -117,7 +119,9 @@ def test_a_run_reads_and_writes_gpu_memory_in_its_turn(
         hosted.view(y, program.inputs[1]),
     ]
     outputs, _ = program.run(views, None)
-    targets = [_Memory(turn, np.zeros(spec.shape, np.float32)) for spec in program.outputs]
+    targets = [
+        _Memory(turn, np.zeros(spec.shape, np.float32)) for spec in program.outputs
+    ]
     for output, target in zip(outputs, targets, strict=True):
         runtime.write(output, target.pointer, 24, turn)
     turn.end()
@@ -144,9 +148,8 @@ def test_an_output_is_held_until_it_is_copied(
             x.nbytes,
             turn,
         )
-        others = [
-            hosted.run(program, np.full_like(x, i)) for i in range(8)
-        ]  # would be given that memory
+        # Would be given that memory.
+        others = [hosted.run(program, np.full_like(x, i)) for i in range(8)]
     finally:
         release.set()
     np.testing.assert_allclose(target.read(), np.sin(x), rtol=1e-6, atol=1e-6)
@@ -190,7 +193,9 @@ def test_torch_runs_on_the_first_gpu_that_it_sees(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit)
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda *limit: limits.append(limit),
     )
     runtime = TorchRuntime(Options(gpu_memory_fraction=0.5))
     assert limits == [(0.5, torch.device("cuda", 0))]
@@ -208,7 +213,9 @@ class _ElsewhereTorch(TorchRuntime):
         self._device, self._is_on_host = torch.device("cpu", 0), False
 
 
-def test_torch_models_run_where_their_runtime_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_models_run_where_their_runtime_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Modules are moved there, inputs are brought there at each run, but for the key that the
     host reads."""
     moved: list[Any] = []
@@ -227,7 +234,9 @@ def test_torch_models_run_where_their_runtime_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(types, "brought_to", brought_to)
     runtime = _ElsewhereTorch()
-    hosted = Hosted(runtime, torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5)))
+    hosted = Hosted(
+        runtime, torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout(0.5))
+    )
     assert moved == [torch.device("cpu", 0)]
     x, key = placed(np.ones((1, 3), np.float32)), placed(np.array([0, 7], np.uint32))
     program = hosted.call(x, rngs=["dropout"], keep=[1])
@@ -263,17 +272,26 @@ class JaxRuntimeError(RuntimeError):
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), OutOfMemory),
         (
-            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."),
+            OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
             OutOfMemory,
         ),
         (
-            JaxRuntimeError("INTERNAL: Error Execute: RESOURCE_EXHAUSTED: Out of memory"),
+            JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes."
+            ),
             OutOfMemory,
         ),
         (
-            JaxRuntimeError("INTERNAL: CpuCallback error:\nRESOURCE_EXHAUSTED: says a model"),
+            JaxRuntimeError(
+                "INTERNAL: Error Execute: RESOURCE_EXHAUSTED: Out of memory"
+            ),
+            OutOfMemory,
+        ),
+        (
+            JaxRuntimeError(
+                "INTERNAL: CpuCallback error:\nRESOURCE_EXHAUSTED: says a model"
+            ),
             RemoteModelError,
         ),
         (ValueError("RESOURCE_EXHAUSTED: says a model"), RemoteModelError),

@@ -86,7 +86,9 @@ class Machine:
     def read(self, block: Block) -> list[float]:
         """Return the values of a block when the stream has come to it."""
         self.pool.device.synchronize(self.stream)
-        return list((ctypes.c_float * (block.nbytes // 4)).from_buffer_copy(self.raw(block)))
+        return list(
+            (ctypes.c_float * (block.nbytes // 4)).from_buffer_copy(self.raw(block))
+        )
 
     def raw(self, block: Block) -> bytes:
         return copied_to_host(self.pool.device, block.pointer, block.nbytes)
@@ -96,14 +98,19 @@ class Machine:
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tuple[Any, Path, str]]:
+def machine(
+    tmp_path_factory: pytest.TempPathFactory, way: str
+) -> Iterator[tuple[Any, Path, str]]:
     """A worker on a fake GPU: the fake, its directory, and the worker's address."""
     directory = tmp_path_factory.mktemp("cuda")
     with installed(directory) as fake:
         names = ("sine", "scaled", "refusing", "late", "gated")
         models = {name: f"tests.gpu.models:{name}" for name in names}
         with spawn(
-            jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=environment(directory)
+            jax_model=models,
+            python=python_of(".venv-jax"),
+            cwd=ROOT,
+            env=environment(directory),
         ) as session:
             yield fake, directory, session.address
 
@@ -146,7 +153,9 @@ def test_arrays_stay_on_the_gpu(on_gpu: Machine) -> None:
     through the host."""
     program = prepared(on_gpu.session, "sine", FOUR)
     (made,) = on_gpu.run(program, on_gpu.put(0.0, 0.5, 1.0, 1.5))
-    assert on_gpu.read(made) == pytest.approx([0.0, 0.958851, 1.682942, 1.994990], abs=1e-5)
+    assert on_gpu.read(made) == pytest.approx(
+        [0.0, 0.958851, 1.682942, 1.994990], abs=1e-5
+    )
     assert on_gpu.session.memory == "cuda_ipc"
     assert on_gpu.session.stats()["bytes_through_host"] == 0
 
@@ -156,7 +165,9 @@ def test_numbers_and_host_arrays_come_along(on_gpu: Machine) -> None:
     GPU."""
     program = prepared(on_gpu.session, "scaled", FOUR, FOUR, NUMBER)
     host, number = on_gpu.session.pool.lease(16), on_gpu.session.pool.lease(8)
-    host.buffer.cast("f")[:] = memoryview((ctypes.c_float * 4)(1, 2, 3, 4)).cast("B").cast("f")
+    host.buffer.cast("f")[:] = (
+        memoryview((ctypes.c_float * 4)(1, 2, 3, 4)).cast("B").cast("f")
+    )
     ctypes.c_double.from_address(number.pointer).value = 0.5
     (made,) = on_gpu.run(program, on_gpu.put(10, 10, 10, 10), host, number)
     assert on_gpu.read(made) == [5, 10, 15, 20]
@@ -241,7 +252,12 @@ def test_unless_its_stream_waits_the_client_would_not(
 
 @pytest.mark.parametrize(
     "refused",
-    ["ipcGetEventHandle", "ipcOpenEventHandle", "streamWaitValue64", "streamWriteValue64"],
+    [
+        "ipcGetEventHandle",
+        "ipcOpenEventHandle",
+        "streamWaitValue64",
+        "streamWriteValue64",
+    ],
 )
 def test_what_cuda_refuses_here_is_done_another_way(
     on_gpu: Machine,
@@ -261,11 +277,14 @@ def test_what_cuda_refuses_here_is_done_another_way(
         else:
             expected = "events"
         stats = session.stats()
-        assert [stats[f"gpu_lanes_by_{each}"] for each in ("words", "events", "host")] == [
-            int(each == expected) for each in ("words", "events", "host")
-        ]
+        assert [
+            stats[f"gpu_lanes_by_{each}"] for each in ("words", "events", "host")
+        ] == [int(each == expected) for each in ("words", "events", "host")]
     if expected == "host":
-        assert "waits for the GPU on the host" in caplog.text and "NotSupported" in caplog.text
+        assert (
+            "waits for the GPU on the host" in caplog.text
+            and "NotSupported" in caplog.text
+        )
 
 
 @pytest.mark.parametrize("chosen", ["words", "events", "host"])
@@ -317,7 +336,9 @@ def test_a_closed_session_has_been_unmapped_by_the_worker_before_its_memory_is_f
     before = on_gpu.fake.held()
     on_gpu.session.close()
     after = on_gpu.fake.held()
-    assert after["openmem"] == before["openmem"] - 1 and after["bytes"] < before["bytes"]
+    assert (
+        after["openmem"] == before["openmem"] - 1 and after["bytes"] < before["bytes"]
+    )
 
 
 _DYING = """
@@ -341,16 +362,17 @@ def test_a_client_killed_while_the_gpu_waits_for_it(machine: Any, way: str) -> N
     """
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
-    with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
+    with spawn(
+        jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env
+    ) as session:
         address, first = session.address, session._host._process.pid
         done = subprocess.run(
             [sys.executable, "-c", _DYING, address], cwd=ROOT, env=os.environ | env
         )
         assert done.returncode == -signal.SIGKILL
         assert way == "words" or eventually(session._host.has_ended)
-        assert (
-            session.gpu_pool() is not None
-        )  # of the next worker: the session had not looked for one yet
+        # Of the next worker: the session had not looked for one yet.
+        assert session.gpu_pool() is not None
         begun = time.monotonic()
         (made,) = session.run(prepared(session, "sine", FOUR), [session.pool.lease(16)])
         assert len(bytes(made)) == 16
@@ -376,15 +398,21 @@ session.run(program, [x], stream=stream)
 
 
 @by_words
-def test_a_client_killed_while_the_workers_host_waits_for_it(machine: Any, way: str) -> None:
+def test_a_client_killed_while_the_workers_host_waits_for_it(
+    machine: Any, way: str
+) -> None:
     """As where a framework names no stream for what it imports: the wait ends with the client's
     connection."""
     _, directory, _ = machine
     models, env = {"sine": "tests.gpu.models:sine"}, environment(directory)
-    with spawn(jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env) as session:
+    with spawn(
+        jax_model=models, python=python_of(".venv-jax"), cwd=ROOT, env=env
+    ) as session:
         address, first = session.address, session._host._process.pid
         done = subprocess.run(
-            [sys.executable, "-c", _DYING_IN_A_CALL, address], cwd=ROOT, env=os.environ | env
+            [sys.executable, "-c", _DYING_IN_A_CALL, address],
+            cwd=ROOT,
+            env=os.environ | env,
         )
         assert done.returncode == -signal.SIGKILL
         client = Machine(machine[0], directory, session)
@@ -405,7 +433,11 @@ def test_a_worker_killed_while_the_gpu_waits_for_it(
     """
     fake, directory, _ = machine
     models = {name: f"tests.gpu.models:{name}" for name in ("late", "sine")}
-    worker = {"python": python_of(".venv-jax"), "cwd": ROOT, "env": environment(directory)}
+    worker = {
+        "python": python_of(".venv-jax"),
+        "cwd": ROOT,
+        "env": environment(directory),
+    }
     with (
         spawn(jax_model=models, **worker) as spawned,
         connect(spawned.address, lane=lane) as session,
@@ -422,13 +454,14 @@ def test_a_worker_killed_while_the_gpu_waits_for_it(
         assert "had written the outputs of 1 calls" in caplog.text
         with pytest.raises(WorkerDied, match="these outputs are NaN"):
             client.run(late, x)
-        spawned.run(
-            prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)]
-        )  # starts another worker
+        # Starts another worker.
+        spawned.run(prepared(spawned, "sine", FOUR), [spawned.pool.lease(16)])
 
 
 @by_words
-def test_words_of_ended_lanes_serve_again_only_when_nobody_writes_them(local: Machine) -> None:
+def test_words_of_ended_lanes_serve_again_only_when_nobody_writes_them(
+    local: Machine,
+) -> None:
     """A client whose GPU has still to come to a call leaves them alone for good."""
     pool, session = local.pool, local.session
     program, x = prepared(session, "sine", FOUR), local.put(1, 2, 3, 4)
@@ -524,7 +557,9 @@ def test_a_bad_handle_is_refused_and_the_worker_lives(local: Machine, bad: str) 
     """The error says what is wrong and carries no handle; the lane goes on."""
     link = local.session._require_link()
     lane = link.take(local.session.pool)
-    slab = GpuSlab(memoryview(b""), 0, FIRST_ADDRESS + (1 << 40), UNIT, -1, BAD_HANDLES[bad])
+    slab = GpuSlab(
+        memoryview(b""), 0, FIRST_ADDRESS + (1 << 40), UNIT, -1, BAD_HANDLES[bad]
+    )
     with pytest.raises((CudaError, ProtocolError)) as raised:
         lane.share_on_gpu(slab)
     assert BAD_HANDLES[bad].hex() not in str(raised.value) or not BAD_HANDLES[bad]
@@ -544,7 +579,9 @@ def test_opening_a_handle_may_take_as_long_as_the_gpus_work(
         monkeypatch.setattr(
             kind,
             "ask",
-            lambda lane, request, limit, ask=ask: limits.append(limit) or ask(lane, request, limit),
+            lambda lane, request, limit, ask=ask: (
+                limits.append(limit) or ask(lane, request, limit)
+            ),
         )
     with connect(on_gpu.session.address, lane=on_gpu.session.lane, require="cuda_ipc"):
         pass
@@ -572,7 +609,9 @@ def test_words_that_lie_wrong_are_refused(local: Machine, bad: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["events"], indirect=True)
-def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(on_gpu: Machine) -> None:
+def test_an_opened_event_is_not_used_after_its_owner_has_destroyed_it(
+    on_gpu: Machine,
+) -> None:
     """CUDA leaves that undefined: either side destroys its copy before the other one can destroy
     the event."""
     before = on_gpu.fake.held()
@@ -590,7 +629,11 @@ def test_what_a_lane_holds_is_let_go_before_its_stream_waits_for_the_client(
 ) -> None:
     """Else the worker's host would wait for the client's GPU, too."""
     device, stream = local.pool.device, local.pool.device.new_stream()
-    event, client, memory = device.new_event(), device.new_stream(), device.allocate(UNIT)
+    event, client, memory = (
+        device.new_event(),
+        device.new_stream(),
+        device.allocate(UNIT),
+    )
     words = Words(device, memory, device.new_urgent_stream(), is_clients=True)
     words.clear()
     copy_to_device(device, memory, bytes([FIRST]))
@@ -658,5 +701,8 @@ def test_a_client_that_sees_no_gpu_says_why(
         assert session.memory == "memfd" and session.gpu_pool() is None
         session.note_staged(100)
         session.note_staged(20)
-        assert (session.stats()["bytes_through_host"], session.stats()["fallbacks"]) == (120, 1)
+        assert (
+            session.stats()["bytes_through_host"],
+            session.stats()["fallbacks"],
+        ) == (120, 1)
     cuda.device_of.cache_clear()

@@ -25,10 +25,14 @@ _on_host: set[int] = set()  # the ids of tensors that are on the host all the sa
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory, way: str) -> Iterator[tuple[Any, str]]:
+def worker(
+    tmp_path_factory: pytest.TempPathFactory, way: str
+) -> Iterator[tuple[Any, str]]:
     """A worker on a fake GPU: the fake, and the worker's address."""
     directory = tmp_path_factory.mktemp("cuda")
-    models = {name: f"tests.gpu.models:{name}" for name in ("sine", "scaled", "trained")}
+    models = {
+        name: f"tests.gpu.models:{name}" for name in ("sine", "scaled", "trained")
+    }
     with installed(directory) as fake:
         undo = fake.pose_as_host()
         python, env = python_of(".venv-jax"), environment(directory)
@@ -55,10 +59,16 @@ def session(worker: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
         monkeypatch.setattr(gpu, "index_of", lambda tensor: 0)
         monkeypatch.setattr(gpu, "tensor_over", lambda pool, *of: _tensor_over(*of))
         monkeypatch.setattr(
-            Tensor, "is_cuda", property(lambda tensor: id(tensor) not in _on_host), raising=False
+            Tensor,
+            "is_cuda",
+            property(lambda tensor: id(tensor) not in _on_host),
+            raising=False,
         )
         monkeypatch.setattr(
-            Tensor, "is_cpu", property(lambda tensor: id(tensor) in _on_host), raising=False
+            Tensor,
+            "is_cpu",
+            property(lambda tensor: id(tensor) in _on_host),
+            raising=False,
         )
         yield session
         device.destroy_stream(stream)
@@ -83,7 +93,10 @@ def on_host(tensor: Tensor) -> Iterator[Tensor]:
 
 def lies_on_gpu(session: Session, tensor: Tensor) -> bool:
     pool = session.gpu_pool()
-    return pool is not None and pool.address_of(tensor.data_ptr(), tensor.nbytes) is not None
+    return (
+        pool is not None
+        and pool.address_of(tensor.data_ptr(), tensor.nbytes) is not None
+    )
 
 
 def test_outputs_and_gradients_lie_on_the_gpu(session: Session) -> None:
@@ -101,7 +114,10 @@ def test_outputs_and_gradients_lie_on_the_gpu(session: Session) -> None:
 def test_what_lies_in_the_slab_is_not_copied(session: Session) -> None:
     """An output that is passed on, and an array of session.empty: only outputs are written."""
     f = RemoteJaxFunction(session, name="sine")
-    for x in (f(torch.ones(256)), torch.from_dlpack(session.empty(256, device="cuda")).fill_(1)):
+    for x in (
+        f(torch.ones(256)),
+        torch.from_dlpack(session.empty(256, device="cuda")).fill_(1),
+    ):
         before = session.stats()["bytes_copied"]
         f(x)
         assert session.stats()["bytes_copied"] - before == 1024
@@ -171,7 +187,9 @@ def test_what_torch_allocates_in_the_session_is_not_copied(
             return segments
 
     monkeypatch.setattr(torch.cuda, "MemPool", Pool)
-    monkeypatch.setattr(torch.cuda, "use_mem_pool", lambda pool, index: contextlib.nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "use_mem_pool", lambda pool, index: contextlib.nullcontext()
+    )
     f = RemoteJaxFunction(session, name="sine")
     with allocate_in(session):
         memory = (ctypes.c_ubyte * 1024).from_address(pointer)
@@ -194,7 +212,10 @@ def test_what_torch_allocates_in_the_session_is_not_copied(
 def test_a_session_without_a_gpu_allocates_none_there(jax_worker: Session) -> None:
     """The error says what there is."""
     with connect(jax_worker.address) as session:
-        with pytest.raises(CallerError, match="no memory on a GPU"), allocate_in(session):
+        with (
+            pytest.raises(CallerError, match="no memory on a GPU"),
+            allocate_in(session),
+        ):
             pass
         with pytest.raises(CallerError, match="device='cuda'"):
             session.empty(3, device="cuda")

@@ -17,7 +17,8 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = (
             nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                nn.BatchNorm2d(outputs),
             )
             if stride != 1 or inputs != outputs
             else None
@@ -45,7 +46,9 @@ class ResNet(nn.Module):
             nn.MaxPool2d(3, 2, 1),
         )
         self.layer1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
-        self.layer2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1))
+        self.layer2 = nn.Sequential(
+            Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1)
+        )
         self.fc = nn.Linear(2 * width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,14 +89,19 @@ class ViT(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
         self.attentions = nn.ModuleList(Attention(width, 2) for _ in range(2))
         self.mlps = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            nn.Sequential(
+                nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
             for _ in range(2)
         )
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        x = (
+            torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
+            + self.pos_embed
+        )
         for i in range(2):
             x = x + self.attentions[i](self.norms[2 * i](x))
             x = x + self.mlps[i](self.norms[2 * i + 1](x))
@@ -130,7 +138,9 @@ class Tied(nn.Module):
         return self.out(self.embedding(tokens).tanh())
 
 
-def made(kind: type[nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+def made(
+    kind: type[nn.Module], dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, Tensor]:
     """Return a network with fixed parameters, in eval mode, and an input for it."""
     torch.manual_seed(0)
     network = kind().to(dtype).eval()

@@ -5,7 +5,9 @@ from torch import nn
 
 torch.manual_seed(0)
 normed = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).double()
-network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(27, 2)).double()
+network = nn.Sequential(
+    nn.Conv2d(2, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(27, 2)
+).double()
 
 
 def sine(x, *, scale=1.0):

@@ -20,7 +20,9 @@ LAYOUTS = {
     "row-major": lambda: torch.randn(2, 3, 4, 5),
     "transposed": lambda: torch.randn(3, 4).T,
     "permuted": lambda: torch.randn(2, 3, 4, 5).permute(3, 1, 0, 2),
-    "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "channels last": lambda: torch.randn(2, 3, 4, 5).to(
+        memory_format=torch.channels_last
+    ),
     "scalar": lambda: torch.tensor(3.0),
     "axes of one": lambda: torch.randn(16, 1, 4).as_strided((16, 1, 4), (4, 999, 1)),
     "empty": lambda: torch.zeros(0, 3),
@@ -143,7 +145,10 @@ def test_a_state_dict_becomes_arrays() -> None:
     state = to_jax(module.state_dict())
     assert pointer(state["weight"]) == module.weight.data_ptr()
     with torch.no_grad():
-        assert pointer(to_jax(dict(module.named_parameters()))["bias"]) == module.bias.data_ptr()
+        assert (
+            pointer(to_jax(dict(module.named_parameters()))["bias"])
+            == module.bias.data_ptr()
+        )
 
 
 def test_64_bit_integers_are_narrowed_if_they_fit() -> None:
@@ -155,9 +160,9 @@ def test_64_bit_integers_are_narrowed_if_they_fit() -> None:
         with pytest.raises(CopyNeeded):
             to_jax(torch.tensor([1], dtype=dtype), copy=False)
         with jax.enable_x64(True):
-            assert str(to_jax(torch.tensor([1], dtype=dtype)).dtype) == str(dtype).removeprefix(
-                "torch."
-            )
+            assert str(to_jax(torch.tensor([1], dtype=dtype)).dtype) == str(
+                dtype
+            ).removeprefix("torch.")
 
 
 @pytest.mark.parametrize(

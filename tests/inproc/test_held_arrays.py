@@ -48,7 +48,10 @@ TORCH = {
     "closure": (closing_over(torch.ones(3)), "array"),
     "object": (Holder(torch.ones(3)), r"inner\['w'\]\[0\]"),
     "method of a module": (nn.Linear(3, 3).forward, r"2 tensors.*weight"),
-    "closure over a module": (closing_over(nn.Linear(3, 3)), r"array\._parameters\['weight'\]"),
+    "closure over a module": (
+        closing_over(nn.Linear(3, 3)),
+        r"array\._parameters\['weight'\]",
+    ),
     "partial": (functools.partial(torch.mul, torch.ones(3)), r"args\[0\]"),
 }
 
@@ -56,11 +59,17 @@ TORCH = {
 def logged(caplog: pytest.LogCaptureFixture, **models: Any) -> list[str]:
     with caplog.at_level("WARNING"):
         host(**models).close()
-    return [record.getMessage() for record in caplog.records if "model 'm'" in record.getMessage()]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if "model 'm'" in record.getMessage()
+    ]
 
 
 @pytest.mark.parametrize("kind", JAX)
-def test_arrays_in_a_jax_callable_are_named(caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_arrays_in_a_jax_callable_are_named(
+    caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     """One line says how many arrays a callable holds, where, and what to serve to train them."""
     target, path = JAX[kind]
     (line,) = logged(caplog, jax_model={"m": target})
@@ -69,7 +78,9 @@ def test_arrays_in_a_jax_callable_are_named(caplog: pytest.LogCaptureFixture, ki
 
 
 @pytest.mark.parametrize("kind", TORCH)
-def test_tensors_in_a_torch_callable_are_named(caplog: pytest.LogCaptureFixture, kind: str) -> None:
+def test_tensors_in_a_torch_callable_are_named(
+    caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     """Likewise of torch callables."""
     target, path = TORCH[kind]
     (line,) = logged(caplog, torch_model={"m": target})

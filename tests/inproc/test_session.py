@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, TargetError, UnknownModel
+from bridge_wire.errors import (
+    CallerError,
+    DTypeError,
+    RemoteModelError,
+    TargetError,
+    UnknownModel,
+)
 from tests.client.torch_client.functions import affine
 from tests.conftest import eventually
 from tests.workers import run_program
@@ -48,14 +54,23 @@ def test_there_is_neither_a_worker_nor_a_thread() -> None:
     goes with the graph."""
     threads = threading.active_count()
     f = RemoteJaxFunction(sine)
-    assert (f.session.lane, f.session.memory, f.session.framework) == ("inproc", "dlpack", "jax")
+    assert (f.session.lane, f.session.memory, f.session.framework) == (
+        "inproc",
+        "dlpack",
+        "jax",
+    )
     x = torch.randn(64, requires_grad=True)
     y = f(x)
     assert f.session.stats()["residuals"] == 1
     y.backward(torch.ones(64))
     del y
     stats = f.session.stats()
-    assert (stats["residuals"], stats["residual_bytes"], stats["calls"], stats["fallbacks"]) == (
+    assert (
+        stats["residuals"],
+        stats["residual_bytes"],
+        stats["calls"],
+        stats["fallbacks"],
+    ) == (
         0,
         0,
         2,
@@ -131,7 +146,8 @@ def _arrays_over(tensor: torch.Tensor) -> list[jax.Array]:
     return [
         array
         for array in jax.live_arrays()
-        if array.is_fully_addressable and array.unsafe_buffer_pointer() == tensor.data_ptr()
+        if array.is_fully_addressable
+        and array.unsafe_buffer_pointer() == tensor.data_ptr()
     ]
 
 
@@ -296,7 +312,8 @@ def test_submitted_calls_work() -> None:
 def test_compiled_modules_contain_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile takes a module that calls a JAX function of this process, without a graph
     break."""
-    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # else a thread stays behind
+    # Else a thread stays behind.
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
     f = RemoteJaxFunction(sine)
 
     class Model(nn.Module):
@@ -308,7 +325,8 @@ def test_compiled_modules_contain_it(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
     torch.testing.assert_close(
-        torch.autograd.grad(compiled(x).sum(), x), torch.autograd.grad(model(x).sum(), x)
+        torch.autograd.grad(compiled(x).sum(), x),
+        torch.autograd.grad(model(x).sum(), x),
     )
     torch._dynamo.reset()
 

@@ -32,7 +32,11 @@ def test_transforms_are_jaxs() -> None:
     worker."""
     f = RemoteTorchFunction(sine)
     x = jnp.arange(3.0)
-    assert (f.session.lane, f.session.memory, f.session.framework) == ("inproc", "dlpack", "torch")
+    assert (f.session.lane, f.session.memory, f.session.framework) == (
+        "inproc",
+        "dlpack",
+        "torch",
+    )
     np.testing.assert_allclose(
         jax.jit(jax.grad(lambda x: f(x).sum()))(x), 2 * jnp.cos(x), rtol=1e-6, atol=1e-6
     )
@@ -40,7 +44,10 @@ def test_transforms_are_jaxs() -> None:
         jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)), atol=1e-6
     )
     np.testing.assert_allclose(
-        jax.vmap(f)(jnp.ones((4, 3))), 2 * jnp.sin(jnp.ones((4, 3))), rtol=1e-6, atol=1e-6
+        jax.vmap(f)(jnp.ones((4, 3))),
+        2 * jnp.sin(jnp.ones((4, 3))),
+        rtol=1e-6,
+        atol=1e-6,
     )
     scanned = jax.lax.scan(lambda c, x: (c + f(x), None), 0.0, x)[0]
     np.testing.assert_allclose(scanned, (2 * jnp.sin(x)).sum(), rtol=1e-6, atol=1e-6)
@@ -53,7 +60,9 @@ def test_networks_agree_with_torch(kind: type[nn.Module], dtype: torch.dtype) ->
     network, x = made(kind, dtype)
     with jax.enable_x64(dtype is torch.float64):
         g = RemoteTorchFunction(network)
-        value, gradients = jax.jit(jax.value_and_grad(loss_of(g.apply)))(g.params, to_jax(x))
+        value, gradients = jax.jit(jax.value_and_grad(loss_of(g.apply)))(
+            g.params, to_jax(x)
+        )
     expected_value, expected = reference(network, x)
     assert_same(value, expected_value, TOLERANCE[dtype])
     for name, gradient in expected.items():
@@ -75,7 +84,9 @@ def test_second_derivatives_agree_with_torch() -> None:
 def test_training_with_optax_equals_torch() -> None:
     """100 steps of Adam from JAX, with the statistics of a BatchNorm, end where torch's end."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    network = nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
+    ).double()
     x = torch.randn(16, 3, dtype=torch.float64)
     y = x.square().sum(1, keepdim=True)
     with jax.enable_x64(True):
@@ -158,7 +169,9 @@ def test_modes_of_torch_around_a_call_change_nothing(mode: Callable[[], Any]) ->
             assert f(x).dtype == jnp.float32
     assert seen[0] == expected[0]
     assert (
-        seen[1].tolist() == expected[1].tolist() == jax.grad(lambda x: inside(x).sum())(x).tolist()
+        seen[1].tolist()
+        == expected[1].tolist()
+        == jax.grad(lambda x: inside(x).sum())(x).tolist()
     )
 
 

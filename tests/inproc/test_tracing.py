@@ -35,7 +35,9 @@ def reference(network: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     """Return torch's own value of the loss below, and its gradients by name."""
     loss = network(x).square().sum()
     gradients = torch.autograd.grad(loss, list(network.parameters()))
-    return loss.detach(), dict(zip(dict(network.named_parameters()), gradients, strict=True))
+    return loss.detach(), dict(
+        zip(dict(network.named_parameters()), gradients, strict=True)
+    )
 
 
 def loss_of(h: Callable[..., jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
@@ -52,10 +54,15 @@ def test_networks_agree_with_torch(kind: type[nn.Module], dtype: torch.dtype) ->
         value, gradients = jax.jit(jax.value_and_grad(loss_of(h)))(h.params, to_jax(x))
     expected_value, expected = reference(network, x)
     scale = max(1.0, max(g.abs().max().item() for g in expected.values()))
-    assert_same(value, expected_value, TOLERANCE[dtype] * max(1.0, expected_value.item()))
+    assert_same(
+        value, expected_value, TOLERANCE[dtype] * max(1.0, expected_value.item())
+    )
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            to_torch(gradients[name]) / scale, gradient / scale, rtol=0, atol=TOLERANCE[dtype]
+            to_torch(gradients[name]) / scale,
+            gradient / scale,
+            rtol=0,
+            atol=TOLERANCE[dtype],
         )
 
 
@@ -69,7 +76,9 @@ def test_second_derivatives_agree_with_torch(kind: type[nn.Module]) -> None:
         seen = jax.jit(lambda x: jax.jvp(jax.grad(f), (x,), (x,))[1])(to_jax(x))
     x.requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
-        (gradient,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            network(x).square().sum(), x, create_graph=True
+        )
     (expected,) = torch.autograd.grad((gradient * x.detach()).sum(), x)
     assert_same(seen, expected, 1e-8)
 
@@ -79,8 +88,16 @@ def test_functions_go_through_every_transform() -> None:
     f = trace_torch(lambda x: (x.sin() * x).sum())
     x = jnp.arange(3.0)
     g = lambda x: (jnp.sin(x) * x).sum()  # noqa: E731
-    for transform in (jax.jit, jax.grad, jax.hessian, lambda f: jax.jit(jax.grad(f)), jax.jacfwd):
-        np.testing.assert_allclose(transform(f)(x), transform(g)(x), rtol=1e-6, atol=1e-6)
+    for transform in (
+        jax.jit,
+        jax.grad,
+        jax.hessian,
+        lambda f: jax.jit(jax.grad(f)),
+        jax.jacfwd,
+    ):
+        np.testing.assert_allclose(
+            transform(f)(x), transform(g)(x), rtol=1e-6, atol=1e-6
+        )
     batch = jnp.ones((4, 3))
     np.testing.assert_allclose(
         jax.vmap(jax.grad(f))(batch), jax.vmap(jax.grad(g))(batch), rtol=1e-6, atol=1e-6
@@ -104,7 +121,9 @@ def test_in_place_code_changes_nothing_outside() -> None:
     x = jnp.asarray([0.0, 0.5, 1.0])
     assert_same(trace_torch(f)(x), f(torch.tensor([0.0, 0.5, 1.0])))
     assert x.tolist() == [0.0, 0.5, 1.0]
-    np.testing.assert_allclose(jax.jit(jax.jacrev(trace_torch(f)))(x), np.diag([1.0, 4.0, 0.0]))
+    np.testing.assert_allclose(
+        jax.jit(jax.jacrev(trace_torch(f)))(x), np.diag([1.0, 4.0, 0.0])
+    )
 
 
 _VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -157,7 +176,9 @@ _OF_SEVERAL = ("unbind", "split", "chunk")
     [(name, True) for name in _VIEWS if name not in _OF_SEVERAL]
     + [(name, False) for name in _VIEWS],
 )
-def test_writes_into_views_are_torchs(name: str, is_recorded: bool, dtype: torch.dtype) -> None:
+def test_writes_into_views_are_torchs(
+    name: str, is_recorded: bool, dtype: torch.dtype
+) -> None:
     """In-place operators on each kind of view give torch's values and derivatives, of the view
     and of its base."""
 
@@ -205,7 +226,9 @@ def test_statistics_written_by_an_operator() -> None:
 
     def f(x: Tensor) -> tuple[Tensor, ...]:
         mean, var = torch.zeros(3), torch.ones(3)
-        y, *_ = torch.ops.aten._native_batch_norm_legit(x, None, None, mean, var, True, 0.1, 1e-5)
+        y, *_ = torch.ops.aten._native_batch_norm_legit(
+            x, None, None, mean, var, True, 0.1, 1e-5
+        )
         return y, mean, var
 
     x = torch.randn(4, 3)
@@ -265,7 +288,9 @@ class _Holding(nn.Module):
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
-def test_a_module_is_a_function_of_its_parameters_alone(wrap: Callable[..., Any]) -> None:
+def test_a_module_is_a_function_of_its_parameters_alone(
+    wrap: Callable[..., Any],
+) -> None:
     """A parameter is replaced and differentiated by each reference to it, and a call leaves no
     attribute changed."""
     module, x = _Holding(), torch.tensor([1.0, 2.0, 3.0])
@@ -279,7 +304,12 @@ def test_a_module_is_a_function_of_its_parameters_alone(wrap: Callable[..., Any]
         params = {"weight": h.params["weight"] * scale}
         value, gradients = wrap(jax.value_and_grad(h))(params, to_jax(x))
         assert_same([value, gradients["weight"]], [expected.detach(), gradient], 1e-6)
-        assert (module.grid, module.squares, module.seen, module.calls.item()) == (None, [], {}, 0)
+        assert (module.grid, module.squares, module.seen, module.calls.item()) == (
+            None,
+            [],
+            {},
+            0,
+        )
     doubled = h(h.params, to_jax(x), buffers={"scale": 2 * h.buffers["scale"]})
     assert doubled - h(h.params, to_jax(x)) == 3 * 39
 
@@ -360,7 +390,11 @@ def test_tensors_of_traced_values() -> None:
     """torch.tensor of traced values has the dtype that torch finds in them."""
 
     def f(x: Tensor) -> tuple[Tensor, ...]:
-        return torch.tensor([x[0], 2.5]), torch.tensor(x.argmax()), torch.as_tensor(x.int())
+        return (
+            torch.tensor([x[0], 2.5]),
+            torch.tensor(x.argmax()),
+            torch.as_tensor(x.int()),
+        )
 
     made = trace_torch(f)(jnp.asarray([1.0, 3.0]))
     assert [str(each.dtype) for each in made] == ["float32", "int32", "int32"]
@@ -438,7 +472,8 @@ def test_backward_passes_of_functions_are_theirs(wrap: Callable[..., Any]) -> No
     )
     leaf = torch.tensor([0.3], requires_grad=True)
     _StraightThrough.apply(leaf, 2.0).backward()
-    assert leaf.grad is not None and leaf.grad.item() == 2.0  # torch's own are what they were
+    # Torch's own are what they were.
+    assert leaf.grad is not None and leaf.grad.item() == 2.0
 
 
 _ON_BORDERS: dict[str, tuple[Callable[[Tensor], Tensor], list[float]]] = {
@@ -515,7 +550,10 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     ),
     "slogdet": (lambda x: torch.linalg.slogdet(x)[1], _MATRIX),
     "solve": (lambda x: torch.linalg.solve(x, x[0]), _MATRIX),
-    "solve from the right": (lambda x: torch.linalg.solve(x, x[:2], left=False), _MATRIX),
+    "solve from the right": (
+        lambda x: torch.linalg.solve(x, x[:2], left=False),
+        _MATRIX,
+    ),
 }
 
 
@@ -533,7 +571,9 @@ def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
         for h in (trace_torch(f), jax.jit(trace_torch(f))):
             seen, pull = jax.vjp(h, to_jax(leaf.detach()))
             assert_same(
-                [seen, *pull(to_jax(weights))], [expected.detach(), gradient], 10 * TOLERANCE[dtype]
+                [seen, *pull(to_jax(weights))],
+                [expected.detach(), gradient],
+                10 * TOLERANCE[dtype],
             )
 
 
@@ -550,7 +590,9 @@ def test_operators_are_torchs(name: str, dtype: torch.dtype) -> None:
         (lambda x: torch.normal(x, 1.0), 0),
     ],
 )
-def test_distributions_follow_the_key(draw: Callable[[Tensor], Tensor], mean: float) -> None:
+def test_distributions_follow_the_key(
+    draw: Callable[[Tensor], Tensor], mean: float
+) -> None:
     """What is drawn in place has the distribution, differs from key to key, and has no
     derivative."""
     h, x = trace_torch(lambda x: draw(x * 1)), jnp.zeros(20_000)
@@ -564,7 +606,11 @@ def test_distributions_follow_the_key(draw: Callable[[Tensor], Tensor], mean: fl
 
 def test_operators_without_a_lowering_are_named() -> None:
     """An operator that JAX lacks, or that fails in JAX, is a CallerError with its name."""
-    for f in (lambda x: torch.geqrf(x), lambda x: torch.histogram(x, 3), lambda x: x.resize_(3)):
+    for f in (
+        lambda x: torch.geqrf(x),
+        lambda x: torch.histogram(x, 3),
+        lambda x: x.resize_(3),
+    ):
         with pytest.raises(CallerError, match=r"geqrf|histogram|resize"):
             trace_torch(f)(jnp.ones((2, 2)))
     with pytest.raises(CallerError, match="nonzero"):
@@ -584,7 +630,8 @@ def test_checkpoints_have_gradients(is_reentrant: bool) -> None:
         torch.utils.checkpoint.checkpoint, torch.sin, use_reentrant=is_reentrant
     )
     np.testing.assert_allclose(
-        jax.grad(lambda x: trace_torch(checkpoint)(x).sum())(jnp.ones(2)), jnp.cos(jnp.ones(2))
+        jax.grad(lambda x: trace_torch(checkpoint)(x).sum())(jnp.ones(2)),
+        jnp.cos(jnp.ones(2)),
     )
 
 
@@ -595,9 +642,17 @@ def test_structures_numbers_and_keywords_pass() -> None:
         picked = batch["x"][batch["i"]].where(batch["m"], torch.zeros(()))
         return {"y": (picked * scale, [picked.argmax()]), "mode": mode}
 
-    batch = {"x": jnp.arange(5.0), "i": jnp.asarray([3, 1]), "m": np.asarray([True, False])}
+    batch = {
+        "x": jnp.arange(5.0),
+        "i": jnp.asarray([3, 1]),
+        "m": np.asarray([True, False]),
+    }
     made = trace_torch(f)(batch, scale=2.0, mode="fast")
-    assert (made["y"][0].tolist(), int(made["y"][1][0]), made["mode"]) == ([6.0, 0.0], 0, "fast")
+    assert (made["y"][0].tolist(), int(made["y"][1][0]), made["mode"]) == (
+        [6.0, 0.0],
+        0,
+        "fast",
+    )
 
 
 def test_tensors_in_closures_are_constants() -> None:
@@ -637,7 +692,9 @@ def test_recurrent_modules_agree_with_torch(kind: type[nn.Module]) -> None:
     module, x = kind(3, 4, batch_first=True), torch.randn(2, 5, 3)
     h = trace_torch(module)
     seen, expected = jax.jit(h)(h.params, to_jax(x)), module(x)
-    assert_same(jax.tree.leaves(seen), [y.detach() for y in jax.tree.leaves(expected)], 1e-4)
+    assert_same(
+        jax.tree.leaves(seen), [y.detach() for y in jax.tree.leaves(expected)], 1e-4
+    )
 
 
 def test_threads_trace_at_once() -> None:
@@ -646,7 +703,10 @@ def test_threads_trace_at_once() -> None:
     keys = jax.random.split(jax.random.key(0), 8)
     expected = [float(f(jnp.ones(64), rng=key)) for key in keys]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda key: float(f(jnp.ones(64), rng=key)), keys)) == expected
+        assert (
+            list(pool.map(lambda key: float(f(jnp.ones(64), rng=key)), keys))
+            == expected
+        )
 
 
 def test_traces_side_by_side_leave_torch_as_it_was() -> None:
@@ -670,7 +730,10 @@ def test_traces_side_by_side_leave_torch_as_it_was() -> None:
         assert trace_torch(quick)(jnp.ones(2)).tolist() == [2, 2]
         go_on.set()
         assert running[0].result().tolist() == [2, 2]
-    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert (
+        torch.backends.mha.get_fastpath_enabled()
+        and torch.backends.cuda.flash_sdp_enabled()
+    )
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -693,11 +756,16 @@ def test_tied_weights_stay_tied() -> None:
         (nn.InstanceNorm1d(3, track_running_stats=True, affine=True), (4, 3, 5)),
         (nn.InstanceNorm2d(3), (4, 3, 2, 2)),
     ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+    ids=lambda value: (
+        type(value).__name__ if isinstance(value, nn.Module) else str(value)
+    ),
 )
 def test_statistics_are_written_back(norm: nn.Module, shape: tuple[int, ...]) -> None:
     """In train mode the statistics after a call are torch's own, and come back as new buffers."""
-    norm, x = copy.deepcopy(norm).double(), torch.randn(shape, dtype=torch.float64) * 2 + 1
+    norm, x = (
+        copy.deepcopy(norm).double(),
+        torch.randn(shape, dtype=torch.float64) * 2 + 1,
+    )
     with jax.enable_x64(True):
         h = trace_torch(norm)
         before = {name: np.asarray(buffer) for name, buffer in h.buffers.items()}
@@ -796,7 +864,9 @@ def test_the_arrays_are_copies() -> None:
 def test_training_with_optax_equals_torch() -> None:
     """100 steps of Adam on a traced network, with its statistics, end where torch's end."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    network = nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)
+    ).double()
     x = torch.randn(16, 3, dtype=torch.float64)
     y = x.square().sum(1, keepdim=True)
     with jax.enable_x64(True):

@@ -1,6 +1,7 @@
 """A worker that runs torch models through XLA: bridge_server --torch-model mod:m --via-xla."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,14 @@ from tests.inproc import served
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Where a worker listens that runs in the environment with both frameworks."""
-    targets = {name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "network")}
+    targets = {
+        name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "network")
+    }
     with spawn(
-        torch_model=targets, python=python_of(".venv-both"), cwd=ROOT, args=["--via-xla", "--x64"]
+        torch_model=targets,
+        python=python_of(".venv-both"),
+        cwd=ROOT,
+        args=["--via-xla", "--x64"],
     ) as session:
         yield session.address
 
@@ -41,7 +47,9 @@ def test_torch_models_run_in_xla(worker: Session) -> None:
     assert worker.models["network"].arguments == ("input",)
     names = {p.path: p.trainable for p in worker.models["normed"].parameters}
     expected = {"0.weight": True, "0.bias": True, "1.weight": True, "1.bias": True}
-    buffers = dict.fromkeys(("1.running_mean", "1.running_var", "1.num_batches_tracked"), False)
+    buffers = dict.fromkeys(
+        ("1.running_mean", "1.running_var", "1.num_batches_tracked"), False
+    )
     assert names == expected | buffers
 
 
@@ -67,14 +75,19 @@ def test_state_and_randomness_follow_the_caller(worker: Session) -> None:
     with jax.enable_x64(True):
         g = RemoteTorchFunction(worker, name="normed")
         x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)))
-        call = lambda key: g.apply(g.params, x, buffers=g.buffers, mutable=True, rng=key)  # noqa: E731
+
+        def call(key: Any) -> Any:
+            return g.apply(g.params, x, buffers=g.buffers, mutable=True, rng=key)
+
         (first, buffers), (again, _), (other, _) = (
             call(jax.random.key(seed)) for seed in (0, 0, 1)
         )
         np.testing.assert_array_equal(first, again)
         assert not np.array_equal(first, other)
         hidden = x @ g.params["0.weight"].T + g.params["0.bias"]
-        np.testing.assert_allclose(buffers["1.running_mean"], 0.1 * hidden.mean(0), rtol=1e-10)
+        np.testing.assert_allclose(
+            buffers["1.running_mean"], 0.1 * hidden.mean(0), rtol=1e-10
+        )
         np.testing.assert_allclose(
             buffers["1.running_var"], 0.9 + 0.1 * hidden.var(0, ddof=1), rtol=1e-10
         )

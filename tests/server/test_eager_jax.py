@@ -22,9 +22,13 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize(
-    "transforms", [[], [vjp([0])], [jvp([0])], [vmap([0], 3)]], ids=["value", "vjp", "jvp", "vmap"]
+    "transforms",
+    [[], [vjp([0])], [jvp([0])], [vmap([0], 3)]],
+    ids=["value", "vjp", "jvp", "vmap"],
 )
-def test_a_result_of_another_type_is_refused(change: str, transforms: list[Any]) -> None:
+def test_a_result_of_another_type_is_refused(
+    change: str, transforms: list[Any]
+) -> None:
     """A model whose result depends on Python's state is refused by name, and no memory is read."""
     alter, text = CHANGES[change]
     is_changed = False
@@ -39,7 +43,9 @@ def test_a_result_of_another_type_is_refused(change: str, transforms: list[Any])
     program = hosted.call(x[0] if x.ndim > 1 else x, transforms=transforms)
     hosted.run(program, x, *others)
     is_changed = True
-    with pytest.raises((SpecError, RemoteModelError)) as caught:  # JAX itself refuses some
+    with pytest.raises(
+        (SpecError, RemoteModelError)
+    ) as caught:  # JAX itself refuses some
         hosted.run(program, x, *others)
     if not transforms:
         assert caught.type is SpecError and caught.match(text)

@@ -64,11 +64,18 @@ ZEROS = b"\0" * FLOATS.nbytes
 
 
 def call_of(
-    *inputs: pb.Spec, model: str = "sine", keep: Sequence[int] | None = None, **fields: object
+    *inputs: pb.Spec,
+    model: str = "sine",
+    keep: Sequence[int] | None = None,
+    **fields: object,
 ) -> pb.Call:
     """Return the call of a model with these positional inputs."""
-    arguments = trees.arguments(trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping()))
-    call = pb.Call(**{"model": model, "arguments": arguments, "inputs": inputs} | fields)
+    arguments = trees.arguments(
+        trees.flat(len(inputs)), pb.Tree(dict=pb.Tree.Mapping())
+    )
+    call = pb.Call(
+        **{"model": model, "arguments": arguments, "inputs": inputs} | fields
+    )
     if keep is not None:
         call.keep.SetInParent()
         call.keep.inputs.extend(keep)
@@ -94,9 +101,8 @@ class LocalLane:
         self, *requests: pb.LaneRequest, descriptors: Sequence[int] = ()
     ) -> pb.LaneReply | None:
         """Send the requests; return the first reply, or None when the worker has ended the lane."""
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # the worker may have refused one before the next was sent
+        # The worker may have refused one before the next was sent.
+        with contextlib.suppress(BrokenPipeError):
             for request in requests:
                 self._framed.send(request.SerializeToString(), tuple(descriptors))
         return self.hear()
@@ -170,7 +176,10 @@ class Client:
         return events[-1].prepared.program
 
     def share(
-        self, base: int = BASE, nbytes: int = SLAB, descriptors: Sequence[int] | None = None
+        self,
+        base: int = BASE,
+        nbytes: int = SLAB,
+        descriptors: Sequence[int] | None = None,
     ) -> pb.LaneReply:
         """Hand over the client's slab, or something else in its place."""
         fds = [self.slab.fd] if descriptors is None else descriptors
@@ -180,21 +189,31 @@ class Client:
         return reply
 
     def run(
-        self, program: int, inputs: Sequence[int], outputs: Sequence[int], residual: int = 0
+        self,
+        program: int,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        residual: int = 0,
     ) -> pb.LaneReply:
         run = pb.Run(program=program, inputs=inputs, outputs=outputs, residual=residual)
         reply = self.lane.say(pb.LaneRequest(run=run))
         assert reply is not None
         return reply
 
-    def run_inline(self, program: int, chunks: Sequence[bytes], residual: int = 0) -> pb.LaneReply:
+    def run_inline(
+        self, program: int, chunks: Sequence[bytes], residual: int = 0
+    ) -> pb.LaneReply:
         """Run a program whose outputs are small enough to come with the reply."""
-        run = pb.LaneRequest(run=pb.Run(program=program, inline=True, residual=residual))
+        run = pb.LaneRequest(
+            run=pb.Run(program=program, inline=True, residual=residual)
+        )
         reply = self.lane.say(run, *(pb.LaneRequest(chunk=chunk) for chunk in chunks))
         assert reply is not None
         return reply
 
-    def refused(self, reply: pb.LaneReply | None, kind: type[BridgeError] = ProtocolError) -> str:
+    def refused(
+        self, reply: pb.LaneReply | None, kind: type[BridgeError] = ProtocolError
+    ) -> str:
         """Check that a reply is an error of that kind that gives nothing away; return its text."""
         assert reply is not None, "the worker hung up without a word"
         assert reply.WhichOneof("kind") == "error", reply
@@ -227,7 +246,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     """A worker that hosts functions of one array, and one of any structure."""
     directory = tmp_path_factory.mktemp("attacked")
     with serving(
-        directory, *models("sine", "identity", "outer"), f"--listen=unix:{directory}/w.sock"
+        directory,
+        *models("sine", "identity", "outer"),
+        f"--listen=unix:{directory}/w.sock",
     ) as worker:
         yield worker
 
@@ -235,9 +256,16 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 @pytest.fixture(scope="module")
 def channel(worker: Worker) -> Iterator[grpc.Channel]:
     """A channel to the worker, without limits of its own."""
-    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    with contextlib.closing(grpc.insecure_channel(worker.address, options=options)) as channel:
-        BridgeStub(channel).Describe(pb.DescribeRequest(), wait_for_ready=True, timeout=20)
+    options = [
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    with contextlib.closing(
+        grpc.insecure_channel(worker.address, options=options)
+    ) as channel:
+        BridgeStub(channel).Describe(
+            pb.DescribeRequest(), wait_for_ready=True, timeout=20
+        )
         yield channel
 
 
@@ -282,7 +310,10 @@ def worker_serves_on(
 
     def is_back() -> bool:
         now = held_by(worker.pid)
-        return now["descriptors"] <= before["descriptors"] and now["slabs"] <= before["slabs"]
+        return (
+            now["descriptors"] <= before["descriptors"]
+            and now["slabs"] <= before["slabs"]
+        )
 
     assert eventually(is_back), (
         f"the worker held {before} before the test and {held_by(worker.pid)} after it"
@@ -302,7 +333,9 @@ def opened(worker: Worker, channel: grpc.Channel, slab: Slab) -> Opened:
     @contextlib.contextmanager
     def opened(kind: str, *, attached: bool = True) -> Iterator[Client]:
         stub = BridgeStub(channel)
-        token = stub.Open(pb.OpenRequest(oldest_protocol=1, newest_protocol=1), timeout=20).session
+        token = stub.Open(
+            pb.OpenRequest(oldest_protocol=1, newest_protocol=1), timeout=20
+        ).session
         lane = LocalLane(worker.address) if kind == "local" else GrpcLane(channel)
         with contextlib.closing(lane):
             if attached:
@@ -341,7 +374,9 @@ def stranger(opened: Opened, lane: str) -> Iterator[Client]:
 def test_frame_that_is_cut_short_ends_the_lane(client: Client, length: int) -> None:
     """A client that stops in the middle of a frame has said nothing; its lane ends."""
     client.lane.shout(
-        encode(pb.LaneRequest(release=pb.Release(residuals=range(50))).SerializeToString())[:length]
+        encode(
+            pb.LaneRequest(release=pb.Release(residuals=range(50))).SerializeToString()
+        )[:length]
     )
     client.lane.end()
     assert client.lane.hear() is None
@@ -411,7 +446,9 @@ def test_silent_connections_cost_nothing_lasting(worker: Worker) -> None:
 # The mailbox --------------------------------------------------------------------------------------
 
 
-def raw_slot(memory: Slab, message: bytes, *, number: int = 1, length: int | None = None) -> None:
+def raw_slot(
+    memory: Slab, message: bytes, *, number: int = 1, length: int | None = None
+) -> None:
     """Leave a message for the worker, or what is none."""
     words = memory.view[:4096].cast("Q")
     memory.view[128 : 128 + len(message)] = message
@@ -442,7 +479,9 @@ def test_mailbox_serves_like_the_socket(client: Client, mailbox: Slab) -> None:
 
 
 @pytest.mark.parametrize("length", [4096, 2**31, 2**63, 2**64 - 1])
-def test_mailbox_with_a_wrong_length_is_refused(client: Client, mailbox: Slab, length: int) -> None:
+def test_mailbox_with_a_wrong_length_is_refused(
+    client: Client, mailbox: Slab, length: int
+) -> None:
     """A message longer than a slot is a ProtocolError, and the lane ends."""
     raw_slot(mailbox, RELEASE, length=length)
     client.lane.shout(encode(b""))
@@ -490,7 +529,9 @@ def test_mailbox_of_another_size_is_refused(client: Client, nbytes: int) -> None
 # Sessions -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["random", "empty", "shortened", "extended", "one bit"])
+@pytest.mark.parametrize(
+    "change", ["random", "empty", "shortened", "extended", "one bit"]
+)
 def test_wrong_token_is_refused(stranger: Client, change: str) -> None:
     """A token that was never given out, however near to a real one, is Unauthenticated, and the
     lane ends."""
@@ -503,7 +544,8 @@ def test_wrong_token_is_refused(stranger: Client, change: str) -> None:
         "one bit": token[:-1] + bytes([token[-1] ^ 1]),
     }[change]
     stranger.refused(
-        stranger.lane.say(pb.LaneRequest(attach=pb.Attach(session=wrong))), Unauthenticated
+        stranger.lane.say(pb.LaneRequest(attach=pb.Attach(session=wrong))),
+        Unauthenticated,
     )
     assert stranger.lane.hear() is None
 
@@ -518,7 +560,9 @@ def test_token_of_a_closed_session_is_refused(stranger: Client) -> None:
 
 
 @pytest.mark.parametrize("token", [b"", os.urandom(32)], ids=["empty", "random"])
-def test_preparation_with_a_wrong_token_is_refused(client: Client, token: bytes) -> None:
+def test_preparation_with_a_wrong_token_is_refused(
+    client: Client, token: bytes
+) -> None:
     """Prepare takes no token that was never given out; Close ignores it."""
     client.stub.Close(pb.CloseRequest(session=token), timeout=20)
     client.token = token
@@ -548,7 +592,9 @@ def test_second_attach_is_refused(opened: Opened, lane: str, whose: str) -> None
     ],
     ids=["nothing", "run", "release", "share", "chunk", "peek"],
 )
-def test_lane_must_be_attached_first(stranger: Client, request_: pb.LaneRequest) -> None:
+def test_lane_must_be_attached_first(
+    stranger: Client, request_: pb.LaneRequest
+) -> None:
     """Any other first request than `attach` is a ProtocolError, and its descriptor is closed."""
     descriptors = [stranger.slab.fd] if request_.WhichOneof("kind") == "share" else []
     stranger.refused(stranger.lane.say(request_, descriptors=descriptors))
@@ -556,9 +602,13 @@ def test_lane_must_be_attached_first(stranger: Client, request_: pb.LaneRequest)
 
 
 @pytest.mark.parametrize(
-    "request_", [pb.LaneRequest(), pb.LaneRequest(chunk=b"x" * 100)], ids=["nothing", "chunk"]
+    "request_",
+    [pb.LaneRequest(), pb.LaneRequest(chunk=b"x" * 100)],
+    ids=["nothing", "chunk"],
 )
-def test_what_is_no_request_here_is_refused(client_of: Client, request_: pb.LaneRequest) -> None:
+def test_what_is_no_request_here_is_refused(
+    client_of: Client, request_: pb.LaneRequest
+) -> None:
     """A request of no kind, and a chunk in place of a request, are ProtocolErrors, and the lane
     ends."""
     client_of.refused(client_of.lane.say(request_))
@@ -571,12 +621,17 @@ def test_session_sees_nothing_of_another(opened: Opened) -> None:
     with opened("local") as one:
         one.share()
         program = one.prepare(KEPT_SINE)
-        assert one.run(program, [BASE], [BASE + PAGE], residual=5).WhichOneof("kind") == "ran"
+        assert (
+            one.run(program, [BASE], [BASE + PAGE], residual=5).WhichOneof("kind")
+            == "ran"
+        )
         with opened("local") as other:
             assert "no program" in other.refused(other.run(program, [BASE], [BASE]))
         with opened("local") as other:
             program = other.prepare(KEPT_SINE)
-            pullback = other.prepare(pullback=pb.Pullback(program=program, wrt=[0], outputs=[0]))
+            pullback = other.prepare(
+                pullback=pb.Pullback(program=program, wrt=[0], outputs=[0])
+            )
             other.refused(other.run_inline(pullback, [ZEROS], residual=5), ResidualGone)
             other.refused(other.run(program, [BASE], [BASE], residual=6))
         usage = one.lane.say(pb.LaneRequest(release=pb.Release()))
@@ -615,7 +670,9 @@ NO_SLABS: dict[str, Callable[[], list[int]]] = {
     "no descriptor": lambda: [],
     "two descriptors": lambda: [memfd(), memfd()],
     "unsealed memfd": lambda: [memfd(seals=0)],
-    "memfd that may shrink": lambda: [memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)],
+    "memfd that may shrink": lambda: [
+        memfd(seals=fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    ],
     "memfd that nobody may write to": lambda: [memfd(seals=SEALS | fcntl.F_SEAL_WRITE)],
     "memfd of another size": lambda: [memfd(2 * SLAB)],
     "empty memfd": lambda: [memfd(0)],
@@ -629,7 +686,9 @@ NO_SLABS: dict[str, Callable[[], list[int]]] = {
 
 
 @pytest.mark.parametrize("make", NO_SLABS.values(), ids=NO_SLABS)
-def test_what_is_no_slab_is_refused(client: Client, make: Callable[[], list[int]]) -> None:
+def test_what_is_no_slab_is_refused(
+    client: Client, make: Callable[[], list[int]]
+) -> None:
     """Anything but one sealed memfd of the announced size is a ProtocolError, and the lane ends."""
     descriptors = make()
     try:
@@ -659,11 +718,15 @@ def test_what_is_no_slab_is_refused(client: Client, make: Callable[[], list[int]
         "most of all",
     ],
 )
-def test_peek_beyond_what_was_shared_is_refused(client: Client, address: int, nbytes: int) -> None:
+def test_peek_beyond_what_was_shared_is_refused(
+    client: Client, address: int, nbytes: int
+) -> None:
     """A look at memory outside the session's slabs, or at more than 4096 bytes, is a
     ProtocolError."""
     client.share()
-    client.refused(client.lane.say(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes))))
+    client.refused(
+        client.lane.say(pb.LaneRequest(peek=pb.Peek(address=address, nbytes=nbytes)))
+    )
 
 
 def test_peek_shows_what_the_client_has_written(client: Client) -> None:
@@ -672,7 +735,9 @@ def test_peek_shows_what_the_client_has_written(client: Client) -> None:
     written = os.urandom(256)
     client.slab.view[PAGE : PAGE + 256] = written
     for nbytes in (0, 1, 256):
-        reply = client.lane.say(pb.LaneRequest(peek=pb.Peek(address=BASE + PAGE, nbytes=nbytes)))
+        reply = client.lane.say(
+            pb.LaneRequest(peek=pb.Peek(address=BASE + PAGE, nbytes=nbytes))
+        )
         assert reply is not None and reply.peeked == written[:nbytes]
 
 
@@ -693,14 +758,18 @@ def test_overlapping_slab_is_refused(client: Client, base: int) -> None:
     assert "overlaps" in client.refused(client.share(base=base))
 
 
-@pytest.mark.parametrize("base", [2**63, 2**64 - PAGE, 2**64 - SLAB, 2**63 - SLAB + PAGE])
+@pytest.mark.parametrize(
+    "base", [2**63, 2**64 - PAGE, 2**64 - SLAB, 2**63 - SLAB + PAGE]
+)
 def test_slab_beyond_the_address_space_is_refused(client: Client, base: int) -> None:
     """A slab whose addresses would overflow is a ProtocolError."""
     client.refused(client.share(base=base))
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, SLAB - 1, 2 * SLAB, 2**63, 2**64 - 1])
-def test_slab_of_another_size_than_announced_is_refused(client: Client, nbytes: int) -> None:
+def test_slab_of_another_size_than_announced_is_refused(
+    client: Client, nbytes: int
+) -> None:
     """A size that is not the memfd's own is a ProtocolError."""
     client.refused(client.share(nbytes=nbytes))
 
@@ -721,7 +790,9 @@ def test_slab_of_another_size_than_announced_is_refused(client: Client, nbytes: 
         2**64 - 1,
     ],
 )
-def test_address_outside_the_slabs_is_refused(client: Client, place: str, address: int) -> None:
+def test_address_outside_the_slabs_is_refused(
+    client: Client, place: str, address: int
+) -> None:
     """A block in no slab, beyond its slab's end, or not aligned is a ProtocolError, and no byte
     is written."""
     client.share()
@@ -761,7 +832,9 @@ BAD_CALLS = {
     "too many dimensions": call_of(pb.Spec(dtype=F32, shape=[1] * 100)),
     "no dtype": call_of(pb.Spec(shape=[1])),
     "unknown dtype": call_of(pb.Spec(dtype=99, shape=[1])),
-    "number with a shape": call_of(pb.Spec(dtype=pb.DTYPE_FLOAT64, shape=[3], weak=True)),
+    "number with a shape": call_of(
+        pb.Spec(dtype=pb.DTYPE_FLOAT64, shape=[3], weak=True)
+    ),
     "fewer specs than leaves": pb.Call(model="sine", arguments=SINE.arguments),
     "more specs than leaves": call_of(ARRAY, inputs=[ARRAY] * 3),
     "no arguments": pb.Call(model="sine", inputs=[ARRAY]),
@@ -773,7 +846,11 @@ BAD_CALLS = {
         arguments=trees.arguments(
             pb.Tree(
                 tuple=pb.Tree.Sequence(
-                    items=[pb.Tree(namedtuple=pb.Tree.Record(name="os.system", items=[LEAF]))]
+                    items=[
+                        pb.Tree(
+                            namedtuple=pb.Tree.Record(name="os.system", items=[LEAF])
+                        )
+                    ]
                 )
             ),
             pb.Tree(dict=pb.Tree.Mapping()),
@@ -797,7 +874,9 @@ BAD_CALLS = {
 
 
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_impossible_call_is_refused_when_it_is_prepared(client: Client, call: pb.Call) -> None:
+def test_impossible_call_is_refused_when_it_is_prepared(
+    client: Client, call: pb.Call
+) -> None:
     """A call whose shapes, structure or transforms cannot be is a typed error, before any data
     moves."""
     with pytest.raises(BridgeError) as raised:
@@ -806,7 +885,9 @@ def test_impossible_call_is_refused_when_it_is_prepared(client: Client, call: pb
         raised.value, InternalError | RemoteModelError
     )
     client.check_discretion(pb.Error(message=str(raised.value)))
-    assert client.lane.say(pb.LaneRequest(release=pb.Release())) is not None, "the session goes on"
+    assert client.lane.say(pb.LaneRequest(release=pb.Release())) is not None, (
+        "the session goes on"
+    )
 
 
 def test_array_beyond_all_memory_harms_nobody(client_of: Client) -> None:
@@ -864,7 +945,9 @@ def test_impossible_question_for_shapes_is_refused(
     """Shapes are told of a plain call of a hosted model whose inputs have sizes that are numbers
     or names."""
     with pytest.raises(kind):
-        client.prepare(shapes=pb.Shapes(call=call, inputs=[pb.Shape(sizes=each) for each in sizes]))
+        client.prepare(
+            shapes=pb.Shapes(call=call, inputs=[pb.Shape(sizes=each) for each in sizes])
+        )
 
 
 def test_preparation_of_nothing_is_refused(client: Client) -> None:
@@ -887,12 +970,16 @@ def test_impossible_pullback_is_refused(client: Client) -> None:
         (kept, [2**32 - 1], [2**32 - 1]),
     ]:
         with pytest.raises(ProtocolError):
-            client.prepare(pullback=pb.Pullback(program=program, wrt=wrt, outputs=outputs))
+            client.prepare(
+                pullback=pb.Pullback(program=program, wrt=wrt, outputs=outputs)
+            )
 
 
 @pytest.mark.parametrize("program", [0, 2, 2**64 - 1])
 @pytest.mark.parametrize("inline", [False, True], ids=["shared", "inline"])
-def test_unknown_program_is_refused(client_of: Client, program: int, inline: bool) -> None:
+def test_unknown_program_is_refused(
+    client_of: Client, program: int, inline: bool
+) -> None:
     """A run of a program that the session has not prepared is a ProtocolError, and the lane
     ends."""
     client_of.prepare(SINE)
@@ -921,13 +1008,19 @@ def test_reused_residual_id_is_refused(client_of: Client) -> None:
     """A residual's id that is taken already is a ProtocolError, and the first residual was not
     replaced."""
     program = client_of.prepare(KEPT_SINE)
-    assert client_of.run_inline(program, [ZEROS], residual=3).WhichOneof("kind") == "ran"
-    assert "use a fresh id" in client_of.refused(client_of.run_inline(program, [ZEROS], residual=3))
+    assert (
+        client_of.run_inline(program, [ZEROS], residual=3).WhichOneof("kind") == "ran"
+    )
+    assert "use a fresh id" in client_of.refused(
+        client_of.run_inline(program, [ZEROS], residual=3)
+    )
 
 
 def test_residual_without_a_name_is_refused(client_of: Client) -> None:
     """The run of a program that keeps a residual must name it: 0 is a ProtocolError."""
-    client_of.refused(client_of.run_inline(client_of.prepare(KEPT_SINE), [ZEROS], residual=0))
+    client_of.refused(
+        client_of.run_inline(client_of.prepare(KEPT_SINE), [ZEROS], residual=0)
+    )
 
 
 def test_residual_of_another_program_is_refused(client_of: Client) -> None:
@@ -935,9 +1028,13 @@ def test_residual_of_another_program_is_refused(client_of: Client) -> None:
     shorter = Spec(BY_NAME["float32"], (3,))
     first = client_of.prepare(KEPT_SINE)
     second = client_of.prepare(call_of(specs.encode(shorter), keep=[0]))
-    pullback = client_of.prepare(pullback=pb.Pullback(program=second, wrt=[0], outputs=[0]))
+    pullback = client_of.prepare(
+        pullback=pb.Pullback(program=second, wrt=[0], outputs=[0])
+    )
     client_of.run_inline(first, [ZEROS], residual=1)
-    client_of.refused(client_of.run_inline(pullback, [bytes(shorter.nbytes)], residual=1))
+    client_of.refused(
+        client_of.run_inline(pullback, [bytes(shorter.nbytes)], residual=1)
+    )
 
 
 @pytest.mark.parametrize("residual", [0, 2, 2**64 - 1])
@@ -945,10 +1042,16 @@ def test_residual_that_is_not_there_is_gone(client_of: Client, residual: int) ->
     """A pullback of a residual that was never kept, or was released, is ResidualGone; the lane
     goes on."""
     program = client_of.prepare(KEPT_SINE)
-    pullback = client_of.prepare(pullback=pb.Pullback(program=program, wrt=[0], outputs=[0]))
+    pullback = client_of.prepare(
+        pullback=pb.Pullback(program=program, wrt=[0], outputs=[0])
+    )
     client_of.run_inline(program, [ZEROS], residual=1)
-    client_of.refused(client_of.run_inline(pullback, [ZEROS], residual=residual), ResidualGone)
-    assert client_of.run_inline(pullback, [ZEROS], residual=1).WhichOneof("kind") == "ran"
+    client_of.refused(
+        client_of.run_inline(pullback, [ZEROS], residual=residual), ResidualGone
+    )
+    assert (
+        client_of.run_inline(pullback, [ZEROS], residual=1).WhichOneof("kind") == "ran"
+    )
 
 
 def test_double_release_is_ignored(client_of: Client) -> None:
@@ -958,9 +1061,14 @@ def test_double_release_is_ignored(client_of: Client) -> None:
     for residual in (1, 2):
         client_of.run_inline(program, [ZEROS], residual=residual)
     for released, left in [([1, 1, 99, 2**64 - 1], 1), ([1], 1), ([2], 0), ([1, 2], 0)]:
-        reply = client_of.lane.say(pb.LaneRequest(release=pb.Release(residuals=released)))
+        reply = client_of.lane.say(
+            pb.LaneRequest(release=pb.Release(residuals=released))
+        )
         assert reply is not None
-        assert (reply.usage.residuals, reply.usage.residual_bytes > 0) == (left, left > 0)
+        assert (reply.usage.residuals, reply.usage.residual_bytes > 0) == (
+            left,
+            left > 0,
+        )
 
 
 # Inline runs --------------------------------------------------------------------------------------
@@ -969,9 +1077,17 @@ def test_double_release_is_ignored(client_of: Client) -> None:
 @pytest.mark.parametrize(
     "chunks",
     [[ZEROS + b"x"], [ZEROS[:-1], b"xy"], [b""], [ZEROS[:5], b""], [bytes(CHUNK + 1)]],
-    ids=["too long", "too long in parts", "empty", "empty in the middle", "over the limit"],
+    ids=[
+        "too long",
+        "too long in parts",
+        "empty",
+        "empty in the middle",
+        "over the limit",
+    ],
 )
-def test_chunk_of_another_size_is_refused(client_of: Client, chunks: list[bytes]) -> None:
+def test_chunk_of_another_size_is_refused(
+    client_of: Client, chunks: list[bytes]
+) -> None:
     """Chunks that are empty, or more than an input lacks, are a ProtocolError, and the lane
     ends."""
     client_of.refused(client_of.run_inline(client_of.prepare(SINE), chunks))
@@ -979,7 +1095,9 @@ def test_chunk_of_another_size_is_refused(client_of: Client, chunks: list[bytes]
 
 
 @pytest.mark.parametrize(
-    "data", [b"x", ZEROS[:-1], ZEROS + b"x"], ids=["a byte", "one too few", "one too many"]
+    "data",
+    [b"x", ZEROS[:-1], ZEROS + b"x"],
+    ids=["a byte", "one too few", "one too many"],
 )
 def test_data_of_another_size_is_refused(client_of: Client, data: bytes) -> None:
     """An inline run whose data are not exactly the bytes of its inputs is a ProtocolError, and
@@ -997,7 +1115,9 @@ def test_request_in_place_of_missing_bytes_is_refused(
     ProtocolError."""
     run = pb.LaneRequest(run=pb.Run(program=client_of.prepare(SINE), inline=True))
     missing = pb.LaneRequest(release=pb.Release())
-    reply = client_of.lane.say(run, *(pb.LaneRequest(chunk=chunk) for chunk in chunks), missing)
+    reply = client_of.lane.say(
+        run, *(pb.LaneRequest(chunk=chunk) for chunk in chunks), missing
+    )
     client_of.refused(reply)
     assert client_of.lane.hear() is None
 
@@ -1007,7 +1127,9 @@ def test_end_in_place_of_missing_bytes_ends_the_lane(client_of: Client) -> None:
     forgotten."""
     run = pb.LaneRequest(run=pb.Run(program=client_of.prepare(SINE), inline=True))
     client_of.lane.shout(
-        run.SerializeToString() if isinstance(client_of.lane, GrpcLane) else _framed(run)
+        run.SerializeToString()
+        if isinstance(client_of.lane, GrpcLane)
+        else _framed(run)
     )
     client_of.lane.end()
     client_of.refused(client_of.lane.hear())
@@ -1036,15 +1158,20 @@ PROGRAM: Any = None
 
 def structured(name: str, count: int) -> pb.Call:
     """Return a call with an array and that many namedtuples, each of a class of its own."""
-    classes = [pb.Tree(namedtuple=pb.Tree.Record(name=f"{name}{i}")) for i in range(count)]
+    classes = [
+        pb.Tree(namedtuple=pb.Tree.Record(name=f"{name}{i}")) for i in range(count)
+    ]
     structure = pb.Tree(tuple=pb.Tree.Sequence(items=[LEAF, *classes]))
     arguments = trees.arguments(
-        pb.Tree(tuple=pb.Tree.Sequence(items=[structure])), pb.Tree(dict=pb.Tree.Mapping())
+        pb.Tree(tuple=pb.Tree.Sequence(items=[structure])),
+        pb.Tree(dict=pb.Tree.Mapping()),
     )
     return call_of(ARRAY, model="identity", arguments=arguments)
 
 
-def test_client_that_invents_classes_does_not_use_up_those_of_others(opened: Opened) -> None:
+def test_client_that_invents_classes_does_not_use_up_those_of_others(
+    opened: Opened,
+) -> None:
     """However many classes one session has named, another session's first one is served."""
     with opened("local") as greedy, contextlib.suppress(ProtocolError):
         for i in range(3):
@@ -1076,7 +1203,9 @@ def test_descriptors_of_a_message_that_never_ends_are_refused(
         for _ in range(10):
             socket.send_fds(client.lane.socket, [b"x"], [client.slab.fd] * 4)
     client.refused(client.lane.hear())
-    assert eventually(lambda: held_by(worker.pid)["descriptors"] <= before["descriptors"])
+    assert eventually(
+        lambda: held_by(worker.pid)["descriptors"] <= before["descriptors"]
+    )
 
 
 VMAP, JVP = T(vmap=T.Vmap(axes=[-1], size=1)), T(jvp=T.Jvp(wrt=[0], outputs=[0]))
@@ -1095,7 +1224,9 @@ ENDLESS = {
 
 
 @pytest.mark.parametrize(
-    ("said", "call"), ENDLESS.items(), ids=["derivative", "transforms", "arrays", "arguments"]
+    ("said", "call"),
+    ENDLESS.items(),
+    ids=["derivative", "transforms", "arrays", "arguments"],
 )
 def test_call_that_would_take_all_time_and_memory_is_refused(
     client: Client, said: str, call: pb.Call
@@ -1109,7 +1240,9 @@ def test_call_that_would_take_all_time_and_memory_is_refused(
 @pytest.mark.parametrize(
     ("name", "fields"), [("x" * 256, []), ("C", [f"f{i}" for i in range(1001)])]
 )
-def test_class_of_endless_size_is_refused(client: Client, name: str, fields: list[str]) -> None:
+def test_class_of_endless_size_is_refused(
+    client: Client, name: str, fields: list[str]
+) -> None:
     """A class whose name, or whose making, would take the worker's memory or time is a
     ProtocolError."""
     record = pb.Tree(
@@ -1119,7 +1252,9 @@ def test_class_of_endless_size_is_refused(client: Client, name: str, fields: lis
         pb.Tree(tuple=pb.Tree.Sequence(items=[record])), pb.Tree(dict=pb.Tree.Mapping())
     )
     with pytest.raises(ProtocolError, match="a tree names a class"):
-        client.prepare(call_of(*[ARRAY] * len(fields), model="identity", arguments=arguments))
+        client.prepare(
+            call_of(*[ARRAY] * len(fields), model="identity", arguments=arguments)
+        )
 
 
 def test_sessions_that_nobody_attaches_to_leave_room_for_others(
@@ -1272,12 +1407,18 @@ def test_calls_without_a_request_leave_threads_to_others(
             for _ in range(5):
                 assert type(from_rpc(begun(opening).exception(20))) is Unauthenticated
             probe = begun(checking)
-            assert eventually(lambda: type(from_rpc(begun(checking).exception(20))) is OutOfMemory)
+            assert eventually(
+                lambda: type(from_rpc(begun(checking).exception(20))) is OutOfMemory
+            )
             silent = begun(opening, known)
             request = pb.OpenRequest(oldest_protocol=1, newest_protocol=1)
             assert BridgeStub(channel).Open(request, metadata=known, timeout=20).session
             with pytest.raises(grpc.RpcError) as raised:
-                next(BridgeStub(channel).Prepare(pb.PrepareRequest(), metadata=known, timeout=20))
+                next(
+                    BridgeStub(channel).Prepare(
+                        pb.PrepareRequest(), metadata=known, timeout=20
+                    )
+                )
             assert type(from_rpc(raised.value)) is OutOfMemory
             for call in (probe, silent):
                 assert call.exception(20).code() in (

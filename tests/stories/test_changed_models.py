@@ -126,7 +126,9 @@ class Serving:
         if self._framework == "jax":
             x = torch.ones(4, dtype=getattr(torch, dtype), requires_grad=True)
             y = self.torch_function(name, **options)(x)
-            return y.tolist(), lambda: torch.autograd.grad(y, x, torch.ones_like(y))[0].tolist()
+            return y.tolist(), lambda: torch.autograd.grad(y, x, torch.ones_like(y))[
+                0
+            ].tolist()
         with jax.enable_x64(True):
             f = RemoteTorchFunction(self.session, name=name)
             ones = jnp.ones(4, dtype)
@@ -145,7 +147,9 @@ class Serving:
 
 def _is_zombie(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        )
     except FileNotFoundError:
         return True
 
@@ -181,7 +185,9 @@ def gradient(name: str, values: Mapping[str, str]) -> list[float]:
     """Return a model's gradient at ones."""
     if name == "affine":
         return [float(values["weight"])] * 4
-    scale, constant, rule = (float(values[key]) for key in ("scale", "constant", "rule"))
+    scale, constant, rule = (
+        float(values[key]) for key in ("scale", "constant", "rule")
+    )
     return [scale * (i + constant) + rule for i in range(4)]
 
 
@@ -192,17 +198,24 @@ def test_a_backward_on_another_model_is_an_error(serving: Serving) -> None:
     values = dict(FIRST)
     for name, changes in CHANGES.values():
         options = {"parameters": "worker"} if name == "affine" else {}
-        pending = [serving.forward(name, dtype, **options)[1] for dtype in ("float32", "float64")]
+        pending = [
+            serving.forward(name, dtype, **options)[1]
+            for dtype in ("float32", "float64")
+        ]
         values |= changes
         serving.restart(**values)
         for backward in pending:
             with pytest.raises(
-                ModelChanged, match=rf"another model '{name}' than in this call's forward"
+                ModelChanged,
+                match=rf"another model '{name}' than in this call's forward",
             ):
                 backward()
         for dtype in ("float32", "float64"):
-            assert serving.forward(name, dtype, **options)[1]() == gradient(name, values)
-        with pytest.raises(ModelChanged):  # and stays one, also when the new model is known
+            assert serving.forward(name, dtype, **options)[1]() == gradient(
+                name, values
+            )
+        # And stays one, also when the new model is known.
+        with pytest.raises(ModelChanged):
             pending[0]()
 
 
@@ -237,9 +250,16 @@ def test_a_plain_call_on_another_model_warns_once(
         assert f(x).tolist() == [1, 4, 7, 10]
         serving.restart(scale="4")
         assert f(x).tolist() == [1, 5, 9, 13]
-        assert torch.autograd.grad(f(x.requires_grad_()).sum(), x)[0].tolist() == [2, 6, 10, 14]
+        assert torch.autograd.grad(f(x.requires_grad_()).sum(), x)[0].tolist() == [
+            2,
+            6,
+            10,
+            14,
+        ]
     (record,) = caplog.records
-    assert record.getMessage().startswith("model 'f' has changed with the worker's restart")
+    assert record.getMessage().startswith(
+        "model 'f' has changed with the worker's restart"
+    )
 
 
 def test_other_types_are_an_error(serving: Serving) -> None:
@@ -254,7 +274,8 @@ def test_other_types_are_an_error(serving: Serving) -> None:
     serving.restart(size="2")
     for _ in range(2):
         with pytest.raises(
-            ModelChanged, match=r"returned float32\[4\] before .* and now returns float32\[2\]"
+            ModelChanged,
+            match=r"returned float32\[4\] before .* and now returns float32\[2\]",
         ):
             longer(x)
         with pytest.raises(ModelChanged, match=r"`w` has shape \[4\]"):
@@ -288,7 +309,9 @@ def _compiled(f: RemoteJaxFunction, x: torch.Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(y.sum(), x)
 
 
-@pytest.mark.parametrize("way", [_create_graph, _functional, _saved_elsewhere, _nested, _compiled])
+@pytest.mark.parametrize(
+    "way", [_create_graph, _functional, _saved_elsewhere, _nested, _compiled]
+)
 def test_no_kind_of_backward_uses_another_model(
     serving: Serving,
     fresh_compiler: None,
@@ -306,11 +329,15 @@ def test_no_kind_of_backward_uses_another_model(
         backward()
 
 
-def test_a_residual_that_was_evicted_is_recomputed_by_one_preparation(tmp_path: Path) -> None:
+def test_a_residual_that_was_evicted_is_recomputed_by_one_preparation(
+    tmp_path: Path,
+) -> None:
     """On the worker that ran the forward, the model is known to be the same: only the VJP is
     prepared."""
     with spawn(
-        "tests.models:square", python=python_of(".venv-jax"), args=["--residual-bytes", "1"]
+        "tests.models:square",
+        python=python_of(".venv-jax"),
+        args=["--residual-bytes", "1"],
     ) as session:
         f, x = RemoteJaxFunction(session), torch.ones(4, requires_grad=True)
         for _ in range(2):
@@ -322,7 +349,9 @@ def test_a_residual_that_was_evicted_is_recomputed_by_one_preparation(tmp_path: 
                 seen.append(request),
                 p(request, *rest),
             )[1]
-            torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], 2 * x.detach())
+            torch.testing.assert_close(
+                torch.autograd.grad(y.sum(), x)[0], 2 * x.detach()
+            )
             link.prepare = prepare
         assert prepared == []
 

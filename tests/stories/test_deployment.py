@@ -68,13 +68,19 @@ class Stage(NamedTuple):
     instructions: list[Instruction]
 
     def texts(self, word: str) -> list[str]:
-        return [instruction.text for instruction in self.instructions if instruction.word == word]
+        return [
+            instruction.text
+            for instruction in self.instructions
+            if instruction.word == word
+        ]
 
 
 def instructions_of(text: str) -> Iterator[Instruction]:
     """Yield the instructions of a Dockerfile, lines that are continued put together."""
     lines = [
-        line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")
+        line
+        for line in text.splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
     ]
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         word, _, rest = line.strip().partition(" ")
@@ -122,7 +128,9 @@ def compose(*names: str) -> dict[str, Any]:
 
 def _over(below: Any, above: Any) -> Any:
     if isinstance(below, dict) and isinstance(above, dict):
-        return below | {key: _over(below.get(key), value) for key, value in above.items()}
+        return below | {
+            key: _over(below.get(key), value) for key, value in above.items()
+        }
     return above
 
 
@@ -155,10 +163,17 @@ def test_everything_that_is_copied_is_there(dockerfile: dict[str, Stage]) -> Non
             *sources, target = text.split()
             assert target.startswith("/src/")
             copied |= set(sources)
-    assert all((ROOT / path).exists() and is_sent_to_the_builder(path) for path in copied)
+    assert all(
+        (ROOT / path).exists() and is_sent_to_the_builder(path) for path in copied
+    )
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     packages = tool["hatch"]["build"]["targets"]["wheel"]["packages"]
-    assert copied == {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"], *packages}
+    assert copied == {
+        "pyproject.toml",
+        PROJECT["readme"],
+        *PROJECT["license-files"],
+        *packages,
+    }
 
 
 def test_stages_that_are_named_are_there(dockerfile: dict[str, Stage]) -> None:
@@ -185,7 +200,8 @@ def test_versions_are_those_of_the_project(dockerfile: dict[str, Stage]) -> None
         )
         assert extras == name and extras in PROJECT["optional-dependencies"]
     assert not any(
-        "torch" in text for text in dockerfile["jax"].texts("RUN") + dockerfile["jax"].texts("ARG")
+        "torch" in text
+        for text in dockerfile["jax"].texts("RUN") + dockerfile["jax"].texts("ARG")
     )
     assert not any(
         "jax" in text.lower()
@@ -201,7 +217,10 @@ def test_images_run_as_no_root(dockerfile: dict[str, Stage]) -> None:
         assert dockerfile[name].instructions[-1] == Instruction("USER", "bridge")
     (made,) = dockerfile["base"].texts("RUN")
     assert "useradd --uid 10001 --gid bridge" in made
-    assert "install --directory --owner=bridge --group=bridge --mode=0700 /run/bridge" in made
+    assert (
+        "install --directory --owner=bridge --group=bridge --mode=0700 /run/bridge"
+        in made
+    )
 
 
 def test_commands_in_the_images_are_the_project_s(dockerfile: dict[str, Stage]) -> None:
@@ -226,7 +245,9 @@ def test_dockerfile_that_is_malformed_is_noticed(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"]
+    "files",
+    [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")],
+    ids=["cpu", "gpu"],
 )
 def test_services_are_built_from_targets_that_exist(
     files: tuple[str, ...], dockerfile: dict[str, Stage]
@@ -250,9 +271,9 @@ def test_services_are_built_from_targets_that_exist(
         arguments = build.get("args", {})
         assert set(arguments) <= declared
         extras = arguments.get("EXTRAS", build["target"]).split(",")
-        assert set(extras) <= set(PROJECT["optional-dependencies"]) and set(extras) - {"cuda"} == {
-            build["target"]
-        }
+        assert set(extras) <= set(PROJECT["optional-dependencies"]) and set(extras) - {
+            "cuda"
+        } == {build["target"]}
         targets[name] = build["target"]
     assert targets == {"worker": "jax", "client": "torch"}
 
@@ -273,7 +294,9 @@ def test_client_waits_until_the_worker_is_healthy() -> None:
     """The worker's health is asked for by a command of its image, and the client starts after a
     good answer."""
     services = compose("compose.yaml")["services"]
-    assert services["client"]["depends_on"] == {"worker": {"condition": "service_healthy"}}
+    assert services["client"]["depends_on"] == {
+        "worker": {"condition": "service_healthy"}
+    }
     test = services["worker"]["healthcheck"]["test"]
     assert test == ["CMD", "bridge_client", "health", SOCKET]
     assert f"--listen={SOCKET}" in services["worker"]["command"]
@@ -286,7 +309,8 @@ def test_gpu_services_share_the_device_and_namespaces() -> None:
     services = compose("compose.yaml", "compose.gpu.yaml")["services"]
     namespaces = services.pop("namespaces")
     devices = [
-        service["deploy"]["resources"]["reservations"]["devices"] for service in services.values()
+        service["deploy"]["resources"]["reservations"]["devices"]
+        for service in services.values()
     ]
     assert devices[0] == devices[1]
     assert devices[0] == [
@@ -301,7 +325,9 @@ def test_gpu_services_share_the_device_and_namespaces() -> None:
         and namespaces["restart"] == "always"
         and "deploy" not in namespaces
     )
-    assert namespaces["user"] == services["worker"]["user"] and namespaces["cap_drop"] == ["ALL"]
+    assert namespaces["user"] == services["worker"]["user"] and namespaces[
+        "cap_drop"
+    ] == ["ALL"]
     for service in services.values():
         assert service["pid"] == service["ipc"] == "service:namespaces"
         # Several inits in one PID namespace: only the first can reap.
@@ -314,7 +340,10 @@ def test_gpu_services_share_the_device_and_namespaces() -> None:
     )
     # A worker that CUDA has failed ends and comes back, but not forever; the client stays, and is
     # not restarted.
-    assert services["worker"]["restart"] == "on-failure:5" and "restart" not in services["client"]
+    assert (
+        services["worker"]["restart"] == "on-failure:5"
+        and "restart" not in services["client"]
+    )
     assert services["worker"]["healthcheck"] and services["client"]["depends_on"]
     assert services["client"]["environment"]["BRIDGE_ADDRESS"] == SOCKET
 
@@ -330,15 +359,25 @@ def test_gpu_images_have_one_frameworks_cuda_wheels() -> None:
 
 
 @pytest.mark.parametrize(
-    "files", [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")], ids=["cpu", "gpu"]
+    "files",
+    [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")],
+    ids=["cpu", "gpu"],
 )
-def test_settings_of_the_services_are_options_of_the_commands(files: tuple[str, ...]) -> None:
+def test_settings_of_the_services_are_options_of_the_commands(
+    files: tuple[str, ...],
+) -> None:
     """Every BRIDGE_* variable is one that a command of the project reads, and other keys are
     Compose's."""
     for name, service in compose(*files)["services"].items():
         assert not set(service) - _SERVICE_KEYS
-        settings = {each for each in service.get("environment", {}) if each.startswith("BRIDGE_")}
-        assert settings <= ({"BRIDGE_ADDRESS"} if name == "client" else _worker_settings())
+        settings = {
+            each
+            for each in service.get("environment", {})
+            if each.startswith("BRIDGE_")
+        }
+        assert settings <= (
+            {"BRIDGE_ADDRESS"} if name == "client" else _worker_settings()
+        )
 
 
 def _worker_settings() -> set[str]:
@@ -364,10 +403,14 @@ def test_commands_of_the_services_work(tmp_path: Path) -> None:
 
     def command(name: str, words: list[str]) -> list[str]:
         bin = Path(python_of(VENV[services[name]["build"]["target"]])).parent
-        program, *arguments = (word.replace("/run/bridge", str(tmp_path)) for word in words)
+        program, *arguments = (
+            word.replace("/run/bridge", str(tmp_path)) for word in words
+        )
         return [str(bin / program), *arguments]
 
-    def run(name: str, words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        name: str, words: list[str], **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command(name, words),
             cwd=DOCKER / "example",
@@ -390,7 +433,9 @@ def test_commands_of_the_services_work(tmp_path: Path) -> None:
         assert eventually(lambda: run("worker", health).returncode == 0, 60)
         address = f"unix:{tmp_path}/bridge.sock"
         with connect(address) as session:
-            assert session.models["damped"].signatures, "it was healthy before it was warm"
+            assert session.models["damped"].signatures, (
+                "it was healthy before it was warm"
+            )
         client = run("client", services["client"]["command"], BRIDGE_ADDRESS=address)
         assert (client.returncode, client.stderr) == (0, "")
         assert client.stdout == "lane local, memory memfd: amplitude 2.00, rate 0.30\n"
@@ -410,9 +455,15 @@ def test_kubernetes_example_uses_what_there_is() -> None:
     user, and probes by the worker's own command.
     """
     page = (ROOT / "docs" / "operations.md").read_text()
-    (text,) = re.findall(r"^```yaml\n(apiVersion.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(
+        r"^```yaml\n(apiVersion.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )
     spec = yaml.safe_load(text)["spec"]
-    assert spec["securityContext"]["runAsUser"] == spec["securityContext"]["fsGroup"] == 10001
+    assert (
+        spec["securityContext"]["runAsUser"]
+        == spec["securityContext"]["fsGroup"]
+        == 10001
+    )
     (volume,) = spec["volumes"]
     containers = [*spec["initContainers"], *spec["containers"]]
     assert [container["volumeMounts"][0]["name"] for container in containers] == [
@@ -429,28 +480,46 @@ def test_engine_commands_in_the_files_name_the_files() -> None:
     """The commands in the comments of docker/ and in docs/operations.md name files that exist."""
     texts = [
         path.read_text()
-        for path in [*DOCKER.glob("*ile"), *DOCKER.glob("*.yaml"), ROOT / "docs/operations.md"]
+        for path in [
+            *DOCKER.glob("*ile"),
+            *DOCKER.glob("*.yaml"),
+            ROOT / "docs/operations.md",
+        ]
     ]
-    commands = [line for text in texts for line in re.findall(r"docker (?:compose|build) .*", text)]
+    commands = [
+        line
+        for text in texts
+        for line in re.findall(r"docker (?:compose|build) .*", text)
+    ]
     named = {
         word
         for line in commands
         for word in shlex.split(line, comments=True)
         if word.startswith("docker/")
     }
-    assert named == {"docker/Dockerfile", "docker/compose.yaml", "docker/compose.gpu.yaml"}
+    assert named == {
+        "docker/Dockerfile",
+        "docker/compose.yaml",
+        "docker/compose.gpu.yaml",
+    }
     assert all((ROOT / path).is_file() for path in named)
 
 
 def test_no_command_ends_with_the_client_where_services_restart() -> None:
     """`--exit-code-from` stops everything when any container ends, so that no restart would be
     seen."""
-    restarting = [path for path in DOCKER.glob("*.yaml") if "restart:" in path.read_text()]
+    restarting = [
+        path for path in DOCKER.glob("*.yaml") if "restart:" in path.read_text()
+    ]
     assert [path.name for path in restarting] == ["compose.gpu.yaml"]
-    texts = [path.read_text() for path in restarting] + [(ROOT / "docs/gpu.md").read_text()]
+    texts = [path.read_text() for path in restarting] + [
+        (ROOT / "docs/gpu.md").read_text()
+    ]
     commands = [
         line
         for text in texts
         for line in re.findall(r"docker compose .*compose\.gpu\.yaml.*", text)
     ]
-    assert len(commands) >= 2 and not any("--exit-code-from" in command for command in commands)
+    assert len(commands) >= 2 and not any(
+        "--exit-code-from" in command for command in commands
+    )

@@ -48,7 +48,9 @@ from tests.workers import (
     start_program,
 )
 
-_HOSTED = models("square", "outer", "total", "gated", "gated_outer", "gated_while_traced")
+_HOSTED = models(
+    "square", "outer", "total", "gated", "gated_outer", "gated_while_traced"
+)
 _BUDGET = 1 << 20
 _SERVICE = "bridge.v1.Bridge"
 _SERVING, _NOT_SERVING = (
@@ -106,7 +108,9 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _spawn(**options: object) -> Session:
-    return spawn("tests.models:square", python=python_of(".venv-jax"), cwd=ROOT, **options)
+    return spawn(
+        "tests.models:square", python=python_of(".venv-jax"), cwd=ROOT, **options
+    )
 
 
 def _blocks_return(session: Session) -> bool:
@@ -156,7 +160,9 @@ def test_a_worker_killed_during_calls_is_a_death(
         gates = [gate, Gate(tmp_path / "second")]
         programs = [prepare(session, "gated", floats(1), str(each)) for each in gates]
         running = [
-            Background(lambda program=program: session.run(program, [placed(session, [1.0])]))
+            Background(
+                lambda program=program: session.run(program, [placed(session, [1.0])])
+            )
             for program in programs
         ]
         for each in gates:
@@ -241,7 +247,9 @@ def test_a_call_that_a_dead_worker_never_took_is_made_by_the_next() -> None:
 # The worker hangs ---------------------------------------------------------------------------------
 
 
-def test_blocks_of_a_timed_out_call_wait_for_the_worker(worker: Worker, gate: Gate) -> None:
+def test_blocks_of_a_timed_out_call_wait_for_the_worker(
+    worker: Worker, gate: Gate
+) -> None:
     """The blocks of a call that was given up are leased to nobody else until the worker has let
     go of them."""
     with connect(worker.address, lane="local") as session:
@@ -260,7 +268,9 @@ def test_blocks_of_a_timed_out_call_wait_for_the_worker(worker: Worker, gate: Ga
         assert squares(session, 3.0) == [9.0]
 
 
-def test_a_timed_out_forward_leaves_no_residual(worker: Worker, gate: Gate, lane: str) -> None:
+def test_a_timed_out_forward_leaves_no_residual(
+    worker: Worker, gate: Gate, lane: str
+) -> None:
     """What a call keeps that was given up is released, although the client let go of it before
     it was kept."""
     with connect(worker.address, lane=lane) as session:
@@ -285,9 +295,8 @@ def test_a_slab_that_may_have_been_shared_is_shared_over_a_new_link(
         raise CallTimeout("no answer")
 
     with connect(worker.address, lane="local") as session:
-        session._require_link().give_back(
-            session._require_link()._new_lane()
-        )  # keeps the session on the worker
+        # Keeps the session on the worker.
+        session._require_link().give_back(session._require_link()._new_lane())
         with monkeypatch.context() as patched:
             patched.setattr(LocalLane, "share", unanswered)
             with pytest.raises(CallTimeout):
@@ -295,7 +304,9 @@ def test_a_slab_that_may_have_been_shared_is_shared_over_a_new_link(
         assert squares(session, 3.0) == [9.0]
 
 
-def test_a_link_that_another_thread_has_ended_is_replaced(worker: Worker, lane: str) -> None:
+def test_a_link_that_another_thread_has_ended_is_replaced(
+    worker: Worker, lane: str
+) -> None:
     """Calls and preparations over a link that ends meanwhile go over a new one."""
     with connect(worker.address, lane=lane) as session:
         assert squares(session, 2.0) == [4.0]
@@ -305,7 +316,9 @@ def test_a_link_that_another_thread_has_ended_is_replaced(worker: Worker, lane: 
         assert prepare(session, "square", floats(17)).output_nbytes == (68,)
 
 
-def test_a_timed_out_backward_can_be_repeated(worker: Worker, gate: Gate, lane: str) -> None:
+def test_a_timed_out_backward_can_be_repeated(
+    worker: Worker, gate: Gate, lane: str
+) -> None:
     """A backward past its time raises CallTimeout, and gives the right gradient later."""
     with connect(worker.address, lane=lane) as session:
         x = _numbers()
@@ -328,7 +341,9 @@ def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> 
         session.timeout_s = 0.3
         worker.process.send_signal(signal.SIGSTOP)
         with pytest.raises(CallTimeout, match=r"0\.3 s"):
-            Background(lambda: session.run(program, [placed(session, [1.0, 2.0])])).result()
+            Background(
+                lambda: session.run(program, [placed(session, [1.0, 2.0])])
+            ).result()
         with pytest.raises(CallTimeout):
             Background(lambda: prepare(session, "square", floats(3))).result()
         worker.process.send_signal(signal.SIGCONT)
@@ -337,7 +352,9 @@ def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> 
         assert _blocks_return(session)
 
 
-def test_a_call_can_be_interrupted(worker: Worker, gate: Gate, lane: str, ctrl_c: None) -> None:
+def test_a_call_can_be_interrupted(
+    worker: Worker, gate: Gate, lane: str, ctrl_c: None
+) -> None:
     """Ctrl-C ends a call with KeyboardInterrupt; the session works on, and no block is lost."""
     with connect(worker.address, lane=lane) as session:
         program = prepare(session, "gated", floats(1), str(gate))
@@ -405,7 +422,9 @@ def test_a_killed_client_leaves_nothing(
     for i in range(3):
         kill_one(str(i))
     assert eventually(
-        lambda: all(count <= baseline[kind] for kind, count in held_by(worker.pid).items())
+        lambda: all(
+            count <= baseline[kind] for kind, count in held_by(worker.pid).items()
+        )
     ), f"{baseline} before, {held_by(worker.pid)} after"
     with connect(worker.address, lane=lane) as session:
         assert squares(session, 3.0) == [9.0]
@@ -441,7 +460,9 @@ def test_a_full_slab_is_out_of_memory(
         assert session.stats()["slab_bytes"] <= 32 << 20
 
 
-def test_a_nonsensical_cap_is_refused(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_nonsensical_cap_is_refused(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A BRIDGE_SLAB_MAX_BYTES that is no number is an error that names the variable, before
     anything is connected."""
     monkeypatch.setenv("BRIDGE_SLAB_MAX_BYTES", "plenty")
@@ -449,7 +470,9 @@ def test_a_nonsensical_cap_is_refused(worker: Worker, monkeypatch: pytest.Monkey
         connect(worker.address)
 
 
-def test_the_workers_quota_is_out_of_memory(start: Callable[..., Worker], lane: str) -> None:
+def test_the_workers_quota_is_out_of_memory(
+    start: Callable[..., Worker], lane: str
+) -> None:
     """A client that shares or sends more than the worker allows gets OutOfMemory, and what fits
     works."""
     worker = start(
@@ -466,7 +489,9 @@ def test_the_workers_quota_is_out_of_memory(start: Callable[..., Worker], lane: 
         assert session.stats()["blocks"] == 0
 
 
-def test_residuals_past_the_budget_are_computed_again(worker: Worker, lane: str) -> None:
+def test_residuals_past_the_budget_are_computed_again(
+    worker: Worker, lane: str
+) -> None:
     """The oldest residual goes when the budget is used up, and its backward gives the right
     gradient all the same."""
     with connect(worker.address, lane=lane) as session:
@@ -481,7 +506,9 @@ def test_residuals_past_the_budget_are_computed_again(worker: Worker, lane: str)
             assert torch.equal(x.grad, 2 * x)
 
 
-def test_a_residual_larger_than_the_budget_is_computed_again(worker: Worker, lane: str) -> None:
+def test_a_residual_larger_than_the_budget_is_computed_again(
+    worker: Worker, lane: str
+) -> None:
     """A residual that never fits is not kept, and its backward gives the right gradient all the
     same."""
     with connect(worker.address, lane=lane) as session:
@@ -543,14 +570,17 @@ def test_running_out_of_descriptors_is_a_clear_error(worker: Worker, lane: str) 
     assert "open files" in done.stdout.splitlines()[0]
 
 
-def test_a_worker_out_of_descriptors_refuses_and_recovers(start: Callable[..., Worker]) -> None:
+def test_a_worker_out_of_descriptors_refuses_and_recovers(
+    start: Callable[..., Worker],
+) -> None:
     """A worker without a free descriptor takes no new slab, and the client is told; later it
     takes it."""
     worker = start().wait_until_ready()
     with connect(worker.address, lane="local") as session:
         assert squares(session, 2.0) == [4.0]
         count = 8 << 20
-        program = prepare(session, "total", floats(count))  # which takes descriptors too
+        # Which takes descriptors too.
+        program = prepare(session, "total", floats(count))
         limits = resource.prlimit(worker.pid, resource.RLIMIT_NOFILE)
         # The lowest free number is out of bounds, whatever is open above it.
         taken = {int(fd) for fd in os.listdir(f"/proc/{worker.pid}/fd")}
@@ -625,7 +655,9 @@ def test_without_what_only_linux_has_the_bytes_travel_inline(worker: Worker) -> 
     assert done.returncode == 0, done.stderr
 
 
-def test_very_many_dropped_residuals_fit_in_what_is_sent(worker: Worker, lane: str) -> None:
+def test_very_many_dropped_residuals_fit_in_what_is_sent(
+    worker: Worker, lane: str
+) -> None:
     """However many residuals a program has let go of since its last call, the next calls tell
     the worker."""
     with connect(worker.address, lane=lane) as session:
@@ -722,7 +754,9 @@ def test_a_data_loader_may_call_the_function(worker: Worker, lane: str) -> None:
 # Spawning -----------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_is_not_ready_in_time_is_a_startup_timeout(temporary: Path) -> None:
+def test_a_worker_that_is_not_ready_in_time_is_a_startup_timeout(
+    temporary: Path,
+) -> None:
     """Past startup_timeout_s the child is killed, StartupTimeout raised, and nothing left."""
     before = children()
     with pytest.raises(StartupTimeout, match=r"0\.05 s"):
@@ -735,7 +769,9 @@ def test_a_worker_that_ends_before_it_is_ready_is_a_crash(temporary: Path) -> No
     """A child that ends early raises WorkerCrashed, with its exit status and last lines; nothing
     is left."""
     before = children()
-    with pytest.raises(WorkerCrashed, match=r"status 2 [\s\S]*no attribute 'sqare'.*'square'"):
+    with pytest.raises(
+        WorkerCrashed, match=r"status 2 [\s\S]*no attribute 'sqare'.*'square'"
+    ):
         spawn("tests.models:sqare", python=python_of(".venv-jax"), cwd=ROOT)
     assert children() == before
     assert not list(temporary.iterdir())
@@ -763,13 +799,19 @@ def test_close_leaves_nothing_of_a_spawned_worker(temporary: Path) -> None:
     assert not list(temporary.iterdir())
 
 
-def test_a_spawned_workers_log_reaches_the_parent(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_spawned_workers_log_reaches_the_parent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """The worker's log lines come out of the logger `bridge_client.worker`, at their level."""
     caplog.set_level(logging.DEBUG, logger="bridge_client.worker")
     with _spawn(args=["--log-level", "debug"]):
         pass
-    told = [record for record in caplog.records if record.name == "bridge_client.worker"]
-    assert any(r.levelno == logging.DEBUG and "allocator" in r.getMessage() for r in told)
+    told = [
+        record for record in caplog.records if record.name == "bridge_client.worker"
+    ]
+    assert any(
+        r.levelno == logging.DEBUG and "allocator" in r.getMessage() for r in told
+    )
     assert any(r.levelno == logging.INFO and "draining" in r.getMessage() for r in told)
 
 
@@ -786,7 +828,9 @@ _PARENT = """
 def test_a_spawned_worker_ends_with_a_killed_parent(temporary: Path) -> None:
     """When its parent is killed, a spawned worker ends by itself, and removes what the parent
     has left."""
-    with start_program(_PARENT, python_of(".venv-jax"), TMPDIR=str(temporary)) as parent:
+    with start_program(
+        _PARENT, python_of(".venv-jax"), TMPDIR=str(temporary)
+    ) as parent:
         (pid,) = map(int, parent.stdout.readline().split())
         assert is_running(pid)
         parent.kill()
@@ -829,7 +873,9 @@ def test_a_worker_is_spawned_and_ended_whatever_its_module_does(
     try:
         assert list(session.models) == ["identity"]
         assert values(
-            *session.run(prepare(session, "identity", floats(1)), [placed(session, [-1.0])])
+            *session.run(
+                prepare(session, "identity", floats(1)), [placed(session, [-1.0])]
+            )
         ) == [1.0]
         session.close()
     finally:
@@ -849,10 +895,15 @@ def test_a_drain_lets_calls_finish(
     """
     worker = start().wait_until_ready()
     side = 8192
-    with connect(worker.address, lane=lane) as session, connect(worker.address, lane=lane) as other:
+    with (
+        connect(worker.address, lane=lane) as session,
+        connect(worker.address, lane=lane) as other,
+    ):
         assert squares(other, 2.0) == [4.0]
         program = prepare(session, "gated_outer", floats(side), str(gate))
-        running = Background(lambda: session.run(program, [placed(session, [1.0] * side)]))
+        running = Background(
+            lambda: session.run(program, [placed(session, [1.0] * side)])
+        )
         gate.wait_for_a_caller()
         worker.terminate()
         assert eventually(lambda: "draining" in worker.stderr)
@@ -863,12 +914,17 @@ def test_a_drain_lets_calls_finish(
         assert worker.process.poll() is None
         gate.open()
         (made,) = running.result()
-        assert made.buffer.tobytes() == placed(session, [4.0]).buffer.tobytes() * side * side
+        assert (
+            made.buffer.tobytes()
+            == placed(session, [4.0]).buffer.tobytes() * side * side
+        )
         assert worker.wait() == 0
         assert not list(tmp_path.glob("*.sock*"))
 
 
-def test_a_second_signal_ends_the_worker_at_once(start: Callable[..., Worker], gate: Gate) -> None:
+def test_a_second_signal_ends_the_worker_at_once(
+    start: Callable[..., Worker], gate: Gate
+) -> None:
     """A second SIGTERM ends a worker that is still draining, with status 1."""
     worker = start().wait_until_ready()
     with connect(worker.address) as session:
@@ -889,7 +945,9 @@ def test_a_signal_ends_a_worker_that_is_starting(
     """A worker that imports or compiles has nothing to drain: SIGTERM ends it at once, with status
     0, and its sockets go.
     """
-    worker = start("--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate))
+    worker = start(
+        "--warmup", "gated_while_traced=float32[2,2]", BRIDGE_TEST_GATE=str(gate)
+    )
     gate.wait_for_a_caller()
     worker.terminate()
     assert worker.wait() == 0
@@ -907,7 +965,9 @@ _IMPATIENT = """
 
 
 @pytest.mark.parametrize("is_busy", [False, True], ids=["idle", "busy"])
-def test_what_never_ends_does_not_keep_a_worker(gate: Gate, tmp_path: Path, is_busy: bool) -> None:
+def test_what_never_ends_does_not_keep_a_worker(
+    gate: Gate, tmp_path: Path, is_busy: bool
+) -> None:
     """A drained worker does not wait for threads that models have started, with status 0; past the
     time for draining it ends without the calls, with status 1.
     """
@@ -935,7 +995,9 @@ def test_what_never_ends_does_not_keep_a_worker(gate: Gate, tmp_path: Path, is_b
                     calling.result()
 
 
-def test_a_signal_reaches_the_worker_in_any_of_its_threads(start: Callable[..., Worker]) -> None:
+def test_a_signal_reaches_the_worker_in_any_of_its_threads(
+    start: Callable[..., Worker],
+) -> None:
     """The kernel hands a signal to any thread of a process: it ends the worker nevertheless."""
     worker = start().wait_until_ready()
     *_, last = sorted(int(thread) for thread in os.listdir(f"/proc/{worker.pid}/task"))
@@ -971,7 +1033,9 @@ def test_health_tells_when_calls_are_welcome(
         second = Gate(tmp_path / "second")
         with connect(worker.address) as session:
             program = prepare(session, "gated", floats(1), str(second))
-            running = Background(lambda: values(*session.run(program, [placed(session, [1.0])])))
+            running = Background(
+                lambda: values(*session.run(program, [placed(session, [1.0])]))
+            )
             second.wait_for_a_caller()
             assert _health(channel) == _SERVING
             worker.terminate()
@@ -981,7 +1045,9 @@ def test_health_tells_when_calls_are_welcome(
     assert worker.wait() == 0
 
 
-def test_what_was_warmed_up_is_not_traced_again(start: Callable[..., Worker], gate: Gate) -> None:
+def test_what_was_warmed_up_is_not_traced_again(
+    start: Callable[..., Worker], gate: Gate
+) -> None:
     """A call of a signature given to --warmup needs no tracing."""
     gate.open()
     worker = start(
@@ -1033,7 +1099,9 @@ _UNTIDY = """
 def test_a_program_may_end_without_closing_anything(worker: Worker, how: str) -> None:
     """With a live session, live outputs and graphs, a program ends with status 0 and without a
     word."""
-    done = run_program(_UNTIDY, worker.address, how, python_of(".venv-jax"), venv=".venv-torch")
+    done = run_program(
+        _UNTIDY, worker.address, how, python_of(".venv-jax"), venv=".venv-torch"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert eventually(lambda: slabs_mapped(worker.pid) == 0)
 

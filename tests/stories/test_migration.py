@@ -38,11 +38,16 @@ def jax_is_up() -> None:
 # The page -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("named", sorted(set(re.findall(r"`((?:[\w/]+\.py::)?test_\w+)`", PAGE))))
+@pytest.mark.parametrize(
+    "named", sorted(set(re.findall(r"`((?:[\w/]+\.py::)?test_\w+)`", PAGE)))
+)
 def test_named_tests_exist(named: str) -> None:
     """Every test that docs/migration.md names is there."""
     file, _, name = named.rpartition("::")
-    assert f"def {name}(" in (ROOT / (file or "tests/stories/test_migration.py")).read_text()
+    assert (
+        f"def {name}("
+        in (ROOT / (file or "tests/stories/test_migration.py")).read_text()
+    )
 
 
 def test_every_test_of_a_new_line_is_named() -> None:
@@ -67,7 +72,9 @@ def test_jax2torch() -> None:
 def test_jax2torch_keywords() -> None:
     """Keyword arguments pass as they did; `static_argnames` makes a number part of the program."""
     for options in ({}, {"static_argnames": "y"}):
-        assert RemoteJaxFunction(jax_power, **options)(torch.tensor([2.0]), y=3).tolist() == [8.0]
+        assert RemoteJaxFunction(jax_power, **options)(
+            torch.tensor([2.0]), y=3
+        ).tolist() == [8.0]
 
 
 def test_arrays_and_tensors() -> None:
@@ -75,7 +82,9 @@ def test_arrays_and_tensors() -> None:
     `to_torch`."""
     tensor = torch.arange(4.0)
     array = to_jax(tensor)
-    assert array.unsafe_buffer_pointer() == tensor.data_ptr() == to_torch(array).data_ptr()
+    assert (
+        array.unsafe_buffer_pointer() == tensor.data_ptr() == to_torch(array).data_ptr()
+    )
 
 
 def test_trees_of_arrays() -> None:
@@ -109,18 +118,24 @@ def test_module_to_jax() -> None:
     is needed for jit."""
     module = nn.Linear(3, 2)
     g = RemoteTorchFunction(module)
-    loss = jax.jit(jax.value_and_grad(lambda params, x, y: ((g.apply(params, x) - y) ** 2).mean()))
+    loss = jax.jit(
+        jax.value_and_grad(lambda params, x, y: ((g.apply(params, x) - y) ** 2).mean())
+    )
     value, gradients = loss(g.params, jnp.ones((1, 3)), jnp.ones((1, 2)))
     expected = (module(torch.ones(1, 3)) - 1).square().mean()
     expected.backward()
     np.testing.assert_allclose(value, expected.item(), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(gradients["weight"], module.weight.grad, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        gradients["weight"], module.weight.grad, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_wrapped_jax_function() -> None:
     """`WrappedJaxFunction(fn, params)` becomes `RemoteJaxFunction((fn, params))`; the parameters
     have names."""
-    module = RemoteJaxFunction((lambda params, x: jnp.dot(x, params["w"]), {"w": jnp.ones((2, 1))}))
+    module = RemoteJaxFunction(
+        (lambda params, x: jnp.dot(x, params["w"]), {"w": jnp.ones((2, 1))})
+    )
     functional.mse_loss(module(torch.ones(2)), torch.zeros(1)).backward()
     assert list(module.state_dict()) == ["w"]
     assert module.w.grad.flatten().tolist() == [4.0, 4.0]
@@ -131,7 +146,9 @@ def test_wrapped_flax_module() -> None:
     `RemoteJaxFunction((module, variables))`."""
     dense = linen.Dense(2)
     module = RemoteJaxFunction((dense, dense.init(jax.random.key(0), jnp.ones((1, 3)))))
-    functional.cross_entropy(module(torch.ones(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
+    functional.cross_entropy(
+        module(torch.ones(4, 3)), torch.tensor([0, 1, 0, 1])
+    ).backward()
     assert {name: p.grad.shape for name, p in module.named_parameters()} == {
         "params.bias": (2,),
         "params.kernel": (3, 2),
@@ -140,7 +157,9 @@ def test_wrapped_flax_module() -> None:
 
 def test_scalar_functions_and_aux() -> None:
     """`WrappedJaxScalarFunction` and `has_aux=True` need nothing: any pytree may be returned."""
-    loss = RemoteJaxFunction((lambda w, x: (jnp.vdot(w, x), {"norm": jnp.sum(x)}), jnp.ones(3)))
+    loss = RemoteJaxFunction(
+        (lambda w, x: (jnp.vdot(w, x), {"norm": jnp.sum(x)}), jnp.ones(3))
+    )
     value, aux = loss(torch.ones(3))
     value.backward()
     assert (value.item(), aux["norm"].item(), loss.value.grad.tolist()) == (
@@ -184,7 +203,9 @@ def test_module_as_function() -> None:
     """`fn, params = convert_pytnn_to_jax(model)` becomes `g.apply` and `g.params`."""
     g = RemoteTorchFunction(nn.Linear(3, 2))
     gradient = jax.grad(lambda x: g.apply(g.params, x).sum())(jnp.ones(3))
-    np.testing.assert_allclose(gradient, g.params["weight"].sum(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient, g.params["weight"].sum(0), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_module_as_flax_layer() -> None:
@@ -223,9 +244,14 @@ def test_torch2jax_with_vjp() -> None:
     f = RemoteTorchFunction(nn.MSELoss())
     x, y = jnp.arange(3.0), jnp.ones(3)
     np.testing.assert_allclose(
-        jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1], 2 * (y - x) / 3, rtol=1e-6, atol=1e-6
+        jax.jit(jax.grad(f, argnums=(0, 1)))(x, y)[1],
+        2 * (y - x) / 3,
+        rtol=1e-6,
+        atol=1e-6,
     )
-    np.testing.assert_allclose(jax.hessian(f)(x, y), jnp.eye(3) * 2 / 3, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.hessian(f)(x, y), jnp.eye(3) * 2 / 3, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_arguments_without_gradients() -> None:
@@ -233,7 +259,9 @@ def test_arguments_without_gradients() -> None:
     says which are wanted."""
     f = RemoteTorchFunction(functional.cross_entropy)
     logits, labels = jnp.zeros((2, 3)), jnp.asarray([0, 2])
-    np.testing.assert_allclose(jax.grad(f)(logits, labels).sum(1), jnp.zeros(2), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(f)(logits, labels).sum(1), jnp.zeros(2), atol=1e-6
+    )
 
 
 def test_functions_that_torch_func_refuses() -> None:
@@ -304,14 +332,19 @@ def test_t2j_module() -> None:
     h = trace_torch(module)
     params = to_jax(module.state_dict())
     np.testing.assert_allclose(
-        jax.jit(h)(params, jnp.ones(3)), module(torch.ones(3)).detach(), rtol=1e-6, atol=1e-6
+        jax.jit(h)(params, jnp.ones(3)),
+        module(torch.ones(3)).detach(),
+        rtol=1e-6,
+        atol=1e-6,
     )
 
 
 def test_t2j_rng() -> None:
     """`rng=` is the same."""
     draw: Any = trace_torch(lambda: torch.randn(3))
-    assert not np.array_equal(draw(rng=jax.random.PRNGKey(123)), draw(rng=jax.random.PRNGKey(456)))
+    assert not np.array_equal(
+        draw(rng=jax.random.PRNGKey(123)), draw(rng=jax.random.PRNGKey(456))
+    )
 
 
 def test_t2j_return_state_dict() -> None:
@@ -326,7 +359,9 @@ def test_operators_that_nobody_wrote() -> None:
     """`implements` and `auto_implements` need nothing: what cannot be traced runs in torch, with
     gradients."""
     f = RemoteTorchFunction(lambda x: torch.linalg.eigvalsh(x).sum())
-    np.testing.assert_allclose(jax.jit(jax.grad(f))(jnp.eye(2) * 2), jnp.eye(2), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(jax.grad(f))(jnp.eye(2) * 2), jnp.eye(2), atol=1e-6
+    )
 
 
 # Their bugs ---------------------------------------------------------------------------------------
@@ -375,16 +410,22 @@ def test_a_gradient_runs_the_forward_once() -> None:
 def test_forward_mode() -> None:
     """Not here (rdyro's torch2jax): no forward mode."""
     f = RemoteTorchFunction(torch.sin)
-    np.testing.assert_allclose(jax.jvp(f, (1.0,), (2.0,))[1], 2 * np.cos(1.0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jvp(f, (1.0,), (2.0,))[1], 2 * np.cos(1.0), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_keywords_softmax_and_cross_entropy_are_traced() -> None:
     """Not here (samuela's torch2jax): no keyword arguments, no softmax, no cross_entropy, one
     output."""
-    f = trace_torch(lambda x, *, labels: (functional.cross_entropy(x, labels), x.softmax(-1)))
+    f = trace_torch(
+        lambda x, *, labels: (functional.cross_entropy(x, labels), x.softmax(-1))
+    )
     loss, probabilities = f(jnp.zeros((2, 4)), labels=jnp.asarray([1, 3]))
     np.testing.assert_allclose(loss, np.log(4), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(probabilities, jnp.full((2, 4), 0.25), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        probabilities, jnp.full((2, 4), 0.25), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_64_bits_are_refused_and_not_narrowed() -> None:

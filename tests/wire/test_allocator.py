@@ -52,30 +52,42 @@ def test_extent_is_aligned_and_large_enough(nbytes: int) -> None:
     """An extent's size is a multiple of 64, of a page where the request is that large, and
     wastes less than a page."""
     size = rounded(nbytes)
-    assert size >= nbytes and size % ALIGNMENT == 0 and size - nbytes < max(PAGE, ALIGNMENT + 1)
+    assert (
+        size >= nbytes
+        and size % ALIGNMENT == 0
+        and size - nbytes < max(PAGE, ALIGNMENT + 1)
+    )
     assert nbytes < PAGE or size % PAGE == 0
     assert rounded(size) == size
 
 
 @settings(deadline=None, max_examples=200)
 @given(span_pages, steps)
-def test_live_extents_never_overlap(spans: list[int], steps: list[tuple[str, int]]) -> None:
+def test_live_extents_never_overlap(
+    spans: list[int], steps: list[tuple[str, int]]
+) -> None:
     """Whatever is allocated and freed, live extents are disjoint, aligned, and inside the ranges
     that were added."""
     allocator, ranges = with_spans(spans)
     for start, size in apply(allocator, steps, []):
         assert start % ALIGNMENT == 0
-        assert any(first <= start and start + size <= first + room for first, room in ranges)
+        assert any(
+            first <= start and start + size <= first + room for first, room in ranges
+        )
 
 
 @settings(deadline=None, max_examples=200)
 @given(span_pages, steps)
-def test_free_bytes_are_what_is_not_live(spans: list[int], steps: list[tuple[str, int]]) -> None:
+def test_free_bytes_are_what_is_not_live(
+    spans: list[int], steps: list[tuple[str, int]]
+) -> None:
     """The free bytes and those of the live extents are together those that were added."""
     allocator, ranges = with_spans(spans)
     live: list[tuple[int, int]] = []
     apply(allocator, steps, live)
-    assert allocator.free_bytes + sum(size for _, size in live) == sum(size for _, size in ranges)
+    assert allocator.free_bytes + sum(size for _, size in live) == sum(
+        size for _, size in ranges
+    )
 
 
 @settings(deadline=None, max_examples=200)
@@ -91,7 +103,8 @@ def test_everything_freed_coalesces_to_the_original_spans(
     for extent in live:
         allocator.free(*extent)
     got = sorted(
-        (allocator.allocate(size), size) for _, size in sorted(ranges, key=lambda span: -span[1])
+        (allocator.allocate(size), size)
+        for _, size in sorted(ranges, key=lambda span: -span[1])
     )
     assert got == ranges
     assert allocator.free_bytes == 0

@@ -17,7 +17,9 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4 * MIB - 1, 4 * MIB, 9 * MIB + 7])
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
-def test_every_byte_is_copied(nbytes: int, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_is_copied(
+    nbytes: int, cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The target has the source's bytes, and no byte beyond is touched, however many threads
     share the work."""
     monkeypatch.setattr(copying, "usable_cores", lambda: cores)
@@ -30,7 +32,11 @@ def test_every_byte_is_copied(nbytes: int, cores: int, monkeypatch: pytest.Monke
 def test_an_interrupted_copy_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C ends the copy in the caller, and the memory is kept until the other threads have
     let go of it."""
-    interrupted, caller, memmove = threading.Event(), threading.current_thread(), ctypes.memmove
+    interrupted, caller, memmove = (
+        threading.Event(),
+        threading.current_thread(),
+        ctypes.memmove,
+    )
 
     def held(*args: Any) -> None:
         if threading.current_thread() is caller:

@@ -24,7 +24,9 @@ def numpy_dtype(name: str) -> np.dtype:
 def test_every_wire_number_has_a_dtype() -> None:
     """Each dtype of the contract but UNSPECIFIED is in the table, under the contract's name in
     lower case."""
-    named = {name.removeprefix("DTYPE_").lower(): number for name, number in pb.DType.items()}
+    named = {
+        name.removeprefix("DTYPE_").lower(): number for name, number in pb.DType.items()
+    }
     del named["unspecified"]
     assert {dtype.name: dtype.wire for dtype in EVERY} == named
 
@@ -37,7 +39,9 @@ def test_reverse_maps_are_derived_from_one_table() -> None:
 
 def test_dlpack_types_are_unambiguous() -> None:
     """No two dtypes have the same DLPack code and width."""
-    assert len({(dtype.dlpack_code, dtype.dlpack_bits) for dtype in EVERY}) == len(EVERY)
+    assert len({(dtype.dlpack_code, dtype.dlpack_bits) for dtype in EVERY}) == len(
+        EVERY
+    )
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=lambda dtype: dtype.name)
@@ -57,7 +61,11 @@ def test_floats_and_complex_numbers_are_inexact(dtype: dtypes.DType) -> None:
 def test_types_that_need_x64_are_those_of_64_bit_parts() -> None:
     """The dtypes that a worker without x64 lacks are the 64-bit ones, and complex128 of two
     64-bit floats."""
-    wide = {dtype.name for dtype in EVERY if dtype.itemsize == (16 if dtype.is_complex else 8)}
+    wide = {
+        dtype.name
+        for dtype in EVERY
+        if dtype.itemsize == (16 if dtype.is_complex else 8)
+    }
     assert wide == dtypes.NEEDS_X64
 
 
@@ -66,14 +74,19 @@ def test_only_integers_are_narrowed_and_each_to_half_its_size() -> None:
     assert set(dtypes.NARROWED) == {"int64", "uint64"}
     for name, narrow in dtypes.NARROWED.items():
         wide = dtypes.BY_NAME[name]
-        assert (wide.dlpack_code, wide.itemsize) == (narrow.dlpack_code, 2 * narrow.itemsize)
+        assert (wide.dlpack_code, wide.itemsize) == (
+            narrow.dlpack_code,
+            2 * narrow.itemsize,
+        )
 
 
 def test_table_that_lacks_a_type_of_the_contract_fails_at_import(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dtype that the contract gains and the table does not makes the import fail."""
-    monkeypatch.setattr(pb, "DType", SimpleNamespace(values=lambda: [*dtypes.BY_WIRE, 0, 99]))
+    monkeypatch.setattr(
+        pb, "DType", SimpleNamespace(values=lambda: [*dtypes.BY_WIRE, 0, 99])
+    )
     spec = importlib.util.spec_from_file_location("incomplete_dtypes", dtypes.__file__)
     assert spec and spec.loader
     with pytest.raises(ImportError, match="99"):

@@ -98,7 +98,9 @@ def test_error_arrives_as_its_own_kind(kind: type[BridgeError]) -> None:
 
 
 @pytest.mark.parametrize(("name", "builtin"), BUILTIN_BASES.items(), ids=BUILTIN_BASES)
-def test_error_is_also_what_python_would_raise(name: str, builtin: type[Exception]) -> None:
+def test_error_is_also_what_python_would_raise(
+    name: str, builtin: type[Exception]
+) -> None:
     """Where Python has an exception for the situation, the bridge's error is one of that kind
     too."""
     assert issubclass(getattr(errors, name), builtin)
@@ -108,7 +110,9 @@ def test_remote_error_carries_type_and_traceback_as_text() -> None:
     """A RemoteModelError brings the remote class and traceback, and shows the traceback when it
     is printed."""
     received = travelled(
-        RemoteModelError("boom", remote_type="pkg.Error", remote_traceback="line 1\nline 2")
+        RemoteModelError(
+            "boom", remote_type="pkg.Error", remote_traceback="line 1\nline 2"
+        )
     )
     assert isinstance(received, RemoteModelError)
     assert (received.args, received.remote_type, received.remote_traceback) == (
@@ -137,7 +141,9 @@ def test_unexpected_exception_becomes_an_internal_error() -> None:
     assert "ZeroDivisionError: division by zero" in str(error)
 
 
-@pytest.mark.parametrize("kind", [errors.InternalError, RemoteModelError], ids=["plain", "remote"])
+@pytest.mark.parametrize(
+    "kind", [errors.InternalError, RemoteModelError], ids=["plain", "remote"]
+)
 def test_text_that_utf_8_cannot_carry_still_arrives(kind: type[BridgeError]) -> None:
     """An error whose text has a lone surrogate, as file names may, is sent with that character
     replaced."""
@@ -164,14 +170,18 @@ class Aborting(grpc.GenericRpcHandler):
 
     error: BridgeError
 
-    def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
+    def service(
+        self, details: grpc.HandlerCallDetails
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         return grpc.unary_unary_rpc_method_handler(
             lambda request, context: errors.abort(context, self.error)
         )
 
 
 @pytest.fixture(scope="module")
-def aborting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Aborting, grpc.Channel]]:
+def aborting(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Aborting, grpc.Channel]]:
     """A gRPC server on a Unix socket that fails every call, and a channel to it."""
     path: Path = tmp_path_factory.mktemp("grpc") / "s"
     handler = Aborting()
@@ -180,7 +190,8 @@ def aborting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Abortin
     server.start()
     with contextlib.closing(grpc.insecure_channel(f"unix:{path}")) as channel:
         received_over(
-            (handler, channel), BridgeError("connect now, before what is open is counted")
+            (handler, channel),
+            BridgeError("connect now, before what is open is counted"),
         )
         yield handler, channel
     server.stop(0).wait()
@@ -221,7 +232,10 @@ def test_long_traceback_does_not_cost_the_error_its_kind(
     received, status = received_over(aborting, error)
     assert isinstance(received, RemoteModelError), received
     assert status is grpc.StatusCode.ABORTED
-    assert received.args[0].startswith("boom: é") and received.remote_type == "builtins.ValueError"
+    assert (
+        received.args[0].startswith("boom: é")
+        and received.remote_type == "builtins.ValueError"
+    )
     assert "frame" in received.remote_traceback
 
 

@@ -30,7 +30,9 @@ def pair() -> Iterator[tuple[FramedSocket, FramedSocket]]:
 
 
 @pytest.fixture(params=["socket", "mailbox"])
-def either_pair(request: pytest.FixtureRequest) -> Iterator[tuple[FramedSocket, FramedSocket]]:
+def either_pair(
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[FramedSocket, FramedSocket]]:
     """The same, without a mailbox and, where the machine has one to offer, with it."""
     with pair() as (a, b):
         if request.param == "mailbox":
@@ -68,7 +70,9 @@ def close_all(descriptors: list[int]) -> None:
 # Messages -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("payload", [b"", b"x", b"\0" * 1000], ids=["empty", "one byte", "zeros"])
+@pytest.mark.parametrize(
+    "payload", [b"", b"x", b"\0" * 1000], ids=["empty", "one byte", "zeros"]
+)
 def test_message_arrives_whole(payload: bytes) -> None:
     """A message sent by one end is received by the other, in both directions."""
     with pair() as (a, b):
@@ -159,7 +163,9 @@ def test_receive_without_a_timeout_waits() -> None:
         assert received == [b"at last"]
 
 
-def test_end_of_the_peer_is_none(either_pair: tuple[FramedSocket, FramedSocket]) -> None:
+def test_end_of_the_peer_is_none(
+    either_pair: tuple[FramedSocket, FramedSocket],
+) -> None:
     """When the peer closes, its messages are received first, and then None, repeatedly."""
     a, b = either_pair
     a.send(b"last words")
@@ -196,7 +202,9 @@ def test_sending_to_a_peer_that_is_gone_is_an_os_error() -> None:
             a.send(b"hello?")
 
 
-def test_message_that_went_out_whole_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_that_went_out_whole_is_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A peer that takes a message with its descriptor, answers and closes at once was not gone:
     its answer is read."""
     with raw_pair() as (raw, end), contextlib.closing(raw), open(os.devnull) as file:

@@ -24,7 +24,9 @@ MESSAGES = [
         run=pb.Run(program=1, inputs=[4096, 4160], outputs=[8192], residual=7)
     ).SerializeToString(),
     pb.LaneRequest(release=pb.Release(residuals=range(100))).SerializeToString(),
-    pb.LaneReply(error=pb.Error(kind="ProtocolError", message="é" * 500)).SerializeToString(),
+    pb.LaneReply(
+        error=pb.Error(kind="ProtocolError", message="é" * 500)
+    ).SerializeToString(),
 ]
 
 
@@ -105,15 +107,21 @@ def test_messages_before_an_oversized_frame_are_not_lost() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.binary(max_size=200), max_size=20), st.randoms(use_true_random=False))
+@given(
+    st.lists(st.binary(max_size=200), max_size=20), st.randoms(use_true_random=False)
+)
 def test_messages_are_the_same_however_they_are_cut(
     messages: list[bytes], random: random.Random
 ) -> None:
     """Any way of cutting a stream of frames into pieces gives the same messages in the same
     order."""
     stream = b"".join(map(encode, messages))
-    cuts = sorted(random.randrange(len(stream) + 1) for _ in range(random.randrange(10)))
-    pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    cuts = sorted(
+        random.randrange(len(stream) + 1) for _ in range(random.randrange(10))
+    )
+    pieces = [
+        stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)
+    ]
     received = cut(pieces)
     assert received == messages
 

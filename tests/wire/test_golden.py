@@ -34,7 +34,9 @@ MESSAGES: dict[str, Message] = {
     "tuple": T(tuple=T.Sequence(items=[LEAF, LEAF])),
     "list": T(list=T.Sequence(items=[LEAF])),
     "dict": T(
-        dict=T.Mapping(keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())])
+        dict=T.Mapping(
+            keys=[V(text="k"), V(integer=1)], items=[LEAF, T(tuple=T.Sequence())]
+        )
     ),
     "namedtuple": T(namedtuple=POINT),
     "dataclass": T(dataclass=POINT),
@@ -65,7 +67,9 @@ MESSAGES: dict[str, Message] = {
         gpu=pb.Gpu(uuid=b"u", name="g"),
     ),
     "open": pb.OpenRequest(oldest_protocol=1, newest_protocol=2, client="c"),
-    "opened": pb.OpenReply(protocol=1, session=b"\x00\xff", local_lane="/l", slab_bytes=1 << 30),
+    "opened": pb.OpenReply(
+        protocol=1, session=b"\x00\xff", local_lane="/l", slab_bytes=1 << 30
+    ),
     "close": pb.CloseRequest(session=b"s"),
     "closed": pb.CloseReply(),
     "prepare call": pb.PrepareRequest(
@@ -86,7 +90,9 @@ MESSAGES: dict[str, Message] = {
             mode=pb.MODE_INFERENCE,
         ),
     ),
-    "prepare parameters": pb.PrepareRequest(session=b"s", parameters=pb.Parameters(model="f")),
+    "prepare parameters": pb.PrepareRequest(
+        session=b"s", parameters=pb.Parameters(model="f")
+    ),
     "prepare pullback": pb.PrepareRequest(
         session=b"s", pullback=pb.Pullback(program=9, wrt=[1], outputs=[0, 2])
     ),
@@ -96,7 +102,9 @@ MESSAGES: dict[str, Message] = {
     ),
     "progress": pb.PrepareEvent(progress=pb.PrepareEvent.Progress(phase="compiling")),
     "not prepared": pb.PrepareEvent(error=pb.Error(kind="CallerError", message="no")),
-    "prepared": pb.PrepareEvent(prepared=pb.Prepared(program=3, result=LEAF, outputs=[SPEC])),
+    "prepared": pb.PrepareEvent(
+        prepared=pb.Prepared(program=3, result=LEAF, outputs=[SPEC])
+    ),
     "prepared with a fingerprint": pb.PrepareEvent(
         prepared=pb.Prepared(program=3, fingerprint=b"12345678")
     ),
@@ -104,7 +112,13 @@ MESSAGES: dict[str, Message] = {
     "attach": pb.LaneRequest(attach=pb.Attach(session=b"s")),
     "share": pb.LaneRequest(share=pb.Share(base=4096, nbytes=1 << 24)),
     "run": pb.LaneRequest(
-        run=pb.Run(program=1, inputs=[4096, 1 << 40], outputs=[8192], residual=7, released=[5, 6])
+        run=pb.Run(
+            program=1,
+            inputs=[4096, 1 << 40],
+            outputs=[8192],
+            residual=7,
+            released=[5, 6],
+        )
     ),
     "inline run": pb.LaneRequest(run=pb.Run(program=1, inline=True, data=b"\x04")),
     "release": pb.LaneRequest(release=pb.Release(residuals=[1, 300])),
@@ -255,7 +269,9 @@ def test_message_has_its_golden_bytes(name: str) -> None:
 def test_every_field_of_the_contract_has_golden_bytes() -> None:
     """Each message type and each field of the contract is set in one of the golden messages."""
     declared = {
-        name for kind in pb.DESCRIPTOR.message_types_by_name.values() for name in fields_of(kind)
+        name
+        for kind in pb.DESCRIPTOR.message_types_by_name.values()
+        for name in fields_of(kind)
     }
     used = {name for message in MESSAGES.values() for name in fields_used(message)}
     assert declared == used
@@ -264,7 +280,9 @@ def test_every_field_of_the_contract_has_golden_bytes() -> None:
 
 def test_dtypes_have_their_golden_numbers() -> None:
     """The numbers of the dtypes are those that every released client and worker knows."""
-    assert dict(pb.DType.items()) == {f"DTYPE_{name}": number for name, number in DTYPES.items()}
+    assert dict(pb.DType.items()) == {
+        f"DTYPE_{name}": number for name, number in DTYPES.items()
+    }
 
 
 def test_service_has_its_golden_methods() -> None:
@@ -286,4 +304,7 @@ def test_service_has_its_golden_methods() -> None:
 def test_frame_of_a_request_has_its_golden_bytes() -> None:
     """On a framed lane a message goes as its length in four bytes, least significant first, and
     its bytes."""
-    assert frames.encode(bytes.fromhex(GOLDEN["attach"])).hex() == "05000000" + GOLDEN["attach"]
+    assert (
+        frames.encode(bytes.fromhex(GOLDEN["attach"])).hex()
+        == "05000000" + GOLDEN["attach"]
+    )

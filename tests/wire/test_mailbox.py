@@ -20,7 +20,8 @@ from bridge_wire.lane.framed_socket import FramedSocket
 from bridge_wire.lane.mailbox import ABSENT, ASLEEP, AWAKE, CAPACITY, NBYTES, Mailbox
 
 pytestmark = pytest.mark.skipif(
-    not mailbox.is_usable(), reason="stores of these processors may be seen out of order"
+    not mailbox.is_usable(),
+    reason="stores of these processors may be seen out of order",
 )
 
 
@@ -38,9 +39,13 @@ def ends(memory: memoryview) -> tuple[Mailbox, Mailbox]:
 
 
 @pytest.mark.parametrize(
-    "message", [b"x", b"\0" * 100, os.urandom(CAPACITY)], ids=["one byte", "zeros", "full"]
+    "message",
+    [b"x", b"\0" * 100, os.urandom(CAPACITY)],
+    ids=["one byte", "zeros", "full"],
 )
-def test_message_is_there_until_it_is_taken(ends: tuple[Mailbox, Mailbox], message: bytes) -> None:
+def test_message_is_there_until_it_is_taken(
+    ends: tuple[Mailbox, Mailbox], message: bytes
+) -> None:
     """Each end finds the other end's message, once."""
     for writer, reader in (ends, ends[::-1]):
         assert not reader.has_message()
@@ -73,7 +78,9 @@ def test_nothing_is_left_for_who_has_not_come(memory: memoryview) -> None:
     assert writer.put(b"hello") == AWAKE
 
 
-def test_writer_is_told_whether_to_wake_the_reader(ends: tuple[Mailbox, Mailbox]) -> None:
+def test_writer_is_told_whether_to_wake_the_reader(
+    ends: tuple[Mailbox, Mailbox],
+) -> None:
     """A reader that sleeps has to be woken, until it says that it is awake."""
     writer, reader = ends
     reader.sleep()
@@ -83,7 +90,9 @@ def test_writer_is_told_whether_to_wake_the_reader(ends: tuple[Mailbox, Mailbox]
     assert writer.put(b"good morning") == AWAKE
 
 
-def test_message_is_the_reader_s_own(ends: tuple[Mailbox, Mailbox], memory: memoryview) -> None:
+def test_message_is_the_reader_s_own(
+    ends: tuple[Mailbox, Mailbox], memory: memoryview
+) -> None:
     """A message that was taken does not change with the memory."""
     writer, reader = ends
     writer.put(b"as it was")
@@ -92,8 +101,15 @@ def test_message_is_the_reader_s_own(ends: tuple[Mailbox, Mailbox], memory: memo
     assert taken == b"as it was"
 
 
-@given(st.lists(st.tuples(st.integers(0, NBYTES // 8 - 1), st.integers(0, 2**64 - 1)), max_size=20))
-def test_any_memory_yields_a_message_or_a_protocol_error(stores: list[tuple[int, int]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.integers(0, NBYTES // 8 - 1), st.integers(0, 2**64 - 1)),
+        max_size=20,
+    )
+)
+def test_any_memory_yields_a_message_or_a_protocol_error(
+    stores: list[tuple[int, int]],
+) -> None:
     """No more than a slot is read, for any bytes that the peer writes anywhere."""
     memory = memoryview(mmap.mmap(-1, NBYTES))
     reader = Mailbox(memory, is_first=False)
@@ -155,11 +171,11 @@ def test_sides_that_take_turns_understand_each_other(
     """Messages of all lengths arrive, whether the other side polls, sleeps or is about to; also
     beyond a slot."""
     monkeypatch.setattr(framed_socket, "_SPIN_S", spin_s)
-    monkeypatch.setattr(
-        framed_socket, "_SETTLED_MS", 20_000
-    )  # who has missed a message would miss it for long
+    # Who has missed a message would miss it for long.
+    monkeypatch.setattr(framed_socket, "_SETTLED_MS", 20_000)
     lengths = [
-        random.Random(0).choice([1, 60, CAPACITY, CAPACITY + 1, 70_000]) for _ in range(2000)
+        random.Random(0).choice([1, 60, CAPACITY, CAPACITY + 1, 70_000])
+        for _ in range(2000)
     ]
     with pair() as (a, b):
 
@@ -210,7 +226,9 @@ def test_mailbox_leaves_no_descriptor() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_without_memory_the_socket_serves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_memory_the_socket_serves_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where no mailbox can be made, messages take the socket."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -223,7 +241,9 @@ def test_without_memory_the_socket_serves_alone(monkeypatch: pytest.MonkeyPatch)
         assert b.receive(5) == b"question"
 
 
-@pytest.mark.parametrize("nbytes", [0, NBYTES // 2, NBYTES], ids=["empty", "too small", "unsealed"])
+@pytest.mark.parametrize(
+    "nbytes", [0, NBYTES // 2, NBYTES], ids=["empty", "too small", "unsealed"]
+)
 def test_bad_memory_is_a_protocol_error(nbytes: int) -> None:
     """A mailbox is a sealed memfd of its size and nothing else, and a bad one leaves nothing
     behind."""

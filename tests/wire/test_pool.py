@@ -135,7 +135,8 @@ def test_block_of_zero_bytes_takes_nothing() -> None:
     pool = small_pool()
     blocks = [pool.lease(0) for _ in range(3)]
     assert all(
-        (block.address, block.nbytes, bytes(block.buffer)) == (0, 0, b"") for block in blocks
+        (block.address, block.nbytes, bytes(block.buffer)) == (0, 0, b"")
+        for block in blocks
     )
     assert (pool.live_blocks(), pool.slab_bytes) == (0, 0)
     assert bytes(pool.view(0, 0)) == b""
@@ -163,8 +164,12 @@ def test_memory_elsewhere_has_no_address() -> None:
     assert pool.address_of(foreign.ctypes.data, foreign.nbytes) is None
     assert pool.address_of(block.pointer + 4, 4) is None
     assert pool.address_of(slab.pointer - ALIGNMENT, 2 * ALIGNMENT) is None
-    assert pool.address_of(slab.pointer + slab.nbytes - ALIGNMENT, ALIGNMENT) is not None
-    assert pool.address_of(slab.pointer + slab.nbytes - ALIGNMENT, ALIGNMENT + 1) is None
+    assert (
+        pool.address_of(slab.pointer + slab.nbytes - ALIGNMENT, ALIGNMENT) is not None
+    )
+    assert (
+        pool.address_of(slab.pointer + slab.nbytes - ALIGNMENT, ALIGNMENT + 1) is None
+    )
     assert pool.address_of(slab.pointer, slab.nbytes + 1) is None
 
 
@@ -213,7 +218,10 @@ def test_cap_is_an_error_with_figures() -> None:
     with pytest.raises(OutOfMemory) as raised:
         pool.lease(2 * PAGE)
     message = str(raised.value)
-    assert f"{2 * PAGE} bytes" in message and f"{4 * PAGE} of at most {4 * PAGE}" in message
+    assert (
+        f"{2 * PAGE} bytes" in message
+        and f"{4 * PAGE} of at most {4 * PAGE}" in message
+    )
     assert "3 leased blocks" in message and "BRIDGE_SLAB_MAX_BYTES" in message
     held.pop()
     assert pool.lease(2 * PAGE).nbytes == 2 * PAGE
@@ -246,7 +254,9 @@ def test_cap_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("value", ["", "much", "-1", "1e9", "2G", "\u00b2"], ids=ascii)
-def test_cap_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_cap_that_is_no_number_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
     """A BRIDGE_SLAB_MAX_BYTES that is no number is a CallerError that shows it."""
     monkeypatch.setenv("BRIDGE_SLAB_MAX_BYTES", value)
     with pytest.raises(CallerError, match="BRIDGE_SLAB_MAX_BYTES"):

@@ -119,7 +119,11 @@ def test_both_mappings_show_the_same_memory() -> None:
         slab.view[PAGE : PAGE + 5] = b"hello"
         assert bytes(received.view[PAGE : PAGE + 5]) == b"hello"
         assert received.pointer != slab.pointer
-        assert (received.base, received.nbytes, received.fd) == (1 << 40, slab.nbytes, -1)
+        assert (received.base, received.nbytes, received.fd) == (
+            1 << 40,
+            slab.nbytes,
+            -1,
+        )
 
 
 def test_received_descriptor_is_closed() -> None:
@@ -235,7 +239,9 @@ def test_what_is_no_sealed_memfd_is_refused(make: Callable[[], int]) -> None:
     assert mappings() == before
 
 
-@pytest.mark.parametrize("announced", [0, 1, PAGE - 1, PAGE, 3 * PAGE, 2**63, 2**64 - 1])
+@pytest.mark.parametrize(
+    "announced", [0, 1, PAGE - 1, PAGE, 3 * PAGE, 2**63, 2**64 - 1]
+)
 def test_wrong_size_is_refused(announced: int) -> None:
     """A sealed memfd of another size than was announced is a ProtocolError; the descriptor is
     closed."""
@@ -271,7 +277,10 @@ def test_slab_that_the_kernel_refuses_is_out_of_memory() -> None:
 
 def test_slab_without_a_free_descriptor_is_out_of_memory() -> None:
     """When the process may open no more files, a slab is OutOfMemory that says so."""
-    with soft_limit(resource.RLIMIT_NOFILE, 3), pytest.raises(OutOfMemory, match="open files"):
+    with (
+        soft_limit(resource.RLIMIT_NOFILE, 3),
+        pytest.raises(OutOfMemory, match="open files"),
+    ):
         create_slab(PAGE, 0)
 
 
@@ -287,14 +296,18 @@ def test_memfd_works_here() -> None:
     assert memfd_works()
 
 
-def test_system_without_memfd_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_without_memfd_is_told_and_not_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Where the system has no memfds, `memfd_works` says so."""
     monkeypatch.delattr(os, "memfd_create")
     assert not memfd_works()
 
 
 @pytest.mark.parametrize("step", ["posix_fallocate", "ftruncate"])
-def test_interrupted_creation_leaves_nothing(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_creation_leaves_nothing(
+    step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C while a slab is made closes its memfd, whose pages would stay otherwise."""
 
     def interrupted(*_: object) -> None:

@@ -16,14 +16,18 @@ MAX_NBYTES = 2**63 - 1
 WEAK = ("int64", "float64", "complex128")
 
 shapes = st.lists(st.integers(0, 2**40), max_size=6).map(tuple)
-strong = st.builds(Spec, st.sampled_from(list(BY_NAME.values())), shapes, st.just(False))
+strong = st.builds(
+    Spec, st.sampled_from(list(BY_NAME.values())), shapes, st.just(False)
+)
 weak = st.builds(
     Spec, st.sampled_from([BY_NAME[name] for name in WEAK]), st.just(()), st.just(True)
 )
 
 
 def fits(spec: Spec) -> bool:
-    return math.prod(size or 1 for size in spec.shape) * spec.dtype.itemsize <= MAX_NBYTES
+    return (
+        math.prod(size or 1 for size in spec.shape) * spec.dtype.itemsize <= MAX_NBYTES
+    )
 
 
 def message(
@@ -36,7 +40,9 @@ def message(
 @given(strong.filter(fits) | weak)
 def test_spec_survives_the_wire(spec: Spec) -> None:
     """A spec that is encoded, serialized, parsed and decoded equals the one sent."""
-    assert specs.decode(pb.Spec.FromString(specs.encode(spec).SerializeToString())) == spec
+    assert (
+        specs.decode(pb.Spec.FromString(specs.encode(spec).SerializeToString())) == spec
+    )
 
 
 @settings(deadline=None)
@@ -45,7 +51,9 @@ def test_spec_survives_the_wire(spec: Spec) -> None:
     st.lists(st.integers(-(2**63), 2**63 - 1), max_size=70),
     st.booleans(),
 )
-def test_decoded_spec_always_fits_in_63_bits(dtype: int, shape: list[int], weak: bool) -> None:
+def test_decoded_spec_always_fits_in_63_bits(
+    dtype: int, shape: list[int], weak: bool
+) -> None:
     """Whatever numbers come, a spec is refused as ProtocolError or has at most 2**63 - 1 bytes
     in 64 dimensions."""
     try:

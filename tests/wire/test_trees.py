@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridge_wire import trees
+from bridge_wire.classes import Classes, Node, structured
 from bridge_wire.errors import ProtocolError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
-from bridge_wire.trees import Classes
 
 
 class Array:
@@ -57,10 +57,14 @@ def is_array(value: object) -> bool:
     return isinstance(value, Array)
 
 
-def send(value: Any, sender: Classes | None = None, receiver: Classes | None = None) -> Any:
+def send(
+    value: Any, sender: Classes | None = None, receiver: Classes | None = None
+) -> Any:
     """Return the value as a peer rebuilds it."""
     tree, leaves = trees.encode(value, is_array, sender or Classes())
-    return trees.build(pb.Tree.FromString(tree.SerializeToString()), leaves, receiver or Classes())
+    return trees.build(
+        pb.Tree.FromString(tree.SerializeToString()), leaves, receiver or Classes()
+    )
 
 
 def returned(value: Any) -> Any:
@@ -77,9 +81,13 @@ def leaf() -> pb.Tree:
     return pb.Tree(leaf=pb.Tree.Leaf())
 
 
-def record(kind: str, name: str, fields: list[str], items: int | None = None) -> pb.Tree:
+def record(
+    kind: str, name: str, fields: list[str], items: int | None = None
+) -> pb.Tree:
     count = len(fields) if items is None else items
-    return pb.Tree(**{kind: pb.Tree.Record(name=name, fields=fields, items=[leaf()] * count)})
+    return pb.Tree(
+        **{kind: pb.Tree.Record(name=name, fields=fields, items=[leaf()] * count)}
+    )
 
 
 A, B, C = Array("a"), Array("b"), Array("c")
@@ -238,7 +246,9 @@ def test_deepest_tree_passes_in_a_whole_request(innermost: Any) -> None:
     )
     kwargs, _ = trees.encode({}, is_array, classes)
     call = pb.Call(model="m", arguments=trees.arguments(args, kwargs))
-    received = pb.PrepareRequest.FromString(pb.PrepareRequest(call=call).SerializeToString())
+    received = pb.PrepareRequest.FromString(
+        pb.PrepareRequest(call=call).SerializeToString()
+    )
     rebuilt, _ = trees.build(received.call.arguments, leaves, classes)
     assert rebuilt == (nested(trees.MAX_DEPTH - 1, innermost),)
 
@@ -246,7 +256,9 @@ def test_deepest_tree_passes_in_a_whole_request(innermost: Any) -> None:
 def test_deeper_structure_is_refused_with_its_path() -> None:
     """One level more is a StructureError that names the place, and so is a structure that
     contains itself."""
-    with pytest.raises(StructureError, match=r"x(\[0\])+ is nested more than 40 levels"):
+    with pytest.raises(
+        StructureError, match=r"x(\[0\])+ is nested more than 40 levels"
+    ):
         trees.encode(nested(trees.MAX_DEPTH + 1), is_array, Classes(), root="x")
     endless: list[Any] = []
     endless.append(endless)
@@ -300,7 +312,9 @@ def test_text_that_utf_8_cannot_carry_is_refused(value: Any) -> None:
 
 def test_leaves_have_the_paths_that_python_would_write() -> None:
     """The path of a leaf is the expression that reaches it."""
-    tree, _ = trees.encode((A, {"w": [B], 3: None}, Point(None, C)), is_array, Classes())
+    tree, _ = trees.encode(
+        (A, {"w": [B], 3: None}, Point(None, C)), is_array, Classes()
+    )
     assert trees.leaf_paths(tree, "args") == ["args[0]", "args[1]['w'][0]", "args[2].y"]
 
 
@@ -308,7 +322,10 @@ def test_arguments_have_the_paths_of_args_and_kwargs() -> None:
     """The leaves of a call are named from `args` and `kwargs`."""
     args, _ = trees.encode((A,), is_array, Classes())
     kwargs, _ = trees.encode({"scale": B, "on": True}, is_array, Classes())
-    assert trees.argument_paths(trees.arguments(args, kwargs)) == ["args[0]", "kwargs['scale']"]
+    assert trees.argument_paths(trees.arguments(args, kwargs)) == [
+        "args[0]",
+        "kwargs['scale']",
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
@@ -318,7 +335,10 @@ def test_flat_tree_is_a_tuple_of_leaves(count: int) -> None:
     assert trees.build(trees.flat(count), arrays, Classes()) == arrays
 
 
-EMPTY_TUPLE, EMPTY_DICT = pb.Tree(tuple=pb.Tree.Sequence()), pb.Tree(dict=pb.Tree.Mapping())
+EMPTY_TUPLE, EMPTY_DICT = (
+    pb.Tree(tuple=pb.Tree.Sequence()),
+    pb.Tree(dict=pb.Tree.Mapping()),
+)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +364,9 @@ def test_arguments_that_are_no_args_and_kwargs_are_refused(tree: pb.Tree) -> Non
 # Malformed trees ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "word"), [(0, "more"), (1, "more"), (3, "fewer"), (9, "fewer")])
+@pytest.mark.parametrize(
+    ("count", "word"), [(0, "more"), (1, "more"), (3, "fewer"), (9, "fewer")]
+)
 def test_wrong_number_of_leaves_is_refused(count: int, word: str) -> None:
     """A tree of two leaves that comes with any other number of arrays is a ProtocolError."""
     with pytest.raises(ProtocolError, match=f"{word} leaves"):
@@ -359,7 +381,9 @@ def test_wrong_number_of_leaves_is_refused(count: int, word: str) -> None:
         pb.Tree(value=pb.Value()),
         pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(text="a")], items=[])),
         pb.Tree(dict=pb.Tree.Mapping(keys=[], items=[leaf()])),
-        pb.Tree(dict=pb.Tree.Mapping(keys=[pb.Value(text="a")] * 2, items=[leaf()] * 2)),
+        pb.Tree(
+            dict=pb.Tree.Mapping(keys=[pb.Value(text="a")] * 2, items=[leaf()] * 2)
+        ),
         pb.Tree(
             dict=pb.Tree.Mapping(
                 keys=[pb.Value(integer=1), pb.Value(boolean=True)], items=[leaf()] * 2
@@ -419,7 +443,9 @@ def test_name_that_is_no_identifier_is_refused(kind: str, name: str) -> None:
     ],
     ids=ascii,
 )
-def test_fields_that_no_class_can_have_are_refused(kind: str, fields: list[str]) -> None:
+def test_fields_that_no_class_can_have_are_refused(
+    kind: str, fields: list[str]
+) -> None:
     """Field names that are equal, also after Python's own normalization, or Python's own, are a
     ProtocolError."""
     with pytest.raises(ProtocolError):
@@ -500,7 +526,9 @@ def test_attributes_that_are_no_fields_are_not_lost_in_silence() -> None:
     model.more = B
     at_the_peer = send(model)
     assert at_the_peer.weights is A
-    with pytest.raises(StructureError, match=r"Model.*\['more'\] are no fields.*dict or tuple"):
+    with pytest.raises(
+        StructureError, match=r"Model.*\['more'\] are no fields.*dict or tuple"
+    ):
         send(at_the_peer)
     cached = Cached(A)
     assert cached.name == "a"
@@ -531,7 +559,10 @@ def test_a_class_that_was_never_sent_is_refused() -> None:
 def test_a_returned_class_has_the_fields_and_kind_that_were_sent() -> None:
     """A peer that returns an origin with another kind, or with other fields, is refused."""
     tree, _ = trees.encode(Model(A, B), is_array, Classes())
-    for kind, fields in (("dataclass", ["rate", "weights"]), ("namedtuple", ["weights", "rate"])):
+    for kind, fields in (
+        ("dataclass", ["rate", "weights"]),
+        ("namedtuple", ["weights", "rate"]),
+    ):
         changed = record(kind, "Model", fields)
         getattr(changed, kind).returned = tree.dataclass.origin
         with pytest.raises(ProtocolError, match="other fields"):
@@ -570,11 +601,11 @@ class Marked(Point):
     pass
 
 
-def structured(value: Any) -> trees.Node | None:
+def expand_static(value: Any) -> Node | None:
     """Take a Static apart as a framework does: its number is a static part."""
     if not isinstance(value, Static):
         return None
-    return trees.structured(
+    return structured(
         Static,
         ("x",),
         [value.x],
@@ -599,8 +630,10 @@ def test_static_parts_come_back(number: Any) -> None:
     """An instance comes back with its very static parts, also where they equal those of another
     instance."""
     for other in (0, False, 0.0, -0.0, 1, True, 1.0):
-        trees.encode(Static(A, other), is_array, Classes(), expand=structured)
-    tree, leaves = trees.encode(Static(A, number), is_array, Classes(), expand=structured)
+        trees.encode(Static(A, other), is_array, Classes(), expand=expand_static)
+    tree, leaves = trees.encode(
+        Static(A, number), is_array, Classes(), expand=expand_static
+    )
     back = send(trees.build(tree, leaves, Classes()))
     assert (type(back), type(back.number), repr(back.number)) == (
         Static,
@@ -613,7 +646,9 @@ def test_static_parts_have_origins_that_cannot_be_guessed() -> None:
     """The origin of a class with static parts tells nothing of them; equal instances have the
     same one."""
     first, second, other = (
-        trees.encode(Static(A, n), is_array, Classes(), expand=structured)[0].dataclass.origin
+        trees.encode(Static(A, n), is_array, Classes(), expand=expand_static)[
+            0
+        ].dataclass.origin
         for n in (5, 5, 6)
     )
     assert first == second != other
@@ -623,8 +658,12 @@ def test_static_parts_have_origins_that_cannot_be_guessed() -> None:
 def test_static_parts_without_hash_are_refused_when_they_come_back() -> None:
     """Static parts that cannot be compared are sent once; an instance that comes back is
     refused."""
-    tree, leaves = trees.encode(Static(A, []), is_array, Classes(), expand=structured)
-    with pytest.raises(StructureError, match=r"Static.*static parts cannot be compared"):
+    tree, leaves = trees.encode(
+        Static(A, []), is_array, Classes(), expand=expand_static
+    )
+    with pytest.raises(
+        StructureError, match=r"Static.*static parts cannot be compared"
+    ):
         send(trees.build(tree, leaves, Classes()))
 
 
@@ -666,14 +705,19 @@ def test_oldest_classes_are_forgotten() -> None:
 def test_class_s_own_expansion_is_used() -> None:
     """`expand` defines the parts of an instance, for types that are no dataclasses."""
 
-    def expand(value: Any) -> trees.Node | None:
+    def expand(value: Any) -> Node | None:
         if not isinstance(value, range):
             return None
-        return trees.Node(
-            range, ("start", "stop"), [value.start, value.stop], lambda items: range(*items)
+        return Node(
+            range,
+            ("start", "stop"),
+            [value.start, value.stop],
+            lambda items: range(*items),
         )
 
-    tree, leaves = trees.encode({"r": range(2, 5)}, is_array, classes := Classes(), expand=expand)
+    tree, leaves = trees.encode(
+        {"r": range(2, 5)}, is_array, classes := Classes(), expand=expand
+    )
     received = trees.build(tree, leaves, classes)
     assert isinstance(received, Mapping)
     assert (received["r"].start, received["r"].stop) == (2, 5)
@@ -687,7 +731,9 @@ def test_trees_differ_by_more_than_origins() -> None:
 
     def record(name: str, origin: str, item: pb.Tree = leaf) -> pb.Tree:
         inner = pb.Tree(
-            dataclass=pb.Tree.Record(name=name, fields=["x"], items=[item], origin=origin)
+            dataclass=pb.Tree.Record(
+                name=name, fields=["x"], items=[item], origin=origin
+            )
         )
         return pb.Tree(list=pb.Tree.Sequence(items=[inner]))
 

@@ -28,13 +28,15 @@ def mortal_worker() -> Iterator[Session]:
     """A worker that tests may kill, if they have it started again; it has hardly any room for
     residuals."""
     models = {
-        name: f"tests.server.torch_server.models:{name}" for name in ("sine", "smooth", "gated")
+        name: f"tests.server.torch_server.models:{name}"
+        for name in ("sine", "smooth", "gated")
     }
     args = ["--residual-bytes", "100"]
-    with spawn(torch_model=models, python=python_of(".venv-torch"), cwd=ROOT, args=args) as session:
-        RemoteTorchFunction(session, name="sine")(
-            jax.numpy.ones(3)
-        )  # so that it has its slab and its lane
+    with spawn(
+        torch_model=models, python=python_of(".venv-torch"), cwd=ROOT, args=args
+    ) as session:
+        # So that it has its slab and its lane.
+        RemoteTorchFunction(session, name="sine")(jax.numpy.ones(3))
         yield session
 
 

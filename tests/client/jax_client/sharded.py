@@ -54,14 +54,18 @@ def expect(
     compiled = jax.jit(f).lower(*arguments).compile()
     text = compiled.as_text()
     assert (
-        "all-gather" not in text and "collective-permute" not in text and "all-to-all" not in text
+        "all-gather" not in text
+        and "collective-permute" not in text
+        and "all-to-all" not in text
     )
     assert ("all-reduce" in text) == sums
     before = session.stats()["calls"]
     seen = jax.block_until_ready(compiled(*arguments))
     assert session.stats()["calls"] - before == calls, session.stats()["calls"] - before
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+        seen,
+        expected,
     )
 
 
@@ -74,13 +78,17 @@ def in_shard_map(session: Session, mesh: Mesh) -> None:
 
 def where_specs_are_declared(session: Session, mesh: Mesh) -> None:
     f, x = (
-        RemoteTorchFunction(session, name="square", in_specs=P("data"), out_specs=P("data")),
+        RemoteTorchFunction(
+            session, name="square", in_specs=P("data"), out_specs=P("data")
+        ),
         rows(8, 3),
     )
     sharded = spread(x, mesh)
     expect(session, f, (sharded,), x**2, 4)
     assert jax.jit(f)(sharded).sharding.spec == P("data")
-    expect(session, jax.grad(lambda x: f(jnp.sin(x)).sum()), (sharded,), jnp.sin(2 * x), 8)
+    expect(
+        session, jax.grad(lambda x: f(jnp.sin(x)).sum()), (sharded,), jnp.sin(2 * x), 8
+    )
     expect(
         session,
         lambda x: jax.jvp(jax.grad(lambda x: f(x).sum()), (x,), (x,))[1],
@@ -102,28 +110,46 @@ def with_parameters(session: Session, mesh: Mesh) -> None:
     images, params = rows(8, 3, 8, 8), one.params
 
     def loss(f: RemoteTorchFunction) -> object:
-        return jax.value_and_grad(lambda params, images: (f.apply(params, images) ** 2).sum())
+        return jax.value_and_grad(
+            lambda params, images: (f.apply(params, images) ** 2).sum()
+        )
 
     expected = jax.jit(loss(one))(params, images)
-    expect(session, loss(spread_out), (params, spread(images, mesh)), expected, 8, sums=True)
+    expect(
+        session,
+        loss(spread_out),
+        (params, spread(images, mesh)),
+        expected,
+        8,
+        sums=True,
+    )
 
 
 def state_and_keys(session: Session, mesh: Mesh) -> None:
-    f = RemoteTorchFunction(session, name="normed", in_specs=P("data"), out_specs=P("data"))
+    f = RemoteTorchFunction(
+        session, name="normed", in_specs=P("data"), out_specs=P("data")
+    )
     x, params, buffers = rows(8, 3), f.params, f.buffers
     _, changed = jax.jit(lambda x: f.apply(params, x, buffers=buffers, mutable=True))(
         spread(x, mesh)
     )
-    shards = [f.apply(params, shard, buffers=buffers, mutable=True)[1] for shard in jnp.split(x, 4)]
+    shards = [
+        f.apply(params, shard, buffers=buffers, mutable=True)[1]
+        for shard in jnp.split(x, 4)
+    ]
     for name in buffers:  # the mean of what each shard makes of it
         np.testing.assert_allclose(
             changed[name], np.mean([shard[name] for shard in shards], 0), rtol=1e-10
         )
-    g = RemoteTorchFunction(session, name="dropped", in_specs=P("data"), out_specs=P("data"))
+    g = RemoteTorchFunction(
+        session, name="dropped", in_specs=P("data"), out_specs=P("data")
+    )
     ones, params, key = spread(jnp.ones((4, 4)), mesh), g.params, jax.random.key(0)
     made = np.asarray(jax.jit(lambda key: g.apply(params, ones, rng=key))(key))
     assert len({row.tobytes() for row in made != 0}) > 1  # a mask for each shard
-    np.testing.assert_array_equal(jax.jit(lambda key: g.apply(params, ones, rng=key))(key), made)
+    np.testing.assert_array_equal(
+        jax.jit(lambda key: g.apply(params, ones, rng=key))(key), made
+    )
 
 
 def on_another_device(session: Session, mesh: Mesh) -> None:
@@ -136,7 +162,10 @@ def on_another_device(session: Session, mesh: Mesh) -> None:
         np.testing.assert_allclose(pulled, 2 * x**3)
         after = session.stats()
         assert after["calls"] - before["calls"] == 2  # from the residual
-        is_shared = session.pool.address_of(made.unsafe_buffer_pointer(), made.nbytes) is not None
+        is_shared = (
+            session.pool.address_of(made.unsafe_buffer_pointer(), made.nbytes)
+            is not None
+        )
         assert is_shared == (device is jax.devices()[0])
     assert not f(rows(3)).committed
 
@@ -145,13 +174,16 @@ def on_an_explicit_mesh(session: Session, _: Mesh) -> None:
     """Where shardings are part of the types, as in a mesh of jax.make_mesh."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     one, x = RemoteTorchFunction(session, name="square"), rows(8, 3)
-    declared = RemoteTorchFunction(session, name="square", in_specs=P("data"), out_specs=P("data"))
+    declared = RemoteTorchFunction(
+        session, name="square", in_specs=P("data"), out_specs=P("data")
+    )
     for f in (one, declared):
         gradient = jax.jit(jax.grad(lambda x, f=f: f(x).sum()))(spread(x, mesh))
         np.testing.assert_allclose(gradient, 2 * x)
     expect(session, declared, (spread(x, mesh),), x**2, 4)
     with jax.set_mesh(mesh):
-        np.testing.assert_allclose(jax.jit(declared)(x), x**2)  # which is not spread yet
+        # Which is not spread yet.
+        np.testing.assert_allclose(jax.jit(declared)(x), x**2)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ import pytest
 
 from bridge_client import Session
 from bridge_client.jax import callbacks, primitives, pytrees
-from bridge_wire.errors import CallerError, DTypeError, RemoteModelError, SpecError, StructureError
+from bridge_wire.errors import (
+    CallerError,
+    DTypeError,
+    RemoteModelError,
+    SpecError,
+    StructureError,
+)
 from tests.client.jax_client.conftest import Remote, holds_nothing
 
 X = jnp.linspace(0.1, 1.0, 4)
@@ -98,10 +104,13 @@ def test_integers_without_x64(remote: Remote) -> None:
     expected = -jax.nn.log_softmax(logits)[labels, labels].mean()
     for given in (labels, np.arange(4), labels.astype(jnp.int16).astype(jnp.int32)):
         np.testing.assert_allclose(f(logits, given), expected, rtol=1e-6, atol=1e-6)
-        np.testing.assert_allclose(jax.jit(f)(logits, given), expected, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            jax.jit(f)(logits, given), expected, rtol=1e-6, atol=1e-6
+        )
     assert remote("embedded")(jnp.eye(3), labels[:3])["tokens"].dtype == jnp.int32
     with pytest.raises(
-        DTypeError, match=r"`args\[1\]` has dtype int64 and values from 0 to 1099511627776"
+        DTypeError,
+        match=r"`args\[1\]` has dtype int64 and values from 0 to 1099511627776",
     ):
         f(logits, np.array([0, 1, 2, 2**40]))
     for wrap in (lambda f: f, jax.jit):
@@ -120,7 +129,8 @@ def test_floats_without_x64(remote: Remote, session: Session) -> None:
         remote("sine")(np.ones(3))
     for wrap in (lambda f: f, jax.jit):
         with pytest.raises(
-            DTypeError, match=r"output 0 of widened has dtype float64.*set jax_enable_x64"
+            DTypeError,
+            match=r"output 0 of widened has dtype float64.*set jax_enable_x64",
         ):
             wrap(remote("widened"))(X)
     assert session.stats()["calls"] == 0
@@ -147,10 +157,13 @@ def test_a_traced_value_where_one_is_needed(remote: Remote) -> None:
     """A tracer for a static argument is told by the argument's path what to do."""
     f = remote("repeated", static_argnames="times")
     with pytest.raises(
-        StructureError, match=r"`args\[1\]` is static, but is traced here.*static_argnums"
+        StructureError,
+        match=r"`args\[1\]` is static, but is traced here.*static_argnums",
     ):
         jax.jit(f)(X, 2)
-    with pytest.raises(StructureError, match=r"`kwargs\['times'\]` is static, but is an array"):
+    with pytest.raises(
+        StructureError, match=r"`kwargs\['times'\]` is static, but is an array"
+    ):
         f(X, times=jnp.arange(3))
 
 
@@ -185,15 +198,21 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
     """What cannot be sent is refused by its path, also while tracing, before anything is sent."""
     f = remote("echo")
     with pytest.raises(
-        StructureError, match=r"`args\[0\]\['w'\]\[1\]` is a builtins.object; expected an array"
+        StructureError,
+        match=r"`args\[0\]\['w'\]\[1\]` is a builtins.object; expected an array",
     ):
         f({"w": [X, object()]})
-    with pytest.raises(StructureError, match=r"`args\[0\]` is a Foreign that jax cannot read"):
+    with pytest.raises(
+        StructureError, match=r"`args\[0\]` is a Foreign that jax cannot read"
+    ):
         f(Foreign())
-    with pytest.raises(StructureError, match=r"`args\[0\]` .*; a key is passed as rng="):
+    with pytest.raises(
+        StructureError, match=r"`args\[0\]` .*; a key is passed as rng="
+    ):
         jax.jit(f)(jax.random.key(0))
     with pytest.raises(
-        DTypeError, match=r"`args\[0\]` is the integer 4294967296, which does not fit in 32 bits"
+        DTypeError,
+        match=r"`args\[0\]` is the integer 4294967296, which does not fit in 32 bits",
     ):
         f(2**32)
     with pytest.raises(
@@ -205,7 +224,9 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n"), jnp.float32)
     with pytest.raises(SpecError, match=r"`args\[0\]` has the symbolic shape \(n,\)"):
         jax.eval_shape(f, symbolic)
-    with pytest.raises(CallerError, match="only one of in_specs and out_specs is given"):
+    with pytest.raises(
+        CallerError, match="only one of in_specs and out_specs is given"
+    ):
         remote("echo", in_specs=jax.sharding.PartitionSpec())
     with pytest.raises(CallerError, match="static_argnames=3; expected a name"):
         remote("echo", static_argnames=3)
@@ -214,7 +235,10 @@ def test_bad_arguments_are_named(remote: Remote, session: Session) -> None:
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
-        (lambda: {1: X, "a": X}, "jax cannot take the arguments apart: '<' not supported"),
+        (
+            lambda: {1: X, "a": X},
+            "jax cannot take the arguments apart: '<' not supported",
+        ),
         (_endless, "jax cannot take the arguments apart: maximum recursion depth"),
         (
             lambda: np.array([object()]),
@@ -238,7 +262,9 @@ def test_what_is_no_argument_is_told(remote: Remote, argument: Any, text: str) -
 def test_any_keyword_and_byte_order(remote: Remote) -> None:
     """A model's argument may be called self, and an array may have come from another machine."""
     assert_same(remote("echo")(np.arange(3, dtype=">i4")), jnp.arange(3))
-    with pytest.raises(RemoteModelError, match=r"got an unexpected keyword argument 'self'"):
+    with pytest.raises(
+        RemoteModelError, match=r"got an unexpected keyword argument 'self'"
+    ):
         remote("echo")(self=X)
 
 
@@ -260,14 +286,18 @@ def test_debug_nans(remote: Remote, wrap: Any) -> None:
     for call in (f, jax.grad(lambda x: f(x).sum())):
         with (
             jax.debug_nans(True),
-            pytest.raises(FloatingPointError, match=r"invalid value \(nan\) .* of .*sine"),
+            pytest.raises(
+                FloatingPointError, match=r"invalid value \(nan\) .* of .*sine"
+            ),
         ):
             wrap(call)(jnp.array([1.0, jnp.inf]))
         with jax.debug_nans(True):
             assert np.isfinite(wrap(call)(jnp.ones(2))).all()
     with (
         jax.debug_infs(True),
-        pytest.raises(FloatingPointError, match=r"\(inf\) encountered in output 0 of square"),
+        pytest.raises(
+            FloatingPointError, match=r"\(inf\) encountered in output 0 of square"
+        ),
     ):
         wrap(remote("square"))(jnp.array([1.0, 1e30]))
 
@@ -277,7 +307,9 @@ def test_arrays_over_blocks_are_not_copied(remote: Remote, session: Session) -> 
     lies."""
     f = remote("sine")
     made = f(jnp.ones(1000))
-    assert session.pool.address_of(made.unsafe_buffer_pointer(), made.nbytes) is not None
+    assert (
+        session.pool.address_of(made.unsafe_buffer_pointer(), made.nbytes) is not None
+    )
     before = session.stats()["bytes_copied"]
     again = f(made)
     assert session.stats()["bytes_copied"] - before == again.nbytes
@@ -290,7 +322,10 @@ def test_arrays_over_blocks_are_not_copied(remote: Remote, session: Session) -> 
     assert session.stats()["bytes_copied"] - before == again.nbytes
     del made
     np.testing.assert_allclose(
-        kept[1](jnp.ones(1000))[0], 2 * jnp.cos(2 * jnp.sin(jnp.ones(1000))), rtol=1e-5, atol=1e-6
+        kept[1](jnp.ones(1000))[0],
+        2 * jnp.cos(2 * jnp.sin(jnp.ones(1000))),
+        rtol=1e-5,
+        atol=1e-6,
     )
     del again, kept
     assert holds_nothing(session)
@@ -306,10 +341,14 @@ def test_layouts_other_than_row_major(remote: Remote) -> None:
         columns[::-1, ::2],
     ):
         np.testing.assert_array_equal(remote("echo")(imported), np.asarray(imported))
-        np.testing.assert_array_equal(jax.jit(remote("echo"))(imported), np.asarray(imported))
+        np.testing.assert_array_equal(
+            jax.jit(remote("echo"))(imported), np.asarray(imported)
+        )
 
 
-def test_without_buffer_callback(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_buffer_callback(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where there is no callback on buffers, pure_callback does the same."""
     f = remote("embedded")
     monkeypatch.setattr(callbacks, "buffer_callback", None)

@@ -19,13 +19,17 @@ def x(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
-def test_classes_of_one_name_are_told_apart(any_lane: Remote, x: Any, wrap: Any) -> None:
+def test_classes_of_one_name_are_told_apart(
+    any_lane: Remote, x: Any, wrap: Any
+) -> None:
     """Two classes of the same name, module and fields are each itself in the model, whichever
     came last."""
     first, second, class_of = (
         any_lane(name) for name in ("first_state", "second_state", "class_of_state")
     )
-    assert [float(wrap(lambda x, f=f: class_of(f(x)))(x)) for f in (first, second, first)] == [
+    assert [
+        float(wrap(lambda x, f=f: class_of(f(x)))(x)) for f in (first, second, first)
+    ] == [
         1,
         2,
         1,
@@ -41,7 +45,9 @@ def test_a_class_of_the_caller_is_none_of_the_model(any_lane: Remote, x: Any) ->
     assert float(any_lane("class_of_state")(State(x, x))) == 0
 
 
-def test_attributes_that_are_no_fields_are_not_lost_in_silence(any_lane: Remote, x: Any) -> None:
+def test_attributes_that_are_no_fields_are_not_lost_in_silence(
+    any_lane: Remote, x: Any
+) -> None:
     """An instance with more attributes than fields can be read, and is refused where it is
     passed on."""
     state = any_lane("state_with_more")(x)
@@ -60,4 +66,6 @@ def test_a_result_of_another_class_is_refused(any_lane: Remote, x: Any) -> None:
         except StructureError as error:
             assert "another structure" in str(error)
         else:
-            assert float(any_lane("class_of_state")(state)) == (1 if values.sum() > 0 else 2)
+            assert float(any_lane("class_of_state")(state)) == (
+                1 if values.sum() > 0 else 2
+            )

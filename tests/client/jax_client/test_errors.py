@@ -30,7 +30,9 @@ def gate(tmp_path: Path) -> Gate:
     return Gate(tmp_path / "gate")
 
 
-def test_what_a_model_raises_comes_out_of_compiled_code(remote: Remote, session: Session) -> None:
+def test_what_a_model_raises_comes_out_of_compiled_code(
+    remote: Remote, session: Session
+) -> None:
     """The first time as later, from jit, grad, scan and vmap: as the model's error, with the
     remote traceback."""
     f = remote("raises_below_zero")
@@ -74,7 +76,8 @@ def test_what_is_wrong_with_a_call_is_said_while_it_is_traced(
 ) -> None:
     """Before any data moves, jit raises what Prepare says."""
     with pytest.raises(
-        RemoteModelError, match=r"no arrays of shape \(4,\) here.*\n.*args\[0\]: float32\[4\]"
+        RemoteModelError,
+        match=r"no arrays of shape \(4,\) here.*\n.*args\[0\]: float32\[4\]",
     ):
         jax.jit(remote("refusing"))(X)
     assert session.stats()["calls"] == 0
@@ -96,7 +99,9 @@ def test_a_worker_that_dies_during_a_call_in_compiled_code(
 ) -> None:
     """The call ends with WorkerDied, and the next one has a new worker."""
     gate = Gate(tmp_path / "gate")
-    f = jax.jit(lambda x: RemoteTorchFunction(mortal_worker, name="gated")(x, str(gate)))
+    f = jax.jit(
+        lambda x: RemoteTorchFunction(mortal_worker, name="gated")(x, str(gate))
+    )
     call = Background(lambda: f(X).block_until_ready())
     gate.wait_for_a_caller()
     kill(mortal_worker)
@@ -109,7 +114,9 @@ def test_a_worker_that_dies_during_a_call_in_compiled_code(
 def test_a_worker_that_nobody_starts_again(mortal_worker: Session) -> None:
     """A call of compiled code raises at once, each time."""
     with connect(mortal_worker.address) as session:
-        f = jax.jit(jax.grad(lambda x: RemoteTorchFunction(session, name="sine")(x).sum()))
+        f = jax.jit(
+            jax.grad(lambda x: RemoteTorchFunction(session, name="sine")(x).sum())
+        )
         jax.block_until_ready(f(X))
         kill(mortal_worker)
         for _ in range(2):
@@ -122,9 +129,10 @@ def test_a_call_that_takes_too_long(torch_worker: Session, gate: Gate) -> None:
     """timeout_s holds in compiled code too; the memory of such a call comes back when the worker
     has let go of it."""
     with connect(torch_worker.address) as session:
+        # Traced without a limit.
         jax.eval_shape(
             lambda x: RemoteTorchFunction(session, name="gated")(x, str(gate)), X
-        )  # traced without a limit
+        )
         f = RemoteTorchFunction(session, name="gated", timeout_s=1.0)
         with pytest.raises(CallTimeout, match=r"no answer within 1\.0 s"):
             jax.jit(lambda x: f(x, str(gate)))(X).block_until_ready()

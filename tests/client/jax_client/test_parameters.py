@@ -24,7 +24,9 @@ RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(5, 4))
 
 
-def in_torch(module: torch.nn.Module, *inputs: np.ndarray) -> tuple[dict[str, Any], list[Any]]:
+def in_torch(
+    module: torch.nn.Module, *inputs: np.ndarray
+) -> tuple[dict[str, Any], list[Any]]:
     """Return torch's own gradients of the sum of squares: by parameter, and by float input."""
     module.zero_grad()
     tensors = [torch.tensor(x, requires_grad=x.dtype.kind == "f") for x in inputs]
@@ -45,7 +47,9 @@ MODULES = {
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-4)]
+)
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_of_modules_are_torchs(
     remote: Remote, session: Session, name: str, dtype: str, tolerance: float
@@ -56,7 +60,8 @@ def test_gradients_of_modules_are_torchs(
     f = remote(name)
     cast = lambda x: jnp.asarray(x, dtype if x.dtype.kind == "f" else None)  # noqa: E731
     params, buffers = (
-        {name: cast(value) for name, value in own.items()} for own in (f.params, f.buffers)
+        {name: cast(value) for name, value in own.items()}
+        for own in (f.params, f.buffers)
     )
     arrays = list(map(cast, inputs))
     assert list(params) == [n for n, _ in module.named_parameters()]
@@ -71,7 +76,9 @@ def test_gradients_of_modules_are_torchs(
     expected_params, expected_inputs = in_torch(module, *inputs)
     assert by_params.keys() == expected_params.keys()
     for key, expected in expected_params.items():
-        np.testing.assert_allclose(by_params[key], expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            by_params[key], expected, rtol=tolerance, atol=tolerance
+        )
     for seen, expected in zip(by_inputs, expected_inputs, strict=True):
         np.testing.assert_allclose(seen, expected, rtol=tolerance, atol=tolerance)
 
@@ -86,10 +93,13 @@ def test_second_derivatives_of_a_module(remote: Remote) -> None:
         for name, p in params.items()
     }
     loss = lambda p: (f.apply(p, jnp.asarray(IMAGES)) ** 2).sum()  # noqa: E731
-    seen = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,))[1])(params, direction)
+    seen = jax.jit(lambda p, d: jax.jvp(jax.grad(loss), (p,), (d,))[1])(
+        params, direction
+    )
     own = list(module.parameters())
     vectors = [torch.tensor(np.asarray(d)) for d in direction.values()]
-    with sdpa_kernel(SDPBackend.MATH):  # torch's faster attention has no second derivative
+    # Torch's faster attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
         made = torch.autograd.grad(
             (module(torch.tensor(IMAGES)) ** 2).sum(), own, create_graph=True
         )
@@ -99,7 +109,9 @@ def test_second_derivatives_of_a_module(remote: Remote) -> None:
 
 
 @pytest.mark.usefixtures("x64")
-def test_training_with_optax_is_training_in_torch(remote: Remote, session: Session) -> None:
+def test_training_with_optax_is_training_in_torch(
+    remote: Remote, session: Session
+) -> None:
     """100 steps of Adam, in a scan, end where torch's end, to 1e-8."""
     f, module = (
         remote("perceptron"),
@@ -110,7 +122,9 @@ def test_training_with_optax_is_training_in_torch(remote: Remote, session: Sessi
 
     def step(state: Any, _: None) -> tuple[Any, jax.Array]:
         params, moments = state
-        loss, gradients = jax.value_and_grad(lambda p: ((f.apply(p, x) - y) ** 2).mean())(params)
+        loss, gradients = jax.value_and_grad(
+            lambda p: ((f.apply(p, x) - y) ** 2).mean()
+        )(params)
         updates, moments = optimizer.update(gradients, moments)
         return (optax.apply_updates(params, updates), moments), loss
 
@@ -121,13 +135,17 @@ def test_training_with_optax_is_training_in_torch(remote: Remote, session: Sessi
     in_torch = torch.optim.Adam(module.parameters(), 1e-2)
     for loss in losses:
         in_torch.zero_grad()
-        expected = ((module(torch.tensor(np.asarray(x))) - torch.tensor(np.asarray(y))) ** 2).mean()
+        expected = (
+            (module(torch.tensor(np.asarray(x))) - torch.tensor(np.asarray(y))) ** 2
+        ).mean()
         expected.backward()
         in_torch.step()
         np.testing.assert_allclose(loss, expected.item(), rtol=1e-8)
     assert losses[-1] < losses[0] / 2
     for name, parameter in module.named_parameters():
-        np.testing.assert_allclose(trained[name], parameter.detach().numpy(), rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(
+            trained[name], parameter.detach().numpy(), rtol=1e-8, atol=1e-8
+        )
     stats = session.stats()
     assert (stats["residuals"], stats["calls"]) == (0, 201)
 
@@ -157,11 +175,15 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
     name."""
     f, x = remote("single"), jnp.ones((1, 4))
     params = f.params
-    with pytest.raises(StructureError, match=r"params lacks \['0.bias'\] and has \['bias'\]"):
+    with pytest.raises(
+        StructureError, match=r"params lacks \['0.bias'\] and has \['bias'\]"
+    ):
         f.apply({**{k: v for k, v in params.items() if k != "0.bias"}, "bias": x}, x)
     with pytest.raises(StructureError, match=r"params lacks \['0.bias'\]$"):
         f.apply({k: v for k, v in params.items() if k != "0.bias"}, x)
-    with pytest.raises(StructureError, match="params is a list; expected a dict of arrays by name"):
+    with pytest.raises(
+        StructureError, match="params is a list; expected a dict of arrays by name"
+    ):
         f.apply([x], x)
     with pytest.raises(
         SpecError, match=r"parameter `0.bias` has shape \[7\]; the model's has \[8\]"
@@ -172,7 +194,8 @@ def test_parameters_are_checked(remote: Remote, session: Session) -> None:
     ):
         f.apply({**params, "0.bias": 0.0}, x)
     with pytest.raises(
-        DTypeError, match=r"parameter `0.weight` has dtype float64, .*set jax_enable_x64"
+        DTypeError,
+        match=r"parameter `0.weight` has dtype float64, .*set jax_enable_x64",
     ):
         _ = remote("perceptron").params
     with pytest.raises(
@@ -186,10 +209,16 @@ def test_buffers_and_random_numbers(remote: Remote) -> None:
     for each kind of key."""
     f, x = remote("batch_norm"), jnp.asarray(ROWS, jnp.float32)
     params, buffers = f.params, f.buffers
-    call = lambda buffers, key: f.apply(params, x, buffers=buffers, mutable=True, rng=key)  # noqa: E731
+
+    def call(buffers: Any, key: Any) -> Any:
+        return f.apply(params, x, buffers=buffers, mutable=True, rng=key)
+
     key = jax.random.key(1)
     made, changed = call(buffers, key)
-    assert call({**buffers, "1.num_batches_tracked": 3}, key)[1]["1.num_batches_tracked"] == 4
+    assert (
+        call({**buffers, "1.num_batches_tracked": 3}, key)[1]["1.num_batches_tracked"]
+        == 4
+    )
     module = torch_models._made(
         lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     )
@@ -198,8 +227,13 @@ def test_buffers_and_random_numbers(remote: Remote) -> None:
         np.testing.assert_allclose(changed[name], value.numpy(), rtol=1e-5, atol=1e-7)
     assert changed["1.num_batches_tracked"].dtype == jnp.int32
     assert float(buffers["1.running_mean"].sum()) == 0.0
-    for same in (jax.random.PRNGKey(1), jax.random.wrap_key_data(jax.random.key_data(key))):
-        np.testing.assert_allclose(jax.jit(call)(buffers, same)[0], made, rtol=1e-5, atol=1e-6)
+    for same in (
+        jax.random.PRNGKey(1),
+        jax.random.wrap_key_data(jax.random.key_data(key)),
+    ):
+        np.testing.assert_allclose(
+            jax.jit(call)(buffers, same)[0], made, rtol=1e-5, atol=1e-6
+        )
     assert not np.allclose(call(buffers, jax.random.key(2))[0], made)
     assert (call(buffers, jax.random.key(1, impl="rbg"))[0] == 0).any()
     twice = call(call(buffers, key)[1], key)[1]
@@ -208,8 +242,13 @@ def test_buffers_and_random_numbers(remote: Remote) -> None:
     batch = jax.vmap(lambda key: f.apply(params, x, rng=key))(jax.random.split(key, 3))
     assert len({np.asarray(row).tobytes() for row in batch}) == 3
     dropped = lambda scale: f.apply({**params, "1.weight": scale}, x, rng=key)  # noqa: E731
-    value, gradient = dropped(params["1.weight"]), jax.jacrev(dropped)(params["1.weight"])
-    np.testing.assert_array_equal((np.asarray(gradient) != 0).any(-1), np.asarray(value) != 0)
+    value, gradient = (
+        dropped(params["1.weight"]),
+        jax.jacrev(dropped)(params["1.weight"]),
+    )
+    np.testing.assert_array_equal(
+        (np.asarray(gradient) != 0).any(-1), np.asarray(value) != 0
+    )
 
 
 class LinenNet(linen.Module):
@@ -226,7 +265,9 @@ def test_a_layer_of_a_linen_model(remote: Remote, session: Session) -> None:
     f, x = remote("batch_norm"), jnp.asarray(ROWS, jnp.float32)
     net = LinenNet(LinenModule(f))
     variables = jax.jit(net.init)(jax.random.key(0), x)
-    np.testing.assert_array_equal(variables["params"]["first"]["0.weight"], f.params["0.weight"])
+    np.testing.assert_array_equal(
+        variables["params"]["first"]["0.weight"], f.params["0.weight"]
+    )
     assert set(variables["batch_stats"]["first"]) == set(f.buffers)
     optimizer = optax.sgd(1e-1)
 
@@ -234,11 +275,16 @@ def test_a_layer_of_a_linen_model(remote: Remote, session: Session) -> None:
     def step(variables: Any, state: Any, key: jax.Array) -> Any:
         def loss(params: Any) -> Any:
             made, changed = net.apply(
-                {**variables, "params": params}, x, mutable=["batch_stats"], rngs={"dropout": key}
+                {**variables, "params": params},
+                x,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
             )
             return (made**2).mean(), changed
 
-        (value, changed), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        (value, changed), gradients = jax.value_and_grad(loss, has_aux=True)(
+            variables["params"]
+        )
         updates, state = optimizer.update(gradients, state)
         return (
             {"params": optax.apply_updates(variables["params"], updates), **changed},

@@ -55,7 +55,9 @@ def test_no_transfer_is_hidden(remote: Remote) -> None:
     np.testing.assert_allclose(gradient, value * SLOPE, rtol=1e-5, atol=1e-6)
 
 
-def test_inside_jit_the_first_pullback_takes_it(remote: Remote, session: Session) -> None:
+def test_inside_jit_the_first_pullback_takes_it(
+    remote: Remote, session: Session
+) -> None:
     """Nobody tells when the handle is forgotten there; a second use recomputes from the inputs."""
     _, pull = jax.jit(lambda x: jax.vjp(remote("sine"), x))(X)
     apply = jax.jit(lambda pull, cotangent: pull(cotangent)[0])
@@ -78,7 +80,9 @@ def test_a_pullback_that_fails_takes_it_too(
     assert eventually(lambda: kept(session) == 0)
 
 
-def test_a_pullback_that_is_not_used_keeps_nothing(remote: Remote, session: Session) -> None:
+def test_a_pullback_that_is_not_used_keeps_nothing(
+    remote: Remote, session: Session
+) -> None:
     """jit sees that nobody wants the residual, and runs the plain program."""
     made = jax.jit(lambda x: jax.vjp(remote("sine"), x)[0])(X)
     np.testing.assert_allclose(made, 2 * np.sin(X), rtol=1e-5, atol=1e-6)
@@ -97,14 +101,22 @@ def test_residuals_never_asked_for_are_bounded(
     begin(jnp.ones(99 * 4))
     assert kept(session) == 2  # the large one, and one beside it
     for i, pull in enumerate(pulls):
-        np.testing.assert_allclose(pull(jnp.ones(4))[0], 2 * (X + i), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            pull(jnp.ones(4))[0], 2 * (X + i), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_evicted_by_the_worker(mortal_worker: Session) -> None:
     """A residual that the worker has no room for is recomputed, in scans too."""
     f = RemoteTorchFunction(mortal_worker, name="smooth")
-    many = lambda g: lambda x: jax.lax.scan(lambda c, _: (g(c), None), x, None, length=6)[0].sum()  # noqa: E731
-    with jax.enable_x64(True):  # what six steps make of the smallest difference is large
+
+    def many(g: Any) -> Any:
+        return lambda x: jax.lax.scan(lambda c, _: (g(c), None), x, None, length=6)[
+            0
+        ].sum()
+
+    # What six steps make of the smallest difference is large.
+    with jax.enable_x64(True):
         x = jnp.linspace(0.1, 1.0, 4)
         expected = jax.grad(many(smooth))(x)
         np.testing.assert_allclose(jax.jit(jax.grad(many(f)))(x), expected, rtol=1e-9)
@@ -114,7 +126,9 @@ def test_of_an_earlier_life_of_the_worker(mortal_worker: Session) -> None:
     """A worker that was started again has no residuals, and a pullback recomputes."""
     pull = jax.vjp(RemoteTorchFunction(mortal_worker, name="smooth"), X)[1]
     kill(mortal_worker)
-    np.testing.assert_allclose(pull(X)[0], jax.vjp(smooth, X)[1](X)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        pull(X)[0], jax.vjp(smooth, X)[1](X)[0], rtol=1e-5, atol=1e-6
+    )
     del pull
     assert holds_nothing(mortal_worker)
 

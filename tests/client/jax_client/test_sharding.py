@@ -15,7 +15,9 @@ from tests.conftest import ROOT, python_of
 
 
 @pytest.mark.parametrize("venv", [".venv-both", ".venv-jax-next"])
-def test_each_of_four_devices_makes_its_own_call(torch_worker: Session, venv: str) -> None:
+def test_each_of_four_devices_makes_its_own_call(
+    torch_worker: Session, venv: str
+) -> None:
     """Under shard_map, and where specs are declared: values, gradients, parameters, statistics and
     keys.
 
@@ -28,7 +30,12 @@ def test_each_of_four_devices_makes_its_own_call(torch_worker: Session, venv: st
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(ROOT),
     }
-    command = [python_of(venv), "-m", "tests.client.jax_client.sharded", torch_worker.address]
+    command = [
+        python_of(venv),
+        "-m",
+        "tests.client.jax_client.sharded",
+        torch_worker.address,
+    ]
     run = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )

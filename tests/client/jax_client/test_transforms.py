@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import grad, hessian, jacfwd, jacrev, jit, jvp, linearize, value_and_grad, vjp, vmap
+from jax import (
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jit,
+    jvp,
+    linearize,
+    value_and_grad,
+    vjp,
+    vmap,
+)
 from jax.ad_checkpoint import print_saved_residuals
 from jax.test_util import check_grads
 
@@ -42,7 +53,9 @@ def squared(f: Function) -> Function:
 
 def stepped(f: Function, wrap: Callable[[Any], Any] = lambda body: body) -> Function:
     """Return three steps of f as a scan."""
-    return lambda x: jax.lax.scan(wrap(lambda carry, _: (f(carry), carry[0])), x, None, length=3)[0]
+    return lambda x: jax.lax.scan(
+        wrap(lambda carry, _: (f(carry), carry[0])), x, None, length=3
+    )[0]
 
 
 def pulled_twice(f: Function, x: jax.Array) -> Any:
@@ -55,20 +68,32 @@ def chosen(f: Function) -> Function:
 
 
 # By name: the transform, its argument, and how many calls it takes outside jit, and inside.
-TRANSFORMS: dict[str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, int, int]] = {
+TRANSFORMS: dict[
+    str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, int, int]
+] = {
     "call": (lambda f, x: f(x), X, 1, 1),
     "grad": (lambda f, x: grad(squared(f))(x), X, 2, 2),
     "value_and_grad": (lambda f, x: value_and_grad(squared(f))(x), X, 2, 2),
     "vjp, used twice": (pulled_twice, X, 3, 3),
     "jvp": (lambda f, x: jvp(f, (x,), (x,)), X, 2, 2),
     "linearize": (lambda f, x: linearize(f, x)[1](x), X, 2, 1),
-    "linear_transpose": (lambda f, x: jax.linear_transpose(linearize(f, x)[1], x)(x), X, 2, 1),
+    "linear_transpose": (
+        lambda f, x: jax.linear_transpose(linearize(f, x)[1], x)(x),
+        X,
+        2,
+        1,
+    ),
     "jacfwd": (lambda f, x: jacfwd(f)(x), X, 2, 1),
     "jacrev": (lambda f, x: jacrev(f)(x), X, 2, 1),
     "hessian": (lambda f, x: hessian(squared(f))(x), X, 4, 3),
     "jacrev of jacrev": (lambda f, x: jacrev(jacrev(squared(f)))(x), X, 4, 3),
     "third derivative": (lambda f, x: jacfwd(jacrev(grad(squared(f))))(x), X, 8, 5),
-    "grad of jvp": (lambda f, x: grad(lambda y: jvp(f, (y,), (y,))[1].sum())(x), X, 3, 1),
+    "grad of jvp": (
+        lambda f, x: grad(lambda y: jvp(f, (y,), (y,))[1].sum())(x),
+        X,
+        3,
+        1,
+    ),
     "vmap": (lambda f, x: vmap(f)(x), ROWS, 1, 1),
     "vmap of vmap": (
         lambda f, x: vmap(vmap(f, in_axes=1, out_axes=1))(jnp.stack([x, x + 1])),
@@ -77,29 +102,49 @@ TRANSFORMS: dict[str, tuple[Callable[[Function, jax.Array], Any], np.ndarray, in
         1,
     ),
     "vmap of grad": (lambda f, x: vmap(grad(squared(f)))(x), ROWS, 2, 2),
-    "grad of vmap": (lambda f, x: grad(lambda y: (vmap(f)(y) ** 2).sum())(x), ROWS, 2, 2),
+    "grad of vmap": (
+        lambda f, x: grad(lambda y: (vmap(f)(y) ** 2).sum())(x),
+        ROWS,
+        2,
+        2,
+    ),
     "vmap of hessian": (lambda f, x: vmap(hessian(squared(f)))(x), ROWS, 4, 3),
     "scan": (lambda f, x: stepped(f)(x), X, 3, 3),
     "grad of scan": (lambda f, x: grad(lambda y: stepped(f)(y).sum())(x), X, 6, 6),
     "jvp of scan": (lambda f, x: jvp(stepped(f), (x,), (x,)), X, 6, 6),
-    "vmap of grad of scan": (lambda f, x: vmap(grad(lambda y: stepped(f)(y).sum()))(x), ROWS, 6, 6),
+    "vmap of grad of scan": (
+        lambda f, x: vmap(grad(lambda y: stepped(f)(y).sum()))(x),
+        ROWS,
+        6,
+        6,
+    ),
     "grad of scan of checkpoint": (
         lambda f, x: grad(lambda y: stepped(f, jax.checkpoint)(y).sum())(x),
         X,
         6,
         6,
     ),
-    "grad of lax.map": (lambda f, x: grad(lambda y: jax.lax.map(f, y).sum())(x), ROWS, 4, 4),
+    "grad of lax.map": (
+        lambda f, x: grad(lambda y: jax.lax.map(f, y).sum())(x),
+        ROWS,
+        4,
+        4,
+    ),
     "while": (
-        lambda f, x: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x))[
-            1
-        ],
+        lambda f, x: jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, f(c[1])), (0, x)
+        )[1],
         X,
         3,
         3,
     ),
     "grad of cond": (lambda f, x: grad(lambda y: chosen(f)(y).sum())(x), X, 2, 2),
-    "vmap of grad of cond": (lambda f, x: vmap(grad(lambda y: chosen(f)(y).sum()))(x), ROWS, 2, 1),
+    "vmap of grad of cond": (
+        lambda f, x: vmap(grad(lambda y: chosen(f)(y).sum()))(x),
+        ROWS,
+        2,
+        1,
+    ),
     "grad of checkpoint": (lambda f, x: grad(jax.checkpoint(squared(f)))(x), X, 3, 2),
 }
 
@@ -119,7 +164,9 @@ def test_transforms_are_those_of_the_function_in_jax(
         seen = jax.block_until_ready(wrap(lambda y: transform(f, y))(argument))
         calls.append(session.stats()["calls"] - before)
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), seen, expected
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
+            seen,
+            expected,
         )
     assert calls == expected_calls
 
@@ -140,7 +187,9 @@ def test_a_jitted_function_is_prepared_and_traced_once(remote: Remote) -> None:
     assert (len(traced), list(f._calls.values())) == (1, programs)
 
 
-def test_what_only_types_are_asked_of_makes_no_call(remote: Remote, session: Session) -> None:
+def test_what_only_types_are_asked_of_makes_no_call(
+    remote: Remote, session: Session
+) -> None:
     """eval_shape and make_jaxpr know the outputs from Prepare."""
     f = remote("smooth")
     before = session.stats()["calls"]
@@ -187,7 +236,9 @@ def test_several_results_of_which_one_matters(remote: Remote) -> None:
     np.testing.assert_allclose(seen, jnp.exp(y), rtol=1e-12)
     both = jit(lambda x, y: vjp(f, x, y)[1]((x, y)))(x, y)
     expected = vjp(lambda x, y: (jnp.sin(x) * y, jnp.exp(y)), x, y)[1]((x, y))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), both, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), both, expected
+    )
 
 
 def test_complex_functions_have_jaxs_convention(remote: Remote) -> None:
@@ -196,7 +247,9 @@ def test_complex_functions_have_jaxs_convention(remote: Remote) -> None:
     z, w = jnp.asarray([1 + 2j, 3 - 1j]), jnp.asarray([2 + 0.5j, -1j])
     seen = vjp(f, z, w)[1](w), jvp(f, (z, w), (w, z))
     expected = vjp(twin, z, w)[1](w), jvp(twin, (z, w), (w, z))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), seen, expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), seen, expected
+    )
 
 
 def test_functions_that_torch_func_cannot_look_into(remote: Remote) -> None:
@@ -204,7 +257,9 @@ def test_functions_that_torch_func_cannot_look_into(remote: Remote) -> None:
     f, x = remote("old_style"), jnp.asarray(ROWS)
     expected = 3 * jnp.sin(x) ** 2 * jnp.cos(x)
     np.testing.assert_allclose(grad(lambda x: f(x).sum())(x), expected, rtol=1e-12)
-    np.testing.assert_allclose(jit(vmap(grad(lambda x: f(x).sum())))(x), expected, rtol=1e-12)
+    np.testing.assert_allclose(
+        jit(vmap(grad(lambda x: f(x).sum())))(x), expected, rtol=1e-12
+    )
 
 
 def test_finite_differences(remote: Remote) -> None:

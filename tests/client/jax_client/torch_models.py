@@ -29,7 +29,11 @@ def embedded(table, tokens, scale=1.0, *, shift=None, squared=False):
     """Integers in, and what is static."""
     rows = table[tokens] * scale
     rows = rows if shift is None else rows + shift
-    return {"rows": rows**2 if squared else rows, "tokens": tokens + 1, "is_first": tokens == 0}
+    return {
+        "rows": rows**2 if squared else rows,
+        "tokens": tokens + 1,
+        "is_first": tokens == 0,
+    }
 
 
 def echo(tree):
@@ -86,7 +90,9 @@ def _perceptron(width=8):
 
 perceptron = _made(lambda: _perceptron().double())
 single = _made(_perceptron)
-batch_norm = _made(lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)))
+batch_norm = _made(
+    lambda: nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+)
 
 
 class Transformer(nn.Module):
@@ -95,7 +101,9 @@ class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
         self.tokens = nn.Embedding(11, 8)
-        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.0, batch_first=True
+        )
         self.decoder = nn.TransformerDecoderLayer(
             8, 2, 16, dropout=0.0, activation="gelu", batch_first=True
         )
@@ -139,7 +147,9 @@ def second_state(x):
 
 def class_of_state(state):
     """Which of the classes an instance has: 1 or 2; 0: neither."""
-    return state.x.new_tensor(isinstance(state, FirstState) + 2 * isinstance(state, SecondState))
+    return state.x.new_tensor(
+        isinstance(state, FirstState) + 2 * isinstance(state, SecondState)
+    )
 
 
 def state_with_more(x):

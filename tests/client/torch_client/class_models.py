@@ -93,7 +93,8 @@ def energy(state):
 def class_of(state):
     """The module of a Registered, as a number: 1 for this one, 2 for the twin, 0 for neither."""
     return jnp.asarray(
-        isinstance(state, Registered) + 2 * isinstance(state, class_models_twin.Registered)
+        isinstance(state, Registered)
+        + 2 * isinstance(state, class_models_twin.Registered)
     )
 
 
@@ -126,7 +127,9 @@ def twin(x):
 
 def train_state(x):
     return TrainState.create(
-        apply_fn=lambda p, x: p["w"] * x, params={"w": x}, tx=optax.sgd(0.5, momentum=0.5)
+        apply_fn=lambda p, x: p["w"] * x,
+        params={"w": x},
+        tx=optax.sgd(0.5, momentum=0.5),
     )
 
 

@@ -24,7 +24,9 @@ def network(session: Session) -> nn.Module:
     """Return a remote model between torch layers, the same on each rank."""
     torch.manual_seed(0)
     remote = RemoteJaxFunction(session, name="affine")
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), remote, nn.Tanh(), nn.Linear(2, 1)).double()
+    return nn.Sequential(
+        nn.Linear(3, 3), nn.Tanh(), remote, nn.Tanh(), nn.Linear(2, 1)
+    ).double()
 
 
 def batch(step: int) -> Tensor:
@@ -63,9 +65,8 @@ def run_rank() -> None:
             model = network(session)
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter.add_(
-                        rank
-                    )  # DistributedDataParallel begins with the weights of rank 0
+                    # DistributedDataParallel begins with the weights of rank 0.
+                    parameter.add_(rank)
             train(
                 DistributedDataParallel(model, gradient_as_bucket_view=kind == "own"),
                 rank,
@@ -101,7 +102,10 @@ def load_rows() -> None:
         sine(torch.ones(3))
         for start in ("fork", "spawn"):
             loader = DataLoader(
-                RemoteRows(sine), batch_size=2, num_workers=2, multiprocessing_context=start
+                RemoteRows(sine),
+                batch_size=2,
+                num_workers=2,
+                multiprocessing_context=start,
             )
             torch.testing.assert_close(torch.cat(list(loader)), expected)
             torch.testing.assert_close(sine(torch.ones(3)), 2 * torch.ones(3).sin())

@@ -25,5 +25,9 @@ class Stack(equinox.Module):
 
 _rng = np.random.default_rng(20)
 stack = Stack(
-    [jnp.asarray(_rng.normal(size=shape), jnp.float32) for shape in ((3, 4), (4, 4), (4, 2))], 0.2
+    [
+        jnp.asarray(_rng.normal(size=shape), jnp.float32)
+        for shape in ((3, 4), (4, 4), (4, 2))
+    ],
+    0.2,
 )

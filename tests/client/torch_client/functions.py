@@ -79,7 +79,9 @@ def doubled_until_ten(x):
 
 def windowed(x):
     """Sums of windows: no reverse rule, since the sums start at one."""
-    return jax.lax.reduce_window(x, jnp.ones((), x.dtype), jax.lax.add, (2,), (1,), "VALID")
+    return jax.lax.reduce_window(
+        x, jnp.ones((), x.dtype), jax.lax.add, (2,), (1,), "VALID"
+    )
 
 
 def next_after(x):
@@ -95,7 +97,9 @@ def forward_only(x):
 
 @forward_only.defjvp
 def _forward_only_jvp(primals, tangents):
-    return primals[0], jax.lax.while_loop(lambda t: t.sum() < 10, lambda t: t * 2, tangents[0])
+    return primals[0], jax.lax.while_loop(
+        lambda t: t.sum() < 10, lambda t: t * 2, tangents[0]
+    )
 
 
 def sine_and_square(x):
@@ -140,7 +144,9 @@ def moments(x):
 
 def report(x):
     return Report(
-        moments(x), {"none": None, "pair": (x, [x * 2]), "empty": {}, "text": "fine"}, x.sum()
+        moments(x),
+        {"none": None, "pair": (x, [x * 2]), "empty": {}, "text": "fine"},
+        x.sum(),
     )
 
 
@@ -200,7 +206,9 @@ def counted_outputs(x):
     and scan."""
 
     def branch(key, f):
-        return jax.lax.scan(lambda carry, _: (f(carry), None), counted(key, x), None, length=2)[0]
+        return jax.lax.scan(
+            lambda carry, _: (f(carry), None), counted(key, x), None, length=2
+        )[0]
 
     return branch("first", jnp.sin), branch("second", jnp.cos)
 
@@ -228,7 +236,9 @@ def _refuse_negative(x):
 
 
 def _checked(x):
-    return jax.pure_callback(_refuse_negative, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+    return jax.pure_callback(
+        _refuse_negative, jax.ShapeDtypeStruct(x.shape, x.dtype), x
+    )
 
 
 @jax.custom_vjp
@@ -237,7 +247,9 @@ def raises_below_zero(x):
     return _checked(x) * 2
 
 
-raises_below_zero.defvjp(lambda x: (raises_below_zero(x), None), lambda _, ct: (_checked(ct) * 2,))
+raises_below_zero.defvjp(
+    lambda x: (raises_below_zero(x), None), lambda _, ct: (_checked(ct) * 2,)
+)
 
 # Parameters ---------------------------------------------------------------------------------------
 

@@ -65,7 +65,9 @@ def _square_root(x):
     """By Newton's method, until it converges: jax cannot differentiate that loop in reverse."""
 
     def is_off(state):
-        return (jnp.abs(state[0] - state[1]) > 1e-14 * state[0]).any() & (state[2] < 100)
+        return (jnp.abs(state[0] - state[1]) > 1e-14 * state[0]).any() & (
+            state[2] < 100
+        )
 
     def improve(state):
         guess = state[0]
@@ -79,7 +81,9 @@ def _square_root_forward(x):
     return root, root
 
 
-_square_root.defvjp(_square_root_forward, lambda root, cotangent: (cotangent / (2 * root),))
+_square_root.defvjp(
+    _square_root_forward, lambda root, cotangent: (cotangent / (2 * root),)
+)
 
 
 def while_loop(x):
@@ -119,7 +123,11 @@ def custom_vjp(x):
 
 
 def norms(x):
-    return jnp.linalg.norm(x), jnp.linalg.norm(x, axis=1), jnp.linalg.norm(x, ord=1, axis=0)
+    return (
+        jnp.linalg.norm(x),
+        jnp.linalg.norm(x, axis=1),
+        jnp.linalg.norm(x, ord=1, axis=0),
+    )
 
 
 def cross_entropy(logits, labels):
@@ -148,12 +156,16 @@ def spectrum(a):
 
 def attention(queries, keys, values, mask):
     scores = jnp.einsum("hqd,hkd->hqk", queries, keys) / queries.shape[-1] ** 0.5
-    return jnp.einsum("hqk,hkd->hqd", jax.nn.softmax(jnp.where(mask, scores, -1e9)), values)
+    return jnp.einsum(
+        "hqk,hkd->hqd", jax.nn.softmax(jnp.where(mask, scores, -1e9)), values
+    )
 
 
 def layer_norm(x, scale, bias):
     centred = x - x.mean(-1, keepdims=True)
-    return centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * scale + bias
+    return (
+        centred * lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-3) * scale + bias
+    )
 
 
 def fourier(x):
@@ -161,12 +173,19 @@ def fourier(x):
 
 
 def kinks(x):
-    return jax.nn.relu(x), jnp.maximum(x, 0.5), jnp.where(x > 0, x, 2 * x), jnp.clip(x, -1, 1).max()
+    return (
+        jax.nn.relu(x),
+        jnp.maximum(x, 0.5),
+        jnp.where(x > 0, x, 2 * x),
+        jnp.clip(x, -1, 1).max(),
+    )
 
 
 def inner_gradient(x, y):
     """A model that differentiates on its own."""
-    return jax.grad(lambda x: (jnp.sin(x) * y).sum())(x) + jax.vmap(jnp.cumsum)(x[None])[0]
+    return (
+        jax.grad(lambda x: (jnp.sin(x) * y).sum())(x) + jax.vmap(jnp.cumsum)(x[None])[0]
+    )
 
 
 def to_complex(x, y):
@@ -232,7 +251,10 @@ def _softplus(x):
 
 
 _softplus.defjvp(
-    lambda primals, tangents: (_softplus(*primals), jax.nn.sigmoid(primals[0]) * tangents[0])
+    lambda primals, tangents: (
+        _softplus(*primals),
+        jax.nn.sigmoid(primals[0]) * tangents[0],
+    )
 )
 
 
@@ -243,7 +265,9 @@ SCALARS = {
     "quadratic form": lambda x: x @ jnp.outer(x, x) @ x,
     "scan": lambda x: lax.scan(lambda carry, y: (jnp.sin(carry) * y, None), 1.0, x)[0],
     "fori_loop": lambda x: lax.fori_loop(0, 3, lambda i, y: y * x + i, x).sum(),
-    "cond": lambda x: lax.cond(x[0] > 0, lambda x: jnp.sin(x) @ x, lambda x: (x**3).sum(), x),
+    "cond": lambda x: lax.cond(
+        x[0] > 0, lambda x: jnp.sin(x) @ x, lambda x: (x**3).sum(), x
+    ),
     "gather": lambda x: (x[jnp.array([2, 0, 1])] * x**2).sum(),
     "cumulative": lambda x: jnp.cumprod(x).sum(),
     "reciprocal": lambda x: 1 / (1 + x @ x),

@@ -1,5 +1,7 @@
 """Models for several devices; run by the worker. No torch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,12 @@ from jax.sharding import PartitionSpec as P
 def _dense(params, x):
     """A layer; says at compile time how its arrays lie."""
     jax.debug.inspect_array_sharding(
-        params["kernel"], callback=lambda s: print("kernel:", s.shard_shape(params["kernel"].shape))
+        params["kernel"],
+        callback=lambda s: print("kernel:", s.shard_shape(params["kernel"].shape)),
     )
-    jax.debug.inspect_array_sharding(x, callback=lambda s: print("x:", s.shard_shape(x.shape)))
+    jax.debug.inspect_array_sharding(
+        x, callback=lambda s: print("x:", s.shard_shape(x.shape))
+    )
     return jnp.tanh(x @ params["kernel"] + params["bias"])
 
 
@@ -29,8 +34,13 @@ dense_shardings = {"args[0]": P("data"), "kernel": P(None, "model"), "*": P("mod
 
 def where(x):
     """The number of the device that computes each element."""
-    number = lambda x: jnp.zeros_like(x) + 2 * lax.axis_index("data") + lax.axis_index("model")  # noqa: E731
-    return jax.shard_map(number, in_specs=P("data", "model"), out_specs=P("data", "model"))(x)
+
+    def number(x: Any) -> Any:
+        return jnp.zeros_like(x) + 2 * lax.axis_index("data") + lax.axis_index("model")
+
+    return jax.shard_map(
+        number, in_specs=P("data", "model"), out_specs=P("data", "model")
+    )(x)
 
 
 def constrained(x, y):

@@ -13,7 +13,8 @@ from torch import Tensor
 def to_numpy(value: Any) -> Any:
     """Return a structure of tensors as one of NumPy arrays."""
     return jax.tree.map(
-        lambda x: x.detach().resolve_conj().numpy() if isinstance(x, Tensor) else x, value
+        lambda x: x.detach().resolve_conj().numpy() if isinstance(x, Tensor) else x,
+        value,
     )
 
 
@@ -33,7 +34,9 @@ def to_torch(value: Any) -> Any:
 
 def float_leaves(value: Any) -> list[Any]:
     """Return the float and complex arrays or tensors of a structure."""
-    return [x for x in jax.tree.leaves(value) if hasattr(x, "dtype") and is_inexact(x.dtype)]
+    return [
+        x for x in jax.tree.leaves(value) if hasattr(x, "dtype") and is_inexact(x.dtype)
+    ]
 
 
 def is_inexact(dtype: Any) -> bool:
@@ -54,7 +57,9 @@ def vjp(
     with jax.enable_x64(x64):
         leaves, structure = jax.tree.flatten(args)
         wrt = [
-            i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and is_inexact(leaf.dtype)
+            i
+            for i, leaf in enumerate(leaves)
+            if hasattr(leaf, "dtype") and is_inexact(leaf.dtype)
         ]
 
         def restricted(*primals: Any) -> Any:
@@ -62,16 +67,21 @@ def vjp(
             for i, primal in zip(wrt, primals, strict=True):
                 full[i] = primal
             outputs = jax.tree.leaves(f(*jax.tree.unflatten(structure, full)))
-            return [y for y in outputs if hasattr(y, "dtype") and is_inexact(y.dtype)], outputs
+            return [
+                y for y in outputs if hasattr(y, "dtype") and is_inexact(y.dtype)
+            ], outputs
 
         def both(primals: Any, cotangents: Any) -> Any:
             _, pull, outputs = jax.vjp(restricted, *primals, has_aux=True)
             # jax.vjp is linear, torch's gradient conjugate-linear in the cotangent.
             return outputs, [
-                jax.numpy.conj(x) for x in pull([jax.numpy.conj(ct) for ct in cotangents])
+                jax.numpy.conj(x)
+                for x in pull([jax.numpy.conj(ct) for ct in cotangents])
             ]
 
-        made = jax.jit(both)([jax.numpy.asarray(leaves[i]) for i in wrt], list(cotangents))
+        made = jax.jit(both)(
+            [jax.numpy.asarray(leaves[i]) for i in wrt], list(cotangents)
+        )
         return jax.tree.map(np.asarray, made)
 
 

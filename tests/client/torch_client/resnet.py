@@ -24,7 +24,9 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         norm = lambda: nn.BatchNorm(use_running_average=not train, momentum=0.8)  # noqa: E731
-        y = nn.relu(norm()(nn.Conv(self.features, (3, 3), self.stride, use_bias=False)(x)))
+        y = nn.relu(
+            norm()(nn.Conv(self.features, (3, 3), self.stride, use_bias=False)(x))
+        )
         y = nn.Dropout(0.2, deterministic=not train)(y)
         y = norm()(nn.Conv(self.features, (3, 3), use_bias=False)(y))
         if y.shape != x.shape:
@@ -49,13 +51,14 @@ def resnet():
 
     def initial(path, leaf):
         if path[-1].key == "kernel":
-            return (rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))).astype(
-                np.float32
-            )
+            return (
+                rng.normal(size=leaf.shape) * np.sqrt(2 / np.prod(leaf.shape[:-1]))
+            ).astype(np.float32)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), np.float32)
 
     shapes = jax.eval_shape(
-        lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False), jax.random.key(0)
+        lambda key: module.init(key, jnp.zeros((1, 8, 8)), train=False),
+        jax.random.key(0),
     )
     return module, jax.tree_util.tree_map_with_path(initial, shapes)
 
@@ -69,7 +72,9 @@ def train(images, labels, batches, keys):
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_of(params, statistics, x, y, key):
-        stream = jax.random.fold_in(jax.random.wrap_key_data(key), np.uint32(_CRC32_OF_DROPOUT))
+        stream = jax.random.fold_in(
+            jax.random.wrap_key_data(key), np.uint32(_CRC32_OF_DROPOUT)
+        )
         logits, after = module.apply(
             {"params": params, **statistics},
             x,
@@ -102,6 +107,10 @@ _CRC32_OF_DROPOUT = 0x9289EFC9  # zlib.crc32(b"dropout")
 
 if __name__ == "__main__":
     data = np.load(sys.argv[1])
-    trained, losses = train(data["images"], data["labels"], data["batches"], data["keys"])
-    classes = jax.jit(lambda x: ResNet().apply(trained, x, train=False))(data["tested"]).argmax(1)
+    trained, losses = train(
+        data["images"], data["labels"], data["batches"], data["keys"]
+    )
+    classes = jax.jit(lambda x: ResNet().apply(trained, x, train=False))(
+        data["tested"]
+    ).argmax(1)
     np.savez(sys.argv[2], losses=losses, classes=classes)

@@ -57,7 +57,9 @@ def _shard_both(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
 
 def _shard_in_bfloat16(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
     whole = _around(module.float())
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+    )
     fully_shard(whole[1], mesh=mesh, mp_policy=policy)
     return fully_shard(whole, mesh=mesh, mp_policy=policy)  # type: ignore[return-value]
 
@@ -117,14 +119,18 @@ def run_rank() -> None:
         for kind, shard in KINDS.items():
             remote = RemoteJaxFunction(session, name="affine").double()
             plain = Affine(remote)
-            seen[kind] = [_trained(shard(model, mesh), rank) for model in (remote, plain)]
+            seen[kind] = [
+                _trained(shard(model, mesh), rank) for model in (remote, plain)
+            ]
     torch.save(seen, f"{directory}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 def refuse() -> None:
     """Call models whose parameters, or arguments, are shards; print what was refused by name."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
     mesh = init_device_mesh("cpu", (1,))
     with connect(sys.argv[1]) as session:
         x = torch.ones(2, 3)

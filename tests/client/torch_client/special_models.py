@@ -47,9 +47,9 @@ def scanned(x):
 
 def looped(x, count):
     """A while loop, whose derivative is forward-mode only."""
-    return jax.lax.while_loop(lambda s: s[0] < count, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x))[
-        1
-    ]
+    return jax.lax.while_loop(
+        lambda s: s[0] < count, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, x)
+    )[1]
 
 
 def bounded(x):
@@ -69,7 +69,9 @@ def called_back(x):
     def sine(x):
         return jax.pure_callback(np.sin, x, x, vmap_method="expand_dims")
 
-    sine.defjvps(lambda t, y, x: jax.pure_callback(np.cos, x, x, vmap_method="expand_dims") * t)
+    sine.defjvps(
+        lambda t, y, x: jax.pure_callback(np.cos, x, x, vmap_method="expand_dims") * t
+    )
     return sine(x)
 
 

@@ -28,7 +28,9 @@ noisy = (
     Noisy(),
     {
         "params": {"BatchNorm_0": {"scale": _normal(30, 3), "bias": _normal(31, 3)}},
-        "batch_stats": {"BatchNorm_0": {"mean": _normal(32, 3), "var": np.abs(_normal(33, 3)) + 1}},
+        "batch_stats": {
+            "BatchNorm_0": {"mean": _normal(32, 3), "var": np.abs(_normal(33, 3)) + 1}
+        },
     },
 )
 
@@ -113,7 +115,10 @@ def two_noises(x, left, right):
     return jax.random.normal(left, x.shape), jax.random.normal(right, x.shape)
 
 
-noisy_pair = (lambda params, x, *, key: params["w"] * noise(x, key), {"w": np.float32(3)})
+noisy_pair = (
+    lambda params, x, *, key: params["w"] * noise(x, key),
+    {"w": np.float32(3)},
+)
 counting = (lambda params, x: x * params["count"], {"count": np.int32(2)})
 
 
@@ -139,7 +144,9 @@ class Repeated(nnx.Module):
 
     def __call__(self, x):
         @nnx.scan(
-            in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry), out_axes=nnx.Carry, length=2
+            in_axes=(nnx.StateAxes({...: nnx.Carry}), nnx.Carry),
+            out_axes=nnx.Carry,
+            length=2,
         )
         def step(module, x):
             return module.dropout(x) * 2
@@ -168,9 +175,9 @@ class InferringNormed(equinox.Module):
         self.norm = equinox.nn.BatchNorm(3, axis_name="batch", mode="ema")
 
     def __call__(self, x, state):
-        return jax.vmap(self.norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch")(
-            x, state
-        )
+        return jax.vmap(
+            self.norm, in_axes=(0, None), out_axes=(0, None), axis_name="batch"
+        )(x, state)
 
 
 def regular():

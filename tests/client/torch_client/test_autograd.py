@@ -44,7 +44,11 @@ def test_each_float_leaf_that_requires_a_gradient_gets_one(any_lane: Remote) -> 
         "number": 2.5,
     }
     made = any_lane("echo")(asked, more=others)
-    outputs = [*made["args"][0]["list"], made["args"][0]["half"], made["args"][0]["scalar"]]
+    outputs = [
+        *made["args"][0]["list"],
+        made["args"][0]["half"],
+        made["args"][0]["scalar"],
+    ]
     sum((y.float() * 3).sum() for y in outputs).backward()
     for x in (*asked["list"], asked["half"], asked["scalar"]):
         assert x.grad is not None
@@ -56,7 +60,9 @@ def test_outputs_require_gradients_where_they_can_have_them(remote: Remote) -> N
     """Float outputs require a gradient when an input does; integers and booleans never do."""
     f = remote("gradient_case")
     position, values, positive, size = f("mixed outputs", leaf())
-    assert values.requires_grad and not any(y.requires_grad for y in (position, positive, size))
+    assert values.requires_grad and not any(
+        y.requires_grad for y in (position, positive, size)
+    )
     assert not any(y.requires_grad for y in f("mixed outputs", torch.rand(3)))
 
 
@@ -75,7 +81,11 @@ def test_a_gradient_nobody_asks_for_is_not_computed(
     before = {key: counts(key) for key in "xy"}
     inputs = {key: torch.rand(3, requires_grad=key == asked) for key in "xy"}
     remote("counted_inputs")(**inputs).sum().backward()
-    assert {key: counts(key) - before[key] for key in "xy"} == {"x": 0, "y": 0, asked: 1}
+    assert {key: counts(key) - before[key] for key in "xy"} == {
+        "x": 0,
+        "y": 0,
+        asked: 1,
+    }
 
 
 def test_grad_of_a_subset_computes_that_subset(
@@ -171,9 +181,13 @@ def test_second_derivatives_with_create_graph(x64_remote: Remote) -> None:
     f = x64_remote("gradient_case")
     inputs = [torch.rand(2, 3, dtype=torch.float64).requires_grad_() for _ in range(2)]
     assert torch.autograd.gradgradcheck(lambda *xs: f("sine", *xs), inputs)
-    (gradient,) = torch.autograd.grad(f("sine", *inputs).sum(), inputs[:1], create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        f("sine", *inputs).sum(), inputs[:1], create_graph=True
+    )
     gradient.sum().backward()
-    torch.testing.assert_close(inputs[0].grad, -(inputs[0].sin() * inputs[1].exp()).detach())
+    torch.testing.assert_close(
+        inputs[0].grad, -(inputs[0].sin() * inputs[1].exp()).detach()
+    )
 
 
 # In place -----------------------------------------------------------------------------------------
@@ -232,7 +246,9 @@ def test_outputs_have_memory_of_their_own(remote: Remote) -> None:
     first.zero_()
     second["a"].fill_(7)
     assert (
-        torch.equal(x, kept) and torch.equal(second["b"], kept) and torch.equal(identity(x), kept)
+        torch.equal(x, kept)
+        and torch.equal(second["b"], kept)
+        and torch.equal(identity(x), kept)
     )
 
 

@@ -41,7 +41,8 @@ def assert_same(seen: Any, expected: Any) -> None:
     assert type(seen) is type(expected)
     if dataclasses.is_dataclass(expected):
         seen, expected = (
-            {f.name: getattr(v, f.name) for f in dataclasses.fields(v)} for v in (seen, expected)
+            {f.name: getattr(v, f.name) for f in dataclasses.fields(v)}
+            for v in (seen, expected)
         )
     if isinstance(expected, dict):
         assert set(seen) == set(expected)
@@ -85,7 +86,9 @@ def test_a_structure_comes_back_as_it_went(remote: Remote, structure: str) -> No
     assert_same(remote("identity")(value), value)
 
 
-def test_positional_and_keyword_arguments_arrive_where_they_belong(any_lane: Remote) -> None:
+def test_positional_and_keyword_arguments_arrive_where_they_belong(
+    any_lane: Remote,
+) -> None:
     """Positional and keyword arguments, all of them structures, arrive under their positions and
     names."""
     sent = (x(), {"w": [x() + 1]}), {"scale": x() + 2, "more": (None, x() + 3)}
@@ -166,14 +169,21 @@ def test_a_dataclass_of_the_model_has_its_name_and_fields(remote: Remote) -> Non
     made = remote("report")(x())
     assert dataclasses.is_dataclass(made) and type(made).__name__ == "Report"
     assert made.total.item() == 15 and made.moments.mean.item() == 2.5
-    assert_same(made.extra, {"none": None, "pair": (x(), [x() * 2]), "empty": {}, "text": "fine"})
+    assert_same(
+        made.extra,
+        {"none": None, "pair": (x(), [x() * 2]), "empty": {}, "text": "fine"},
+    )
 
 
 def test_a_custom_node_comes_back_with_its_fields(remote: Remote) -> None:
     """A pytree node that the model's author registered comes back as a class with its name and
     fields."""
     made = remote("interval")(x())
-    assert (type(made).__name__, made.low.item(), made.high.item()) == ("Interval", 0, 5)
+    assert (type(made).__name__, made.low.item(), made.high.item()) == (
+        "Interval",
+        0,
+        5,
+    )
 
 
 def test_a_frozen_dict_comes_back_as_a_dict(remote: Remote) -> None:
@@ -193,13 +203,19 @@ def test_a_class_of_the_model_round_trips(remote: Remote, maker: str) -> None:
 def test_numbers_that_the_model_returns_become_tensors(remote: Remote) -> None:
     """A Python number in the result, as any leaf there, is a 0-d tensor."""
     _, number = remote("program_number")(x(), 1.0)
-    assert isinstance(number, Tensor) and number.shape == () and not number.is_floating_point()
+    assert (
+        isinstance(number, Tensor)
+        and number.shape == ()
+        and not number.is_floating_point()
+    )
 
 
 # Static values and numbers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("values", [(2.0, 3.5), (2, 3), (-1, 2**31 - 1), (0.5, float("nan"))])
+@pytest.mark.parametrize(
+    "values", [(2.0, 3.5), (2, 3), (-1, 2**31 - 1), (0.5, float("nan"))]
+)
 def test_numbers_are_data(remote: Remote, values: tuple[float, float]) -> None:
     """One program serves all values of a Python number."""
     model = remote("program_number")
@@ -238,17 +254,19 @@ def test_a_call_under_grad_makes_one_program(remote: Remote) -> None:
     run."""
     model = remote("program_number")
     recorded = model(torch.rand(5, 7).requires_grad_(), 1.0)[1]
-    assert (
-        model(torch.rand(5, 7), 1.0)[1] == recorded + 2
-    )  # the program, and the trace of its fingerprint
+    # The program, and the trace of its fingerprint.
+    assert model(torch.rand(5, 7), 1.0)[1] == recorded + 2
 
 
 @pytest.mark.parametrize("static_argnames", ["exponent", ["exponent"]])
-def test_python_can_count_with_a_static_number(remote: Remote, static_argnames: Any) -> None:
+def test_python_can_count_with_a_static_number(
+    remote: Remote, static_argnames: Any
+) -> None:
     """A static number is a Python number in the model, given by position or by keyword."""
     power = remote("power", static_argnames=static_argnames)
     assert_same(
-        [power(x(), 3), power(x(), exponent=2), power(x(), 0)], [x() ** 3, x() ** 2, x() ** 0]
+        [power(x(), 3), power(x(), exponent=2), power(x(), 0)],
+        [x() ** 3, x() ** 2, x() ** 0],
     )
 
 
@@ -273,7 +291,10 @@ def test_one_and_true_are_different_signatures(remote: Remote) -> None:
 def test_a_static_minus_zero_is_not_zero(remote: Remote) -> None:
     """-0.0 and 0.0 are equal in Python, but make different programs."""
     product = remote("product", static_argnames="y")
-    assert [str((product(torch.ones(()), zero)).item()) for zero in (0.0, -0.0)] == ["0.0", "-0.0"]
+    assert [str((product(torch.ones(()), zero)).item()) for zero in (0.0, -0.0)] == [
+        "0.0",
+        "-0.0",
+    ]
 
 
 def test_a_static_structure_is_what_its_values_are(remote: Remote) -> None:
@@ -304,4 +325,6 @@ def test_a_tensor_of_a_subclass_is_a_tensor(
     y = any_lane("sine")(x)
     torch.testing.assert_close(y.detach(), 2 * x.detach().as_subclass(Tensor).sin())
     y.sum().backward()
-    torch.testing.assert_close(x.grad.as_subclass(Tensor), 2 * x.detach().as_subclass(Tensor).cos())
+    torch.testing.assert_close(
+        x.grad.as_subclass(Tensor), 2 * x.detach().as_subclass(Tensor).cos()
+    )

@@ -17,7 +17,17 @@ from tests.client.torch_client import class_models
 from tests.client.torch_client.conftest import Remote
 from tests.conftest import ROOT, python_of
 
-_NAMES = ["make", "energy", "class_of", "step", "pair", "doubled", "twin", "train_state", "trained"]
+_NAMES = [
+    "make",
+    "energy",
+    "class_of",
+    "step",
+    "pair",
+    "doubled",
+    "twin",
+    "train_state",
+    "trained",
+]
 _TARGETS = {name: f"tests.client.torch_client.class_models:{name}" for name in _NAMES}
 STATIC = ["registered", "struct", "module", "node"]
 
@@ -26,10 +36,14 @@ STATIC = ["registered", "struct", "module", "node"]
 def served(request: pytest.FixtureRequest) -> Iterator[Session]:
     """A session with the models: in a worker, in one with 64-bit types, and in this process."""
     if request.param == "in process":
-        models: Session = host(jax_model={name: getattr(class_models, name) for name in _NAMES})
+        models: Session = host(
+            jax_model={name: getattr(class_models, name) for name in _NAMES}
+        )
     else:
         args = ("--x64",) if "x64" in request.param else ()
-        models = spawn(jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args)
+        models = spawn(
+            jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args
+        )
     with models as session:
         yield session
 
@@ -56,7 +70,9 @@ def x(session: Session) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", STATIC)
-def test_static_parts_come_back_to_the_model(remote: Remote, x: Tensor, kind: str) -> None:
+def test_static_parts_come_back_to_the_model(
+    remote: Remote, x: Tensor, kind: str
+) -> None:
     """A static field travels with its instance: of each instance its own, also after fields were
     replaced."""
     make, energy = remote("make", static_argnames="n"), remote("energy")
@@ -79,7 +95,9 @@ def test_derivatives_go_through_states(remote: Remote, x: Tensor, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", STATIC)
-def test_a_loop_over_a_state_prepares_nothing_anew(remote: Remote, x: Tensor, kind: str) -> None:
+def test_a_loop_over_a_state_prepares_nothing_anew(
+    remote: Remote, x: Tensor, kind: str
+) -> None:
     """A step whose result is the state's own class and static parts is one program, and one
     class."""
     step, state = remote("step"), remote("make", static_argnames="n")(x, kind, 4)
@@ -89,7 +107,9 @@ def test_a_loop_over_a_state_prepares_nothing_anew(remote: Remote, x: Tensor, ki
     torch.testing.assert_close(remote("energy")(state), 4 * ((16 * x) ** 2).sum())
 
 
-def test_static_parts_that_cannot_be_compared_are_refused(remote: Remote, x: Tensor) -> None:
+def test_static_parts_that_cannot_be_compared_are_refused(
+    remote: Remote, x: Tensor
+) -> None:
     """Instances whose static parts cannot be told apart can be read; one that is passed on is
     right or refused."""
     make, energy = remote("make", static_argnames="n"), remote("energy")
@@ -153,7 +173,9 @@ def test_a_train_state_trains(remote: Remote, x: Tensor) -> None:
     assert int(state.step) == 3
 
 
-def test_attributes_that_are_no_fields_are_not_lost_in_silence(remote: Remote, x: Tensor) -> None:
+def test_attributes_that_are_no_fields_are_not_lost_in_silence(
+    remote: Remote, x: Tensor
+) -> None:
     """An instance of the caller's with more attributes than fields can be read by the model, and
     does not come back."""
 

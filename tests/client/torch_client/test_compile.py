@@ -49,7 +49,9 @@ class Sandwich(nn.Module):
         return self.remote(self.before(x)).tanh().sum()
 
 
-def gradients(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> list[Tensor]:
+def gradients(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor
+) -> list[Tensor]:
     """Return the value, and the gradients of the input and of the parameters."""
     x = x.clone().requires_grad_()
     y = run(x)
@@ -82,10 +84,15 @@ def test_compiled_is_as_eager(
         assert_same(gradients(compiled, module, x), gradients(module, module, x))
     after = x64_session.stats()
     assert not counters["graph_break"]
-    assert (after["residuals"], after["blocks"]) == (before["residuals"], before["blocks"])
+    assert (after["residuals"], after["blocks"]) == (
+        before["residuals"],
+        before["blocks"],
+    )
 
 
-def test_the_second_call_compiles_nothing(x64_session: Session, x64_remote: Remote) -> None:
+def test_the_second_call_compiles_nothing(
+    x64_session: Session, x64_remote: Remote
+) -> None:
     """A model is one graph, compiled once; each call then runs the forward and the backward pass
     on the worker once."""
     module = Sandwich(x64_remote("affine").double())
@@ -104,7 +111,9 @@ def test_there_is_no_graph_break(x64_remote: Remote) -> None:
     """Dynamo sees a remote call within a function as part of one graph."""
     sine = x64_remote("sine")
     explained = torch._dynamo.explain(lambda x: sine(x * 2).cos().sum())(rand(3))
-    assert (explained.graph_break_count, explained.graph_count) == (0, 1), explained.break_reasons
+    assert (explained.graph_break_count, explained.graph_count) == (0, 1), (
+        explained.break_reasons
+    )
 
 
 def test_a_compiled_forward_keeps_one_residual_until_backward(
@@ -113,7 +122,9 @@ def test_a_compiled_forward_keeps_one_residual_until_backward(
     """The residual of a compiled forward pass goes with its backward pass, or with the output
     that nobody keeps."""
     sine = x64_remote("sine")
-    compiled = torch.compile(lambda x: sine(x).sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: sine(x).sum(), fullgraph=True, backend="aot_eager"
+    )
     y = compiled(rand(3).requires_grad_())
     assert x64_session.stats()["residuals"] == 1
     y.backward()
@@ -171,7 +182,9 @@ def test_graphs_of_different_programs_differ(x64_remote: Remote) -> None:
     def number_of(name: str) -> int:
         graph = make_fx(x64_remote(name))(rand(3)).graph
         [node] = [
-            node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default
+            node
+            for node in graph.nodes
+            if node.target is torch.ops.torch_jax_bridge.run.default
         ]
         return node.args[1]
 
@@ -188,7 +201,9 @@ def test_a_vmap_with_symbolic_sizes(x64_remote: Remote) -> None:
     size."""
     sine = x64_remote("sine")
     run = torch.func.vmap(torch.func.grad(lambda x: sine(x).sum()))
-    compiled = torch.compile(lambda x: run(x), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: run(x), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for size in (3, 5):
         x = rand(size, 2)
         assert_same([compiled(x)], [2 * x.cos()])
@@ -203,7 +218,9 @@ def test_exported_for_all_sizes(x64_remote: Remote, strict: bool) -> None:
     )
     for size in (2, 7, 64):
         x = rand(size, 3)
-        assert_same(gradients(exported.module(), module, x), gradients(module, module, x))
+        assert_same(
+            gradients(exported.module(), module, x), gradients(module, module, x)
+        )
 
 
 def test_structures_numbers_and_static_arguments(x64_remote: Remote) -> None:
@@ -272,7 +289,10 @@ def leaves_of(tree: Any) -> list[Any]:
             *(leaf for key in tree for leaf in (key, *leaves_of(tree[key]))),
         ]
     if isinstance(tree, list | tuple):
-        return [type(tree).__name__, *(leaf for item in tree for leaf in leaves_of(item))]
+        return [
+            type(tree).__name__,
+            *(leaf for item in tree for leaf in leaves_of(item)),
+        ]
     return [tree.tolist() if isinstance(tree, Tensor) else tree]
 
 
@@ -288,7 +308,9 @@ def test_numbers_that_change(x64_remote: Remote, first: float) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for n in (first, first + 1, first + 2, first + 3):
-        made, expected = (gradients(partial(f, n=n), nn.Module(), x) for f in (compiled, run))
+        made, expected = (
+            gradients(partial(f, n=n), nn.Module(), x) for f in (compiled, run)
+        )
         assert_same(made, expected)
     assert counter.frame_count == 2
 
@@ -296,7 +318,9 @@ def test_numbers_that_change(x64_remote: Remote, first: float) -> None:
 def test_static_numbers_that_change(x64_remote: Remote) -> None:
     """A static number, as a size, is part of the program: another value compiles anew."""
     power, x = x64_remote("power", static_argnames="exponent"), rand(3)
-    compiled = torch.compile(lambda x, n: power(x, exponent=n), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, n: power(x, exponent=n), fullgraph=True, backend="aot_eager"
+    )
     for n in (1, 2, 3):
         assert_same([compiled(x, n)], [x**n])
 
@@ -320,9 +344,14 @@ def test_a_call_that_cannot_be_compiled_is_named(
     with pytest.raises(Unsupported):
         torch.compile(matmul, fullgraph=True, backend="aot_eager")(x, x)
     logged = [
-        record.message for record in caplog.records if record.name == "bridge_client.torch.compiled"
+        record.message
+        for record in caplog.records
+        if record.name == "bridge_client.torch.compiled"
     ]
-    assert "'matmul' called with (args[0]: float64[2,3], args[1]: float64[2,3])" in logged[0]
+    assert (
+        "'matmul' called with (args[0]: float64[2,3], args[1]: float64[2,3])"
+        in logged[0]
+    )
     with pytest.raises(RemoteModelError, match=r"args\[0\]: float64\[2,3\]"):
         torch.compile(matmul, backend="aot_eager")(x, x)
 
@@ -334,7 +363,11 @@ def test_training_compiled(x64_remote: Remote) -> None:
     def losses(compile: bool) -> list[float]:
         module = x64_remote("affine").double()
         optimizer = torch.optim.SGD(module.parameters(), 0.1)
-        run = torch.compile(module, fullgraph=True, backend="aot_eager") if compile else module
+        run = (
+            torch.compile(module, fullgraph=True, backend="aot_eager")
+            if compile
+            else module
+        )
         made = []
         for _ in range(4):
             optimizer.zero_grad()
@@ -352,7 +385,10 @@ def test_training_compiled(x64_remote: Remote) -> None:
 def test_compiled_code_casts_under_autocast(x64_remote: Remote) -> None:
     """A function with cast_inputs= casts in compiled code where autocast is on, and only there."""
     model = x64_remote("affine", cast_inputs=torch.bfloat16)
-    compiled, x = torch.compile(model, fullgraph=True, backend="aot_eager"), rand(4, 3).float()
+    compiled, x = (
+        torch.compile(model, fullgraph=True, backend="aot_eager"),
+        rand(4, 3).float(),
+    )
     with torch.autocast("cpu"):
         assert torch.equal(compiled(x), model(x))
     assert compiled(x).dtype is torch.float32
@@ -366,7 +402,9 @@ def test_compiled_code_looks_for_no_derivatives(x64_remote: Remote) -> None:
 
     def noting(graph: GraphModule, _: Any) -> Any:
         named.extend(
-            node.target for node in graph.graph.nodes if "torch_jax_bridge" in str(node.target)
+            node.target
+            for node in graph.graph.nodes
+            if "torch_jax_bridge" in str(node.target)
         )
         return make_boxed_func(graph.forward)
 
@@ -375,7 +413,9 @@ def test_compiled_code_looks_for_no_derivatives(x64_remote: Remote) -> None:
     derived = torch.ops.torch_jax_bridge_derived
     assert named == [derived.run.default, derived.pull_back.default]
     exported = torch.export.export(sine, (rand(3),)).graph
-    assert torch.ops.torch_jax_bridge.run.default in {node.target for node in exported.nodes}
+    assert torch.ops.torch_jax_bridge.run.default in {
+        node.target for node in exported.nodes
+    }
 
 
 @pytest.mark.parametrize("mode", ["real", "fake"])
@@ -383,8 +423,12 @@ def test_traced_by_make_fx(x64_remote: Remote, mode: str) -> None:
     """make_fx records the operator, and of torch.func.grad the operators that it comes down to."""
     sine = x64_remote("sine")
     x = rand(3)
-    traced = make_fx(torch.func.grad(lambda x: sine(x).sum()), tracing_mode=mode)(rand(3))
-    assert torch.ops.torch_jax_bridge.run.default in {node.target for node in traced.graph.nodes}
+    traced = make_fx(torch.func.grad(lambda x: sine(x).sum()), tracing_mode=mode)(
+        rand(3)
+    )
+    assert torch.ops.torch_jax_bridge.run.default in {
+        node.target for node in traced.graph.nodes
+    }
     assert_same(traced(x), 2 * x.cos())
 
 
@@ -436,14 +480,15 @@ def test_exported(x64_remote: Remote, name: str, strict: bool) -> None:
     exported = torch.export.export(module, (rand(4, 3),), strict=strict)
     x = rand(4, 3)
     assert_same(exported.module()(x), module(x))
-    for (
-        parameter
-    ) in module.parameters():  # of any module torch keeps those after a strict export (2.13)
+    # Of any module torch keeps those after a strict export (2.13).
+    for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_the_operator_is_registered_soundly(x64_remote: Remote, requires_grad: bool) -> None:
+def test_the_operator_is_registered_soundly(
+    x64_remote: Remote, requires_grad: bool
+) -> None:
     """torch.library.opcheck finds nothing wrong with the operators: schema, autograd, fake
     tensors, AOT dispatch."""
     product = x64_remote("product")
@@ -451,11 +496,22 @@ def test_the_operator_is_registered_soundly(x64_remote: Remote, requires_grad: b
     graph = make_fx(lambda x, y: product(x, y))(rand(3), rand(3)).graph
     args = [rand(3).requires_grad_(requires_grad), rand(3)]
     (node,) = (
-        node for node in graph.nodes if node.target is torch.ops.torch_jax_bridge.run.default
+        node
+        for node in graph.nodes
+        if node.target is torch.ops.torch_jax_bridge.run.default
     )
-    made = torch.library.opcheck(torch.ops.torch_jax_bridge.run.default, (args, node.args[1]))
+    made = torch.library.opcheck(
+        torch.ops.torch_jax_bridge.run.default, (args, node.args[1])
+    )
     assert set(made.values()) == {"SUCCESS"}, made
     # Of no handle that is known: it is computed from the inputs.
-    pulled = (torch.zeros(1, dtype=torch.int64), [*args, rand(3)], node.args[1], [0], [0], [0])
+    pulled = (
+        torch.zeros(1, dtype=torch.int64),
+        [*args, rand(3)],
+        node.args[1],
+        [0],
+        [0],
+        [0],
+    )
     made = torch.library.opcheck(torch.ops.torch_jax_bridge.pull_back.default, pulled)
     assert set(made.values()) == {"SUCCESS"}, made

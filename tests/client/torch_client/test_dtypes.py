@@ -32,9 +32,9 @@ def patterns(name: str) -> Tensor:
     if dtype.itemsize == 1:
         return torch.arange(256).to(torch.uint8).view(dtype)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (64 * dtype.itemsize,), dtype=torch.uint8, generator=generator).view(
-        dtype
-    )
+    return torch.randint(
+        256, (64 * dtype.itemsize,), dtype=torch.uint8, generator=generator
+    ).view(dtype)
 
 
 def bits(tensor: Tensor) -> list[int]:
@@ -83,7 +83,9 @@ def test_outputs_keep_the_models_dtype(x64_remote: Remote, name: str) -> None:
 
 @pytest.mark.parametrize("through", ["float32", "complex64"])
 @pytest.mark.parametrize("name", FLOATS)
-def test_a_gradient_has_its_inputs_dtype(x64_remote: Remote, name: str, through: str) -> None:
+def test_a_gradient_has_its_inputs_dtype(
+    x64_remote: Remote, name: str, through: str
+) -> None:
     """Though the model computes in another type, the gradient has the dtype of the input."""
     x = torch.tensor([1.0, 0.5]).to(getattr(torch, name)).requires_grad_()
     y = x64_remote("cast")(x, through)

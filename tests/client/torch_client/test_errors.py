@@ -52,7 +52,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         RemoteModelError,
         r"args\[1\]\['w'\]: float32\[2,3\]",
     ),
-    "a missing key": ("weighted", lambda: ({"x": x()}, {"v": x().T}), RemoteModelError, "KeyError"),
+    "a missing key": (
+        "weighted",
+        lambda: ({"x": x()}, {"v": x().T}),
+        RemoteModelError,
+        "KeyError",
+    ),
     "a missing argument": (
         "matmul",
         lambda: (x(),),
@@ -65,7 +70,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         RemoteModelError,
         "takes 1 positional argument",
     ),
-    "float64": ("sine", lambda: (x(torch.float64),), DTypeError, r"`args\[0\]`.*float64.*--x64"),
+    "float64": (
+        "sine",
+        lambda: (x(torch.float64),),
+        DTypeError,
+        r"`args\[0\]`.*float64.*--x64",
+    ),
     "float64 in a dict": (
         "identity",
         lambda: ({"a": [x(torch.float64)]},),
@@ -96,7 +106,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         DTypeError,
         r"`args\[0\]`.*--x64",
     ),
-    "a number beyond int64": ("product", lambda: (x(), 2**63), DTypeError, r"`args\[1\]`.*64 bits"),
+    "a number beyond int64": (
+        "product",
+        lambda: (x(), 2**63),
+        DTypeError,
+        r"`args\[1\]`.*64 bits",
+    ),
     "a number beyond int32": (
         "product",
         lambda: (x(), 2**31),
@@ -109,7 +124,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         StructureError,
         r"args\[0\]\['w'\].*object",
     ),
-    "a set": ("identity", lambda: ([1.0, {1, 2}],), StructureError, r"args\[0\]\[1\].*set"),
+    "a set": (
+        "identity",
+        lambda: ([1.0, {1, 2}],),
+        StructureError,
+        r"args\[0\]\[1\].*set",
+    ),
     "bytes": ("identity", lambda: (b"abc",), StructureError, r"args\[0\].*bytes"),
     "a module": (
         "identity",
@@ -129,7 +149,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         StructureError,
         r"`args\[0\]`.*sparse_csr",
     ),
-    "a meta tensor": ("identity", lambda: (x().to("meta"),), SpecError, r"`args\[0\]` is on meta"),
+    "a meta tensor": (
+        "identity",
+        lambda: (x().to("meta"),),
+        SpecError,
+        r"`args\[0\]` is on meta",
+    ),
     "a quantized tensor": (
         "identity",
         lambda: ([quantized()],),
@@ -137,7 +162,12 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         r"`args\[0\]\[0\]`.*qint8",
     ),
     "a key": ("identity", lambda: ({(1, 2): x()},), StructureError, r"args\[0\].*key"),
-    "keys without an order": ("identity", lambda: ({"a": x(), 1: x()},), StructureError, "sorted"),
+    "keys without an order": (
+        "identity",
+        lambda: ({"a": x(), 1: x()},),
+        StructureError,
+        "sorted",
+    ),
     "a list that contains itself": (
         "identity",
         lambda: (_endless(),),
@@ -158,7 +188,9 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
     ),
     "a nested tensor": (
         "identity",
-        lambda: (torch.nested.nested_tensor([x()[0], x()[0, :1]], layout=torch.jagged),),
+        lambda: (
+            torch.nested.nested_tensor([x()[0], x()[0, :1]], layout=torch.jagged),
+        ),
         StructureError,
         "nested tensor.*to_padded_tensor",
     ),
@@ -189,12 +221,15 @@ def test_a_wrong_call_is_refused_before_data_moves(
 
 
 @pytest.mark.parametrize(
-    "value", [np.ones(2), torch.ones(2), torch.float32, slice(1, 2)], ids=lambda v: type(v).__name__
+    "value",
+    [np.ones(2), torch.ones(2), torch.float32, slice(1, 2)],
+    ids=lambda v: type(v).__name__,
 )
 def test_what_cannot_be_static_is_named(remote: Remote, value: Any) -> None:
     """Also what has no hash, and what could be data."""
     with pytest.raises(
-        StructureError, match=r"`kwargs\['y'\]\[0\]` is a .*, and static; expected a number"
+        StructureError,
+        match=r"`kwargs\['y'\]\[0\]` is a .*, and static; expected a number",
     ):
         remote("product", static_argnames="y")(x(), y=[value])
 
@@ -213,7 +248,9 @@ def test_a_tensor_without_readable_memory_is_refused_at_each_call(
             f(given)
 
 
-@pytest.mark.parametrize("wrong", ["float64", "a large int64", "a shape in a dict", "an object"])
+@pytest.mark.parametrize(
+    "wrong", ["float64", "a large int64", "a shape in a dict", "an object"]
+)
 def test_a_wrong_call_is_refused_on_every_lane(any_lane: Remote, wrong: str) -> None:
     """The errors do not depend on the lane."""
     model, args, kind, text = WRONG[wrong]
@@ -221,7 +258,9 @@ def test_a_wrong_call_is_refused_on_every_lane(any_lane: Remote, wrong: str) -> 
         any_lane(model)(*args())
 
 
-def test_a_wrong_call_under_grad_is_refused_alike(session: Session, remote: Remote) -> None:
+def test_a_wrong_call_under_grad_is_refused_alike(
+    session: Session, remote: Remote
+) -> None:
     """A call that would be differentiated is checked as early, and keeps nothing."""
     before = session.stats()
     with pytest.raises(DTypeError, match=r"`args\[0\]`.*--x64"):
@@ -287,7 +326,9 @@ def test_several_models_need_a_name(session: Session) -> None:
         ({"timeout_s": "5"}, "positive number of seconds"),
     ],
 )
-def test_a_wrong_option_is_explained(session: Session, options: dict[str, Any], text: str) -> None:
+def test_a_wrong_option_is_explained(
+    session: Session, options: dict[str, Any], text: str
+) -> None:
     """A wrong value for an option is a CallerError that says what was expected."""
     with pytest.raises(CallerError, match=text):
         RemoteJaxFunction(**{"target": session, "name": "sine"} | options)
@@ -312,7 +353,10 @@ def test_a_model_that_raises_while_traced_shows_its_traceback(any_lane: Remote) 
         any_lane("raises_at_trace")(x())
     error = raised.value
     assert error.remote_type == "builtins.ValueError"
-    assert "functions.py" in error.remote_traceback and "raise ValueError" in error.remote_traceback
+    assert (
+        "functions.py" in error.remote_traceback
+        and "raise ValueError" in error.remote_traceback
+    )
     assert "raises_at_trace" in str(error) and error.remote_traceback in str(error)
 
 
@@ -327,7 +371,9 @@ def test_an_error_names_static_values_too(any_lane: Remote) -> None:
     assert "!" * 40 not in str(raised.value).splitlines()[1]
 
 
-def test_a_model_that_raises_while_it_runs_shows_its_traceback(any_lane: Remote) -> None:
+def test_a_model_that_raises_while_it_runs_shows_its_traceback(
+    any_lane: Remote,
+) -> None:
     """An exception in a callback of compiled code arrives with the model's own message and
     traceback."""
     model = any_lane("raises_below_zero")
@@ -355,15 +401,21 @@ FAILING: dict[str, Callable[[Remote], Any]] = {
     "traced": lambda remote: remote("raises_at_trace")(x()),
     "traced under grad": lambda remote: remote("raises_at_trace")(x().requires_grad_()),
     "run": lambda remote: remote("raises_below_zero")(-x()),
-    "run under grad": lambda remote: remote("raises_below_zero")((-x()).requires_grad_()),
-    "backward": lambda remote: remote("raises_below_zero")(x().requires_grad_()).backward(-x()),
+    "run under grad": lambda remote: remote("raises_below_zero")(
+        (-x()).requires_grad_()
+    ),
+    "backward": lambda remote: remote("raises_below_zero")(
+        x().requires_grad_()
+    ).backward(-x()),
     "narrowed": lambda remote: remote("identity")([x(), torch.tensor([2**40])]),
     "packed": lambda remote: remote("identity")([x(), 2**70]),
 }
 
 
 @pytest.mark.parametrize("failing", FAILING)
-def test_errors_leave_nothing_behind(session: Session, remote: Remote, failing: str) -> None:
+def test_errors_leave_nothing_behind(
+    session: Session, remote: Remote, failing: str
+) -> None:
     """After errors no block is leased and no residual kept, however often they happen; and the
     next call works."""
     for _ in range(3):

@@ -34,7 +34,10 @@ def integers(*values: int) -> np.ndarray:
 ARGUMENTS: dict[str, Callable[[Random], tuple[Any, ...]]] = {
     "sine": lambda r: (r(2, 3), r(2, 3)),
     "broadcast": lambda r: (r(3, 1), r(4), r()),
-    "pytree": lambda r: ({"inner": (r(2, 3), r(3, 2)), "list": [r(2), integers(4)]}, r()),
+    "pytree": lambda r: (
+        {"inner": (r(2, 3), r(3, 2)), "list": [r(2), integers(4)]},
+        r(),
+    ),
     "several outputs": lambda r: (r(3, 2),),
     "mixed outputs": lambda r: (r(5),),
     "embedding": lambda r: (r(4, 2), integers(3, 0, 3)),
@@ -76,13 +79,24 @@ ARGUMENTS: dict[str, Callable[[Random], tuple[Any, ...]]] = {
 
 # The same in torch, for its convention for complex gradients.
 TORCH: dict[str, Callable[..., Any]] = {
-    "complex products": lambda z, w: (z * w.conj() + z.exp(), (z * w).real, w.abs() ** 2),
+    "complex products": lambda z, w: (
+        z * w.conj() + z.exp(),
+        (z * w).real,
+        w.abs() ** 2,
+    ),
     "complex matmul": lambda z, x: ((z @ x.to(z.dtype)).sum(0), (z + 3).angle()),
-    "to complex": lambda x, y: (torch.complex(x, y) ** 2, (torch.complex(x, y) + 2).abs()),
+    "to complex": lambda x, y: (
+        torch.complex(x, y) ** 2,
+        (torch.complex(x, y) + 2).abs(),
+    ),
 }
 
 # XLA's float32 solvers and eigenvalues amplify the last bit by the matrix's condition number.
-LOOSE_IN_FLOAT32 = {"cholesky and solve": 1e-4, "triangular solve": 1e-5, "eigenvalues": 1e-5}
+LOOSE_IN_FLOAT32 = {
+    "cholesky and solve": 1e-4,
+    "triangular solve": 1e-5,
+    "eigenvalues": 1e-5,
+}
 
 
 def test_every_case_has_arguments() -> None:
@@ -140,7 +154,9 @@ def check_against_jax(
     )
     expected_outputs, expected = vjp(CASES[case], numpy_args, given, x64=True)
     assert len(gradients) == len(expected) == len(float_leaves(numpy_args))
-    for seen, wanted in zip(outputs + gradients, expected_outputs + expected, strict=True):
+    for seen, wanted in zip(
+        outputs + gradients, expected_outputs + expected, strict=True
+    ):
         assert str(seen.dtype) == f"torch.{wanted.dtype}"
         assert_within(seen, wanted, tolerance)
 
@@ -159,7 +175,9 @@ def test_float32_gradients_are_those_of_jax(x64_remote: Remote, case: str) -> No
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_gradients_are_the_finite_differences(x64_remote: Remote, case: str) -> None:
+def test_float64_gradients_are_the_finite_differences(
+    x64_remote: Remote, case: str
+) -> None:
     """Each element of the Jacobian is the central difference of the remote function itself."""
     args = to_torch(arguments(case))
     leaves, structure = jax.tree.flatten(args)
@@ -175,12 +193,17 @@ def test_float64_gradients_are_the_finite_differences(x64_remote: Remote, case: 
 
     inputs = [leaves[i].requires_grad_() for i in wrt]
     assert torch.autograd.gradcheck(
-        of_floats, inputs, fast_mode=False, check_undefined_grad=case == "several outputs"
+        of_floats,
+        inputs,
+        fast_mode=False,
+        check_undefined_grad=case == "several outputs",
     )
 
 
 @pytest.mark.parametrize("case", TORCH)
-def test_complex_gradients_follow_torchs_convention(x64_remote: Remote, case: str) -> None:
+def test_complex_gradients_follow_torchs_convention(
+    x64_remote: Remote, case: str
+) -> None:
     """The gradients are those of the same function written in torch."""
     f = x64_remote("gradient_case")
     _, _, seen = remote_vjp(lambda *a: f(case, *a), to_torch(arguments(case)), case)
@@ -233,7 +256,11 @@ def test_gradients_are_the_same_over_every_lane(any_lane: Remote, case: str) -> 
     """Outputs and gradients agree with jax.vjp over both lanes, in a worker without x64."""
     f = any_lane("gradient_case")
     numpy_args = arguments(case, np.float32)
-    outputs, given, gradients = remote_vjp(lambda *a: f(case, *a), to_torch(numpy_args), case)
+    outputs, given, gradients = remote_vjp(
+        lambda *a: f(case, *a), to_torch(numpy_args), case
+    )
     expected_outputs, expected = vjp(CASES[case], numpy_args, given, x64=False)
-    for seen, wanted in zip(outputs + gradients, expected_outputs + expected, strict=True):
+    for seen, wanted in zip(
+        outputs + gradients, expected_outputs + expected, strict=True
+    ):
         assert_within(seen, wanted, 1e-6)

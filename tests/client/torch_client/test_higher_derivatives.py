@@ -21,12 +21,27 @@ ROWS = 5
 # What torch makes of the remote function, and what jax makes of the function: the same words, in
 # either language.
 TRANSFORMS: dict[
-    str, tuple[Callable[[Function], Function], Callable[[Function], Function], tuple[int, ...]]
+    str,
+    tuple[
+        Callable[[Function], Function], Callable[[Function], Function], tuple[int, ...]
+    ],
 ] = {
     "hessian": (hessian, jax.hessian, (3,)),
-    "jacfwd(jacrev)": (lambda f: jacfwd(jacrev(f)), lambda f: jax.jacfwd(jax.jacrev(f)), (3,)),
-    "third derivative": (lambda f: jacfwd(hessian(f)), lambda f: jax.jacfwd(jax.hessian(f)), (3,)),
-    "vmap(hessian)": (lambda f: vmap(hessian(f)), lambda f: jax.vmap(jax.hessian(f)), (ROWS, 3)),
+    "jacfwd(jacrev)": (
+        lambda f: jacfwd(jacrev(f)),
+        lambda f: jax.jacfwd(jax.jacrev(f)),
+        (3,),
+    ),
+    "third derivative": (
+        lambda f: jacfwd(hessian(f)),
+        lambda f: jax.jacfwd(jax.hessian(f)),
+        (3,),
+    ),
+    "vmap(hessian)": (
+        lambda f: vmap(hessian(f)),
+        lambda f: jax.vmap(jax.hessian(f)),
+        (ROWS, 3),
+    ),
     "vmap(vmap(grad))": (
         lambda f: vmap(vmap(grad(f))),
         lambda f: jax.vmap(jax.vmap(jax.grad(f))),
@@ -52,14 +67,17 @@ def in_jax(name: str) -> dict[str, np.ndarray]:
     with jax.enable_x64(True):
         made = jax.jit(
             lambda points: {
-                t: of_jax(SCALARS[name])(points[t]) for t, (_, of_jax, _) in TRANSFORMS.items()
+                t: of_jax(SCALARS[name])(points[t])
+                for t, (_, of_jax, _) in TRANSFORMS.items()
             }
         )({t: points(*shape) for t, (_, _, shape) in TRANSFORMS.items()})
         return jax.tree.map(np.asarray, made)
 
 
 @pytest.mark.parametrize("name", SCALARS)
-def test_derivatives_are_those_of_jax(x64_session: Session, x64_remote: Remote, name: str) -> None:
+def test_derivatives_are_those_of_jax(
+    x64_session: Session, x64_remote: Remote, name: str
+) -> None:
     """Each derivative agrees to 1e-10, and a batch of Hessians takes no more calls than one
     Hessian."""
     remote, expected = x64_remote("scalar_case"), in_jax(name)
@@ -77,4 +95,5 @@ def test_derivatives_are_those_of_jax(x64_session: Session, x64_remote: Remote, 
         )
         assert np.abs(expected[transform]).max() > 1e-3
     assert calls["vmap(hessian)"] == calls["hessian"] == calls["jacfwd(jacrev)"]
-    assert calls["vmap(vmap(grad))"] == 2  # the value, and one gradient for both batches
+    # The value, and one gradient for both batches.
+    assert calls["vmap(vmap(grad))"] == 2

@@ -35,7 +35,9 @@ MODELS = [
 
 
 def hosting(*args: str) -> Session:
-    targets = {name: f"tests.client.torch_client.special_models:{name}" for name in MODELS}
+    targets = {
+        name: f"tests.client.torch_client.special_models:{name}" for name in MODELS
+    }
     return spawn(jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT, args=args)
 
 
@@ -54,7 +56,9 @@ def session(special_worker: Session) -> Iterator[Session]:
 
 
 def batch() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(7).normal(size=(4, 3)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(7).normal(size=(4, 3)).astype(np.float32)
+    )
 
 
 def result(y: Any) -> Any:
@@ -93,7 +97,9 @@ def test_derivatives_that_jax_refuses_say_what_to_do(remote: Remote) -> None:
     """Forward mode of a custom_vjp, and reverse mode of a while loop, raise JAX's error with
     advice."""
     x = batch()
-    with pytest.raises(RemoteModelError, match=r"custom_vjp function\.[\s\S]*reverse mode works"):
+    with pytest.raises(
+        RemoteModelError, match=r"custom_vjp function\.[\s\S]*reverse mode works"
+    ):
         jvp(remote("clipped"), (x,), (x,))
     with pytest.raises(RemoteModelError, match=r"Try using lax\.scan"):
         remote("looped")(x.requires_grad_(), 3).sum().backward()
@@ -121,7 +127,9 @@ def test_donated_arguments_stay_as_they_are(donating: Callable[..., Tensor]) -> 
     copies = [t.clone() for t in (x, y, first)]
     for _ in range(2):
         assert_within(donating(first, y), (copies[2].sin() * copies[1]).numpy(), 1e-6)
-        assert_within(donating(first, first), (copies[2].sin() * copies[2]).numpy(), 1e-6)
+        assert_within(
+            donating(first, first), (copies[2].sin() * copies[2]).numpy(), 1e-6
+        )
     leaf = first.clone().requires_grad_()
     donating(leaf, first).sum().backward()
     assert_within(leaf.grad, (copies[2].cos() * copies[2]).numpy(), 1e-6)
@@ -133,7 +141,10 @@ def test_what_a_model_prints_is_logged(
     special_worker: Session, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The output of jax.debug.print goes where the worker's log goes."""
-    with connect(special_worker.address, lane="local") as session, caplog.at_level(logging.INFO):
+    with (
+        connect(special_worker.address, lane="local") as session,
+        caplog.at_level(logging.INFO),
+    ):
         y = RemoteJaxFunction(session, name="printing")(torch.ones(3))
         assert torch.equal(y, torch.full((3,), 2.0))
         assert eventually(lambda: "the sum is 3.0" in caplog.text)

@@ -58,9 +58,8 @@ def test_any_layout_arrives_with_its_values(remote: Remote, layout: str) -> None
     torch shows."""
     value = LAYOUTS[layout]().detach()
     made = remote("identity")(value)
-    expected = (
-        value.int() if value.dtype is torch.int64 else value
-    )  # this worker has no 64-bit integers
+    # This worker has no 64-bit integers.
+    expected = value.int() if value.dtype is torch.int64 else value
     assert made.is_contiguous() and not made.is_conj() and not made.is_neg()
     torch.testing.assert_close(
         made, expected.resolve_conj().resolve_neg().contiguous(), rtol=0, atol=0
@@ -81,11 +80,15 @@ def test_a_gradient_fits_its_inputs_layout(remote: Remote, layout: str) -> None:
 def test_layouts_arrive_over_every_lane(any_lane: Remote) -> None:
     """Many layouts in one call, over both lanes."""
     values = {
-        name: make().detach() for name, make in LAYOUTS.items() if make().dtype is not torch.int64
+        name: make().detach()
+        for name, make in LAYOUTS.items()
+        if make().dtype is not torch.int64
     }
     made = any_lane("identity")(values)
     for name, value in values.items():
-        torch.testing.assert_close(made[name], value.resolve_conj().resolve_neg(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            made[name], value.resolve_conj().resolve_neg(), rtol=0, atol=0
+        )
 
 
 def test_a_thousand_leaves_arrive_in_order(any_lane: Remote) -> None:
@@ -111,7 +114,9 @@ def test_the_same_tensor_twice_is_one_value_twice(remote: Remote) -> None:
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
-def test_an_output_is_passed_on_without_a_copy(remote: Remote, session: Session) -> None:
+def test_an_output_is_passed_on_without_a_copy(
+    remote: Remote, session: Session
+) -> None:
     """An output lies in the session's memory, so the next call takes it as it is: only outputs
     are written."""
     sine = remote("sine")
@@ -122,7 +127,9 @@ def test_an_output_is_passed_on_without_a_copy(remote: Remote, session: Session)
     assert session.stats()["bytes_copied"] - before == y.nbytes
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.float32, np.float32, np.dtype("float32")])
+@pytest.mark.parametrize(
+    "dtype", ["float32", torch.float32, np.float32, np.dtype("float32")]
+)
 def test_an_array_of_the_session_is_passed_without_a_copy(
     remote: Remote, session: Session, dtype: object
 ) -> None:
@@ -165,10 +172,14 @@ def test_a_view_of_an_output_is_passed_on(remote: Remote) -> None:
 
 ARRAYS: dict[str, Callable[[], object]] = {
     "array": lambda: np.arange(6, dtype=np.float32).reshape(2, 3),
-    "Fortran order": lambda: np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+    "Fortran order": lambda: np.asfortranarray(
+        np.arange(6, dtype=np.float32).reshape(2, 3)
+    ),
     "reversed": lambda: np.arange(6, dtype=np.float32)[::-1],
     "broadcast": lambda: np.broadcast_to(np.float32(2), (2, 3)),
-    "read-only": lambda: np.frombuffer(np.arange(3, dtype=np.float32).tobytes(), dtype=np.float32),
+    "read-only": lambda: np.frombuffer(
+        np.arange(3, dtype=np.float32).tobytes(), dtype=np.float32
+    ),
     "integers": lambda: np.arange(6, dtype=np.int16),
     "bools": lambda: np.array([True, False]),
     "0-d": lambda: np.array(1.5, np.float32),
@@ -188,4 +199,8 @@ def test_numpy_arrays_are_arguments(remote: Remote, kind: str) -> None:
     """A NumPy array or scalar is an argument as a tensor is, without a warning."""
     value = np.asarray(ARRAYS[kind]())
     made = remote("identity")(ARRAYS[kind]()).numpy()
-    assert made.dtype == value.dtype and made.shape == value.shape and (made == value).all()
+    assert (
+        made.dtype == value.dtype
+        and made.shape == value.shape
+        and (made == value).all()
+    )

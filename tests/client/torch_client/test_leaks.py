@@ -26,7 +26,10 @@ SLACK = {"descriptors": 0, "threads": 4, "slabs": 0}
 
 
 def children() -> set[int]:
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+    return {
+        int(pid)
+        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +56,17 @@ def held(pid: int) -> dict[str, int]:
 
 
 def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def caller(session: Session) -> Callable[[int], None]:
     """Return a function that makes the n-th of a mixture of calls: sizes, structures, gradients,
     parameters, errors."""
     echo, affine, raising = (
-        RemoteJaxFunction(session, name=name) for name in ("echo", "affine", "raises_below_zero")
+        RemoteJaxFunction(session, name=name)
+        for name in ("echo", "affine", "raises_below_zero")
     )
     optimizer = torch.optim.SGD(affine.parameters(), lr=1e-3)
 
@@ -98,7 +104,9 @@ def test_many_calls_leave_no_trace(worker: tuple[Session, int], lane: str) -> No
         gc.collect()
         after = [held(pid) for pid in pids], [resident_bytes(pid) for pid in pids]
         for now, then in zip(after[0], before[0], strict=True):
-            assert all(now[kind] <= then[kind] + slack for kind, slack in SLACK.items()), (
+            assert all(
+                now[kind] <= then[kind] + slack for kind, slack in SLACK.items()
+            ), (
                 then,
                 now,
             )
@@ -129,7 +137,9 @@ def test_sessions_come_and_go(worker: tuple[Session, int]) -> None:
     before = seen()
     for _ in range(20):
         visit()
-    assert eventually(lambda: all(now <= then for now, then in zip(seen(), before, strict=True)))
+    assert eventually(
+        lambda: all(now <= then for now, then in zip(seen(), before, strict=True))
+    )
 
 
 def test_threads_that_ended_leave_no_lanes(worker: tuple[Session, int]) -> None:
@@ -139,7 +149,10 @@ def test_threads_that_ended_leave_no_lanes(worker: tuple[Session, int]) -> None:
         echo = RemoteJaxFunction(session, name="echo")
 
         def run_threads(count: int) -> None:
-            threads = [threading.Thread(target=echo, args=(torch.ones(3),)) for _ in range(count)]
+            threads = [
+                threading.Thread(target=echo, args=(torch.ones(3),))
+                for _ in range(count)
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -168,4 +181,6 @@ def test_a_forgotten_session_ends(worker: tuple[Session, int]) -> None:
     before = seen()
     for _ in range(3):
         RemoteJaxFunction(connect(address, lane="local"), name="echo")(torch.ones(3))
-    assert eventually(lambda: all(now <= then for now, then in zip(seen(), before, strict=True)))
+    assert eventually(
+        lambda: all(now <= then for now, then in zip(seen(), before, strict=True))
+    )

@@ -28,7 +28,11 @@ def mesh_worker() -> Iterator[Session]:
     targets = {name: f"tests.client.torch_client.mesh_models:{name}" for name in MODELS}
     args = ["--mesh", "data=2,model=2"]
     with spawn(
-        jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT, args=args, env=FOUR_DEVICES
+        jax_model=targets,
+        python=python_of(".venv-jax"),
+        cwd=ROOT,
+        args=args,
+        env=FOUR_DEVICES,
     ) as session:
         yield session
 
@@ -41,7 +45,9 @@ def session(request: pytest.FixtureRequest, mesh_worker: Session) -> Iterator[Se
 
 
 def batch() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(41).normal(size=(8, 4)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(41).normal(size=(8, 4)).astype(np.float32)
+    )
 
 
 def in_torch(model: RemoteJaxFunction, x: Tensor) -> Tensor:
@@ -63,7 +69,9 @@ def test_a_mesh_changes_no_result(remote: Remote) -> None:
     def loss(call: Callable[[Any, Any], Tensor], kernel: Tensor) -> Tensor:
         return call({"kernel": kernel}, (x.detach(),)).sum()
 
-    seen = hessian(lambda k: loss(lambda own, args: functional_call(model, own, args), k))(kernel)
+    seen = hessian(
+        lambda k: loss(lambda own, args: functional_call(model, own, args), k)
+    )(kernel)
     bias = model.bias.detach()
     torch.testing.assert_close(
         seen, hessian(lambda k: torch.tanh(x.detach() @ k + bias).sum())(kernel)
@@ -88,11 +96,16 @@ def test_arrays_lie_as_the_module_says(
     """XLA itself reports that a device holds half of the input's rows and half of the kernel's
     columns."""
     x = batch().repeat(2, 1)
-    with connect(mesh_worker.address, lane="local") as session, caplog.at_level(logging.INFO):
+    with (
+        connect(mesh_worker.address, lane="local") as session,
+        caplog.at_level(logging.INFO),
+    ):
         model = RemoteJaxFunction(session, name="dense", parameters=parameters)
         kernel, bias = (torch.from_numpy(dense[1][name]) for name in ("kernel", "bias"))
         torch.testing.assert_close(model(x).detach(), torch.tanh(x @ kernel + bias))
-        assert eventually(lambda: "kernel: (4, 3)" in caplog.text and "x: (8, 4)" in caplog.text)
+        assert eventually(
+            lambda: "kernel: (4, 3)" in caplog.text and "x: (8, 4)" in caplog.text
+        )
 
 
 def test_sizes_that_the_mesh_does_not_divide(remote: Remote) -> None:
@@ -110,11 +123,16 @@ def test_sizes_that_the_mesh_does_not_divide(remote: Remote) -> None:
         (["dense", "--mesh=data=2,model=2"], "needs 4 devices, and this worker has 1"),
         (["dense", "--mesh=data=two"], "is not a mesh; expected data=2,model=2"),
         (["dense"], "name the axes they are about with --mesh"),
-        (["misspelt", "--mesh=model=1"], "has a sharding of 'krenel', but its parameters are"),
+        (
+            ["misspelt", "--mesh=model=1"],
+            "has a sharding of 'krenel', but its parameters are",
+        ),
         (["where", "--mesh=data=1", "--no-jit"], "leave out one"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(tmp_path: Path, args: list[str], message: str) -> None:
+def test_a_mesh_that_cannot_be_is_refused(
+    tmp_path: Path, args: list[str], message: str
+) -> None:
     """Too few devices, no mesh at all, a mesh that is none and shardings of nothing end the
     worker, saying so."""
     model, *options = args

@@ -40,7 +40,9 @@ def test_autocast_changes_nothing(remote: Remote, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_autocast_made_arrives_as_it_is(remote: Remote, dtype: torch.dtype) -> None:
+def test_what_autocast_made_arrives_as_it_is(
+    remote: Remote, dtype: torch.dtype
+) -> None:
     """What a layer before it made in 16 bits arrives in 16 bits, and its gradient goes back in
     them."""
     before, identity = nn.Linear(3, 3), remote("identity")
@@ -53,7 +55,9 @@ def test_what_autocast_made_arrives_as_it_is(remote: Remote, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_cast_inputs_casts_under_autocast_only(remote: Remote, dtype: torch.dtype) -> None:
+def test_cast_inputs_casts_under_autocast_only(
+    remote: Remote, dtype: torch.dtype
+) -> None:
     """With cast_inputs, floats and parameters are cast while autocast is on; gradients have the
     parameters' dtype."""
     model = remote("affine", cast_inputs=dtype)
@@ -97,8 +101,12 @@ def test_the_backward_pass_does_as_the_forward_pass_did(remote: Remote) -> None:
     model = remote("affine", cast_inputs=torch.bfloat16)
     with torch.autocast("cpu"):
         y = model(rows())
-        inside = torch.autograd.grad(y.float().square().sum(), model.weight, retain_graph=True)[0]
-        double = torch.autograd.grad(y.float().square().sum(), model.weight, create_graph=True)[0]
+        inside = torch.autograd.grad(
+            y.float().square().sum(), model.weight, retain_graph=True
+        )[0]
+        double = torch.autograd.grad(
+            y.float().square().sum(), model.weight, create_graph=True
+        )[0]
     outside = torch.autograd.grad(y.float().square().sum(), model.weight)[0]
     assert torch.equal(inside, outside) and torch.equal(inside, double)
 
@@ -112,7 +120,11 @@ def test_cast_inputs_must_be_a_float_dtype(remote: Remote) -> None:
 def network(remote: Remote, **options: object) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(3, 3), nn.Tanh(), remote("affine", **options), nn.Tanh(), nn.Linear(2, 1)
+        nn.Linear(3, 3),
+        nn.Tanh(),
+        remote("affine", **options),
+        nn.Tanh(),
+        nn.Linear(2, 1),
     )
 
 
@@ -158,7 +170,9 @@ def test_training_under_autocast(remote: Remote, dtype: torch.dtype) -> None:
     """A network with a remote layer in 16 bits learns under autocast with a GradScaler."""
     model = network(remote, cast_inputs=dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    scaler = torch.amp.GradScaler("cpu", enabled=dtype is torch.float16, init_scale=2.0**8)
+    scaler = torch.amp.GradScaler(
+        "cpu", enabled=dtype is torch.float16, init_scale=2.0**8
+    )
     target = rows().sum(1, keepdim=True).sin()
     losses = []
     for _ in range(40):
@@ -174,7 +188,9 @@ def test_training_under_autocast(remote: Remote, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_training_with_parameters_of_16_bits(remote: Remote, dtype: torch.dtype) -> None:
+def test_training_with_parameters_of_16_bits(
+    remote: Remote, dtype: torch.dtype
+) -> None:
     """A model cast to 16 bits trains in them: parameters, gradients and outputs."""
     model: RemoteJaxFunction = remote("affine").to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -20,7 +20,9 @@ from tests.client.torch_client.conftest import Remote
 from tests.conftest import ROOT, python_of
 
 _FACTORIES = ["regular", "regular_in_eval", "repeated", "inferring", "inferring_normed"]
-_TARGETS = {name: f"tests.client.torch_client.stateful_models:{name}" for name in _FACTORIES}
+_TARGETS = {
+    name: f"tests.client.torch_client.stateful_models:{name}" for name in _FACTORIES
+}
 
 
 @pytest.fixture(scope="module", params=["worker", "worker with x64", "in process"])
@@ -33,7 +35,9 @@ def served(request: pytest.FixtureRequest) -> Iterator[Session]:
         )
     else:
         args = ("--factory", *(("--x64",) if "x64" in request.param else ()))
-        models = spawn(jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args)
+        models = spawn(
+            jax_model=_TARGETS, python=python_of(".venv-jax"), cwd=ROOT, args=args
+        )
     with models as session:
         yield session
 
@@ -88,7 +92,9 @@ def test_a_module_around_it_sets_the_mode(remote: Remote, batch: Tensor) -> None
     torch.testing.assert_close(model(batch), in_inference(batch), rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_word_a_model_keeps_its_own_mode(remote: Remote, batch: Tensor) -> None:
+def test_without_a_word_a_model_keeps_its_own_mode(
+    remote: Remote, batch: Tensor
+) -> None:
     """A model that was loaded in inference mode stays there until `train` is called."""
     model = remote("regular_in_eval")
     assert model.training
@@ -97,11 +103,15 @@ def test_without_a_word_a_model_keeps_its_own_mode(remote: Remote, batch: Tensor
         model.train()(batch)
 
 
-def test_nnx_with_its_own_keys_is_not_trained_with_one_mask(remote: Remote, batch: Tensor) -> None:
+def test_nnx_with_its_own_keys_is_not_trained_with_one_mask(
+    remote: Remote, batch: Tensor
+) -> None:
     """A model in training mode that would draw the same at each call is refused, and the error
     names `rngs`."""
     for parameters in ("client", "worker"):
-        with pytest.raises(CallerError, match=r"\['default'\].*rngs=.*mutable=True.*\.eval\(\)"):
+        with pytest.raises(
+            CallerError, match=r"\['default'\].*rngs=.*mutable=True.*\.eval\(\)"
+        ):
             remote("regular", parameters=parameters)(batch)
     model = remote("regular")
     grad = torch.func.grad(lambda x: model(x).sum())
@@ -112,14 +122,18 @@ def test_nnx_with_its_own_keys_is_not_trained_with_one_mask(remote: Remote, batc
 @pytest.mark.parametrize(
     "options", [{"rngs": "default"}, {"mutable": True}], ids=["rngs", "mutable"]
 )
-def test_each_call_has_its_own_mask(remote: Remote, batch: Tensor, options: dict[str, Any]) -> None:
+def test_each_call_has_its_own_mask(
+    remote: Remote, batch: Tensor, options: dict[str, Any]
+) -> None:
     """With `rngs`, or with `mutable` by nnx's own counts, calls in training mode draw anew."""
     model = remote("regular", **options)
     masks = torch.stack([model(batch) == 0 for _ in range(4)])
     assert not (masks == masks[0]).all()
 
 
-def test_a_transform_that_draws_nothing_is_served(remote: Remote, batch: Tensor) -> None:
+def test_a_transform_that_draws_nothing_is_served(
+    remote: Remote, batch: Tensor
+) -> None:
     """Variables that nnx.scan has replaced are no draw: a model that drops nothing needs no
     keys."""
     assert torch.equal(remote("repeated")(batch), 4 * batch)
@@ -143,9 +157,13 @@ def test_eval_reaches_equinox_with_state(remote: Remote, batch: Tensor) -> None:
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     alone, beside = model(batch[:1]), model(batch)[:1]
     torch.testing.assert_close(alone, beside)
-    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert all(
+        torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()
+    )
     model.train()(batch + 1)
-    assert not all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    assert not all(
+        torch.equal(buffer, before[name]) for name, buffer in model.named_buffers()
+    )
 
 
 def test_compiled_code_follows_the_mode(
@@ -156,7 +174,9 @@ def test_compiled_code_follows_the_mode(
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert (torch.cat([compiled(batch) for _ in range(4)]) == 0).any()
     model.eval()
-    torch.testing.assert_close(compiled(batch), in_inference(batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        compiled(batch), in_inference(batch), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_model_without_modes_is_not_prepared_again() -> None:
@@ -177,8 +197,12 @@ def test_a_mode_that_there_is_not_is_refused(session: Session) -> None:
     """A call that names no known mode is a ProtocolError."""
     leaf, none = pb.Tree(leaf=pb.Tree.Leaf()), pb.Tree(dict=pb.Tree.Mapping())
     arguments = pb.Tree(
-        tuple=pb.Tree.Sequence(items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), none])
+        tuple=pb.Tree.Sequence(
+            items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), none]
+        )
     )
     spec = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[4, 3])
     with pytest.raises(ProtocolError, match="mode 7"):
-        session.prepare_call(pb.Call(model="regular", arguments=arguments, inputs=[spec], mode=7))
+        session.prepare_call(
+            pb.Call(model="regular", arguments=arguments, inputs=[spec], mode=7)
+        )

@@ -47,7 +47,11 @@ def pair(
             model = RemoteJaxFunction(session)
             yield model, Affine(model)
         return
-    model = remote("affine") if request.param == "float32" else x64_remote("affine").double()
+    model = (
+        remote("affine")
+        if request.param == "float32"
+        else x64_remote("affine").double()
+    )
     yield model, Affine(model)
 
 
@@ -161,7 +165,13 @@ MOVES = [
         free_and_refill,
         fill_empty,
     ),
-    *(assign_state, view_a_vector, view_one_vector_each, replace_by_name, convert_by_swapping),
+    *(
+        assign_state,
+        view_a_vector,
+        view_one_vector_each,
+        replace_by_name,
+        convert_by_swapping,
+    ),
 ]
 
 
@@ -179,7 +189,9 @@ def outcome(model: nn.Module) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("is_called_before", [False, True], ids=["new", "called before"])
+@pytest.mark.parametrize(
+    "is_called_before", [False, True], ids=["new", "called before"]
+)
 def test_the_current_values_are_used(
     pair: tuple[RemoteJaxFunction, Affine],
     move: Callable[[nn.Module], Poke],
@@ -212,7 +224,9 @@ def test_a_copied_view_stays_a_view(pair: tuple[RemoteJaxFunction, Affine]) -> N
     torch.testing.assert_close(*results)
 
 
-def test_values_given_for_one_call_are_followed(pair: tuple[RemoteJaxFunction, Affine]) -> None:
+def test_values_given_for_one_call_are_followed(
+    pair: tuple[RemoteJaxFunction, Affine],
+) -> None:
     """torch.func.functional_call uses the current values of nn.Parameters, and leaves their
     memory in place."""
     results = []
@@ -229,7 +243,9 @@ def test_values_given_for_one_call_are_followed(pair: tuple[RemoteJaxFunction, A
 
 
 @pytest.mark.parametrize("nbytes", [0, 4], ids=["freed", "shrunk"])
-@pytest.mark.parametrize("is_transposed", [False, True], ids=["row-major", "transposed"])
+@pytest.mark.parametrize(
+    "is_transposed", [False, True], ids=["row-major", "transposed"]
+)
 def test_a_parameter_without_memory_is_an_error_naming_it(
     remote: Remote, nbytes: int, is_transposed: bool
 ) -> None:
@@ -239,7 +255,9 @@ def test_a_parameter_without_memory_is_an_error_naming_it(
     model.weight.data = value.mT.contiguous().mT if is_transposed else value
     outcome(model)
     model.weight.untyped_storage().resize_(nbytes)
-    with pytest.raises(SpecError, match=rf"`weight` has a storage of {nbytes} bytes, and needs 24"):
+    with pytest.raises(
+        SpecError, match=rf"`weight` has a storage of {nbytes} bytes, and needs 24"
+    ):
         outcome(model)
 
 
@@ -285,7 +303,10 @@ def test_hooks_on_a_branch_compute_its_parameters(remote: Remote, hook: str) -> 
 def test_a_residual_in_process_does_not_read_freed_memory(dtype: torch.dtype) -> None:
     """Where an input's storage is freed after the forward and refilled elsewhere, gradients are
     those of its values."""
-    with jax.enable_x64(True), host(jax_model={"multiply": lambda x, w: x * w}) as session:
+    with (
+        jax.enable_x64(True),
+        host(jax_model={"multiply": lambda x, w: x * w}) as session,
+    ):
         x, w = (torch.rand(1 << 16, dtype=dtype).requires_grad_() for _ in range(2))
         values = x.detach().clone()
         y = RemoteJaxFunction(session)(x, w)
@@ -327,7 +348,9 @@ def test_two_ranks_that_shard_train_as_torch_modules_do(
 ) -> None:
     """Under fully_shard, around the model, a parent and with mixed precision, weights are those
     of torch modules."""
-    address, venv = (x64_worker.address, ".venv-torch") if where == "worker" else ("", ".venv-both")
+    address, venv = (
+        (x64_worker.address, ".venv-torch") if where == "worker" else ("", ".venv-both")
+    )
     with _ranks(tmp_path, address, venv) as ranks:
         for rank in ranks:
             _, stderr = rank.communicate(timeout=180)
@@ -338,7 +361,11 @@ def test_two_ranks_that_shard_train_as_torch_modules_do(
         for kind, (remote, plain) in seen.items():
             tolerance = 0.05 if "bfloat16" in kind else 1e-10
             torch.testing.assert_close(
-                remote, plain, rtol=tolerance, atol=tolerance, msg=lambda m, k=kind: f"{k}: {m}"
+                remote,
+                plain,
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, k=kind: f"{k}: {m}",
             )
 
 
@@ -346,7 +373,9 @@ def test_a_sharded_parameter_is_an_error_naming_it(jax_worker: Session) -> None:
     """A DTensor that no hook has gathered is refused by name, wherever it comes from."""
     with connect(jax_worker.address) as session:
         done = run_program(
-            f"from {_MODULE} import refuse; refuse()", session.address, venv=".venv-torch"
+            f"from {_MODULE} import refuse; refuse()",
+            session.address,
+            venv=".venv-torch",
         )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["branch", "distributed", "unhooked", "argument"]

@@ -18,7 +18,9 @@ from tests.client.torch_client.reference import assert_within, vjp
 from tests.conftest import ROOT, python_of
 
 NEXT = ".venv-jax-next"
-VERSIONS = "import json, sys, jax; print(json.dumps([*sys.version_info[:2], jax.__version__]))"
+VERSIONS = (
+    "import json, sys, jax; print(json.dumps([*sys.version_info[:2], jax.__version__]))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,9 @@ def test_a_forward_and_its_gradient(next_worker: Session) -> None:
     """Values and gradients, of structures too, are right across Python versions, and nothing is
     kept."""
     x = torch.rand(3, 4).requires_grad_()
-    sine, identity = (RemoteJaxFunction(next_worker, name=name) for name in ("sine", "identity"))
+    sine, identity = (
+        RemoteJaxFunction(next_worker, name=name) for name in ("sine", "identity")
+    )
     y = identity({"a": (sine(x), None), "b": [torch.arange(3)]})
     assert y["b"][0].tolist() == [0, 1, 2] and y["a"][1] is None
     (y["a"][0] ** 2).sum().backward()
@@ -89,11 +93,15 @@ def test_several_outputs_and_passes(next_worker: Session) -> None:
 def test_parameters_and_their_gradients(next_worker: Session, name: str) -> None:
     """Parameters arrive under their names, and their gradients are those of jax."""
     model = RemoteJaxFunction(next_worker, name=name)
-    apply, weights = affine if name == "affine" else (perceptron[0].apply, perceptron[1])
+    apply, weights = (
+        affine if name == "affine" else (perceptron[0].apply, perceptron[1])
+    )
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
     y = model(torch.from_numpy(x))
     y.sum().backward()
-    outputs, expected = vjp(apply, (weights, x), [np.ones(tuple(y.shape), np.float32)], x64=False)
+    outputs, expected = vjp(
+        apply, (weights, x), [np.ones(tuple(y.shape), np.float32)], x64=False
+    )
     assert_within(y, outputs[0], 1e-6)
     parameters = list(model.parameters())
     assert len(parameters) == len(expected) - 1

@@ -23,12 +23,16 @@ from tests.client.torch_client.reference import assert_within, vjp
 
 
 def batch(n: int = 4) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(7).normal(size=(n, 3)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(7).normal(size=(n, 3)).astype(np.float32)
+    )
 
 
 def states(model: RemoteJaxFunction) -> dict[str, tuple[Any, ...]]:
     """Return what identifies each parameter's memory and value."""
-    return {name: (x.data_ptr(), x.sum().item()) for name, x in model.state_dict().items()}
+    return {
+        name: (x.data_ptr(), x.sum().item()) for name, x in model.state_dict().items()
+    }
 
 
 def is_in_slab(session: Session, tensor: Tensor) -> bool:
@@ -43,9 +47,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 DENSE = ["Dense_0.bias", "Dense_0.kernel"]
 NAMES = {
-    "perceptron": ([f"params.{n}" for n in (*DENSE, "Dense_1.bias", "Dense_1.kernel")], []),
+    "perceptron": (
+        [f"params.{n}" for n in (*DENSE, "Dense_1.bias", "Dense_1.kernel")],
+        [],
+    ),
     "normed": (
-        [f"params.{name}" for name in ("BatchNorm_0.bias", "BatchNorm_0.scale", *DENSE)],
+        [
+            f"params.{name}"
+            for name in ("BatchNorm_0.bias", "BatchNorm_0.scale", *DENSE)
+        ],
         ["batch_stats.BatchNorm_0.mean", "batch_stats.BatchNorm_0.var"],
     ),
     "gate": (["gain", "inner.bias", "inner.kernel"], ["offset"]),
@@ -55,7 +65,9 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_are_named_by_tree_path(session: Session, remote: Remote, name: str) -> None:
+def test_parameters_are_named_by_tree_path(
+    session: Session, remote: Remote, name: str
+) -> None:
     """What is trainable is a parameter and the rest a buffer, under the names and in the order
     of Describe."""
     model = remote(name)
@@ -66,7 +78,8 @@ def test_parameters_are_named_by_tree_path(session: Session, remote: Remote, nam
     assert [info.path for info in described if info.trainable] == parameters
     assert [info.path for info in described if not info.trainable] == buffers
     assert all(
-        isinstance(x, nn.Parameter) and x.requires_grad and x.is_leaf for x in model.parameters()
+        isinstance(x, nn.Parameter) and x.requires_grad and x.is_leaf
+        for x in model.parameters()
     )
     assert not any(x.requires_grad for x in model.buffers())
     assert all(is_in_slab(session, x) for x in (*model.parameters(), *model.buffers()))
@@ -77,7 +90,11 @@ def reference(name: str, x: np.ndarray) -> Any:
     if name in ("perceptron", "normed"):
         module, variables = {"perceptron": perceptron, "normed": normed}[name]
         return module.apply(variables, x)
-    return {"gate": Gate(), "stack": stack, "affine": lambda x: affine[0](affine[1], x)}[name](x)
+    return {
+        "gate": Gate(),
+        "stack": stack,
+        "affine": lambda x: affine[0](affine[1], x),
+    }[name](x)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,8 +118,12 @@ def test_gradients_are_those_of_jax(any_lane: Remote, model: Any) -> None:
     y = remote(x)
     y.square().sum().backward()
     made = gradients(remote)
-    _, expected = vjp(apply, (weights, x.detach().numpy()), [2 * y.detach().numpy()], x64=False)
-    for seen, wanted in zip([made["bias"], made["weight"], x.grad], expected, strict=True):
+    _, expected = vjp(
+        apply, (weights, x.detach().numpy()), [2 * y.detach().numpy()], x64=False
+    )
+    for seen, wanted in zip(
+        [made["bias"], made["weight"], x.grad], expected, strict=True
+    ):
         assert_within(seen, wanted, 1e-6)
 
 
@@ -118,14 +139,18 @@ def test_a_module_used_twice_adds_its_gradients(remote: Remote) -> None:
     model, x = remote("affine"), batch()
     (model(x) + 2 * model(x + 1)).sum().backward()
     torch.testing.assert_close(model.bias.grad, torch.full((2,), 12.0))
-    torch.testing.assert_close(model.weight.grad, (3 * x + 2).sum(0)[:, None].expand(3, 2))
+    torch.testing.assert_close(
+        model.weight.grad, (3 * x + 2).sum(0)[:, None].expand(3, 2)
+    )
 
 
 # Frozen -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", ["bias", "weight"])
-def test_nothing_is_computed_for_a_frozen_parameter(remote: Remote, frozen: str) -> None:
+def test_nothing_is_computed_for_a_frozen_parameter(
+    remote: Remote, frozen: str
+) -> None:
     """A parameter with requires_grad_(False) gets no gradient, and the worker computes none; nor
     for a buffer."""
     model, tally = remote("counted_affine"), remote("tally")
@@ -133,7 +158,10 @@ def test_nothing_is_computed_for_a_frozen_parameter(remote: Remote, frozen: str)
     before = {key: int(tally(key, 0.0)) for key in (frozen, other)}
     getattr(model, frozen).requires_grad_(False)
     model(batch()).sum().backward()
-    assert {key: int(tally(key, 0.0)) - before[key] for key in before} == {frozen: 0, other: 1}
+    assert {key: int(tally(key, 0.0)) - before[key] for key in before} == {
+        frozen: 0,
+        other: 1,
+    }
     assert set(gradients(model)) == {other}
 
 
@@ -165,9 +193,10 @@ def test_a_state_dict_round_trips(remote: Remote) -> None:
         == "<All keys matched successfully>"
     )
     torch.testing.assert_close(target(batch()), source(batch()), rtol=0, atol=0)
+    # Still in place.
     assert {n: p for n, (p, _) in states(target).items()} == {
         n: p for n, (p, _) in before.items()
-    }  # still in place
+    }
 
 
 def test_load_state_dict_can_assign(session: Session, remote: Remote) -> None:
@@ -176,7 +205,9 @@ def test_load_state_dict_can_assign(session: Session, remote: Remote) -> None:
     model = remote("affine")
     loaded = {name: torch.ones_like(x) for name, x in model.state_dict().items()}
     model.load_state_dict(loaded, assign=True)
-    torch.testing.assert_close(model(batch()), batch().sum(1, keepdim=True).expand(-1, 2) + 1)
+    torch.testing.assert_close(
+        model(batch()), batch().sum(1, keepdim=True).expand(-1, 2) + 1
+    )
     assert loaded["bias"].data_ptr() == model.bias.data_ptr()
     del loaded
     model(batch()).sum().backward()
@@ -186,7 +217,9 @@ def test_load_state_dict_can_assign(session: Session, remote: Remote) -> None:
 def test_load_state_dict_is_strict(remote: Remote) -> None:
     """Missing and unexpected names, and wrong shapes, are torch's own errors."""
     model = remote("affine")
-    with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"weight".*Unexpected key.*"wait"'):
+    with pytest.raises(
+        RuntimeError, match=r'(?s)Missing key.*"weight".*Unexpected key.*"wait"'
+    ):
         model.load_state_dict({"bias": torch.zeros(2), "wait": torch.zeros(3, 2)})
     with pytest.raises(RuntimeError, match="size mismatch for weight"):
         model.load_state_dict({"bias": torch.zeros(2), "weight": torch.zeros(2, 3)})
@@ -210,7 +243,9 @@ def test_a_copy_is_independent(session: Session, remote: Remote) -> None:
     assert all(is_in_slab(session, x) for x in copied.parameters())
 
 
-@pytest.mark.parametrize("made_anew", [copy.deepcopy, lambda model: model.bfloat16().float()])
+@pytest.mark.parametrize(
+    "made_anew", [copy.deepcopy, lambda model: model.bfloat16().float()]
+)
 def test_a_state_dict_shows_later_steps(
     remote: Remote, made_anew: Callable[[nn.Module], nn.Module]
 ) -> None:
@@ -224,7 +259,9 @@ def test_a_state_dict_shows_later_steps(
     assert held["bias"].tolist() == [7, 7]
 
 
-def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote: Remote) -> None:
+def test_parameters_in_torchs_shared_memory_stay_there(
+    session: Session, remote: Remote
+) -> None:
     """After share_memory() other processes see what an optimizer does here, also once the model
     has been called."""
     model = remote("affine").share_memory()
@@ -237,7 +274,9 @@ def test_parameters_in_torchs_shared_memory_stay_there(session: Session, remote:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_module_can_be_cast(session: Session, remote: Remote, dtype: torch.dtype) -> None:
+def test_a_module_can_be_cast(
+    session: Session, remote: Remote, dtype: torch.dtype
+) -> None:
     """to(dtype) casts the parameters, and the model then computes and is differentiated in that
     type."""
     model, x = remote("affine"), batch()
@@ -255,7 +294,9 @@ def test_a_module_can_be_cast(session: Session, remote: Remote, dtype: torch.dty
     torch.testing.assert_close(model.float()(x), expected, rtol=0.05, atol=0.05)
 
 
-def test_a_module_can_be_cast_to_float64(x64_session: Session, x64_remote: Remote) -> None:
+def test_a_module_can_be_cast_to_float64(
+    x64_session: Session, x64_remote: Remote
+) -> None:
     """double() makes a float64 model of it where the worker has x64."""
     model, x = x64_remote("perceptron").double(), batch().double()
     y = model(x)
@@ -267,7 +308,9 @@ def test_a_module_can_be_cast_to_float64(x64_session: Session, x64_remote: Remot
         assert_within(y, np.asarray(module.apply(wide, x.numpy())), 1e-12)
 
 
-def test_float64_parameters_without_x64_are_an_error_naming_the_first(remote: Remote) -> None:
+def test_float64_parameters_without_x64_are_an_error_naming_the_first(
+    remote: Remote,
+) -> None:
     """double() on a worker without x64 is refused at the call, by the parameter's path."""
     with pytest.raises(DTypeError, match=r"`params\.Dense_0\.bias`.*float64.*--x64"):
         remote("perceptron").double()(batch())
@@ -278,7 +321,9 @@ def test_a_parameter_of_another_shape_is_an_error_naming_it(any_lane: Remote) ->
     both shapes."""
     model = any_lane("perceptron")
     model.params.Dense_1.kernel = nn.Parameter(torch.zeros(4, 2))
-    with pytest.raises(SpecError, match=r"`params\.Dense_1\.kernel` has shape \[4, 2\].*\[5, 2\]"):
+    with pytest.raises(
+        SpecError, match=r"`params\.Dense_1\.kernel` has shape \[4, 2\].*\[5, 2\]"
+    ):
         model(batch())
 
 
@@ -293,7 +338,9 @@ def test_functional_call_uses_other_parameters(remote: Remote) -> None:
     torch.testing.assert_close(y.detach(), batch().sum(1, keepdim=True).expand(-1, 2))
     y.sum().backward()
     assert weights["bias"].grad.eq(4).all() and not gradients(model)
-    assert_within(model(batch()), np.asarray(reference("affine", batch().numpy())), 1e-6)
+    assert_within(
+        model(batch()), np.asarray(reference("affine", batch().numpy())), 1e-6
+    )
 
 
 def test_a_pruned_or_normalised_weight_is_used(remote: Remote) -> None:

@@ -31,7 +31,9 @@ def kept(session: Session) -> int:
     return stats["residuals"]
 
 
-def test_a_residual_lives_from_forward_to_backward(session: Session, remote: Remote) -> None:
+def test_a_residual_lives_from_forward_to_backward(
+    session: Session, remote: Remote
+) -> None:
     """One forward keeps one residual; a backward that retains keeps it; the last one releases
     it."""
     y = remote("sine")(leaf()).sum()
@@ -42,7 +44,9 @@ def test_a_residual_lives_from_forward_to_backward(session: Session, remote: Rem
     assert kept(session) == 0
 
 
-def test_a_dropped_graph_releases_its_residual(session: Session, remote: Remote) -> None:
+def test_a_dropped_graph_releases_its_residual(
+    session: Session, remote: Remote
+) -> None:
     """An output that nobody keeps takes its residual along, without a backward pass."""
     sine = remote("sine")
     outputs = [sine(leaf()) for _ in range(5)]
@@ -140,7 +144,9 @@ def test_hooks_see_and_change_gradients(remote: Remote) -> None:
     """Hooks on inputs, outputs and leaves see the gradients, and what they return is used."""
     seen: dict[str, Tensor] = {}
     x = leaf()
-    x.register_post_accumulate_grad_hook(lambda x: seen.update(accumulated=x.grad.clone()))
+    x.register_post_accumulate_grad_hook(
+        lambda x: seen.update(accumulated=x.grad.clone())
+    )
     inner = x * 1
     inner.register_hook(lambda gradient: seen.update(inner=gradient))
     y = remote("sine")(inner)
@@ -155,7 +161,9 @@ def test_module_hooks_run(remote: Remote) -> None:
     calls = []
     sine = remote("sine")
     sine.register_forward_hook(lambda module, args, output: calls.append("forward"))
-    sine.register_full_backward_hook(lambda module, inputs, outputs: calls.append("backward"))
+    sine.register_full_backward_hook(
+        lambda module, inputs, outputs: calls.append("backward")
+    )
     sine(leaf()).sum().backward()
     assert calls == ["forward", "backward"]
 

@@ -22,7 +22,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     """Images and labels, shuffled."""
     found = load_digits()
     order = np.random.default_rng(0).permutation(len(found.target))
-    return (found.images[order] / 16).astype(np.float32), found.target[order].astype(np.int32)
+    return (found.images[order] / 16).astype(np.float32), found.target[order].astype(
+        np.int32
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,12 @@ def in_jax(
     keys = [torch.randint(0, 2**32, (2,), dtype=torch.uint32).numpy() for _ in batches]
     tested = images[TRAINED:]
     np.savez(
-        folder / "data.npz", images=images, labels=labels, batches=batches, keys=keys, tested=tested
+        folder / "data.npz",
+        images=images,
+        labels=labels,
+        batches=batches,
+        keys=keys,
+        tested=tested,
     )
     command = [
         python_of(".venv-jax"),
@@ -65,7 +72,9 @@ def in_jax(
 def worker(in_jax: object) -> Iterator[Session]:
     """A worker that hosts the network."""
     target, python = "tests.client.torch_client.resnet:resnet", python_of(".venv-jax")
-    with spawn(jax_model=target, python=python, cwd=ROOT, args=["--factory"]) as session:
+    with spawn(
+        jax_model=target, python=python, cwd=ROOT, args=["--factory"]
+    ) as session:
         yield session
 
 
@@ -76,14 +85,18 @@ def session(worker: Session) -> Iterator[Session]:
         yield session
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, batches: np.ndarray) -> list[float]:
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, batches: np.ndarray
+) -> list[float]:
     """Return the losses."""
     torch.manual_seed(SEED)
     optimizer = torch.optim.Adam(model.train().parameters(), lr=LEARNING_RATE)
     losses = []
     for batch in batches:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images[batch], train=True), labels[batch])
+        loss = nn.functional.cross_entropy(
+            model(images[batch], train=True), labels[batch]
+        )
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -100,7 +113,9 @@ def test_a_residual_network_trains_as_in_jax(
     same seed gives the same losses.
     """
     images, labels = torch.from_numpy(digits[0]), torch.from_numpy(digits[1]).long()
-    model, again = (RemoteJaxFunction(session, rngs="dropout", mutable=True) for _ in range(2))
+    model, again = (
+        RemoteJaxFunction(session, rngs="dropout", mutable=True) for _ in range(2)
+    )
     losses = train(model, images, labels, batches)
     assert train(again, images, labels, batches[:20]) == losses[:20]
     with torch.no_grad():

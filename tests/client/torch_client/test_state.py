@@ -54,7 +54,8 @@ STATEFUL: dict[str, dict[str, Any]] = {
 def stateful_worker() -> Iterator[Session]:
     """A worker that hosts the models of stateful_models.py."""
     targets = {
-        name: f"tests.client.torch_client.stateful_models:{name}" for name in [*MODELS, "counting"]
+        name: f"tests.client.torch_client.stateful_models:{name}"
+        for name in [*MODELS, "counting"]
     }
     with spawn(jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT) as session:
         yield session
@@ -83,7 +84,9 @@ def stateful(remote: Remote) -> Callable[[str], RemoteJaxFunction]:
 
 
 def batch() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(7).normal(size=(4, 3)).astype(np.float32))
+    return torch.from_numpy(
+        np.random.default_rng(7).normal(size=(4, 3)).astype(np.float32)
+    )
 
 
 def key_of(stream: str) -> jax.Array:
@@ -92,7 +95,9 @@ def key_of(stream: str) -> jax.Array:
     state = torch.get_rng_state()
     words = torch.randint(0, 2**32, (2,), dtype=torch.uint32).numpy()
     torch.set_rng_state(state)
-    return jax.random.fold_in(jax.random.wrap_key_data(words), zlib.crc32(stream.encode()))
+    return jax.random.fold_in(
+        jax.random.wrap_key_data(words), zlib.crc32(stream.encode())
+    )
 
 
 def values(model: nn.Module) -> dict[str, np.ndarray]:
@@ -105,7 +110,10 @@ def values(model: nn.Module) -> dict[str, np.ndarray]:
 def in_linen(x: Tensor) -> tuple[Any, list[Any]]:
     module, variables = noisy
     y, after = module.apply(
-        variables, x.numpy(), rngs={"dropout": key_of("dropout")}, mutable=["batch_stats"]
+        variables,
+        x.numpy(),
+        rngs={"dropout": key_of("dropout")},
+        mutable=["batch_stats"],
     )
     return y, jax.tree.leaves(after)
 
@@ -113,7 +121,9 @@ def in_linen(x: Tensor) -> tuple[Any, list[Any]]:
 def in_equinox(x: Tensor) -> tuple[Any, list[Any]]:
     module, state = equinox_normed
     y, after = module(
-        jnp.asarray(x.numpy()), jax.tree.map(lambda leaf: leaf, state), key=key_of("key")
+        jnp.asarray(x.numpy()),
+        jax.tree.map(lambda leaf: leaf, state),
+        key=key_of("key"),
     )
     return y, jax.tree.leaves(after)
 
@@ -147,7 +157,10 @@ def test_a_model_of_this_process_keeps_its_own_state() -> None:
     made of do not."""
     module, variables = noisy
     arrays = jax.tree.map(jnp.asarray, variables)
-    model, x = RemoteJaxFunction((module, arrays), rngs="dropout", mutable=True), batch()
+    model, x = (
+        RemoteJaxFunction((module, arrays), rngs="dropout", mutable=True),
+        batch(),
+    )
     expected, state = in_linen(x)
     assert_within(model(x), np.asarray(expected), 1e-6)
     for buffer, new in zip(model.buffers(), state, strict=True):
@@ -170,7 +183,9 @@ def test_nnx_state_is_kept_and_streams_are_reseeded(
     assert not torch.equal(second == 0, first == 0)
 
 
-def test_the_default_device_does_not_matter(stateful: Callable[[str], RemoteJaxFunction]) -> None:
+def test_the_default_device_does_not_matter(
+    stateful: Callable[[str], RemoteJaxFunction],
+) -> None:
     """Keys, numbers and empty tensors are made in the host's memory under
     torch.set_default_device, too."""
     model, x = stateful("noisy"), batch().requires_grad_()
@@ -187,7 +202,9 @@ def test_functions_take_the_keys_by_name(remote: Remote) -> None:
     expected = noise(x.numpy(), key_of("key"))
     assert_within(remote("noise", rngs="key")(x), np.asarray(expected), 1e-6)
     expected = two_noises(x.numpy(), key_of("left"), key_of("right"))
-    for seen, wanted in zip(remote("two_noises", rngs=("left", "right"))(x), expected, strict=True):
+    for seen, wanted in zip(
+        remote("two_noises", rngs=("left", "right"))(x), expected, strict=True
+    ):
         assert_within(seen, np.asarray(wanted), 1e-6)
     apply, params = noisy_pair
     expected = apply(params, x.numpy(), key=key_of("key"))
@@ -197,7 +214,9 @@ def test_functions_take_the_keys_by_name(remote: Remote) -> None:
 def test_haiku_transforms_take_one_key(remote: Remote) -> None:
     """A haiku model draws from the one stream that is named, whatever its name; two are refused."""
     model, x = remote("noisy_haiku", rngs="noise"), batch()
-    expected = 2 * x.numpy() + np.asarray(jax.random.normal(_haiku_key(key_of("noise"))))
+    expected = 2 * x.numpy() + np.asarray(
+        jax.random.normal(_haiku_key(key_of("noise")))
+    )
     assert_within(model(x), expected, 1e-6)
     with pytest.raises(CallerError, match="one random stream"):
         remote("noisy_haiku", rngs=("a", "b"))(x)
@@ -261,19 +280,26 @@ def test_buffers_change_in_place_and_in_the_slab(
     with torch.no_grad():
         model(x)
     assert [buffer.data_ptr() for buffer in model.buffers()] == addresses
-    assert all(session.pool.address_of(address, 12) is not None for address in addresses)
+    assert all(
+        session.pool.address_of(address, 12) is not None for address in addresses
+    )
     torch.testing.assert_close(
-        dict(model.named_buffers()), {n: x for n, x in state.items() if n.startswith("batch")}
+        dict(model.named_buffers()),
+        {n: x for n, x in state.items() if n.startswith("batch")},
     )
 
 
-def test_no_buffer_changes_in_eval_mode(stateful: Callable[[str], RemoteJaxFunction]) -> None:
+def test_no_buffer_changes_in_eval_mode(
+    stateful: Callable[[str], RemoteJaxFunction],
+) -> None:
     """In eval mode nothing changes, and nothing is drawn from torch's generator."""
     model, x = stateful("noisy").eval(), batch()
     before, state = values(model), torch.get_rng_state()
     module, variables = noisy
     assert_within(
-        model(x, train=False), np.asarray(module.apply(variables, x.numpy(), train=False)), 1e-6
+        model(x, train=False),
+        np.asarray(module.apply(variables, x.numpy(), train=False)),
+        1e-6,
     )
     np.testing.assert_equal(values(model), before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -303,7 +329,8 @@ def test_a_copied_model_has_state_of_its_own(
     model, x = stateful("noisy"), batch()
     twin = copy.deepcopy(model).double().float()
     assert all(
-        session.pool.address_of(buffer.data_ptr(), 12) is not None for buffer in twin.buffers()
+        session.pool.address_of(buffer.data_ptr(), 12) is not None
+        for buffer in twin.buffers()
     )
     before = values(model)
     twin(x)
@@ -340,7 +367,9 @@ def test_both_lanes_draw_the_same(stateful_worker: Session) -> None:
     for lane in ("local", "grpc"):
         with connect(stateful_worker.address, lane=lane) as session:
             torch.manual_seed(4)
-            drawn.append(RemoteJaxFunction(session, name="noise", rngs="key")(batch()).clone())
+            drawn.append(
+                RemoteJaxFunction(session, name="noise", rngs="key")(batch()).clone()
+            )
     assert torch.equal(*drawn)
 
 
@@ -377,7 +406,10 @@ def test_submitted_calls_draw_in_the_order_of_their_submission(remote: Remote) -
     expected = [model(x).clone() for _ in range(4)]
     torch.manual_seed(6)
     futures = [model.submit(x) for _ in range(4)]
-    assert all(torch.equal(future.result(), y) for future, y in zip(futures, expected, strict=True))
+    assert all(
+        torch.equal(future.result(), y)
+        for future, y in zip(futures, expected, strict=True)
+    )
     changing = remote("noisy", rngs="dropout", mutable=True)
     with pytest.raises(CallerError, match="cannot be submitted"):
         changing.submit(x)
@@ -389,7 +421,9 @@ def test_parameters_left_on_the_worker_may_have_randomness(remote: Remote) -> No
     x = batch()
     expected = noisy_pair[0](noisy_pair[1], x.numpy(), key=key_of("key"))
     assert_within(
-        remote("noisy_pair", parameters="worker", rngs="key")(x), np.asarray(expected), 1e-6
+        remote("noisy_pair", parameters="worker", rngs="key")(x),
+        np.asarray(expected),
+        1e-6,
     )
     with pytest.raises(CallerError, match="parameters='client'"):
         remote("noisy", parameters="worker", mutable=True)
@@ -415,10 +449,14 @@ def test_state_under_transforms(stateful: Callable[[str], RemoteJaxFunction]) ->
     gradients, after = torch.func.grad(loss, has_aux=True)(parameters, buffers)
     torch.manual_seed(8)
     model(x).square().sum().backward()
-    torch.testing.assert_close(gradients, {name: p.grad for name, p in model.named_parameters()})
+    torch.testing.assert_close(
+        gradients, {name: p.grad for name, p in model.named_parameters()}
+    )
     torch.testing.assert_close(after, dict(model.named_buffers()))
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
-        torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(parameters)
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(
+            parameters
+        )
 
 
 def test_state_has_no_tangents(stateful: Callable[[str], RemoteJaxFunction]) -> None:
@@ -439,7 +477,9 @@ def test_state_has_no_tangents(stateful: Callable[[str], RemoteJaxFunction]) -> 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiled_training(stateful: Callable[[str], RemoteJaxFunction], backend: str) -> None:
+def test_compiled_training(
+    stateful: Callable[[str], RemoteJaxFunction], backend: str
+) -> None:
     """A compiled module changes its buffers as an eager one, draws a new key per call, and has
     an eval mode."""
     model, twin, x = stateful("noisy"), stateful("noisy"), batch().requires_grad_()
@@ -467,9 +507,13 @@ def test_compiled_training(stateful: Callable[[str], RemoteJaxFunction], backend
 def test_what_a_model_lacks_is_refused_by_name(remote: Remote) -> None:
     """Streams and state that a model does not have raise CallerError, which says what there is."""
     x = batch()
-    with pytest.raises(CallerError, match=r"no arguments \['dropout'\].*\['key', 'x'\]"):
+    with pytest.raises(
+        CallerError, match=r"no arguments \['dropout'\].*\['key', 'x'\]"
+    ):
         remote("noise", rngs="dropout")(x)
-    with pytest.raises(CallerError, match=r"no random streams \['noise'\].*\['dropout'\]"):
+    with pytest.raises(
+        CallerError, match=r"no random streams \['noise'\].*\['dropout'\]"
+    ):
         remote("counted", rngs="noise")(x)
     with pytest.raises(CallerError, match="leave out one"):
         remote("noise", rngs="key")(x, key=x)
@@ -501,7 +545,10 @@ def test_malformed_requests_are_refused(
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     arguments = pb.Tree(
         tuple=pb.Tree.Sequence(
-            items=[pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])), pb.Tree(dict=pb.Tree.Mapping())]
+            items=[
+                pb.Tree(tuple=pb.Tree.Sequence(items=[leaf])),
+                pb.Tree(dict=pb.Tree.Mapping()),
+            ]
         )
     )
     array, key = (
@@ -518,9 +565,13 @@ def test_a_key_of_another_type_is_refused(session: Session) -> None:
     """The key is uint32[2] and nothing else."""
     leaf = pb.Tree(leaf=pb.Tree.Leaf())
     args = pb.Tree(tuple=pb.Tree.Sequence(items=[leaf]))
-    arguments = pb.Tree(tuple=pb.Tree.Sequence(items=[args, pb.Tree(dict=pb.Tree.Mapping())]))
+    arguments = pb.Tree(
+        tuple=pb.Tree.Sequence(items=[args, pb.Tree(dict=pb.Tree.Mapping())])
+    )
     array = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2])
     with pytest.raises(ProtocolError, match=r"expected uint32\[2\]"):
         session.prepare_call(
-            pb.Call(model="noise", arguments=arguments, inputs=[array, array], rngs=["key"])
+            pb.Call(
+                model="noise", arguments=arguments, inputs=[array, array], rngs=["key"]
+            )
         )

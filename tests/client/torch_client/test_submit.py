@@ -95,9 +95,8 @@ def test_nothing_is_submitted_to_a_closed_session(session: Session) -> None:
     session.close()
     with pytest.raises(SessionClosed):
         f.submit(torch.ones(2))
-    with contextlib.suppress(
-        CancelledError, BridgeError
-    ):  # it may have been faster or slower than the close
+    # It may have been faster or slower than the close.
+    with contextlib.suppress(CancelledError, BridgeError):
         future.result(timeout=60)
 
 
@@ -131,7 +130,9 @@ def test_calls_of_several_models_overlap_with_torch_work(
     gate.wait_for_a_caller()
     sine = RemoteJaxFunction(session, name="sine").submit(x)
     square = RemoteJaxFunction(session, name="square").submit(x)
-    events.append(f"others {sine.result(timeout=60)[0]:.3f} {square.result(timeout=60)[0]:.3f}")
+    events.append(
+        f"others {sine.result(timeout=60)[0]:.3f} {square.result(timeout=60)[0]:.3f}"
+    )
     (gradient,) = torch.autograd.grad((sine.result() + (x * 3)).sum(), x)
     events.append(f"torch {gradient[0]:.3f}")
     gate.open()
@@ -139,7 +140,9 @@ def test_calls_of_several_models_overlap_with_torch_work(
     assert events == ["others 1.683 1.000", "torch 4.081", "slow"]
 
 
-def test_independent_calls_of_one_forward_are_gathered(session: Session, tmp_path: Path) -> None:
+def test_independent_calls_of_one_forward_are_gathered(
+    session: Session, tmp_path: Path
+) -> None:
     """Calls that each wait for the others' gates are under way at once; gather returns their
     results in order."""
     gates = [Gate(tmp_path / str(i)) for i in range(4)]
@@ -157,7 +160,9 @@ def test_gather_raises_after_all_have_ended(
     session: Session, gate: Gate, gated: RemoteJaxFunction
 ) -> None:
     """The first error is raised when no call is under way any more, and holds nothing then."""
-    failing = RemoteJaxFunction(session, name="raises_below_zero").submit(-torch.ones(3))
+    failing = RemoteJaxFunction(session, name="raises_below_zero").submit(
+        -torch.ones(3)
+    )
     slow = gated.submit(torch.ones(3), str(gate))
     futures = [slow, failing]
     gathered = Background(lambda: gather(*futures))
@@ -173,7 +178,9 @@ def test_gather_raises_after_all_have_ended(
     assert holds_nothing(session)
 
 
-def test_gather_gives_up_in_time(session: Session, gate: Gate, gated: RemoteJaxFunction) -> None:
+def test_gather_gives_up_in_time(
+    session: Session, gate: Gate, gated: RemoteJaxFunction
+) -> None:
     """Past timeout_s gather raises CallTimeout, and cancels what has not begun."""
     futures = [gated.submit(torch.ones(3), str(gate)) for _ in range(_AT_ONCE + 2)]
     with pytest.raises(CallTimeout, match=r"34 of 34 calls"):
@@ -254,7 +261,9 @@ def test_a_call_within_a_transform_is_made_at_once(session: Session) -> None:
     torch.testing.assert_close(vmap(submitted)(x), 2 * x.sin())
     torch.testing.assert_close(grad(lambda x: submitted(x).sum())(x), 2 * x.cos())
     graph = make_fx(submitted)(x).graph
-    assert torch.ops.torch_jax_bridge.run.default in {node.target for node in graph.nodes}
+    assert torch.ops.torch_jax_bridge.run.default in {
+        node.target for node in graph.nodes
+    }
 
 
 def test_a_call_made_at_once_has_its_error_in_the_future(session: Session) -> None:

@@ -21,7 +21,9 @@ _STEPS = 20
 def data() -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(3)
     x = rng.normal(size=(16, 3)).astype(np.float32)
-    return torch.from_numpy(x), torch.from_numpy(np.stack([x.sum(1), np.sin(x[:, 0])], 1))
+    return torch.from_numpy(x), torch.from_numpy(
+        np.stack([x.sum(1), np.sin(x[:, 0])], 1)
+    )
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -45,9 +47,9 @@ def test_twenty_steps_are_those_of_optax(any_lane: Remote) -> None:
 
     @jax.jit
     def step_in_jax(variables, state):
-        loss, gradient = jax.value_and_grad(lambda v: jnp.mean((module.apply(v, x) - target) ** 2))(
-            variables
-        )
+        loss, gradient = jax.value_and_grad(
+            lambda v: jnp.mean((module.apply(v, x) - target) ** 2)
+        )(variables)
         updates, state = update_rule.update(gradient, state)
         return optax.apply_updates(variables, updates), state, loss
 
@@ -60,7 +62,9 @@ def test_twenty_steps_are_those_of_optax(any_lane: Remote) -> None:
         wanted = variables
         for part in name.split("."):
             wanted = wanted[part]
-        np.testing.assert_allclose(parameter.detach().numpy(), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            parameter.detach().numpy(), wanted, rtol=1e-5, atol=1e-5
+        )
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -71,7 +75,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_step_copies_no_parameter(session: Session, remote: Remote, name: str) -> None:
+def test_a_step_copies_no_parameter(
+    session: Session, remote: Remote, name: str
+) -> None:
     """A step moves the inputs, the outputs, the cotangent and the gradients; parameters stay
     where they were born."""
     model = remote("perceptron")
@@ -81,17 +87,26 @@ def test_a_step_copies_no_parameter(session: Session, remote: Remote, name: str)
     x, target = data()
     # Inputs are copied once, the output is written once, its cotangent is copied, each gradient is
     # written once.
-    expected = x.nbytes + target.nbytes + target.nbytes + sum(p.nbytes for p in model.parameters())
+    expected = (
+        x.nbytes
+        + target.nbytes
+        + target.nbytes
+        + sum(p.nbytes for p in model.parameters())
+    )
     for _ in range(5):
         before = session.stats()["bytes_copied"]
         losses.append(step(model, optimizer))
         assert session.stats()["bytes_copied"] - before == expected
     assert losses[-1] < losses[0]
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
-    assert all(session.pool.address_of(place, 4) is not None for place in places.values())
+    assert all(
+        session.pool.address_of(place, 4) is not None for place in places.values()
+    )
 
 
-def test_gradients_of_parameters_do_not_pile_up(session: Session, remote: Remote) -> None:
+def test_gradients_of_parameters_do_not_pile_up(
+    session: Session, remote: Remote
+) -> None:
     """After each step as many blocks are leased as after the first one, and no residual is kept."""
     model = remote("perceptron")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -107,7 +122,9 @@ def test_gradients_of_parameters_do_not_pile_up(session: Session, remote: Remote
 def test_it_trains_inside_of_a_torch_module(any_lane: Remote) -> None:
     """In an nn.Sequential between torch layers all parameters train together."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), any_lane("perceptron"), nn.Linear(2, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 3), nn.Tanh(), any_lane("perceptron"), nn.Linear(2, 2)
+    )
     assert "2.params.Dense_0.kernel" in dict(model.named_parameters())
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -124,9 +141,9 @@ def test_gradient_clipping_and_schedules_work(remote: Remote) -> None:
     step(model, optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     assert norm > 0.1
-    assert torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item() == pytest.approx(
-        0.1, rel=1e-3
-    )
+    assert torch.cat(
+        [p.grad.flatten() for p in model.parameters()]
+    ).norm().item() == pytest.approx(0.1, rel=1e-3)
     schedule.step()
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad.eq(0).all() for p in model.parameters())

@@ -58,7 +58,9 @@ def test_workers_of_a_data_loader_call_the_function(jax_worker: Session) -> None
     """Forked and spawned workers of a DataLoader call and differentiate the function that they
     were given."""
     done = run_program(
-        f"from {_MODULE} import load_rows; load_rows()", jax_worker.address, venv=".venv-torch"
+        f"from {_MODULE} import load_rows; load_rows()",
+        jax_worker.address,
+        venv=".venv-torch",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["fork", "spawn"]

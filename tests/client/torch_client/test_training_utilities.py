@@ -42,7 +42,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x[:, :2].sin()).square().mean()
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4
+) -> list[float]:
     def closure() -> float:
         optimizer.zero_grad()
         loss = loss_of(model, rows())
@@ -53,7 +55,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 4) ->
 
 
 def assert_same_weights(seen: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(seen.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen.state_dict(), expected.state_dict(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.fixture
@@ -85,7 +89,9 @@ def test_optimizers_train_it_as_a_torch_module(
     """
     model, twin = pair
     places = [p.data_ptr() for p in model.parameters()]
-    losses, expected = (train(m, OPTIMIZERS[name](m.parameters())) for m in (model, twin))
+    losses, expected = (
+        train(m, OPTIMIZERS[name](m.parameters())) for m in (model, twin)
+    )
     assert losses == pytest.approx(expected, rel=1e-4)
     assert losses[-1] < losses[0]
     assert_same_weights(model, twin)
@@ -123,7 +129,8 @@ def test_gradients_of_parts_add_up_to_the_batch_s(remote: Remote) -> None:
             torch.testing.assert_close(seen.grad, wanted.grad)
         if not by_value:
             norms = [
-                nn.utils.clip_grad_norm_(m.parameters(), 0.1, foreach=True) for m in (model, whole)
+                nn.utils.clip_grad_norm_(m.parameters(), 0.1, foreach=True)
+                for m in (model, whole)
             ]
             torch.testing.assert_close(*norms)
     nn.utils.clip_grad_value_(model.parameters(), 0.01)
@@ -136,7 +143,9 @@ def test_checkpointed_parts_of_a_sequential(
 ) -> None:
     """checkpoint_sequential over remote and local layers gives the gradients of the layers, and
     keeps no residual."""
-    model = nn.Sequential(nn.Linear(3, 3), remote("sine"), nn.Linear(3, 3), remote("affine"))
+    model = nn.Sequential(
+        nn.Linear(3, 3), remote("sine"), nn.Linear(3, 3), remote("affine")
+    )
     x = rows().requires_grad_()
     y = checkpoint_sequential(model, 2, x, use_reentrant=use_reentrant).square().mean()
     assert session.stats()["residuals"] == 1  # the last part runs plainly
@@ -155,7 +164,9 @@ def test_submitted_calls_can_be_checkpointed(session: Session, remote: Remote) -
     y = checkpoint(lambda x: sine.submit(sine(x)).result(), x, use_reentrant=False)
     assert session.stats()["residuals"] == 0
     y.sum().backward()
-    torch.testing.assert_close(x.grad, 4 * (2 * x.detach().sin()).cos() * x.detach().cos())
+    torch.testing.assert_close(
+        x.grad, 4 * (2 * x.detach().sin()).cos() * x.detach().cos()
+    )
 
 
 # Parametrizations ---------------------------------------------------------------------------------
@@ -170,7 +181,9 @@ PARAMETRIZED: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("name", PARAMETRIZED)
-def test_parametrized_weights_train(pair: tuple[RemoteJaxFunction, Affine], name: str) -> None:
+def test_parametrized_weights_train(
+    pair: tuple[RemoteJaxFunction, Affine], name: str
+) -> None:
     """A parametrized weight trains as in torch: weight_norm, orthogonal, spectral_norm, and what
     pruning does."""
     for module in pair:
@@ -220,7 +233,9 @@ def test_a_parametrized_model_can_be_copied(remote: Remote) -> None:
     with torch.no_grad():
         for parameter in copied.parameters():
             parameter.mul_(2)
-    torch.testing.assert_close(copied(rows()), (model(rows()) - model.bias) * 2 + 2 * model.bias)
+    torch.testing.assert_close(
+        copied(rows()), (model(rows()) - model.bias) * 2 + 2 * model.bias
+    )
     assert AveragedModel(model)(rows()).shape == (4, 2)
 
 
@@ -248,7 +263,9 @@ def test_moving_averages_of_the_weights(pair: tuple[RemoteJaxFunction, Affine]) 
 
 
 @pytest.mark.parametrize("name", ["normed", "perceptron"])
-def test_weights_go_through_safetensors(remote: Remote, tmp_path: Path, name: str) -> None:
+def test_weights_go_through_safetensors(
+    remote: Remote, tmp_path: Path, name: str
+) -> None:
     """safetensors saves and loads a model's parameters and buffers, as a state dict and as a
     model."""
     source, first, second = (remote(name) for _ in range(3))
@@ -258,7 +275,9 @@ def test_weights_go_through_safetensors(remote: Remote, tmp_path: Path, name: st
     safetensors.torch.save_file(source.state_dict(), tmp_path / "dict.safetensors")
     safetensors.torch.save_model(source, str(tmp_path / "model.safetensors"))
     first.load_state_dict(safetensors.torch.load_file(tmp_path / "dict.safetensors"))
-    assert safetensors.torch.load_model(second, str(tmp_path / "model.safetensors")) == (set(), [])  # type: ignore[comparison-overlap]
+    assert safetensors.torch.load_model(
+        second, str(tmp_path / "model.safetensors")
+    ) == (set(), [])  # type: ignore[comparison-overlap]
     for loaded in (first, second):
         torch.testing.assert_close(
             dict(loaded.state_dict()), dict(source.state_dict()), rtol=0, atol=0

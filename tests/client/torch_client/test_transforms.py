@@ -54,7 +54,10 @@ def case(x64_remote: Remote) -> Callable[..., Any]:
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the same numbers each time, away from zero."""
-    return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.2
+    return (
+        torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        + 0.2
+    )
 
 
 def assert_same(seen: Any, expected: Any) -> None:
@@ -96,9 +99,13 @@ TRANSFORMS: dict[str, Callable[[Function], Any]] = {
     "grad(grad)": lambda f: grad(lambda x: (grad(summed(f))(x) ** 2).sum())(rand(3)),
     "third derivative": lambda f: jacfwd(jacrev(grad(summed(f))))(rand(3)),
     "vmap": lambda f: vmap(f)(rand(4, 3)),
-    "vmap(in_dims=1, out_dims=-1)": lambda f: vmap(f, in_dims=1, out_dims=-1)(rand(3, 4)),
+    "vmap(in_dims=1, out_dims=-1)": lambda f: vmap(f, in_dims=1, out_dims=-1)(
+        rand(3, 4)
+    ),
     "vmap(chunk_size=2)": lambda f: vmap(grad(summed(f)), chunk_size=2)(rand(5, 3)),
-    "vmap(vmap)": lambda f: vmap(vmap(f, in_dims=1), in_dims=-1)(rand(2, 3, 4).transpose(0, 1)),
+    "vmap(vmap)": lambda f: vmap(vmap(f, in_dims=1), in_dims=-1)(
+        rand(2, 3, 4).transpose(0, 1)
+    ),
     "vmap(grad)": lambda f: vmap(grad(summed(f)))(rand(4, 3)),
     "vmap(jacrev)": lambda f: vmap(jacrev(f))(rand(4, 3)),
     "vmap(hessian)": lambda f: vmap(hessian(f))(rand(4, 3)),
@@ -132,19 +139,25 @@ def test_derivatives_by_several_arguments(case: Callable[..., Any]) -> None:
         return (x @ y).sin().sum()
 
     assert_same(grad(remote, argnums=(1, 0))(*args), grad(twin, argnums=(1, 0))(*args))
-    assert_same(hessian(remote, argnums=(0, 1))(*args), hessian(twin, argnums=(0, 1))(*args))
+    assert_same(
+        hessian(remote, argnums=(0, 1))(*args), hessian(twin, argnums=(0, 1))(*args)
+    )
 
 
 def test_vmap_over_some_arguments(case: Callable[..., Any]) -> None:
     """An argument whose in_dim is None is shared by the batch, and structures of in_dims reach
     into dicts."""
     assert_same(
-        vmap(lambda x, y: case("matmul", x, y), in_dims=(1, None))(rand(3, 5, 2), rand(2, 4)),
+        vmap(lambda x, y: case("matmul", x, y), in_dims=(1, None))(
+            rand(3, 5, 2), rand(2, 4)
+        ),
         rand(3, 5, 2).transpose(0, 1) @ rand(2, 4),
     )
     tree = {"inner": (rand(5, 2, 3), rand(3, 2)), "list": [rand(2, 5)]}
     dims = {"inner": (0, None), "list": [1]}
-    seen = vmap(lambda tree, scale: case("pytree", tree, scale), in_dims=(dims, None))(tree, 2.0)
+    seen = vmap(lambda tree, scale: case("pytree", tree, scale), in_dims=(dims, None))(
+        tree, 2.0
+    )
     assert_same(seen["out"], torch.tanh(rand(5, 2, 3) @ rand(3, 2)) * 2)
     assert_same(seen["sum"][0], rand(2, 5).sum(0))
     assert_same(seen["sum"][1][0], (rand(2, 5) * rand(5, 2, 3).mean((1, 2))).T)
@@ -171,7 +184,9 @@ def test_a_batch_is_one_call(x64_session: Session, case: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize("transform", [jacrev, jacfwd, hessian])
 def test_a_batch_of_derivatives_takes_as_many_calls_as_one(
-    x64_session: Session, case: Callable[..., Any], transform: Callable[[Function], Function]
+    x64_session: Session,
+    case: Callable[..., Any],
+    transform: Callable[[Function], Function],
 ) -> None:
     """Under vmap a derivative makes no more calls than without, and a Jacobian's rows are one
     batch too."""
@@ -202,16 +217,18 @@ def test_integer_outputs_and_inputs_under_vmap(case: Callable[..., Any]) -> None
     assert torch.equal(index.long(), x.argmax(1)) and torch.equal(signs, x > 0)
     assert_same(exponentials, x.exp())
     rows = torch.tensor([[0, 1], [3, 3], [2, 0]])
-    made = vmap(grad(lambda table, rows: case("embedding", table, rows).sum()), in_dims=(None, 0))(
-        rand(4, 2), rows
-    )
+    made = vmap(
+        grad(lambda table, rows: case("embedding", table, rows).sum()),
+        in_dims=(None, 0),
+    )(rand(4, 2), rows)
     counts = torch.nn.functional.one_hot(rows, 4).sum(1).double()
     assert_same(made, 2 * counts[:, :, None].expand(3, 4, 2))
 
 
 def complex_args(count: int) -> tuple[Tensor, ...]:
     return tuple(
-        (rand(3, dtype=torch.complex128) * (1 + 0.5j) ** i).requires_grad_() for i in range(count)
+        (rand(3, dtype=torch.complex128) * (1 + 0.5j) ** i).requires_grad_()
+        for i in range(count)
     )
 
 
@@ -219,7 +236,9 @@ def test_complex_derivatives_have_torchs_convention(case: Callable[..., Any]) ->
     """Finite differences in torch's convention confirm the derivatives of complex functions, in
     both modes."""
     products = functools.partial(case, "complex products")
-    assert gradcheck(products, complex_args(2), check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(
+        products, complex_args(2), check_forward_ad=True, check_batched_grad=True
+    )
     assert gradgradcheck(products, complex_args(2))
 
 
@@ -244,10 +263,18 @@ def test_gradcheck_in_every_mode(case: Callable[..., Any]) -> None:
     args = rand(3).requires_grad_(), rand(3).requires_grad_()
     sine = functools.partial(case, "sine")
     assert gradcheck(
-        sine, args, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+        sine,
+        args,
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
     )
     assert gradgradcheck(
-        sine, args, check_fwd_over_rev=True, check_rev_over_rev=True, check_batched_grad=True
+        sine,
+        args,
+        check_fwd_over_rev=True,
+        check_rev_over_rev=True,
+        check_batched_grad=True,
     )
 
 
@@ -268,7 +295,8 @@ def test_tensors_that_are_just_zero(x64_remote: Remote) -> None:
     for x in (rand(3), zero):
         assert_same(sine(x), 2 * x.sin())
     assert_same(
-        jvp(sine, (rand(3),), (zero,)), (2 * rand(3).sin(), torch.zeros(3, dtype=torch.float64))
+        jvp(sine, (rand(3),), (zero,)),
+        (2 * rand(3).sin(), torch.zeros(3, dtype=torch.float64)),
     )
 
 
@@ -293,7 +321,8 @@ def test_functions_without_reverse_mode(x64_remote: Remote) -> None:
     made = jacfwd(doubled)(x)
     assert_same(made, torch.diag(doubled(x) / x))
     with pytest.raises(
-        RemoteModelError, match=r"(?s)Reverse-mode differentiation.*in vjp of model.*jacfwd\(f\)"
+        RemoteModelError,
+        match=r"(?s)Reverse-mode differentiation.*in vjp of model.*jacfwd\(f\)",
     ):
         jacrev(doubled)(x)
 
@@ -322,14 +351,18 @@ def test_a_call_without_reverse_rule_says_what_works(
     with torch.no_grad():
         assert_same(made(x), made(x.detach()))
     if name == "windowed":
-        assert_same(jvp(made, (x.detach(),), (x.detach(),))[1], x.detach()[1:] + x.detach()[:-1])
+        assert_same(
+            jvp(made, (x.detach(),), (x.detach(),))[1], x.detach()[1:] + x.detach()[:-1]
+        )
 
 
 def test_a_pullback_without_rule_says_that_forward_mode_works(any_lane: Remote) -> None:
     """Where only the backward pass fails, its error recommends forward mode, which works."""
     made, x = any_lane("forward_only"), torch.ones(3, requires_grad=True)
     y = made(x)
-    with pytest.raises(RemoteModelError, match=r"(?s)in the VJP of model.*forward mode works"):
+    with pytest.raises(
+        RemoteModelError, match=r"(?s)in the VJP of model.*forward mode works"
+    ):
         y.sum().backward()
     assert_same(jvp(made, (x.detach(),), (torch.ones(3),))[1], torch.full((3,), 4.0))
 
@@ -393,7 +426,8 @@ def test_a_refused_signature_is_named_within_a_transform(x64_remote: Remote) -> 
     was called with."""
     matmul = x64_remote("matmul")
     with pytest.raises(
-        RemoteModelError, match=r"'matmul' called with \(args\[0\]: float64\[2,3\], args\[1\]: "
+        RemoteModelError,
+        match=r"'matmul' called with \(args\[0\]: float64\[2,3\], args\[1\]: ",
     ):
         vmap(matmul)(rand(5, 2, 3), rand(5, 2, 3))
 
@@ -412,13 +446,17 @@ def test_randomness_beside_a_remote_function(x64_remote: Remote) -> None:
         vmap(noisy)(x)
 
 
-def test_double_and_batched_backward(x64_session: Session, case: Callable[..., Any]) -> None:
+def test_double_and_batched_backward(
+    x64_session: Session, case: Callable[..., Any]
+) -> None:
     """create_graph differentiates a gradient again, and is_grads_batched takes a batch of
     cotangents in one call."""
     x = rand(3).requires_grad_()
     y = case("sine", x, x)
     batched = [
-        torch.autograd.grad(y, x, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+        torch.autograd.grad(
+            y, x, torch.eye(3), is_grads_batched=True, retain_graph=True
+        )[0]
         for _ in range(2)
     ]
     assert_same(batched, [jacrev(TWINS["sine"][1])(x.detach())] * 2)
@@ -427,7 +465,9 @@ def test_double_and_batched_backward(x64_session: Session, case: Callable[..., A
     )
     assert calls_of(x64_session, again) == 1
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    assert_same(torch.autograd.grad(first.sum(), x)[0], 2 * x.detach().cos() * x.detach().exp())
+    assert_same(
+        torch.autograd.grad(first.sum(), x)[0], 2 * x.detach().cos() * x.detach().exp()
+    )
 
 
 def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
@@ -440,7 +480,8 @@ def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
         return (f(x) * value * slope).sum()
 
     remote, local = (
-        functools.partial(weighted, f) for f in (lambda x: case("sine", x, x), TWINS["sine"][1])
+        functools.partial(weighted, f)
+        for f in (lambda x: case("sine", x, x), TWINS["sine"][1])
     )
     assert_same(jacrev(jacrev(remote))(rand(3)), jacrev(jacrev(local))(rand(3)))
     assert_same(vmap(hessian(remote))(rand(2, 3)), vmap(hessian(local))(rand(2, 3)))
@@ -448,7 +489,9 @@ def test_no_grad_within_transforms(case: Callable[..., Any]) -> None:
         assert_same(hessian(remote)(rand(3).requires_grad_()), hessian(local)(rand(3)))
 
 
-def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[..., Any]) -> None:
+def test_transforms_of_a_recorded_backward(
+    x64_session: Session, case: Callable[..., Any]
+) -> None:
     """torch.vmap of torch.autograd.grad, on a graph from before it, is one call; tangents of
     cotangents stay."""
     x, rows = rand(3).requires_grad_(), rand(9, 3)
@@ -461,7 +504,9 @@ def test_transforms_of_a_recorded_backward(x64_session: Session, case: Callable[
     assert calls_of(x64_session, lambda: torch.vmap(pull)(rows)) == 1
     assert_same(torch.vmap(pull)(rows), rows @ jacobian)
     assert_same(torch.vmap(pull, chunk_size=2)(rows), rows @ jacobian)
-    assert_same(jvp(pull, (rows[0],), (rows[1],)), (rows[0] @ jacobian, rows[1] @ jacobian))
+    assert_same(
+        jvp(pull, (rows[0],), (rows[1],)), (rows[0] @ jacobian, rows[1] @ jacobian)
+    )
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(pull(forward_ad.make_dual(rows[0], rows[1])))
         assert_same(dual.tangent, rows[1] @ jacobian)
@@ -477,12 +522,17 @@ def test_autograd_functional(case: Callable[..., Any], strategy: str) -> None:
     )
     assert_same(seen, jacrev(twin)(x))
     seen = torch.autograd.functional.hessian(
-        lambda x: case("sine", x, x).sum(), x, outer_jacobian_strategy=strategy, **options
+        lambda x: case("sine", x, x).sum(),
+        x,
+        outer_jacobian_strategy=strategy,
+        **options,
     )
     assert_same(seen, hessian(lambda x: twin(x).sum())(x))
 
 
-def test_functional_call_and_ensembles(x64_session: Session, x64_remote: Remote) -> None:
+def test_functional_call_and_ensembles(
+    x64_session: Session, x64_remote: Remote
+) -> None:
     """functional_call gives per-sample gradients by a model's parameters; vmap, an ensemble of
     models in one call."""
     model = x64_remote("affine").double()
@@ -495,7 +545,9 @@ def test_functional_call_and_ensembles(x64_session: Session, x64_remote: Remote)
     def twin(weights: dict[str, Tensor], x: Tensor) -> Tensor:
         return (x @ weights["weight"] + weights["bias"]).sin().sum()
 
-    seen, expected = (vmap(grad(f), in_dims=(None, 0))(weights, x) for f in (loss, twin))
+    seen, expected = (
+        vmap(grad(f), in_dims=(None, 0))(weights, x) for f in (loss, twin)
+    )
     assert_same(seen, expected)
     members, _ = stack_module_state([model, model])
     members = {
@@ -503,6 +555,7 @@ def test_functional_call_and_ensembles(x64_session: Session, x64_remote: Remote)
         for name, p in members.items()
     }
     assert_same(
-        vmap(loss, in_dims=(0, None))(members, x), vmap(twin, in_dims=(0, None))(members, x)
+        vmap(loss, in_dims=(0, None))(members, x),
+        vmap(twin, in_dims=(0, None))(members, x),
     )
     assert calls_of(x64_session, lambda: vmap(loss, in_dims=(0, None))(members, x)) == 1

@@ -50,7 +50,8 @@ _OWN_HANDLE, _NO_PEER, _INVALID_HANDLE, _NOT_READY = 201, 217, 400, 600
 _DISABLE_TIMING, _INTERPROCESS = 0x02, 0x04
 _POLL_S = 0.0003
 
-_handle = struct.Struct("<4sIQ16s32x")  # what it is of, the process, the number there, the device
+# What it is of, the process, the number there, the device.
+_handle = struct.Struct("<4sIQ16s32x")
 _SLOTS = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -118,7 +119,10 @@ def _is_held(name: str) -> bool:
 
 def _lives(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            not in "ZX"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -129,7 +133,9 @@ def _lives(pid: int) -> bool:
 def visible() -> tuple[bytes, ...]:
     """Return the UUIDs of the devices that this process may use."""
     there = [
-        label.strip() for label in os.environ.get("FAKE_CUDA_GPUS", ONE).split(",") if label.strip()
+        label.strip()
+        for label in os.environ.get("FAKE_CUDA_GPUS", ONE).split(",")
+        if label.strip()
     ]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
@@ -183,13 +189,20 @@ class _File:
     def __init__(self, name: str, source: str, nbytes: int | None) -> None:
         """Create the file of so many bytes; None opens the one that is there."""
         path = directory() / source
-        fd = os.open(path, os.O_RDWR | (0 if nbytes is None else os.O_CREAT | os.O_EXCL))
+        fd = os.open(
+            path, os.O_RDWR | (0 if nbytes is None else os.O_CREAT | os.O_EXCL)
+        )
         try:
             if nbytes is not None:
                 os.ftruncate(fd, nbytes)
             self.nbytes = os.fstat(fd).st_size
             self.pointer = _libc.mmap(
-                None, self.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0
+                None,
+                self.nbytes,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+                mmap.MAP_SHARED,
+                fd,
+                0,
             )
         finally:
             os.close(fd)
@@ -237,7 +250,8 @@ class _Event:
         return bool(self._words[1 + record % _SLOTS] >= record)
 
     def wait(self, record: int) -> None:
-        while not self.has_passed(record):  # forever, if the process that was to come to it is dead
+        # Forever, if the process that was to come to it is dead.
+        while not self.has_passed(record):
             time.sleep(_POLL_S)
 
 
@@ -289,7 +303,12 @@ class _Stream:
 
 def _stream(number: int) -> _Stream:
     device = _current()
-    if number in (0, 1, 2):  # the legacy default stream by two names, and that of the thread
+    # The legacy default stream by two names, and that of the thread.
+    if number in (
+        0,
+        1,
+        2,
+    ):
         key: Any = (device, threading.get_ident() if number == 2 else 0)
         with _lock:
             return _streams.setdefault(key, _Stream(device))
@@ -305,9 +324,8 @@ def _event(number: int) -> _Event:
     except KeyError:
         raise CUDARuntimeError(_INVALID_HANDLE) from None
     _, _, source = found.file.name.partition("@")
-    if (
-        source and not (directory() / source).exists()
-    ):  # it was opened here, and its owner has destroyed it
+    # It was opened here, and its owner has destroyed it.
+    if source and not (directory() / source).exists():
         (directory() / f"undefined-{os.getpid()}-{number}").touch()
     return found
 
@@ -319,7 +337,9 @@ def _of_runtime(function: Callable[..., Any]) -> Callable[..., Any]:
     def checked(*arguments: Any) -> Any:
         global _broken_by
         fails = dict(
-            entry.split(":") for entry in os.environ.get("FAKE_CUDA_FAILS", "").split(",") if entry
+            entry.split(":")
+            for entry in os.environ.get("FAKE_CUDA_FAILS", "").split(",")
+            if entry
         )
         status = _broken_by or int(fails.get(function.__name__, 0))
         if status:
@@ -349,7 +369,11 @@ def setDevice(device: int) -> None:
 @_of_runtime
 def memGetInfo() -> tuple[int, int]:
     total = int(os.environ.get("FAKE_CUDA_BYTES", 4 << 30))
-    ours = (path for path in _held_files(directory()) if _is_memory_of(_current(), path.name))
+    ours = (
+        path
+        for path in _held_files(directory())
+        if _is_memory_of(_current(), path.name)
+    )
     return max(total - sum(map(_size_of, ours)), 0), total
 
 
@@ -559,7 +583,9 @@ class _Word:
 
     def __init__(self, pointer: int) -> None:
         found = [
-            m for start, m in list(_memory.items()) if start <= pointer <= start + m.file.nbytes - 8
+            m
+            for start, m in list(_memory.items())
+            if start <= pointer <= start + m.file.nbytes - 8
         ]
         if not found or pointer % 8:
             raise CUDARuntimeError(_INVALID_VALUE)
@@ -615,7 +641,9 @@ class Library:
         return 0
 
     def cuDeviceGetName(self, name: Any, nbytes: int, device: Any) -> int:
-        name.value = f"Fake GPU {visible()[device.value][0] >> 4}".encode()[: nbytes - 1]
+        name.value = f"Fake GPU {visible()[device.value][0] >> 4}".encode()[
+            : nbytes - 1
+        ]
         return 0
 
     def cuMemGetAddressRange_v2(self, base: Any, size: Any, pointer: Any) -> int:
@@ -641,13 +669,17 @@ class Library:
         return 0
 
     def cuIpcOpenMemHandle_v2(self, pointer: Any, handle: Any, flags: int) -> int:
-        return _status_of(lambda: _put(pointer, ipcOpenMemHandle(bytes(handle.reserved), flags)))
+        return _status_of(
+            lambda: _put(pointer, ipcOpenMemHandle(bytes(handle.reserved), flags))
+        )
 
     def cuIpcCloseMemHandle(self, pointer: Any) -> int:
         return _status_of(lambda: ipcCloseMemHandle(pointer.value))
 
     def cuIpcOpenEventHandle(self, event: Any, handle: Any) -> int:
-        return _status_of(lambda: _put(event, ipcOpenEventHandle(bytes(handle.reserved))))
+        return _status_of(
+            lambda: _put(event, ipcOpenEventHandle(bytes(handle.reserved)))
+        )
 
     def cuCtxGetStreamPriorityRange(self, least: Any, greatest: Any) -> int:
         least._obj.value, greatest._obj.value = 0, -5
@@ -656,15 +688,25 @@ class Library:
     def cuStreamCreateWithPriority(self, stream: Any, flags: int, priority: Any) -> int:
         return _status_of(lambda: _put(stream, streamCreateWithFlags(flags)))
 
-    def cuStreamWriteValue64_v2(self, stream: Any, pointer: Any, value: Any, flags: int) -> int:
-        return _status_of(lambda: streamWriteValue64(stream.value or 0, pointer.value, value.value))
+    def cuStreamWriteValue64_v2(
+        self, stream: Any, pointer: Any, value: Any, flags: int
+    ) -> int:
+        return _status_of(
+            lambda: streamWriteValue64(stream.value or 0, pointer.value, value.value)
+        )
 
-    def cuStreamWaitValue64_v2(self, stream: Any, pointer: Any, value: Any, flags: int) -> int:
-        return _status_of(lambda: streamWaitValue64(stream.value or 0, pointer.value, value.value))
+    def cuStreamWaitValue64_v2(
+        self, stream: Any, pointer: Any, value: Any, flags: int
+    ) -> int:
+        return _status_of(
+            lambda: streamWaitValue64(stream.value or 0, pointer.value, value.value)
+        )
 
     def cuLaunchHostFunc(self, stream: Any, function: Any, data: Any) -> int:
         called = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.value)
-        return _status_of(lambda: _stream(stream.value or 0).put(lambda: called(data.value)))
+        return _status_of(
+            lambda: _stream(stream.value or 0).put(lambda: called(data.value))
+        )
 
     def cuStreamQuery(self, stream: Any) -> int:
         return _NOT_READY if _stream(stream.value or 0).is_busy else 0

@@ -29,7 +29,10 @@ def late(x):
     """The input plus one, when the GPU has worked for a second or so."""
     work = jnp.full((_SIDE, _SIDE), 1e-3, jnp.float32)
     value = jax.lax.fori_loop(
-        0, _STEPS, lambda _, value: jnp.tanh(jnp.matmul(value, work, precision="highest")), work
+        0,
+        _STEPS,
+        lambda _, value: jnp.tanh(jnp.matmul(value, work, precision="highest")),
+        work,
     )
     return x + 1 + 0 * value[0, 0].astype(x.dtype)
 

@@ -46,13 +46,17 @@ def without(*names: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths), "TESTS_BLOCKED": " ".join(names)}
 
 
-def jax_worker(*names: str, env: Mapping[str, str] | None = None, **options: Any) -> Session:
+def jax_worker(
+    *names: str, env: Mapping[str, str] | None = None, **options: Any
+) -> Session:
     """Start a JAX worker without torch on the GPU, with these models of `jax_models`."""
     models = {name: f"tests.gpu.on_gpu.jax_models:{name}" for name in names}
     return _worker(jax_model=models, env=without(*TORCH) | dict(env or {}), **options)
 
 
-def torch_worker(*names: str, env: Mapping[str, str] | None = None, **options: Any) -> Session:
+def torch_worker(
+    *names: str, env: Mapping[str, str] | None = None, **options: Any
+) -> Session:
     """Start a torch worker without jax on the GPU, with these models of `torch_models`."""
     models = {name: f"tests.gpu.on_gpu.torch_models:{name}" for name in names}
     return _worker(torch_model=models, env=without(*JAX) | dict(env or {}), **options)
@@ -81,7 +85,9 @@ def used_bytes() -> int:
 def _nvml() -> tuple[Any, Any]:
     nvml, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
     _checked(nvml.nvmlInit_v2())
-    _checked(nvml.nvmlDeviceGetHandleByUUID(gpus()[0].label.encode(), ctypes.byref(handle)))
+    _checked(
+        nvml.nvmlDeviceGetHandleByUUID(gpus()[0].label.encode(), ctypes.byref(handle))
+    )
     return nvml, handle
 
 

@@ -21,11 +21,15 @@ _CASES = Path(__file__).parent / "jax_client" / "cases.py"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementTree.Element]]:
+def results(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, list[ElementTree.Element]]:
     """What became of each case, by its name: a list, since some have parameters."""
     report = tmp_path_factory.mktemp("jax_client") / "report.xml"
     command = [sys.executable, "-m", "pytest", str(_CASES), "--gpu", "-q"]
-    variables = os.environ | without(*TORCH) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    variables = (
+        os.environ | without(*TORCH) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    )
     done = subprocess.run(
         [*command, "-p", "no:cacheprovider", f"--junit-xml={report}"],
         cwd=ROOT,
@@ -41,11 +45,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[ElementT
     return found
 
 
-@pytest.mark.parametrize("name", re.findall(r"^def (test_\w+)", _CASES.read_text(), re.MULTILINE))
+@pytest.mark.parametrize(
+    "name", re.findall(r"^def (test_\w+)", _CASES.read_text(), re.MULTILINE)
+)
 def test_case(name: str, results: dict[str, list[ElementTree.Element]]) -> None:
     """As it was found there."""
     failed = [
-        part.text for case in results[name] for part in case if part.tag in ("failure", "error")
+        part.text
+        for case in results[name]
+        for part in case
+        if part.tag in ("failure", "error")
     ]
     assert not failed, "\n\n".join(map(str, failed))
     if all(case.find("skipped") is not None for case in results[name]):

@@ -193,7 +193,9 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(out)
         self.short = (
-            nn.Conv2d(channels, out, 1, stride, bias=False) if stride > 1 else nn.Identity()
+            nn.Conv2d(channels, out, 1, stride, bias=False)
+            if stride > 1
+            else nn.Identity()
         )
 
     def forward(self, x):

@@ -50,7 +50,9 @@ SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
     "half the energy": lambda x: (x**2).sum() * 0.5,
     "shifted": lambda x: x.sum() + 1.0,
     "mean loss": lambda x: 1.0 - (x.sin().mean() / 2.0),
-    "log-probability": lambda x: torch.distributions.Normal(0.0, 1.0).log_prob(x).sum() - 0.5 * 3,
+    "log-probability": lambda x: (
+        torch.distributions.Normal(0.0, 1.0).log_prob(x).sum() - 0.5 * 3
+    ),
     "power": lambda x: 2.0 ** x.sum(),
     "clamped": lambda x: torch.where(x.sum() > 0.0, x.sum() * 3.0, 0.0),
 }
@@ -61,7 +63,11 @@ SCALARS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_forward_mode_of_scalars(runtime: TorchRuntime, name: str, dtype: Any) -> None:
     """A scalar's tangent is its gradient times the tangent, alone, in a batch and in second
     derivatives."""
-    hosted, x, v = Hosted(runtime, SCALARS[name]), numbers(dtype, 3), numbers(dtype, 3)[::-1].copy()
+    hosted, x, v = (
+        Hosted(runtime, SCALARS[name]),
+        numbers(dtype, 3),
+        numbers(dtype, 3)[::-1].copy(),
+    )
     tolerance: dict[str, Any] = {"rtol": 1e-5 if dtype is np.float32 else 1e-12}
     inputs = torch.tensor(x, requires_grad=True)
     (gradient,) = torch.autograd.grad(SCALARS[name](inputs), inputs, create_graph=True)
@@ -70,7 +76,9 @@ def test_forward_mode_of_scalars(runtime: TorchRuntime, name: str, dtype: Any) -
     assert tangent.dtype == dtype
     np.testing.assert_allclose(tangent, expected, **tolerance)
 
-    rows = derivative(hosted, [jvp([0]), vmap([0, 0], 2)], np.stack([x, x]), np.stack([v, 2 * v]))
+    rows = derivative(
+        hosted, [jvp([0]), vmap([0, 0], 2)], np.stack([x, x]), np.stack([v, 2 * v])
+    )
     np.testing.assert_allclose(rows, [expected, 2 * expected], **tolerance)
 
     of_tangent = derivative(hosted, [jvp([0]), vjp([1])], x, v, np.ones((), dtype))
@@ -85,7 +93,10 @@ def test_forward_mode_of_scalars(runtime: TorchRuntime, name: str, dtype: Any) -
 def test_forward_mode_of_a_scalar_argument(runtime: TorchRuntime, dtype: Any) -> None:
     """The tangent has the scalar's dtype."""
     tangent = derivative(
-        Hosted(runtime, lambda s: s * 2.5), [jvp([0])], np.ones((), dtype), np.ones((), dtype)
+        Hosted(runtime, lambda s: s * 2.5),
+        [jvp([0])],
+        np.ones((), dtype),
+        np.ones((), dtype),
     )
     assert tangent.dtype == dtype and tangent == 2.5
 
@@ -95,7 +106,8 @@ def test_forward_mode_of_a_scalar_argument(runtime: TorchRuntime, dtype: Any) ->
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize(
-    "sign", [torch.sgn, torch.sign, torch.floor, lambda x: (x > 0).to(x.dtype), torch.round]
+    "sign",
+    [torch.sgn, torch.sign, torch.floor, lambda x: (x > 0).to(x.dtype), torch.round],
 )
 def test_zero_derivatives_are_zeros(
     runtime: TorchRuntime, sign: Callable[[Tensor], Tensor], dtype: Any
@@ -109,14 +121,21 @@ def test_zero_derivatives_are_zeros(
             made = derivative(hosted, transforms, x, np.ones(2, dtype))
             np.testing.assert_array_equal(made, np.full(2, expected, dtype))
         rows = derivative(
-            hosted, [jvp([0]), vmap([0, 0], 2)], np.stack([x, x]), np.ones((2, 2), dtype)
+            hosted,
+            [jvp([0]), vmap([0, 0], 2)],
+            np.stack([x, x]),
+            np.ones((2, 2), dtype),
         )
         np.testing.assert_array_equal(rows, np.full((2, 2), expected, dtype))
-        second = derivative(hosted, [vjp([0]), jvp([0])], x, np.ones(2, dtype), np.ones(2, dtype))
+        second = derivative(
+            hosted, [vjp([0]), jvp([0])], x, np.ones(2, dtype), np.ones(2, dtype)
+        )
         np.testing.assert_array_equal(second, np.zeros(2, dtype))
         program = hosted.call(x, keep=[0])
         _, residual = hosted.run_keeping(program, x)
-        pulled = hosted.run(hosted.pullback(program, [0]), np.ones(2, dtype), residual=residual)
+        pulled = hosted.run(
+            hosted.pullback(program, [0]), np.ones(2, dtype), residual=residual
+        )
         np.testing.assert_array_equal(pulled[0], np.full(2, expected, dtype))
 
 
@@ -151,7 +170,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "shape": (lambda: torch.ones(4), r"float32\[4\], expected float32\[3\]"),
     "integer": (lambda: torch.ones(3, dtype=torch.int64), "int64"),
     "complex": (lambda: torch.ones(3, dtype=torch.complex64), "complex64"),
-    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), "qint8"),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        "qint8",
+    ),
     "no tensor": (lambda: 1.0, "builtins.float"),
 }
 
@@ -181,7 +203,11 @@ def test_outputs_that_can_be_made_dense() -> None:
         (torch._efficientzerotensor(3), torch.zeros(3)),
     ):
         (made,) = _border().checked([given])
-        assert type(made) is Tensor and made.layout is torch.strided and not made._is_zerotensor()
+        assert (
+            type(made) is Tensor
+            and made.layout is torch.strided
+            and not made._is_zerotensor()
+        )
         torch.testing.assert_close(made, expected)
     (complex_,) = _border("complex64").checked([ones])
     assert complex_.dtype is torch.complex64
@@ -195,20 +221,29 @@ def test_sparse_gradients_of_parameters_are_dense(runtime: TorchRuntime) -> None
         return nn.functional.embedding(i, table["w"], sparse=True)
 
     hosted = Hosted(runtime, (picked, {"w": torch.ones(4, 2)}))
-    table, i, ct = numbers(np.float32, 4, 2), np.array([1, 1, 3]), np.ones((3, 2), np.float32)
+    table, i, ct = (
+        numbers(np.float32, 4, 2),
+        np.array([1, 1, 3]),
+        np.ones((3, 2), np.float32),
+    )
     program = hosted.call(i, parameters=True, transforms=[vjp([0])])
     expected = np.array([[0, 0], [2, 2], [0, 0], [1, 1]], np.float32)
     np.testing.assert_array_equal(hosted.run(program, table, i, ct)[0], expected)
 
 
-def test_a_forward_that_writes_only_now_and_then_is_found_out(runtime: TorchRuntime) -> None:
+def test_a_forward_that_writes_only_now_and_then_is_found_out(
+    runtime: TorchRuntime,
+) -> None:
     """A run that keeps its graph is held to what the trace saw of its writes, as a plain one is."""
     moods = iter([False, True, True])
 
     def moody(x: Tensor) -> Tensor:
         return x.mul_(2) if next(moods) else x * 2
 
-    hosted, x = Hosted(runtime, lambda x: moody(x.detach()) + x), placed(numbers(np.float64, 2))
+    hosted, x = (
+        Hosted(runtime, lambda x: moody(x.detach()) + x),
+        placed(numbers(np.float64, 2)),
+    )
     program = hosted.call(x, keep=[0])
     view = hosted.view(x, program.inputs[0])
     with pytest.raises(CallerError, match="wrote into its arguments"):
@@ -218,7 +253,9 @@ def test_a_forward_that_writes_only_now_and_then_is_found_out(runtime: TorchRunt
 def test_rows_lie_where_single_calls_do(runtime: TorchRuntime) -> None:
     """A batch that runs row by row gives operators that count from the memory's beginning what a
     single call gives."""
-    hosted = Hosted(runtime, lambda x: torch.as_strided_scatter(x, 2 * x[:2], (2,), (2,), 0))
+    hosted = Hosted(
+        runtime, lambda x: torch.as_strided_scatter(x, 2 * x[:2], (2,), (2,), 0)
+    )
     x = numbers(np.float64, 3, 4)
     single = [hosted.run(hosted.call(row), row)[0] for row in x]
     rows = hosted.run(hosted.call(x[0], transforms=[vmap([0], 3)]), x)[0]
@@ -290,7 +327,10 @@ def test_derivatives_of_backwards_that_have_none(
         ([vjp([0]), jvp([0])], (x, ones, ones)),
         ([vjp([0]), jvp([1])], (x, zeros, ones)),
         ([vjp([0]), vjp([1])], (x, zeros, ones)),
-        ([vjp([0]), jvp([0]), vmap([-1, -1, 0], 2)], (x, ones, np.stack([ones, zeros]))),
+        (
+            [vjp([0]), jvp([0]), vmap([-1, -1, 0], 2)],
+            (x, ones, np.stack([ones, zeros])),
+        ),
     ):
         with pytest.raises(
             RemoteModelError,
@@ -301,8 +341,13 @@ def test_derivatives_of_backwards_that_have_none(
 
 def test_gradients_that_are_zero_by_intent(runtime: TorchRuntime) -> None:
     """A backward that returns zeros whatever its cotangent can be differentiated."""
-    hosted, x = Hosted(runtime, lambda x: Stopping.apply(x, x * 3)), numbers(np.float64, 2)
-    np.testing.assert_array_equal(derivative(hosted, [jvp([0])], x, np.ones(2)), np.ones(2))
+    hosted, x = (
+        Hosted(runtime, lambda x: Stopping.apply(x, x * 3)),
+        numbers(np.float64, 2),
+    )
+    np.testing.assert_array_equal(
+        derivative(hosted, [jvp([0])], x, np.ones(2)), np.ones(2)
+    )
 
 
 # One key, one mask --------------------------------------------------------------------------------
@@ -328,15 +373,17 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("name", DRAWS)
-def test_a_key_drops_the_same_in_every_layout(runtime: TorchRuntime, name: str, dtype: Any) -> None:
+def test_a_key_drops_the_same_in_every_layout(
+    runtime: TorchRuntime, name: str, dtype: Any
+) -> None:
     """The value, the gradient, the tangent and each row of a batch have one mask."""
     hosted = Hosted(runtime, DRAWS[name])
     key, x = np.array([3, 4], np.uint32), numbers(dtype, 4, 4)
     how: dict[str, Any] = {"rngs": ["dropout"]}
     value = hosted.run(hosted.call(x, **how), key, x)[0]
-    rows = hosted.run(hosted.call(x, transforms=[vmap([-1, 0], 2)], **how), key, np.stack([x, x]))[
-        0
-    ]
+    rows = hosted.run(
+        hosted.call(x, transforms=[vmap([-1, 0], 2)], **how), key, np.stack([x, x])
+    )[0]
     np.testing.assert_allclose(rows, np.stack([value, value]), rtol=1e-5, atol=1e-6)
 
     ct, v = numbers(dtype, *value.shape), numbers(dtype, 4, 4)
@@ -362,7 +409,9 @@ def test_an_encoder_layer_drops_the_same_in_forward_mode(runtime: TorchRuntime) 
     v, step = np.sin(np.arange(80.0)).reshape(x.shape), 1e-6
     value = functools.partial(hosted.run, hosted.call(x, rngs=["dropout"]), key)
     difference = (value(x + step * v)[0] - value(x - step * v)[0]) / (2 * step)
-    tangent = hosted.run(hosted.call(x, rngs=["dropout"], transforms=[jvp([1])]), key, x, v)[0]
+    tangent = hosted.run(
+        hosted.call(x, rngs=["dropout"], transforms=[jvp([1])]), key, x, v
+    )[0]
     np.testing.assert_allclose(tangent, difference, atol=1e-6)
 
 
@@ -375,9 +424,16 @@ def test_a_padding_mask_gives_the_values_that_derivatives_see(
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        encoder = nn.TransformerEncoder(layer, 2).to(getattr(torch, np.dtype(dtype).name)).eval()
+        encoder = (
+            nn.TransformerEncoder(layer, 2)
+            .to(getattr(torch, np.dtype(dtype).name))
+            .eval()
+        )
     hosted = Hosted(runtime, lambda x, mask: encoder(x, src_key_padding_mask=mask))
-    x, mask = numbers(dtype, 2, 5, 8), np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]], bool)
+    x, mask = (
+        numbers(dtype, 2, 5, 8),
+        np.array([[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]], bool),
+    )
     plain = hosted.run(hosted.call(x, mask), x, mask)[0]
     kept = hosted.run(hosted.call(x, mask, keep=[0]), x, mask)[0]
     np.testing.assert_array_equal(plain, kept)

@@ -137,7 +137,9 @@ class ByHook(CachedParameter):
     def __init__(self) -> None:
         super().__init__()
         kept: dict[str, Tensor] = {}
-        self.keep = lambda make: kept.setdefault("grid", kept["grid"] if "grid" in kept else make())
+        self.keep = lambda make: kept.setdefault(
+            "grid", kept["grid"] if "grid" in kept else make()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.w + self.keep(lambda: self.made(x))
@@ -157,7 +159,9 @@ MODULES = [
 ]
 
 
-def expected_of(kind: type[Cached], w: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def expected_of(
+    kind: type[Cached], w: np.ndarray, x: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Return torch's own value and gradients by w, from a module that nobody has called before."""
     for cls in (InClass, ConstantInClass):
         cls.kept = None
@@ -192,28 +196,39 @@ def test_a_call_is_a_function_of_its_parameters(
                 hosted.run(program, w, factor * x)[0], value, rtol=1e-5, atol=1e-6
             )
         np.testing.assert_allclose(
-            hosted.run(gradient, w, factor * x, np.ones(3, dtype))[0], by_w, rtol=1e-5, atol=1e-6
+            hosted.run(gradient, w, factor * x, np.ones(3, dtype))[0],
+            by_w,
+            rtol=1e-5,
+            atol=1e-6,
         )
         (kept,), residual = hosted.run_keeping(keeping, w, factor * x)
         np.testing.assert_allclose(kept, value, rtol=1e-5, atol=1e-6)
-        pulled = hosted.run(hosted.pullback(keeping, [0]), np.ones(3, dtype), residual=residual)[0]
+        pulled = hosted.run(
+            hosted.pullback(keeping, [0]), np.ones(3, dtype), residual=residual
+        )[0]
         np.testing.assert_allclose(pulled, by_w, rtol=1e-5, atol=1e-6)
     assert module.grid is None and not hasattr(module, "late")
     assert not isinstance(InClass.kept, FakeTensor)
 
 
 @pytest.mark.parametrize("kind", MODULES)
-def test_derivatives_of_models_that_keep_tensors(runtime: TorchRuntime, kind: type[Cached]) -> None:
+def test_derivatives_of_models_that_keep_tensors(
+    runtime: TorchRuntime, kind: type[Cached]
+) -> None:
     """Batches and tangents leave no wrapper behind: a plain call afterwards is right."""
     hosted, x = Hosted(runtime, kind().double()), np.array([0.3, 0.5, 0.7])
     w = np.arange(1.0, 4.0)
     value, _ = expected_of(kind, w, x)
     rows = hosted.run(
-        hosted.call(x, parameters=True, transforms=[vmap([-1, 0], 2)]), w, np.stack([x, x])
+        hosted.call(x, parameters=True, transforms=[vmap([-1, 0], 2)]),
+        w,
+        np.stack([x, x]),
     )[0]
     np.testing.assert_allclose(rows, np.stack([value, value]))
     hosted.run(hosted.call(x, parameters=True, transforms=[jvp([0])]), w, x, w)
-    np.testing.assert_allclose(hosted.run(hosted.call(x, parameters=True), w, x)[0], value)
+    np.testing.assert_allclose(
+        hosted.run(hosted.call(x, parameters=True), w, x)[0], value
+    )
     np.testing.assert_allclose(hosted.run(hosted.call(x), x)[0], value)
 
 
@@ -262,7 +277,11 @@ def by_global(params: dict[str, Tensor], x: Tensor) -> Tensor:
     return x * GLOBAL
 
 
-def by_default(params: dict[str, Tensor], x: Tensor, kept: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
+def by_default(
+    params: dict[str, Tensor],
+    x: Tensor,
+    kept: dict[str, Tensor] = {},  # noqa: B006
+) -> Tensor:
     if "w" not in kept:
         kept["w"] = params["w"].sin()
     return x * kept["w"]
@@ -293,12 +312,18 @@ def test_functions_that_keep_tensors(
     program = hosted.call(x, parameters=True)
     for factor in (1, 2, 3):
         seen = hosted.run(program, factor * np.ones(2, dtype), x)[0]
-        np.testing.assert_allclose(seen, np.sin(factor * np.ones(2)), rtol=1e-6, atol=1e-6)
-    assert GLOBAL is None and not kept_globally("w") and not hasattr(by_attribute, "kept")
+        np.testing.assert_allclose(
+            seen, np.sin(factor * np.ones(2)), rtol=1e-6, atol=1e-6
+        )
+    assert (
+        GLOBAL is None and not kept_globally("w") and not hasattr(by_attribute, "kept")
+    )
     assert "reads them in later calls" in caplog.text
 
 
-def test_tables_stay_cached(runtime: TorchRuntime, caplog: pytest.LogCaptureFixture) -> None:
+def test_tables_stay_cached(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
     """A table of constants that a cache keeps is real, computed once, and worth no word."""
     table.cache_clear()
     hosted, x = Hosted(runtime, lambda x: x + table(3)), np.ones(3)
@@ -323,7 +348,9 @@ def test_a_random_table_is_drawn_once(
     hosted, x = Hosted(runtime, lambda x: projection(3) @ x), np.ones(3, np.float32)
     torch.manual_seed(0)
     program = hosted.call(x)
-    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(
+        torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0))
+    )
     first, second = (hosted.run(program, x)[0] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     torch.manual_seed(0)
@@ -436,5 +463,7 @@ def test_snapshots_put_back_what_has_changed() -> None:
     box.new = Box.other = 1
     Box.shared = 2
     state.restore()
-    assert box.items == [1, [2]] and names == {"a", "b"} and box.table == {"k": {"l": 1}}
+    assert (
+        box.items == [1, [2]] and names == {"a", "b"} and box.table == {"k": {"l": 1}}
+    )
     assert not hasattr(box, "new") and Box.shared == 1

@@ -22,7 +22,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bridge_server.runtime import Options
 from bridge_server.torch_runtime import TorchRuntime, tracing
 from bridge_wire import trees
-from bridge_wire.errors import CallerError, RemoteModelError, SpecError, StructureError, TargetError
+from bridge_wire.errors import (
+    CallerError,
+    RemoteModelError,
+    SpecError,
+    StructureError,
+    TargetError,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from tests.runtimes import Hosted, jvp, placed, spec_of, vjp, vmap
 from tests.server.torch_server import models
@@ -57,7 +63,9 @@ def values_of(module: nn.Module) -> list[np.ndarray]:
 
 
 def assert_same(seen: Any, expected: Any, tolerance: float = 1e-10) -> None:
-    expected = [each.detach().numpy() if isinstance(each, Tensor) else each for each in expected]
+    expected = [
+        each.detach().numpy() if isinstance(each, Tensor) else each for each in expected
+    ]
     assert len(seen) == len(expected)
     for mine, theirs in zip(seen, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=tolerance, atol=tolerance)
@@ -81,19 +89,25 @@ def test_gradients_of_modules_are_torchs(hosted: Hosted, x: np.ndarray) -> None:
     module = getattr(models, hosted.model.name)
     state = values_of(module)
     count = len(state)
-    wrt = [i for i, parameter in enumerate(hosted.model.parameters) if parameter.trainable] + [
-        count
-    ]
+    wrt = [
+        i for i, parameter in enumerate(hosted.model.parameters) if parameter.trainable
+    ] + [count]
     program = hosted.call(x, parameters=True, keep=wrt)
     outputs, residual = hosted.run_keeping(program, *state, x)
     cotangents = [np.cos(y) for y in outputs]
     seen = hosted.run(
-        hosted.pullback(program, wrt, range(len(outputs))), *cotangents, residual=residual
+        hosted.pullback(program, wrt, range(len(outputs))),
+        *cotangents,
+        residual=residual,
     )
 
-    inputs = [torch.tensor(each, requires_grad=i in wrt) for i, each in enumerate([*state, x])]
+    inputs = [
+        torch.tensor(each, requires_grad=i in wrt) for i, each in enumerate([*state, x])
+    ]
     named = dict(zip((p.path for p in hosted.model.parameters), inputs, strict=False))
-    expected = torch.utils._pytree.tree_leaves(functional_call(module, named, (inputs[-1],)))
+    expected = torch.utils._pytree.tree_leaves(
+        functional_call(module, named, (inputs[-1],))
+    )
     gradients = torch.autograd.grad(
         expected, [inputs[i] for i in wrt], [torch.tensor(ct) for ct in cotangents]
     )
@@ -130,11 +144,16 @@ def test_attention_in_eval_mode_has_forward_derivatives(
     module = copy.deepcopy(models.vit).eval()
     hosted, x = Hosted(runtime, module), rand(1, 3, 4, 4)
     with caplog.at_level(logging.WARNING, "bridge_server"):
-        pushed = hosted.run(hosted.call(x, transforms=[jvp([0])]), x, np.ones_like(x))[0]
+        pushed = hosted.run(hosted.call(x, transforms=[jvp([0])]), x, np.ones_like(x))[
+            0
+        ]
     assert not caplog.text
     (gradient,) = hosted.run(hosted.call(x, transforms=[vjp([0])]), x, np.ones((1, 3)))
     np.testing.assert_allclose(pushed.sum(), gradient.sum(), rtol=1e-10)
-    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    assert (
+        torch.backends.mha.get_fastpath_enabled()
+        and torch.backends.cuda.flash_sdp_enabled()
+    )
 
 
 @serving("vit")
@@ -168,11 +187,16 @@ def test_changed_buffers_are_outputs(hosted: Hosted) -> None:
     program = hosted.call(x, parameters=True, mutable=True, keep=[0, 1])
     views = [hosted.view(each, spec_of(each)) for each in inputs]
     made, _ = program.run(views, None)
-    outputs = [hosted.written(y, spec) for y, spec in zip(made, program.outputs, strict=True)]
+    outputs = [
+        hosted.written(y, spec) for y, spec in zip(made, program.outputs, strict=True)
+    ]
 
     twin = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
     twin.load_state_dict(
-        {p.path: torch.tensor(each) for p, each in zip(hosted.model.parameters, state, strict=True)}
+        {
+            p.path: torch.tensor(each)
+            for p, each in zip(hosted.model.parameters, state, strict=True)
+        }
     )
     expected = twin(torch.tensor(x))
     assert_same(outputs, [expected, *twin.buffers()])
@@ -210,11 +234,18 @@ def test_no_gradient_goes_through_buffers(runtime: TorchRuntime) -> None:
     outputs, residual = hosted.run_keeping(program, state, x)
     assert_same(outputs, [2 * x, 0.5 + 0.5 * x.mean()])
     made = hosted.run(
-        hosted.pullback(program, [1], [0, 1]), np.ones(3), np.array(7.0), residual=residual
+        hosted.pullback(program, [1], [0, 1]),
+        np.ones(3),
+        np.array(7.0),
+        residual=residual,
     )
     assert_same(made, [np.full(3, 2.0)])
-    pushed = hosted.call(x, parameters=True, mutable=True, transforms=[jvp([1], [0, 1])])
-    assert_same(hosted.run(pushed, state, x, np.ones(3)), [np.full(3, 2.0), np.array(0.0)])
+    pushed = hosted.call(
+        x, parameters=True, mutable=True, transforms=[jvp([1], [0, 1])]
+    )
+    assert_same(
+        hosted.run(pushed, state, x, np.ones(3)), [np.full(3, 2.0), np.array(0.0)]
+    )
 
 
 @serving("normed")
@@ -222,11 +253,14 @@ def test_statistics_of_a_batch_of_calls(hosted: Hosted) -> None:
     """Each row of a batch of mutable calls has statistics of its own."""
     x, state = rand(2, 6, 3), values_of(models.normed)
     axes = [-1] * len(state) + [0]
-    batched = hosted.call(x[0], parameters=True, mutable=True, transforms=[vmap(axes, 2)])
+    batched = hosted.call(
+        x[0], parameters=True, mutable=True, transforms=[vmap(axes, 2)]
+    )
     single = hosted.call(x[0], parameters=True, mutable=True)
     rows = [hosted.run(single, *state, row) for row in x]
     assert_same(
-        hosted.run(batched, *state, x), [np.stack(each) for each in zip(*rows, strict=True)]
+        hosted.run(batched, *state, x),
+        [np.stack(each) for each in zip(*rows, strict=True)],
     )
 
 
@@ -388,10 +422,16 @@ def test_derivatives_of_what_draws_without_a_key_are_told(
 
 def test_attention_without_dropout_draws_nothing(runtime: TorchRuntime) -> None:
     """It need not wait for others that draw, and its derivatives need no key."""
-    hosted, x = Hosted(runtime, torch.nn.functional.scaled_dot_product_attention), rand(1, 2, 4)
+    hosted, x = (
+        Hosted(runtime, torch.nn.functional.scaled_dot_product_attention),
+        rand(1, 2, 4),
+    )
     assert not hosted.call(x, x, x).draws
     dropping = Hosted(
-        runtime, lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5)
+        runtime,
+        lambda x: torch.nn.functional.scaled_dot_product_attention(
+            x, x, x, dropout_p=0.5
+        ),
     )
     assert dropping.call(x).draws
 
@@ -404,7 +444,9 @@ def test_keys_in_batches(hosted: Hosted) -> None:
     single = hosted.call(x[0], parameters=True, rngs=_STREAMS)
     for keys, axis in ((key(1), -1), (np.stack([key(n) for n in range(3)]), 0)):
         axes = [-1] * len(state) + [axis, 0]
-        batched = hosted.call(x[0], parameters=True, rngs=_STREAMS, transforms=[vmap(axes, 3)])
+        batched = hosted.call(
+            x[0], parameters=True, rngs=_STREAMS, transforms=[vmap(axes, 3)]
+        )
         rows = [
             hosted.run(single, *state, keys if axis < 0 else keys[i], row)[0]
             for i, row in enumerate(x)
@@ -479,8 +521,13 @@ def untouched(*arrays: np.ndarray) -> Iterator[None]:
 
 def run_on(hosted: Hosted, program: Any, *arrays: np.ndarray) -> list[np.ndarray]:
     """Run on the arrays themselves."""
-    outputs, _ = program.run([hosted.view(each, spec_of(each)) for each in arrays], None)
-    return [hosted.written(y, spec) for y, spec in zip(outputs, program.outputs, strict=True)]
+    outputs, _ = program.run(
+        [hosted.view(each, spec_of(each)) for each in arrays], None
+    )
+    return [
+        hosted.written(y, spec)
+        for y, spec in zip(outputs, program.outputs, strict=True)
+    ]
 
 
 @serving("in_place")
@@ -492,14 +539,18 @@ def test_in_place_code_never_writes_into_the_callers_memory(hosted: Hosted) -> N
     with untouched(x, one):
         assert_same(run_on(hosted, hosted.call(x), x), [np.sin(inner)])
         for transform in (vjp([0]), jvp([0])):
-            assert_same(run_on(hosted, hosted.call(x, transforms=[transform]), x, one), [slope])
+            assert_same(
+                run_on(hosted, hosted.call(x, transforms=[transform]), x, one), [slope]
+            )
         batched = hosted.call(x, transforms=[vmap([0], 2)])
         rows = placed(np.stack([x, x]))
         with untouched(rows):
             assert_same(run_on(hosted, batched, rows), [np.stack([np.sin(inner)] * 2)])
         program = hosted.call(x, keep=[0])
         _, residual = program.run([hosted.view(x, spec_of(x))], None)
-        assert_same(hosted.run(hosted.pullback(program, [0]), one, residual=residual), [slope])
+        assert_same(
+            hosted.run(hosted.pullback(program, [0]), one, residual=residual), [slope]
+        )
 
 
 @serving("by_value")
@@ -510,7 +561,10 @@ def test_a_model_that_looks_at_values_is_run_on_zeros_first(
     x = placed(rand(3))
     with caplog.at_level(logging.WARNING, "bridge_server"):
         program = hosted.call(x)
-    assert "model 'by_value' called with (args[0]: float64[3]) was run once on zeros" in caplog.text
+    assert (
+        "model 'by_value' called with (args[0]: float64[3]) was run once on zeros"
+        in caplog.text
+    )
     with untouched(x):
         assert_same(run_on(hosted, program, x), [3 * x + 1])
     x *= -1
@@ -539,7 +593,9 @@ def test_a_model_that_refuses_zeros_is_run_on_other_values(
     assert "was run once on identity matrices" in caplog.text
     density = -math.log(2 * math.pi) / 2
     assert_same(run_on(scaled, programs[0], x, x), [np.full(3, density - math.log(2))])
-    assert_same(run_on(correlated, programs[1], x, placed(np.eye(3))), [np.asarray(3 * density)])
+    assert_same(
+        run_on(correlated, programs[1], x, placed(np.eye(3))), [np.asarray(3 * density)]
+    )
 
 
 def test_a_loop_without_an_end_on_zeros_is_left(
@@ -559,12 +615,16 @@ def test_a_loop_without_an_end_on_zeros_is_left(
 
     hosted, x = Hosted(runtime, doubled), placed(np.ones(2))
     program = hosted.call(x, 20.0)
-    assert_same(run_on(hosted, program, x, placed(np.asarray(20.0))), [np.full(2, 16.0)])
+    assert_same(
+        run_on(hosted, program, x, placed(np.asarray(20.0))), [np.full(2, 16.0)]
+    )
     with pytest.raises(
-        CallerError, match=r"did not end within 1000 operators on zeros or on ones or on identity"
+        CallerError,
+        match=r"did not end within 1000 operators on zeros or on ones or on identity",
     ):
         Hosted(
-            runtime, lambda x: doubled(x, math.inf) if x.sum() < 1 else doubled(x * 0, 1.0)
+            runtime,
+            lambda x: doubled(x, math.inf) if x.sum() < 1 else doubled(x * 0, 1.0),
         ).call(x)
 
 
@@ -617,7 +677,9 @@ def test_an_output_that_changes_its_structure_is_refused(runtime: TorchRuntime) 
     assert_same(hosted.run(program, x), [x, x, x])
     for other in shapes[1:]:
         answers.append(other)
-        with pytest.raises(StructureError, match=r"another structure.*the result\['b'\]\[1\]\[0\]"):
+        with pytest.raises(
+            StructureError, match=r"another structure.*the result\['b'\]\[1\]\[0\]"
+        ):
             hosted.run(program, x)
 
 
@@ -668,10 +730,13 @@ def test_outputs_die_with_the_call(runtime: TorchRuntime) -> None:
 def test_an_output_that_is_no_tensor_is_named(hosted: Hosted) -> None:
     """A model that returns a number, or nothing, is told which leaf that is."""
     with pytest.raises(
-        StructureError, match=r"the result\['count'\] of model 'numeral' is a builtins\.int"
+        StructureError,
+        match=r"the result\['count'\] of model 'numeral' is a builtins\.int",
     ):
         hosted.call(rand(3))
-    with pytest.raises(StructureError, match=r"the result of model 'model' holds no tensor"):
+    with pytest.raises(
+        StructureError, match=r"the result of model 'model' holds no tensor"
+    ):
         Hosted(hosted.runtime, lambda x: None).call(rand(3))
 
 
@@ -690,14 +755,18 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=False)
 
 
-def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRuntime) -> None:
+def test_what_is_computed_again_is_so_with_the_callers_weights(
+    runtime: TorchRuntime,
+) -> None:
     """A backward pass that calls parts of the module again finds the weights of its own forward,
     whatever was called since, also within one program; modules that serve such calls go with their
     graphs.
     """
     module = Checkpointed()
     hosted, x, (weight, bias) = Hosted(runtime, module), rand(4, 3), values_of(module)
-    leaves = [torch.tensor(each, requires_grad=True) for each in (2 * weight, 2 * bias, x)]
+    leaves = [
+        torch.tensor(each, requires_grad=True) for each in (2 * weight, 2 * bias, x)
+    ]
     expected = torch.autograd.grad(
         torch.tanh(nn.functional.linear(leaves[2], *leaves[:2])).sum(), leaves
     )
@@ -705,30 +774,43 @@ def test_what_is_computed_again_is_so_with_the_callers_weights(runtime: TorchRun
 
     program = hosted.call(x, parameters=True, keep=[0, 1, 2])
     kept = [hosted.run_keeping(program, k * weight, k * bias, x)[1] for k in (2, 3, 1)]
-    assert_same(hosted.run(hosted.pullback(program, [0, 1, 2]), ones, residual=kept[0]), expected)
+    assert_same(
+        hosted.run(hosted.pullback(program, [0, 1, 2]), ones, residual=kept[0]),
+        expected,
+    )
     at_once = hosted.call(x, parameters=True, transforms=[vjp([2])])
     assert_same(hosted.run(at_once, 2 * weight, 2 * bias, x, ones), expected[2:])
 
     alone = Hosted(runtime, Checkpointed(lock := threading.Lock()))
     assert not lock.locked()
     with pytest.raises(
-        CallerError, match="Checkpointed runs parts of itself again in its backward pass"
+        CallerError,
+        match="Checkpointed runs parts of itself again in its backward pass",
     ):
         alone.run_keeping(alone.call(x, parameters=True, keep=[2]), weight, bias, x)
     assert_same(
-        alone.run(alone.call(x, parameters=True), weight, bias, x), [np.tanh(x @ weight.T + bias)]
+        alone.run(alone.call(x, parameters=True), weight, bias, x),
+        [np.tanh(x @ weight.T + bias)],
     )
 
 
 def test_a_batch_of_what_is_computed_again(runtime: TorchRuntime) -> None:
     """Its rows are computed one by one, since no batch can be taken up later."""
     module = Checkpointed()
-    hosted, x, (weight, bias) = Hosted(runtime, module), rand(2, 4, 3), values_of(module)
-    program = hosted.call(x[0], parameters=True, transforms=[vmap([-1, -1, 0], 2)], keep=[2])
+    hosted, x, (weight, bias) = (
+        Hosted(runtime, module),
+        rand(2, 4, 3),
+        values_of(module),
+    )
+    program = hosted.call(
+        x[0], parameters=True, transforms=[vmap([-1, -1, 0], 2)], keep=[2]
+    )
     made, kept = hosted.run_keeping(program, weight, bias, x)
     expected = np.tanh(x @ weight.T + bias)
     assert_same(made, [expected])
-    gradient = hosted.run(hosted.pullback(program, [2]), np.ones_like(expected), residual=kept)
+    gradient = hosted.run(
+        hosted.pullback(program, [2]), np.ones_like(expected), residual=kept
+    )
     assert_same(gradient, [(1 - expected**2) @ weight])
 
 
@@ -744,7 +826,9 @@ def test_sparse_gradients_are_made_dense(runtime: TorchRuntime) -> None:
 
 def test_an_output_without_values_is_named(runtime: TorchRuntime) -> None:
     """A tensor on the device meta has nothing to send."""
-    with pytest.raises(SpecError, match=r"the result\['y'\] of model 'model' is on meta"):
+    with pytest.raises(
+        SpecError, match=r"the result\['y'\] of model 'model' is on meta"
+    ):
         Hosted(runtime, lambda x: {"y": x.to("meta")}).call(rand(3))
 
 
@@ -786,7 +870,9 @@ def test_functions_that_torch_func_cannot_trace(hosted: Hosted, name: str) -> No
     assert_same(hosted.run(program, x, *ones), [expected(derivatives, x)])
 
 
-def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime) -> None:
+def test_a_backward_that_cannot_be_differentiated_says_so(
+    runtime: TorchRuntime,
+) -> None:
     """A second derivative of an autograd.Function with a once_differentiable backward is the
     model's error."""
 
@@ -819,7 +905,9 @@ def test_a_backward_that_cannot_be_differentiated_says_so(runtime: TorchRuntime)
     ],
     ids=["jvp", "vjp", "jvp of jvp", "jvp of vjp", "vjp of jvp", "vjp of vjp"],
 )
-def test_no_grad_stops_both_modes(runtime: TorchRuntime, transforms: list[pb.Transform]) -> None:
+def test_no_grad_stops_both_modes(
+    runtime: TorchRuntime, transforms: list[pb.Transform]
+) -> None:
     """What is computed under no_grad is a constant for each derivative, and what enable_grad
     takes back is not."""
 
@@ -834,7 +922,8 @@ def test_no_grad_stops_both_modes(runtime: TorchRuntime, transforms: list[pb.Tra
     program = hosted.call(x, transforms=transforms)
     ones = [np.ones(3)] * (len(program.inputs) - 1)
     assert_same(
-        hosted.run(program, x, *ones), [x**3 + 2 * x if len(transforms) == 1 else np.full(3, 2.0)]
+        hosted.run(program, x, *ones),
+        [x**3 + 2 * x if len(transforms) == 1 else np.full(3, 2.0)],
     )
 
 
@@ -869,7 +958,10 @@ def test_second_forward_mode_derivatives_of_functions_with_a_rule_of_their_own(
     twice = [jvp([0]), jvp([0])]
     assert_same(hosted.run(hosted.call(x, transforms=twice), x, one, one), [6 * x])
     assert_same(
-        hosted.run(hosted.call(x[0], transforms=[*twice, vmap([0, 0, 0], 3)]), x, one, one), [6 * x]
+        hosted.run(
+            hosted.call(x[0], transforms=[*twice, vmap([0, 0, 0], 3)]), x, one, one
+        ),
+        [6 * x],
     )
     assert_same(
         hosted.run(hosted.call(x, transforms=[*twice, jvp([0])]), x, one, one, one),
@@ -894,7 +986,8 @@ def test_a_forward_under_grad_is_run_once(runtime: TorchRuntime) -> None:
     _, residual = hosted.run_keeping(program, x)
     for _ in range(3):
         assert_same(
-            hosted.run(hosted.pullback(program, [0]), np.ones(2), residual=residual), [np.exp(x)]
+            hosted.run(hosted.pullback(program, [0]), np.ones(2), residual=residual),
+            [np.exp(x)],
         )
     assert len(runs) == 1
 
@@ -929,7 +1022,11 @@ def test_residual_bytes_are_those_of_saved_tensors(runtime: TorchRuntime) -> Non
     """A residual counts what backward formulas have saved, and not the inputs, which are the
     client's."""
     x = rand(128)
-    for f, expected in ((lambda x: x * x, 0), (torch.exp, 1024), (lambda x: x.exp().exp(), 2048)):
+    for f, expected in (
+        (lambda x: x * x, 0),
+        (torch.exp, 1024),
+        (lambda x: x.exp().exp(), 2048),
+    ):
         hosted = Hosted(runtime, f)
         program = hosted.call(x, keep=[0])
         hosted.run_keeping(program, x)

@@ -23,7 +23,10 @@ from tests.workers import Worker, serving, slabs_mapped
 
 def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return the same numbers each time, away from zero."""
-    return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.2
+    return (
+        torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+        + 0.2
+    )
 
 
 def assert_same(seen: object, expected: object) -> None:
@@ -69,7 +72,9 @@ def test_variables_factories_and_warm_ups(tmp_path: Path) -> None:
 
 # Derivatives --------------------------------------------------------------------------------------
 
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]]] = {
+TRANSFORMS: dict[
+    str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], object]]
+] = {
     "forward": lambda f: f,
     "grad": lambda f: grad(summed(f)),
     "jacrev": jacrev,
@@ -77,7 +82,9 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], 
     "vmap": lambda f: vmap(f, in_dims=1, out_dims=1),
     "hessian": lambda f: hessian(summed(f)),
     "vmap of grad": lambda f: lambda x: vmap(grad(summed(f)))(torch.stack([x, 2 * x])),
-    "hessian of vmap": lambda f: lambda x: hessian(summed(vmap(f)))(torch.stack([x, 2 * x])),
+    "hessian of vmap": lambda f: (
+        lambda x: hessian(summed(vmap(f)))(torch.stack([x, 2 * x]))
+    ),
     "third derivative": lambda f: jacfwd(jacrev(grad(summed(f)))),
 }
 
@@ -93,17 +100,24 @@ def test_transforms_are_torchs(remote: Remote, transform: str) -> None:
 def test_complex_functions_have_torchs_gradients(remote: Remote) -> None:
     """Gradients of complex functions keep torch's convention on their way to the worker and
     back."""
-    z, w = (torch.complex(rand(3), k * rand(3).flip(0)).requires_grad_() for k in (1, 2))
+    z, w = (
+        torch.complex(rand(3), k * rand(3).flip(0)).requires_grad_() for k in (1, 2)
+    )
     f = remote("complex_power")
     assert_same(f(z, w), models.complex_power(z, w))
     seen = torch.autograd.grad(f(z, w).abs().sum(), (z, w))
-    assert_same(seen, torch.autograd.grad(models.complex_power(z, w).abs().sum(), (z, w)))
+    assert_same(
+        seen, torch.autograd.grad(models.complex_power(z, w).abs().sum(), (z, w))
+    )
 
 
 def test_structures_pass_both_ways(remote: Remote) -> None:
     """Dicts, lists, numbers and None go to the worker and come back."""
     tree = {"x": rand(2, 3), "weights": [rand(3, 3).requires_grad_(), "unused"]}
-    seen, expected = remote("structured")(tree, scale=2.0), models.structured(tree, scale=2.0)
+    seen, expected = (
+        remote("structured")(tree, scale=2.0),
+        models.structured(tree, scale=2.0),
+    )
     assert_same(seen["hidden"], expected["hidden"])
     assert_same(seen["aux"], expected["aux"])
     (mine,), (theirs,) = (
@@ -113,7 +127,9 @@ def test_structures_pass_both_ways(remote: Remote) -> None:
 
 
 @pytest.mark.parametrize("transform", ["grad", "jacfwd", "vmap", "hessian"])
-def test_old_style_functions_are_transformed_too(remote: Remote, transform: str) -> None:
+def test_old_style_functions_are_transformed_too(
+    remote: Remote, transform: str
+) -> None:
     """What torch.func cannot trace here it need not: the worker differentiates and batches it by
     autograd alone."""
     x = rand(3, 2) if transform == "vmap" else rand(3)
@@ -125,9 +141,12 @@ def test_old_style_functions_are_transformed_too(remote: Remote, transform: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("resnet", (2, 3, 8, 8)), ("vit", (2, 3, 8, 8)), ("tied", (3, 4))]
+    ("name", "shape"),
+    [("resnet", (2, 3, 8, 8)), ("vit", (2, 3, 8, 8)), ("tied", (3, 4))],
 )
-def test_modules_train_as_they_do_here(remote: Remote, name: str, shape: tuple[int, ...]) -> None:
+def test_modules_train_as_they_do_here(
+    remote: Remote, name: str, shape: tuple[int, ...]
+) -> None:
     """The remote twin of a module has its parameters by name, and the same gradients."""
     twin, f = copy.deepcopy(getattr(models, name)), remote(name)
     x, target = rand(*shape), None
@@ -135,7 +154,9 @@ def test_modules_train_as_they_do_here(remote: Remote, name: str, shape: tuple[i
         y = module(x)
         target = rand(*y.shape)
         ((y - target) ** 2).sum().backward()
-    expected = {path: each.grad for path, each in twin.named_parameters() if each.requires_grad}
+    expected = {
+        path: each.grad for path, each in twin.named_parameters() if each.requires_grad
+    }
     seen = {path: each.grad for path, each in f.named_parameters()}
     assert seen.keys() == expected.keys()
     assert_same(seen, expected)
@@ -165,7 +186,9 @@ def test_dropout_follows_this_sides_generator(remote: Remote) -> None:
 # Code that is no function -------------------------------------------------------------------------
 
 
-def test_in_place_code_leaves_the_callers_tensors_alone(remote: Remote, session: Session) -> None:
+def test_in_place_code_leaves_the_callers_tensors_alone(
+    remote: Remote, session: Session
+) -> None:
     """A model that writes into its input does not write into the caller's tensor, not even one
     in shared memory."""
     f, g = remote("in_place"), remote("sine")
@@ -181,7 +204,9 @@ def test_outputs_that_cannot_be_returned_are_named(remote: Remote) -> None:
     growing = remote("growing")
     with pytest.raises(SpecError, match=r"the result\['found'\] of model 'growing'"):
         growing(rand(3))
-    with pytest.raises(StructureError, match=r"the result\['count'\] of model 'numeral'"):
+    with pytest.raises(
+        StructureError, match=r"the result\['count'\] of model 'numeral'"
+    ):
         remote("numeral")(rand(3))
 
 
@@ -193,7 +218,9 @@ def frugal_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
         for name in ("smooth", "recurrent", "in_place")
     ]
     args = ["--listen", "127.0.0.1:0", "--residual-bytes", "1"]
-    with serving(tmp_path_factory.mktemp("frugal"), *args, *hosted, venv=".venv-torch") as worker:
+    with serving(
+        tmp_path_factory.mktemp("frugal"), *args, *hosted, venv=".venv-torch"
+    ) as worker:
         yield worker
 
 
@@ -237,7 +264,9 @@ def test_sessions_and_threads_run_side_by_side(torch_worker: Session) -> None:
                 functional_call(f, {"encoder.weight": weight}, (x,)).sum(), weight
             )
             mine = {"encoder.weight": weight, "decoder.weight": weight}
-            (expected,) = torch.autograd.grad(functional_call(twin, mine, (x,)).sum(), weight)
+            (expected,) = torch.autograd.grad(
+                functional_call(twin, mine, (x,)).sum(), weight
+            )
             if not torch.allclose(seen, expected, rtol=1e-10, atol=1e-10):
                 return False
         return True

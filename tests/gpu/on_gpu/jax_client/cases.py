@@ -41,7 +41,9 @@ def session(request: pytest.FixtureRequest, torch_only: Session) -> Iterator[Ses
     the host."""
     with connect(torch_only.address, lane=request.param) as session:
         yield session
-        assert session.stats()["bytes_through_host"] == session.stats()["fallbacks"] == 0
+        assert (
+            session.stats()["bytes_through_host"] == session.stats()["fallbacks"] == 0
+        )
 
 
 def _close(seen: Any, expected: Any) -> None:
@@ -70,7 +72,9 @@ def test_derivatives_of_every_kind_are_right(session: Session) -> None:
     """Hessian, vmap of grad, jvp, scan, checkpoint."""
     f, x = RemoteTorchFunction(session, name="sine"), jnp.linspace(0.1, 1.0, 5)
     _close(jax.hessian(lambda x: f(x).sum())(x), jnp.diag(-2 * jnp.sin(x)))
-    _close(jax.vmap(jax.grad(lambda x: f(x).sum()))(x[:, None]), 2 * jnp.cos(x)[:, None])
+    _close(
+        jax.vmap(jax.grad(lambda x: f(x).sum()))(x[:, None]), 2 * jnp.cos(x)[:, None]
+    )
     _close(jax.jvp(f, (x,), (jnp.ones_like(x),))[1], 2 * jnp.cos(x))
     _close(
         jax.lax.scan(lambda carry, _: (f(carry) / 2, None), x, None, length=3)[0],
@@ -80,7 +84,8 @@ def test_derivatives_of_every_kind_are_right(session: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "complex64"]
+    "dtype",
+    ["bool", "int8", "uint8", "int32", "float16", "bfloat16", "float32", "complex64"],
 )
 def test_every_dtype_arrives_as_it_is(dtype: str, session: Session) -> None:
     """Bit by bit."""
@@ -93,9 +98,13 @@ def test_integers_are_converted_on_the_gpu(session: Session) -> None:
     call works."""
     x = jax.random.uniform(jax.random.key(3), (50, 7))
     for wrapped in (lambda f: f, jax.jit):
-        places = wrapped(RemoteTorchFunction(session, name="largest"))(x, jnp.arange(-50, 0))
+        places = wrapped(RemoteTorchFunction(session, name="largest"))(
+            x, jnp.arange(-50, 0)
+        )
         assert places.dtype == jnp.int32 and jnp.array_equal(places, x.argmax(-1))
-        with pytest.raises(DTypeError, match="values from 1099511627776 to 1099511627776"):
+        with pytest.raises(
+            DTypeError, match="values from 1099511627776 to 1099511627776"
+        ):
             jax.block_until_ready(wrapped(RemoteTorchFunction(session, name="far"))(x))
 
 
@@ -118,7 +127,11 @@ def test_memory_is_not_used_again_before_xla_has_read_it(session: Session) -> No
     next results."""
     from tests.gpu.on_gpu.jax_models import late
 
-    f, slow, x = RemoteTorchFunction(session, name="sine"), jax.jit(late), jnp.ones(_SIZE)
+    f, slow, x = (
+        RemoteTorchFunction(session, name="sine"),
+        jax.jit(late),
+        jnp.ones(_SIZE),
+    )
     slow(x).block_until_ready()
     for _ in range(3):
         made = slow(f(x))
@@ -151,7 +164,9 @@ def test_a_module_trains(session: Session) -> None:
         return ((g.apply(params, x) - wanted) ** 2).mean()
 
     step = jax.jit(
-        lambda params: jax.tree.map(lambda p, d: p - 0.2 * d, params, jax.grad(loss)(params))
+        lambda params: jax.tree.map(
+            lambda p, d: p - 0.2 * d, params, jax.grad(loss)(params)
+        )
     )
     params = first = g.params
     for _ in range(100):
@@ -201,7 +216,10 @@ def test_no_room_for_torch_is_out_of_memory(torch_only: Session) -> None:
             RemoteTorchFunction(session, name="outer")(
                 jnp.ones(1 << 17)
             ).block_until_ready()  # 64 GiB
-        _close(RemoteTorchFunction(session, name="sine")(jnp.ones(3)), 2 * jnp.sin(jnp.ones(3)))
+        _close(
+            RemoteTorchFunction(session, name="sine")(jnp.ones(3)),
+            2 * jnp.sin(jnp.ones(3)),
+        )
 
 
 _BREAKING = """
@@ -241,13 +259,19 @@ with machine.torch_worker("broken", "sine") as session:
 
 @needs_cuda
 @pytest.mark.gpu(limit_s=130)
-def test_a_context_that_breaks_ends_the_worker_and_the_next_call_starts_another() -> None:
+def test_a_context_that_breaks_ends_the_worker_and_the_next_call_starts_another() -> (
+    None
+):
     """The error says what CUDA said.
 
     In a process of its own: a stream there may wait for the broken one forever.
     """
     done = subprocess.run(
-        [sys.executable, "-c", _BREAKING], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _BREAKING],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.stdout == "right\n", done.stderr
 
@@ -260,5 +284,7 @@ def test_every_allocator_of_a_torch_worker_works(settings: dict[str, str]) -> No
     """By one copy on the device."""
     with machine.torch_worker("sine", env=settings) as session:
         x = jnp.linspace(0, 1, _SIZE)
-        _close(jax.grad(lambda x: RemoteTorchFunction(session)(x).sum())(x), 2 * jnp.cos(x))
+        _close(
+            jax.grad(lambda x: RemoteTorchFunction(session)(x).sum())(x), 2 * jnp.cos(x)
+        )
         assert session.memory == MEMORY and session.stats()["bytes_through_host"] == 0

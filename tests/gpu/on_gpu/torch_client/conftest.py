@@ -29,9 +29,8 @@ def worker() -> Iterator[Session]:
     """A JAX worker on the GPU, and a session with it."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     with machine.jax_worker(*SERVED) as session:
-        RemoteJaxFunction(session, name="sine")(
-            torch.ones(3, device=DEVICE)
-        )  # so that it has its slab and its lane
+        # So that it has its slab and its lane.
+        RemoteJaxFunction(session, name="sine")(torch.ones(3, device=DEVICE))
         yield session
 
 

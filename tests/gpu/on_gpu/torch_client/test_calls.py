@@ -22,10 +22,16 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def nothing_goes_through_the_host(request: pytest.FixtureRequest) -> Iterator[None]:
     """Of every test that has a session on the GPU."""
-    session = request.getfixturevalue("session") if "session" in request.fixturenames else None
+    session = (
+        request.getfixturevalue("session")
+        if "session" in request.fixturenames
+        else None
+    )
     yield
     if session is not None:
-        assert session.stats()["bytes_through_host"] == session.stats()["fallbacks"] == 0
+        assert (
+            session.stats()["bytes_through_host"] == session.stats()["fallbacks"] == 0
+        )
 
 
 @pytest.fixture
@@ -34,7 +40,9 @@ def remote(session: Session) -> Callable[[str], RemoteJaxFunction]:
 
 
 def _rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return torch.rand(
+        shape, dtype=dtype, generator=torch.Generator().manual_seed(0)
+    ).to(DEVICE)
 
 
 def _native(x: Tensor) -> Tensor:
@@ -53,7 +61,9 @@ def test_tensors_are_shared_on_the_gpu(session: Session) -> None:
         assert required.memory == MEMORY
 
 
-def test_forward_and_backward_are_right(remote: Callable[[str], RemoteJaxFunction]) -> None:
+def test_forward_and_backward_are_right(
+    remote: Callable[[str], RemoteJaxFunction],
+) -> None:
     """At the sizes of a scalar, of a block, and of several slabs."""
     for shape in ((), (1,), (256,), (3, 5, 7), (0, 4), (1 << 20,), (24 << 20,)):
         x = _rand(*shape).requires_grad_()
@@ -103,7 +113,9 @@ def test_any_layout_is_taken(remote: Callable[[str], RemoteJaxFunction]) -> None
     _close(found["product"][0], x * x)
 
 
-def test_derivatives_of_every_kind_are_right(remote: Callable[[str], RemoteJaxFunction]) -> None:
+def test_derivatives_of_every_kind_are_right(
+    remote: Callable[[str], RemoteJaxFunction],
+) -> None:
     """Hessian, vmap of grad, jvp, jacfwd, double backward, batched gradients."""
     f, x = remote("sine"), _rand(5)
     _close(hessian(lambda x: f(x).sum())(x), torch.diag(-2 * torch.sin(x)))
@@ -114,14 +126,19 @@ def test_derivatives_of_every_kind_are_right(remote: Callable[[str], RemoteJaxFu
     (first,) = torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), leaf)
     _close(second, -2 * torch.sin(x))
-    rows = torch.autograd.grad(f(leaf), leaf, torch.eye(5, device=DEVICE), is_grads_batched=True)[0]
+    rows = torch.autograd.grad(
+        f(leaf), leaf, torch.eye(5, device=DEVICE), is_grads_batched=True
+    )[0]
     _close(rows, torch.diag(2 * torch.cos(x)))
 
 
 def test_a_module_trains(remote: Callable[[str], RemoteJaxFunction]) -> None:
     """Its parameters are on the GPU, and learn there."""
     module = remote("trainable").to(DEVICE)
-    x, wanted = _rand(64, 4), _rand(64, 4) @ torch.arange(12.0, device=DEVICE).view(4, 3)
+    x, wanted = (
+        _rand(64, 4),
+        _rand(64, 4) @ torch.arange(12.0, device=DEVICE).view(4, 3),
+    )
     optimizer = torch.optim.Adam(module.parameters(), lr=0.2)
     losses = []
     for _ in range(60):
@@ -130,21 +147,26 @@ def test_a_module_trains(remote: Callable[[str], RemoteJaxFunction]) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert all(parameter.device.type == x.device.type for parameter in module.parameters())
+    assert all(
+        parameter.device.type == x.device.type for parameter in module.parameters()
+    )
     assert losses[-1] < losses[0] / 10
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", "inductor"]
-)  # the latter needs a compiler for C on the machine
+# The latter needs a compiler for C on the machine.
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_code_calls_it(
-    backend: str, remote: Callable[[str], RemoteJaxFunction], monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    remote: Callable[[str], RemoteJaxFunction],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """torch.compile with fullgraph."""
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # its thread would stay
     f, x = remote("sine"), _rand(64)
     with torch._inductor.config.patch(compile_threads=1):
-        compiled = torch.compile(lambda x: f(x * 2) + 1, fullgraph=True, backend=backend)
+        compiled = torch.compile(
+            lambda x: f(x * 2) + 1, fullgraph=True, backend=backend
+        )
         _close(compiled(x), _native(x * 2) + 1)
     torch._dynamo.reset()
 
@@ -168,7 +190,9 @@ def test_what_is_made_in_shared_memory_is_not_copied(session: Session) -> None:
 
 
 @needs_cuda
-def test_a_cuda_graph_refuses_a_call(remote: Callable[[str], RemoteJaxFunction]) -> None:
+def test_a_cuda_graph_refuses_a_call(
+    remote: Callable[[str], RemoteJaxFunction],
+) -> None:
     """With a clear error; the next call works."""
     f, x = remote("sine"), _rand(64)
     f(x)
@@ -181,7 +205,9 @@ def test_a_cuda_graph_refuses_a_call(remote: Callable[[str], RemoteJaxFunction])
 
 
 @needs_cuda
-def test_streams_and_threads_call_side_by_side(remote: Callable[[str], RemoteJaxFunction]) -> None:
+def test_streams_and_threads_call_side_by_side(
+    remote: Callable[[str], RemoteJaxFunction],
+) -> None:
     """Each finds its own results, again and again."""
     f, wrong = remote("sine"), []
 

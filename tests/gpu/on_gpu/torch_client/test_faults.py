@@ -56,7 +56,9 @@ def own_worker() -> Iterator[Session]:
 
 def _works(session: Session) -> bool:
     x = torch.rand(1000, device=DEVICE)
-    return torch.allclose(RemoteJaxFunction(session, name="sine")(x), x.sin() * 2, atol=1e-5)
+    return torch.allclose(
+        RemoteJaxFunction(session, name="sine")(x), x.sin() * 2, atol=1e-5
+    )
 
 
 # Handles ------------------------------------------------------------------------------------------
@@ -115,7 +117,9 @@ def test_less_memory_than_announced_is_refused_by_the_worker(worker: Session) ->
         link = session._link
         lane = link.take(session.pool)
         share = pb.Share(
-            base=FIRST_ADDRESS * 2, nbytes=4 * UNIT, cuda_handle=device.handle_of(pointer)
+            base=FIRST_ADDRESS * 2,
+            nbytes=4 * UNIT,
+            cuda_handle=device.handle_of(pointer),
         )
         with pytest.raises(CudaError, match="the peer announced"):
             lane.ask(pb.LaneRequest(share=share))
@@ -136,7 +140,9 @@ def test_a_worker_that_is_killed_takes_its_memory_along(own_worker: Session) -> 
     torch.cuda.synchronize()
     before = used_bytes()
     os.kill(machine.pid_of(own_worker), 9)
-    assert eventually(lambda: used_bytes() < before - 100 * MIB, 20), "its context is still there"
+    assert eventually(lambda: used_bytes() < before - 100 * MIB, 20), (
+        "its context is still there"
+    )
     y.sum().backward()
     torch.testing.assert_close(x.grad, 2 * torch.cos(x.detach()), rtol=1e-5, atol=1e-5)
     assert _works(own_worker)
@@ -150,9 +156,8 @@ def test_a_worker_that_is_killed_in_a_call_is_noticed(worker: Session) -> None:
         f(x)
         torch.cuda.synchronize()
         (lane,) = session._link._idle
-        os.kill(
-            machine.pid_of(session), signal.SIGSTOP
-        )  # it takes the request, and does nothing about it
+        # It takes the request, and does nothing about it.
+        os.kill(machine.pid_of(session), signal.SIGSTOP)
         handle = f.submit(x)
         assert eventually(lambda: lane not in session._link._idle)
         time.sleep(0.5)
@@ -179,7 +184,9 @@ def test_a_client_that_is_killed_leaves_nothing(worker: Session) -> None:
             assert client.stdout.readline() == "called\n"
             during = used_bytes()
             client.kill()
-        assert returns_to(during - 256 * MIB, 0), "the client's own memory is still there"
+        assert returns_to(during - 256 * MIB, 0), (
+            "the client's own memory is still there"
+        )
         if i == 0:  # XLA keeps what it has allocated for the next one
             before = settled_bytes()
         assert returns_to(before)
@@ -206,8 +213,9 @@ def test_no_room_for_xla_is_out_of_memory() -> None:
         "outer", "sine", args=("--device", "cuda:0", "--gpu-memory-fraction", "0.05")
     ) as session:
         with pytest.raises(OutOfMemory):
+            # 64 GiB.
             y = RemoteJaxFunction(session, name="outer")(
                 torch.ones(1 << 17, device=DEVICE)
-            )  # 64 GiB
+            )
             y.sum().item()
         assert _works(session)

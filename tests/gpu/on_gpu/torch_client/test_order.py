@@ -22,10 +22,11 @@ _SIZE = 1 << 20
 def session(worker: Session) -> Iterator[Session]:
     """A session of each test's own."""
     with connect(worker.address) as session:
+        # What is compiled and copied for the first time waits for too much.
         for name in (
             "sine",
             "late",
-        ):  # what is compiled and copied for the first time waits for too much
+        ):
             RemoteJaxFunction(session, name=name)(torch.zeros(_SIZE, device=DEVICE))
         torch.cuda.synchronize()
         yield session
@@ -66,7 +67,9 @@ def test_the_client_reads_what_the_worker_writes_late(session: Session) -> None:
     """Its stream waits, on any stream."""
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
         with torch.cuda.stream(stream):
-            assert torch.equal(_late_result(session), torch.full((_SIZE,), 2.0, device=DEVICE))
+            assert torch.equal(
+                _late_result(session), torch.full((_SIZE,), 2.0, device=DEVICE)
+            )
 
 
 def test_in_order_with_another_stream_the_clients_write_is_missed(
@@ -95,11 +98,14 @@ def test_unless_its_stream_waits_the_workers_result_is_missed(
     assert not torch.equal(seen, torch.full_like(seen, 2.0))
 
 
-def test_memory_that_is_freed_is_not_reused_before_the_gpu_is_done(session: Session) -> None:
+def test_memory_that_is_freed_is_not_reused_before_the_gpu_is_done(
+    session: Session,
+) -> None:
     """A block that dies while the worker still has to read it serves no other call meanwhile."""
     f, g = (RemoteJaxFunction(session, name=name) for name in ("late", "sine"))
     for i in range(10):
-        first = f(torch.full((_SIZE,), float(i), device=DEVICE))  # its input's block dies at once
+        # Its input's block dies at once.
+        first = f(torch.full((_SIZE,), float(i), device=DEVICE))
         second = g(torch.full((_SIZE,), 100.0, device=DEVICE))
         assert torch.equal(first, torch.full_like(first, i + 1.0))
         torch.testing.assert_close(second, torch.full_like(second, 100.0).sin() * 2)

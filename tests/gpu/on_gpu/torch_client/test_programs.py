@@ -67,11 +67,20 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     """Client and worker on the GPU, neither with the other's framework, and no byte through the
     host."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nTESTS_BLOCKED="{" ".join(TORCH)}" exec {sys.executable} "$@"\n')
+    python.write_text(
+        f'#!/bin/sh\nTESTS_BLOCKED="{" ".join(TORCH)}" exec {sys.executable} "$@"\n'
+    )
     python.chmod(0o755)
     device = "cpu" if REHEARSED else "cuda"
     done = subprocess.run(
-        [sys.executable, "examples/digits.py", "--device", device, "--worker-python", str(python)],
+        [
+            sys.executable,
+            "examples/digits.py",
+            "--device",
+            device,
+            "--worker-python",
+            str(python),
+        ],
         cwd=ROOT,
         env=os.environ | without(*JAX),
         capture_output=True,
@@ -80,7 +89,8 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(
-        r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes\n", done.stdout
+        r"this process \d+: torch yes, jax no \| worker \d+: torch no, jax yes\n",
+        done.stdout,
     )
     assert f"lane and memory:  local, {MEMORY}\n" in done.stdout
     assert REHEARSED or "through the host: 0 bytes" in done.stdout
@@ -98,7 +108,10 @@ def test_many_calls_of_mixed_sizes_leave_nothing(worker: Session) -> None:
                 torch.cuda.empty_cache()
                 used = used_bytes()
             x = torch.full(
-                (random.choice(sizes),), i / _CALLS, device=DEVICE, requires_grad=bool(i % 3)
+                (random.choice(sizes),),
+                i / _CALLS,
+                device=DEVICE,
+                requires_grad=bool(i % 3),
             )
             y = f(x)
             if i % 3:
@@ -144,6 +157,8 @@ def test_the_doctor_finds_all_well(worker: Session) -> None:
         text=True,
         timeout=120,
     )
-    lines = {line[8:].split("  ")[0]: line[:6].strip() for line in done.stdout.splitlines()}
+    lines = {
+        line[8:].split("  ")[0]: line[:6].strip() for line in done.stdout.splitlines()
+    }
     for name in ("NVIDIA driver", "GPUs", "CuPy", "memory of cuda:0", "its GPU"):
         assert lines[name] == "ok", done.stdout

@@ -12,7 +12,14 @@ from bridge_client import Session
 from bridge_client.torch import RemoteJaxFunction
 from tests.conftest import ROOT
 from tests.gpu.on_gpu import machine
-from tests.gpu.on_gpu.machine import DEVICE, JAX, MEMORY, TORCH_ALLOCATORS, needs_cuda, without
+from tests.gpu.on_gpu.machine import (
+    DEVICE,
+    JAX,
+    MEMORY,
+    TORCH_ALLOCATORS,
+    needs_cuda,
+    without,
+)
 
 pytestmark = [pytest.mark.gpu, needs_cuda]
 
@@ -37,7 +44,9 @@ print("right")
 @pytest.mark.parametrize(
     "settings", TORCH_ALLOCATORS, ids=lambda settings: next(iter(settings.values()))
 )
-def test_every_allocator_of_the_client_works(settings: dict[str, str], worker: Session) -> None:
+def test_every_allocator_of_the_client_works(
+    settings: dict[str, str], worker: Session
+) -> None:
     """In a process of its own, since torch reads them once."""
     done = subprocess.run(
         [sys.executable, "-c", _CLIENT, worker.address],
@@ -61,11 +70,15 @@ def test_every_allocator_of_the_client_works(settings: dict[str, str], worker: S
         {"XLA_PYTHON_CLIENT_ALLOCATOR": "vmm"},
         {"TF_GPU_ALLOCATOR": "cuda_malloc_async"},
     ],
-    ids=lambda settings: " ".join(f"{name}={value}" for name, value in settings.items()),
+    ids=lambda settings: " ".join(
+        f"{name}={value}" for name, value in settings.items()
+    ),
 )
 def test_every_allocator_of_the_worker_works(settings: dict[str, str]) -> None:
     """What XLA has is copied from, and never exported."""
-    with machine.jax_worker("sine", env=settings, args=("--device", "cuda:0")) as session:
+    with machine.jax_worker(
+        "sine", env=settings, args=("--device", "cuda:0")
+    ) as session:
         x = torch.rand(1 << 20, device=DEVICE, requires_grad=True)
         y = RemoteJaxFunction(session)(x)
         y.sum().backward()
