@@ -32,7 +32,7 @@ ROOMS, FLOORS = 14, 7
 ARROWS = {"bridge_wire": 30, "bridge_client": 30, "bridge_server": 31}
 UP = {
     "bridge_wire": set[tuple[str, str]](),
-    "bridge_client": {("programs", "session")},
+    "bridge_client": set[tuple[str, str]](),
     "bridge_server": set[tuple[str, str]](),
 }
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
