@@ -18,6 +18,8 @@ from typing import Any
 from exact.cases import Entry, chosen_samples, parse_entry
 
 Say = Callable[[dict[str, Any]], None]
+# Each case is a program or ten of its own, and both sides of a comparison are compiled alike: XLA's quick ways do.
+_QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false"
 
 
 def main() -> None:
@@ -35,6 +37,8 @@ def main() -> None:
 
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_X64"] = str(int(options.x64))
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_QUICK_COMPILATION}"
     warnings.simplefilter("ignore")
     runner = _jax_runner() if options.way == "torch-client" else _torch_runner(options)
     say({"ready": True})
