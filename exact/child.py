@@ -18,7 +18,8 @@ from typing import Any
 from exact.cases import Entry, chosen_samples, parse_entry
 
 Say = Callable[[dict[str, Any]], None]
-# Each case is a program or ten of its own, and both sides of a comparison are compiled alike: XLA's quick ways do.
+# Each case compiles up to ten programs, and both sides of a comparison are compiled alike, so XLA's
+# quick ways suffice.
 _QUICK_COMPILATION = "--xla_cpu_use_fusion_emitters=false"
 
 

@@ -135,13 +135,10 @@ class _Checks:
         weights = list(map(_tensor, self._case.weights))
 
         def total(*xs: Tensor) -> Tensor:
-            return sum(
-                (
-                    (w * y).sum()
-                    for w, y in zip(weights, self._restricted(*xs), strict=True)
-                ),
-                torch.zeros(()),
-            )
+            outputs = zip(weights, self._restricted(*xs), strict=True)
+            parts = [(w.conj() * y).sum() for w, y in outputs]
+            reals = [part.real if part.is_complex() else part for part in parts]
+            return sum(reals, torch.zeros(()))
 
         gradient = torch.func.grad(total, argnums=tuple(range(len(self._case.wrt))))
         return self._judge(lambda: torch.func.jvp(gradient, *self._along())[1], "hvp")

@@ -18,6 +18,7 @@ from exact import subjects, torch_db
 from exact.cases import WIDE, Entry, seed_of
 from exact.compare import (
     ROUNDING,
+    VANISHED,
     XLA_FUNCTIONS,
     Refusal,
     Verdict,
@@ -221,10 +222,16 @@ class Checks:
         self, work: Callable[[], Any], answer: Answer, other: Answer | None = None
     ) -> Verdict:
         want = attempt(lambda: answer(self.reference))
-        return self._judge(attempt(work), want, answer, other)
+        vanished = VANISHED if self.way.is_traced else 0
+        return self._judge(attempt(work), want, answer, other, vanished)
 
     def _judge(
-        self, got: Any, want: Any, answer: Answer | None, other: Answer | None = None
+        self,
+        got: Any,
+        want: Any,
+        answer: Answer | None,
+        other: Answer | None = None,
+        vanished: float = 0,
     ) -> Verdict:
         # XLA runs asynchronously: errors come with the values.
         if not isinstance(got, Refusal):
@@ -251,8 +258,15 @@ class Checks:
         )
         spread = functools.partial(self._spread, answer, float(exact_eps))
         rounding = XLA_FUNCTIONS if self.way.is_traced else ROUNDING
-        verdict = judge_values(got, want, spread, rounding=rounding, is_wide=self._wide)
-        if verdict.status == "wrong" and other is not None and not self.way.is_traced:
+        verdict = judge_values(
+            got,
+            want,
+            spread,
+            rounding=rounding,
+            is_wide=self._wide,
+            vanished=vanished,
+        )
+        if verdict.status == "wrong" and other is not None:
             otherwise = attempt(lambda: other(self.reference))
             if not isinstance(otherwise, Refusal):
                 same = judge_values(

@@ -13,6 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from bridge_server.torch_runtime.randomness import RowMajorDraws
 from bridge_server.torch_runtime.randomness import seed as seed_by_key
 from exact.compare import Refusal, attempt
 
@@ -46,7 +47,9 @@ class Reference:
         """Return the result's leaves that are tensors or numbers."""
         if self.key is not None:
             seed_by_key(torch.tensor(self.key, dtype=torch.uint32))
-        leaves = pytree.tree_leaves(self._function(*tensors))
+        # The bridge draws in row-major order, whatever the layout (docs/design.md).
+        with contextlib.nullcontext() if self.key is None else RowMajorDraws():
+            leaves = pytree.tree_leaves(self._function(*tensors))
         return [_dense(leaf) for leaf in leaves if leaf is not None]
 
     def value(self) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ from bridge_server.torch_via_xla.plain_torch import (
 )
 from bridge_server.torch_via_xla.trace_state import Trace, ending
 from bridge_wire.dtypes import TURN_ON_X64
-from bridge_wire.errors import BridgeError, CallerError, DTypeError
+from bridge_wire.errors import BridgeError, CallerError, DTypeError, StructureError
 
 _META = torch.device("meta")
 # Functions that make tensors of Python values; torch checks the values' range.
@@ -70,6 +70,20 @@ _COMPOSED_BY_TORCH = (
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 _COPIES = (torch.ops.aten._to_copy, torch.ops.aten._to_copy.default)
 _NEEDS_X64 = {torch.float64, torch.complex128}
+_NOT_IN_JAX = {torch.complex32}
+# Functions that torchax takes for factories of a device's tensors, though their ends are tensors.
+_SPACED = {torch.linspace: lowerings.linspace, torch.logspace: lowerings.logspace}
+# Operators whose further results are statistics, without a derivative in torch.
+_WITH_STATISTICS = {
+    torch.ops.aten._batch_norm_no_update,
+    torch.ops.aten._batch_norm_with_update,
+    torch.ops.aten._batch_norm_with_update_functional,
+    torch.ops.aten._native_batch_norm_legit,
+    torch.ops.aten._native_batch_norm_legit_functional,
+    torch.ops.aten._native_batch_norm_legit_no_training,
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten.native_layer_norm,
+}
 
 
 def make() -> "BridgeEnvironment":
@@ -224,8 +238,7 @@ class BridgeEnvironment(Environment):
 
     def dispatch(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         kwargs = kwargs or {}
-        if not has_x64():
-            self._refuse_64_bits(func, args, kwargs)
+        self._refuse_types(func, args, kwargs)
         if func in _FROM_VALUES and not tensors_in((args, kwargs)):
             return self._from_values(func, args, kwargs)
         if func is torch.tensor:
@@ -234,6 +247,8 @@ class BridgeEnvironment(Environment):
             raise OperatorNotFound(str(func))  # torch chooses the overload
         if self.param.stand_ins:
             args, kwargs = pytree.tree_map_only(Tensor, self._current, (args, kwargs))
+        if func in _SPACED and "out" not in kwargs and _holds_traced((args, kwargs)):
+            return _of_tensors(self, _SPACED[func])(*args, **kwargs)
         if func in _INDEXING:
             return self._index(func, *args)
         if mutations.written(func):
@@ -258,6 +273,12 @@ class BridgeEnvironment(Environment):
             if not tensors_in((args, kwargs)):
                 return func(*args, **kwargs)
             raise _without_lowering(func) from error
+        except StructureError as error:
+            if not _holds_traced((args, kwargs)):
+                raise  # the error of a constant
+            raise StructureError(str(_without_lowering(func, error))) from error
+        except RecursionError as error:  # torch composes the operator of itself
+            raise _without_lowering(func) from error
         except (BridgeError, RuntimeError):
             raise  # torch's RuntimeError names the operator
         except Exception as error:
@@ -268,6 +289,12 @@ class BridgeEnvironment(Environment):
         # A composition may return NotImplemented for a case, and C++ would read missing results.
         if outputs is NotImplemented or not _has_all_results(func, outputs):
             raise _without_lowering(func)
+        if getattr(func, "overloadpacket", None) in _WITH_STATISTICS:
+            first, *statistics = outputs
+            without = pytree.tree_map_only(
+                TracedTensor, self._without_derivative, statistics
+            )
+            outputs = (first, *without)
         inputs = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
         fresh = functools.partial(self._fresh, func, inputs)
         return pytree.tree_map_only(TracedTensor, fresh, outputs)
@@ -281,6 +308,10 @@ class BridgeEnvironment(Environment):
         if not torch.is_grad_enabled():
             array = jax.lax.stop_gradient(array)
         return self.j2t_iso(array)
+
+    def _without_derivative(self, traced: Any) -> Any:
+        """Return a tensor's value without its derivative."""
+        return self.j2t_iso(jax.lax.stop_gradient(traced._elem))
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator that returns views of its first argument."""
@@ -415,15 +446,21 @@ class BridgeEnvironment(Environment):
 
     # Refusals -------------------------------------------------------------------------------------
 
-    def _refuse_64_bits(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _refuse_types(self, func: Any, args: Any, kwargs: Any) -> None:
         for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, torch.dtype) and value in _NEEDS_X64:
-                name = getattr(func, "__name__", func)
+            if not isinstance(value, torch.dtype):
+                continue
+            name = getattr(func, "__name__", func)
+            seen = f"the torch code computes in {value} (in {name})"
+            if value in _NOT_IN_JAX:
                 self._refuse(
                     DTypeError(
-                        f"the torch code computes in {value} (in {name}), but JAX runs without x64:"
-                        f" {TURN_ON_X64}"
+                        f"{seen}, which has no counterpart in JAX; cast to another type"
                     )
+                )
+            if value in _NEEDS_X64 and not has_x64():
+                self._refuse(
+                    DTypeError(f"{seen}, but JAX runs without x64: {TURN_ON_X64}")
                 )
 
     def _refuse(self, error: DTypeError) -> NoReturn:
@@ -449,6 +486,10 @@ def _without_lowering(func: Any, error: Exception | None = None) -> CallerError:
         f"the torch code calls {func}, which tracing cannot turn into JAX; write the code without"
         f" it, or run it by RemoteTorchFunction, in a worker or in this process{reason}"
     )
+
+
+def _holds_traced(tree: Any) -> bool:
+    return any(map(is_traced, pytree.tree_leaves(tree)))
 
 
 def _composition(operator: Any) -> Callable[..., Any] | None:

@@ -137,7 +137,51 @@ def _lu(a: Any) -> tuple[Any, Any]:
     return factors, pivots + 1
 
 
+def _det(a: Any) -> tuple[Any, ...]:
+    # JAX cannot differentiate the determinant of an empty matrix, which is one.
+    det = jnp.linalg.det(a) if a.shape[-1] else jnp.ones(a.shape[:-2], a.dtype)
+    return (det, *_lu(a))
+
+
+def _lstsq(
+    a: Any, b: Any, rcond: Any = None, *, driver: str | None = None
+) -> tuple[Any, ...]:
+    """Compute torch.linalg.lstsq with the pseudo-inverse, whose derivative is more exact."""
+    rows, columns = a.shape[-2:]
+    is_vector = b.ndim == a.ndim - 1 and b.shape == a.shape[:-1]
+    b = b[..., None] if is_vector else b
+    rcond = max(rows, columns) * jnp.finfo(a.dtype).eps if rcond is None else rcond
+    x = _pinv(a, rtol=0.0 if driver == "gels" else rcond) @ b
+    residuals, rank, values = _about_lstsq(a, x, b, rcond, driver)
+    return x[..., 0] if is_vector else x, residuals, rank, values
+
+
+def _about_lstsq(
+    a: Any, x: Any, b: Any, rcond: Any, driver: str | None
+) -> tuple[Any, Any, Any]:
+    """Return the residuals, rank and singular values that the driver reports."""
+    rows, columns = a.shape[-2:]
+    empty = jnp.zeros((0,), a.real.dtype)
+    integer = jax.dtypes.canonicalize_dtype(jnp.int64)
+    if driver == "gels":
+        is_tall = rows > columns
+        residuals = (jnp.abs(a @ x - b) ** 2).sum(-2) if is_tall else empty
+        return residuals, jnp.zeros((0,), integer), empty
+    by_values = driver in ("gelsd", "gelss")
+    if by_values and rows > columns:
+        raise NotImplementedError(
+            f"with driver={driver!r}, values decide whether there are residuals"
+        )
+    sizes = jnp.linalg.svd(jax.lax.stop_gradient(a), compute_uv=False)
+    threshold = rcond * sizes.max(-1, keepdims=True, initial=0)
+    rank = (sizes > threshold).sum(-1).astype(integer)
+    return empty, rank, sizes if by_values else empty
+
+
 def _slogdet(a: Any) -> tuple[Any, ...]:
+    if not a.shape[-1]:
+        sign = jnp.ones(a.shape[:-2], a.dtype)
+        return (sign, jnp.zeros(a.shape[:-2], a.real.dtype), *_lu(a))
     sign, size = jnp.linalg.slogdet(a)
     return (sign, size, *_lu(a))
 
@@ -188,6 +232,18 @@ def _digamma_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
 def _log_ndtr(x: Any) -> Any:
     is_floating = jnp.issubdtype(x.dtype, jnp.floating)
     return jax.scipy.special.log_ndtr(x if is_floating else x.astype(jnp.float32))
+
+
+def _spherical_bessel_j0(x: Any) -> Any:
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32)
+    is_small = jnp.abs(x) < 0.5
+    z = jnp.where(is_small, x * x, 0)
+    series = jnp.ones_like(x)
+    for n in range(6, 0, -1):
+        series = 1 - z / (2 * n * (2 * n + 1)) * series
+    safe = jnp.where(is_small, 1, x)
+    quotient = jnp.where(jnp.isinf(x), 0, jnp.sin(safe) / safe)
+    return jnp.where(is_small, series, quotient)
 
 
 def _safe_softmax(x: Any, dim: int, dtype: Any = None) -> Any:
@@ -255,6 +311,30 @@ def _windows(size: int, count: int) -> tuple[Any, Any]:
     ends = -(-(np.arange(count) + 1) * size // count)
     positions = starts[:, None] + np.arange((ends - starts).max())
     return np.minimum(positions, size - 1), positions < ends[:, None]
+
+
+def linspace(start: Any, end: Any, steps: int, *, dtype: Any = None, **_: Any) -> Any:
+    """Compute torch.linspace between numbers or scalars."""
+    return _spaced(jnp.linspace(start, end, steps), dtype)
+
+
+def logspace(
+    start: Any,
+    end: Any,
+    steps: int,
+    base: float = 10.0,
+    *,
+    dtype: Any = None,
+    **_: Any,
+) -> Any:
+    """Compute torch.logspace between numbers or scalars."""
+    return _spaced(base ** jnp.linspace(start, end, steps), dtype)
+
+
+def _spaced(x: Any, dtype: Any) -> Any:
+    if dtype is None and jnp.iscomplexobj(x):
+        return x
+    return x.astype(jax_dtype(torch.get_default_dtype() if dtype is None else dtype))
 
 
 def _take_along_dim(x: Any, indices: Any, dim: int | None = None) -> Any:
@@ -332,7 +412,7 @@ def _embedding_bag(
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten._embedding_bag: _embedding_bag,
     aten._embedding_bag_forward_only: _embedding_bag,
-    aten._linalg_det: lambda a: (jnp.linalg.det(a), *_lu(a)),
+    aten._linalg_det: _det,
     aten._linalg_eigh: _eigh,
     aten._linalg_slogdet: _slogdet,
     aten._linalg_solve_ex: _solve_ex,
@@ -342,11 +422,13 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten.cholesky: _cholesky,
     aten.digamma: lambda x: digamma(_inexact(x)),
     aten.linalg_cholesky_ex: _cholesky_ex,
+    aten.linalg_lstsq: _lstsq,
     aten.max_unpool2d: _max_unpool,
     aten.max_unpool3d: _max_unpool,
     aten.polygamma: _polygamma,
     aten.searchsorted.Tensor: _searchsorted,
     aten.special_log_ndtr: _log_ndtr,
+    aten.special_spherical_bessel_j0: _spherical_bessel_j0,
     torch.linalg.pinv: _pinv,
     torch.pinverse: _pinv,
     torch.take_along_dim: _take_along_dim,

@@ -80,7 +80,8 @@ def _unbiased(var: Tensor, count: int) -> Tensor:
 
 def _update(running: Tensor | None, new: Tensor, momentum: float) -> None:
     if running is not None:
-        running.copy_((1 - momentum) * running + momentum * new)
+        mixed = (1 - momentum) * running + momentum * new
+        running.copy_(mixed.detach())
 
 
 def _normalized(

@@ -4,12 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exact.cases import Entry
 from exact.torch_checks import Checks
+from exact.torch_reference import Reference
 from exact.ways import InProcess
 
 SIN = Entry("op", "sin", "float32", "plain")
@@ -82,3 +84,12 @@ def test_a_fake_tensor_that_torch_returns_is_seen(
         cached = torch.zeros(2)
     monkeypatch.setattr(checks.reference, "_function", lambda *_: cached)
     assert again().status == "fake"
+
+
+def test_the_reference_draws_as_the_bridge_does() -> None:
+    """With a key, numbers are drawn in row-major order, whatever the layout of the result."""
+    x = torch.ones(3, 4)
+    key = (7, 11)
+    transposed = Reference(lambda x: torch.rand_like(x.T), [x], [0], key)
+    row_major = Reference(lambda x: torch.rand_like(x.T.contiguous()), [x], [0], key)
+    np.testing.assert_array_equal(transposed.value()[0], row_major.value()[0])

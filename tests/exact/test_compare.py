@@ -46,6 +46,16 @@ def test_what_an_eps_of_the_inputs_moves_as_far_is_right() -> None:
     assert judge_values([got], [ONE], lambda: [1.0]).status == "wrong"
 
 
+def test_the_rounding_of_a_vanishing_derivative_is_right() -> None:
+    """Leaves of a few eps in both are equal where allowed; not if one of them is larger."""
+    tiny, none, small = ONE * np.float32(1e-7), ONE * 0, ONE * np.float32(1e-5)
+    still = lambda: [0.0]  # noqa: E731
+    assert judge_values([tiny], [none], still).status == "wrong"
+    assert judge_values([tiny], [none], still, vanished=16).status == "right"
+    assert judge_values([ONE], [none], still, vanished=16).status == "wrong"
+    assert judge_values([none], [small], still, vanished=16).status == "wrong"
+
+
 def test_exceptions_without_a_type_are_faults() -> None:
     """A BridgeError is a refusal, but for the end of the worker; anything else is a fault."""
     typed = (BridgeError,)

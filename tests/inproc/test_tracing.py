@@ -3,7 +3,7 @@
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -516,6 +516,14 @@ def _of_eigenvectors(a: Tensor) -> Tensor:
     return (vectors * values.exp()) @ vectors.mT
 
 
+def _of_least_squares(a: Tensor) -> Tensor:
+    return _all_of(torch.linalg.lstsq(a[:, :2], a[:, 1:], driver="gels")[:2])
+
+
+def _all_of(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([each.flatten() for each in tensors])
+
+
 _MATRIX = torch.tensor([[4.0, 1.0, 0.5], [0.2, 5.0, 2.0], [-1.0, 0.3, 6.0]])
 _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "adaptive_max_pool": (
@@ -525,6 +533,7 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "cholesky": (torch.linalg.cholesky, _MATRIX),
     "cholesky upper": (lambda x: torch.linalg.cholesky(x, upper=True), _MATRIX),
     "det": (torch.linalg.det, _MATRIX),
+    "det of nothing": (torch.linalg.det, torch.zeros(0, 0)),
     "digamma": (torch.digamma, torch.tensor([-1.3, -0.2, 0.4, 3.0])),
     "eigh": (_of_eigenvectors, _MATRIX),
     "eigvalsh": (torch.linalg.eigvalsh, _MATRIX),
@@ -535,6 +544,21 @@ _AS_TORCH: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
         torch.randn(3, 4),
     ),
     "log_ndtr": (torch.special.log_ndtr, torch.tensor([-30.0, -1.0, 0.0, 2.0, 30.0])),
+    "lstsq": (
+        lambda x: torch.linalg.lstsq(x[:2], x[:2, :2], driver="gels").solution,
+        _MATRIX,
+    ),
+    "lstsq with residuals": (_of_least_squares, _MATRIX),
+    "native_batch_norm": (
+        lambda x: _all_of(
+            torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)
+        ),
+        _MATRIX,
+    ),
+    "native_layer_norm": (
+        lambda x: _all_of(torch.native_layer_norm(x, [3], None, None, 1e-5)),
+        _MATRIX,
+    ),
     "max_unpool": (
         lambda x: functional.max_unpool1d(x, torch.tensor([[[0, 3]]]), 2),
         torch.tensor([[[1.0, 2.0]]]),
@@ -615,6 +639,24 @@ def test_operators_without_a_lowering_are_named() -> None:
             trace_torch(f)(jnp.ones((2, 2)))
     with pytest.raises(CallerError, match="nonzero"):
         jax.jit(trace_torch(lambda x: x.nonzero()))(jnp.ones(3))
+
+
+def test_an_operator_composed_of_itself_has_a_lowering() -> None:
+    """spherical_bessel_j0 equals torch's, also at zero and in the series near zero."""
+    x = torch.tensor([0.0, 0.3, -0.49, 0.5, 2.0, -7.0, torch.inf])
+    seen = jax.jit(trace_torch(torch.special.spherical_bessel_j0))(to_jax(x))
+    assert_same(seen, torch.special.spherical_bessel_j0(x), 1e-6)
+
+
+def test_scalars_are_the_ends_of_linspace() -> None:
+    """linspace and logspace take traced scalars, whatever device the code names."""
+
+    def f(x: Tensor) -> Tensor:
+        linear = torch.linspace(x[0], 3, 5, device="cpu")
+        return linear + torch.logspace(x[0], x[1], 5, 2.0)
+
+    x = torch.tensor([0.5, 2.0])
+    assert_same(jax.jit(trace_torch(f))(to_jax(x)), f(x), 1e-5)
 
 
 def test_named_tuples_of_torch_pass_jit() -> None:
@@ -830,6 +872,12 @@ def test_64_bits_are_not_narrowed_in_silence(f: Callable[[Tensor], Tensor]) -> N
         trace_torch(f)(jnp.ones(3))
     with jax.enable_x64(True):
         assert trace_torch(f)(jnp.ones(3)).dtype in (jnp.float64, jnp.complex128)
+
+
+def test_types_that_jax_lacks_are_refused() -> None:
+    """Code that computes in a type without a counterpart in JAX is refused by the type's name."""
+    with pytest.raises(DTypeError, match="complex32"):
+        trace_torch(lambda x: x.to(torch.complex32))(jnp.ones(3))
 
 
 def test_64_bit_modules_need_x64() -> None:
