@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from bridge_server.turns import Turn
+from bridge_server.turns import Turn as Turn  # part of the contract
 from bridge_wire.errors import CallerError, SpecError
 from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb

@@ -34,14 +34,19 @@ from bridge_server.jax_runtime.types import (
     register_dataclass,
 )
 from bridge_server.model_errors import is_refused, model_errors
-from bridge_server.process import devices
-from bridge_server.runtime import Description, Model, Options, Preparation, Runtime
+from bridge_server.runtime import (
+    Description,
+    Model,
+    Options,
+    Preparation,
+    Runtime,
+    Turn,
+)
 from bridge_server.signatures import (
     check_differentiable,
     check_pullback,
     check_signature,
 )
-from bridge_server.turns import Turn
 from bridge_wire import trees
 from bridge_wire.classes import Classes
 from bridge_wire.errors import (
@@ -53,7 +58,7 @@ from bridge_wire.errors import (
     SpecError,
 )
 from bridge_wire.memory.copying import copy
-from bridge_wire.memory.cuda import Gpu
+from bridge_wire.memory.cuda import Gpu, gpu_at
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
@@ -194,7 +199,7 @@ class JaxRuntime(Runtime):
         return pullback
 
     def gpu(self) -> Gpu | None:
-        return devices.gpu_at(self._layout.ordinal)
+        return gpu_at(self._layout.ordinal)
 
     def memory_bytes(self) -> int | None:
         # None for the host, and under some allocators.

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from bridge_server.runtime import Runtime
 from bridge_wire.errors import CallerError, CudaError
-from bridge_wire.memory.cuda import Gpu, device_of, gpus
+from bridge_wire.memory.cuda import device_of, gpus
 
 _log = logging.getLogger(__name__)
 
@@ -84,15 +84,6 @@ def choose(device: str | None, fraction: float | None, *, is_spread: bool) -> No
             _narrow_to(ordinal)
     # Child processes inherit the narrowed environment.
     os.environ.pop("BRIDGE_DEVICE", None)
-
-
-def gpu_at(ordinal: int | None) -> Gpu | None:
-    """Return the GPU with this ordinal in this process's frameworks; None without a GPU."""
-    return (
-        None
-        if ordinal is None
-        else next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
-    )
 
 
 def make_ready(runtime: Runtime) -> None:

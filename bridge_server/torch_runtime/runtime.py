@@ -11,7 +11,6 @@ import torch
 from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, add_call
 from bridge_server.model_errors import is_refused, model_errors
-from bridge_server.process import devices
 from bridge_server.runtime import (
     Description,
     Model,
@@ -19,6 +18,7 @@ from bridge_server.runtime import (
     Parameter,
     Preparation,
     Runtime,
+    Turn,
 )
 from bridge_server.signatures import (
     check_differentiable,
@@ -38,10 +38,9 @@ from bridge_server.torch_runtime.programs import (
     ToDevice,
 )
 from bridge_server.torch_runtime.transforms import Composed, compose
-from bridge_server.turns import Turn
 from bridge_wire.classes import Classes
 from bridge_wire.errors import TargetError
-from bridge_wire.memory.cuda import Gpu
+from bridge_wire.memory.cuda import Gpu, gpu_at
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, decode_all
 
@@ -142,7 +141,7 @@ class TorchRuntime(Runtime):
         return without_callers_modes()
 
     def gpu(self) -> Gpu | None:
-        return devices.gpu_at(self._device.index)
+        return gpu_at(self._device.index)
 
     def memory_bytes(self) -> int | None:
         if self._is_on_host:

@@ -9,7 +9,7 @@ import torch.utils.dlpack
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bridge_server.turns import Turn
+from bridge_server.runtime import Turn
 from bridge_wire.dtypes import BY_NAME, DType
 from bridge_wire.memory.copying import copy
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by

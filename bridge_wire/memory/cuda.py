@@ -208,6 +208,13 @@ class Driver:
         return (name.value or b"without a name").decode()
 
 
+def gpu_at(ordinal: int | None) -> Gpu | None:
+    """Return the GPU with this ordinal in this process's frameworks; None without a GPU."""
+    if ordinal is None:
+        return None
+    return next((gpu for gpu in gpus() if gpu.ordinal == ordinal), None)
+
+
 @functools.cache
 def driver() -> Driver:
     """Return this process's driver.

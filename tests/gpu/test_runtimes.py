@@ -16,13 +16,12 @@ import torch
 
 from bridge_server.jax_runtime import JaxRuntime
 from bridge_server.model_errors import remote
-from bridge_server.process import devices
 from bridge_server.runtime import Options, Runtime
 from bridge_server.torch_runtime import TorchRuntime, types
 from bridge_server.turns import Turn
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import OutOfMemory, RemoteModelError
-from bridge_wire.memory.cuda import Device, device_of, gpus
+from bridge_wire.memory.cuda import Device, device_of, gpu_at, gpus
 from bridge_wire.specs import Spec
 from tests.conftest import ROOT, python_of
 from tests.runtimes import Hosted, placed
@@ -171,8 +170,8 @@ def test_no_stream_begins_before_the_clients_work_is_done(
 
 def test_a_gpu_is_known_by_its_number_in_this_process(fake_cuda: Any) -> None:
     """Frameworks on the host have none."""
-    assert devices.gpu_at(0) == gpus()[0]
-    assert devices.gpu_at(1) is None
+    assert gpu_at(0) == gpus()[0]
+    assert gpu_at(1) is None
     assert JaxRuntime(Options()).gpu() is None
     assert TorchRuntime(Options()).gpu() is None
     assert TorchRuntime(Options()).stream() is None
