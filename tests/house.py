@@ -144,16 +144,6 @@ def floors(drawn: Mapping[str, set[str]]) -> int:
     return max(heights.values())
 
 
-def without(
-    drawn: Mapping[str, set[str]], arrows: set[tuple[str, str]]
-) -> dict[str, set[str]]:
-    """Return the rooms without some arrows."""
-    return {
-        room: {below for below in imported if (room, below) not in arrows}
-        for room, imported in drawn.items()
-    }
-
-
 def upward(drawn: Mapping[str, set[str]], order: list[str]) -> set[tuple[str, str]]:
     """Return the arrows to a room that stands higher in the order, which is top to bottom."""
     return {

@@ -61,9 +61,9 @@ def check_declared(in_specs: Any, out_specs: Any) -> None:
     for spec in jax.tree.leaves(out_specs, is_leaf=_is_spec):
         if missing := sorted(set(axes) - set(axes_of([spec]))):
             raise StructureError(
-                f"a result with the spec {spec} would be the same all along {missing}, but"
-                " arguments are spread there, so each shard's call has a result of its own: name"
-                " the axes in out_specs, and reduce it afterwards"
+                f"a result has the spec {spec}, equal along {missing}; arguments are sharded along"
+                " these axes, so the shards' results differ: name the axes in out_specs, and"
+                " reduce the result afterwards"
             )
 
 
