@@ -9,7 +9,6 @@ As in torch, a write under no_grad, or through a detached tensor, changes the va
 derivative.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,13 +24,16 @@ from bridge_wire.errors import CallerError
 aten = torch.ops.aten
 
 Array = Any
+Read = Callable[[Array], Array]
+Write = Callable[[Array, Array], Array]
+Pair = tuple[Array, Array]
 
 
 class View(NamedTuple):
     """How a view reads its parent's array, and the parent's array after a write into the view."""
 
-    read: Callable[[Array], Array]
-    written: Callable[[Array, Array], Array]
+    read: Read
+    written: Write
 
 
 class Place:
@@ -63,34 +65,39 @@ class Place:
 
     def read(self) -> Array:
         """Return the array after all writes."""
-        if (
-            self.view is not None
-            and self.parent is not None
-            and self._seen != self.base._version
-        ):
-            value = self.view.read(self.parent.read())
-            self._value = (
-                _overwritten(self._value, value) if self.is_detached else value
-            )
+        if self.view is None or self.parent is None:
+            return self._value
+        if self._seen != self.base._version:
+            whole = self.parent.read()
+            value = self.view.read(whole)
+            if self.is_detached:
+                value = _overwritten(self._value, value)
+            self._value = value
             self._seen = self.base._version
         return self._value
 
     def end(self) -> None:
         """Drop the array, since its trace has ended."""
-        self.parent, self.view, self.is_detached = Place(None), _ENDED, False
-        self._value, self._seen = None, -1  # makes a read call the view, which raises
+        self.parent = Place(None)
+        self.view = _ENDED
+        self.is_detached = False
+        self._value = None
+        self._seen = -1  # makes a read call the view, which raises
 
     def write(self, value: Array, *, has_derivative: bool) -> None:
         """Replace the array, for this tensor and all views of its memory."""
-        own = value if has_derivative else _overwritten(self.read(), value)
+        own = value
+        if not has_derivative:
+            own = _overwritten(self.read(), value)
         if self.view is None or self.parent is None:
             self._version += 1
         else:
-            after = self.view.written(self.parent.read(), value)
-            self.parent.write(
-                after, has_derivative=has_derivative and not self.is_detached
-            )
-        self._value, self._seen = own, self.base._version
+            before = self.parent.read()
+            after = self.view.written(before, value)
+            passes_up = has_derivative and not self.is_detached
+            self.parent.write(after, has_derivative=passes_up)
+        self._value = own
+        self._seen = self.base._version
 
 
 def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
@@ -104,7 +111,8 @@ def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
 
     def write(tensor: Any, value: Array) -> None:
         if "place" in tensor.__dict__:
-            tensor.place.write(value, has_derivative=torch.is_grad_enabled())
+            has_derivative = torch.is_grad_enabled()
+            tensor.place.write(value, has_derivative=has_derivative)
         else:
             tensor.place = Place(value)
             note(tensor)
@@ -114,14 +122,19 @@ def follow_writes(kind: type[Tensor], note: Callable[[Any], None]) -> None:
 
 def _overwritten(old: Array, new: Array) -> Array:
     """Return the new value with the old one's derivative."""
-    if old.shape != new.shape or old.dtype != new.dtype:
+    if old.shape != new.shape:
         return jax.lax.stop_gradient(new)
-    return with_value(old, new) if jnp.issubdtype(old.dtype, jnp.inexact) else new
+    if old.dtype != new.dtype:
+        return jax.lax.stop_gradient(new)
+    if jnp.issubdtype(old.dtype, jnp.inexact):
+        return with_value(old, new)
+    return new
 
 
 def with_value(old: Array, new: Array) -> Array:
     """Return a value with another array's derivative."""
-    return _with_value(old, jax.lax.stop_gradient(new))
+    value = jax.lax.stop_gradient(new)
+    return _with_value(old, value)
 
 
 @jax.custom_jvp
@@ -130,10 +143,10 @@ def _with_value(old: Array, new: Array) -> Array:
 
 
 @_with_value.defjvp
-def _with_value_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    return _with_value(*primals), tangents[0]
+def _with_value_jvp(primals: Pair, tangents: Pair) -> Pair:
+    old, new = primals
+    tangent, _ = tangents
+    return _with_value(old, new), tangent
 
 
 # ATen's views -------------------------------------------------------------------------------------
@@ -150,19 +163,33 @@ def views(
     arguments.update(kwargs)
     arguments.update(zip(arguments, args, strict=False))
     made = make(*arguments.values())
-    return made if isinstance(made, list) else [made]
+    if isinstance(made, list):
+        return made
+    return [made]
 
 
 def makes_views(operator: Any) -> bool:
     """Return whether an operator's result shares memory with an argument, without a write."""
     schema = getattr(operator, "_schema", None)
-    aliases = [each.alias_info for each in schema.returns] if schema is not None else []
-    return any(alias is not None and not alias.is_write for alias in aliases)
+    if schema is None:
+        return False
+    for output in schema.returns:
+        alias = output.alias_info
+        if alias is not None and not alias.is_write:
+            return True
+    return False
 
 
 def indexed(index: Any) -> View:
     """Return the view of the elements at an index, which contains each element once."""
-    return View(lambda x: x[index], lambda x, value: x.at[index].set(value))
+
+    def read(x: Array) -> Array:
+        return x[index]
+
+    def written(x: Array, value: Array) -> Array:
+        return x.at[index].set(value)
+
+    return View(read, written)
 
 
 def strided(
@@ -173,44 +200,59 @@ def strided(
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         shape = [1] * len(size)
         shape[axis] = length
-        positions = positions + (np.arange(length) * step).reshape(shape)
-    is_distinct = np.unique(positions).size == positions.size
+        offsets = np.arange(length) * step
+        positions = positions + offsets.reshape(shape)
+    distinct = np.unique(positions)
+
+    def read(x: Array) -> Array:
+        memory = x.reshape(-1)
+        return memory[positions]
 
     def written(x: Array, value: Array) -> Array:
-        if not is_distinct:
-            _refuse_overlap()
-        return x.reshape(-1).at[positions].set(value).reshape(x.shape)
+        memory = x.reshape(-1)
+        after = memory.at[positions].set(value)
+        return after.reshape(x.shape)
 
-    return View(lambda x: x.reshape(-1)[positions], written)
+    if distinct.size < positions.size:
+        return View(read, _refuse_overlap)
+    return View(read, written)
 
 
-def _whole(read: Callable[[Array], Array]) -> View:
+def _whole(read: Read) -> View:
     """Return a view of all its parent's elements, in another order or shape."""
-    return View(read, lambda x, value: _transposed(read, x, value))
+
+    def written(x: Array, value: Array) -> Array:
+        return _transposed(read, x, value)
+
+    return View(read, written)
 
 
-def _part(read: Callable[[Array], Array]) -> View:
+def _part(read: Read) -> View:
     """Return a view of some of its parent's elements, each once."""
 
     def written(x: Array, value: Array) -> Array:
         ones = jnp.ones(value.shape, jnp.int32)
         counts = _transposed(read, x, ones)
-        return jnp.where(counts > 0, _transposed(read, x, value), x)
+        after = _transposed(read, x, value)
+        return jnp.where(counts > 0, after, x)
 
     return View(read, written)
 
 
-def _transposed(read: Callable[[Array], Array], x: Array, value: Array) -> Array:
+def _transposed(read: Read, x: Array, value: Array) -> Array:
     """Return the array for which `read` returns this value; unread elements are zero."""
     if value.dtype == jnp.bool_:
-        bits = _transposed(read, x.astype(jnp.int8), value.astype(jnp.int8))
-        return bits.astype(jnp.bool_)
-    transpose = jax.linear_transpose(read, jax.ShapeDtypeStruct(x.shape, value.dtype))
+        numbers = x.astype(jnp.int8)
+        bits = value.astype(jnp.int8)
+        after = _transposed(read, numbers, bits)
+        return after.astype(jnp.bool_)
+    parent = jax.ShapeDtypeStruct(x.shape, value.dtype)
+    transpose = jax.linear_transpose(read, parent)
     (array,) = transpose(value)
     return array
 
 
-def _refuse_overlap() -> None:
+def _refuse_overlap(x: Array, value: Array) -> Array:
     raise CallerError(
         "the torch code writes into a tensor whose elements share memory, such as a result of"
         " expand; torch refuses this too: write into a .clone() of it"
@@ -224,14 +266,40 @@ def _expand(x: Tensor, size: Sequence[int], implicit: bool = False) -> View:
         if shape[axis] == -1:
             shape[axis] = own
     if math.prod(shape) == x.numel():
-        return _whole(lambda x: jnp.reshape(x, shape))
-    return View(
-        lambda x: jnp.broadcast_to(x, shape), lambda x, value: _refuse_overlap()
-    )
+        return _reshape(x, shape)
+
+    def read(x: Array) -> Array:
+        return jnp.broadcast_to(x, shape)
+
+    return View(read, _refuse_overlap)
+
+
+def _reshape(x: Tensor, size: Sequence[int], stride: Sequence[int] = ()) -> View:
+    def read(x: Array) -> Array:
+        return jnp.reshape(x, size)
+
+    return _whole(read)
+
+
+def _permute(x: Tensor, dims: Sequence[int]) -> View:
+    def read(x: Array) -> Array:
+        return jnp.transpose(x, dims)
+
+    return _whole(read)
+
+
+def _t(x: Tensor) -> View:
+    return _whole(jnp.transpose)
 
 
 def _transpose(x: Tensor, dim0: int, dim1: int) -> View:
-    return _whole(lambda x: jnp.swapaxes(x, dim0, dim1) if x.ndim else x)
+    if not x.ndim:
+        return _SAME
+
+    def read(x: Array) -> Array:
+        return jnp.swapaxes(x, dim0, dim1)
+
+    return _whole(read)
 
 
 def _slice(
@@ -251,14 +319,19 @@ def _split(x: Tensor, size: int | Sequence[int], dim: int = 0) -> list[View]:
         sizes = [min(size, length - start) for start in starts]
     else:
         sizes = list(size)
-    ends = itertools.accumulate(sizes)
-    return [
-        _slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)
-    ]
+    pieces = []
+    start = 0
+    for each in sizes:
+        end = start + each
+        piece = _slice(x, dim, start, end)
+        pieces.append(piece)
+        start = end
+    return pieces
 
 
 def _unbind(x: Tensor, dim: int = 0) -> list[View]:
-    return [_select(x, dim, i) for i in range(x.shape[dim])]
+    length = x.shape[dim]
+    return [_select(x, dim, i) for i in range(length)]
 
 
 def _select(x: Tensor, dim: int, index: int) -> View:
@@ -266,33 +339,66 @@ def _select(x: Tensor, dim: int, index: int) -> View:
 
 
 def _along(x: Tensor, dim: int, index: int | slice) -> View:
-    before = (slice(None),) * (dim % x.ndim)
+    axis = dim % x.ndim
+    before = [slice(None)] * axis
     return indexed((*before, index))
 
 
 def _squeeze(x: Tensor, dim: int | Sequence[int] | None = None) -> View:
-    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    axes = tuple({d % x.ndim for d in dims if x.shape[d] == 1} if x.ndim else ())
-    return _whole(lambda x: jnp.squeeze(x, axes))
+    if not x.ndim:
+        return _SAME
+    dims: Sequence[int]
+    if dim is None:
+        dims = range(x.ndim)
+    elif isinstance(dim, int):
+        dims = [dim]
+    else:
+        dims = dim
+    axes = {d % x.ndim for d in dims if x.shape[d] == 1}
+
+    def read(x: Array) -> Array:
+        return jnp.squeeze(x, tuple(axes))
+
+    return _whole(read)
+
+
+def _unsqueeze(x: Tensor, dim: int) -> View:
+    def read(x: Array) -> Array:
+        return jnp.expand_dims(x, dim)
+
+    return _whole(read)
 
 
 def _unfold(x: Tensor, dimension: int, size: int, step: int) -> View:
-    dim = dimension % max(x.ndim, 1)
     if not x.ndim:
-        return _whole(lambda x: jnp.reshape(x, (1,))[:size])
+        return _unfold_number(size)
+    dim = dimension % x.ndim
     count = (x.shape[dim] - size) // step + 1
-    windows = np.arange(count)[:, None] * step + np.arange(size)
+    starts = np.arange(count) * step
+    windows = starts[:, None] + np.arange(size)
 
     def read(x: Array) -> Array:
-        return jnp.moveaxis(jnp.take(x, windows, dim), dim + 1, -1)
+        elements = jnp.take(x, windows, dim)
+        return jnp.moveaxis(elements, dim + 1, -1)
 
-    return (
-        _part(read) if step >= size else View(read, lambda x, value: _refuse_overlap())
-    )
+    if step < size:
+        return View(read, _refuse_overlap)
+    return _part(read)
+
+
+def _unfold_number(size: int) -> View:
+    def read(x: Array) -> Array:
+        row = jnp.reshape(x, (1,))
+        return row[:size]
+
+    return _whole(read)
 
 
 def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> View:
-    return _part(lambda x: jnp.diagonal(x, offset, dim1, dim2))
+    def read(x: Array) -> Array:
+        return jnp.diagonal(x, offset, dim1, dim2)
+
+    return _part(read)
 
 
 def _as_strided(
@@ -305,28 +411,75 @@ def _as_strided(
 
 
 def _view_as_real(x: Tensor) -> View:
-    return View(
-        lambda x: jnp.stack([x.real, x.imag], -1),
-        lambda x, value: jax.lax.complex(value[..., 0], value[..., 1]),
-    )
+    return View(_parts, _written_parts)
 
 
 def _view_as_complex(x: Tensor) -> View:
-    return View(
-        lambda x: jax.lax.complex(x[..., 0], x[..., 1]),
-        lambda x, value: jnp.stack([value.real, value.imag], -1),
-    )
+    return View(_complex, _written_complex)
+
+
+def _parts(x: Array) -> Array:
+    parts = [x.real, x.imag]
+    return jnp.stack(parts, -1)
+
+
+def _complex(x: Array) -> Array:
+    real = x[..., 0]
+    imaginary = x[..., 1]
+    return jax.lax.complex(real, imaginary)
+
+
+def _written_parts(x: Array, value: Array) -> Array:
+    return _complex(value)
+
+
+def _written_complex(x: Array, value: Array) -> Array:
+    return _parts(value)
+
+
+def _conj(x: Tensor) -> View:
+    def written(x: Array, value: Array) -> Array:
+        return jnp.conj(value)
+
+    return View(jnp.conj, written)
+
+
+def _neg(x: Tensor) -> View:
+    def written(x: Array, value: Array) -> Array:
+        return -value
+
+    return View(jnp.negative, written)
 
 
 def _view_as_dtype(x: Tensor, dtype: torch.dtype) -> View:
     new = jax_dtype(dtype)
     old = jax_dtype(x.dtype)
-    return View(lambda x: x.view(new), lambda x, value: value.view(old))
+
+    def read(x: Array) -> Array:
+        return x.view(new)
+
+    def written(x: Array, value: Array) -> Array:
+        return value.view(old)
+
+    return View(read, written)
+
+
+def _same(x: Tensor) -> View:
+    return _SAME
+
+
+def _unchanged(x: Array) -> Array:
+    return x
+
+
+def _replaced(x: Array, value: Array) -> Array:
+    return value
 
 
 def jax_dtype(dtype: torch.dtype) -> Any:
     """Return JAX's dtype of torch's name."""
-    return jnp.dtype(str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    return jnp.dtype(name)
 
 
 def _refuse_ended(*arrays: Array) -> Array:
@@ -338,21 +491,19 @@ def _refuse_ended(*arrays: Array) -> Array:
 
 
 _ENDED = View(_refuse_ended, _refuse_ended)
-_SAME = View(lambda x: x, lambda x, value: value)
+_SAME = View(_unchanged, _replaced)
 
 _VIEWS: Mapping[Any, Callable[..., View | list[View]]] = {
-    aten._conj.default: lambda x: View(jnp.conj, lambda x, value: jnp.conj(value)),
-    aten._neg_view.default: lambda x: View(jnp.negative, lambda x, value: -value),
-    aten._reshape_alias.default: lambda x, size, stride: _whole(
-        lambda x: jnp.reshape(x, size)
-    ),
-    aten.alias.default: lambda x: _SAME,
+    aten._conj.default: _conj,
+    aten._neg_view.default: _neg,
+    aten._reshape_alias.default: _reshape,
+    aten.alias.default: _same,
     aten.as_strided.default: _as_strided,
-    aten.detach.default: lambda x: _SAME,
+    aten.detach.default: _same,
     aten.diagonal.default: _diagonal,
     aten.expand.default: _expand,
-    aten.lift_fresh.default: lambda x: _SAME,
-    aten.permute.default: lambda x, dims: _whole(lambda x: jnp.transpose(x, dims)),
+    aten.lift_fresh.default: _same,
+    aten.permute.default: _permute,
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
@@ -360,12 +511,12 @@ _VIEWS: Mapping[Any, Callable[..., View | list[View]]] = {
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
-    aten.t.default: lambda x: _whole(jnp.transpose),
+    aten.t.default: _t,
     aten.transpose.int: _transpose,
     aten.unbind.int: _unbind,
     aten.unfold.default: _unfold,
-    aten.unsqueeze.default: lambda x, dim: _whole(lambda x: jnp.expand_dims(x, dim)),
-    aten.view.default: lambda x, size: _whole(lambda x: jnp.reshape(x, size)),
+    aten.unsqueeze.default: _unsqueeze,
+    aten.view.default: _reshape,
     aten.view.dtype: _view_as_dtype,
     aten.view_as_complex.default: _view_as_complex,
     aten.view_as_real.default: _view_as_real,
