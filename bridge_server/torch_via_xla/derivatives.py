@@ -16,26 +16,37 @@ from bridge_server.torch_via_xla.aliases import jax_dtype
 
 aten = torch.ops.aten
 
+Axes = tuple[int, ...]
+Function = Callable[..., Any]
+
 
 def _abs(x: Any) -> Any:
-    return x * jnp.sign(x) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.abs(x)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return x * jnp.sign(x)
+    return jnp.abs(x)
 
 
 def _atan2(y: Any, x: Any) -> Any:
     is_origin = (x == 0) & (y == 0)
-    at_origin = jax.lax.stop_gradient(jnp.arctan2(y, x))
-    elsewhere = jnp.arctan2(y, jnp.where(is_origin, 1, x))
+    angle = jnp.arctan2(y, x)
+    at_origin = jax.lax.stop_gradient(angle)
+    safe = jnp.where(is_origin, 1, x)
+    elsewhere = jnp.arctan2(y, safe)
     return jnp.where(is_origin, at_origin, elsewhere)
 
 
 def _cdist(x: Any, y: Any, p: float = 2.0, compute_mode: Any = None) -> Any:
-    differences = x[..., :, None, :] - y[..., None, :, :]
-    return _vector_norm(differences, p, (-1,))
+    rows = jnp.expand_dims(x, -2)
+    columns = jnp.expand_dims(y, -3)
+    return _vector_norm(rows - columns, p, (-1,))
 
 
 def _clamp(x: Any, min: Any = None, max: Any = None) -> Any:
-    x = x if min is None else jnp.where(x < min, min, x)
-    return x if max is None else jnp.where(x > max, max, x)
+    if min is not None:
+        x = jnp.where(x < min, min, x)
+    if max is not None:
+        x = jnp.where(x > max, max, x)
+    return x
 
 
 def _hardtanh(x: Any, min_val: Any = -1, max_val: Any = 1) -> Any:
@@ -45,45 +56,64 @@ def _hardtanh(x: Any, min_val: Any = -1, max_val: Any = 1) -> Any:
 
 
 def _leaky_relu(x: Any, negative_slope: float = 0.01) -> Any:
-    return jnp.where(x > 0, x, x * negative_slope)
+    left = x * negative_slope
+    return jnp.where(x > 0, x, left)
 
 
 def _softplus(x: Any, beta: float = 1, threshold: float = 20) -> Any:
-    is_linear = x * beta > threshold
-    exponent = jnp.where(is_linear, 0, x * beta)
-    curve = jnp.log1p(jnp.exp(exponent)) / beta
+    scaled = x * beta
+    is_linear = scaled > threshold
+    exponent = jnp.where(is_linear, 0, scaled)
+    power = jnp.exp(exponent)
+    curve = jnp.log1p(power) / beta
     return jnp.where(is_linear, x, curve)
 
 
 def _vector_norm(
     x: Any, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Any:
-    x = x if dtype is None else x.astype(jax_dtype(dtype))
-    if dim is None or dim == []:
-        dim = range(x.ndim)
-    axes = tuple(dim) if isinstance(dim, list | tuple | range) else (dim,)
+    if dtype is not None:
+        x = x.astype(jax_dtype(dtype))
+    axes = _axes(dim, x.ndim)
     is_zero = jnp.all(x == 0, axes, keepdims=True)
     sizes = jnp.where(is_zero, 1, _abs(x))
-    norm = jnp.where(is_zero, 0, _norm(sizes, ord, axes))
-    return norm if keepdim else jnp.squeeze(norm, axes)
+    norm = _norm(sizes, ord, axes)
+    norm = jnp.where(is_zero, 0, norm)
+    if keepdim:
+        return norm
+    return jnp.squeeze(norm, axes)
 
 
-def _norm(sizes: Any, ord: float, axes: tuple[int, ...]) -> Any:
+def _axes(dim: Any, ndim: int) -> Axes:
+    if dim is None or dim == []:
+        return tuple(range(ndim))
+    if isinstance(dim, list | tuple):
+        return tuple(dim)
+    return (dim,)
+
+
+def _norm(sizes: Any, ord: float, axes: Axes) -> Any:
     """Return the norms of numbers of these absolute values, which are not all zero."""
     if ord == float("inf"):
         return sizes.max(axes, keepdims=True)
     if ord == float("-inf"):
         return sizes.min(axes, keepdims=True)
     if ord == 0:
-        return (sizes != 0).sum(axes, keepdims=True).astype(sizes.dtype)
+        is_counted = sizes != 0
+        count = is_counted.sum(axes, keepdims=True)
+        return count.astype(sizes.dtype)
     if ord == 1:
         return sizes.sum(axes, keepdims=True)
     if ord == 2:
-        return jnp.sqrt((sizes * sizes).sum(axes, keepdims=True))
-    return (sizes**ord).sum(axes, keepdims=True) ** (1 / ord)
+        squares = sizes * sizes
+        total = squares.sum(axes, keepdims=True)
+        return jnp.sqrt(total)
+    powers = sizes**ord
+    total = powers.sum(axes, keepdims=True)
+    return total ** (1 / ord)
 
 
-def _first(position: Callable[..., Any]) -> Callable[..., Any]:
+def _first(position: Function) -> Function:
     """Return a function that takes the elements at positions along an axis, and the positions."""
 
     def take(x: Any, dim: int, keepdim: bool = False) -> tuple[Any, Any]:
@@ -91,14 +121,15 @@ def _first(position: Callable[..., Any]) -> Callable[..., Any]:
             return x, jnp.argmax(x)
         at = position(x, dim, keepdims=True)
         values = jnp.take_along_axis(x, at, dim)
-        if keepdim:
-            return values, at
-        return jnp.squeeze(values, dim), jnp.squeeze(at, dim)
+        if not keepdim:
+            values = jnp.squeeze(values, dim)
+            at = jnp.squeeze(at, dim)
+        return values, at
 
     return take
 
 
-OPERATORS: Mapping[Any, Callable[..., Any]] = {
+OPERATORS: Mapping[Any, Function] = {
     aten.abs: _abs,
     aten.atan2: _atan2,
     aten.clamp.default: _clamp,
