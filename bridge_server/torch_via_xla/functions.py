@@ -15,6 +15,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from bridge_wire.errors import CallerError
 
+Arrays = Sequence[jax.Array]
+
 _plain_apply = Function.__dict__["apply"]
 
 
@@ -27,13 +29,17 @@ def take_over(apply: Callable[..., Any]) -> Callable[[], None]:
     def give_back() -> None:
         Function.apply = _plain_apply  # type: ignore[method-assign]
 
-    Function.apply = classmethod(lambda cls, *args, **kwargs: apply(cls, args, kwargs))  # type: ignore
+    def redirected(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return apply(cls, args, kwargs)
+
+    Function.apply = classmethod(redirected)  # type: ignore
     return give_back
 
 
 def apply_plainly(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Apply an autograd.Function as torch does."""
-    return _plain_apply.__get__(None, function)(*args, **kwargs)
+    apply = _plain_apply.__get__(None, function)
+    return apply(*args, **kwargs)
 
 
 def applied(
@@ -42,23 +48,28 @@ def applied(
     """Apply an autograd.Function to arguments that include traced tensors of the environment."""
     # XLA decides itself which values to compute again.
     if function is CheckpointFunction:
-        return args[0](*args[2:])
+        run, _, *rest = args
+        return run(*rest)
     has_setup = function.setup_context is not Function.setup_context
     if has_setup:
-        bound = inspect.signature(function.forward).bind(*args, **kwargs)
+        signature = inspect.signature(function.forward)
+        bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        args, kwargs = bound.args, bound.kwargs
+        args = bound.args
+        kwargs = bound.kwargs
     args = tuple(args)
     # As in torch, tensors within a list argument are constants.
     template, tensors = _Template.of(args, is_leaf=lambda x: x is not args)
     arrays = env.unwrapped(tensors)
     application = _Application(env, function, template, kwargs, has_setup)
-    call = jax.custom_vjp(lambda key, arrays: application.forward(key, arrays)[0])
+    call = jax.custom_vjp(application.value)
     call.defvjp(application.forward, application.backward)
-    outputs = call(env.key_for_a_part(), arrays)
+    key = env.key_for_a_part()
+    outputs = call(key, arrays)
     if not torch.is_grad_enabled():
         outputs = jax.lax.stop_gradient(outputs)
-    return application.output.filled(env.wrapped(outputs))
+    tensors = env.wrapped(outputs)
+    return application.output.filled(tensors)
 
 
 _TENSOR = object()  # takes the place of a tensor in a template
@@ -76,8 +87,12 @@ class _Template(NamedTuple):
     ) -> tuple["_Template", list[Tensor]]:
         """Return a pytree's template and its tensors."""
         leaves, structure = pytree.tree_flatten(tree, is_leaf)
-        rest = [_TENSOR if isinstance(x, Tensor) else x for x in leaves]
-        return cls(rest, structure), [x for x in leaves if isinstance(x, Tensor)]
+        tensors = []
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                tensors.append(leaf)
+                leaves[position] = _TENSOR
+        return cls(leaves, structure), tensors
 
     def filled(self, tensors: Sequence[Tensor]) -> Any:
         """Return the pytree with these tensors."""
@@ -92,7 +107,7 @@ class _Application:
 
     The latest trace of the forward pass sets `output` and `saved`; a backward pass is traced after
     its forward pass. No tensor may outlive its trace: only the frames of `_traced_forward` and
-    `_traced_backward` hold tensors.
+    `_traced_backward`, and those they call, hold tensors.
     """
 
     env: Any
@@ -104,9 +119,12 @@ class _Application:
     saved: _Template = field(init=False)
     dtypes: list[Any] = field(init=False)
 
-    def forward(
-        self, key: Any, arrays: Sequence[jax.Array]
-    ) -> tuple[list[Any], list[Any]]:
+    def value(self, key: Any, arrays: Arrays) -> list[Any]:
+        """Return the output arrays."""
+        outputs, _ = self.forward(key, arrays)
+        return outputs
+
+    def forward(self, key: Any, arrays: Arrays) -> tuple[list[Any], list[Any]]:
         """Return the output arrays, and the saved arrays as the residual."""
         self.dtypes = [x.dtype for x in arrays]
         # Grad mode: a second derivative passes through the saved tensors.
@@ -119,15 +137,14 @@ class _Application:
         """Return no cotangent for the key, and the inputs' cotangents."""
         with self.env.within(None), torch.enable_grad():
             gradients = self._traced_backward(residual, cotangents)
-        return None, list(map(_gradient, gradients, self.dtypes))
+        typed = map(_gradient, gradients, self.dtypes)
+        return None, list(typed)
 
-    def _traced_forward(
-        self, arrays: Sequence[jax.Array]
-    ) -> tuple[list[Any], list[Any]]:
-        args = self.inputs.filled(self.env.wrapped(list(arrays)))
-        context = _Context(
-            [isinstance(x, Tensor) and x.is_floating_point() for x in args]
-        )
+    def _traced_forward(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
+        tensors = self.env.wrapped(list(arrays))
+        args = self.inputs.filled(tensors)
+        needs_gradient = map(_is_floating, args)
+        context = _Context(list(needs_gradient))
         if self.has_setup:
             output = self.function.forward(*args, **self.kwargs)
             self.function.setup_context(context, args, output)
@@ -135,23 +152,42 @@ class _Application:
             output = self.function.forward(context, *args, **self.kwargs)
         self.output, outputs = _Template.of(output)
         self.saved, saved = _Template.of(context.__dict__)
-        return self.env.unwrapped(outputs), self.env.unwrapped(saved)
+        values = self.env.unwrapped(outputs)
+        residual = self.env.unwrapped(saved)
+        return values, residual
 
     def _traced_backward(
         self, residual: Sequence[Any], cotangents: Sequence[Any]
     ) -> list[Any]:
+        saved = self.env.wrapped(list(residual))
         context = _Context([])
-        context.__dict__.update(self.saved.filled(self.env.wrapped(list(residual))))
-        tensors = iter(self.env.wrapped(list(map(_materialized, cotangents))))
-        outputs = [next(tensors) if x is _TENSOR else None for x in self.output.leaves]
+        context.__dict__.update(self.saved.filled(saved))
+        outputs = self._of_outputs(cotangents)
         gradients = self.function.backward(context, *outputs)
-        gradients = list(gradients) if isinstance(gradients, tuple) else [gradients]
-        return self._of_tensors(self.env.unwrapped(gradients))
+        if not isinstance(gradients, tuple):
+            gradients = (gradients,)
+        values = self.env.unwrapped(list(gradients))
+        return self._of_tensors(values)
+
+    def _of_outputs(self, cotangents: Sequence[Any]) -> list[Any]:
+        """Return each output's cotangent as a tensor, None for outputs that are no tensors."""
+        arrays = map(_materialized, cotangents)
+        wrapped = self.env.wrapped(list(arrays))
+        tensors = iter(wrapped)
+        leaves = self.output.leaves
+        return [next(tensors) if x is _TENSOR else None for x in leaves]
 
     def _of_tensors(self, gradients: list[Any]) -> list[Any]:
         """Return the gradients of those arguments that are tensors."""
-        pairs = zip(self.inputs.leaves, gradients, strict=False)
-        return [gradient for argument, gradient in pairs if argument is _TENSOR]
+        own = []
+        for argument, gradient in zip(self.inputs.leaves, gradients, strict=False):
+            if argument is _TENSOR:
+                own.append(gradient)
+        return own
+
+
+def _is_floating(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _materialized(cotangent: Any) -> Any:
@@ -162,7 +198,9 @@ def _materialized(cotangent: Any) -> Any:
 
 
 def _gradient(gradient: Any, dtype: Any) -> Any:
-    if gradient is None or not jnp.issubdtype(dtype, jnp.inexact):
+    if gradient is None:
+        return None
+    if not jnp.issubdtype(dtype, jnp.inexact):
         return None
     return gradient.astype(dtype)
 
