@@ -27,11 +27,16 @@ class Written(NamedTuple):
 def written(operator: Any) -> tuple[Written, ...]:
     """Return the arguments that an operator writes into."""
     schema = getattr(operator, "_schema", None)
-    return tuple(
-        Written(each.name, next(iter(each.alias_info.before_set), ""))
-        for each in (schema.arguments if schema is not None else ())
-        if each.alias_info is not None and each.alias_info.is_write
-    )
+    if schema is None:
+        return ()
+    targets = []
+    for argument in schema.arguments:
+        alias = argument.alias_info
+        if alias is not None and alias.is_write:
+            sets = iter(alias.before_set)
+            target = Written(argument.name, next(sets, ""))
+            targets.append(target)
+    return tuple(targets)
 
 
 @functools.cache
@@ -42,8 +47,11 @@ def functional(operator: Any) -> Any:
       CallerError: ATen has none.
     """
     namespace, _, name = operator._schema.name.partition("::")
-    for candidate in _overloads(namespace, name.removesuffix("_")):
-        if not candidate._schema.is_mutable and _takes(candidate, operator):
+    base = name.removesuffix("_")
+    for candidate in _overloads(namespace, base):
+        if candidate._schema.is_mutable:
+            continue
+        if _takes(candidate, operator):
             return candidate
     raise CallerError(
         f"the torch code calls {operator}, which writes in place and has no form that returns new"
@@ -54,16 +62,21 @@ def functional(operator: Any) -> Any:
 @functools.cache
 def becomes(operator: Any) -> Any:
     """Return the view that its argument becomes in a reshaping operator, None for others."""
-    name = operator._schema.name.partition("::")[2]
-    return functional(operator) if name in _RESHAPING else None
+    _, _, name = operator._schema.name.partition("::")
+    if name in _RESHAPING:
+        return functional(operator)
+    return None
 
 
 def arguments(
     operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the arguments of a call by their names."""
-    names = [each.name for each in operator._schema.arguments]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    schema = operator._schema.arguments
+    names = [each.name for each in schema]
+    named = dict(zip(names, args, strict=False))
+    named.update(kwargs)
+    return named
 
 
 def call_of(
@@ -74,33 +87,56 @@ def call_of(
     passed = [i for i, each in enumerate(schema) if each.name in named]
     positional = [i for i in passed if not schema[i].kwarg_only]
     count = max(positional, default=-1) + 1
-    args = tuple(named.get(each.name, each.default_value) for each in schema[:count])
+    args = []
+    for each in schema[:count]:
+        value = named.get(each.name, each.default_value)
+        args.append(value)
     keywords = [schema[i].name for i in passed if schema[i].kwarg_only]
-    return args, {name: named[name] for name in keywords}
+    rest = {name: named[name] for name in keywords}
+    return tuple(args), rest
 
 
 def returned(operator: Any, targets: Mapping[str, Any], values: Sequence[Any]) -> Any:
     """Return an operator's outputs: its written tensors, by alias set, and new values."""
     new = iter(values)
-    outputs = tuple(
-        targets[next(iter(each.alias_info.before_set))]
-        if each.alias_info
-        else next(new)
-        for each in operator._schema.returns
-    )
-    return outputs[0] if len(outputs) == 1 else outputs or None
+    outputs = []
+    for each in operator._schema.returns:
+        alias = each.alias_info
+        if alias:
+            name = next(iter(alias.before_set))
+            outputs.append(targets[name])
+        else:
+            outputs.append(next(new))
+    if not outputs:
+        return None
+    if len(outputs) == 1:
+        return outputs[0]
+    return tuple(outputs)
 
 
 def _takes(candidate: Any, operator: Any) -> bool:
     """Return whether a candidate takes the arguments of an operator, except out= arguments."""
-    inputs = [each for each in operator._schema.arguments if not each.is_out]
-    expected = [(each.name, str(each.type)) for each in inputs]
-    actual = [(each.name, str(each.type)) for each in candidate._schema.arguments]
-    return actual[: len(expected)] == expected
+    schema = operator._schema.arguments
+    inputs = [each for each in schema if not each.is_out]
+    expected = _signature(inputs)
+    actual = _signature(candidate._schema.arguments)
+    count = len(expected)
+    return actual[:count] == expected
+
+
+def _signature(schema: Sequence[Any]) -> list[tuple[str, str]]:
+    """Return the names and types of arguments."""
+    return [(each.name, str(each.type)) for each in schema]
 
 
 def _overloads(namespace: str, name: str) -> list[Any]:
     library = getattr(torch.ops, namespace)
-    packets = [getattr(library, each, None) for each in (name, f"{name}_functional")]
-    existing = [packet for packet in packets if packet is not None]
-    return [getattr(packet, each) for packet in existing for each in packet.overloads()]
+    overloads = []
+    for each in (name, f"{name}_functional"):
+        packet = getattr(library, each, None)
+        if packet is None:
+            continue
+        for overload in packet.overloads():
+            operator = getattr(packet, overload)
+            overloads.append(operator)
+    return overloads
