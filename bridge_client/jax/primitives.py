@@ -39,6 +39,7 @@ from bridge_wire.specs import Spec
 Arrays = list[Any]
 Primals = tuple[Arrays, Arrays]  # values and their tangents
 Typed = tuple[Arrays, frozenset[Any]]  # types and effects
+Flags = Sequence[bool]
 CallBack = Callable[..., Values]
 MakeAction = Callable[..., Action]
 
@@ -71,7 +72,10 @@ def _pick(values: Values, positions: Iterable[int]) -> Arrays:
 def varying_axes(aval: Any) -> frozenset[str]:
     """Return the manual mesh axes over which a value differs, within a shard_map."""
     kind = getattr(aval, "mat", None)  # "vma" before jax 0.10
-    return getattr(aval, "vma", frozenset()) if kind is None else kind.varying
+    if kind is None:
+        return getattr(aval, "vma", frozenset())
+    axes: frozenset[str] = kind.varying
+    return axes
 
 
 def _avals(specs: Sequence[Spec], inputs: Values, program: Program) -> Arrays:
@@ -81,18 +85,28 @@ def _avals(specs: Sequence[Spec], inputs: Values, program: Program) -> Arrays:
     for i, spec in enumerate(specs):
         dtype = dtype_of(spec, f"output {i} of {program!r}")
         if template is None or _mesh_of(template).empty:
-            avals.append(jax.core.ShapedArray(spec.shape, dtype))
-            continue
-        replicated = PartitionSpec(*[None] * len(spec.shape))
-        sharding = NamedSharding(_mesh_of(template), replicated)
-        kind = {"dtype": dtype, "weak_type": False}
-        avals.append(template.update(shape=spec.shape, sharding=sharding, **kind))
+            aval = jax.core.ShapedArray(spec.shape, dtype)
+        else:
+            aval = _on_mesh_of(template, spec.shape, dtype)
+        avals.append(aval)
     return avals
+
+
+def _on_mesh_of(template: Any, shape: Sequence[int], dtype: Any) -> Any:
+    """Return the type of an array that is on all devices of a type's mesh."""
+    mesh = _mesh_of(template)
+    axes = [None] * len(shape)
+    replicated = PartitionSpec(*axes)
+    sharding = NamedSharding(mesh, replicated)
+    kind = {"dtype": dtype, "weak_type": False}
+    return template.update(shape=shape, sharding=sharding, **kind)
 
 
 def _spreading(aval: Any) -> tuple[int, bool]:
     """Return an order of types, by the number of axes they vary over."""
-    return len(varying_axes(aval)), not _mesh_of(aval).empty
+    axes = varying_axes(aval)
+    mesh = _mesh_of(aval)
+    return len(axes), not mesh.empty
 
 
 def _mesh_of(aval: Any) -> Any:
@@ -112,26 +126,30 @@ def _(*avals: Any, program: Program) -> Typed:
 
 @keep_p.def_effectful_abstract_eval
 def _(*avals: Any, program: Program, wrt: Positions) -> Typed:
-    return _avals((*program.outputs, HANDLE), avals, program), MAY_FAIL
+    specs = (*program.outputs, HANDLE)
+    return _avals(specs, avals, program), MAY_FAIL
 
 
 @linear_p.def_effectful_abstract_eval
-def _(
-    *avals: Any, program: Program, wrt: Positions, outputs: Positions, kept: Positions
-) -> Typed:
-    return _avals(_pick(program.outputs, outputs), avals, program), MAY_FAIL
+def _(*avals: Any, program: Program, outputs: Positions, **_: Any) -> Typed:
+    specs = _pick(program.outputs, outputs)
+    return _avals(specs, avals, program), MAY_FAIL
 
 
 @pull_back_p.def_effectful_abstract_eval
-def _(
-    *avals: Any, program: Program, kept: Positions, wrt: Positions, given: Positions
-) -> Typed:
-    return _avals(_pick(program.inputs, wrt), avals, program), MAY_FAIL
+def _(*avals: Any, program: Program, wrt: Positions, **_: Any) -> Typed:
+    specs = _pick(program.inputs, wrt)
+    return _avals(specs, avals, program), MAY_FAIL
+
+
+def _run_keeping(program: Program, wrt: Positions) -> RunKeeping:
+    keeping = program.keeping(wrt)
+    return RunKeeping(keeping)
 
 
 _actions: dict[Any, MakeAction] = {
     run_p: Run,
-    keep_p: lambda program, wrt: RunKeeping(program.keeping(wrt)),
+    keep_p: _run_keeping,
     pull_back_p: PullBack,
 }
 
@@ -152,7 +170,8 @@ def lower_as(call_back: CallBack, platform: str | None = None) -> None:
 
 def _lowering(call_back: CallBack, make: MakeAction) -> Any:
     def traced(*values: Any, **params: Any) -> Values:
-        return call_back(make(**params), *values)
+        action = make(**params)
+        return call_back(action, *values)
 
     return mlir.lower_fun(traced, multiple_results=True)
 
@@ -172,17 +191,20 @@ def _push_forward(
 ) -> Arrays:
     """Evaluate the linear map: a run of the jvp program."""
     inputs, tangents = _split(values, program, kept)
-    return run(program.jvp(wrt, outputs), [*inputs, *tangents])
+    jvp = program.jvp(wrt, outputs)
+    return run(jvp, [*inputs, *tangents])
 
 
 linear_p.def_impl(_push_forward)
-mlir.register_lowering(linear_p, mlir.lower_fun(_push_forward, multiple_results=True))
+_push_forward_rule = mlir.lower_fun(_push_forward, multiple_results=True)
+mlir.register_lowering(linear_p, _push_forward_rule)
 
 
 def _split(values: Values, program: Program, kept: Positions) -> tuple[Values, Values]:
     """Return the inputs and the tangents among the operands of a linear map, without the handle."""
     count = len(program.inputs)
-    return values[:count], values[count + bool(kept) :]
+    first = count + 1 if kept else count
+    return values[:count], values[first:]
 
 
 # Forward mode -------------------------------------------------------------------------------------
@@ -190,13 +212,18 @@ def _split(values: Values, program: Program, kept: Positions) -> tuple[Values, V
 
 def _differentiable(program: Program, is_wanted: Iterable[bool]) -> Positions:
     """Return the wanted inputs that have derivatives."""
-    is_float = [spec.dtype.is_inexact and not spec.weak for spec in program.inputs]
-    pairs = enumerate(zip(is_float, is_wanted, strict=False))
-    return tuple(i for i, pair in pairs if all(pair))
+    wrt = []
+    pairs = zip(program.inputs, is_wanted, strict=False)
+    for i, (spec, wanted) in enumerate(pairs):
+        is_float = spec.dtype.is_inexact and not spec.weak
+        if is_float and wanted:
+            wrt.append(i)
+    return tuple(wrt)
 
 
 def _zero(value: Any) -> Any:
-    return ad.Zero(jax.typeof(value).to_tangent_aval())
+    aval = jax.typeof(value)
+    return ad.Zero(aval.to_tangent_aval())
 
 
 def _is_nonzero(tangent: Any) -> bool:
@@ -214,13 +241,14 @@ def _tangents(
     """Return the tangents of a program's outputs, by the linear map of those of its inputs."""
     wrt = _differentiable(program, map(_is_nonzero, tangents))
     outputs = _outputs_of(program)
-    full = list(map(_zero, primals))
+    full = [_zero(primal) for primal in primals]
     if wrt and outputs:
-        handles = [handle] if kept else []
-        operands = [*values, *handles, *_pick(tangents, wrt)]
-        moved = linear_p.bind(
-            *operands, program=program, wrt=wrt, outputs=outputs, kept=kept
-        )
+        operands = list(values)
+        if kept:
+            operands.append(handle)
+        operands += _pick(tangents, wrt)
+        params = {"wrt": wrt, "outputs": outputs, "kept": kept}
+        moved = linear_p.bind(*operands, program=program, **params)
         for i, tangent in zip(outputs, moved, strict=True):
             full[i] = tangent
     return full
@@ -240,19 +268,24 @@ def _keep_jvp(
 
 
 def _linear_jvp(values: Values, tangents: Values, **params: Any) -> Primals:
-    program, kept = params["program"], params["kept"]
+    program = params["program"]
+    kept = params["kept"]
     primals = linear_p.bind(*values, **params)
     derived = program.jvp(params["wrt"], params["outputs"])
     inputs, moved = _split(values, program, kept)
     input_tangents, moved_tangents = _split(tangents, program, kept)
+    operands = [*inputs, *moved]
     every_tangent = [*input_tangents, *moved_tangents]
-    return primals, _tangents(derived, [*inputs, *moved], every_tangent, primals)
+    return primals, _tangents(derived, operands, every_tangent, primals)
 
 
 def _pull_back_jvp(values: Values, tangents: Values, **params: Any) -> Primals:
     primals = pull_back_p.bind(*values, **params)
-    vjp = params["program"].vjp(params["wrt"], params["given"])
-    return primals, _tangents(vjp, values[1:], tangents[1:], primals)
+    program = params["program"]
+    vjp = program.vjp(params["wrt"], params["given"])
+    _, *operands = values
+    _, *moved = tangents
+    return primals, _tangents(vjp, operands, moved, primals)
 
 
 ad.primitive_jvps[run_p] = _run_jvp
@@ -271,8 +304,10 @@ def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
     if isinstance(arguments[0], bool):
         is_reverse, nonzero, *values = arguments
     else:
-        is_reverse, (nonzero, *values) = True, arguments
-    wrt, outputs = _differentiable(program, nonzero), _outputs_of(program)
+        is_reverse = True
+        nonzero, *values = arguments
+    wrt = _differentiable(program, nonzero)
+    outputs = _outputs_of(program)
     handle = None
     kept: Positions = ()
     if is_reverse and wrt and outputs:
@@ -283,13 +318,16 @@ def _run_linearize(*arguments: Any, program: Program) -> tuple[Any, ...]:
 
     def linearized(residuals: Any, *tangents: Any) -> Arrays:
         values, primals, handle = residuals
-        own = tangents[-len(values) :]
+        count = len(values)
+        own = tangents[-count:]
         return _tangents(program, values, own, primals, handle, kept)
 
     # After the residuals, jax 0.12 has a place for structured ones, of which there are none.
     structured = [None] * _has_structured_residuals
-    is_nonzero = [bool(wrt) and i in outputs for i in range(len(primals))]
-    return primals, is_nonzero, (values, primals, handle), *structured, linearized
+    moving = outputs if wrt else ()
+    is_nonzero = [i in moving for i in range(len(primals))]
+    residuals = (values, primals, handle)
+    return primals, is_nonzero, residuals, *structured, linearized
 
 
 try:
@@ -318,21 +356,26 @@ def _linear_transpose(
     kept: Positions,
 ) -> Arrays:
     inputs, tangents = _split(values, program, kept)
-    wanted = tuple(_pick(wrt, _where(ad.is_undefined_primal, tangents)))
+    unknown = _where(ad.is_undefined_primal, tangents)
+    wanted = tuple(_pick(wrt, unknown))
     nonzero = _where(_is_nonzero, cotangents)
     given = tuple(_pick(outputs, nonzero))
     pulled: Arrays = []
     if wanted and given:
-        operands = [*inputs, *_pick(cotangents, nonzero)]
+        own = _pick(cotangents, nonzero)
+        operands = [*inputs, *own]
         if kept:
             params = {"kept": kept, "wrt": wanted, "given": given}
             handle = values[len(inputs)]
             pulled = pull_back_p.bind(handle, *operands, program=program, **params)
         else:
-            pulled = run(program.vjp(wanted, given), operands)
-    constant = [None] * (len(values) - len(tangents))
+            vjp = program.vjp(wanted, given)
+            pulled = run(vjp, operands)
+    known = len(values) - len(tangents)
+    constant = [None] * known
     by_position = dict(zip(wanted, pulled, strict=False))
-    return [*constant, *_placed(by_position, wrt, tangents)]
+    placed = _placed(by_position, wrt, tangents)
+    return [*constant, *placed]
 
 
 def _placed(
@@ -345,7 +388,8 @@ def _placed(
         if not ad.is_undefined_primal(value):
             placed.append(None)
         elif i in cotangents:
-            placed.append(_spread_as(value.aval, cotangents[i]))
+            cotangent = _spread_as(value.aval, cotangents[i])
+            placed.append(cotangent)
         else:
             placed.append(ad.Zero(value.aval))
     return placed
@@ -355,7 +399,8 @@ def _spread_as(aval: Any, cotangent: Any) -> Any:
     """Return a cotangent with the sharding of its value over an explicit mesh; a run's outputs are
     on all devices."""
     sharding = aval.sharding
-    if jax.typeof(cotangent).sharding.spec == sharding.spec:
+    own = jax.typeof(cotangent).sharding
+    if own.spec == sharding.spec:
         return cotangent
     return jax.sharding.reshard(cotangent, sharding)
 
@@ -371,9 +416,13 @@ def _run_transpose(cotangents: Values, *values: Any, program: Program) -> Arrays
         for i in wrt:
             aval = values[i].aval
             point[i] = jnp.zeros(aval.shape, aval.dtype)
-        pulled = run(program.vjp(wrt, given), [*point, *_pick(cotangents, given)])
+        own = _pick(cotangents, given)
+        vjp = program.vjp(wrt, given)
+        pulled = run(vjp, [*point, *own])
     by_position = dict(zip(wrt, pulled, strict=False))
-    return _placed(by_position, tuple(range(len(values))), values)
+    count = len(values)
+    every = tuple(range(count))
+    return _placed(by_position, every, values)
 
 
 def _pull_back_transpose(
@@ -386,16 +435,21 @@ def _pull_back_transpose(
     given: Positions,
 ) -> Arrays:
     count = len(program.inputs)
-    inputs, pulled = values[:count], values[count:]
-    wanted = tuple(_pick(given, _where(ad.is_undefined_primal, pulled)))
+    inputs = values[:count]
+    pulled = values[count:]
+    unknown = _where(ad.is_undefined_primal, pulled)
+    wanted = tuple(_pick(given, unknown))
     nonzero = _where(_is_nonzero, cotangents)
     moved: Arrays = []
     if wanted and nonzero:
-        jvp = program.jvp(tuple(_pick(wrt, nonzero)), wanted)
-        moved = run(jvp, [*inputs, *_pick(cotangents, nonzero)])
+        moving = tuple(_pick(wrt, nonzero))
+        jvp = program.jvp(moving, wanted)
+        own = _pick(cotangents, nonzero)
+        moved = run(jvp, [*inputs, *own])
     constant = [None] * (1 + count)
     by_position = dict(zip(wanted, moved, strict=False))
-    return [*constant, *_placed(by_position, given, pulled)]
+    placed = _placed(by_position, given, pulled)
+    return [*constant, *placed]
 
 
 ad.primitive_transposes[linear_p] = _linear_transpose
@@ -403,9 +457,7 @@ ad.primitive_transposes[run_p] = _run_transpose
 ad.primitive_transposes[pull_back_p] = _pull_back_transpose
 
 
-def _drop_unused_handle(
-    used: Sequence[bool], *arguments: Any
-) -> tuple[list[bool], Any]:
+def _drop_unused_handle(used: Flags, *arguments: Any) -> tuple[list[bool], Any]:
     """Replace a run that keeps a residual by a plain run if nobody uses the handle."""
     equation = arguments[-1]  # after the list of live inputs, from jax 0.12 on
     count = len(equation.invars)
@@ -423,14 +475,15 @@ pe.dce_rules[keep_p] = _drop_unused_handle
 
 def _recompute_or_save(
     saveable: Callable[..., Any],
-    unknown: Sequence[bool],
-    instantiated: Sequence[bool],
+    unknown: Flags,
+    instantiated: Flags,
     equation: Any,
 ) -> tuple[Any, Any, list[bool], list[bool], Arrays]:
     """Split a checkpointed equation as jax splits equations without effects: jax never recomputes
     an equation that has an effect."""
     count = len(equation.outvars)
-    none, every = [False] * count, [True] * count
+    none = [False] * count
+    every = [True] * count
     needed = []
     for variable, is_there in zip(equation.invars, instantiated, strict=True):
         if not is_there and type(variable) is Var:
@@ -458,8 +511,10 @@ _Batch = tuple[Arrays, list[Any]]  # values and their batch axes
 def _batched(program: Program, values: Values, dims: _Dims) -> tuple[Program, Arrays]:
     """Return the program over batches, and its inputs."""
     pairs = zip(values, dims, strict=True)
-    size = next(value.shape[dim] for value, dim in pairs if dim is not None)
-    values, dims = list(values), list(dims)
+    sizes = (value.shape[dim] for value, dim in pairs if dim is not None)
+    size = next(sizes)
+    values = list(values)
+    dims = list(dims)
     for i, spec in enumerate(program.inputs):
         # A Python number is the same for the whole batch, even if jax has made a batch of it.
         if spec.weak and (dim := dims[i]) is not None:
@@ -472,7 +527,8 @@ def _batched(program: Program, values: Values, dims: _Dims) -> tuple[Program, Ar
 def _run_batch(values: Values, dims: _Dims, *, program: Program) -> _Batch:
     batched, values = _batched(program, values, dims)
     outputs = run(batched, values)
-    return outputs, [0] * len(outputs)
+    output_dims = [0] * len(outputs)
+    return outputs, output_dims
 
 
 def _keep_batch(
@@ -486,15 +542,19 @@ def _keep_batch(
         # them.
         outputs = run(batched, values)
         handle = jnp.zeros(HANDLE.shape, HANDLE.dtype.name)
-    return [*outputs, handle], [*[0] * len(outputs), None]
+    output_dims = [0] * len(outputs)
+    return [*outputs, handle], [*output_dims, None]
 
 
 def _linear_batch(values: Values, dims: _Dims, **params: Any) -> _Batch:
-    program, kept = params["program"], params["kept"]
+    program = params["program"]
+    kept = params["kept"]
     inputs, moved = _split(values, program, kept)
     input_dims, moved_dims = _split(dims, program, kept)
+    operands = [*inputs, *moved]
+    operand_dims = [*input_dims, *moved_dims]
     jvp = program.jvp(params["wrt"], params["outputs"])
-    return _run_batch([*inputs, *moved], [*input_dims, *moved_dims], program=jvp)
+    return _run_batch(operands, operand_dims, program=jvp)
 
 
 def _pull_back_batch(
@@ -509,17 +569,20 @@ def _pull_back_batch(
     handle, *values = values
     handle_dim, *dims = dims
     if handle_dim is not None or None in _pick(dims, kept):
-        return _run_batch(values, dims, program=program.vjp(wrt, given))
+        vjp = program.vjp(wrt, given)
+        return _run_batch(values, dims, program=vjp)
     count = len(program.inputs)
     batched, inputs = _batched(program, values[:count], dims[:count])
     first = kept[0]
-    size = values[first].shape[dims[first]]
+    shape = values[first].shape
+    size = shape[dims[first]]
     cotangents = []
     for value, dim in zip(values[count:], dims[count:], strict=True):
         if dim is None:
-            cotangents.append(jnp.broadcast_to(value, (size, *value.shape)))
+            cotangent = jnp.broadcast_to(value, (size, *value.shape))
         else:
-            cotangents.append(jnp.moveaxis(value, dim, 0))
+            cotangent = jnp.moveaxis(value, dim, 0)
+        cotangents.append(cotangent)
     params = {"kept": kept, "wrt": wrt, "given": given}
     pulled = pull_back_p.bind(handle, *inputs, *cotangents, program=batched, **params)
     return pulled, _pick(dims, wrt)
