@@ -23,11 +23,9 @@ from bridge_client.torch.runs import (
 
 # A pullback of torch.func returns tensors of its level after that level has ended.
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
-_level_of, _unwrap = (
-    torch._C._functorch.maybe_get_level,
-    torch._C._functorch.get_unwrapped,
-)
-
+_level_of = torch._C._functorch.maybe_get_level
+_unwrap = torch._C._functorch.get_unwrapped
+_will_execute = torch._C._will_engine_execute_node
 
 Tensors = Sequence[Tensor]
 TensorTuple = tuple[Tensor, ...]
@@ -40,7 +38,8 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program. Autograd records the run if a gradient can be asked for, and torch.func's
     transforms see it."""
     if modes.is_transforming():
-        if (level := modes.unrecorded_level()) is not None:
+        level = modes.unrecorded_level()
+        if level is not None:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
         transformed: Tensors = _Transformable.apply(program, *inputs)
         return transformed
@@ -48,26 +47,32 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     if modes.jit_trace() is not None:
         return run_operator(program, inputs)
     inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
-    if torch.is_grad_enabled() and (wrt := _requiring_grad(inputs)):
-        recorded: Tensors = _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
-        return recorded
-    return run(program, inputs)
+    if not torch.is_grad_enabled():
+        return run(program, inputs)
+    wrt = _requiring_grad(inputs)
+    if not wrt:
+        return run(program, inputs)
+    recorded: Tensors = _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
+    return recorded
 
 
 def prepare(program: Program, inputs: Values) -> Program:
     """Prepare a program, as far as a run on these inputs needs it."""
     is_watched = modes.is_transforming() or modes.jit_trace() is not None
-    is_recorded = torch.is_grad_enabled() and not is_watched
-    if is_recorded and (wrt := _requiring_grad(inputs)):
-        return program.prepare_keeping(wrt)
+    if torch.is_grad_enabled() and not is_watched:
+        wrt = _requiring_grad(inputs)
+        if wrt:
+            return program.prepare_keeping(wrt)
     prepared: Program = program.session.prepare(program)
     return prepared
 
 
 def _requiring_grad(inputs: Values) -> Positions:
-    return tuple(
-        [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.requires_grad]
-    )
+    wrt = []
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor) and x.requires_grad:
+            wrt.append(i)
+    return tuple(wrt)
 
 
 def _as_in_no_grad(value: Any, level: int) -> Any:
@@ -81,7 +86,9 @@ def _as_in_no_grad(value: Any, level: int) -> Any:
         depth = _level_of(inner)
         if depth <= level and inner.requires_grad:
             return value.clone()
-        inner = _unwrap(inner) if depth > 0 else None
+        if depth <= 0:
+            return value
+        inner = _unwrap(inner)
     return value
 
 
@@ -96,13 +103,16 @@ def _apply_derivative(program: AnyProgram, inputs: Values) -> Tensors:
     if not any(is_batched):
         return apply(program, inputs)
     level = modes.legacy_vmap_level()
-    physical = [
-        torch._remove_batch_dim(x, level, 1, 0) if batched else x
-        for x, batched in zip(inputs, is_batched, strict=True)
-    ]
-    size = physical[is_batched.index(True)].shape[0]
+    physical = []
+    for x, batched in zip(inputs, is_batched, strict=True):
+        if batched:
+            x = torch._remove_batch_dim(x, level, 1, 0)
+        physical.append(x)
+    first = is_batched.index(True)
+    size = physical[first].shape[0]
     axes = tuple(0 if batched else -1 for batched in is_batched)
-    outputs = apply(program.vmap(axes, size), physical)
+    batched_program = program.vmap(axes, size)
+    outputs = apply(batched_program, physical)
     return [torch._add_batch_dim(y, 0, level) for y in outputs]
 
 
@@ -120,7 +130,8 @@ class _Recorded(_SingleLevelFunction):
     def forward(
         ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any
     ) -> TensorTuple:
-        outputs, handle = run_keeping(program.keeping(wrt), inputs)
+        keeping = program.keeping(wrt)
+        outputs, handle = run_keeping(keeping, inputs)
         numbers = None
         if program.takes_numbers:
             numbers = [None if isinstance(x, Tensor) else x for x in inputs]
@@ -139,11 +150,10 @@ class _Recorded(_SingleLevelFunction):
         if numbers is not None:
             inputs = _merged(numbers, inputs)
         # Only the gradients that this backward pass uses are worth computing.
-        wrt = (
-            kept
-            if len(kept) == 1
-            else tuple([i for i in kept if _is_wanted(ctx, i, numbers)])
-        )
+        wrt = kept
+        if len(kept) > 1:
+            wanted = [i for i in kept if _is_wanted(ctx, i, numbers)]
+            wrt = tuple(wanted)
 
         def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
             # With create_graph the derivative must be a program that can be derived again, and
@@ -154,13 +164,13 @@ class _Recorded(_SingleLevelFunction):
                 or modes.is_transforming()
                 or any(map(modes.is_legacy_batched, selected))
             ):
-                origin = (
-                    program
-                    if modes.is_traced([handle])
-                    else _on_model_of(program, handle)
-                )
-                return _apply_derivative(origin.vjp(wrt, outputs), [*inputs, *selected])
-            return pull_back(program, (kept, wrt, outputs), handle, inputs, selected)
+                origin = program
+                if not modes.is_traced([handle]):
+                    origin = _on_model_of(program, handle)
+                vjp = origin.vjp(wrt, outputs)
+                return _apply_derivative(vjp, [*inputs, *selected])
+            positions = (kept, wrt, outputs)
+            return pull_back(program, positions, handle, inputs, selected)
 
         return (None, None, *_gradients(inputs, wrt, cotangents, pull))
 
@@ -189,26 +199,32 @@ class _Transformable(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Optionals:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
-        origin = program if modes.is_traced(inputs) else program.on_model(ctx.tag)
-        return (
-            None,
-            *_gradients_by_vjp(origin, inputs, ctx.needs_input_grad[1:], cotangents),
-        )
+        origin = program
+        if not modes.is_traced(inputs):
+            origin = program.on_model(ctx.tag)
+        _, *needed = ctx.needs_input_grad
+        gradients = _gradients_by_vjp(origin, inputs, needed, cotangents)
+        return (None, *gradients)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Any) -> Optionals:
         program, numbers = ctx.call
         inputs = _merged(numbers, ctx.saved_tensors)
-        is_inexact = [spec.dtype.is_inexact for spec in program.inputs]
-        wrt = tuple(
-            i for i, t in enumerate(tangents) if isinstance(t, Tensor) and is_inexact[i]
-        )
+        wrt = []
+        selected = []
+        for i, tangent in enumerate(tangents):
+            if not isinstance(tangent, Tensor):
+                continue
+            if program.inputs[i].dtype.is_inexact:
+                wrt.append(i)
+                selected.append(tangent)
+        count = len(program.outputs)
         discrete = program.prepared.nondifferentiable_outputs
-        outputs = tuple(i for i in range(len(program.outputs)) if i not in discrete)
-        moved: Gradients = [None] * len(program.outputs)
+        outputs = tuple(i for i in range(count) if i not in discrete)
+        moved: Gradients = [None] * count
         if wrt and outputs:
-            selected = [tangents[i] for i in wrt]
-            derived = _apply_derivative(program.jvp(wrt, outputs), [*inputs, *selected])
+            jvp = program.jvp(tuple(wrt), outputs)
+            derived = _apply_derivative(jvp, [*inputs, *selected])
             for i, tangent in zip(outputs, derived, strict=True):
                 moved[i] = tangent
         return tuple(moved)
@@ -217,10 +233,13 @@ class _Transformable(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[int | None, ...], program: Program, *inputs: Any
     ) -> tuple[Any, Any]:
-        axes = tuple(-1 if dim is None else dim for dim in in_dims[1:])
+        _, *dims = in_dims
+        axes = tuple(-1 if dim is None else dim for dim in dims)
         size = int(info.batch_size)  # has torch.compile guard it, if it is symbolic
-        outputs = apply(program.vmap(axes, size), inputs)
-        return tuple(outputs), (0,) * len(outputs)
+        batched = program.vmap(axes, size)
+        outputs = apply(batched, inputs)
+        out_dims = (0,) * len(outputs)
+        return tuple(outputs), out_dims
 
 
 def _gradients(
@@ -238,7 +257,8 @@ def _gradients(
     gradients: Gradients = [None] * len(inputs)
     if wrt and outputs:
         selected = [_as_jaxs(ct) for ct in cotangents if ct is not None]
-        for i, cotangent in zip(wrt, pull(outputs, selected), strict=True):
+        pulled = pull(outputs, selected)
+        for i, cotangent in zip(wrt, pulled, strict=True):
             gradients[i] = _as_gradient_of(inputs[i], cotangent)
     return gradients
 
@@ -250,24 +270,32 @@ def _gradients_by_vjp(
     cotangents: Cotangents,
 ) -> Gradients:
     """Return the gradient of each input that needs one, by the VJP program."""
-    is_float = [spec.dtype.is_inexact and not spec.weak for spec in program.inputs]
-    wrt = tuple(i for i in range(len(is_float)) if is_float[i] and needed[i])
+    wanted = []
+    for i, spec in enumerate(program.inputs):
+        is_float = spec.dtype.is_inexact and not spec.weak
+        if is_float and needed[i]:
+            wanted.append(i)
+    wrt = tuple(wanted)
 
     def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
-        return _apply_derivative(program.vjp(wrt, outputs), [*inputs, *selected])
+        vjp = program.vjp(wrt, outputs)
+        return _apply_derivative(vjp, [*inputs, *selected])
 
     return _gradients(inputs, wrt, cotangents, pull)
 
 
 def _on_model_of(program: Program, handle: Tensor) -> Program:
     """Return the program on the model that made a residual only."""
-    return program.on_model(tag_of(int(handle)))
+    number = int(handle)
+    return program.on_model(tag_of(number))
 
 
 def _mark_nondifferentiable(ctx: Any, program: AnyProgram, outputs: Tensors) -> None:
     """Mark the outputs without a derivative, and have autograd pass None for unused cotangents."""
-    if discrete := program.prepared.nondifferentiable_outputs:
-        ctx.mark_non_differentiable(*(outputs[i] for i in discrete))
+    discrete = program.prepared.nondifferentiable_outputs
+    if discrete:
+        marked = [outputs[i] for i in discrete]
+        ctx.mark_non_differentiable(*marked)
     ctx.set_materialize_grads(False)
 
 
@@ -280,12 +308,15 @@ def _merged(numbers: Values, tensors: Tensors) -> list[Any]:
 def _is_wanted(ctx: Any, position: int, numbers: Values | None) -> bool:
     """Whether the backward pass under way uses the gradient of this input."""
     # Only tensors have edges.
-    edge = position if numbers is None else numbers[:position].count(None)
-    node = ctx.next_functions[edge][0]
+    edge = position
+    if numbers is not None:
+        before = numbers[:position]
+        edge = before.count(None)
+    node, _ = ctx.next_functions[edge]
     if node is None:
         return False
     try:
-        return torch._C._will_engine_execute_node(node)
+        return _will_execute(node)
     except RuntimeError:  # of a leaf that is an input of torch.autograd.grad
         return True
 
@@ -295,14 +326,18 @@ def _as_jaxs(cotangent: Tensor) -> Tensor:
     # Such as a cotangent of an embedding's table.
     if cotangent.layout is not torch.strided:
         cotangent = cotangent.to_dense()
-    return cotangent.conj() if cotangent.is_complex() else cotangent
+    if cotangent.is_complex():
+        return cotangent.conj()
+    return cotangent
 
 
 def _as_gradient_of(value: Tensor, cotangent: Tensor) -> Tensor:
     """Return the cotangent of an input as torch's gradient of it."""
     if not (value.is_cpu and cotangent.is_cpu) and value.device != cotangent.device:
         cotangent = cotangent.to(value.device)  # a run's outputs are all in one place
-    return cotangent.conj() if cotangent.is_complex() else cotangent
+    if cotangent.is_complex():
+        return cotangent.conj()
+    return cotangent
 
 
 def _save_run(ctx: Any, inputs: tuple[Tensors, int], output: Tensors) -> None:
@@ -313,11 +348,14 @@ def _save_run(ctx: Any, inputs: tuple[Tensors, int], output: Tensors) -> None:
 
 def _differentiate_run(ctx: Any, cotangents: Cotangents) -> tuple[Gradients, None]:
     arrays = ctx.saved_tensors
-    program = member_for(pinned(ctx.program), arrays).plain
+    member = member_for(pinned(ctx.program), arrays)
+    program = member.plain
     inputs = as_values(program, arrays)
     needed = [x.requires_grad for x in arrays]
-    selected = cotangents[: len(program.outputs)]
-    return _gradients_by_vjp(program, inputs, needed, selected), None
+    count = len(program.outputs)
+    selected = cotangents[:count]
+    gradients = _gradients_by_vjp(program, inputs, needed, selected)
+    return gradients, None
 
 
 torch.library.register_autograd(
@@ -336,11 +374,11 @@ def _differentiate_pull_back(ctx: Any, cotangents: Cotangents) -> tuple[Any, ...
     number, wrt, outputs = ctx.call
     arrays = ctx.saved_tensors
     # The VJP has the same outputs for the same arrays, and can be derived from.
-    program = member_for(pinned(number), arrays).vjp(wrt, outputs)
+    member = member_for(pinned(number), arrays)
+    program = member.vjp(wrt, outputs)
+    inputs = as_values(program, arrays)
     needed = [x.requires_grad for x in arrays]
-    gradients = _gradients_by_vjp(
-        program, as_values(program, arrays), needed, cotangents
-    )
+    gradients = _gradients_by_vjp(program, inputs, needed, cotangents)
     return None, gradients, None, None, None, None
 
 
