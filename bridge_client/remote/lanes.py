@@ -32,7 +32,7 @@ class Stale(Exception):
     """The connection was dead before the request was sent: a retry on a new lane is safe."""
 
 
-# After these errors the worker has ended the lane.
+# After these errors a lane is not used again: the worker has ended it, or still runs the call.
 ENDS_LANE = (PeerError, InternalError, WorkerDied, CallTimeout)
 
 

@@ -12,6 +12,7 @@ from bridge_server.serving.sessions import Sessions
 from bridge_server.turns import Turn, TurnByEvents, TurnByWords
 from bridge_wire.errors import (
     BridgeError,
+    InternalError,
     OutOfMemory,
     PeerError,
     ProtocolError,
@@ -175,7 +176,7 @@ class Conversation:
         if isinstance(error, BridgeError):
             with self._sessions.examined(error) as reply:
                 yield pb.LaneReply(error=reply)
-            return self._sessions.has_failed
+            return isinstance(error, InternalError) or self._sessions.has_failed
         if isinstance(error, MemoryError):
             yield failed(unexpected(error))
             return True

@@ -373,9 +373,14 @@ def test_the_child_does_not_read_too_early(
 
     def held(self: Any, pointer: int, data: bytes) -> None:
         released = fake_cuda.hold(self._stream)
-        monkeypatch.setattr(
-            cuda_exchange, "_answer", lambda lane: (answer(lane), released.set())[0]
-        )
+
+        def answered(lane: Any) -> Any:
+            try:
+                return answer(lane)
+            finally:  # also if the child fails: nothing else ends the copy
+                released.set()
+
+        monkeypatch.setattr(cuda_exchange, "_answer", answered)
         writes(self, pointer, data)
 
     monkeypatch.setattr(side, "write", held)
