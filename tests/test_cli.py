@@ -194,12 +194,12 @@ def test_help_names_every_flag() -> None:
         ),
         pytest.param(
             ["--listen", "unix:README.md"],
-            "README.md exists and is no socket",
+            "README.md exists and is not a socket",
             id="a regular file",
         ),
         pytest.param(
             ["--listen", "unix:tests"],
-            "tests exists and is no socket",
+            "tests exists and is not a socket",
             id="a directory",
         ),
         pytest.param(["--listen", "0.0.0.0:0"], "--insecure", id="exposed"),

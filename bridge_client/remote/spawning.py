@@ -165,11 +165,12 @@ class _Child:
             self._address = address
             _log.debug("the worker was ready after %.1f s", time.monotonic() - started)
             return
-        if output.has_ended:
+        has_ended = output.has_ended
+        if has_ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_S)
         self._stop(0)
-        if output.has_ended:
+        if has_ended:
             raise WorkerCrashed(
                 f"the worker exited with status {process.returncode} before it was ready:"
                 f"\n  {output.last_lines()}"

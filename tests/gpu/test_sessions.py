@@ -670,7 +670,9 @@ def test_more_memory_than_the_handle_has_is_refused(local: Machine) -> None:
     handle = local.pool.device.handle_of(pointer)
     lane = link.take(local.session.pool)
     beyond = GpuSlab(memoryview(b""), 0, slab.base + (1 << 40), 2 * UNIT, -1, handle)
-    with pytest.raises(CudaError, match="2097152 bytes, but 4194304"):
+    with pytest.raises(
+        CudaError, match="2097152 bytes, but the peer announced 4194304"
+    ):
         lane.share_on_gpu(beyond)
     link.give_back(lane)
     local.pool.device.free(pointer)
