@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bridge_server.torch_via_xla.aliases import jax_dtype, with_value
+from bridge_wire.errors import CallerError
 
 aten = torch.ops.aten
 linalg = jax.lax.linalg
@@ -473,6 +474,13 @@ def logspace(
 
 def _spaced(x: Any, dtype: Any) -> Any:
     if dtype is not None:
+        if not dtype.is_floating_point and not dtype.is_complex:
+            # torch truncates numbers in float64; one eps less would be another integer.
+            raise CallerError(
+                f"the torch code spaces numbers between traced ends in {dtype}; expected a"
+                " floating dtype: round the result with .round() and cast it, or run the"
+                " code by RemoteTorchFunction"
+            )
         return x.astype(jax_dtype(dtype))
     if jnp.iscomplexobj(x):
         return x

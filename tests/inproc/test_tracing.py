@@ -659,6 +659,17 @@ def test_scalars_are_the_ends_of_linspace() -> None:
     assert_same(jax.jit(trace_torch(f))(to_jax(x)), f(x), 1e-5)
 
 
+@pytest.mark.parametrize("spaced", [torch.linspace, torch.logspace])
+def test_integers_between_traced_ends_are_refused(
+    spaced: Callable[..., Tensor],
+) -> None:
+    """torch truncates float64 numbers: in float32, -7 to 5 in 4 steps would contain -2, not -3."""
+    with pytest.raises(CallerError, match=r"traced ends in torch\.int32"):
+        trace_torch(lambda x: spaced(x[0], x[1], 4, dtype=torch.int32))(
+            jnp.asarray([-7.0, 5.0])
+        )
+
+
 def test_named_tuples_of_torch_pass_jit() -> None:
     """The results of max, sort and eigh keep their names under jit."""
     made = jax.jit(trace_torch(lambda x: x.max(0)))(jnp.asarray([1.0, 3.0, 2.0]))
