@@ -63,7 +63,10 @@ class GrpcLane(Lane):
             return outputs
 
     def bytes_by_value(self, call: Call) -> int:
-        return sum(map(len, self._payload(call)))
+        described = zip(call.run.inputs, call.run.program.inputs, strict=True)
+        return sum(
+            spec.nbytes for placed, spec in described if not is_on_gpu(placed.address)
+        )
 
     def _payload(self, call: Call) -> list[memoryview]:
         described = zip(call.run.inputs, call.run.program.inputs, strict=True)

@@ -79,9 +79,9 @@ class Lane(ABC):
         ordering.end(run.stream, call.outputs)
         return outputs
 
-    def free_after(self, stream: int) -> None:
-        """Make a stream wait for the last run before the stream reuses the run's inputs."""
-        if self.ordering is not None:
+    def free_after(self, stream: int | None, used: int) -> None:
+        """Make a stream wait for the last run, which was on `used`, before it reuses memory."""
+        if self.ordering is not None and stream is not None and stream != used:
             self.ordering.end(stream)
 
     @abstractmethod

@@ -266,9 +266,9 @@ class RemoteSession(Session):
                 self.pool, call.timeout_s, None if run.stream is None else self._gpu
             )
             outputs = lane.run(call)
-            if forward is not None and forward.stream not in (None, run.stream):
+            if forward is not None and run.stream is not None:
                 # The pullback may have read the forward's inputs.
-                lane.free_after(forward.stream)
+                lane.free_after(forward.stream, run.stream)
         except BaseException as error:
             self._unfinished.release_later(call.released)
             if lane is not None:
