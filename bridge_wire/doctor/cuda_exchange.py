@@ -48,7 +48,9 @@ def with_child(uuid: bytes, way: str) -> None:
         lane.send(handle + way.encode().ljust(_WAY_BYTES) + side.hand_over())
         read, event = _answer(lane)
         side.take_over(event)
-        if read != written or side.read(memory + NBYTES) != written[::-1]:
+        # Read in any case: no stream may still wait for the child's event when the child exits.
+        returned = side.read(memory + NBYTES)
+        if (read, returned) != (written, written[::-1]):
             raise CudaError(
                 "the child process and this process see different bytes in GPU memory"
             )
