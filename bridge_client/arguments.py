@@ -3,6 +3,9 @@
 Imports no framework.
 """
 
+import ast
+import functools
+import inspect
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -11,9 +14,12 @@ from typing import Any, NamedTuple
 from bridge_wire import trees
 from bridge_wire.classes import Classes, Expand, expand_dataclass
 from bridge_wire.dtypes import BY_NAME
-from bridge_wire.errors import CallerError
+from bridge_wire.errors import ArgumentError, CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+_MOST_SOURCE = 1 << 14  # characters of a signature that are parsed
+_KEYS = ("key", "keys", "rng", "rngs", "prng_key", "rng_key")
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -76,6 +82,71 @@ def marked_static(
     return marked_args, {
         key: marked(value, key in static) for key, value in kwargs.items()
     }
+
+
+def check_arguments(
+    model: str, signature: str, arguments: tuple[Args, Kwargs], rngs: Collection[str]
+) -> None:
+    """Check a call against the model's signature, if that is known.
+
+    The worker may pass the arguments named in `rngs`.
+
+    Raises:
+      ArgumentError: an argument is missing, unexpected or passed twice.
+    """
+    known = _parsed(signature)
+    if known is None:
+        return
+    args, kwargs = arguments
+    try:
+        bound = known.bind_partial(*args, **kwargs).arguments
+        missing = [
+            each.name
+            for each in known.parameters.values()
+            if each.default is each.empty
+            and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+            and each.name not in bound
+            and each.name not in rngs
+        ]
+        if not missing:
+            return
+        problem = f"missing a required argument: {missing[0]!r}"
+        if missing[0] in _KEYS:
+            problem += f" (for a random key in training mode, pass rngs={missing[0]!r})"
+    except TypeError as error:
+        problem = str(error)
+    raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _parsed(source: str) -> inspect.Signature | None:
+    """Return a signature from its source, without its defaults' values; None if it is no such."""
+    if not source or len(source) > _MOST_SOURCE:
+        return None
+    try:
+        (function,) = ast.parse(f"def f{source}: ...").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if not isinstance(function, ast.FunctionDef):
+        return None
+    names = function.args
+    kind = inspect.Parameter
+    positional = [*names.posonlyargs, *names.args]
+    first_default = len(positional) - len(names.defaults)
+    parameters = []
+    for i, each in enumerate(positional):
+        is_named = i >= len(names.posonlyargs)
+        how = kind.POSITIONAL_OR_KEYWORD if is_named else kind.POSITIONAL_ONLY
+        default = kind.empty if i < first_default else None
+        parameters.append(kind(each.arg, how, default=default))
+    if names.vararg:
+        parameters.append(kind(names.vararg.arg, kind.VAR_POSITIONAL))
+    for each, value in zip(names.kwonlyargs, names.kw_defaults, strict=True):
+        default = kind.empty if value is None else None
+        parameters.append(kind(each.arg, kind.KEYWORD_ONLY, default=default))
+    if names.kwarg:
+        parameters.append(kind(names.kwarg.arg, kind.VAR_KEYWORD))
+    return inspect.Signature(parameters)
 
 
 def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:

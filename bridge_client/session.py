@@ -59,7 +59,8 @@ class ModelInfo:
     """Description of a model: docstring, positional arguments' names, parameters by path.
 
     `signatures` are the arguments given to the worker by --warmup. `has_modes` tells whether the
-    model has a training and an inference mode.
+    model has a training and an inference mode. `signature` is the source of its parameters, such as
+    `(x, n=1)`, or empty.
     """
 
     name: str
@@ -68,6 +69,7 @@ class ModelInfo:
     parameters: tuple[ParameterInfo, ...]
     signatures: tuple[tuple[Spec, ...], ...] = ()
     has_modes: bool = False
+    signature: str = ""
 
 
 def _unchanged(blocks: list[Block]) -> list[Block]:
@@ -468,4 +470,5 @@ def _model_info(model: pb.Model) -> ModelInfo:
         parameters,
         signatures,
         model.modes,
+        model.signature,
     )

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from bridge_server.model_errors import FULL_TRACEBACKS
 from bridge_server.process import devices, doctor, endpoints, logs, targets
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse
@@ -74,6 +75,8 @@ def _serve(options: argparse.Namespace) -> None:
             "INSECURE: any client that reaches %s can run this worker's models",
             endpoint.address,
         )
+    if options.full_tracebacks:
+        os.environ[FULL_TRACEBACKS] = "1"
     stop = StopSignals()
     # After the restart, which could hide other GPUs: a number would then name another device.
     devices.choose(

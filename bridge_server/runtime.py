@@ -59,6 +59,9 @@ class Model:
     # Shardings in the framework's terms, by path; in a path, `*` matches any text.
     shardings: Mapping[str, Any] = field(default_factory=dict)
     has_modes: bool = False  # whether a call can select training or inference mode
+    signature: str = (
+        ""  # the parameters that a caller passes, as source; empty if unknown
+    )
 
     @property
     def description(self) -> pb.Model:
@@ -73,6 +76,7 @@ class Model:
             arguments=self.arguments,
             parameters=parameters,
             modes=self.has_modes,
+            signature=self.signature,
         )
 
 

@@ -3,20 +3,28 @@
 import inspect
 import math
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from bridge_server.model_errors import homes_of
 from bridge_server.runtime import Model
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+from bridge_wire.values import decode_value
 
 MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_SHOWN = 20
 _MOST_RNG_STREAMS = 64
+_POSITIONAL = (
+    inspect.Parameter.POSITIONAL_ONLY,
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+)
+_FRAMEWORKS = ("jax", "flax", "equinox", "haiku", "torch", "torchax")
+_LITERALS = (bool, int, float, str, type(None))
 
 
 class Keeping(Protocol):
@@ -26,16 +34,76 @@ class Keeping(Protocol):
     differentiable: tuple[int, ...]
 
 
-def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
-    """Return the names of a callable's positional arguments; none if it has no signature."""
+class _Other:
+    """The default of a parameter, where no literal denotes it."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def positional_names(
+    function: Any, *, skips_first: bool = False, supplied: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Return the names of the positional arguments that a caller passes; none if unknown.
+
+    The caller passes neither the first, if `skips_first`, nor those `supplied` by the bridge.
+    """
+    parameters = _passed(function, skips_first, supplied)
+    return tuple(each.name for each in parameters or () if each.kind in _POSITIONAL)
+
+
+def signature_of(
+    function: Any, *, skips_first: bool = False, supplied: Collection[str] = ()
+) -> str:
+    """Return the parameters that a caller passes, as `(x, n=1)`; empty if unknown.
+
+    Unknown for a function under a decorator that takes any arguments, since the decorator may pass
+    others on; the decorators of frameworks do not.
+    """
+    parameters = _passed(function, skips_first, supplied)
+    if parameters is None or _is_decorated(function):
+        return ""
+    plain = [
+        each.replace(annotation=each.empty, default=_literal(each.default))
+        for each in parameters
+    ]
+    return str(inspect.Signature(plain))
+
+
+def _passed(
+    function: Any, skips_first: bool, supplied: Collection[str]
+) -> list[inspect.Parameter] | None:
+    """Return the parameters that a caller passes; None for a callable without a signature."""
     try:
-        signature = inspect.signature(function)
+        parameters = list(inspect.signature(function).parameters.values())[skips_first:]
     except (TypeError, ValueError):
-        return ()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = signature.parameters.values()
-    names = tuple(each.name for each in parameters if each.kind in kinds)
-    return names[1:] if skips_first else names
+        return None
+    passed: list[inspect.Parameter] = []
+    is_interrupted = False  # by a supplied argument, which the bridge passes by name
+    for each in parameters:
+        if each.name in supplied:
+            is_interrupted = bool(passed)
+        elif is_interrupted and each.kind is each.POSITIONAL_OR_KEYWORD:
+            passed.append(each.replace(kind=each.KEYWORD_ONLY))
+        else:
+            passed.append(each)
+    return passed
+
+
+def _is_decorated(function: Any) -> bool:
+    """Return whether code of the model's author stands between the callers and the signature."""
+    frameworks = tuple(homes_of(*_FRAMEWORKS))
+    while hasattr(function, "__wrapped__"):
+        code = getattr(function, "__code__", None)
+        if code is not None and not code.co_filename.startswith(frameworks):
+            return True
+        function = function.__wrapped__
+    return False
+
+
+def _literal(default: Any) -> Any:
+    is_literal = default is inspect.Parameter.empty or type(default) in _LITERALS
+    return default if is_literal else _Other()
 
 
 def check_pullback(
@@ -51,6 +119,13 @@ def check_pullback(
         )
 
 
+def input_names(model: Model, call: pb.Call) -> list[str]:
+    """Return the names of a call's inputs: parameters, key, leaves of arguments."""
+    own = [parameter.path for parameter in model.parameters] if call.parameters else []
+    keys = ["the key"] if call.rngs else []
+    return own + keys + trees.argument_paths(call.arguments)
+
+
 def check_signature(
     model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool
 ) -> str:
@@ -60,9 +135,8 @@ def check_signature(
       CallerError, DTypeError, SpecError: the model does not support the call.
       ProtocolError: the client violates the protocol.
     """
-    own = [parameter.path for parameter in model.parameters] if call.parameters else []
-    keys = ["the key"] if call.rngs else []
-    names = own + keys + trees.argument_paths(call.arguments)
+    names = input_names(model, call)
+    own = names[: len(model.parameters)] if call.parameters else []
     if len(names) != len(inputs):
         raise ProtocolError(
             f"a call with {len(names)} array leaves came with {len(inputs)} specs"
@@ -79,7 +153,9 @@ def check_signature(
         raise ProtocolError(
             f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}"
         )
-    return _described(names, inputs, call)
+    described = _described(names[len(own) :], inputs[len(own) :], call)
+    count = f" and {len(own)} parameter{'s' * (len(own) > 1)}" if own else ""
+    return described + count
 
 
 def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> str:
@@ -89,7 +165,23 @@ def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> s
             shown.append(f"{path}={reprlib.repr(value)}")
     hidden = len(shown) - _MOST_SHOWN
     more = f", and {hidden} more" if hidden > 0 else ""
-    return f"({', '.join(shown[-_MOST_SHOWN:])}{more})"
+    return f"({', '.join(shown[:_MOST_SHOWN])}{more})"
+
+
+def arguments_of(model: Model, call: pb.Call) -> dict[str, list[int]]:
+    """Return the positions of the inputs of each argument, by its name or, as `args[0]`, place."""
+    args, kwargs = call.arguments.tuple.items
+    places = [f"args[{i}]" for i in range(len(args.tuple.items))]
+    count = len(model.arguments)
+    names = [*model.arguments[: len(places)], *places[count:]]
+    names += [str(decode_value(key)) for key in kwargs.dict.keys]
+    positions: dict[str, list[int]] = {}
+    first = (len(model.parameters) if call.parameters else 0) + bool(call.rngs)
+    for name, tree in zip(names, [*args.tuple.items, *kwargs.dict.items], strict=True):
+        count = len(trees.leaf_paths(tree, ""))
+        positions[name] = list(range(first, first + count))
+        first += count
+    return positions
 
 
 def check_differentiable(

@@ -2,6 +2,7 @@
 
 BridgeError
 ├── CallerError            the call is wrong; nothing was sent
+│   ├── ArgumentError      an argument is missing, or the model takes none of that name
 │   ├── SpecError          a leaf's shape or dtype does not match
 │   ├── DTypeError         a dtype the worker cannot hold without loss
 │   ├── StructureError     a pytree that cannot be sent
@@ -58,6 +59,10 @@ class CallerError(BridgeError):
     """The call is wrong; nothing was sent."""
 
     status = _Status.INVALID_ARGUMENT
+
+
+class ArgumentError(CallerError, TypeError):
+    """An argument is missing, or the model's signature has no such argument."""
 
 
 class SpecError(CallerError):

@@ -14,6 +14,7 @@ from bridge_client.arguments import (
     Kwargs,
     Slot,
     Values,
+    check_arguments,
     encode,
     marked_static,
     names_of,
@@ -130,6 +131,7 @@ class RemoteTorchFunction:
         """Call the model.
 
         Raises:
+          ArgumentError: an argument is missing or unexpected; nothing was sent.
           DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was sent.
           RemoteModelError: the model raised; with the remote traceback.
           WorkerDied: the worker died during the call; the next call reconnects.
@@ -323,6 +325,8 @@ class RemoteTorchFunction:
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
+            info, arguments = self._model, jax.tree.unflatten(structure, leaves)
+            check_arguments(info.name, info.signature, arguments, rngs=())
             call = self._calls[key] = self._prepare(options, leaves, structure, statics)
         ordered = sharding.varying_alike([inputs[i] for i in call.order])
         outputs = primitives.run(call.program, ordered)

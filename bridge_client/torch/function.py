@@ -16,6 +16,7 @@ from bridge_client.arguments import (
     Args,
     Kwargs,
     Values,
+    check_arguments,
     marked_static,
     names_of,
     rebuilder,
@@ -138,6 +139,7 @@ class RemoteJaxFunction(nn.Module):
         """Call the model.
 
         Raises:
+          ArgumentError: an argument is missing or unexpected; nothing was sent.
           DTypeError, StructureError, SpecError: an argument cannot be sent; nothing was sent.
           RemoteModelError: the model raised; with the remote traceback.
           WorkerDied: the worker died during the call; the next call reconnects.
@@ -256,6 +258,9 @@ class RemoteJaxFunction(nn.Module):
         signature = (*key, mode, is_stateful)
         call = self._calls.get(signature)
         if call is None:
+            rngs = self._rngs if is_stateful else ()
+            info = self._model
+            check_arguments(info.name, info.signature, (args, kwargs), rngs)
             flat = flat or flatten((args, kwargs))
             arguments, data = signatures.encoded(flat, statics, self._classes)
             call = self._prepare(arguments, [*own, *data], mode, is_stateful, shape_of)

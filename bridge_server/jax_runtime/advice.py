@@ -1,16 +1,19 @@
-"""Advice for derivatives that JAX cannot compute: the other modes that work, found by lowering.
+"""Advice for calls that JAX cannot trace or differentiate, found by tracing variants of them.
 
-JAX and its libraries report a missing derivative in dozens of wordings, so the advice does not
-depend on error texts.
+JAX and its libraries report a number that must be static, or a missing derivative, in dozens of
+wordings. So the advice does not depend on error texts: it names the arguments whose numbers, once
+static, change the outcome, and the modes of differentiation that work.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from bridge_server.jax_runtime.transforms import Flat, compose
 from bridge_server.jax_runtime.types import avals_of, is_inexact
+from bridge_server.model_errors import is_models, places_of, text_of
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
@@ -30,6 +33,120 @@ _NEITHER_WORKS = (
     "neither reverse nor forward mode works: define the function with jax.custom_jvp or"
     " jax.custom_vjp"
 )
+
+_VALUES_OF_DATA = (
+    "the model's Python code (if, while, range, int() or NumPy) reads the values of arrays, which"
+    " they do not have while JAX traces the model: use jax.numpy, jnp.where, jax.lax.cond,"
+    " jax.lax.while_loop or jax.lax.fori_loop"
+)
+_NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+_OWN_FUNCTION = re.compile(r"the function \w+ at \S*bridge_server\S*:\d+ for \w+")
+_OWN_INPUT = re.compile(r"\barrays\[(\d+)\]")
+_MOST_TRIED = 16
+# A value of each type of Python numbers, for a trial trace.
+_NUMBERS: Mapping[str, complex] = {"int64": 1, "float64": 1.0, "complex128": 1 + 0j}
+
+
+def for_values(
+    f: Flat,
+    bound: Sequence[Any],
+    inputs: tuple[Spec, ...],
+    arguments: Mapping[str, Sequence[int]],
+) -> str:
+    """Return advice for a call whose Python code needs values that traced inputs lack, else "".
+
+    `f` is the call without its transforms, `arguments` the inputs of each argument.
+    """
+    try:
+        return _for_values(f, bound, inputs, arguments)
+    except Exception:  # must not replace the model's own error
+        return ""
+
+
+def _for_values(
+    f: Flat,
+    bound: Sequence[Any],
+    inputs: tuple[Spec, ...],
+    arguments: Mapping[str, Sequence[int]],
+) -> str:
+    numbers = {
+        name: weak
+        for name, positions in arguments.items()
+        if (weak := [i for i in positions if inputs[i].weak])
+    }
+    everything = {i for positions in numbers.values() for i in positions}
+    at_best = _failure(f, bound, inputs, everything)
+    needed = []
+    for name, positions in list(numbers.items())[:_MOST_TRIED]:
+        error = _failure(f, bound, inputs, everything.difference(positions))
+        if _is_due_to_number(error, at_best):
+            needed.append(name)
+    if needed:
+        return _to_be_static(needed, arguments, inputs)
+    return _VALUES_OF_DATA if isinstance(at_best, _NEEDS_VALUE) else ""
+
+
+def _failure(
+    f: Flat, bound: Sequence[Any], inputs: Sequence[Spec], static: Collection[int]
+) -> BaseException | None:
+    """Return the error of a trace where the Python numbers at these inputs have a value."""
+    avals = dict(enumerate(avals_of(inputs)))
+    fixed = {i: _NUMBERS[inputs[i].dtype.name] for i in static}
+    traced = [i for i in avals if i not in fixed]
+
+    def with_numbers(bound: Sequence[Any], *arrays: Any) -> list[Any]:
+        values = {**fixed, **dict(zip(traced, arrays, strict=True))}
+        return f(bound, *(values[i] for i in avals))
+
+    try:
+        jax.eval_shape(with_numbers, bound, *(avals[i] for i in traced))
+    except BaseException as error:
+        if not is_models(error):
+            raise
+        return error
+    return None
+
+
+def _is_due_to_number(
+    error: BaseException | None, at_best: BaseException | None
+) -> bool:
+    """Return whether a number's lack of a value causes an error; `at_best` is that with values."""
+    if error is None or at_best is None:
+        return error is not None
+    is_same = type(error) is type(at_best) and places_of(error) == places_of(at_best)
+    return not is_same and (
+        isinstance(error, _NEEDS_VALUE) or "Tracer" in text_of(error)
+    )
+
+
+def _to_be_static(
+    names: Sequence[str], arguments: Mapping[str, Sequence[int]], inputs: Sequence[Spec]
+) -> str:
+    text = (
+        f"the model needs the value of {' and '.join(map('`{}`'.format, names))} while JAX traces"
+        " it, but a Python number is traced like an array, without its value: "
+    )
+    if not all(name.isidentifier() for name in names):
+        return (
+            f"{text}name it in the model's signature, and that name in static_argnames="
+        )
+    if not all(inputs[i].weak for name in names for i in arguments[name]):
+        return f"{text}pass it as an argument without arrays, and name that in static_argnames="
+    option = repr(names[0] if len(names) == 1 else tuple(names))
+    return f"{text}pass static_argnames={option} to RemoteJaxFunction"
+
+
+def in_callers_words(text: str, names: Sequence[str]) -> str:
+    """Return JAX's text with the caller's names of the inputs, and without the bridge's code."""
+    if not _OWN_FUNCTION.search(text):
+        return text
+    text = _OWN_FUNCTION.sub("the model", text)
+    return _OWN_INPUT.sub(lambda match: names[int(match[1])], text)
 
 
 def for_call(
@@ -101,6 +218,8 @@ def _can_be_lowered(f: Flat, bound: Sequence[Any], inputs: Sequence[Spec]) -> bo
     try:
         # A trace alone does not refuse forward mode of custom_vjps.
         jax.jit(f).lower(bound, *avals)
-    except Exception:
+    except BaseException as error:
+        if not is_models(error):
+            raise
         return False
     return True

@@ -22,7 +22,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from bridge_server.held_arrays import warn_of_held_arrays
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
 from bridge_server.runtime import Model, Parameter
-from bridge_server.signatures import positional_names
+from bridge_server.signatures import positional_names, signature_of
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, SpecError, TargetError
 from bridge_wire.specs import Spec
@@ -61,6 +61,7 @@ class Parts(NamedTuple):
     state: Any
     documented: Any  # the callable whose docstring and signature describe the model
     skips_first: bool = False  # whether that signature begins with the parameters
+    supplied: tuple[str, ...] = ()  # arguments of that signature that the bridge passes
     is_trainable: Callable[[str], bool] = lambda label: True
     has_modes: bool = False
     is_function: bool = False  # whether it is a plain function without state
@@ -106,15 +107,17 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         result, after = parts.call(before, invocation)
         return result, _buffers(parameters, values, after) if invocation.mutable else []
 
+    passing: Any = {"skips_first": parts.skips_first, "supplied": parts.supplied}
     return Model(
         name=name,
         doc=inspect.getdoc(parts.documented) or "",
-        arguments=positional_names(parts.documented, skips_first=parts.skips_first),
+        arguments=positional_names(parts.documented, **passing),
         parameters=tuple(parameters),
         values=[jnp.asarray(state[i]) for i in sent],
         apply=apply,
         has_modes=parts.has_modes,
         source=(target, parts.documented),
+        signature=signature_of(parts.documented, **passing),
     )
 
 
@@ -372,9 +375,11 @@ def _equinox_parts(equinox: Any, module: Any) -> Parts:
 
     def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
         whole = _in_equinox_mode(equinox, equinox.combine(state, rest), invocation)
-        return whole(*invocation.args, **_with_keys(module.__call__, invocation)), state
+        return whole(*invocation.args, **_with_keys(documented, invocation)), state
 
-    return Parts(call, arrays, module.__call__, has_modes=True)
+    # A function under a decorator such as eqx.filter_jit is a module too.
+    documented = module if hasattr(module, "__wrapped__") else module.__call__
+    return Parts(call, arrays, documented, has_modes=True)
 
 
 def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
@@ -394,7 +399,12 @@ def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
         return label.startswith("model.")
 
     return Parts(
-        call, arrays, module.__call__, is_trainable=is_trainable, has_modes=True
+        call,
+        arrays,
+        module.__call__,
+        supplied=("state",),
+        is_trainable=is_trainable,
+        has_modes=True,
     )
 
 
@@ -411,7 +421,7 @@ def _haiku_parts(transformed: Any, params: Any) -> Parts:
             state, key, *invocation.args, **invocation.kwargs
         ), state
 
-    return Parts(call, params, transformed.apply)
+    return Parts(call, params, transformed.apply, supplied=("params", "rng"))
 
 
 def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
@@ -428,7 +438,10 @@ def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
 
     params, state = params_and_state
     both = {"params": params, "state": state}
-    return Parts(call, both, transformed.apply, is_trainable=is_trainable)
+    supplied = ("params", "state", "rng")
+    return Parts(
+        call, both, transformed.apply, supplied=supplied, is_trainable=is_trainable
+    )
 
 
 def _traced_module_parts(module: Any) -> Parts:

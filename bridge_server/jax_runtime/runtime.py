@@ -12,7 +12,11 @@ from jax import export
 
 from bridge_server import runtime
 from bridge_server.fingerprints import Fingerprint, Values, add_call
-from bridge_server.jax_runtime.advice import for_call
+from bridge_server.jax_runtime.advice import (
+    for_call,
+    for_values,
+    in_callers_words,
+)
 from bridge_server.jax_runtime.meshes import Layout
 from bridge_server.jax_runtime.models import Invocation, adapt
 from bridge_server.jax_runtime.programs import KeepingProgram, Linearization, Program
@@ -33,7 +37,7 @@ from bridge_server.jax_runtime.types import (
     is_inexact,
     register_dataclass,
 )
-from bridge_server.model_errors import is_refused, model_errors
+from bridge_server.model_errors import LEAKED, is_full, is_refused, model_errors
 from bridge_server.runtime import (
     Description,
     Model,
@@ -43,9 +47,11 @@ from bridge_server.runtime import (
     Turn,
 )
 from bridge_server.signatures import (
+    arguments_of,
     check_differentiable,
     check_pullback,
     check_signature,
+    input_names,
 )
 from bridge_wire import trees
 from bridge_wire.classes import Classes
@@ -81,6 +87,8 @@ class JaxRuntime(Runtime):
             jax.config.update("jax_enable_x64", options.x64)
             # Every call waits for its outputs, so another thread for the work only costs wake-ups.
             jax.config.update("jax_cpu_enable_async_dispatch", False)
+            if is_full():
+                jax.config.update("jax_traceback_filtering", "off")
         self._jit = options.jit
         self._layout = Layout(options.mesh)
         if options.mesh and not options.jit:
@@ -272,15 +280,21 @@ class JaxRuntime(Runtime):
     def _advised(
         self, error: RemoteModelError, model: Model, call: pb.Call
     ) -> RemoteModelError:
-        """Add advice to an error that a derivative of the call has caused."""
-        if not call.transforms and not call.HasField("keep"):
-            return error
+        """Add advice to an error that a static argument or a derivative of the call has caused."""
         keep = call.keep if call.HasField("keep") else None
         f = self._flat(model, call, [])
         bound = _bound(model, call)
         inputs = decode_all(call.inputs)
         with self._layout.context():
-            advice = for_call(f, bound, inputs, call.transforms, keep)
+            advice = for_values(f, bound, inputs, arguments_of(model, call))
+            if not advice and (call.transforms or keep is not None):
+                advice = for_call(f, bound, inputs, call.transforms, keep)
+        names = input_names(model, call)
+        error = RemoteModelError(
+            in_callers_words(error.args[0], names),
+            remote_type=error.remote_type,
+            remote_traceback=in_callers_words(error.remote_traceback, names),
+        )
         return error.with_advice(advice) if advice else error
 
     def _flat(self, model: Model, call: pb.Call, trees_found: list[pb.Tree]) -> Flat:
@@ -376,7 +390,13 @@ class JaxRuntime(Runtime):
         yield "tracing"
         with model_errors(where), self._layout.context():
             traced = self._layout.jit(f).trace(*arguments)
-            check_sizes(traced.jaxpr.jaxpr)
+            jaxpr = traced.jaxpr.jaxpr
+            if len(jaxpr.invars) != len(jax.tree.leaves(arguments)):
+                raise RemoteModelError(
+                    f"UnexpectedTracerError: {LEAKED}\n(in {where})",
+                    remote_type="jax.errors.UnexpectedTracerError",
+                )
+            check_sizes(jaxpr)
             if not self._jit:
                 return self._layout.placing(
                     _eager(f, traced.out_info, where)

@@ -141,6 +141,11 @@ def _add_running(add: Callable[..., Any]) -> None:
         action="store_true",
     )
     add(
+        "--full-tracebacks",
+        "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
+        action="store_true",
+    )
+    add(
         "--mesh",
         "shard JAX models over devices by ATTR_shardings in their modules",
         type=_mesh,

@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bridge_server.held_arrays import warn_of_held_arrays
+from bridge_server.signatures import signature_of
 from bridge_server.torch_runtime.callables import (
     Code,
     CodeOfFunction,
@@ -30,6 +31,14 @@ class Parts(NamedTuple):
     trainable: frozenset[str]
     documented: Any  # the callable whose docstring and signature describe the model
     skips_first: bool = False  # whether that signature begins with the parameters
+    has_hooks: bool = False  # whether other code changes a caller's arguments first
+
+    @property
+    def signature(self) -> str:
+        """The parameters that a caller passes, as source; empty if unknown."""
+        if self.has_hooks:
+            return ""
+        return signature_of(self.documented, skips_first=self.skips_first)
 
 
 def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
@@ -104,7 +113,9 @@ def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Pa
     )
     values = [each.detach() for each in state.values()]
     code = CodeOfModule(module, list(sent.values()), values)
-    return Parts(code, state, trainable, module.forward)
+    has_hooks = bool(module._forward_pre_hooks)
+    has_hooks |= type(module).__call__ is not nn.Module.__call__
+    return Parts(code, state, trainable, module.forward, has_hooks=has_hooks)
 
 
 def _check(name: str, state: Mapping[str, Any]) -> None:

@@ -82,6 +82,7 @@ class TorchRuntime(Runtime):
             values=[tensor.detach() for tensor in parts.state.values()],
             apply=parts.code,
             source=(target, parts.documented),
+            signature=parts.signature,
         )
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:

@@ -29,6 +29,7 @@ from bridge_server.model_errors import is_models, remote, text_of
 from bridge_server.torch_runtime.attention import HAVE_FAST_PATH, no_fast_path
 from bridge_server.torch_runtime.border import described
 from bridge_server.torch_runtime.graphs import nodes_of
+from bridge_server.torch_runtime.modes import without_fake_errors_logged
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
 from bridge_server.torch_runtime.types import bytes_of, zeros
@@ -256,6 +257,7 @@ class Trial:
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(attempt.needs_grad))
             stack.enter_context(no_fast_path)
+            stack.enter_context(without_fake_errors_logged())
             # Fake tensors draw nothing; real draws must not affect others.
             if watch.fake is None:
                 stack.enter_context(drawing(is_seeded=True))

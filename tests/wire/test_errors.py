@@ -20,6 +20,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 STATUS = {
     "BridgeError": "UNKNOWN",
     "CallerError": "INVALID_ARGUMENT",
+    "ArgumentError": "INVALID_ARGUMENT",
     "SpecError": "INVALID_ARGUMENT",
     "DTypeError": "INVALID_ARGUMENT",
     "StructureError": "INVALID_ARGUMENT",

@@ -12,6 +12,7 @@ import torch
 from bridge_client import Session
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
+    ArgumentError,
     BridgeError,
     CallerError,
     DTypeError,
@@ -61,14 +62,14 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
     "a missing argument": (
         "matmul",
         lambda: (x(),),
-        RemoteModelError,
-        "missing 1 required positional argument: 'y'",
+        ArgumentError,
+        r"'matmul': missing a required argument: 'y'; its arguments are \(x, y\)",
     ),
     "too many arguments": (
         "sine",
         lambda: (x(), x()),
-        RemoteModelError,
-        "takes 1 positional argument",
+        ArgumentError,
+        r"'sine': too many positional arguments; its arguments are \(x\)",
     ),
     "float64": (
         "sine",
