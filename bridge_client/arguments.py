@@ -4,7 +4,6 @@ Imports no framework.
 """
 
 import ast
-import functools
 import inspect
 import itertools
 import operator
@@ -118,7 +117,6 @@ def check_arguments(
     raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")
 
 
-@functools.lru_cache(maxsize=1024)
 def _parsed(source: str) -> inspect.Signature | None:
     """Return a signature from its source, without its defaults' values; None if it is no such."""
     if not source or len(source) > _MOST_SOURCE:

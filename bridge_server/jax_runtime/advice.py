@@ -57,13 +57,15 @@ def for_values(
     bound: Sequence[Any],
     inputs: tuple[Spec, ...],
     arguments: Mapping[str, Sequence[int]],
+    error: BaseException | None,
 ) -> str:
     """Return advice for a call whose Python code needs values that traced inputs lack, else "".
 
-    `f` is the call without its transforms, `arguments` the inputs of each argument.
+    `f` is the call without its transforms, `arguments` the inputs of each argument, and `error` the
+    exception of the model.
     """
     try:
-        return _for_values(f, bound, inputs, arguments)
+        return _for_values(f, bound, inputs, arguments, error)
     except Exception:  # must not replace the model's own error
         return ""
 
@@ -73,6 +75,7 @@ def _for_values(
     bound: Sequence[Any],
     inputs: tuple[Spec, ...],
     arguments: Mapping[str, Sequence[int]],
+    error: BaseException | None,
 ) -> str:
     numbers = {
         name: weak
@@ -80,11 +83,11 @@ def _for_values(
         if (weak := [i for i in positions if inputs[i].weak])
     }
     everything = {i for positions in numbers.values() for i in positions}
-    at_best = _failure(f, bound, inputs, everything)
+    at_best = _failure(f, bound, inputs, everything) if everything else error
     needed = []
     for name, positions in list(numbers.items())[:_MOST_TRIED]:
-        error = _failure(f, bound, inputs, everything.difference(positions))
-        if _is_due_to_number(error, at_best):
+        failure = _failure(f, bound, inputs, everything.difference(positions))
+        if _is_due_to_number(failure, at_best):
             needed.append(name)
     if needed:
         return _to_be_static(needed, arguments, inputs)
@@ -138,7 +141,7 @@ def _to_be_static(
     if not all(inputs[i].weak for name in names for i in arguments[name]):
         return f"{text}pass it as an argument without arrays, and name that in static_argnames="
     option = repr(names[0] if len(names) == 1 else tuple(names))
-    return f"{text}pass static_argnames={option} to RemoteJaxFunction"
+    return f"{text}pass static_argnames={option}"
 
 
 def in_callers_words(text: str, names: Sequence[str]) -> str:

@@ -286,7 +286,9 @@ class JaxRuntime(Runtime):
         bound = _bound(model, call)
         inputs = decode_all(call.inputs)
         with self._layout.context():
-            advice = for_values(f, bound, inputs, arguments_of(model, call))
+            advice = for_values(
+                f, bound, inputs, arguments_of(model, call), error.__cause__
+            )
             if not advice and (call.transforms or keep is not None):
                 advice = for_call(f, bound, inputs, call.transforms, keep)
         names = input_names(model, call)
