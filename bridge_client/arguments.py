@@ -110,8 +110,8 @@ def check_arguments(
         if not missing:
             return
         problem = f"missing a required argument: {missing[0]!r}"
-        if missing[0] in _KEYS:
-            problem += f" (for a random key in training mode, pass rngs={missing[0]!r})"
+        if missing[0] in _KEYS or rngs:
+            problem += f" (a random key is named in rngs=, as in rngs={missing[0]!r})"
     except TypeError as error:
         problem = str(error)
     raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")

@@ -30,6 +30,7 @@ BridgeError
 └── InternalError          a bug of the bridge
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import NoReturn
@@ -53,6 +54,12 @@ class BridgeError(Exception):
     """Root of all errors of this project."""
 
     status = _Status.UNKNOWN
+
+    def reworded(self, message: str) -> "BridgeError":
+        """Return a copy of this error with another message."""
+        error = copy.copy(self)
+        error.args = (message,)
+        return error
 
 
 class CallerError(BridgeError):
@@ -111,15 +118,6 @@ class RemoteModelError(BridgeError):
         super().__init__(message)
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
-
-    def with_advice(self, advice: str) -> "RemoteModelError":
-        """Return this error with advice for the caller, appended to its message."""
-        message = f"{self.args[0]}\n{advice}"
-        return RemoteModelError(
-            message,
-            remote_type=self.remote_type,
-            remote_traceback=self.remote_traceback,
-        )
 
     def __str__(self) -> str:
         text = super().__str__()

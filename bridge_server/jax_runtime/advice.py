@@ -123,7 +123,7 @@ def _is_due_to_number(
         return error is not None
     is_same = type(error) is type(at_best) and places_of(error) == places_of(at_best)
     return not is_same and (
-        isinstance(error, _NEEDS_VALUE) or "Tracer" in text_of(error)
+        isinstance(error, _NEEDS_VALUE) or "tracer" in text_of(error).lower()
     )
 
 

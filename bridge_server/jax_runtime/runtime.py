@@ -136,7 +136,9 @@ class JaxRuntime(Runtime):
                 )
                 code = lambda arrays, _: (run(bound, *arrays), None)  # noqa: E731
                 program = Program(inputs, outputs, code, where, is_async=self._is_async)
-        except RemoteModelError as error:
+        except (RemoteModelError, CallerError) as error:
+            if error.__cause__ is None:  # not an exception of the model
+                raise
             raise self._advised(error, model, call) from error.__cause__
         program.request = model, call
         if not call.transforms:
@@ -277,27 +279,26 @@ class JaxRuntime(Runtime):
             taken.add(pointer)
         return pointers
 
-    def _advised(
-        self, error: RemoteModelError, model: Model, call: pb.Call
-    ) -> RemoteModelError:
+    def _advised(self, error: BridgeError, model: Model, call: pb.Call) -> BridgeError:
         """Add advice to an error that a static argument or a derivative of the call has caused."""
         keep = call.keep if call.HasField("keep") else None
         f = self._flat(model, call, [])
         bound = _bound(model, call)
         inputs = decode_all(call.inputs)
+        is_models = isinstance(error, RemoteModelError)
+        # The CallerError of torch code has advice of its own, about arrays.
+        cause = error.__cause__ if is_models else None
         with self._layout.context():
-            advice = for_values(
-                f, bound, inputs, arguments_of(model, call), error.__cause__
-            )
-            if not advice and (call.transforms or keep is not None):
+            advice = for_values(f, bound, inputs, arguments_of(model, call), cause)
+            if not advice and is_models and (call.transforms or keep is not None):
                 advice = for_call(f, bound, inputs, call.transforms, keep)
         names = input_names(model, call)
-        error = RemoteModelError(
-            in_callers_words(error.args[0], names),
-            remote_type=error.remote_type,
-            remote_traceback=in_callers_words(error.remote_traceback, names),
-        )
-        return error.with_advice(advice) if advice else error
+        text = in_callers_words(error.args[0], names)
+        advised = error.reworded(f"{text}\n{advice}" if advice else text)
+        if isinstance(advised, RemoteModelError):
+            traceback = in_callers_words(advised.remote_traceback, names)
+            advised.remote_traceback = traceback
+        return advised
 
     def _flat(self, model: Model, call: pb.Call, trees_found: list[pb.Tree]) -> Flat:
         """Return a call as a function of its values and flat arrays.

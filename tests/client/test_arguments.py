@@ -58,7 +58,7 @@ def test_wrong_arguments_are_a_type_error_with_the_signature(text: str) -> None:
 def test_a_key_from_the_worker_need_not_be_passed() -> None:
     """An argument named in rngs may be missing; without rngs, the error names that option."""
     check((1,), {}, "(x, key)", rngs=("key",))
-    with pytest.raises(ArgumentError, match="pass rngs='key'"):
+    with pytest.raises(ArgumentError, match="as in rngs='key'"):
         check((1,), {}, "(x, key)")
 
 

@@ -13,7 +13,10 @@ import pytest
 import torch
 
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import RemoteModelError
+from bridge_server.runtime import Options
+from bridge_server.torch_via_xla import XlaRuntime
+from bridge_wire.errors import CallerError, RemoteModelError
+from tests.runtimes import Hosted
 
 
 def _length(x: Any, n: Any) -> Any:
@@ -107,6 +110,24 @@ def test_a_number_without_a_name_of_its_own_is_explained() -> None:
         RemoteJaxFunction(varied)(x, 1)
     with pytest.raises(RemoteModelError, match=r"`options`.*without arrays"):
         RemoteJaxFunction(nested)(x, {"n": 1, "w": x})
+
+
+def test_torch_code_under_xla_gets_the_advice_too() -> None:
+    """A torch model that JAX traces needs static numbers too; an array gets no advice of JAX."""
+
+    def branch(x: Any, n: Any) -> Any:
+        return x if n > 0 else -x
+
+    def of_data(x: Any) -> Any:
+        return x if x.sum() > 0 else -x
+
+    runtime, x = XlaRuntime(Options(embedded=True)), np.ones(2, np.float32)
+    with pytest.raises(CallerError, match="static_argnames='n'"):
+        Hosted(runtime, branch).call(x, 1)
+    with pytest.raises(CallerError) as raised:
+        Hosted(runtime, of_data).call(x)
+    assert "static_argnames" not in str(raised.value)
+    assert "jax.lax" not in str(raised.value)
 
 
 # Models that read the value of an array, whatever the number.

@@ -66,7 +66,7 @@ def test_arguments_from_the_bridge_are_left_out() -> None:
 
 def test_models_describe_their_signatures() -> None:
     """The names of a haiku model's arguments are those of its function."""
-    haiku_model = hk.transform(lambda x, n=1: x), {}
+    haiku_model: Any = hk.transform(lambda x, n=1: x), {}
     with host(
         jax_model={
             "haiku": haiku_model,

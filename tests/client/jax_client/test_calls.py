@@ -14,6 +14,7 @@ import pytest
 from bridge_client import Session
 from bridge_client.jax import callbacks, primitives, pytrees
 from bridge_wire.errors import (
+    ArgumentError,
     CallerError,
     DTypeError,
     RemoteModelError,
@@ -263,7 +264,7 @@ def test_any_keyword_and_byte_order(remote: Remote) -> None:
     """A model's argument may be called self, and an array may have come from another machine."""
     assert_same(remote("echo")(np.arange(3, dtype=">i4")), jnp.arange(3))
     with pytest.raises(
-        RemoteModelError, match=r"got an unexpected keyword argument 'self'"
+        ArgumentError, match=r"got an unexpected keyword argument 'self'"
     ):
         remote("echo")(self=X)
 
