@@ -40,6 +40,11 @@ _REMEDIES = {
         + r"pass rngs='\1' to RemoteJaxFunction, whose calls in training mode then pass"
         " one; or call the model for inference, such as with train=False"
     ),
+    r"no `rngs` argument was provided": (
+        _NEEDS_KEY
+        + "make the nnx module with rngs=nnx.Rngs(...), and pass the name of its stream,"
+        " such as rngs='dropout', to RemoteJaxFunction; or call .eval() on it"
+    ),
     r"must pass a non-None PRNGKey": (
         _NEEDS_KEY
         + "pass rngs='default' to RemoteJaxFunction, whose calls in training mode then"

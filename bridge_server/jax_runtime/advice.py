@@ -121,10 +121,14 @@ def _is_due_to_number(
     """Return whether a number's lack of a value causes an error; `at_best` is that with values."""
     if error is None or at_best is None:
         return error is not None
-    is_same = type(error) is type(at_best) and places_of(error) == places_of(at_best)
-    return not is_same and (
-        isinstance(error, _NEEDS_VALUE) or "tracer" in text_of(error).lower()
-    )
+    if not _lacks_value(error) or not _lacks_value(at_best):
+        return _lacks_value(error)  # if not, a value of the trial may be the reason
+    return type(error) is not type(at_best) or places_of(error) != places_of(at_best)
+
+
+def _lacks_value(error: BaseException) -> bool:
+    """Return whether an error seems to come from a traced value; only other traces confirm it."""
+    return isinstance(error, _NEEDS_VALUE) or "tracer" in text_of(error).lower()
 
 
 def _to_be_static(

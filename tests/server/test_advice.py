@@ -65,6 +65,11 @@ NEEDS_VALUE: dict[str, Callable[[Any, Any], Any]] = {
     "eqx.filter_jit": eqx.filter_jit(lambda x, n: x if n > 0 else -x),
     "a nondifferentiable argument": lambda x, n: _scaled(x, n),
     "a check of the type": _checked,
+    "a text": lambda x, n: {"1": x}[f"{n}"],
+    "a slice": lambda x, n: x[:n],
+    "int()": lambda x, n: x * int(n),
+    "an axis": lambda x, n: x[None].sum(n),
+    "top_k": lambda x, n: jax.lax.top_k(x, n)[0],
 }
 
 
@@ -76,6 +81,13 @@ def test_a_number_that_must_be_static_is_named(way: str) -> None:
         with pytest.raises(RemoteModelError, match=r"static_argnames='n'"):
             call(RemoteJaxFunction(NEEDS_VALUE[way]))
         call(RemoteJaxFunction(NEEDS_VALUE[way], static_argnames="n"))
+
+
+def test_a_number_is_named_though_the_trial_s_value_fails() -> None:
+    """The bridge tries the value 1, with which this model fails as it does with a traced number."""
+    function = RemoteJaxFunction(lambda x, shape: x.reshape(shape))
+    with pytest.raises(RemoteModelError, match="static_argnames='shape'"):
+        function(torch.ones(6), (2, 3))
 
 
 def test_a_number_is_named_for_a_derivative_too() -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from flax import nnx
 
 from bridge_client.jax import RemoteTorchFunction
 from bridge_client.torch import RemoteJaxFunction
@@ -67,6 +68,12 @@ def test_a_missing_option_is_named(what: str) -> None:
     with pytest.raises(RemoteModelError, match=text):
         RemoteJaxFunction(model)(X)
     RemoteJaxFunction(model, **options)(X)
+
+
+def test_an_nnx_dropout_without_streams_is_told_how_to_get_them() -> None:
+    """The module lacks its nnx.Rngs, so that rngs= alone does not help."""
+    with pytest.raises(RemoteModelError, match=r"rngs=nnx\.Rngs\(\.\.\.\)"):
+        RemoteJaxFunction(nnx.Dropout(0.5))(X)
 
 
 # Errors of callbacks ------------------------------------------------------------------------------
