@@ -114,7 +114,7 @@ def remote(error: BaseException, where: str) -> BridgeError:
         if (match := re.search(pattern, text))
     ]
     return RemoteModelError(
-        "\n".join([_REMARKS.sub("", message), *remedies, f"(in {where})"]),
+        "\n".join([_REMARKS.sub("\n", message).rstrip(), *remedies, f"(in {where})"]),
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
         remote_traceback=_traceback_of(error, frames, message if frames else ""),
     )
@@ -140,7 +140,7 @@ def _quoted(text: str) -> _Quoted:
     last = list(_QUOTED_FRAME.finditer(quoted))[-1:]
     message = "".join(quoted[match.end() :] for match in last).strip()
     # A private class, such as equinox's, says nothing to a caller.
-    return _Quoted(re.sub(r"^_\w+: ", "", message), frames)
+    return _Quoted(re.sub(r"^(?:\w+\.)*_\w+: ", "", message), frames)
 
 
 def _traceback_of(
@@ -155,7 +155,7 @@ def _traceback_of(
     if is_full():
         return "".join([_BEGIN, *traceback.format_list(frames), only])
     lines = traceback.format_list(models_frames([*frames, *quoted]))
-    return "".join([_BEGIN, *lines, _REMARKS.sub("", message or only).rstrip(), "\n"])
+    return "".join([_BEGIN, *lines, _REMARKS.sub("\n", message or only).rstrip(), "\n"])
 
 
 def is_full() -> bool:

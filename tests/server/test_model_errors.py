@@ -154,6 +154,22 @@ def test_frames_of_the_model_stay_and_others_go() -> None:
     assert "JAX has removed" not in str(raised.value)
 
 
+def test_notes_of_the_model_stay() -> None:
+    """A note that the model has added to its error is there, on a line of its own."""
+
+    def noted(x: Any) -> Any:
+        try:
+            return jax.jit(_product)(x)
+        except TypeError as error:
+            error.add_note("in the second layer")
+            raise
+
+    with pytest.raises(RemoteModelError) as raised:
+        RemoteJaxFunction(noted)(X)
+    assert raised.value.remote_traceback.splitlines()[-1] == "in the second layer"
+    assert "JAX has removed" not in raised.value.remote_traceback
+
+
 def test_all_frames_are_shown_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """With BRIDGE_FULL_TRACEBACKS the frames of the bridge and of the framework are there."""
     monkeypatch.setenv(FULL_TRACEBACKS, "1")
