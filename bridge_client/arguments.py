@@ -1,4 +1,4 @@
-"""The arguments of a call as a message: data, and static values.
+"""The arguments of a call: checked by the model's signature, and as a message.
 
 Imports no framework.
 """

@@ -1,4 +1,4 @@
-"""Checks of a client's request, before anything is traced. Imports no framework."""
+"""Signatures of models, and checks of a request before it is traced. Imports no framework."""
 
 import inspect
 import math
