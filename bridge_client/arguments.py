@@ -6,15 +6,15 @@ Imports no framework.
 import ast
 import inspect
 import itertools
-import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge_wire import trees
-from bridge_wire.classes import Classes, Expand, expand_dataclass
+from bridge_wire.classes import Expand, expand_dataclass, peers, recipes
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import ArgumentError, CallerError
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.recipes import returned_in
 from bridge_wire.specs import Spec
 
 _MOST_SOURCE = 1 << 14  # characters of a signature that are parsed
@@ -40,10 +40,7 @@ class Slot(NamedTuple):
 
 
 def encode(
-    arguments: tuple[Any, Any],
-    classes: Classes,
-    *,
-    expand: Expand = expand_dataclass,
+    arguments: tuple[Any, Any], *, expand: Expand = expand_dataclass
 ) -> tuple[pb.Tree, list[int]]:
     """Return the tree of (args, kwargs), with slots for data, and the slots' leaves in the tree's
     order.
@@ -53,10 +50,10 @@ def encode(
     """
     args, kwargs = arguments
     encoded_args, slots = trees.encode(
-        args, _is_slot, classes, expand=expand, root="args"
+        args, _is_slot, peers, expand=expand, root="args"
     )
     encoded_kwargs, more = trees.encode(
-        kwargs, _is_slot, classes, expand=expand, root="kwargs"
+        kwargs, _is_slot, peers, expand=expand, root="kwargs"
     )
     tree = trees.arguments(encoded_args, encoded_kwargs)
     return tree, [slot.leaf for slot in (*slots, *more)]
@@ -163,11 +160,9 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def rebuilder(tree: pb.Tree, classes: Classes) -> Callable[[Sequence[Any]], Any]:
-    """Return the function from a result's leaves to the result."""
-    if tree.WhichOneof("kind") == "leaf":
-        return operator.itemgetter(0)
-    return lambda leaves: trees.build(tree, leaves, classes)
+def recipes_for(arguments: pb.Tree) -> list[pb.Recipe]:
+    """Return the recipes that another worker needs to make the instances in a call's arguments."""
+    return recipes.of(returned_in(arguments))
 
 
 def _is_slot(value: Any) -> bool:

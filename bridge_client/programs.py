@@ -4,11 +4,13 @@ Imports neither sessions, which make programs, nor a framework.
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bridge_wire import specs, trees
+from bridge_wire.classes import peers, recipes
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
@@ -16,6 +18,7 @@ from bridge_wire.specs import Spec
 Positions = tuple[int, ...]
 
 _keys = itertools.count(1)
+_FIRST = operator.itemgetter(0)
 _TAG_BITS = 23  # an id has 63 bits, so that it is also an int64; 40 of them count
 _COUNT_BITS = 40
 
@@ -46,6 +49,27 @@ class _Identity:
 
     link: object = None
     fingerprint: bytes = b""
+
+
+class Result:
+    """The structure of a call's result, with the classes of the worker that prepared it last."""
+
+    def __init__(self) -> None:
+        self.tree = pb.Tree()
+        self._rebuild: Callable[[Sequence[Any]], Any] | None = None
+
+    def adopt(self, tree: pb.Tree) -> None:
+        """Take the structure that a worker, or a runtime in this process, has sent."""
+        if tree != self.tree:
+            self.tree.CopyFrom(tree)
+            self._rebuild = None
+
+    def rebuild(self, leaves: Sequence[Any]) -> Any:
+        """Return the result with these leaves."""
+        if self._rebuild is None:
+            is_leaf = self.tree.WhichOneof("kind") == "leaf"
+            self._rebuild = _FIRST if is_leaf else trees.builder(self.tree, peers)
+        return self._rebuild(leaves)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +120,7 @@ class Program:
     tag: int = 0  # of the only model that this program may run on; 0: any
     # Shared with derived programs.
     identity: _Identity = field(default_factory=_Identity)
-    # Of the call without transforms. Changed in place when another worker prepares the program: it
-    # names that worker's classes.
-    result: pb.Tree = field(default_factory=pb.Tree)
+    result: Result = field(default_factory=Result)  # of the call without transforms
     prepared: Prepared = field(default_factory=Prepared)
     # (link, id): the worker's id for this program, valid on that link only
     name: tuple[object, int] = (None, 0)
@@ -149,11 +171,11 @@ class Program:
     def adopt(self, link: object, prepared: pb.Prepared) -> None:
         """Store the answer of a worker, or of a runtime in this process."""
         outputs = specs.decode_all(prepared.outputs)
-        if self.result != prepared.result:
-            self.result.CopyFrom(prepared.result)
+        recipes.learn(prepared.recipes)
+        self.result.adopt(prepared.result)
         buffer_outputs = self.prepared.buffer_outputs
         if self.request.call.mutable and not self.request.call.transforms:
-            buffer_outputs = len(outputs) - len(trees.leaf_paths(self.result, ""))
+            buffer_outputs = len(outputs) - len(trees.leaf_paths(self.result.tree, ""))
         if prepared.fingerprint:
             self.identity.link, self.identity.fingerprint = link, prepared.fingerprint
         answer = Prepared(prepared.fingerprint or self.fingerprint)

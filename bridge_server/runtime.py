@@ -192,6 +192,10 @@ class Runtime(ABC):
         """
         return b""
 
+    def result(self, model: Model, call: pb.Call) -> pb.Tree:
+        """Return the structure of an untransformed call's result."""
+        return finish(self.prepare_call(model, call)).result
+
     @abstractmethod
     def prepare_parameters(self, model: Model) -> Program:
         """Return the program whose outputs are the model's parameters."""

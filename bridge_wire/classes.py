@@ -7,34 +7,47 @@ import keyword
 import secrets
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 from bridge_wire.errors import ProtocolError, StructureError
+from bridge_wire.instances import (
+    PeerInstance,
+    PeerMapping,
+    complete,
+    fields_of,
+    instance_of,
+    parts_of,
+)
+from bridge_wire.keys import Key
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.recipes import Recipes
 
 _MAX_CLASSES = 1000
 _MAX_FIELDS = 1000  # the time to make a class grows with their square
 _MAX_NAME = 255  # characters
 _MAX_ORIGIN = 1000  # characters
-_NUMBERS = (bool, int, float, complex)
+_PLAIN = (bool, int, float, complex, str)
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Node(NamedTuple):
     """The parts of a class instance."""
 
     cls: type
-    fields: tuple[str, ...]
+    fields: tuple[Any, ...]  # names, or a mapping's keys
     children: Sequence[Any]
     # Function from children to an instance with the same static parts: hashable, and equal for
     # equal static parts. Or a text: the reason why instances cannot be rebuilt.
     builder: Any
     # Whether an instance has parts besides its class and children.
     has_static: bool = False
+    # Those of these parts that are plain values and have names, for the peer's users to read.
+    statics: tuple[tuple[str, Any], ...] = ()
 
 
-# Returns the parts of a class instance; None: the value is no container.
-Expand = Callable[[Any], Node | None]
+# Returns the parts of a class instance or the data of keys; None: the value is no container.
+Expand = Callable[[Any], Node | Key | None]
 
 
 class Instance(NamedTuple):
@@ -51,7 +64,9 @@ class _Structured(NamedTuple):
     """Builder of instances whose class and static parts lie in a framework's structure."""
 
     structure: Any
-    exact: Hashable  # distinguishes equal static numbers: 1, 1.0 and True
+    exact: (
+        Hashable  # types and plain values: 1, 1.0 and True are equal, but not the same
+    )
     unflatten: Callable[[Any, Sequence[Any]], Any]
 
     def __call__(self, items: Sequence[Any]) -> Any:
@@ -74,7 +89,7 @@ def structured(
     parts = static if isinstance(static, tuple) else (static,)
     builder: Any = _Structured(
         structure,
-        tuple((type(p), repr(p) if type(p) in _NUMBERS else "") for p in parts),
+        tuple((type(p), repr(p) if type(p) in _PLAIN else "") for p in parts),
         unflatten,
     )
     try:
@@ -86,9 +101,24 @@ def structured(
     )
 
 
+class _Constant(NamedTuple):
+    """Builder of one object without parts."""
+
+    value: Any
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        return self.value
+
+
+def constant(value: Hashable) -> Node:
+    """Return the node of an object that a peer only hands back."""
+    return Node(type(value), (), (), _Constant(value), has_static=True)
+
+
 def expand_dataclass(value: Any) -> Node | None:
     """Return a dataclass instance's class and fields, or None for any other value."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+    is_instance = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    if not is_instance or isinstance(value, Mapping):
         return None
     names = tuple(field.name for field in dataclasses.fields(value))
     return node_of_fields(value, names, [getattr(value, name) for name in names])
@@ -127,6 +157,28 @@ def attributes_beyond(value: Any, fields: Sequence[str]) -> tuple[str, ...]:
     )
 
 
+def name_of_class(cls: type) -> str:
+    """Return a class's module and name, as origins begin with it."""
+    return f"{cls.__module__}.{cls.__qualname__}"[: _MAX_ORIGIN - 40]
+
+
+def _key_of(kind: str, node: Node) -> Any:
+    return kind, node.cls, node.fields, node.builder
+
+
+def _are_alike(one: tuple[str, Node], other: tuple[str, Node]) -> bool:
+    """Return whether instances differ in parts only that have no plain values, if at all."""
+    (kind, node), (other_kind, known) = one, other
+    same_class = (kind, node.cls, node.fields) == (other_kind, known.cls, known.fields)
+    exact = getattr(node.builder, "exact", node.builder)
+    return same_class and exact == getattr(known.builder, "exact", known.builder)
+
+
+def _forget_oldest(known: dict[Any, Any]) -> None:
+    if len(known) > _MAX_CLASSES:
+        del known[next(iter(known))]
+
+
 _INCOMPARABLE = "its static parts cannot be compared with those of others"
 
 # Attribute of rebuilt instances: the names of attributes that they lack.
@@ -136,43 +188,80 @@ _WITHOUT = "_bridge_without"
 class _Origins:
     """The origins of this process's classes: names known to peers, and the builders behind them.
 
-    A peer returns an instance together with its origin, so no other class is ever used. The origin
-    of a class without static parts is its module and name, equal in each process. A class with
-    static parts gets an origin that cannot be guessed.
+    A peer returns an instance together with its origin, so no other class is ever used. An origin
+    has the class's module and name; those of classes with static parts cannot be guessed. A worker
+    renames its origins by recipes, which are the same in each process.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._names: dict[Any, str] = {}
         self._nodes: dict[str, tuple[str, Node]] = {}
+        self._used: set[str] = set()  # names of classes, each an origin of its own once
+        # Lasting names, by the names that they replace: of trees made before.
+        self._renamed: dict[str, str] = {}
 
     def name_of(self, kind: str, node: Node) -> str:
         """Return the origin of a node's class and static parts; equal parts have equal origins."""
-        key = (kind, node.cls, node.fields, node.builder)
         with self._lock:
             try:
-                name = self._names.get(key)
+                name = self._names.get(_key_of(kind, node))
             except Exception:  # of arrays, for example
                 node = node._replace(builder=_INCOMPARABLE)
-                key = (kind, node.cls, node.fields, node.builder)
-                name = self._names.get(key)
+                name = self._names.get(_key_of(kind, node))
             if name is None:
-                name = f"{node.cls.__module__}.{node.cls.__qualname__}"[:_MAX_ORIGIN]
-                if node.has_static or name in self._nodes:
-                    name = f"{name[: _MAX_ORIGIN - 40]}#{secrets.token_hex(16)}"
-                self._names[key], self._nodes[name] = (
-                    name,
-                    (kind, node._replace(children=())),
-                )
-                # The oldest is forgotten, and refused when it comes back.
-                if len(self._nodes) > _MAX_CLASSES:
-                    del self._nodes[self._names.pop(next(iter(self._names)))]
+                name = name_of_class(node.cls)
+                if node.has_static or name in self._used:
+                    name = f"{name}#{secrets.token_hex(16)}"
+                self._used.add(name_of_class(node.cls))
+                self._names[_key_of(kind, node)] = name
+                self._add(name, kind, node._replace(children=()))
         return name
 
+    def rename(self, origin: str, lasting: str) -> str:
+        """Let peers know an origin by a lasting name, unless it has one; return that name."""
+        with self._lock:
+            kind, node = self._nodes.get(origin, ("", None))
+            if node is None or self._is_lasting(origin):
+                return self._renamed.get(origin, origin)
+            # Each trace of a call may make functions and objects of its own.
+            known = self._nodes.get(lasting)
+            if known is not None and not _are_alike((kind, node), known):
+                return origin
+            del self._nodes[origin]
+            self._names[_key_of(kind, node)] = self._renamed[origin] = lasting
+            if known is None:
+                self._add(lasting, kind, node)
+            _forget_oldest(self._renamed)
+        return lasting
+
+    def alias(self, origin: str, other: str) -> None:
+        """Let peers return instances of an origin by another name too."""
+        with self._lock:
+            if origin in self._nodes:
+                self._add(other, *self._nodes[origin])
+
+    def class_of(self, origin: str) -> type | None:
+        """Return the class of an origin; None if the origin is not known here."""
+        _, node = self._nodes.get(self._renamed.get(origin, origin), ("", None))
+        return None if node is None else node.cls
+
+    def _add(self, name: str, kind: str, node: Node) -> None:
+        self._nodes[name] = (kind, node)
+        # The oldest is forgotten, and refused when it comes back.
+        if len(self._nodes) > _MAX_CLASSES:
+            oldest = next(iter(self._nodes))
+            key = _key_of(*self._nodes.pop(oldest))
+            if self._names.get(key) == oldest:
+                del self._names[key]
+
+    def _is_lasting(self, origin: str) -> bool:
+        return origin in self._renamed.values()
+
     def builder_of(
-        self, kind: str, record: pb.Tree.Record
+        self, kind: str, record: Any, fields: tuple[Any, ...]
     ) -> Callable[[Sequence[Any]], Any]:
-        """Return the builder of a record that a peer returns.
+        """Return the builder of a record or mapping with these fields that a peer returns.
 
         Raises:
           StructureError: its instance cannot be rebuilt.
@@ -186,10 +275,10 @@ class _Origins:
                 f" {record.name[:80]!r} from a recent result of this worker: call the function that"
                 " returns it again, or pass a dict or a dataclass of your own"
             )
-        if (known_kind, node.fields) != (kind, tuple(record.fields)):
+        if (known_kind, node.fields) != (kind, fields):
             raise ProtocolError(
                 f"{record.returned[:80]!r} is a {known_kind} with other fields than"
-                f" {list(record.fields)}"
+                f" {list(fields)}"
             )
         if isinstance(node.builder, str):
             raise StructureError(
@@ -216,75 +305,143 @@ origins = _Origins()
 # The classes made here for peers' classes, and these classes' origins.
 made_here: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
+Adopt = Callable[[type, tuple[str, ...]], None]
+
 
 class Classes:
     """The namedtuple and dataclass types that stand here for a peer's classes.
 
     Each name, fields and origin get a class of their own. Nothing is ever imported on a peer's
-    word. `adopt` is called once with each new dataclass, for a framework to register it as a pytree
-    node.
+    word. Frameworks adopt each dataclass that is made: they register it as a pytree node.
     """
 
-    def __init__(
-        self, adopt: Callable[[type, tuple[str, ...]], None] = lambda cls, fields: None
-    ) -> None:
-        self._adopt = adopt
+    def __init__(self, *adopt: Adopt, key: Callable[[Any, str], Any] = Key) -> None:
+        """`key` makes an array of random keys of their data and implementation."""
+        self.key = key
+        self._adopters = list(adopt)
         self._known: dict[tuple[str, str, tuple[str, ...], str], type] = {}
         self._lock = threading.Lock()
+
+    def adopt_by(self, adopt: Adopt) -> None:
+        """Have a framework adopt the dataclasses made so far and from now on."""
+        with self._lock:
+            self._adopters.append(adopt)
+            for (kind, _, fields, _), cls in self._known.items():
+                if kind != "namedtuple" and cls in made_here:
+                    adopt(cls, fields)
 
     def learn(self, kind: str, cls: type, fields: tuple[str, ...], origin: str) -> None:
         """Use an existing class of this process for the peer's class of that origin."""
         with self._lock:
             self._keep((kind, cls.__name__, fields, origin), cls)
 
-    def find(self, kind: str, name: str, fields: tuple[str, ...], origin: str) -> type:
+    def find(
+        self,
+        kind: str,
+        name: str,
+        fields: tuple[str, ...],
+        origin: str,
+        statics: Mapping[str, Any] = _NOTHING,
+    ) -> type:
         """Return the class that stands for a peer's class; make it at first."""
         with self._lock:
             found = self._known.get((kind, name, fields, origin))
             if found is None:
-                found = self._make(kind, name, fields, origin)
+                named = () if kind == "dict" else fields
+                _check_names(name, named, origin, statics)
+                found = _made(kind, name, fields)
+                complete(found, fields, statics)
+                found.__reduce__ = _reduced  # type: ignore[assignment]
                 made_here[found] = origin
+                for adopt in self._adopters if kind != "namedtuple" else ():
+                    adopt(found, fields)
                 self._keep((kind, name, fields, origin), found)
         return found
 
     def _keep(self, key: tuple[str, str, tuple[str, ...], str], cls: type) -> None:
         self._known[key] = cls
         # Forget the oldest: no client may take the room of all others.
-        if len(self._known) > _MAX_CLASSES:
-            del self._known[next(iter(self._known))]
+        _forget_oldest(self._known)
 
-    def _make(self, kind: str, name: str, fields: tuple[str, ...], origin: str) -> type:
-        if len(origin) > _MAX_ORIGIN:
+
+# The classes that stand for those of workers, and the recipes of their origins. Of a client: all
+# of its functions share them.
+peers = Classes()
+recipes = Recipes()
+
+
+def restored(
+    identity: tuple[str, str, tuple[str, ...], str],
+    statics: Mapping[str, Any],
+    known: Iterable[str],
+    items: Sequence[Any],
+) -> Any:
+    """Return a pickled instance of a worker's class.
+
+    `identity` are the arguments of `Classes.find`, `known` the needed recipes as text.
+    """
+    recipes.learn(pb.Recipe.FromString(each.encode("latin1")) for each in known)
+    _, _, fields, _ = identity
+    return instantiate(peers.find(*identity, statics), fields, items)
+
+
+def _reduced(instance: Any) -> tuple[Any, ...]:
+    """Pickle an instance without code: its identity, recipes and items."""
+    cls, fields = type(instance), fields_of(instance)
+    kind = _kind_of(cls)
+    identity = (kind, cls.__name__, fields, made_here[cls])
+    needed = recipes.of([made_here[cls]])
+    known = [each.SerializeToString().decode("latin1") for each in needed]
+    items = tuple(parts_of(fields, cls)(instance))
+    return restored, (identity, dict(cls._bridge_statics), known, items)
+
+
+def _kind_of(cls: type) -> str:
+    if issubclass(cls, tuple):
+        return "namedtuple"
+    return "dict" if issubclass(cls, PeerMapping) else "dataclass"
+
+
+def _check_names(
+    name: str, fields: Sequence[str], origin: str, statics: Iterable[str]
+) -> None:
+    if len(origin) > _MAX_ORIGIN:
+        raise ProtocolError(
+            f"a tree names a class's origin by {len(origin)} characters; at most {_MAX_ORIGIN}"
+            " are allowed"
+        )
+    names = (name, *fields, *statics)
+    if len(names) > _MAX_FIELDS:
+        raise ProtocolError(
+            f"a tree names a class of {len(names)} fields; at most {_MAX_FIELDS} are allowed"
+        )
+    for word in names:
+        # Would replace the class's own machinery.
+        is_special = word.startswith("__") and word.endswith("__")
+        if (
+            not word.isidentifier()
+            or keyword.iskeyword(word)
+            or is_special
+            or len(word) > _MAX_NAME
+        ):
             raise ProtocolError(
-                f"a tree names a class's origin by {len(origin)} characters; at most {_MAX_ORIGIN}"
-                " are allowed"
+                f"a tree names a class or field {word[:80]!r}, which is no plain identifier"
             )
-        if len(fields) > _MAX_FIELDS:
-            raise ProtocolError(
-                f"a tree names a class of {len(fields)} fields; at most {_MAX_FIELDS} are allowed"
-            )
-        for word in (name, *fields):
-            # Would replace the class's own machinery.
-            is_special = word.startswith("__") and word.endswith("__")
-            if (
-                not word.isidentifier()
-                or keyword.iskeyword(word)
-                or is_special
-                or len(word) > _MAX_NAME
-            ):
-                raise ProtocolError(
-                    f"a tree names a class or field {word[:80]!r}, which is no plain identifier"
-                )
-        try:
-            if kind == "namedtuple":
-                return collections.namedtuple(name, fields)
-            cls = dataclasses.make_dataclass(name, fields, frozen=True, eq=False)
-        except (ValueError, TypeError, SyntaxError) as error:
-            raise ProtocolError(
-                f"a tree names the class {name!r} with unusable fields: {error}"
-            ) from error
-        self._adopt(cls, fields)
-        return cls
+
+
+def _made(kind: str, name: str, fields: tuple[str, ...]) -> type:
+    try:
+        if kind == "namedtuple":
+            return collections.namedtuple(name, fields)
+        if kind == "dict":
+            return type(name, (PeerMapping,), {})
+        return dataclasses.make_dataclass(
+            name, fields, bases=(PeerInstance,), frozen=True, eq=False, repr=False
+        )
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ProtocolError(
+            f"a tree names the class {name!r} with unusable fields: {error}"
+        ) from error
 
 
 def instantiate(
@@ -301,6 +458,8 @@ def instantiate(
     # init=False.
     if issubclass(cls, tuple):
         return tuple.__new__(cls, items)
+    if issubclass(cls, PeerMapping):
+        return instance_of(cls, dict(zip(fields, items, strict=True)))
     instance = object.__new__(cls)
     for field, item in zip(fields, items, strict=True):
         object.__setattr__(instance, field, item)

@@ -4,7 +4,7 @@ Leaves travel beside the tree, in depth-first order; dict keys are in sorted ord
 """
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bridge_wire.classes import (
@@ -18,8 +18,16 @@ from bridge_wire.classes import (
     origins,
 )
 from bridge_wire.errors import ProtocolError, StructureError
+from bridge_wire.instances import PeerMapping, static_parts, statics_of
+from bridge_wire.keys import Key
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.recipes import ENDS, records
 from bridge_wire.values import decode_value, encode_value
+
+# Takes the leaves of a part from the iterator, and returns the part.
+_Taker = Callable[[Iterator[Any]], Any]
+
+_LEAVES = ("leaf", "key")
 
 # Protobuf parsers stop at 100 nested messages, and one level of a tree takes two.
 MAX_DEPTH = 40
@@ -60,6 +68,9 @@ class _Encoder:
             return pb.Tree(leaf=pb.Tree.Leaf())
         if (static := encode_value(value)) is not None:
             return pb.Tree(value=static)
+        if isinstance(value, Key):
+            self.leaves.append(value.data)
+            return pb.Tree(key=pb.Tree.Key(implementation=value.implementation))
         if depth == MAX_DEPTH:
             raise StructureError(
                 f"{path} is nested more than {MAX_DEPTH} levels deep; flatten the structure"
@@ -72,14 +83,19 @@ class _Encoder:
             if fields is None:
                 return pb.Tree(tuple=self._sequence(value, path, depth))
             named = node_of_fields(value, fields, value)
-            return pb.Tree(namedtuple=self._record("namedtuple", named, path, depth))
+            return pb.Tree(namedtuple=self._record(value, named, path, depth))
         if isinstance(value, list):
             return pb.Tree(list=self._sequence(value, path, depth))
-        if isinstance(value, Mapping):
+        if type(value) is dict:
             return pb.Tree(dict=self._mapping(value, path, depth))
-        node = self._expand(value)
-        if node is not None:
-            return pb.Tree(dataclass=self._record("dataclass", node, path, depth))
+        part = self._expand(value)
+        if isinstance(part, Key):
+            return self.tree_of(part, path, depth)
+        if isinstance(value, Mapping):
+            mapping = self._mapping(value, path, depth, part)
+            return pb.Tree(dict=mapping)
+        if part is not None:
+            return pb.Tree(dataclass=self._record(value, part, path, depth))
         raise StructureError(
             f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__};"
             " expected a tensor, a number, bool, str or None, or a dict, list, tuple, namedtuple"
@@ -95,13 +111,23 @@ class _Encoder:
         return pb.Tree.Sequence(items=trees)
 
     def _mapping(
-        self, value: Mapping[Any, Any], path: str, depth: int
+        self, value: Mapping[Any, Any], path: str, depth: int, node: Node | None = None
     ) -> pb.Tree.Mapping:
-        keys = ordered_keys(value)
+        keys = keys_of(value) if node is None else node.fields
         items = [self.tree_of(value[key], f"{path}[{key!r}]", depth) for key in keys]
-        return pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items)
+        mapping = pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items)
+        if isinstance(value, PeerMapping):
+            mapping.name, mapping.returned = (
+                type(value).__name__,
+                made_here[type(value)],
+            )
+        elif node is not None:
+            mapping.name = node.cls.__name__
+            mapping.origin = origins.name_of("dict", node)
+        return mapping
 
-    def _record(self, kind: str, node: Node, path: str, depth: int) -> pb.Tree.Record:
+    def _record(self, value: Any, node: Node, path: str, depth: int) -> pb.Tree.Record:
+        kind = "namedtuple" if isinstance(value, tuple) else "dataclass"
         fields = zip(node.fields, node.children, strict=True)
         items = [self.tree_of(item, f"{path}.{field}", depth) for field, item in fields]
         record = pb.Tree.Record(name=node.cls.__name__, fields=node.fields, items=items)
@@ -111,6 +137,7 @@ class _Encoder:
             record.returned = origin
         else:
             record.origin = origins.name_of(kind, node)
+            record.statics.extend(static_parts(value, node.fields))
         return record
 
 
@@ -120,25 +147,43 @@ def build(tree: pb.Tree, leaves: Iterable[Any], classes: Classes) -> Any:
     Raises:
       ProtocolError: the tree is malformed, or has more or fewer leaves than were given.
     """
-    remaining = iter(leaves)
-    try:
-        value = _build(tree, remaining, classes)
-    except StopIteration:
-        raise ProtocolError("a tree has more leaves than arrays came with it") from None
-    if next(remaining, remaining) is not remaining:
-        raise ProtocolError("a tree has fewer leaves than arrays came with it")
-    return value
+    return builder(tree, classes)(leaves)
+
+
+def builder(tree: pb.Tree, classes: Classes) -> Callable[[Iterable[Any]], Any]:
+    """Return the function from array leaves to the value that a tree describes.
+
+    Raises:
+      ProtocolError: as `build`.
+    """
+    take = _taker(tree, classes)
+
+    def build(leaves: Iterable[Any]) -> Any:
+        remaining = iter(leaves)
+        try:
+            value = take(remaining)
+        except StopIteration:
+            raise ProtocolError(
+                "a tree has more leaves than arrays came with it"
+            ) from None
+        if next(remaining, remaining) is not remaining:
+            raise ProtocolError("a tree has fewer leaves than arrays came with it")
+        return value
+
+    return build
 
 
 def leaf_paths(tree: pb.Tree, root: str) -> list[str]:
     """Return the path of each array leaf, such as `args[0]['w']`, in the order of the leaves."""
-    return [path for path, end in _ends(tree, root) if end.WhichOneof("kind") == "leaf"]
+    return [
+        path for path, end in _ends(tree, root) if end.WhichOneof("kind") in _LEAVES
+    ]
 
 
 def _ends(tree: pb.Tree, root: str) -> Iterator[tuple[str, pb.Tree]]:
     """Yield each array leaf and each static value with its path."""
     kind = tree.WhichOneof("kind")
-    if kind is None or kind == "leaf" or kind == "value":
+    if kind is None or kind in ENDS:
         yield root, tree
         return
     node = getattr(tree, kind)
@@ -198,7 +243,7 @@ def count_nodes(tree: pb.Tree, most: int) -> int:
         node = pending.pop()
         count += 1
         kind = node.WhichOneof("kind")
-        if kind is not None and kind not in ("leaf", "value"):
+        if kind is not None and kind not in ENDS:
             pending += getattr(node, kind).items[: most - count]
     return count
 
@@ -208,15 +253,8 @@ def without_origins(tree: pb.Tree) -> pb.Tree:
     the next."""
     made = pb.Tree()
     made.CopyFrom(tree)
-    pending = [made]
-    while pending:
-        kind = (each := pending.pop()).WhichOneof("kind")
-        if kind is None or kind in ("leaf", "value"):
-            continue
-        node = getattr(each, kind)
-        if kind in ("namedtuple", "dataclass"):
-            node.ClearField("origin")
-        pending += node.items
+    for record in records(made):
+        record.ClearField("origin")
     return made
 
 
@@ -225,39 +263,72 @@ def flat(count: int) -> pb.Tree:
     return pb.Tree(tuple=pb.Tree.Sequence(items=[pb.Tree(leaf=pb.Tree.Leaf())] * count))
 
 
-def _build(tree: pb.Tree, leaves: Iterator[Any], classes: Classes) -> Any:
+def _taker(tree: pb.Tree, classes: Classes) -> _Taker:
     kind = tree.WhichOneof("kind")
     if kind == "leaf":
-        return next(leaves)
+        return next
     if kind == "value":
-        return decode_value(tree.value)
+        value = decode_value(tree.value)
+        return lambda leaves: value
     if kind is None:
         raise ProtocolError("a tree has a node of no kind")
     node = getattr(tree, kind)
-    items = [_build(item, leaves, classes) for item in node.items]
+    if kind == "key":
+        return lambda leaves: classes.key(next(leaves), node.implementation)
+    takers = [_taker(item, classes) for item in node.items]
     if kind == "list":
-        return items
+        return lambda leaves: [take(leaves) for take in takers]
     if kind == "tuple":
-        return tuple(items)
-    if kind == "dict":
-        keys = [decode_value(key) for key in node.keys]
-        if len(keys) != len(items) or len(set(keys)) != len(keys):
-            raise ProtocolError(
-                f"a dict of a tree has {len(items)} items for {len(set(keys))} distinct keys"
-            )
-        return dict(zip(keys, items, strict=True))
-    fields = tuple(node.fields)
-    if len(fields) != len(items):
+        return lambda leaves: tuple([take(leaves) for take in takers])
+    if kind == "dict" and not (node.origin or node.returned):
+        keys = _distinct_keys(node)
+        return lambda leaves: {
+            key: take(leaves) for key, take in zip(keys, takers, strict=True)
+        }
+    make = _maker_of(kind, node, classes)
+    return lambda leaves: make([take(leaves) for take in takers])
+
+
+def _distinct_keys(node: Any) -> list[Any]:
+    keys = [decode_value(key) for key in node.keys]
+    if len(keys) != len(node.items) or len(set(keys)) != len(keys):
         raise ProtocolError(
-            f"the class {node.name!r} of a tree has {len(items)} items for {len(fields)} fields"
+            f"a dict of a tree has {len(node.items)} items for {len(set(keys))} distinct keys"
+        )
+    return keys
+
+
+def _maker_of(kind: str, node: Any, classes: Classes) -> Callable[[list[Any]], Any]:
+    fields = tuple(_distinct_keys(node) if kind == "dict" else node.fields)
+    if len(fields) != len(node.items):
+        raise ProtocolError(
+            f"the class {node.name!r} of a tree has {len(node.items)} items for"
+            f" {len(fields)} fields"
         )
     if node.returned:
-        return origins.builder_of(kind, node)(items)
+        return origins.builder_of(kind, node, fields)
     if not node.origin:
         origins.refuse_without_origin(kind, node.name, fields)
-    return instantiate(
-        classes.find(kind, node.name, fields, node.origin), fields, items
-    )
+    statics = {} if kind == "dict" else statics_of(node)
+    cls = classes.find(kind, node.name, fields, node.origin, statics)
+    return lambda items: instantiate(cls, fields, items)
+
+
+def keys_of(value: Mapping[Any, Any]) -> Sequence[Any]:
+    """Return the keys of a mapping in the order in which its items travel.
+
+    Raises:
+      StructureError: keys were added to an instance of a peer's class, or taken from it.
+    """
+    if not isinstance(value, PeerMapping):
+        return ordered_keys(value)
+    keys = type(value)._bridge_fields
+    if value.keys() != set(keys):
+        raise StructureError(
+            f"a {type(value).__name__} of the worker has the keys {list(value)[:20]}, but had"
+            f" {list(keys)[:20]}; keep its keys, or pass a dict"
+        )
+    return keys
 
 
 def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:

@@ -119,7 +119,7 @@ class _Point:
     def checks(self) -> Iterator[Check]:
         program = self._program
         values = self._run(program, self._values)
-        names = trees.leaf_paths(program.result, "result")
+        names = trees.leaf_paths(program.result.tree, "result")
         directions = {i: self._direction(i) for i in self._wrt}
         differences = {i: self._difference(i, directions[i]) for i in self._wrt}
         tangents = {i: self._pushed(i, directions[i]) for i in self._wrt}

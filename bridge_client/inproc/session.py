@@ -213,6 +213,7 @@ class InprocSession(Session):
                 program=era.add(made),
                 result=made.result,
                 outputs=[specs.encode(s) for s in made.outputs],
+                recipes=era.programs.recipes(made),
             ),
         )
         return made

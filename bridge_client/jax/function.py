@@ -18,7 +18,7 @@ from bridge_client.arguments import (
     encode,
     marked_static,
     names_of,
-    rebuilder,
+    recipes_for,
 )
 from bridge_client.jax import primitives, sharding
 from bridge_client.jax.memory import as_array, dtype_of, from_block, has_x64, spec_of
@@ -27,14 +27,12 @@ from bridge_client.jax.pytrees import (
     flatten,
     marked,
     path_of,
-    register_dataclass,
     register_if_dataclass,
 )
 from bridge_client.programs import Program
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import ParameterInfo, Session, checked_limit
 from bridge_wire import specs, trees
-from bridge_wire.classes import Classes
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, DTypeError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -105,7 +103,6 @@ class RemoteTorchFunction:
         self._in_specs = in_specs
         self._out_specs = out_specs
         self._calls: dict[Hashable, _Call] = {}
-        self._classes = Classes(adopt=register_dataclass)
         self._state: dict[str, jax.Array] | None = None
 
     @property
@@ -175,17 +172,12 @@ class RemoteTorchFunction:
         return (result, new_buffers) if mutable else result
 
     def __getstate__(self) -> dict[str, Any]:
-        # Programs and classes belong to this process: a copy makes its own.
-        return {
-            key: value
-            for key, value in self.__dict__.items()
-            if key not in ("_calls", "_classes")
-        }
+        # Programs belong to this process: a copy makes its own.
+        return {key: value for key, value in self.__dict__.items() if key != "_calls"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._calls = {}
-        self._classes = Classes(adopt=register_dataclass)
 
     def __repr__(self) -> str:
         return (
@@ -406,7 +398,7 @@ class RemoteTorchFunction:
         """Describe a call with a new signature, and prepare its program."""
         slotted = [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
         tree = jax.tree.unflatten(structure, slotted)
-        arguments, slots = encode(tree, self._classes, expand=expand)
+        arguments, slots = encode(tree, expand=expand)
         infos = self._model.parameters
         paths = [info.path for info in infos] if options.own is not None else []
         paths += ["rng"] if options.key is not None else []
@@ -422,6 +414,7 @@ class RemoteTorchFunction:
                 parameters=options.own is not None,
                 rngs=_STREAMS if options.key is not None else (),
                 mutable=options.is_mutable,
+                recipes=recipes_for(arguments),
             ),
             labels=paths,
             timeout_s=self.timeout_s,
@@ -432,7 +425,7 @@ class RemoteTorchFunction:
         buffers = (
             [info.path for info in self._infos("buffers")] if options.is_mutable else []
         )
-        return _Call(program, order, buffers, rebuilder(program.result, self._classes))
+        return _Call(program, order, buffers, program.result.rebuild)
 
     def _spec_of(self, value: Any, path: str) -> Spec:
         if type(value) in NUMBERS:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,9 +12,11 @@ from bridge_wire.classes import (
     attributes_beyond,
     expand_dataclass,
     instantiate,
+    peers,
     structured,
 )
 from bridge_wire.errors import StructureError
+from bridge_wire.instances import PeerMapping, parts_of
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -75,9 +77,27 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
         )
 
 
+def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
+    """Make a class that stands for a worker's a pytree node."""
+    parts = parts_of(fields, cls)
+    step: Any = jax.tree_util.GetAttrKey
+    if issubclass(cls, PeerMapping):
+        step = jax.tree_util.DictKey
+    keys = list(map(step, fields))
+    jax.tree_util.register_pytree_with_keys(
+        cls,
+        lambda value: (list(zip(keys, parts(value), strict=True)), None),
+        lambda _, children: instantiate(cls, fields, children),
+        lambda value: (parts(value), None),
+    )
+
+
+peers.adopt_by(register_peer)
+
+
 def expand(value: Any) -> Node | None:
     """Return the parts of a dataclass, or of any other pytree node that jax knows."""
-    if (node := expand_dataclass(value)) is not None:
+    if (node := expand_dataclass(value)) is not None or isinstance(value, Mapping):
         return node
     structure: Any
     children, structure = jax.tree.flatten(value, is_leaf=lambda x: x is not value)

@@ -355,7 +355,7 @@ class RemoteSession(Session):
         outputs = decode_all(prepared.outputs)
         results = [
             trees.without_origins(result)
-            for result in (prepared.result, program.result)
+            for result in (prepared.result, program.result.tree)
         ]
         if program.outputs and (outputs != program.outputs or results[0] != results[1]):
             raise ModelChanged(

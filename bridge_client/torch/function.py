@@ -19,7 +19,7 @@ from bridge_client.arguments import (
     check_arguments,
     marked_static,
     names_of,
-    rebuilder,
+    recipes_for,
 )
 from bridge_client.futures import completed
 from bridge_client.remote.connecting import session_for
@@ -40,11 +40,9 @@ from bridge_client.torch.pytrees import (
     flatten,
     flatten_fully,
     marked,
-    register_dataclass,
 )
 from bridge_client.torch.signatures import TENSORS, ShapeOf
 from bridge_wire import specs, trees
-from bridge_wire.classes import Classes
 from bridge_wire.errors import BridgeError, CallerError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -108,7 +106,6 @@ class RemoteJaxFunction(nn.Module):
         self._is_stateful = mutable or bool(self._rngs)
         self._mode = int(pb.MODE_UNSPECIFIED)
         self._calls: dict[Hashable, _Call] = {}
-        self._classes = Classes(adopt=register_dataclass)
         self._number = graphs.number_of(self)
         self._owners: Owners = []
         self._buffer_positions: list[int] = []
@@ -262,7 +259,7 @@ class RemoteJaxFunction(nn.Module):
             info = self._model
             check_arguments(info.name, info.signature, (args, kwargs), rngs)
             flat = flat or flatten((args, kwargs))
-            arguments, data = signatures.encoded(flat, statics, self._classes)
+            arguments, data = signatures.encoded(flat, statics)
             call = self._prepare(arguments, [*own, *data], mode, is_stateful, shape_of)
             self._calls[signature] = call
         outputs = apply(call.program, inputs)
@@ -328,17 +325,16 @@ class RemoteJaxFunction(nn.Module):
         return function
 
     def __getstate__(self) -> Kwargs:
-        # Programs and classes belong to this process: a copy makes its own.
+        # Programs belong to this process: a copy makes its own.
         return {
             key: value
             for key, value in self.__dict__.items()
-            if key not in ("_calls", "_classes", "_number")
+            if key not in ("_calls", "_number")
         }
 
     def __setstate__(self, state: Kwargs) -> None:
         super().__setstate__(state)
         self._calls = {}
-        self._classes = Classes(adopt=register_dataclass)
         self._number = graphs.number_of(self)
         keep_all_in_slab(self.session, self._owners)
 
@@ -384,6 +380,7 @@ class RemoteJaxFunction(nn.Module):
             rngs=rngs,
             mutable=is_stateful and self._is_mutable,
             mode=mode,  # type: ignore[arg-type]
+            recipes=recipes_for(arguments),
         )
         plain = self.session.described_call(
             call, labels=paths, timeout_s=self.timeout_s
@@ -391,7 +388,7 @@ class RemoteJaxFunction(nn.Module):
         program: AnyProgram = prepare(plain, inputs)
         if any(isinstance(size, Seen) for shape in shapes for size in shape):
             program = for_all_sizes(plain, shapes)
-        return _Call(program, rebuilder(program.result, self._classes))
+        return _Call(program, program.result.rebuild)
 
 
 class _Call(NamedTuple):

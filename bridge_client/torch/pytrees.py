@@ -8,13 +8,19 @@ from typing import Any
 
 import optree
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from bridge_client.arguments import NUMBERS
 from bridge_wire import trees
-from bridge_wire.classes import attributes_beyond, instantiate
+from bridge_wire.classes import attributes_beyond, instantiate, peers, restored
 from bridge_wire.errors import StructureError
+from bridge_wire.instances import PeerInstance, PeerMapping, fields_of, parts_of
+from bridge_wire.keys import Key
 
 _NAMESPACE = "torch-jax-bridge"
+# optree's own functions use it if no namespace is given; private (optree 0.20).
+_EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE", _NAMESPACE)
 _LEAVES = {bool, str, *NUMBERS, torch.Tensor, torch.nn.Parameter}  # the usual ones
 
 
@@ -111,6 +117,80 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
 
     with contextlib.suppress(ValueError):  # another thread was faster
         optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
+
+
+def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
+    """Make a class that stands for a worker's a pytree node of optree and of torch.
+
+    So torch.func, torch.utils.data and the user's own tree functions see its items.
+    """
+    children_of = parts_of(fields, cls)
+    _register_everywhere(
+        cls,
+        fields,
+        lambda value: (children_of(value), None),
+        lambda _, children: instantiate(cls, fields, children),
+    )
+
+
+def _register_everywhere(
+    cls: type,
+    fields: tuple[Any, ...],
+    flatten: Callable[[Any], tuple[Sequence[Any], Any]],
+    unflatten: Callable[[Any, Any], Any],
+) -> None:
+    optree.register_pytree_node(
+        cls, lambda value: (*flatten(value), fields), unflatten, namespace=_EVERYWHERE
+    )
+    step = pytree.MappingKey if issubclass(cls, Mapping) else pytree.GetAttrKey
+    keys = list(map(step, fields))
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        children, context = flatten(value)
+        return list(zip(keys, children, strict=True)), context
+
+    pytree.register_pytree_node(
+        cls,
+        lambda value: (list(flatten(value)[0]), flatten(value)[1]),
+        lambda children, context: unflatten(context, children),
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+
+
+def _collate(batch: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
+    """Collate instances of a worker's class, for torch's DataLoader: field by field."""
+    cls, fields = type(batch[0]), fields_of(batch[0])
+    if any(type(each) is not cls for each in batch):
+        raise StructureError(
+            f"a batch has instances of different classes or static parts: {batch[0]!r} and"
+            " others; batch those of one kind together"
+        )
+    columns = zip(*map(parts_of(fields, cls), batch), strict=True)
+    collated = [
+        collate(list(column), collate_fn_map=collate_fn_map) for column in columns
+    ]
+    return instantiate(cls, fields, collated)
+
+
+def _collate_keys(batch: Sequence[Key], *, collate_fn_map: Any = None) -> Key:
+    (implementation,) = {key.implementation for key in batch}
+    data = collate([key.data for key in batch], collate_fn_map=collate_fn_map)
+    return Key(data, implementation)
+
+
+peers.adopt_by(register_peer)
+_register_everywhere(
+    Key,
+    ("data",),
+    lambda key: ([key.data], key.implementation),
+    lambda implementation, children: Key(next(iter(children)), implementation),
+)
+default_collate_fn_map |= {
+    PeerInstance: _collate,
+    PeerMapping: _collate,
+    Key: _collate_keys,
+}
+torch.serialization.add_safe_globals([restored, Key])
 
 
 def marked(value: Any, mark: bool) -> Any:

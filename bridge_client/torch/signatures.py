@@ -16,7 +16,6 @@ from bridge_client.torch import modes
 from bridge_client.torch.families import Seen, seen
 from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
 from bridge_client.torch.pytrees import path_of
-from bridge_wire.classes import Classes
 from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -95,9 +94,7 @@ def of_pytrees(
     return key, inputs
 
 
-def encoded(
-    flat: Flat, statics: frozenset[int], classes: Classes
-) -> tuple[pb.Tree, list[Any]]:
+def encoded(flat: Flat, statics: frozenset[int]) -> tuple[pb.Tree, list[Any]]:
     """Return a call's arguments as a message, and the leaves that are data, in the same order."""
     leaves, structure = flat
     slots = [
@@ -105,7 +102,7 @@ def encoded(
         for i, leaf in enumerate(leaves)
     ]
     slotted: Any = optree.tree_unflatten(structure, slots)
-    arguments, order = encode(slotted, classes)
+    arguments, order = encode(slotted)
     if order != sorted(order):
         raise StructureError(
             "a dict of the arguments has keys that cannot be sorted; use strings only"

@@ -35,6 +35,7 @@ from bridge_server.jax_runtime.types import (
     importer_on,
     is_array_like,
     is_inexact,
+    key_of,
     register_dataclass,
 )
 from bridge_server.model_errors import LEAKED, is_full, is_refused, model_errors
@@ -96,7 +97,7 @@ class JaxRuntime(Runtime):
                 "--mesh shards compiled programs over devices, but --no-jit compiles none; leave"
                 " out one of them"
             )
-        self._classes = Classes(adopt=register_dataclass)
+        self._classes = Classes(register_dataclass, key=key_of)
         self._values = Values(_bytes_of)
 
     def describe(self) -> Description:
@@ -178,6 +179,14 @@ class JaxRuntime(Runtime):
                 error,
             )
         return fingerprint.digest()
+
+    def result(self, model: Model, call: pb.Call) -> pb.Tree:
+        inputs = decode_all(call.inputs)
+        found: list[pb.Tree] = []
+        f = functools.partial(self._flat(model, call, found), _bound(model, call))
+        with model_errors(_where(model, call, inputs)), self._layout.context():
+            jax.eval_shape(f, *avals_of(inputs))
+        return found[-1]
 
     def prepare_parameters(self, model: Model) -> runtime.Program:
         outputs = [aval_of(parameter.spec) for parameter in model.parameters]

@@ -1,9 +1,11 @@
 """Conversions between specs and JAX's types; JAX's notion of arrays, pytree nodes and paths."""
 
 import ctypes
+import enum
 import functools
 import math
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,9 +14,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
-from bridge_wire.classes import Node, structured
+from bridge_wire.classes import Node, constant, structured
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
+from bridge_wire.keys import Key
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.specs import Spec
 
@@ -98,10 +101,34 @@ def is_inexact(value: Any) -> bool:
     return BY_NAME[dtype_name(value)].is_inexact
 
 
+_ARRAYS = jax.Array | np.ndarray | np.generic | bool | int | float | complex
+
+
 def is_array_like(value: Any) -> bool:
-    return isinstance(
-        value, jax.Array | np.ndarray | np.generic | bool | int | float | complex
+    return isinstance(value, _ARRAYS) and not is_key(value)
+
+
+def is_key(value: Any) -> bool:
+    """Return whether a value is an array of typed random keys."""
+    return isinstance(value, jax.Array) and jnp.issubdtype(
+        value.dtype, jax.dtypes.prng_key
     )
+
+
+def key_of(data: Any, implementation: str) -> jax.Array:
+    """Return the random keys of these data.
+
+    Raises:
+      SpecError: they are no keys of that implementation.
+    """
+    try:
+        keys: jax.Array = jax.random.wrap_key_data(data, impl=implementation)
+        return keys
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"a random key of implementation {implementation[:80]!r} came as"
+            f" {dtype_name(data)}{list(data.shape)}: {error}"
+        ) from error
 
 
 def as_output(leaf: Any, position: int) -> Any:
@@ -118,25 +145,53 @@ def number_to_array(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, bool | int | float | complex) else leaf
 
 
-def expand(value: Any) -> Node | None:
-    """Split any pytree node that is registered with jax; None for a leaf."""
+def expand(value: Any) -> Node | Key | None:
+    """Split any pytree node that is registered with jax, and random keys; None for a leaf."""
+    if is_key(value):
+        return Key(jax.random.key_data(value), str(jax.random.key_impl(value)))
     structure: Any
-    children, structure = jax.tree_util.tree_flatten_with_path(
+    flat, structure = jax.tree_util.tree_flatten_with_path(
         value, is_leaf=lambda x: x is not value
     )
-    if len(children) == 1 and children[0][1] is value:
-        return None
-    names = [path_step(path[0]) for path, _ in children]
-    if not all(name.isidentifier() for name in names):
-        names = [f"item{i}" for i in range(len(children))]
+    if len(flat) == 1 and flat[0][1] is value:
+        return constant(value) if _is_constant(value) else None
+    steps = [path[0] for path, _ in flat]
+    children = [child for _, child in flat]
+    fields: Sequence[Any] = list(map(path_step, steps))
+    if isinstance(value, Mapping):
+        fields = [getattr(step, "key", getattr(step, "name", None)) for step in steps]
+        if set(fields) != set(value):
+            return None
+    elif not all(field.isidentifier() for field in fields):
+        fields = [f"item{i}" for i in range(len(children))]
     return structured(
         type(value),
-        tuple(names),
-        [child for _, child in children],
+        tuple(fields),
+        children,
         structure=structure,
         static=structure.node_data()[1],
         unflatten=jax.tree_util.tree_unflatten,
     )
+
+
+# Parts of modules that jax takes for leaves: functions, as activations, dtypes and enumerations.
+# They are defined by the model's code, and hold no arrays of a call.
+_CONSTANTS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    type,
+    np.dtype,
+    np.ufunc,
+    enum.Enum,
+    jax.custom_jvp,
+    jax.custom_vjp,
+    type(jax.jit(lambda: None)),
+    bytes,
+)
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, _CONSTANTS)
 
 
 def path_step(step: Any) -> str:

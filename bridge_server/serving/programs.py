@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
+from bridge_server.serving.identities import Identities, plain
 from bridge_wire import trees
 from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
@@ -46,30 +47,35 @@ class Programs:
         self._runtime = runtime
         self._slots: OrderedDict[object, _Slot] = OrderedDict()
         self._fingerprints: dict[bytes, bytes] = {}
+        self._identities = Identities(self.fingerprint, self._result)
         self._lock = threading.Lock()
 
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
         model = self._model(request.model)
         _check_extent(request)
-        key = request.SerializeToString(deterministic=True)
-        return (
-            yield from self._once(
-                key, lambda: self._runtime.prepare_call(model, request)
-            )
-        )
+        known = self._identities.recalled(request)
+        key = known.SerializeToString(deterministic=True)
+
+        def prepare() -> Preparation:
+            program = yield from self._runtime.prepare_call(model, known)
+            program.result = self._identities.named(known, program.result)
+            return program
+
+        return (yield from self._once(key, prepare))
+
+    def recipes(self, program: Program) -> list[pb.Recipe]:
+        """Return the recipes of the origins in a program's result."""
+        return self._identities.recipes_of(program.result)
 
     def fingerprint(self, request: pb.Call) -> bytes:
         """Return the fingerprint of a prepared call, computed without its transforms."""
-        plain = pb.Call()
-        plain.CopyFrom(request)
-        plain.ClearField("transforms")
-        plain.ClearField("keep")
-        key = plain.SerializeToString(deterministic=True)
+        call = plain(request)
+        key = call.SerializeToString(deterministic=True)
         known = self._fingerprints.get(key)
         if known is None:
             known = self._fingerprints[key] = self._runtime.fingerprint(
-                self._model(request.model), plain
+                self._model(request.model), call
             )
             if len(self._fingerprints) > _MAX_PROGRAMS:
                 self._fingerprints.pop(next(iter(self._fingerprints)), None)
@@ -122,6 +128,11 @@ class Programs:
                 lambda: self._runtime.prepare_pullback(program, wrt, outputs),
             )
         )
+
+    def _result(self, call: pb.Call) -> pb.Tree:
+        """Return the structure of an untransformed call's result."""
+        _check_extent(call)
+        return self._runtime.result(self._model(call.model), call)
 
     def _model(self, name: str) -> Model:
         model = self.models.get(name)

@@ -136,6 +136,7 @@ class Service(BridgeServicer):
                     result=program.result,
                     outputs=[specs.encode(spec) for spec in program.outputs],
                     fingerprint=fingerprint,
+                    recipes=self._programs.recipes(program),
                 )
             )
         except BridgeError as error:

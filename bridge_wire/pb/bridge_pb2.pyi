@@ -95,7 +95,7 @@ class Value(_message.Message):
     def __init__(self, none: bool = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., complex: _Optional[_Union[Value.Complex, _Mapping]] = ...) -> None: ...
 
 class Tree(_message.Message):
-    __slots__ = ("leaf", "value", "tuple", "list", "dict", "namedtuple", "dataclass")
+    __slots__ = ("leaf", "value", "tuple", "list", "dict", "namedtuple", "dataclass", "key")
     class Leaf(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
@@ -105,25 +105,45 @@ class Tree(_message.Message):
         items: _containers.RepeatedCompositeFieldContainer[Tree]
         def __init__(self, items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
     class Mapping(_message.Message):
-        __slots__ = ("keys", "items")
+        __slots__ = ("keys", "items", "name", "origin", "returned")
         KEYS_FIELD_NUMBER: _ClassVar[int]
         ITEMS_FIELD_NUMBER: _ClassVar[int]
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        ORIGIN_FIELD_NUMBER: _ClassVar[int]
+        RETURNED_FIELD_NUMBER: _ClassVar[int]
         keys: _containers.RepeatedCompositeFieldContainer[Value]
         items: _containers.RepeatedCompositeFieldContainer[Tree]
-        def __init__(self, keys: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ...) -> None: ...
+        name: str
+        origin: str
+        returned: str
+        def __init__(self, keys: _Optional[_Iterable[_Union[Value, _Mapping]]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., name: _Optional[str] = ..., origin: _Optional[str] = ..., returned: _Optional[str] = ...) -> None: ...
     class Record(_message.Message):
-        __slots__ = ("name", "fields", "items", "origin", "returned")
+        __slots__ = ("name", "fields", "items", "origin", "returned", "statics")
         NAME_FIELD_NUMBER: _ClassVar[int]
         FIELDS_FIELD_NUMBER: _ClassVar[int]
         ITEMS_FIELD_NUMBER: _ClassVar[int]
         ORIGIN_FIELD_NUMBER: _ClassVar[int]
         RETURNED_FIELD_NUMBER: _ClassVar[int]
+        STATICS_FIELD_NUMBER: _ClassVar[int]
         name: str
         fields: _containers.RepeatedScalarFieldContainer[str]
         items: _containers.RepeatedCompositeFieldContainer[Tree]
         origin: str
         returned: str
-        def __init__(self, name: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., origin: _Optional[str] = ..., returned: _Optional[str] = ...) -> None: ...
+        statics: _containers.RepeatedCompositeFieldContainer[Tree.Static]
+        def __init__(self, name: _Optional[str] = ..., fields: _Optional[_Iterable[str]] = ..., items: _Optional[_Iterable[_Union[Tree, _Mapping]]] = ..., origin: _Optional[str] = ..., returned: _Optional[str] = ..., statics: _Optional[_Iterable[_Union[Tree.Static, _Mapping]]] = ...) -> None: ...
+    class Static(_message.Message):
+        __slots__ = ("name", "value")
+        NAME_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        name: str
+        value: Value
+        def __init__(self, name: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    class Key(_message.Message):
+        __slots__ = ("implementation",)
+        IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+        implementation: str
+        def __init__(self, implementation: _Optional[str] = ...) -> None: ...
     LEAF_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     TUPLE_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +151,7 @@ class Tree(_message.Message):
     DICT_FIELD_NUMBER: _ClassVar[int]
     NAMEDTUPLE_FIELD_NUMBER: _ClassVar[int]
     DATACLASS_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
     leaf: Tree.Leaf
     value: Value
     tuple: Tree.Sequence
@@ -138,7 +159,20 @@ class Tree(_message.Message):
     dict: Tree.Mapping
     namedtuple: Tree.Record
     dataclass: Tree.Record
-    def __init__(self, leaf: _Optional[_Union[Tree.Leaf, _Mapping]] = ..., value: _Optional[_Union[Value, _Mapping]] = ..., tuple: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., list: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., dict: _Optional[_Union[Tree.Mapping, _Mapping]] = ..., namedtuple: _Optional[_Union[Tree.Record, _Mapping]] = ..., dataclass: _Optional[_Union[Tree.Record, _Mapping]] = ...) -> None: ...
+    key: Tree.Key
+    def __init__(self, leaf: _Optional[_Union[Tree.Leaf, _Mapping]] = ..., value: _Optional[_Union[Value, _Mapping]] = ..., tuple: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., list: _Optional[_Union[Tree.Sequence, _Mapping]] = ..., dict: _Optional[_Union[Tree.Mapping, _Mapping]] = ..., namedtuple: _Optional[_Union[Tree.Record, _Mapping]] = ..., dataclass: _Optional[_Union[Tree.Record, _Mapping]] = ..., key: _Optional[_Union[Tree.Key, _Mapping]] = ...) -> None: ...
+
+class Recipe(_message.Message):
+    __slots__ = ("origin", "fingerprint", "call", "record")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    fingerprint: bytes
+    call: bytes
+    record: int
+    def __init__(self, origin: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., call: _Optional[bytes] = ..., record: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("kind", "message", "remote_type", "traceback")
@@ -279,7 +313,7 @@ class PrepareRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode")
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode", "recipes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -289,6 +323,7 @@ class Call(_message.Message):
     RNGS_FIELD_NUMBER: _ClassVar[int]
     MUTABLE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    RECIPES_FIELD_NUMBER: _ClassVar[int]
     model: str
     arguments: Tree
     inputs: _containers.RepeatedCompositeFieldContainer[Spec]
@@ -298,7 +333,8 @@ class Call(_message.Message):
     rngs: _containers.RepeatedScalarFieldContainer[str]
     mutable: bool
     mode: Mode
-    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ...) -> None: ...
+    recipes: _containers.RepeatedCompositeFieldContainer[Recipe]
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ...) -> None: ...
 
 class Wrt(_message.Message):
     __slots__ = ("inputs",)
@@ -383,18 +419,20 @@ class Shape(_message.Message):
     def __init__(self, sizes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Prepared(_message.Message):
-    __slots__ = ("program", "result", "outputs", "shapes", "fingerprint")
+    __slots__ = ("program", "result", "outputs", "shapes", "fingerprint", "recipes")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     SHAPES_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    RECIPES_FIELD_NUMBER: _ClassVar[int]
     program: int
     result: Tree
     outputs: _containers.RepeatedCompositeFieldContainer[Spec]
     shapes: _containers.RepeatedCompositeFieldContainer[Shape]
     fingerprint: bytes
-    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ..., fingerprint: _Optional[bytes] = ...) -> None: ...
+    recipes: _containers.RepeatedCompositeFieldContainer[Recipe]
+    def __init__(self, program: _Optional[int] = ..., result: _Optional[_Union[Tree, _Mapping]] = ..., outputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., shapes: _Optional[_Iterable[_Union[Shape, _Mapping]]] = ..., fingerprint: _Optional[bytes] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ...) -> None: ...
 
 class LaneRequest(_message.Message):
     __slots__ = ("attach", "share", "run", "release", "chunk", "peek", "order")

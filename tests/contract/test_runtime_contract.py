@@ -191,7 +191,7 @@ def test_structures_pass_both_ways(serve: Serve) -> None:
     items = [pb.Tree(dict=mapping), pb.Tree(value=pb.Value(text="four"))]
     x, y = numbers(2), numbers(3)
     program = served.call(x, y, tree=pb.Tree(tuple=pb.Tree.Sequence(items=items)))
-    assert trees.leaf_paths(program.result, "result") == [
+    assert trees.leaf_paths(program.result.tree, "result") == [
         "result['kept'][0]",
         "result['sum']",
     ]

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from bridge_wire.memory import cuda
+from bridge_wire.memory.cuda_memory import end_what_is_left
 
 FAKE = Path(__file__).resolve().parent / "fake"
 ROOT = FAKE.parent.parent.parent
@@ -58,6 +59,7 @@ def installed(directory: Path, *gpus: str, nbytes: int | None = None) -> Iterato
     try:
         yield fake
     finally:
+        end_what_is_left()
         _forget()
         fake.uninstall()
         if "cupy" in sys.modules:

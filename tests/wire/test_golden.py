@@ -18,6 +18,7 @@ V = pb.Value
 LEAF = T(leaf=T.Leaf())
 POINT = T.Record(name="P", fields=["x"], items=[LEAF])
 SPEC = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2, 300])
+RECIPE = pb.Recipe(origin="m.P#0", fingerprint=b"12345678", call=b"c", record=2)
 ERROR = pb.Error(kind="SpecError", message="m", remote_type="t", traceback="b")
 
 MESSAGES: dict[str, Message] = {
@@ -42,6 +43,14 @@ MESSAGES: dict[str, Message] = {
     "dataclass": T(dataclass=POINT),
     "the sender's class": T(dataclass=T.Record(name="P", origin="m.P")),
     "the receiver's class": T(dataclass=T.Record(name="P", returned="m.P")),
+    "a receiver's class with static parts": T(
+        dataclass=T.Record(
+            name="P", returned="m.P", statics=[T.Static(name="n", value=V(integer=5))]
+        )
+    ),
+    "the sender's mapping": T(dict=T.Mapping(name="M", origin="m.M")),
+    "the receiver's mapping": T(dict=T.Mapping(name="M", returned="m.M")),
+    "random keys": T(key=T.Key(implementation="threefry2x32")),
     "error": ERROR,
     "describe": pb.DescribeRequest(),
     "described": pb.DescribeReply(
@@ -91,6 +100,9 @@ MESSAGES: dict[str, Message] = {
             mode=pb.MODE_INFERENCE,
         ),
     ),
+    "prepare call with recipes": pb.PrepareRequest(
+        call=pb.Call(model="f", recipes=[RECIPE])
+    ),
     "prepare parameters": pb.PrepareRequest(
         session=b"s", parameters=pb.Parameters(model="f")
     ),
@@ -108,6 +120,9 @@ MESSAGES: dict[str, Message] = {
     ),
     "prepared with a fingerprint": pb.PrepareEvent(
         prepared=pb.Prepared(program=3, fingerprint=b"12345678")
+    ),
+    "prepared with recipes": pb.PrepareEvent(
+        prepared=pb.Prepared(program=3, recipes=[RECIPE])
     ),
     "shapes": pb.PrepareEvent(prepared=pb.Prepared(shapes=[pb.Shape(sizes=["2*d0"])])),
     "attach": pb.LaneRequest(attach=pb.Attach(session=b"s")),
@@ -160,6 +175,10 @@ GOLDEN = {
     "dataclass": "3a0a0a01501201781a020a00",
     "the sender's class": "3a080a015022036d2e50",
     "the receiver's class": "3a080a01502a036d2e50",
+    "a receiver's class with static parts": "3a110a01502a036d2e5032070a016e1202180a",
+    "the sender's mapping": "2a081a014d22036d2e4d",
+    "the receiver's mapping": "2a081a014d2a036d2e4d",
+    "random keys": "420e0a0c746872656566727932783332",
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (
@@ -175,6 +194,7 @@ GOLDEN = {
         "0a017312450a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
         "010004100532040a0200073a0764726f706f757440014802"
     ),
+    "prepare call with recipes": "121b0a01665a160a056d2e502330120831323334353637381a01632002",
     "prepare parameters": "0a01731a030a0166",
     "prepare pullback": "0a0173220908091201011a020002",
     "ask for shapes": "0a01732a0e0a030a016612070a0264300a0133",
@@ -182,6 +202,7 @@ GOLDEN = {
     "not prepared": "1a110a0b43616c6c65724572726f7212026e6f",
     "prepared": "120f080312020a001a07080c120302ac02",
     "prepared with a fingerprint": "120c08032a083132333435363738",
+    "prepared with recipes": "121a080332160a056d2e502330120831323334353637381a01632002",
     "shapes": "120822060a04322a6430",
     "attach": "0a030a0173",
     "share": "12080880201080808008",

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from bridge_wire import trees
 from bridge_wire.classes import Classes, Node, structured
 from bridge_wire.errors import ProtocolError, StructureError
+from bridge_wire.instances import PeerInstance
 from bridge_wire.pb import bridge_pb2 as pb
 
 
@@ -674,7 +675,7 @@ def test_peer_s_names_reach_no_class_of_this_process(name: str) -> None:
     modules = set(sys.modules)
     made = type(trees.build(record("dataclass", name, ["args"]), [A], Classes()))
     assert made not in (getattr(builtins, name, None), globals().get(name))
-    assert made.__mro__ == (made, object)
+    assert made.__mro__ == (made, PeerInstance, object)
     assert set(sys.modules) == modules
 
 
@@ -682,7 +683,7 @@ def test_made_dataclasses_are_adopted_once() -> None:
     """The framework is told of each dataclass that is made, once; not of namedtuples, nor of
     classes learnt."""
     adopted: list[tuple[type, tuple[str, ...]]] = []
-    classes = Classes(adopt=lambda cls, fields: adopted.append((cls, fields)))
+    classes = Classes(lambda cls, fields: adopted.append((cls, fields)))
     for _ in range(2):
         made = trees.build(record("dataclass", "Adopted", ["x"]), [A], classes)
         trees.build(record("namedtuple", "N", ["x"]), [A], classes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from bridge_client import Session, connect, spawn
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import ModelChanged, RemoteModelError, StructureError
+from bridge_wire.errors import RemoteModelError, StructureError
 from tests.client.torch_client import class_models
 from tests.client.torch_client.conftest import Remote
 from tests.conftest import ROOT, python_of
@@ -188,20 +188,3 @@ def test_attributes_that_are_no_fields_are_not_lost_in_silence(
     mine.more = 1
     with pytest.raises(StructureError, match=r"Mine.*\['more'\] are no fields"):
         remote("step")(mine)
-
-
-def test_states_of_a_worker_that_was_restarted_are_refused() -> None:
-    """After a restart, a static part of the old worker's is refused, until the new one has
-    returned it."""
-    x = torch.ones(3)
-    targets = {name: _TARGETS[name] for name in ("make", "energy")}
-    with spawn(jax_model=targets, python=python_of(".venv-jax"), cwd=ROOT) as session:
-        make = RemoteJaxFunction(session, name="make", static_argnames="n")
-        energy = RemoteJaxFunction(session, name="energy")
-        state = make(x, "registered", 5)
-        assert energy(state) == 15
-        session._host._process.kill()
-        session._host._process.wait()
-        with pytest.raises((StructureError, ModelChanged), match="is not known here"):
-            energy(state)
-        assert energy(make(x, "registered", 5)) == 15

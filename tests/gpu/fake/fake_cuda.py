@@ -209,13 +209,14 @@ class _File:
         # Not at exit: what is on a stream may use it until the very end.
         weakref.finalize(self, _libc.munmap, self.pointer, self.nbytes).atexit = False
         self.name = name
+        self._held = directory() / name  # also after the machine is uninstalled
         if name != source:
-            (directory() / name).touch()
+            self._held.touch()
 
     def forget(self) -> None:
         """This process holds it no longer. What is on a stream still may use it."""
         with contextlib.suppress(FileNotFoundError):
-            (directory() / self.name).unlink()
+            self._held.unlink()
 
 
 class _Memory:
@@ -260,12 +261,12 @@ class _Stream:
 
     def __init__(self, device: bytes, name: str | None = None) -> None:
         self.device = device
-        self._name = name
+        self._held = directory() / name if name else None
         self._work: deque[Callable[[], object]] = deque()
         self._is_running = False
         self._lock = threading.Lock()
-        if name:
-            (directory() / name).touch()
+        if self._held:
+            self._held.touch()
 
     def put(self, work: Callable[[], object]) -> None:
         with self._lock:
@@ -288,8 +289,8 @@ class _Stream:
         done.wait()
 
     def forget(self) -> None:
-        if self._name:
-            (directory() / self._name).unlink(missing_ok=True)
+        if self._held:
+            self._held.unlink(missing_ok=True)
 
     def _run(self) -> None:
         while True:

@@ -1,0 +1,129 @@
+"""Names for the classes in results, by which instances outlive this worker.
+
+An instance's class, static parts and custom nodes live in this process. Its origin names the call
+that first made it; another process with the same model makes it again by tracing that call.
+Imports no framework.
+"""
+
+from collections.abc import Callable, Mapping
+
+from bridge_wire.classes import name_of_class, origins
+from bridge_wire.errors import ModelChanged, ProtocolError, UnknownModel
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.recipes import Recipes, origin_of, records, returned_in
+
+_MOST_STEPS = 64  # recipes that a call may need
+
+
+class Identities:
+    """Names the records of results, and makes those of returned instances again."""
+
+    def __init__(
+        self,
+        fingerprint: Callable[[pb.Call], bytes],
+        result: Callable[[pb.Call], pb.Tree],
+    ) -> None:
+        """`fingerprint` and `result` are those of an untransformed call; both trace it."""
+        self._fingerprint = fingerprint
+        self._result = result
+        self._recipes = Recipes()
+
+    def named(self, call: pb.Call, result: pb.Tree) -> pb.Tree:
+        """Return a call's result with lasting origins."""
+        tree = pb.Tree()
+        tree.CopyFrom(result)
+        found = list(records(tree))
+        fingerprint = self._fingerprint(call) if found else b""
+        made = plain(call).SerializeToString(deterministic=True)
+        for i, record in enumerate(found):
+            cls = origins.class_of(record.origin)
+            if cls is None or not fingerprint:
+                continue
+            lasting = origin_of(name_of_class(cls), fingerprint, made, i)
+            recipe = pb.Recipe(
+                origin=lasting, fingerprint=fingerprint, call=made, record=i
+            )
+            record.origin = origins.rename(record.origin, lasting)
+            if record.origin == lasting:
+                self._recipes.learn([recipe])
+        return tree
+
+    def recipes_of(self, result: pb.Tree) -> list[pb.Recipe]:
+        """Return the recipes of a result's origins."""
+        return self._recipes.of(record.origin for record in records(result))
+
+    def recalled(self, call: pb.Call) -> pb.Call:
+        """Return a call without its recipes, after each instance that it returns is known here.
+
+        Raises:
+          ModelChanged: an instance was made by a model that has changed since.
+          ProtocolError: a recipe is not that of its origin.
+        """
+        if not call.recipes:
+            return call
+        if len(call.recipes) > _MOST_STEPS:
+            raise ProtocolError(
+                f"a call has {len(call.recipes)} recipes; at most {_MOST_STEPS} are allowed"
+            )
+        self._make(call, {recipe.origin: recipe for recipe in call.recipes})
+        known = pb.Call()
+        known.CopyFrom(call)
+        known.ClearField("recipes")
+        return known
+
+    def _make(self, call: pb.Call, recipes: Mapping[str, pb.Recipe]) -> None:
+        """Make the origins that a call returns and that are not known here."""
+        for origin in returned_in(call.arguments):
+            if origins.class_of(origin) is None and origin in recipes:
+                self._make_one(recipes[origin], recipes)
+
+    def _make_one(self, recipe: pb.Recipe, recipes: Mapping[str, pb.Recipe]) -> None:
+        call = _call_of(recipe)
+        # An origin is a digest of its recipe, so this ends.
+        self._make(call, recipes)
+        try:
+            fingerprint = self._fingerprint(call)
+        except UnknownModel as error:
+            raise ModelChanged(
+                f"a returned instance cannot be made here: {error}"
+            ) from error
+        name = recipe.origin.partition("#")[0][:200]
+        if fingerprint != recipe.fingerprint:
+            raise ModelChanged(
+                f"a {name} was made by the model {call.model[:100]!r}, which has changed since;"
+                f" call {call.model[:100]!r} again"
+            )
+        found = list(records(self._result(call)))
+        made = found[recipe.record].origin if recipe.record < len(found) else ""
+        cls = origins.class_of(made)
+        if cls is None or name_of_class(cls) != name:
+            raise ProtocolError(
+                f"the record {recipe.record} of a recipe's result is no {name!r}"
+            )
+        if origins.rename(made, recipe.origin) != recipe.origin:
+            origins.alias(made, recipe.origin)
+        self._recipes.learn([recipe])
+
+
+def plain(call: pb.Call) -> pb.Call:
+    """Return a call without its transforms, residual and recipes."""
+    made = pb.Call()
+    made.CopyFrom(call)
+    for name in ("transforms", "keep", "recipes"):
+        made.ClearField(name)
+    return made
+
+
+def _call_of(recipe: pb.Recipe) -> pb.Call:
+    """Return a recipe's call, after a check that the origin is that of the recipe."""
+    try:
+        call = pb.Call.FromString(recipe.call)
+    except Exception as error:
+        raise ProtocolError("a recipe's call cannot be decoded") from error
+    if plain(call).SerializeToString(deterministic=True) != recipe.call:
+        raise ProtocolError("a recipe's call has transforms, or is not canonical")
+    name = recipe.origin.partition("#")[0]
+    digested = origin_of(name, recipe.fingerprint, recipe.call, recipe.record)
+    if digested != recipe.origin:
+        raise ProtocolError(f"the recipe of {name[:200]!r} is that of another origin")
+    return call

@@ -1,0 +1,135 @@
+"""Instances of a peer's classes: read, compared and changed like dataclasses."""
+
+import dataclasses
+import enum
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from bridge_wire.errors import StructureError
+from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.values import decode_value, encode_value
+
+
+class PeerInstance:
+    """Base of the dataclasses that stand for a peer's classes.
+
+    The fields are data. Static parts that are plain values are attributes of the class.
+    """
+
+    _bridge_statics: Mapping[str, Any] = {}
+    _bridge_fields: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        parts = {name: getattr(self, name) for name in fields_of(self)}
+        parts |= self._bridge_statics
+        shown = ", ".join(f"{name}={value!r}" for name, value in parts.items())
+        return f"{type(self).__name__}({shown})"
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        names = fields_of(self)
+        return all(_are_equal(getattr(self, x), getattr(other, x)) for x in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class PeerMapping(dict[Any, Any]):
+    """Base of the mappings that stand for a peer's classes.
+
+    Items are attributes too, where their keys are texts that dict itself does not use.
+    """
+
+    _bridge_statics: Mapping[str, Any] = {}
+    _bridge_fields: tuple[Any, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(
+                f"{type(self).__name__!r} has no item {name!r}"
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({super().__repr__()})"
+
+    def replace(self, **changes: Any) -> "PeerMapping":
+        """Return a copy with other values of these items."""
+        return instance_of(type(self), {**self, **changes})
+
+
+def instance_of(cls: type[PeerMapping], items: Mapping[Any, Any]) -> PeerMapping:
+    """Return a mapping of a peer's class with these items."""
+    made = cls.__new__(cls)
+    dict.update(made, items)
+    return made
+
+
+def parts_of(fields: tuple[Any, ...], cls: type) -> Callable[[Any], Sequence[Any]]:
+    """Return the function from an instance of a peer's class to its items."""
+    get = operator.itemgetter if issubclass(cls, PeerMapping) else operator.attrgetter
+    if len(fields) > 1:
+        return get(*fields)
+    return lambda value: [get(field)(value) for field in fields]
+
+
+def fields_of(instance: Any) -> tuple[str, ...]:
+    """Return the names of the fields of an instance of a peer's class, or a mapping's keys."""
+    fields: tuple[str, ...] = type(instance)._bridge_fields
+    return fields
+
+
+def complete(cls: type, fields: tuple[str, ...], statics: Mapping[str, Any]) -> None:
+    """Give a class its static parts, and `replace` unless that is a field."""
+    for name, value in statics.items():
+        setattr(cls, name, value)
+    cls._bridge_statics = statics  # type: ignore[attr-defined]
+    cls._bridge_fields = fields  # type: ignore[attr-defined]
+    if issubclass(cls, PeerInstance) and "replace" not in {*fields, *statics}:
+        cls.replace = dataclasses.replace  # type: ignore[attr-defined]
+
+
+def static_parts(instance: Any, fields: Collection[str]) -> Iterator[pb.Tree.Static]:
+    """Yield an instance's plain values that are not among these fields of data."""
+    for name, part in _named_parts(instance):
+        try:
+            value = None if name in fields else encode_value(part)
+        except StructureError:  # such as an integer of more than 64 bits
+            continue
+        if value is not None:
+            yield pb.Tree.Static(name=name, value=value)
+
+
+def _named_parts(instance: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(instance, enum.Enum):
+        yield from (("name", instance.name), ("value", instance.value))
+    elif dataclasses.is_dataclass(instance):
+        for field in dataclasses.fields(instance):
+            yield field.name, getattr(instance, field.name, instance)
+    elif callable(instance) or hasattr(instance, "name"):
+        yield "name", getattr(instance, "__name__", getattr(instance, "name", None))
+
+
+def statics_of(record: pb.Tree.Record) -> dict[str, Any]:
+    """Return the static parts that a record shows."""
+    return {each.name: decode_value(each.value) for each in record.statics}
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, tuple | list):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_are_equal(*pair) for pair in pairs)
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(
+            _are_equal(value, other[key]) for key, value in one.items()
+        )
+    if getattr(one, "shape", ()) != getattr(other, "shape", ()):
+        return False
+    same = one == other
+    return bool(same.all() if hasattr(same, "all") else same)
