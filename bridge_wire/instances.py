@@ -10,6 +10,8 @@ from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.values import decode_value, encode_value
 
+_LONGEST_NAME = 80  # characters; a longer one is left out
+
 
 class PeerInstance:
     """Base of the dataclasses that stand for a peer's classes.
@@ -68,11 +70,30 @@ def instance_of(cls: type[PeerMapping], items: Mapping[Any, Any]) -> PeerMapping
 
 
 def parts_of(fields: tuple[Any, ...], cls: type) -> Callable[[Any], Sequence[Any]]:
-    """Return the function from an instance of a peer's class to its items."""
-    get = operator.itemgetter if issubclass(cls, PeerMapping) else operator.attrgetter
+    """Return the function from an instance of a peer's class to its items.
+
+    It raises StructureError for a mapping whose keys have changed.
+    """
+    if issubclass(cls, PeerMapping):
+        return lambda value: [value[key] for key in unchanged_keys(value)]
     if len(fields) > 1:
-        return get(*fields)
-    return lambda value: [get(field)(value) for field in fields]
+        return operator.attrgetter(*fields)
+    return lambda value: [getattr(value, field) for field in fields]
+
+
+def unchanged_keys(value: PeerMapping) -> Sequence[Any]:
+    """Return the keys of a mapping in the order in which its items travel.
+
+    Raises:
+      StructureError: keys were added or removed.
+    """
+    keys = value._bridge_fields
+    if len(value) != len(keys) or not all(key in value for key in keys):
+        raise StructureError(
+            f"a {type(value).__name__} of the worker has the keys {list(value)[:20]}, but had"
+            f" {list(keys)[:20]}; keep its keys, or pass a dict"
+        )
+    return keys
 
 
 def fields_of(instance: Any) -> tuple[str, ...]:
@@ -108,8 +129,10 @@ def _named_parts(instance: Any) -> Iterator[tuple[str, Any]]:
     elif dataclasses.is_dataclass(instance):
         for field in dataclasses.fields(instance):
             yield field.name, getattr(instance, field.name, instance)
-    elif callable(instance) or hasattr(instance, "name"):
-        yield "name", getattr(instance, "__name__", getattr(instance, "name", None))
+    else:
+        name = getattr(instance, "__name__", getattr(instance, "name", str(instance)))
+        is_telling = len(str(name)) <= _LONGEST_NAME and " at 0x" not in str(name)
+        yield "name", name if is_telling else None
 
 
 def statics_of(record: pb.Tree.Record) -> dict[str, Any]:

@@ -18,7 +18,12 @@ from bridge_wire.classes import (
     origins,
 )
 from bridge_wire.errors import ProtocolError, StructureError
-from bridge_wire.instances import PeerMapping, static_parts, statics_of
+from bridge_wire.instances import (
+    PeerMapping,
+    static_parts,
+    statics_of,
+    unchanged_keys,
+)
 from bridge_wire.keys import Key
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.recipes import ENDS, records
@@ -113,7 +118,7 @@ class _Encoder:
     def _mapping(
         self, value: Mapping[Any, Any], path: str, depth: int, node: Node | None = None
     ) -> pb.Tree.Mapping:
-        keys = keys_of(value) if node is None else node.fields
+        keys = _keys_of(value, node)
         items = [self.tree_of(value[key], f"{path}[{key!r}]", depth) for key in keys]
         mapping = pb.Tree.Mapping(keys=[_key(key, path) for key in keys], items=items)
         if isinstance(value, PeerMapping):
@@ -314,23 +319,6 @@ def _maker_of(kind: str, node: Any, classes: Classes) -> Callable[[list[Any]], A
     return lambda items: instantiate(cls, fields, items)
 
 
-def keys_of(value: Mapping[Any, Any]) -> Sequence[Any]:
-    """Return the keys of a mapping in the order in which its items travel.
-
-    Raises:
-      StructureError: keys were added to an instance of a peer's class, or taken from it.
-    """
-    if not isinstance(value, PeerMapping):
-        return ordered_keys(value)
-    keys = type(value)._bridge_fields
-    if value.keys() != set(keys):
-        raise StructureError(
-            f"a {type(value).__name__} of the worker has the keys {list(value)[:20]}, but had"
-            f" {list(keys)[:20]}; keep its keys, or pass a dict"
-        )
-    return keys
-
-
 def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
     """Return the keys of a mapping in the order in which its items travel."""
     if isinstance(value, collections.OrderedDict):
@@ -339,6 +327,12 @@ def ordered_keys(value: Mapping[Any, Any]) -> list[Any]:
         return sorted(value)
     except TypeError:
         return list(value)
+
+
+def _keys_of(value: Mapping[Any, Any], node: Node | None) -> Sequence[Any]:
+    if isinstance(value, PeerMapping):
+        return unchanged_keys(value)
+    return ordered_keys(value) if node is None else node.fields
 
 
 def _key(key: Any, path: str) -> pb.Value:

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copyreg
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -178,6 +179,21 @@ def _collate_keys(batch: Sequence[Key], *, collate_fn_map: Any = None) -> Key:
     return Key(data, implementation)
 
 
+def restored_key(words: Any, implementation: str) -> Key:
+    """Return a pickled key."""
+    is_signed = isinstance(words, torch.Tensor) and words.dtype == torch.int32
+    return Key(words.view(torch.uint32) if is_signed else words, implementation)
+
+
+def _reduced_key(key: Key) -> tuple[Any, ...]:
+    # torch cannot unpickle uint32 (2.13).
+    words = key.data
+    if isinstance(words, torch.Tensor) and words.dtype == torch.uint32:
+        words = words.view(torch.int32)
+    return restored_key, (words, key.implementation)
+
+
+copyreg.pickle(Key, _reduced_key)
 peers.adopt_by(register_peer)
 _register_everywhere(
     Key,
@@ -190,7 +206,7 @@ default_collate_fn_map |= {
     PeerMapping: _collate,
     Key: _collate_keys,
 }
-torch.serialization.add_safe_globals([restored, Key])
+torch.serialization.add_safe_globals([restored, restored_key])
 
 
 def marked(value: Any, mark: bool) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bridge_server.torch_runtime.border import described
+from bridge_server.torch_runtime.nodes import Rest, expand, is_leaf, is_static, parts_of
 from bridge_server.torch_runtime.types import DTYPES, spec_of
 from bridge_wire import trees
 from bridge_wire.classes import Classes, attributes_beyond
@@ -35,15 +36,15 @@ class Results:
         """Flatten the first result and buffers, and record their structure and types.
 
         Raises:
-          StructureError, SpecError: a leaf is no tensor, or a tensor that cannot be sent.
+          StructureError, SpecError: a leaf is neither static nor a tensor that can be sent.
         """
         self.tree, leaves = trees.encode(
-            value, _is_leaf, self._classes, root="the result"
+            value, is_leaf, self._classes, expand=expand, root="the result"
         )
         self._take = _taker_of(self.tree, value)
         outputs = [*leaves, *buffers]
         leaves.clear()  # a reference cycle of the encoder holds the list until the next collection
-        if not outputs:
+        if not outputs and value is None:
             raise StructureError(
                 f"the result of model {self._model!r} holds no tensor; does it return one?"
             )
@@ -63,9 +64,9 @@ class Results:
             self._take(value, outputs)
         except _Different:
             raise StructureError(
-                f"the result of model {self._model!r} has another structure than when the call was"
-                " prepared; expected tensors at"
-                f" {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
+                f"the result of model {self._model!r} has another structure, or other numbers and"
+                " texts in it, than when the call was prepared; return them as tensors, and expect"
+                f" tensors at {', '.join(trees.leaf_paths(self.tree, 'the result'))}"
             ) from None
         outputs += buffers
         for i, (y, spec) in enumerate(zip(outputs, self.specs, strict=True)):
@@ -112,8 +113,8 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
     kind = tree.WhichOneof("kind")
     if kind == "leaf":
         return _take_leaf
-    if kind == "value":
-        return _take_none
+    if is_static(value):
+        return lambda other, leaves: _take_static(other, value)
     node = getattr(tree, kind or "")
     if kind == "dict":
         keys = [decode_value(key) for key in node.keys]
@@ -121,7 +122,12 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
             _taker_of(item, value[key])
             for key, item in zip(keys, node.items, strict=True)
         ]
-        return lambda value, leaves: _take_items(value, keys, takers, leaves)
+        cls = type(value) if node.name else Mapping
+        return lambda value, leaves: _take_items(value, cls, keys, takers, leaves)
+    if kind == "dataclass" and not dataclasses.is_dataclass(value):
+        children, rest = parts_of(value)
+        takers = list(map(_taker_of, node.items, children))
+        return lambda value, leaves: _take_parts(value, rest, takers, leaves)
     if kind == "dataclass":
         fields = list(node.fields)
         values = [getattr(value, field) for field in fields]
@@ -139,14 +145,27 @@ def _taker_of(tree: pb.Tree, value: Any) -> _Taker:
 
 
 def _take_leaf(value: Any, leaves: list[Any]) -> None:
-    if not _is_leaf(value):
+    if not is_leaf(value):
         raise _Different
     leaves.append(value)
 
 
-def _take_none(value: Any, leaves: list[Any]) -> None:
-    if value is not None:
+def _take_static(value: Any, expected: Any) -> None:
+    # By repr: 0.0 == -0.0, and nan differs from itself.
+    if type(value) is not type(expected) or repr(value) != repr(expected):
         raise _Different
+
+
+def _take_parts(
+    value: Any, rest: Rest, takers: Sequence[_Taker], leaves: list[Any]
+) -> None:
+    if type(value) is not rest.cls:
+        raise _Different
+    children, others = parts_of(value)
+    if others != rest or len(children) != len(takers):
+        raise _Different
+    for take, child in zip(takers, children, strict=True):
+        take(child, leaves)
 
 
 def _take_sequence(
@@ -166,9 +185,13 @@ def _take_sequence(
 
 
 def _take_items(
-    value: Any, keys: Sequence[Any], takers: Sequence[_Taker], leaves: list[Any]
+    value: Any,
+    cls: type[Mapping[Any, Any]],
+    keys: Sequence[Any],
+    takers: Sequence[_Taker],
+    leaves: list[Any],
 ) -> None:
-    if not isinstance(value, Mapping) or len(value) != len(keys):
+    if not isinstance(value, cls) or len(value) != len(keys):
         raise _Different
     for take, key in zip(takers, keys, strict=True):
         if key not in value:
@@ -194,13 +217,3 @@ def _take_fields(
         if not hasattr(value, field):
             raise _Different
         take(getattr(value, field), leaves)
-
-
-def _is_leaf(value: Any) -> bool:
-    """Return whether a value must be a tensor: it is neither None nor a container."""
-    if isinstance(value, Tensor):
-        return True
-    is_container = isinstance(
-        value, tuple | list | Mapping
-    ) or dataclasses.is_dataclass(value)
-    return value is not None and not is_container

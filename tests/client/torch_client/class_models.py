@@ -4,6 +4,7 @@ No torch.
 """
 
 import dataclasses
+import enum
 from typing import Any, NamedTuple
 
 import equinox
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from flax.core import FrozenDict, freeze
 from flax.training.train_state import TrainState
 
 from tests.client.torch_client import class_models_twin
@@ -142,3 +145,67 @@ def trained(state, x):
 def make_twice(x, kind, n):
     """As `make`, of another revision."""
     return CLASSES[kind](2 * x, n)
+
+
+class Mode(enum.Enum):
+    TRAIN = "train"
+
+
+def keyed(x):
+    """A state with a typed random key."""
+    return {"x": x, "key": jax.random.key(3)}
+
+
+def drawn(state):
+    key, used = jax.random.split(state["key"])
+    return {"x": state["x"] + jax.random.normal(used, state["x"].shape), "key": key}
+
+
+def keys(n):
+    return jax.random.split(jax.random.key(1, impl="rbg"), n)
+
+
+def normal(key):
+    return jax.random.normal(key, (2,))
+
+
+def frozen(x):
+    return freeze({"a": {"b": x}, "c": 2 * x})
+
+
+def is_frozen(value):
+    return jnp.asarray(isinstance(value, FrozenDict)) * value["c"]
+
+
+def network():
+    return equinox.nn.MLP(2, 3, 4, 1, key=jax.random.key(1))
+
+
+def applied(network, x):
+    return network(x)
+
+
+class Linear(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(2, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x)
+
+
+def split():
+    return nnx.split(Linear(nnx.Rngs(0)))
+
+
+def merged(graph, state, x):
+    return nnx.merge(graph, state)(x)
+
+
+def mixed(x):
+    """A result with more than arrays in it."""
+    return {"x": x, "mode": Mode.TRAIN, "text": "a", "dtype": x.dtype, "none": None}
+
+
+def unmixed(value):
+    is_right = value["mode"] is Mode.TRAIN and value["dtype"] == value["x"].dtype
+    return value["x"] * is_right

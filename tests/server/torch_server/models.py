@@ -147,6 +147,10 @@ def growing(x):
     return {"found": x[x > 0]}
 
 
+def summed(x):
+    return {"total": float(x.sum()), "x": x}
+
+
 def numeral(x):
     """Returns an object that is not a tensor."""
     return {"loss": x.sum(), "count": len(x)}
