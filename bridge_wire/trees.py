@@ -27,7 +27,7 @@ from bridge_wire.instances import (
 from bridge_wire.keys import Key
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.recipes import ENDS, records
-from bridge_wire.values import decode_value, encode_value
+from bridge_wire.values import decode_value, encode_key, encode_value
 
 # Takes the leaves of a part from the iterator, and returns the part.
 _Taker = Callable[[Iterator[Any]], Any]
@@ -336,9 +336,9 @@ def _keys_of(value: Mapping[Any, Any], node: Node | None) -> Sequence[Any]:
 
 
 def _key(key: Any, path: str) -> pb.Value:
-    encoded = encode_value(key)
+    encoded = encode_key(key)
     if encoded is None:
         raise StructureError(
-            f"{path} has the key {key!r}; expected a str, number, bool or None"
+            f"{path} has the key {key!r}; expected a str, number, bool, None or a tuple of these"
         )
     return encoded

@@ -8,6 +8,8 @@ from typing import Any
 from bridge_wire.errors import ProtocolError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 
+_SUBCLASSED: tuple[Any, ...] = (str, int, float, complex)
+
 
 def encode_value(value: Any) -> pb.Value | None:
     if value is None:
@@ -36,6 +38,28 @@ def encode_value(value: Any) -> pb.Value | None:
     return None
 
 
+def encode_key(key: Any) -> pb.Value | None:
+    """Return a dict's key: a static value, or a tuple of these."""
+    key = plain(key)
+    if type(key) is not tuple:
+        return encode_value(key)
+    items = [encode_value(plain(item)) for item in key]
+    known = [item for item in items if item is not None]
+    if len(known) < len(items):
+        return None
+    return pb.Value(tuple=pb.Value.Tuple(items=known))
+
+
+def plain(value: Any) -> Any:
+    """Return a number or text of a subclass, such as np.float64 or StrEnum, as Python's own."""
+    if type(value) is bool:
+        return value
+    for kind in _SUBCLASSED:
+        if isinstance(value, kind) and type(value) is not kind:
+            return str.__str__(value) if kind is str else kind(value)
+    return value
+
+
 def decode_value(value: pb.Value) -> Any:
     """Return the static value that a message carries."""
     kind = value.WhichOneof("kind")
@@ -43,6 +67,8 @@ def decode_value(value: pb.Value) -> Any:
         raise ProtocolError("a static value has no kind")
     if kind == "none":
         return None
+    if kind == "tuple":
+        return tuple(map(decode_value, value.tuple.items))
     if kind == "complex":
         return complex(value.complex.real, value.complex.imag)
     return getattr(value, kind)

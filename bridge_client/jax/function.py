@@ -37,6 +37,7 @@ from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import CallerError, DTypeError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+from bridge_wire.values import plain
 
 _KEY_WORDS = 2
 _KEY = Spec(BY_NAME["uint32"], (_KEY_WORDS,))
@@ -332,6 +333,7 @@ class RemoteTorchFunction:
         """Return the leaves of a call's arguments, with data as arrays; the structure; the static
         leaves."""
         leaves, structure = flatten((args, kwargs))
+        leaves = [x if isinstance(x, jax.Array) else plain(x) for x in leaves]
         if any(register_if_dataclass(type(leaf)) for leaf in leaves):
             return self._flatten(args, kwargs)  # those leaves are nodes now
         statics = {i for i, leaf in enumerate(leaves) if isinstance(leaf, bool | str)}

@@ -18,6 +18,7 @@ from bridge_client.torch.memory import TORCH_DTYPES, as_tensor
 from bridge_client.torch.pytrees import path_of
 from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
+from bridge_wire.values import plain
 
 ShapeOf = Callable[[Tensor], tuple[Any, ...]]
 Arguments = tuple[Args, Kwargs]
@@ -27,6 +28,7 @@ Signature = tuple[list[Any], list[Any]]
 
 TENSORS = {Tensor}  # types of the arguments of the usual call
 _STATIC = {bool, str, *NUMBERS}
+_USUAL = {Tensor, torch.nn.Parameter, *_STATIC}
 # Numbers that torch.compile found to change between calls: inputs of the graph, as of a call.
 _SYMBOLIC: Mapping[type, type] = {
     torch.SymInt: int,
@@ -70,6 +72,9 @@ def of_pytrees(
     inputs = list(own)
     for i, leaf in enumerate(leaves):
         kind = type(leaf)
+        if kind not in _USUAL:
+            leaf = leaves[i] = plain(leaf)
+            kind = type(leaf)
         is_static = i in statics
         if kind in _SYMBOLIC:
             kind = _SYMBOLIC[kind]

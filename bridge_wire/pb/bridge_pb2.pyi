@@ -72,7 +72,7 @@ class Spec(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., weak: bool = ...) -> None: ...
 
 class Value(_message.Message):
-    __slots__ = ("none", "boolean", "integer", "real", "text", "complex")
+    __slots__ = ("none", "boolean", "integer", "real", "text", "complex", "tuple")
     class Complex(_message.Message):
         __slots__ = ("real", "imag")
         REAL_FIELD_NUMBER: _ClassVar[int]
@@ -80,19 +80,26 @@ class Value(_message.Message):
         real: float
         imag: float
         def __init__(self, real: _Optional[float] = ..., imag: _Optional[float] = ...) -> None: ...
+    class Tuple(_message.Message):
+        __slots__ = ("items",)
+        ITEMS_FIELD_NUMBER: _ClassVar[int]
+        items: _containers.RepeatedCompositeFieldContainer[Value]
+        def __init__(self, items: _Optional[_Iterable[_Union[Value, _Mapping]]] = ...) -> None: ...
     NONE_FIELD_NUMBER: _ClassVar[int]
     BOOLEAN_FIELD_NUMBER: _ClassVar[int]
     INTEGER_FIELD_NUMBER: _ClassVar[int]
     REAL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     COMPLEX_FIELD_NUMBER: _ClassVar[int]
+    TUPLE_FIELD_NUMBER: _ClassVar[int]
     none: bool
     boolean: bool
     integer: int
     real: float
     text: str
     complex: Value.Complex
-    def __init__(self, none: bool = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., complex: _Optional[_Union[Value.Complex, _Mapping]] = ...) -> None: ...
+    tuple: Value.Tuple
+    def __init__(self, none: bool = ..., boolean: bool = ..., integer: _Optional[int] = ..., real: _Optional[float] = ..., text: _Optional[str] = ..., complex: _Optional[_Union[Value.Complex, _Mapping]] = ..., tuple: _Optional[_Union[Value.Tuple, _Mapping]] = ...) -> None: ...
 
 class Tree(_message.Message):
     __slots__ = ("leaf", "value", "tuple", "list", "dict", "namedtuple", "dataclass", "key")

@@ -294,11 +294,32 @@ def test_integer_beyond_64_bits_is_refused(number: int) -> None:
         trees.encode([number], is_array, Classes())
 
 
-@pytest.mark.parametrize("key", [(1, 2), b"k", frozenset(), Colour.RED], ids=repr)
+@pytest.mark.parametrize("key", [(1, (2,)), (b"k",), b"k", frozenset()], ids=repr)
 def test_key_that_is_no_static_value_is_refused(key: Any) -> None:
-    """A dict key that is no str, number, bool or None is a StructureError naming the dict."""
+    """A dict key that is no str, number, bool, None or tuple of these is a StructureError naming
+    the dict."""
     with pytest.raises(StructureError, match=r"args\[0\] has the key"):
         trees.encode(({key: A},), is_array, Classes(), root="args")
+
+
+@pytest.mark.parametrize("key", [(), (1, "a"), (None, 2.5, True)], ids=repr)
+def test_tuples_are_keys(key: Any) -> None:
+    """A dict with tuples of plain values as keys arrives as such."""
+    tree, leaves = trees.encode({key: A}, is_array, Classes())
+    assert trees.build(tree, leaves, Classes()) == {key: A}
+    assert trees.leaf_paths(tree, "x") == [f"x[{key!r}]"]
+
+
+class Text(enum.StrEnum):
+    RED = "red"
+
+
+def test_numbers_and_texts_of_subclasses_are_plain_as_keys() -> None:
+    """A StrEnum is its text, and an IntEnum its number."""
+    number = enum.IntEnum("Number", ["ONE"]).ONE
+    tree, leaves = trees.encode({Text.RED: A, number: B}, is_array, Classes())
+    received = trees.build(tree, leaves, Classes())
+    assert {(type(key), key) for key in received} == {(str, "red"), (int, 1)}
 
 
 @pytest.mark.parametrize("value", ["\ud800", {"\udfff": 1}], ids=["value", "key"])

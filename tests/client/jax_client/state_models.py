@@ -2,6 +2,7 @@
 
 import collections
 import enum
+from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
@@ -29,7 +30,7 @@ def read(cache):
     return cache.keys * cache.n
 
 
-class Output(collections.OrderedDict):
+class Output(collections.OrderedDict[str, Any]):
     """As transformers' ModelOutput."""
 
     @property

@@ -209,3 +209,12 @@ def mixed(x):
 def unmixed(value):
     is_right = value["mode"] is Mode.TRAIN and value["dtype"] == value["x"].dtype
     return value["x"] * is_right
+
+
+def weighed(x, by, how):
+    """Text and number may be of NumPy's or Python's subclasses."""
+    return (x * by if how == "scaled" else x) / len(how)
+
+
+def by_pair(values):
+    return {key: 2 * value for key, value in values.items()}

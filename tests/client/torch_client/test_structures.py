@@ -1,11 +1,13 @@
 """What real programs pass around beside arrays: keys, mappings, modules, constants."""
 
+import enum
 import io
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optree
 import pytest
 import torch
@@ -21,18 +23,8 @@ from tests.client.torch_client.conftest import Remote
 from tests.conftest import ROOT, python_of
 
 _NAMES = [
-    "keyed",
-    "drawn",
-    "keys",
-    "normal",
-    "frozen",
-    "is_frozen",
-    "network",
-    "applied",
-    "split",
-    "merged",
-    "mixed",
-    "unmixed",
+    *("keyed", "drawn", "keys", "normal", "frozen", "is_frozen", "network"),
+    *("applied", "split", "merged", "mixed", "unmixed", "weighed", "by_pair"),
 ]
 
 
@@ -167,3 +159,30 @@ def test_an_implementation_is_no_code(remote: Remote) -> None:
     for name in ("__class__", "os", "", "threefry2x32 "):
         with pytest.raises(BridgeError):
             remote("normal")(Key(torch.zeros(2, dtype=torch.uint32), name))
+
+
+class How(enum.StrEnum):
+    SCALED = "scaled"
+
+
+class Number(enum.IntEnum):
+    TWO = 2
+
+
+@pytest.mark.parametrize("by", [np.float64(2), Number.TWO, 2.0], ids=repr)
+@pytest.mark.parametrize("how", [How.SCALED, np.str_("scaled"), "scaled"], ids=repr)
+def test_subclasses_of_numbers_and_texts_are_these(
+    remote: Remote, by: Any, how: Any
+) -> None:
+    """A float64 of NumPy is the Python float that it is, and widens nothing. Enumerations of
+    numbers and texts are these."""
+    y = remote("weighed")(X, by, how)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, 2 * X / 6)
+
+
+def test_tuples_are_keys_of_dicts(remote: Remote) -> None:
+    """In both directions."""
+    doubled = remote("by_pair")({(0, 1): X, (0, "a"): X})
+    assert list(doubled) == [(0, 1), (0, "a")]
+    torch.testing.assert_close(doubled[0, "a"], 2 * X)
