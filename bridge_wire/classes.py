@@ -16,7 +16,6 @@ from bridge_wire.instances import (
     PeerMapping,
     complete,
     fields_of,
-    instance_of,
     parts_of,
 )
 from bridge_wire.keys import Key
@@ -459,7 +458,7 @@ def instantiate(
     if issubclass(cls, tuple):
         return tuple.__new__(cls, items)
     if issubclass(cls, PeerMapping):
-        return instance_of(cls, dict(zip(fields, items, strict=True)))
+        return cls(zip(fields, items, strict=True))
     instance = object.__new__(cls)
     for field, item in zip(fields, items, strict=True):
         object.__setattr__(instance, field, item)

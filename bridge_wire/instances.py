@@ -59,14 +59,7 @@ class PeerMapping(dict[Any, Any]):
 
     def replace(self, **changes: Any) -> "PeerMapping":
         """Return a copy with other values of these items."""
-        return instance_of(type(self), {**self, **changes})
-
-
-def instance_of(cls: type[PeerMapping], items: Mapping[Any, Any]) -> PeerMapping:
-    """Return a mapping of a peer's class with these items."""
-    made = cls.__new__(cls)
-    dict.update(made, items)
-    return made
+        return type(self)({**self, **changes})
 
 
 def parts_of(fields: tuple[Any, ...], cls: type) -> Callable[[Any], Sequence[Any]]:
@@ -131,8 +124,8 @@ def _named_parts(instance: Any) -> Iterator[tuple[str, Any]]:
             yield field.name, getattr(instance, field.name, instance)
     else:
         name = getattr(instance, "__name__", getattr(instance, "name", str(instance)))
-        is_telling = len(str(name)) <= _LONGEST_NAME and " at 0x" not in str(name)
-        yield "name", name if is_telling else None
+        if len(str(name)) <= _LONGEST_NAME and " at 0x" not in str(name):
+            yield "name", name
 
 
 def statics_of(record: pb.Tree.Record) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from bridge_client.torch import modes
 from bridge_client.torch.graphs import function_of
 from bridge_wire.classes import instantiate
 from bridge_wire.errors import BridgeError
+from bridge_wire.instances import PeerMapping, unchanged_keys
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def _traced_call(
 _NONE = "torch-jax-bridge: None"
 _TEXT = "torch-jax-bridge: text "
 _CLASS = "torch-jax-bridge: class "
-_named: list[Any] = []  # namedtuples and dataclasses, by number
+_named: list[Any] = []  # classes of instances, by number
 
 
 def _encoded(value: Any) -> Any:
@@ -76,6 +77,12 @@ def _encoded(value: Any) -> Any:
             f"{_CLASS}{_number_of(type(value))}": [
                 _encoded(getattr(value, field)) for field in fields
             ]
+        }
+    if (keys := _keys_of(type(value))) is not None:
+        if len(value) != len(keys):
+            unchanged_keys(value)  # raises
+        return {
+            f"{_CLASS}{_number_of(type(value))}": [_encoded(value[key]) for key in keys]
         }
     if isinstance(value, list):
         return [_encoded(item) for item in value]
@@ -104,13 +111,12 @@ def _decoded(value: Any) -> Any:
         return type(value)([(key, _decoded(item)) for key, item in value.items()])
     if key.startswith(_CLASS):
         cls = _named[int(key[len(_CLASS) :])]
-        return instantiate(
-            cls, _fields_of(cls) or (), [_decoded(item) for item in value[key]]
-        )
+        fields = _fields_of(cls) or _keys_of(cls) or ()
+        return instantiate(cls, fields, [_decoded(item) for item in value[key]])
     return None if key == _NONE else key[len(_TEXT) :]
 
 
-# Dynamo takes the results of these two functions as constants: they depend on classes only, and a
+# Dynamo takes the results of these functions as constants: they depend on classes only, and a
 # class has its number from its first use.
 @torch.compiler.assume_constant_result
 def _fields_of(cls: type) -> tuple[str, ...] | None:
@@ -121,6 +127,12 @@ def _fields_of(cls: type) -> tuple[str, ...] | None:
     if not dataclasses.is_dataclass(cls) or issubclass(cls, Mapping | list):
         return None
     return tuple([field.name for field in dataclasses.fields(cls)])
+
+
+@torch.compiler.assume_constant_result
+def _keys_of(cls: type) -> tuple[Any, ...] | None:
+    """Return the keys of a class of mappings that stands for a worker's; None for any other."""
+    return cls._bridge_fields if issubclass(cls, PeerMapping) else None
 
 
 @torch.compiler.assume_constant_result

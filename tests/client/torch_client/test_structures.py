@@ -186,3 +186,32 @@ def test_tuples_are_keys_of_dicts(remote: Remote) -> None:
     doubled = remote("by_pair")({(0, 1): X, (0, "a"): X})
     assert list(doubled) == [(0, 1), (0, "a")]
     torch.testing.assert_close(doubled[0, "a"], 2 * X)
+
+
+COMPILED = {
+    "keys": lambda remote: lambda x: remote("drawn")(remote("keyed")(x))["x"],
+    "mapping": lambda remote: lambda x: remote("is_frozen")(remote("frozen")(x)),
+    "module": lambda remote: lambda x: remote("applied")(remote("network")(), x),
+    "nnx module": lambda remote: lambda x: remote("merged")(*remote("split")(), x),
+    "constants": lambda remote: lambda x: remote("unmixed")(remote("mixed")(x)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_code_passes_structures_on(
+    remote: Remote, fresh_compiler: None, name: str
+) -> None:
+    """Without a graph break, also as inputs and outputs of the compiled function."""
+    functions = {each: remote(each) for each in _NAMES}
+    code = COMPILED[name](functions.__getitem__)
+    compiled = torch.compile(code, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), code(X))
+    if name == "mapping":
+        frozen = torch.compile(
+            lambda value: value.replace(c=2 * value.c), fullgraph=True, backend="eager"
+        )(functions["frozen"](X))
+        torch.testing.assert_close(functions["is_frozen"](frozen), 4 * X)
+        use = torch.compile(
+            lambda value: functions["is_frozen"](value), fullgraph=True, backend="eager"
+        )
+        torch.testing.assert_close(use(frozen), 4 * X)
