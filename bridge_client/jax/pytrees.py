@@ -84,12 +84,18 @@ def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
     if issubclass(cls, PeerMapping):
         step = jax.tree_util.DictKey
     keys = list(map(step, fields))
-    jax.tree_util.register_pytree_with_keys(
-        cls,
-        lambda value: (list(zip(keys, parts(value), strict=True)), None),
-        lambda _, children: instantiate(cls, fields, children),
-        lambda value: (parts(value), None),
-    )
+
+    def flatten(value: Any) -> tuple[Any, None]:
+        return parts(value), None
+
+    def flatten_with_keys(value: Any) -> tuple[Any, None]:
+        pairs = zip(keys, parts(value), strict=True)
+        return list(pairs), None
+
+    def unflatten(_: None, children: Iterable[Any]) -> Any:
+        return instantiate(cls, fields, children)
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 
 
 peers.adopt_by(register_peer)

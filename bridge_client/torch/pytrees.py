@@ -140,21 +140,31 @@ def _register_everywhere(
     flatten: Callable[[Any], tuple[Sequence[Any], Any]],
     unflatten: Callable[[Any, Any], Any],
 ) -> None:
-    optree.register_pytree_node(
-        cls, lambda value: (*flatten(value), fields), unflatten, namespace=_EVERYWHERE
-    )
     step = pytree.MappingKey if issubclass(cls, Mapping) else pytree.GetAttrKey
     keys = list(map(step, fields))
 
-    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+    def with_fields(value: Any) -> Any:
         children, context = flatten(value)
-        return list(zip(keys, children, strict=True)), context
+        return children, context, fields
 
+    def for_torch(value: Any) -> Any:
+        children, context = flatten(value)
+        return list(children), context
+
+    def with_keys(value: Any) -> Any:
+        children, context = flatten(value)
+        pairs = zip(keys, children, strict=True)
+        return list(pairs), context
+
+    def from_torch(children: Any, context: Any) -> Any:
+        return unflatten(context, children)
+
+    optree.register_pytree_node(cls, with_fields, unflatten, namespace=_EVERYWHERE)
     pytree.register_pytree_node(
         cls,
-        lambda value: (list(flatten(value)[0]), flatten(value)[1]),
-        lambda children, context: unflatten(context, children),
-        flatten_with_keys_fn=flatten_with_keys,
+        for_torch,
+        from_torch,
+        flatten_with_keys_fn=with_keys,
     )
 
 
@@ -166,10 +176,11 @@ def _collate(batch: Sequence[Any], *, collate_fn_map: Any = None) -> Any:
             f"a batch has instances of different classes or static parts: {batch[0]!r} and"
             " others; batch those of one kind together"
         )
-    columns = zip(*map(parts_of(fields, cls), batch), strict=True)
-    collated = [
-        collate(list(column), collate_fn_map=collate_fn_map) for column in columns
-    ]
+    rows = map(parts_of(fields, cls), batch)
+    collated = []
+    for column in zip(*rows, strict=True):
+        items = list(column)
+        collated.append(collate(items, collate_fn_map=collate_fn_map))
     return instantiate(cls, fields, collated)
 
 
