@@ -94,6 +94,17 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def method_name(value: str | None) -> str:
+    """Return a method's name in a call: empty for the model itself.
+
+    Raises:
+      CallerError: it is something else than a name.
+    """
+    if value is not None and (not isinstance(value, str) or not value):
+        raise CallerError(f"method={value!r}; expected the name of a method")
+    return "" if value in (None, "__call__") else value
+
+
 def rebuilder(tree: pb.Tree, classes: Classes) -> Callable[[Sequence[Any]], Any]:
     """Return the function from a result's leaves to the result."""
     if tree.WhichOneof("kind") == "leaf":

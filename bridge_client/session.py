@@ -59,7 +59,8 @@ class ModelInfo:
     """Description of a model: docstring, positional arguments' names, parameters by path.
 
     `signatures` are the arguments given to the worker by --warmup. `has_modes` tells whether the
-    model has a training and an inference mode.
+    model has a training and an inference mode. `methods` can be called by their names; the model
+    itself is "__call__".
     """
 
     name: str
@@ -68,6 +69,23 @@ class ModelInfo:
     parameters: tuple[ParameterInfo, ...]
     signatures: tuple[tuple[Spec, ...], ...] = ()
     has_modes: bool = False
+    methods: tuple[str, ...] = ()
+    method_arguments: tuple[tuple[str, ...], ...] = ()  # one per method
+
+    def arguments_of(self, method: str) -> tuple[str, ...]:
+        """Return the names of a method's positional arguments; empty text is the model itself.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        if method in ("", "__call__"):
+            return self.arguments
+        if method not in self.methods:
+            raise CallerError(
+                f"the model {self.name!r} has no public method {method!r}; it has"
+                f" {sorted(self.methods)}"
+            )
+        return self.method_arguments[self.methods.index(method)]
 
 
 def _unchanged(blocks: list[Block]) -> list[Block]:
@@ -468,4 +486,6 @@ def _model_info(model: pb.Model) -> ModelInfo:
         parameters,
         signatures,
         model.modes,
+        tuple(model.methods),
+        tuple(tuple(each.names) for each in model.method_arguments),
     )

@@ -1,4 +1,7 @@
-"""Checks of a client's request, before anything is traced. Imports no framework."""
+"""A model's signatures and methods, and checks of a request before anything is traced.
+
+Imports no framework.
+"""
 
 import inspect
 import math
@@ -6,7 +9,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from bridge_server.runtime import Model
+from bridge_server.runtime import CALL, Method, Model, is_users
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
@@ -18,6 +21,8 @@ _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_SHOWN = 20
 _MOST_RNG_STREAMS = 64
 
+Methods = dict[str, Method]
+
 
 class Keeping(Protocol):
     """A program whose residuals serve pullbacks from outputs `differentiable` to inputs `wrt`."""
@@ -26,8 +31,11 @@ class Keeping(Protocol):
     differentiable: tuple[int, ...]
 
 
-def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
-    """Return the names of a callable's positional arguments; none if it has no signature."""
+def positional_names(function: Any, *, skipped: int = 0) -> tuple[str, ...]:
+    """Return the names of a callable's positional arguments but the first `skipped`.
+
+    There are none without a signature.
+    """
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
@@ -35,7 +43,78 @@ def positional_names(function: Any, *, skips_first: bool) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = signature.parameters.values()
     names = tuple(each.name for each in parameters if each.kind in kinds)
-    return names[1:] if skips_first else names
+    return names[skipped:]
+
+
+def only_method(function: Any, *, attribute: str = "", skipped: int = 0) -> Methods:
+    """Return the methods of a model that is a single function."""
+    return {CALL: Method(attribute, positional_names(function, skipped=skipped))}
+
+
+def methods_of(target: Any, base: type = object) -> Methods:
+    """Return the public methods of an object, and the object itself if it can be called.
+
+    Public methods are named without an underscore in the user's own classes. Names of the
+    framework's `base` class are not among them, nor are methods of installed packages, such as
+    `load_state_dict` and `save_pretrained`: a client must not reach these.
+    """
+    own = [cls for cls in type(target).__mro__ if _is_own(cls)]
+    fields = getattr(target, "__dataclass_fields__", ())
+    hidden = {*dir(base), *fields}
+    names = {name for cls in own for name in vars(cls)} - hidden
+    methods: Methods = {}
+    if callable(target):
+        # A module's class may have the signature of its constructor.
+        methods |= only_method(target if base is object else getattr(target, CALL))
+    for name in sorted(names):
+        if _is_public_method(type(target), name):
+            methods[name] = Method(name, _arguments_of(target, name))
+    return methods
+
+
+def bound_method(target: Any, bases: Iterable[Any]) -> tuple[Any, str] | None:
+    """Return the object and the name of a bound method of a framework's module, else None.
+
+    The methods of the frameworks' base classes, such as `apply`, are none of these.
+    """
+    owner, function = _binding_of(target)
+    base = next((base for base in bases if isinstance(owner, base)), None)
+    if base is None:
+        return None
+    for name in dir(type(owner)):
+        if inspect.getattr_static(type(owner), name, None) is function:
+            is_model = name in (CALL, "forward")
+            return (owner, name) if is_model or not hasattr(base, name) else None
+    return None
+
+
+def _is_own(cls: type) -> bool:
+    # A notebook's __main__ has no file.
+    return cls.__module__ == "__main__" or is_users(cls.__module__)
+
+
+def _is_public_method(cls: type, name: str) -> bool:
+    is_descriptor = hasattr(inspect.getattr_static(cls, name), "__get__")
+    value = getattr(cls, name, None)
+    is_function = callable(value) and not isinstance(value, type)
+    return is_descriptor and is_function and not name.startswith("_")
+
+
+def _arguments_of(target: Any, name: str) -> tuple[str, ...]:
+    names = positional_names(getattr(target, name))
+    # A compiled method, such as of equinox.filter_jit, has its signature where it is not bound.
+    return names or positional_names(getattr(type(target), name), skipped=1)
+
+
+def _binding_of(target: Any) -> tuple[Any, Any]:
+    """Return a bound method's object and function: of Python, or of a framework's wrapper."""
+    function = getattr(target, "__func__", None)
+    if function is not None:
+        return getattr(target, "__self__", None), function
+    args = getattr(target, "args", None)
+    if type(args) is not tuple or len(args) != 1 or getattr(target, "keywords", None):
+        return None, None
+    return args[0], getattr(target, "func", None)
 
 
 def check_pullback(
@@ -54,12 +133,13 @@ def check_pullback(
 def check_signature(
     model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool
 ) -> str:
-    """Check a call and its inputs, and describe them for later error texts.
+    """Check a call and its inputs, and describe the call for later error texts.
 
     Raises:
       CallerError, DTypeError, SpecError: the model does not support the call.
       ProtocolError: the client violates the protocol.
     """
+    model.method(call.method)
     own = [parameter.path for parameter in model.parameters] if call.parameters else []
     keys = ["the key"] if call.rngs else []
     names = own + keys + trees.argument_paths(call.arguments)
@@ -79,7 +159,12 @@ def check_signature(
         raise ProtocolError(
             f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}"
         )
-    return _described(names, inputs, call)
+    signature = _described(names, inputs, call)
+    return f"model {_called(model, call)!r} called with {signature}"
+
+
+def _called(model: Model, call: pb.Call) -> str:
+    return f"{model.name}.{call.method}" if call.method else model.name
 
 
 def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> str:

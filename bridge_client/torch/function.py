@@ -17,6 +17,7 @@ from bridge_client.arguments import (
     Kwargs,
     Values,
     marked_static,
+    method_name,
     names_of,
     rebuilder,
 )
@@ -64,6 +65,7 @@ class RemoteJaxFunction(nn.Module):
       target: a worker's address, a Session, or a JAX function or model, which then runs in this
         process.
       name: one of the worker's models; needed only if it hosts several.
+      method: one of the model's methods; None calls the model itself. See also `method()`.
       parameters: "client" makes the model's parameters nn.Parameters of this module, named by their
         tree path (such as `params.Dense_0.kernel`) and trained by any torch optimizer; "worker"
         leaves them on the worker, frozen.
@@ -81,6 +83,7 @@ class RemoteJaxFunction(nn.Module):
       WorkerUnavailable: no worker answers.
       TargetError: the target cannot be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
+      CallerError: the model has no such method.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class RemoteJaxFunction(nn.Module):
         target: str | Session | Any,
         *,
         name: str | None = None,
+        method: str | None = None,
         parameters: str = "client",
         static_argnames: str | Sequence[str] = (),
         rngs: str | Sequence[str] = (),
@@ -101,6 +105,10 @@ class RemoteJaxFunction(nn.Module):
         self.timeout_s = checked_limit(timeout_s)
         self.cast_inputs = cast_inputs
         self._model = session.model(name)
+        self._method = method_name(method)
+        self._arguments = self._model.arguments_of(self._method)
+        # The functions that share this one's parameters, by method; empty if there are no others.
+        self._methods: dict[str, RemoteJaxFunction] = {}
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._rngs = names_of("rngs", rngs)
         self._is_mutable = mutable
@@ -127,12 +135,39 @@ class RemoteJaxFunction(nn.Module):
 
         A flax.nnx or equinox model is put into that mode at each later call. Before the first
         `train` or `eval`, of this module or one that contains it, the model has the mode in which
-        it was loaded.
+        it was loaded. A flax.linen or haiku model gets the mode as its argument `train`,
+        `training`, `is_training`, `deterministic`, `use_running_average`, `inference` or `eval`, if
+        it has one and the call passes none. All methods of one model have one mode.
         """
         super().train(mode)
-        if self._model.has_modes:
-            self._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)
+        for function in self._methods.values() or (self,):
+            function.training = mode
+            if self._model.has_modes:
+                function._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)
         return self
+
+    def method(self, name: str) -> "RemoteJaxFunction":
+        """Return the function that calls a method of the same model.
+
+        It has the options, the mode, and the very parameters and buffers of this function.
+        `session.models[...].methods` lists the methods.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        key = method_name(name)
+        function = self if key == self._method else self._methods.get(key)
+        if function is None:
+            arguments = self._model.arguments_of(key)
+            function = self.__new__(type(self))
+            nn.Module.__init__(function)
+            hooks = {
+                name: each for name, each in vars(function).items() if "_hook" in name
+            }
+            state = RemoteJaxFunction.__getstate__(self) | hooks
+            function.__setstate__(state | {"_method": key, "_arguments": arguments})
+            self._methods |= {self._method: self, key: function}
+        return function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -310,10 +345,14 @@ class RemoteJaxFunction(nn.Module):
     def extra_repr(self) -> str:
         try:
             session = self.session
-            return f"{self._model.name!r}, lane={session.lane!r}, memory={session.memory!r}"
+            return f"{self._name!r}, lane={session.lane!r}, memory={session.memory!r}"
         except BridgeError:
             # The session is closed, or its worker gone: printing must not raise.
-            return repr(self._model.name)
+            return repr(self._name)
+
+    @property
+    def _name(self) -> str:
+        return ".".join(filter(None, (self._model.name, self._method)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
         # Written out, since torch.nn.utils.parametrize replaces __getstate__ by a function that
@@ -347,7 +386,7 @@ class RemoteJaxFunction(nn.Module):
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return the leaves of static arguments."""
         marks = marked_static(
-            args, kwargs, self._model.arguments, self._static_argnames, marked
+            args, kwargs, self._arguments, self._static_argnames, marked
         )
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
 
@@ -379,6 +418,7 @@ class RemoteJaxFunction(nn.Module):
             rngs=rngs,
             mutable=is_stateful and self._is_mutable,
             mode=mode,  # type: ignore[arg-type]
+            method=self._method,
         )
         plain = self.session.described_call(
             call, labels=paths, timeout_s=self.timeout_s

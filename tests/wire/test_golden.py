@@ -59,6 +59,11 @@ MESSAGES: dict[str, Message] = {
                 parameters=[pb.Parameter(path="params.w", spec=SPEC, trainable=True)],
                 signatures=[pb.Signature(inputs=[SPEC])],
                 modes=True,
+                methods=["__call__", "encode"],
+                method_arguments=[
+                    pb.Arguments(names=["x", "y"]),
+                    pb.Arguments(names=["x"]),
+                ],
             )
         ],
         allocator="a",
@@ -88,6 +93,7 @@ MESSAGES: dict[str, Message] = {
             rngs=["dropout"],
             mutable=True,
             mode=pb.MODE_INFERENCE,
+            method="encode",
         ),
     ),
     "prepare parameters": pb.PrepareRequest(
@@ -162,17 +168,18 @@ GOLDEN = {
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (
-        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a300a01661201641a01781a017922150a"
-        "08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230014201614802520"
-        "80a037069641201645a060a0175120167"
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a4f0a01661201641a0178"
+        "1a017922150a08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230013a085f5f63"
+        "616c6c5f5f3a06656e636f646542060a01780a017942030a0178420161480252080a037069641201645a060a"
+        "0175120167"
     ),
     "open": "080110021a0163",
     "opened": "0801120200ff1a022f6c208080808004",
     "close": "0a0173",
     "closed": "",
     "prepare call": (
-        "0a017312450a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
-        "010004100532040a0200073a0764726f706f757440014802"
+        "0a0173124d0a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a0103120104"
+        "2a091a070a03010004100532040a0200073a0764726f706f7574400148025206656e636f6465"
     ),
     "prepare parameters": "0a01731a030a0166",
     "prepare pullback": "0a0173220908091201011a020002",
