@@ -58,17 +58,22 @@ def methods_of(target: Any, base: type = object) -> Methods:
     framework's `base` class are not among them, nor are methods of installed packages, such as
     `load_state_dict` and `save_pretrained`: a client must not reach these.
     """
-    own = [cls for cls in type(target).__mro__ if _is_own(cls)]
-    fields = getattr(target, "__dataclass_fields__", ())
-    hidden = {*dir(base), *fields}
-    names = {name for cls in own for name in vars(cls)} - hidden
+    cls = type(target)
+    names: set[str] = set()
+    for each in filter(_is_own, cls.__mro__):
+        names.update(vars(each))
+    names.difference_update(dir(base))
+    # A dataclass has its fields' defaults as attributes.
+    names.difference_update(getattr(cls, "__dataclass_fields__", ()))
     methods: Methods = {}
     if callable(target):
         # A module's class may have the signature of its constructor.
-        methods |= only_method(target if base is object else getattr(target, CALL))
+        function = target if base is object else getattr(target, CALL)
+        methods |= only_method(function)
     for name in sorted(names):
-        if _is_public_method(type(target), name):
-            methods[name] = Method(name, _arguments_of(target, name))
+        if _is_public_method(cls, name):
+            arguments = _arguments_of(target, name)
+            methods[name] = Method(name, arguments)
     return methods
 
 
@@ -81,11 +86,20 @@ def bound_method(target: Any, bases: Iterable[Any]) -> tuple[Any, str] | None:
     base = next((base for base in bases if isinstance(owner, base)), None)
     if base is None:
         return None
-    for name in dir(type(owner)):
-        if inspect.getattr_static(type(owner), name, None) is function:
-            is_model = name in (CALL, "forward")
-            return (owner, name) if is_model or not hasattr(base, name) else None
-    return None
+    name = _name_in(type(owner), function)
+    is_model = name in (CALL, "forward")
+    if not name or (hasattr(base, name) and not is_model):
+        return None
+    return owner, name
+
+
+def _name_in(cls: type, function: Any) -> str:
+    """Return the name of a class's function, or the empty text."""
+    for name in dir(cls):
+        value = inspect.getattr_static(cls, name, None)
+        if value is function:
+            return name
+    return ""
 
 
 def _is_own(cls: type) -> bool:
@@ -94,27 +108,36 @@ def _is_own(cls: type) -> bool:
 
 
 def _is_public_method(cls: type, name: str) -> bool:
-    is_descriptor = hasattr(inspect.getattr_static(cls, name), "__get__")
+    if name.startswith("_"):
+        return False
     value = getattr(cls, name, None)
     is_function = callable(value) and not isinstance(value, type)
-    return is_descriptor and is_function and not name.startswith("_")
+    descriptor = inspect.getattr_static(cls, name)
+    return is_function and hasattr(descriptor, "__get__")
 
 
 def _arguments_of(target: Any, name: str) -> tuple[str, ...]:
-    names = positional_names(getattr(target, name))
+    bound = getattr(target, name)
+    names = positional_names(bound)
+    if names:
+        return names
     # A compiled method, such as of equinox.filter_jit, has its signature where it is not bound.
-    return names or positional_names(getattr(type(target), name), skipped=1)
+    function = getattr(type(target), name)
+    return positional_names(function, skipped=1)
 
 
 def _binding_of(target: Any) -> tuple[Any, Any]:
     """Return a bound method's object and function: of Python, or of a framework's wrapper."""
     function = getattr(target, "__func__", None)
     if function is not None:
-        return getattr(target, "__self__", None), function
+        owner = getattr(target, "__self__", None)
+        return owner, function
     args = getattr(target, "args", None)
-    if type(args) is not tuple or len(args) != 1 or getattr(target, "keywords", None):
+    keywords = getattr(target, "keywords", None)
+    if type(args) is not tuple or len(args) != 1 or keywords:
         return None, None
-    return args[0], getattr(target, "func", None)
+    function = getattr(target, "func", None)
+    return args[0], function
 
 
 def check_pullback(

@@ -95,17 +95,20 @@ class Hosted:
         mutable: bool = False,
     ) -> Program:
         """Prepare a call with arguments like these; see described."""
-        call = described(
-            self.model,
-            args,
-            parameters=parameters,
-            tree=tree,
-            rngs=rngs,
-            mutable=mutable,
+        call = self.described(
+            *args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable
         )
         call.transforms.extend(transforms)
         if keep is not None:
             call.keep.CopyFrom(pb.Wrt(inputs=keep))
+        return self.prepared(call)
+
+    def described(self, *args: Any, **options: Any) -> pb.Call:
+        """Return a call with arguments like these; see described."""
+        return described(self.model, args, **options)
+
+    def prepared(self, call: pb.Call) -> Program:
+        """Prepare a call."""
         return finished(self.runtime.prepare_call(self.model, call))
 
     def pullback(

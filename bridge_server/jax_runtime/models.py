@@ -5,12 +5,10 @@ keys go to `rngs` of flax.linen, to the streams with that tag of a flax.nnx modu
 targets as keyword arguments of the streams' names (haiku: as its one key).
 """
 
-import functools
 import inspect
 import logging
-import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +17,16 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server.held_arrays import warn_of_held_arrays
+from bridge_server.jax_runtime.layers import keras_parts, penzai_parts
 from bridge_server.jax_runtime.parts import (
     Invocation,
+    Outcome,
     Parts,
     keywords_of,
     mode_arguments,
+    nested,
     only_key,
+    unnested,
     with_keys,
     with_mode,
 )
@@ -50,8 +52,8 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
             f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a"
             " function, an object with public methods, a pair (apply, params), a triple (apply,"
             " params, state), a flax.linen module with its variables, a flax.nnx module, an equinox"
-            " module or a pair (module, state), or a haiku transform with its parameters (and"
-            " state)"
+            " module or a pair (module, state), a haiku transform with its parameters (and state),"
+            " a keras model, or a penzai layer"
         )
     _warn_of_constants(name, target, parts)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
@@ -166,16 +168,18 @@ def _parts_of(target: Any) -> Parts | None:
         return _traced_function_parts(target)
     nnx = _imported("flax.nnx")
     equinox = _imported("equinox")
-    if type(target) is tuple and len(target) == 2:
-        return _pair_parts_of(*target)
-    if type(target) is tuple and len(target) == 3 and callable(target[0]):
-        return _triple_parts(*target)
+    if type(target) is tuple:
+        return _tuple_parts_of(target)
     if isinstance(target, _imported("flax.linen").Module):
         return _linen_parts(target, None)
     if isinstance(target, nnx.Module):
         return _nnx_parts(nnx, target)
     if isinstance(target, equinox.Module):
         return _equinox_parts(equinox, target)
+    if isinstance(target, (keras := _imported("keras")).Model):
+        return keras_parts(keras, target)
+    if isinstance(target, _imported("penzai.nn.layer").Layer):
+        return penzai_parts(_imported("penzai.pz"), target)
     if not isinstance(target, type) and (methods := methods_of(target)):
         return _object_parts(target, methods)
     return None
@@ -200,6 +204,14 @@ def _method_parts_of(target: Any) -> Parts | None:
     else:
         return None
     return parts and parts.only(owner, name)
+
+
+def _tuple_parts_of(target: tuple[Any, ...]) -> Parts | None:
+    if len(target) == 2:
+        return _pair_parts_of(*target)
+    if len(target) == 3 and callable(target[0]):
+        return _triple_parts(*target)
+    return None
 
 
 def _pair_parts_of(target: Any, state: Any) -> Parts | None:
@@ -236,7 +248,7 @@ def _imported(name: str) -> Any:
 def _object_parts(target: Any, methods: Methods) -> Parts:
     """Split a function, or an object with methods; its arrays are constants."""
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         function = invocation.function_of(target)
         return function(*invocation.args, **with_keys(function, invocation)), state
 
@@ -244,7 +256,7 @@ def _object_parts(target: Any, methods: Methods) -> Parts:
 
 
 def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         if invocation.mutable:
             raise CallerError(
                 "mutable=True, but a pair (apply, params) does not return a new state; serve a"
@@ -260,7 +272,7 @@ def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
 def _triple_parts(apply: Callable[..., Any], params: Any, state: Any) -> Parts:
     """Split `apply(params, state, *args) -> (result, new state)`; the state is the buffers."""
 
-    def call(both: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(both: Any, invocation: Invocation) -> Outcome:
         invocation = with_mode(apply, invocation, skipped=2)
         keywords = with_keys(apply, invocation)
         outcome = apply(both["params"], both["state"], *invocation.args, **keywords)
@@ -294,7 +306,7 @@ def _linen_parts(module: Any, variables: Any) -> Parts:
             )
         module, variables = module.unbind()
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         invocation = with_mode(_bound_function(module, invocation), invocation)
         options: dict[str, Any] = {}
         if invocation.rng_streams:
@@ -334,7 +346,7 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
     trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
     tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
 
-    def run(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def run(state: Any, invocation: Invocation) -> Outcome:
         merged = nnx.merge(graph, state)
         if invocation.training is not None:
             (merged.train if invocation.training else merged.eval)()
@@ -344,7 +356,7 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
         result = function(*invocation.args, **invocation.kwargs)
         return result, nnx.split(merged)[1]
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         passed = invocation.rng_streams.keys()
         if missing := passed - tags:
             raise CallerError(
@@ -418,7 +430,7 @@ def _leaf(variable: Any) -> Any:
 def _equinox_parts(equinox: Any, module: Any) -> Parts:
     arrays, rest = equinox.partition(module, equinox.is_array)
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         whole = _in_equinox_mode(equinox, equinox.combine(state, rest), invocation)
         function = invocation.function_of(whole)
         keywords = with_keys(_bound_function(module, invocation), invocation)
@@ -435,7 +447,7 @@ def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
         {"model": module, "state": state}, equinox.is_array
     )
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         whole = equinox.combine(state, rest)
         model = _in_equinox_mode(equinox, whole["model"], invocation)
         function = invocation.function_of(model)
@@ -473,7 +485,7 @@ def _in_equinox_mode(equinox: Any, module: Any, invocation: Invocation) -> Any:
 def _haiku_parts(transformed: Any, params: Any) -> Parts:
     apply = transformed.apply
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         key = only_key(invocation)
         invocation = with_mode(apply, invocation, skipped=2)
         return apply(state, key, *invocation.args, **invocation.kwargs), state
@@ -486,7 +498,7 @@ def _haiku_parts(transformed: Any, params: Any) -> Parts:
 def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
     apply = transformed.apply
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         both = state["params"], state["state"]
         key = only_key(invocation)
         invocation = with_mode(apply, invocation, skipped=3)
@@ -508,14 +520,14 @@ def _traced_module_parts(module: Any) -> Parts:
     """Split a torch module that runs through XLA; its parameters have torch's names."""
     arrays = {**module.params, **module.buffers}
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
-        params = _unnested(state, module.params)
-        buffers = _unnested(state, module.buffers)
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        params = unnested(state, module.params)
+        buffers = unnested(state, module.buffers)
         key = only_key(invocation)
         traced = module.method(invocation.method) if invocation.method else module
         options = {"buffers": buffers, "mutable": True, "rng": key}
         result, after = traced(params, *invocation.args, **options, **invocation.kwargs)
-        return result, _nested({**params, **after})
+        return result, nested({**params, **after}.items())
 
     function = module.function
     is_whole = function == module.module.forward
@@ -523,7 +535,7 @@ def _traced_module_parts(module: Any) -> Parts:
     own = methods_of(module.module, base) if is_whole else {}
     return Parts(
         call,
-        _nested(arrays),
+        nested(arrays.items()),
         function,
         own | only_method(function),
         is_trainable=module.params.__contains__,
@@ -531,32 +543,12 @@ def _traced_module_parts(module: Any) -> Parts:
 
 
 def _traced_function_parts(function: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         key = only_key(invocation)
         return function(*invocation.args, rng=key, **invocation.kwargs), state
 
     documented = function.__wrapped__
     return Parts(call, (), documented, only_method(documented))
-
-
-def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree of dicts whose paths are the names, such as `layers.0.weight`."""
-    tree: dict[str, Any] = {}
-    for name, value in named.items():
-        *branches, leaf = name.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[leaf] = value
-    return tree
-
-
-def _unnested(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return the leaves of a tree of dicts by their names."""
-    return {
-        name: functools.reduce(operator.getitem, name.split("."), tree)
-        for name in names
-    }
 
 
 def _label(path: Sequence[Any]) -> str:

@@ -1,7 +1,9 @@
 """A target's parts: a pure function with its state; and the arguments of one call of it."""
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -38,16 +40,16 @@ class Invocation:
     training: bool | None = None
     method: str = ""
 
-    def function_of(self, target: Any) -> Callable[..., Any]:
+    def function_of(self, target: Any) -> Any:
         """Return the method of an object that the call names, or the object itself."""
-        function: Callable[..., Any] = (
-            getattr(target, self.method) if self.method else target
-        )
-        return function
+        if not self.method:
+            return target
+        return getattr(target, self.method)
 
 
-# Returns the result and the state after the call, which matters only for a mutable call.
-Call = Callable[[Any, Invocation], tuple[Any, Any]]
+# The result, and the state after the call, which matters only for a mutable call.
+Outcome = tuple[Any, Any]
+Call = Callable[[Any, Invocation], Outcome]
 
 
 class Parts(NamedTuple):
@@ -142,7 +144,7 @@ def _is_keyword(parameter: inspect.Parameter) -> bool:
 def _is_flag(parameter: inspect.Parameter) -> bool:
     """Whether a default, if there is one, is that of a flag."""
     default = parameter.default
-    return default in (parameter.empty, None) or isinstance(default, bool)
+    return default is parameter.empty or isinstance(default, bool | None)
 
 
 def only_key(invocation: Invocation) -> Any:
@@ -157,3 +159,23 @@ def only_key(invocation: Invocation) -> Any:
             f"the model draws from one random stream, not from {sorted(keys)}; name one in rngs"
         )
     return next(iter(keys.values()), None)
+
+
+def nested(named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the tree of dicts whose paths are the names, such as `layers.0.weight`."""
+    tree: dict[str, Any] = {}
+    for name, value in named:
+        *branches, leaf = name.split(".")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[leaf] = value
+    return tree
+
+
+def unnested(tree: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return the leaves of a tree of dicts by their names."""
+    return {
+        name: functools.reduce(operator.getitem, name.split("."), tree)
+        for name in names
+    }
