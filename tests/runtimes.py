@@ -50,6 +50,7 @@ def described(
     tree: pb.Tree | None = None,
     rngs: Sequence[str] = (),
     mutable: bool = False,
+    method: str = "",
 ) -> pb.Call:
     """Return a call with arguments like these; text is static.
 
@@ -74,6 +75,7 @@ def described(
         parameters=parameters,
         rngs=rngs,
         mutable=mutable,
+        method=method,
     )
 
 
@@ -163,9 +165,12 @@ class Served:
         keep: Sequence[int] | None = None,
         parameters: bool = False,
         tree: pb.Tree | None = None,
+        method: str = "",
     ) -> Derived:
         """Prepare a call with arguments like these; see described."""
-        call = described(self.model, args, parameters=parameters, tree=tree)
+        call = described(
+            self.model, args, parameters=parameters, tree=tree, method=method
+        )
         program = self.session.prepare_call(call)
         # Whatever they are: as a program that this client would derive, they are right.
         if transforms:
