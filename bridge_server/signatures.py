@@ -20,6 +20,10 @@ MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_SHOWN = 20
 _MOST_RNG_STREAMS = 64
+# Their classes are never the user's, even where they are not installed as packages.
+_FRAMEWORKS = frozenset(
+    {"equinox", "flax", "haiku", "jax", "keras", "penzai", "torch", "transformers"}
+)
 
 Methods = dict[str, Method]
 
@@ -103,8 +107,11 @@ def _name_in(cls: type, function: Any) -> str:
 
 
 def _is_own(cls: type) -> bool:
+    module = cls.__module__
+    if module.partition(".")[0] in _FRAMEWORKS:
+        return False
     # A notebook's __main__ has no file.
-    return cls.__module__ == "__main__" or is_users(cls.__module__)
+    return module == "__main__" or is_users(module)
 
 
 def _is_public_method(cls: type, name: str) -> bool:

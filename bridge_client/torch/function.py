@@ -140,7 +140,7 @@ class RemoteJaxFunction(nn.Module):
         it has one and the call passes none. All methods of one model have one mode.
         """
         super().train(mode)
-        for function in self._methods.values() or (self,):
+        for function in (self, *self._methods.values()):
             function.training = mode
             if self._model.has_modes:
                 function._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)

@@ -5,6 +5,7 @@ keys go to `rngs` of flax.linen, to the streams with that tag of a flax.nnx modu
 targets as keyword arguments of the streams' names (haiku: as its one key).
 """
 
+import copy
 import inspect
 import logging
 import sys
@@ -249,10 +250,19 @@ def _object_parts(target: Any, methods: Methods) -> Parts:
     """Split a function, or an object with methods; its arrays are constants."""
 
     def call(state: Any, invocation: Invocation) -> Outcome:
-        function = invocation.function_of(target)
+        owner = _copied_object(target) if invocation.method else target
+        function = invocation.function_of(owner)
         return function(*invocation.args, **with_keys(function, invocation)), state
 
     return Parts(call, (), target, methods, is_function=True)
+
+
+def _copied_object(target: Any) -> Any:
+    """Return a copy, so that no later call finds the traced arrays that a method has stored."""
+    try:
+        return copy.copy(target)
+    except Exception:
+        return target
 
 
 def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:

@@ -123,7 +123,11 @@ def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Pa
     )
     values = [each.detach() for each in state.values()]
     code = CodeOfModule(module, list(sent.values()), values)
-    methods = methods_of(module, nn.Module) | only_method(module.forward)
+    methods = methods_of(module, nn.Module)
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:  # it has none
+        del methods[CALL]
+    else:
+        methods |= only_method(module.forward)
     return Parts(code, state, trainable, module.forward, methods)
 
 

@@ -461,7 +461,7 @@ def test_public_methods_are_listed_with_their_arguments(serve: Serve) -> None:
     """An object's methods are those of its class without an underscore; properties and nested
     classes are none."""
     model = serve("pendulum").model
-    assert model.methods == ("reset", "scaled", "step")
+    assert model.methods == ("remembering", "reset", "scaled", "step")
     assert model.arguments_of("step") == ("state", "action")
     assert model.arguments_of("scaled") == ("x", "factor")
     assert model.parameters == () and model.arguments == ()
@@ -519,7 +519,7 @@ def test_other_attributes_are_refused_on_the_worker(serve: Serve, name: str) -> 
     """A call that names anything but a public method is a CallerError that lists the methods,
     whatever the client checks."""
     served = serve("pendulum")
-    listed = r"\['reset', 'scaled', 'step'\]"
+    listed = r"\['remembering', 'reset', 'scaled', 'step'\]"
     with pytest.raises(CallerError, match=listed) as raised:
         served.call(numbers(3), method=name)
     assert len(str(raised.value)) < 400
@@ -537,6 +537,15 @@ def test_an_object_that_cannot_be_called_names_its_methods(serve: Serve) -> None
     served = serve("cubed")
     called = served.call(numbers(2), method="__call__")
     assert served.run(called, numbers(2))[0].tolist() == (numbers(2) ** 3).tolist()
+
+
+def test_a_method_leaves_its_object_as_it_was(serve: Serve) -> None:
+    """Attributes that a call sets are dropped, for the same and for other signatures."""
+    served = serve("pendulum")
+    for x in (numbers(3), numbers(3) + 1, numbers(2, 2)):
+        program = served.call(x, method="remembering", keep=[0])
+        (seen,), _ = served.run_keeping(program, x)
+        assert seen.tolist() == x.tolist()
 
 
 def test_a_bound_method_is_a_model(serve: Serve) -> None:

@@ -921,6 +921,8 @@ def test_the_arrays_are_copies() -> None:
 
 
 class _Counted(nn.Module):
+    count: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(3, 2)

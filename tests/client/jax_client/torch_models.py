@@ -126,6 +126,8 @@ transformer = _made(lambda: Transformer().double())
 class Coder(nn.Module):
     """An autoencoder that counts its encodings, with a hook on its encoder."""
 
+    count: torch.Tensor
+
     def __init__(self):
         super().__init__()
         self.encoder = nn.Linear(4, 2)
