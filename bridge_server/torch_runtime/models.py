@@ -41,7 +41,7 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
     unless it is the host.
     """
     binding = bound_method(target, [nn.Module])
-    if binding is not None:
+    if binding is not None and not isinstance(binding[0], torch.jit.ScriptModule):
         owner, method = binding
         parts = parts_of(name, owner, device)
         return parts and _only(parts, owner, method)
@@ -68,7 +68,7 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
 
 def _only(parts: Parts, owner: nn.Module, name: str) -> Parts:
     """Return parts with a method of their module in the place of all methods."""
-    if isinstance(owner, torch.jit.ScriptModule) or name in (CALL, "forward"):
+    if name in (CALL, "forward"):
         return parts._replace(methods={CALL: parts.methods[CALL]})
     function = getattr(owner, name)
     methods = only_method(function, attribute=name)
