@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -101,16 +100,16 @@ class TracedModule:
         Raises:
           CallerError: the module has no such method.
         """
-        function = getattr(self.module, name, None)
-        if not inspect.ismethod(function):
+        module = self.module
+        function = getattr(type(module), name, None)
+        if not callable(function) or isinstance(function, type):
             raise CallerError(
-                f"a {type(self.module).__qualname__} has no method {name!r}; name a method of its"
-                " class"
+                f"a {type(module).__qualname__} has no method {name!r}; name a method of its class"
             )
+        is_whole = name in ("__call__", "forward")
         traced = copy.copy(self)
-        whole = function == self.module.forward
         traced._with_buffers = _WithBuffers(
-            self.module, self.module if whole else function
+            module, module if is_whole else getattr(module, name)
         )
         return traced
 

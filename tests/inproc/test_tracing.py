@@ -935,6 +935,10 @@ class _Counted(nn.Module):
         self.count += 1
         return self.linear(x).tanh()
 
+    @staticmethod
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
 
 def test_methods_are_functions_of_the_same_parameters() -> None:
     """A method of a module has its parameters and buffers, whether named or bound."""
@@ -945,7 +949,9 @@ def test_methods_are_functions_of_the_same_parameters() -> None:
         y, buffers = encode(h.params, to_jax(x), buffers=h.buffers, mutable=True)
         assert_same(y, expected, 1e-5)
         assert encode.params.keys() == h.params.keys() and buffers["count"] == 1
-    assert_same(h.method("forward")(h.params, to_jax(x)), 2 * expected, 1e-5)
+    for whole in (h.method("forward"), trace_torch(module.__call__)):
+        assert_same(whole(h.params, to_jax(x)), 2 * expected, 1e-5)
+    assert_same(h.method("doubled")(h.params, to_jax(x)), 2 * x, 1e-5)
     assert_same(h(h.params, to_jax(x)), 2 * expected, 1e-5)
     with pytest.raises(CallerError, match="no method 'linear'"):
         h.method("linear")
