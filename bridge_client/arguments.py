@@ -96,19 +96,19 @@ def check_arguments(
     args, kwargs = arguments
     try:
         bound = known.bind_partial(*args, **kwargs).arguments
-        missing = [
-            each.name
-            for each in known.parameters.values()
-            if each.default is each.empty
-            and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
-            and each.name not in bound
-            and each.name not in rngs
-        ]
+        passed = {*bound, *rngs}
+        missing = []
+        for each in known.parameters.values():
+            is_optional = each.default is not each.empty
+            is_open = each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+            if not (is_optional or is_open or each.name in passed):
+                missing.append(each.name)
         if not missing:
             return
-        problem = f"missing a required argument: {missing[0]!r}"
-        if missing[0] in _KEYS or rngs:
-            problem += f" (a random key is named in rngs=, as in rngs={missing[0]!r})"
+        first = missing[0]
+        problem = f"missing a required argument: {first!r}"
+        if first in _KEYS or rngs:
+            problem += f" (a random key is named in rngs=, as in rngs={first!r})"
     except TypeError as error:
         problem = str(error)
     raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")
@@ -163,6 +163,17 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
 def recipes_for(arguments: pb.Tree) -> list[pb.Recipe]:
     """Return the recipes that another worker needs to make the instances in a call's arguments."""
     return recipes.of(returned_in(arguments))
+
+
+def method_name(value: str | None) -> str:
+    """Return a method's name in a call: empty for the model itself.
+
+    Raises:
+      CallerError: it is something else than a name.
+    """
+    if value is not None and (not isinstance(value, str) or not value):
+        raise CallerError(f"method={value!r}; expected the name of a method")
+    return "" if value in (None, "__call__") else value
 
 
 def _is_slot(value: Any) -> bool:

@@ -194,7 +194,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _describe(session: Session, options: argparse.Namespace) -> int:
     print(f"lane={session.lane} memory={session.memory} x64={session.x64}")
     for model in session.models.values():
-        print(f"{model.name}({', '.join(model.arguments)})")
+        for method in model.methods or ("__call__",):
+            name = model.name if method == "__call__" else f"{model.name}.{method}"
+            print(f"{name}({', '.join(model.arguments_of(method))})")
         for parameter in model.parameters:
             print(
                 f"  {'parameter' if parameter.trainable else 'buffer'} {parameter.path}:"

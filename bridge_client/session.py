@@ -59,8 +59,8 @@ class ModelInfo:
     """Description of a model: docstring, positional arguments' names, parameters by path.
 
     `signatures` are the arguments given to the worker by --warmup. `has_modes` tells whether the
-    model has a training and an inference mode. `signature` is the source of its parameters, such as
-    `(x, n=1)`, or empty.
+    model has a training and an inference mode. `methods` can be called by their names; the model
+    itself is "__call__".
     """
 
     name: str
@@ -69,7 +69,36 @@ class ModelInfo:
     parameters: tuple[ParameterInfo, ...]
     signatures: tuple[tuple[Spec, ...], ...] = ()
     has_modes: bool = False
-    signature: str = ""
+    methods: tuple[str, ...] = ()
+    method_arguments: tuple[tuple[str, ...], ...] = ()  # one per method
+    method_signatures: tuple[
+        str, ...
+    ] = ()  # one per method, such as `(x, n=1)`; empty if unknown
+
+    @property
+    def signature(self) -> str:
+        """The source of the model's own parameters, such as `(x, n=1)`; empty if unknown."""
+        return self.signature_of("")
+
+    def signature_of(self, method: str) -> str:
+        """Return the source of a method's parameters; empty if unknown."""
+        known = dict(zip(self.methods, self.method_signatures, strict=True))
+        return known.get(method or "__call__", "")
+
+    def arguments_of(self, method: str) -> tuple[str, ...]:
+        """Return the names of a method's positional arguments; empty text is the model itself.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        if method in ("", "__call__"):
+            return self.arguments
+        if method not in self.methods:
+            raise CallerError(
+                f"the model {self.name!r} has no public method {method!r}; it has"
+                f" {sorted(self.methods)}"
+            )
+        return self.method_arguments[self.methods.index(method)]
 
 
 def _unchanged(blocks: list[Block]) -> list[Block]:
@@ -158,7 +187,11 @@ class Session(ABC):
         return None
 
     def empty(
-        self, shape: int | Sequence[int], dtype: Any = "float32", *, device: str = "cpu"
+        self,
+        shape: int | Sequence[int],
+        dtype: Any = "float32",
+        *,
+        device: str = "cpu",
     ) -> Exporter:
         """Return an array with undefined contents in memory shared with the worker.
 
@@ -226,7 +259,10 @@ class Session(ABC):
         """
 
     def described_call(
-        self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
+        self,
+        call: pb.Call,
+        labels: Sequence[str] = (),
+        timeout_s: float | None = None,
     ) -> Program:
         """Return the program of an untransformed model call, without preparing it.
 
@@ -241,7 +277,10 @@ class Session(ABC):
         return Program(self, pb.PrepareRequest(call=call), inputs, named, timeout_s)
 
     def prepare_call(
-        self, call: pb.Call, labels: Sequence[str] = (), timeout_s: float | None = None
+        self,
+        call: pb.Call,
+        labels: Sequence[str] = (),
+        timeout_s: float | None = None,
     ) -> Program:
         """Prepare an untransformed model call; takes the arguments of `described_call`."""
         return self.prepare(self.described_call(call, labels, timeout_s))
@@ -470,5 +509,7 @@ def _model_info(model: pb.Model) -> ModelInfo:
         parameters,
         signatures,
         model.modes,
-        model.signature,
+        tuple(each.name for each in model.methods),
+        tuple(tuple(each.arguments) for each in model.methods),
+        tuple(each.signature for each in model.methods),
     )

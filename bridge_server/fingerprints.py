@@ -10,14 +10,12 @@ import dis
 import functools
 import hashlib
 import itertools
-import site
 import sys
-import sysconfig
 import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bridge_server.runtime import Model
+from bridge_server.runtime import Model, is_users
 from bridge_wire.pb import bridge_pb2 as pb
 
 SIZE = 8
@@ -111,7 +109,7 @@ class _Walk:
         if isinstance(each, types.FunctionType):
             return (
                 self._from_function(each)
-                if _is_own(each.__module__)
+                if is_users(each.__module__)
                 else _wrapped(each)
             )
         if isinstance(each, types.MethodType):
@@ -125,7 +123,7 @@ class _Walk:
         if isinstance(each, type):
             return (
                 (*each.__mro__[1:], *vars(each).values())
-                if _is_own(each.__module__)
+                if is_users(each.__module__)
                 else ()
             )
         if isinstance(each, Mapping):
@@ -163,7 +161,7 @@ def _globals_read(
     scopes = [variables]
     for name in code.co_names:
         value = variables.get(name)
-        if isinstance(value, types.ModuleType) and _is_own(value.__name__):
+        if isinstance(value, types.ModuleType) and is_users(value.__name__):
             scopes.append(vars(value))
     # A global that the code assigns, such as a counter, is no constant.
     instructions = dis.get_instructions(code)
@@ -199,18 +197,3 @@ def _digest_of(code: types.CodeType) -> bytes:
             value = sorted(map(repr, value))
         fingerprint.add(each.opname, type(value).__name__, repr(value))
     return fingerprint.digest()
-
-
-_PATH_NAMES = ("stdlib", "platstdlib", "purelib", "platlib")
-_INSTALLED = (
-    *map(sysconfig.get_path, _PATH_NAMES),
-    *site.getsitepackages(),
-    site.getusersitepackages(),
-)
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_own(module: str | None) -> bool:
-    """Return whether a module is the user's, and not Python's or an installed package's."""
-    file = getattr(sys.modules.get(module or ""), "__file__", None)
-    return file is not None and not file.startswith(_INSTALLED)

@@ -3,6 +3,10 @@
 One implementation per framework; this module imports none of them.
 """
 
+import functools
+import site
+import sys
+import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +18,16 @@ from bridge_wire.errors import CallerError, SpecError
 from bridge_wire.memory.cuda import Gpu
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec, encode
+
+# The name of a model itself among its methods.
+CALL = "__call__"
+
+_PATH_NAMES = ("stdlib", "platstdlib", "purelib", "platlib")
+_INSTALLED = (
+    *map(sysconfig.get_path, _PATH_NAMES),
+    *site.getsitepackages(),
+    site.getusersitepackages(),
+)
 
 # Yields the phases "tracing" and "compiling" when they begin, and returns the program.
 Preparation = Generator[str, None, "Program"]
@@ -40,17 +54,36 @@ class Parameter:
     trainable: bool
 
 
+@functools.lru_cache(maxsize=4096)
+def is_users(module: str | None) -> bool:
+    """Return whether a module is the user's, and not Python's or an installed package's."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    return file is not None and not file.startswith(_INSTALLED)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A function of a model that a call can name.
+
+    `attribute` is its name in the model's object; it is empty for the object itself.
+    """
+
+    attribute: str
+    arguments: tuple[str, ...]  # known names of positional parameters, in order
+    signature: str = ""  # the parameters that a caller passes, as source
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A target as a function of its parameters and its arguments.
+    """A target as functions of its parameters and their arguments.
 
-    `apply(values, args, kwargs)` takes one array per parameter; each runtime defines its full type.
-    `values` are the worker's own parameters.
+    `apply` takes one array per parameter; each runtime defines its full type. `values` are the
+    worker's own parameters.
     """
 
     name: str
     doc: str
-    arguments: tuple[str, ...]
+    methods: Mapping[str, Method]
     parameters: tuple[Parameter, ...]
     values: Sequence[Any]
     apply: Any
@@ -59,9 +92,6 @@ class Model:
     # Shardings in the framework's terms, by path; in a path, `*` matches any text.
     shardings: Mapping[str, Any] = field(default_factory=dict)
     has_modes: bool = False  # whether a call can select training or inference mode
-    signature: str = (
-        ""  # the parameters that a caller passes, as source; empty if unknown
-    )
 
     @property
     def description(self) -> pb.Model:
@@ -76,7 +106,34 @@ class Model:
             arguments=self.arguments,
             parameters=parameters,
             modes=self.has_modes,
-            signature=self.signature,
+            methods=[
+                pb.Method(name=name, arguments=each.arguments, signature=each.signature)
+                for name, each in self.methods.items()
+            ],
+        )
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the positional parameters of the model itself."""
+        return self.methods[CALL].arguments if CALL in self.methods else ()
+
+    def method(self, name: str) -> Method:
+        """Return the method that a call names.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        method = self.methods.get(name or CALL)
+        if method is not None:
+            return method
+        if name in ("", CALL):
+            raise CallerError(
+                f"the model {self.name!r} itself cannot be called; name one of its methods"
+                f" {sorted(self.methods)}"
+            )
+        raise CallerError(
+            f"the model {self.name!r} has no public method {name[:100]!r}; it has"
+            f" {sorted(self.methods)}"
         )
 
 

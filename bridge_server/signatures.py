@@ -1,13 +1,16 @@
-"""Signatures of models, and checks of a request before it is traced. Imports no framework."""
+"""A model's signatures and methods, and checks of a request before anything is traced.
+
+Imports no framework.
+"""
 
 import inspect
 import math
 import reprlib
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-from bridge_server.model_errors import homes_of
-from bridge_server.runtime import Model
+from bridge_server.runtime import CALL, Method, Model, is_users
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
@@ -19,12 +22,38 @@ MOST_ELEMENTS = 2**47
 _KEY = Spec(BY_NAME["uint32"], (2,))
 _MOST_SHOWN = 20
 _MOST_RNG_STREAMS = 64
+# Their classes are never the user's, even where they are not installed as packages.
+_FRAMEWORKS = frozenset(
+    {
+        "equinox",
+        "flax",
+        "haiku",
+        "jax",
+        "keras",
+        "penzai",
+        "torch",
+        "torchax",
+        "transformers",
+    }
+)
+
 _POSITIONAL = (
     inspect.Parameter.POSITIONAL_ONLY,
     inspect.Parameter.POSITIONAL_OR_KEYWORD,
 )
-_FRAMEWORKS = ("jax", "flax", "equinox", "haiku", "torch", "torchax")
 _LITERALS = (bool, int, float, str, type(None))
+# Names of arguments for the mode, and whether true means training.
+MODE_ARGUMENTS = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+    "inference": False,
+    "eval": False,
+}
+
+Methods = dict[str, Method]
 
 
 class Keeping(Protocol):
@@ -42,40 +71,40 @@ class _Other:
 
 
 def positional_names(
-    function: Any, *, skips_first: bool = False, supplied: Collection[str] = ()
+    function: Any, *, skipped: int = 0, supplied: Collection[str] = ()
 ) -> tuple[str, ...]:
     """Return the names of the positional arguments that a caller passes; none if unknown.
 
-    The caller passes neither the first, if `skips_first`, nor those `supplied` by the bridge.
+    The caller passes neither the first `skipped` nor those `supplied` by the bridge.
     """
-    parameters = _passed(function, skips_first, supplied)
+    parameters = _passed(function, skipped, supplied)
     return tuple(each.name for each in parameters or () if each.kind in _POSITIONAL)
 
 
 def signature_of(
-    function: Any, *, skips_first: bool = False, supplied: Collection[str] = ()
+    function: Any, *, skipped: int = 0, supplied: Collection[str] = ()
 ) -> str:
     """Return the parameters that a caller passes, as `(x, n=1)`; empty if unknown.
 
     Unknown for a function under a decorator that takes any arguments, since the decorator may pass
     others on; the decorators of frameworks do not.
     """
-    parameters = _passed(function, skips_first, supplied)
+    parameters = _passed(function, skipped, supplied)
     if parameters is None or _is_decorated(function):
         return ""
     plain = [
-        each.replace(annotation=each.empty, default=_literal(each.default))
+        each.replace(annotation=each.empty, default=_default_of(each))
         for each in parameters
     ]
     return str(inspect.Signature(plain))
 
 
 def _passed(
-    function: Any, skips_first: bool, supplied: Collection[str]
+    function: Any, skipped: int, supplied: Collection[str]
 ) -> list[inspect.Parameter] | None:
     """Return the parameters that a caller passes; None for a callable without a signature."""
     try:
-        parameters = list(inspect.signature(function).parameters.values())[skips_first:]
+        parameters = list(inspect.signature(function).parameters.values())[skipped:]
     except (TypeError, ValueError):
         return None
     passed: list[inspect.Parameter] = []
@@ -92,18 +121,135 @@ def _passed(
 
 def _is_decorated(function: Any) -> bool:
     """Return whether code of the model's author stands between the callers and the signature."""
-    frameworks = tuple(homes_of(*_FRAMEWORKS))
     while hasattr(function, "__wrapped__"):
-        code = getattr(function, "__code__", None)
-        if code is not None and not code.co_filename.startswith(frameworks):
-            return True
+        variables = getattr(function, "__globals__", None)
+        if variables is not None:
+            package = str(variables.get("__name__")).partition(".")[0]
+            if package not in _FRAMEWORKS:
+                return True
         function = function.__wrapped__
     return False
 
 
-def _literal(default: Any) -> Any:
-    is_literal = default is inspect.Parameter.empty or type(default) in _LITERALS
+def _default_of(parameter: inspect.Parameter) -> Any:
+    default = parameter.default
+    if default is parameter.empty and parameter.name in MODE_ARGUMENTS:
+        return _Other()  # the bridge may pass it
+    is_literal = default is parameter.empty or type(default) in _LITERALS
     return default if is_literal else _Other()
+
+
+def only_method(
+    function: Any,
+    *,
+    attribute: str = "",
+    skipped: int = 0,
+    supplied: Collection[str] = (),
+) -> Methods:
+    """Return the methods of a model that is a single function."""
+    names = positional_names(function, skipped=skipped, supplied=supplied)
+    signature = signature_of(function, skipped=skipped, supplied=supplied)
+    return {CALL: Method(attribute, names, signature)}
+
+
+def unsigned(methods: Methods, name: str) -> Methods:
+    """Return the methods, of which one has an unknown signature."""
+    return {**methods, name: replace(methods[name], signature="")}
+
+
+def methods_of(
+    target: Any, base: type = object, *, supplied: Collection[str] = ()
+) -> Methods:
+    """Return the public methods of an object, and the object itself if it can be called.
+
+    Public methods are named without an underscore in the user's own classes. Names of the
+    framework's `base` class are not among them, nor are methods of installed packages, such as
+    `load_state_dict` and `save_pretrained`: a client must not reach these.
+    """
+    cls = type(target)
+    names: set[str] = set()
+    for each in filter(_is_own, cls.__mro__):
+        names.update(vars(each))
+    names.difference_update(dir(base))
+    # A dataclass has its fields' defaults as attributes.
+    names.difference_update(getattr(cls, "__dataclass_fields__", ()))
+    methods: Methods = {}
+    if callable(target):
+        # A module's class may have the signature of its constructor.
+        is_plain = base is object or hasattr(target, "__wrapped__")
+        function = target if is_plain else getattr(target, CALL)
+        methods |= only_method(function, supplied=supplied)
+    for name in sorted(names):
+        if _is_public_method(cls, name):
+            methods[name] = _method_of(target, name, supplied)
+    return methods
+
+
+def bound_method(target: Any, bases: Iterable[Any]) -> tuple[Any, str] | None:
+    """Return the object and the name of a bound method of a framework's module, else None.
+
+    The methods of the frameworks' base classes, such as `apply`, are none of these.
+    """
+    owner, function = _binding_of(target)
+    base = next((base for base in bases if isinstance(owner, base)), None)
+    if base is None:
+        return None
+    name = _name_in(type(owner), function)
+    is_model = name in (CALL, "forward")
+    if not name or (hasattr(base, name) and not is_model):
+        return None
+    return owner, name
+
+
+def _name_in(cls: type, function: Any) -> str:
+    """Return the name of a class's function, or the empty text."""
+    for name in dir(cls):
+        value = inspect.getattr_static(cls, name, None)
+        if value is function:
+            return name
+    return ""
+
+
+def _is_own(cls: type) -> bool:
+    module = cls.__module__
+    if module.partition(".")[0] in _FRAMEWORKS:
+        return False
+    # A notebook's __main__ has no file.
+    return module == "__main__" or is_users(module)
+
+
+def _is_public_method(cls: type, name: str) -> bool:
+    if name.startswith("_"):
+        return False
+    value = getattr(cls, name, None)
+    is_function = callable(value) and not isinstance(value, type)
+    descriptor = inspect.getattr_static(cls, name)
+    return is_function and hasattr(descriptor, "__get__")
+
+
+def _method_of(target: Any, name: str, supplied: Collection[str]) -> Method:
+    function, skipped = getattr(target, name), 0
+    if not positional_names(function):
+        # A compiled method, such as of equinox.filter_jit, has its signature where it is not bound.
+        function, skipped = getattr(type(target), name), 1
+    (method,) = only_method(
+        function, attribute=name, skipped=skipped, supplied=supplied
+    ).values()
+    return method
+
+
+def _binding_of(target: Any) -> tuple[Any, Any]:
+    """Return a bound method's object and function: of Python, or of a framework's wrapper."""
+    function = getattr(target, "__func__", None)
+    if function is not None:
+        owner = getattr(target, "__self__", None)
+        return owner, function
+    args = getattr(target, "args", None)
+    keywords = getattr(target, "keywords", None)
+    if type(args) is not tuple or len(args) != 1 or keywords:
+        return None, None
+    function = getattr(target, "func", None)
+    return args[0], function
 
 
 def check_pullback(
@@ -129,12 +275,13 @@ def input_names(model: Model, call: pb.Call) -> list[str]:
 def check_signature(
     model: Model, call: pb.Call, inputs: Sequence[Spec], *, x64: bool
 ) -> str:
-    """Check a call and its inputs, and describe them for later error texts.
+    """Check a call and its inputs, and describe the call for later error texts.
 
     Raises:
       CallerError, DTypeError, SpecError: the model does not support the call.
       ProtocolError: the client violates the protocol.
     """
+    model.method(call.method)
     names = input_names(model, call)
     own = names[: len(model.parameters)] if call.parameters else []
     if len(names) != len(inputs):
@@ -155,7 +302,11 @@ def check_signature(
         )
     described = _described(names[len(own) :], inputs[len(own) :], call)
     count = f" and {len(own)} parameter{'s' * (len(own) > 1)}" if own else ""
-    return described + count
+    return f"model {_called(model, call)!r} called with {described}{count}"
+
+
+def _called(model: Model, call: pb.Call) -> str:
+    return f"{model.name}.{call.method}" if call.method else model.name
 
 
 def _described(names: Sequence[str], inputs: Sequence[Spec], call: pb.Call) -> str:

@@ -341,7 +341,7 @@ class EchoRuntime(Runtime):
         return Model(
             name=name,
             doc="",
-            arguments=(),
+            methods={},
             parameters=(),
             values=(),
             apply=lambda values, args, kwargs: args,

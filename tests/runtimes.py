@@ -50,6 +50,7 @@ def described(
     tree: pb.Tree | None = None,
     rngs: Sequence[str] = (),
     mutable: bool = False,
+    method: str = "",
 ) -> pb.Call:
     """Return a call with arguments like these; text is static.
 
@@ -74,6 +75,7 @@ def described(
         parameters=parameters,
         rngs=rngs,
         mutable=mutable,
+        method=method,
     )
 
 
@@ -95,17 +97,20 @@ class Hosted:
         mutable: bool = False,
     ) -> Program:
         """Prepare a call with arguments like these; see described."""
-        call = described(
-            self.model,
-            args,
-            parameters=parameters,
-            tree=tree,
-            rngs=rngs,
-            mutable=mutable,
+        call = self.described(
+            *args, parameters=parameters, tree=tree, rngs=rngs, mutable=mutable
         )
         call.transforms.extend(transforms)
         if keep is not None:
             call.keep.CopyFrom(pb.Wrt(inputs=keep))
+        return self.prepared(call)
+
+    def described(self, *args: Any, **options: Any) -> pb.Call:
+        """Return a call with arguments like these; see described."""
+        return described(self.model, args, **options)
+
+    def prepared(self, call: pb.Call) -> Program:
+        """Prepare a call."""
         return finished(self.runtime.prepare_call(self.model, call))
 
     def pullback(
@@ -160,9 +165,12 @@ class Served:
         keep: Sequence[int] | None = None,
         parameters: bool = False,
         tree: pb.Tree | None = None,
+        method: str = "",
     ) -> Derived:
         """Prepare a call with arguments like these; see described."""
-        call = described(self.model, args, parameters=parameters, tree=tree)
+        call = described(
+            self.model, args, parameters=parameters, tree=tree, method=method
+        )
         program = self.session.prepare_call(call)
         # Whatever they are: as a program that this client would derive, they are right.
         if transforms:

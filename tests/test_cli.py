@@ -271,6 +271,7 @@ def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
 @pytest.mark.parametrize(
     ("target", "said"),
     [
+        ("json:JSONDecoder", "is a builtins.type; expected a function"),
         (
             "tests.models:sqare",
             "'tests.models' has no attribute 'sqare'; did you mean 'square'",

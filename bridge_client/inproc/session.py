@@ -319,7 +319,11 @@ class InprocSession(Session):
         return residual
 
     def _finish(
-        self, run: Run, program: runtime.Program, value: Any, written: int
+        self,
+        run: Run,
+        program: runtime.Program,
+        value: Any,
+        written: int,
     ) -> None:
         """Keep the run's residual, if any, and count the run."""
         if run.residual and not run.program.is_pullback:

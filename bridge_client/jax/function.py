@@ -1,7 +1,9 @@
 """RemoteTorchFunction: signatures, parameters, random keys, and calls on several devices."""
 
+import copy
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ from bridge_client.arguments import (
     check_arguments,
     encode,
     marked_static,
+    method_name,
     names_of,
     recipes_for,
 )
@@ -60,6 +63,7 @@ class RemoteTorchFunction:
       target: a worker's address, a Session, or a torch function or module, which then runs in this
         process.
       name: one of the worker's models; needed only if it hosts several.
+      method: one of the model's methods; None calls the model itself. See also `method()`.
       parameters: whose parameters a plain call uses. "worker": the worker's; they stay there.
         "client": `params` and `buffers` of this object, as in every call after either was assigned.
         `apply` always takes them as arguments.
@@ -73,6 +77,7 @@ class RemoteTorchFunction:
       WorkerUnavailable: no worker answers.
       TargetError: the target cannot be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
+      CallerError: the model has no such method.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class RemoteTorchFunction:
         target: str | Session | Any,
         *,
         name: str | None = None,
+        method: str | None = None,
         parameters: str = "worker",
         static_argnames: str | Sequence[str] = (),
         timeout_s: float | None = None,
@@ -98,13 +104,37 @@ class RemoteTorchFunction:
         self.session = session_for(target, "torch")
         self.timeout_s = checked_limit(timeout_s)
         self._model = self.session.model(name)
-        self.__name__ = self._model.name  # the name that jax gives to compiled code
-        self._passes_parameters = parameters == "client"
+        self._choose(method)
+        self._shared = _Shared(passes_parameters=parameters == "client")
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._in_specs = in_specs
         self._out_specs = out_specs
         self._calls: dict[Hashable, _Call] = {}
-        self._state: dict[str, jax.Array] | None = None
+
+    def _choose(self, method: str | None) -> None:
+        """Set the method that calls name."""
+        self._method = method_name(method)
+        self._arguments = self._model.arguments_of(self._method)
+        # The name that jax gives to compiled code.
+        self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
+
+    def method(self, name: str) -> "RemoteTorchFunction":
+        """Return the function that calls a method of the same model.
+
+        It has the options, `params` and `buffers` of this function: assigned to one, they are those
+        of both. `session.models[...].methods` lists the methods.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        methods = self._shared.methods
+        methods.setdefault(self._method, self)
+        key = method_name(name)
+        if key not in methods:
+            function = copy.copy(self)
+            function._choose(name)
+            methods[key] = function
+        return methods[key]
 
     @property
     def params(self) -> dict[str, jax.Array]:
@@ -135,7 +165,8 @@ class RemoteTorchFunction:
           WorkerDied: the worker died during the call; the next call reconnects.
           CallTimeout: no answer within the time allowed.
         """
-        own = list(self._all().values()) if self._passes_parameters else None
+        passes_parameters = self._shared.passes_parameters
+        own = list(self._all().values()) if passes_parameters else None
         result, _ = self._anywhere(_CallOptions(own, None, False), args, kwargs)
         return result
 
@@ -182,7 +213,7 @@ class RemoteTorchFunction:
 
     def __repr__(self) -> str:
         return (
-            f"RemoteTorchFunction({self._model.name!r}, lane={self.session.lane!r},"
+            f"RemoteTorchFunction({self.__name__!r}, lane={self.session.lane!r},"
             f" memory={self.session.memory!r})"
         )
 
@@ -200,22 +231,23 @@ class RemoteTorchFunction:
         return {info.path: state[info.path] for info in self._infos(kind)}
 
     def _all(self) -> dict[str, jax.Array]:
-        if self._state is None:
+        shared = self._shared
+        if shared.state is None:
             program = self.session.prepare_parameters(self._model.name)
             blocks = self.session.run(program, ())
             paths = [info.path for info in self._model.parameters]
             labels = map(_label_of, paths)
             arrays = map(from_block, blocks, program.outputs, labels)
-            self._state = dict(zip(paths, arrays, strict=True))
-        return self._state
+            shared.state = dict(zip(paths, arrays, strict=True))
+        return shared.state
 
     def _replace(self, values: Mapping[str, Any], kind: str) -> None:
         self._check_names(values, kind)
         state = dict(self._all())
         for info in self._infos(kind):
             state[info.path] = self._as_parameter(values[info.path], info)
-        self._state = state
-        self._passes_parameters = True
+        self._shared.state = state
+        self._shared.passes_parameters = True
 
     def _check_names(self, values: Mapping[str, Any], kind: str) -> None:
         """Raise StructureError unless there is a value for each of the "params" or "buffers"."""
@@ -234,7 +266,10 @@ class RemoteTorchFunction:
     # Calls ----------------------------------------------------------------------------------------
 
     def _anywhere(
-        self, options: "_CallOptions", args: Args, kwargs: Kwargs
+        self,
+        options: "_CallOptions",
+        args: Args,
+        kwargs: Kwargs,
     ) -> _Results:
         """Make one call, or one per shard if specs were declared and there is a mesh."""
         leaves, structure, statics = self._flatten(args, kwargs)
@@ -318,8 +353,9 @@ class RemoteTorchFunction:
         key = tuple(signature)
         call = self._calls.get(key)
         if call is None:
-            info, arguments = self._model, jax.tree.unflatten(structure, leaves)
-            check_arguments(info.name, info.signature, arguments, rngs=())
+            arguments = jax.tree.unflatten(structure, leaves)
+            expected = self._model.signature_of(self._method)
+            check_arguments(self._model.name, expected, arguments, rngs=())
             call = self._calls[key] = self._prepare(options, leaves, structure, statics)
         ordered = sharding.varying_alike([inputs[i] for i in call.order])
         outputs = primitives.run(call.program, ordered)
@@ -385,7 +421,7 @@ class RemoteTorchFunction:
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return the leaves of static arguments."""
         marks = marked_static(
-            args, kwargs, self._model.arguments, self._static_argnames, marked
+            args, kwargs, self._arguments, self._static_argnames, marked
         )
         is_static = enumerate(jax.tree.leaves(marks))
         return frozenset(i for i, mark in is_static if mark)
@@ -417,6 +453,7 @@ class RemoteTorchFunction:
                 rngs=_STREAMS if options.key is not None else (),
                 mutable=options.is_mutable,
                 recipes=recipes_for(arguments),
+                method=self._method,
             ),
             labels=paths,
             timeout_s=self.timeout_s,
@@ -436,6 +473,15 @@ class RemoteTorchFunction:
             return _KEY
         session = self.session
         return spec_of(value.shape, value.dtype, path, session.framework, session.x64)
+
+
+@dataclass(slots=True)
+class _Shared:
+    """The parameters of a model, and the functions that call it, by their methods."""
+
+    passes_parameters: bool
+    state: dict[str, jax.Array] | None = None
+    methods: dict[str, RemoteTorchFunction] = field(default_factory=dict)
 
 
 class _CallOptions(NamedTuple):

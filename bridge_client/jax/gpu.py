@@ -55,7 +55,10 @@ class OnGpu(NamedTuple):
         self.device.copy(target, source, nbytes, self.stream)
 
     def to_host(
-        self, pointers: Sequence[int], dtypes: Sequence[np.dtype], shapes: Values
+        self,
+        pointers: Sequence[int],
+        dtypes: Sequence[np.dtype],
+        shapes: Values,
     ) -> list[np.ndarray]:
         """Return the values at some places on the GPU, at this point of the stream. The only wait
         of the host."""

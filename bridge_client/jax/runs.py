@@ -229,7 +229,11 @@ class PullBack(Action):
     cotangents of `wrt`."""
 
     def __init__(
-        self, program: Program, kept: Positions, wrt: Positions, given: Positions
+        self,
+        program: Program,
+        kept: Positions,
+        wrt: Positions,
+        given: Positions,
     ) -> None:
         self._plain = program
         self._wrt, self._given = wrt, given

@@ -78,7 +78,10 @@ class Link:
     """A gRPC channel, its session on the worker, and idle lanes. Thread-safe."""
 
     def __init__(
-        self, address: str, terms: Terms, on_fallback: Callable[[str], None]
+        self,
+        address: str,
+        terms: Terms,
+        on_fallback: Callable[[str], None],
     ) -> None:
         """Connect, open a session and attach a first lane.
 
@@ -134,7 +137,10 @@ class Link:
         self._end.atexit = False
 
     def prepare(
-        self, request: pb.PrepareRequest, what: str, timeout_s: float | None
+        self,
+        request: pb.PrepareRequest,
+        what: str,
+        timeout_s: float | None,
     ) -> pb.Prepared:
         """Let the worker prepare a program; log progress of a slow preparation.
 
@@ -170,7 +176,10 @@ class Link:
         )
 
     def take(
-        self, pool: Pool, timeout_s: float | None = None, gpu: GpuPool | None = None
+        self,
+        pool: Pool,
+        timeout_s: float | None = None,
+        gpu: GpuPool | None = None,
     ) -> Lane:
         """Take a lane for one call, after sharing all slabs of the pool.
 
@@ -334,7 +343,10 @@ class Link:
             raise
 
     def _choose_lane(
-        self, advertised: str, terms: Terms, on_fallback: Callable[[str], None]
+        self,
+        advertised: str,
+        terms: Terms,
+        on_fallback: Callable[[str], None],
     ) -> tuple[Callable[[], Lane], Lane]:
         def by_grpc() -> Lane:
             return GrpcLane(self._stub, self.token)

@@ -339,7 +339,12 @@ class RemoteSession(Session):
         return program.name[1]
 
     def _check_model(
-        self, program: Program, prepared: pb.Prepared, what: str, *, is_known: bool
+        self,
+        program: Program,
+        prepared: pb.Prepared,
+        what: str,
+        *,
+        is_known: bool,
     ) -> None:
         """Compare a restarted worker's program with the earlier one.
 
@@ -375,7 +380,11 @@ class RemoteSession(Session):
             )
 
     def _after_failure(
-        self, link: Link, error: BaseException, lane: Lane, call: Call
+        self,
+        link: Link,
+        error: BaseException,
+        lane: Lane,
+        call: Call,
     ) -> None:
         """Give back a usable lane; otherwise keep the call's blocks until the worker releases
         them."""

@@ -130,7 +130,10 @@ class Family:
         )
 
     def _derive(
-        self, formulas: Formulas, method: str, *arguments: Positions
+        self,
+        formulas: Formulas,
+        method: str,
+        *arguments: Positions,
     ) -> "Family":
         key = (method, *arguments)
         cached = self._derived.get(key)

@@ -18,6 +18,7 @@ from bridge_client.arguments import (
     Values,
     check_arguments,
     marked_static,
+    method_name,
     names_of,
     recipes_for,
 )
@@ -63,6 +64,7 @@ class RemoteJaxFunction(nn.Module):
       target: a worker's address, a Session, or a JAX function or model, which then runs in this
         process.
       name: one of the worker's models; needed only if it hosts several.
+      method: one of the model's methods; None calls the model itself. See also `method()`.
       parameters: "client" makes the model's parameters nn.Parameters of this module, named by their
         tree path (such as `params.Dense_0.kernel`) and trained by any torch optimizer; "worker"
         leaves them on the worker, frozen.
@@ -80,6 +82,7 @@ class RemoteJaxFunction(nn.Module):
       WorkerUnavailable: no worker answers.
       TargetError: the target cannot be served.
       UnknownModel: the worker hosts no such model, or several and no name was given.
+      CallerError: the model has no such method.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class RemoteJaxFunction(nn.Module):
         target: str | Session | Any,
         *,
         name: str | None = None,
+        method: str | None = None,
         parameters: str = "client",
         static_argnames: str | Sequence[str] = (),
         rngs: str | Sequence[str] = (),
@@ -100,6 +104,10 @@ class RemoteJaxFunction(nn.Module):
         self.timeout_s = checked_limit(timeout_s)
         self.cast_inputs = cast_inputs
         self._model = session.model(name)
+        self._method = method_name(method)
+        self._arguments = self._model.arguments_of(self._method)
+        # The functions that share this one's parameters, by method; empty if there are no others.
+        self._methods: dict[str, RemoteJaxFunction] = {}
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._rngs = names_of("rngs", rngs)
         self._is_mutable = mutable
@@ -125,12 +133,39 @@ class RemoteJaxFunction(nn.Module):
 
         A flax.nnx or equinox model is put into that mode at each later call. Before the first
         `train` or `eval`, of this module or one that contains it, the model has the mode in which
-        it was loaded.
+        it was loaded. A flax.linen or haiku model gets the mode as its argument `train`,
+        `training`, `is_training`, `deterministic`, `use_running_average`, `inference` or `eval`, if
+        it has one and the call passes none. All methods of one model have one mode.
         """
         super().train(mode)
-        if self._model.has_modes:
-            self._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)
+        for function in (self, *self._methods.values()):
+            function.training = mode
+            if self._model.has_modes:
+                function._mode = int(pb.MODE_TRAINING if mode else pb.MODE_INFERENCE)
         return self
+
+    def method(self, name: str) -> "RemoteJaxFunction":
+        """Return the function that calls a method of the same model.
+
+        It has the options, the mode, and the very parameters and buffers of this function.
+        `session.models[...].methods` lists the methods.
+
+        Raises:
+          CallerError: the model has no public method of this name.
+        """
+        key = method_name(name)
+        function = self if key == self._method else self._methods.get(key)
+        if function is None:
+            arguments = self._model.arguments_of(key)
+            function = self.__new__(type(self))
+            nn.Module.__init__(function)
+            hooks = {
+                name: each for name, each in vars(function).items() if "_hook" in name
+            }
+            state = RemoteJaxFunction.__getstate__(self) | hooks
+            function.__setstate__(state | {"_method": key, "_arguments": arguments})
+            self._methods |= {self._method: self, key: function}
+        return function
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.
@@ -256,8 +291,8 @@ class RemoteJaxFunction(nn.Module):
         call = self._calls.get(signature)
         if call is None:
             rngs = self._rngs if is_stateful else ()
-            info = self._model
-            check_arguments(info.name, info.signature, (args, kwargs), rngs)
+            expected = self._model.signature_of(self._method)
+            check_arguments(self._model.name, expected, (args, kwargs), rngs)
             flat = flat or flatten((args, kwargs))
             arguments, data = signatures.encoded(flat, statics)
             call = self._prepare(arguments, [*own, *data], mode, is_stateful, shape_of)
@@ -312,10 +347,14 @@ class RemoteJaxFunction(nn.Module):
     def extra_repr(self) -> str:
         try:
             session = self.session
-            return f"{self._model.name!r}, lane={session.lane!r}, memory={session.memory!r}"
+            return f"{self._name!r}, lane={session.lane!r}, memory={session.memory!r}"
         except BridgeError:
             # The session is closed, or its worker gone: printing must not raise.
-            return repr(self._model.name)
+            return repr(self._name)
+
+    @property
+    def _name(self) -> str:
+        return ".".join(filter(None, (self._model.name, self._method)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RemoteJaxFunction":
         # Written out, since torch.nn.utils.parametrize replaces __getstate__ by a function that
@@ -348,7 +387,7 @@ class RemoteJaxFunction(nn.Module):
     def _static_leaves(self, args: Args, kwargs: Kwargs) -> frozenset[int]:
         """Return the leaves of static arguments."""
         marks = marked_static(
-            args, kwargs, self._model.arguments, self._static_argnames, marked
+            args, kwargs, self._arguments, self._static_argnames, marked
         )
         return frozenset(i for i, mark in enumerate(flatten(marks)[0]) if mark)
 
@@ -381,6 +420,7 @@ class RemoteJaxFunction(nn.Module):
             mutable=is_stateful and self._is_mutable,
             mode=mode,  # type: ignore[arg-type]
             recipes=recipes_for(arguments),
+            method=self._method,
         )
         plain = self.session.described_call(
             call, labels=paths, timeout_s=self.timeout_s

@@ -59,9 +59,19 @@ def tensors_of(owners: Owners, module: nn.Module) -> list[Tensor]:
             # call.
             if owner is not module and owner not in refreshed:
                 refreshed.append(owner)
-                owner()
+                _run_hooks(owner)
             tensors.append(getattr(owner, name))
     return tensors
+
+
+def _run_hooks(owner: nn.Module) -> None:
+    """Run the hooks that set parameters before a call, such as those of pruning."""
+    if isinstance(owner, _Branch):
+        owner()
+        return
+    # The function whose parameters a method of its model shares: no call of it.
+    for hook in list(owner._forward_pre_hooks.values()):
+        hook(owner, ())
 
 
 def keep_all_in_slab(session: Session, owners: Owners) -> None:

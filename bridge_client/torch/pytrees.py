@@ -66,17 +66,16 @@ def register_if_container(cls: type) -> bool:
     are containers too.
     """
     if issubclass(cls, Mapping):
-        _register(
-            cls,
-            _parts_of_mapping,
-            collections.OrderedDict
-            if issubclass(cls, collections.OrderedDict)
-            else dict,
-        )
-    elif issubclass(cls, list | tuple):
-        _register(cls, _parts_of_sequence, list if issubclass(cls, list) else tuple)
+        is_ordered = issubclass(cls, collections.OrderedDict)
+        like: Any = collections.OrderedDict if is_ordered else dict
+        _register(cls, _parts_of_mapping, like)
+    elif issubclass(cls, list):
+        _register(cls, _parts_of_sequence, list)
+    elif issubclass(cls, tuple):
+        _register(cls, _parts_of_sequence, tuple)
     elif dataclasses.is_dataclass(cls):
-        register_dataclass(cls, tuple(field.name for field in dataclasses.fields(cls)))
+        names = [field.name for field in dataclasses.fields(cls)]
+        register_dataclass(cls, tuple(names))
     else:
         return False
     return True
@@ -97,8 +96,17 @@ def _register(
     """Make a container's class a pytree node; it is rebuilt as the plain class `like`."""
 
     def unflatten(keys: Any, children: Any) -> Any:
-        return like(children if keys is None else zip(keys, children, strict=True))
+        if keys is None:
+            return like(children)
+        items = zip(keys, children, strict=True)
+        return like(items)
 
+    _add(cls, parts_of, unflatten)
+
+
+def _add(
+    cls: type, parts_of: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]
+) -> None:
     with contextlib.suppress(ValueError):  # another thread was faster
         optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
 
@@ -107,17 +115,14 @@ def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
     """Make a dataclass a pytree node here; static fields are sent as values."""
 
     def parts_of(value: Any) -> Any:
-        return (
-            [getattr(value, field) for field in fields],
-            attributes_beyond(value, fields),
-            fields,
-        )
+        children = [getattr(value, field) for field in fields]
+        beyond = attributes_beyond(value, fields)
+        return children, beyond, fields
 
     def unflatten(beyond: Any, children: Any) -> Any:
         return instantiate(cls, fields, children, without=beyond)
 
-    with contextlib.suppress(ValueError):  # another thread was faster
-        optree.register_pytree_node(cls, parts_of, unflatten, namespace=_NAMESPACE)
+    _add(cls, parts_of, unflatten)
 
 
 def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
@@ -126,12 +131,14 @@ def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
     So torch.func, torch.utils.data and the user's own tree functions see its items.
     """
     children_of = parts_of(fields, cls)
-    _register_everywhere(
-        cls,
-        fields,
-        lambda value: (children_of(value), None),
-        lambda _, children: instantiate(cls, fields, children),
-    )
+
+    def flatten(value: Any) -> tuple[Sequence[Any], None]:
+        return children_of(value), None
+
+    def unflatten(_: None, children: Any) -> Any:
+        return instantiate(cls, fields, children)
+
+    _register_everywhere(cls, fields, flatten, unflatten)
 
 
 def _register_everywhere(
@@ -190,6 +197,15 @@ def _collate_keys(batch: Sequence[Key], *, collate_fn_map: Any = None) -> Key:
     return Key(data, implementation)
 
 
+def _parts_of_key(key: Key) -> tuple[Sequence[Any], str]:
+    return [key.data], key.implementation
+
+
+def _key_of(implementation: str, children: Any) -> Key:
+    (data,) = children
+    return Key(data, implementation)
+
+
 def restored_key(words: Any, implementation: str) -> Key:
     """Return a pickled key."""
     is_signed = isinstance(words, torch.Tensor) and words.dtype == torch.int32
@@ -206,12 +222,7 @@ def _reduced_key(key: Key) -> tuple[Any, ...]:
 
 copyreg.pickle(Key, _reduced_key)
 peers.adopt_by(register_peer)
-_register_everywhere(
-    Key,
-    ("data",),
-    lambda key: ([key.data], key.implementation),
-    lambda implementation, children: Key(next(iter(children)), implementation),
-)
+_register_everywhere(Key, ("data",), _parts_of_key, _key_of)
 default_collate_fn_map |= {
     PeerInstance: _collate,
     PeerMapping: _collate,

@@ -5,14 +5,12 @@ keys go to `rngs` of flax.linen, to the streams with that tag of a flax.nnx modu
 targets as keyword arguments of the streams' names (haiku: as its one key).
 """
 
-import functools
+import copy
 import inspect
 import logging
-import operator
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,51 +18,27 @@ import numpy as np
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from bridge_server.held_arrays import warn_of_held_arrays
+from bridge_server.jax_runtime.layers import keras_parts, penzai_parts
+from bridge_server.jax_runtime.parts import (
+    Invocation,
+    Outcome,
+    Parts,
+    keywords_of,
+    mode_arguments,
+    nested,
+    only_key,
+    unnested,
+    with_keys,
+    with_mode,
+)
 from bridge_server.jax_runtime.types import dtype_name, number_to_array, path_step
-from bridge_server.runtime import Model, Parameter
-from bridge_server.signatures import positional_names, signature_of
+from bridge_server.runtime import CALL, Model, Parameter
+from bridge_server.signatures import Methods, bound_method, methods_of, only_method
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64, TURN_ON_X64
 from bridge_wire.errors import CallerError, SpecError, TargetError
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
-
-RngStreams = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Invocation:
-    """The arguments and options of one call of a model.
-
-    `training` is the mode for this call, or None for the model's own.
-    """
-
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    rng_streams: RngStreams
-    mutable: bool = False
-    training: bool | None = None
-
-
-# Returns the result and the state after the call, which matters only for a mutable call.
-_Call = Callable[[Any, Invocation], tuple[Any, Any]]
-
-
-class Parts(NamedTuple):
-    """A target split into a pure function and its state, which contains all arrays.
-
-    `call(state, invocation)` raises CallerError for a random stream or a change that the model
-    does not support.
-    """
-
-    call: _Call
-    state: Any
-    documented: Any  # the callable whose docstring and signature describe the model
-    skips_first: bool = False  # whether that signature begins with the parameters
-    supplied: tuple[str, ...] = ()  # arguments of that signature that the bridge passes
-    is_trainable: Callable[[str], bool] = lambda label: True
-    has_modes: bool = False
-    is_function: bool = False  # whether it is a plain function without state
 
 
 def adapt(name: str, target: Any, *, x64: bool) -> Model:
@@ -77,9 +51,10 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
     if parts is None:
         raise TargetError(
             f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a"
-            " function, a pair (apply, params), a flax.linen module with its variables, a flax.nnx"
-            " module, an equinox module or a pair (module, state), or a haiku transform with its"
-            " parameters (and state)"
+            " function, an object with public methods, a pair (apply, params), a triple (apply,"
+            " params, state), a flax.linen module with its variables, a flax.nnx module, an equinox"
+            " module or a pair (module, state), a haiku transform with its parameters (and state),"
+            " a keras model, or a penzai layer"
         )
     _warn_of_constants(name, target, parts)
     leaves, structure = jax.tree_util.tree_flatten_with_path(parts.state)
@@ -107,17 +82,15 @@ def adapt(name: str, target: Any, *, x64: bool) -> Model:
         result, after = parts.call(before, invocation)
         return result, _buffers(parameters, values, after) if invocation.mutable else []
 
-    passing: Any = {"skips_first": parts.skips_first, "supplied": parts.supplied}
     return Model(
         name=name,
         doc=inspect.getdoc(parts.documented) or "",
-        arguments=positional_names(parts.documented, **passing),
+        methods=parts.methods,
         parameters=tuple(parameters),
         values=[jnp.asarray(state[i]) for i in sent],
         apply=apply,
         has_modes=parts.has_modes,
         source=(target, parts.documented),
-        signature=signature_of(parts.documented, **passing),
     )
 
 
@@ -131,11 +104,7 @@ def _warn_of_constants(name: str, target: Any, parts: Parts) -> None:
         warn_of_held_arrays(
             _log, name, parts.documented, _is_array, noun="arrays", remedy=remedy
         )
-    elif (
-        parts.skips_first
-        and isinstance(parts.state, Mapping)
-        and "params" in parts.state
-    ):
+    elif parts.is_pair and isinstance(parts.state, Mapping) and "params" in parts.state:
         others = sorted(str(key) for key in parts.state if key != "params")
         moving = [
             key
@@ -190,24 +159,59 @@ def _spec(model: str, label: str, leaf: Any, *, x64: bool) -> Spec:
 
 
 def _parts_of(target: Any) -> Parts | None:
+    parts = _method_parts_of(target)
+    if parts is not None:
+        return parts
     traced = _imported("bridge_server.torch_via_xla")
     if isinstance(target, traced.TracedModule):
         return _traced_module_parts(target)
     if isinstance(target, traced.TracedFunction):
         return _traced_function_parts(target)
-    linen = _imported("flax.linen")
     nnx = _imported("flax.nnx")
     equinox = _imported("equinox")
-    if type(target) is tuple and len(target) == 2:
-        return _pair_parts_of(*target)
-    if isinstance(target, linen.Module):
+    if type(target) is tuple:
+        return _tuple_parts_of(target)
+    if isinstance(target, _imported("flax.linen").Module):
         return _linen_parts(target, None)
     if isinstance(target, nnx.Module):
         return _nnx_parts(nnx, target)
     if isinstance(target, equinox.Module):
         return _equinox_parts(equinox, target)
-    if callable(target) and not isinstance(target, type):
-        return _function_parts(target)
+    if isinstance(target, (keras := _imported("keras")).Model):
+        return keras_parts(keras, target)
+    if isinstance(target, _imported("penzai.nn.layer").Layer):
+        return penzai_parts(_imported("penzai.pz"), target)
+    if not isinstance(target, type) and (methods := methods_of(target)):
+        return _object_parts(target, methods)
+    return None
+
+
+def _method_parts_of(target: Any) -> Parts | None:
+    """Return the parts of a bound method of a module, or of a pair of one and the module's state.
+
+    The module's state belongs to them. Other methods are plain functions.
+    """
+    is_pair = type(target) is tuple and len(target) == 2
+    linen, equinox = _imported("flax.linen"), _imported("equinox")
+    bases = linen.Module, equinox.Module, _imported("flax.nnx").Module
+    binding = bound_method(target[0] if is_pair else target, bases)
+    if binding is None:
+        return None
+    owner, name = binding
+    if not is_pair:
+        parts = _parts_of(owner)
+    elif isinstance(owner, linen.Module) or _is_stateful(equinox, owner, target[1]):
+        parts = _pair_parts_of(owner, target[1])
+    else:
+        return None
+    return parts and parts.only(owner, name)
+
+
+def _tuple_parts_of(target: tuple[Any, ...]) -> Parts | None:
+    if len(target) == 2:
+        return _pair_parts_of(*target)
+    if len(target) == 3 and callable(target[0]):
+        return _triple_parts(*target)
     return None
 
 
@@ -218,11 +222,17 @@ def _pair_parts_of(target: Any, state: Any) -> Parts | None:
         return _haiku_parts(target, state)
     if isinstance(target, haiku.TransformedWithState):
         return _stateful_haiku_parts(target, state)
-    if isinstance(target, equinox.Module) and isinstance(state, equinox.nn.State):
+    if _is_stateful(equinox, target, state):
         return _stateful_equinox_parts(equinox, target, state)
     if isinstance(target, _imported("flax.linen").Module):
         return _linen_parts(target, state)
     return _pair_parts(target, state) if callable(target) else None
+
+
+def _is_stateful(equinox: Any, module: Any, state: Any) -> bool:
+    """Whether a pair is an equinox module and its state."""
+    is_module = isinstance(module, equinox.Module)
+    return is_module and isinstance(state, equinox.nn.State)
 
 
 class _NotImported:
@@ -236,24 +246,66 @@ def _imported(name: str) -> Any:
     return sys.modules.get(name, _NotImported())
 
 
-def _function_parts(function: Callable[..., Any]) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
-        return function(*invocation.args, **_with_keys(function, invocation)), state
+def _object_parts(target: Any, methods: Methods) -> Parts:
+    """Split a function, or an object with methods; its arrays are constants."""
 
-    return Parts(call, (), function, is_function=True)
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        owner = _copied_object(target) if invocation.method else target
+        function = invocation.function_of(owner)
+        return function(*invocation.args, **with_keys(function, invocation)), state
+
+    return Parts(call, (), target, methods, is_function=True)
+
+
+def _copied_object(target: Any) -> Any:
+    """Return a copy, so that no later call finds the traced arrays that a method has stored."""
+    try:
+        return copy.copy(target)
+    except Exception:
+        return target
 
 
 def _pair_parts(apply: Callable[..., Any], params: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         if invocation.mutable:
             raise CallerError(
                 "mutable=True, but a pair (apply, params) does not return a new state; serve a"
-                " flax.linen, flax.nnx or haiku model, or a pair of an equinox module and its"
-                " eqx.nn.State"
+                " triple (apply, params, state), a flax.linen, flax.nnx or haiku model, or a pair"
+                " of an equinox module and its eqx.nn.State"
             )
-        return apply(state, *invocation.args, **_with_keys(apply, invocation)), state
+        return apply(state, *invocation.args, **with_keys(apply, invocation)), state
 
-    return Parts(call, params, apply, skips_first=True)
+    methods = only_method(apply, skipped=1)
+    return Parts(call, params, apply, methods, is_pair=True)
+
+
+def _triple_parts(apply: Callable[..., Any], params: Any, state: Any) -> Parts:
+    """Split `apply(params, state, *args) -> (result, new state)`; the state is the buffers."""
+
+    def call(both: Any, invocation: Invocation) -> Outcome:
+        invocation = with_mode(apply, invocation, skipped=2)
+        keywords = with_keys(apply, invocation)
+        outcome = apply(both["params"], both["state"], *invocation.args, **keywords)
+        if not isinstance(outcome, tuple) or len(outcome) != 2:
+            raise SpecError(
+                f"apply of a triple (apply, params, state) returned a {type(outcome).__qualname__};"
+                " expected a pair (result, new state)"
+            )
+        result, after = outcome
+        return result, {"state": after}
+
+    return Parts(
+        call,
+        {"params": params, "state": state},
+        apply,
+        only_method(apply, skipped=2),
+        is_trainable=_is_under_params,
+        has_modes=bool(mode_arguments(apply)),
+    )
+
+
+def _is_under_params(label: str) -> bool:
+    return label.partition(".")[0] == "params"
 
 
 def _linen_parts(module: Any, variables: Any) -> Parts:
@@ -264,22 +316,35 @@ def _linen_parts(module: Any, variables: Any) -> Parts:
             )
         module, variables = module.unbind()
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        invocation = with_mode(_bound_function(module, invocation), invocation)
         options: dict[str, Any] = {}
         if invocation.rng_streams:
             options["rngs"] = dict(invocation.rng_streams)
         if invocation.mutable:
             options["mutable"] = [name for name in state if name != "params"]
-        result = module.apply(state, *invocation.args, **invocation.kwargs, **options)
+
+        # Not module.apply(state, *args, **kwargs): a caller's `method` would reach any attribute.
+        def run(bound: Any) -> Any:
+            function = invocation.function_of(bound)
+            return function(*invocation.args, **invocation.kwargs)
+
+        result = module.apply(state, method=run, **options)
         if not invocation.mutable:
             return result, state
         result, changed = result
         return result, {**state, **changed}
 
-    def is_trainable(label: str) -> bool:
-        return label.partition(".")[0] == "params"
-
-    return Parts(call, variables, module.__call__, is_trainable=is_trainable)
+    methods = methods_of(module, _imported("flax.linen").Module)
+    functions = [getattr(module, name) for name in methods]
+    return Parts(
+        call,
+        variables,
+        getattr(module, CALL, module),
+        methods,
+        is_trainable=_is_under_params,
+        has_modes=any(map(mode_arguments, functions)),
+    )
 
 
 def _nnx_parts(nnx: Any, module: Any) -> Parts:
@@ -291,16 +356,17 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
     trainable = {path for path, variable in flat if isinstance(variable, nnx.Param)}
     tags = {variable.tag for _, variable in flat if isinstance(variable, nnx.RngKey)}
 
-    def run(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def run(state: Any, invocation: Invocation) -> Outcome:
         merged = nnx.merge(graph, state)
         if invocation.training is not None:
             (merged.train if invocation.training else merged.eval)()
         if invocation.rng_streams:
             nnx.reseed(merged, policy="match_shape", **invocation.rng_streams)
-        result = merged(*invocation.args, **invocation.kwargs)
+        function = invocation.function_of(merged)
+        result = function(*invocation.args, **invocation.kwargs)
         return result, nnx.split(merged)[1]
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         passed = invocation.rng_streams.keys()
         if missing := passed - tags:
             raise CallerError(
@@ -326,7 +392,8 @@ def _nnx_parts(nnx: Any, module: Any) -> Parts:
     return Parts(
         call,
         state,
-        module.__call__,
+        getattr(module, CALL, module),
+        methods_of(module, nnx.Module),
         is_trainable=trainable.__contains__,
         has_modes=True,
     )
@@ -373,13 +440,17 @@ def _leaf(variable: Any) -> Any:
 def _equinox_parts(equinox: Any, module: Any) -> Parts:
     arrays, rest = equinox.partition(module, equinox.is_array)
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         whole = _in_equinox_mode(equinox, equinox.combine(state, rest), invocation)
-        return whole(*invocation.args, **_with_keys(documented, invocation)), state
+        function = invocation.function_of(whole)
+        keywords = with_keys(_bound_function(module, invocation), invocation)
+        return function(*invocation.args, **keywords), state
 
+    methods = methods_of(module, equinox.Module)
     # A function under a decorator such as eqx.filter_jit is a module too.
-    documented = module if hasattr(module, "__wrapped__") else module.__call__
-    return Parts(call, arrays, documented, has_modes=True)
+    is_function = hasattr(module, "__wrapped__")
+    documented = module if is_function else getattr(module, CALL, module)
+    return Parts(call, arrays, documented, methods, has_modes=True)
 
 
 def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
@@ -388,11 +459,16 @@ def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
         {"model": module, "state": state}, equinox.is_array
     )
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    def call(state: Any, invocation: Invocation) -> Outcome:
         whole = equinox.combine(state, rest)
         model = _in_equinox_mode(equinox, whole["model"], invocation)
-        keywords = _with_keys(module.__call__, invocation)
-        result, after = model(*invocation.args, **keywords, state=whole["state"])
+        function = invocation.function_of(model)
+        bound = _bound_function(module, invocation)
+        keywords = with_keys(bound, invocation)
+        accepted = keywords_of(bound)
+        if accepted is not None and "state" not in accepted:
+            return function(*invocation.args, **keywords), {}
+        result, after = function(*invocation.args, **keywords, state=whole["state"])
         return result, {"state": after}
 
     def is_trainable(label: str) -> bool:
@@ -401,11 +477,15 @@ def _stateful_equinox_parts(equinox: Any, module: Any, state: Any) -> Parts:
     return Parts(
         call,
         arrays,
-        module.__call__,
-        supplied=("state",),
+        getattr(module, CALL, module),
+        methods_of(module, equinox.Module, supplied=("state",)),
         is_trainable=is_trainable,
         has_modes=True,
     )
+
+
+def _bound_function(module: Any, invocation: Invocation) -> Any:
+    return getattr(module, invocation.method or CALL)
 
 
 def _in_equinox_mode(equinox: Any, module: Any, invocation: Invocation) -> Any:
@@ -415,32 +495,36 @@ def _in_equinox_mode(equinox: Any, module: Any, invocation: Invocation) -> Any:
 
 
 def _haiku_parts(transformed: Any, params: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
-        key = _only_key(invocation)
-        return transformed.apply(
-            state, key, *invocation.args, **invocation.kwargs
-        ), state
+    apply = transformed.apply
 
-    return Parts(call, params, transformed.apply, supplied=("params", "rng"))
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        key = only_key(invocation)
+        invocation = with_mode(apply, invocation, skipped=2)
+        return apply(state, key, *invocation.args, **invocation.kwargs), state
+
+    methods = only_method(apply, skipped=2)
+    has_modes = bool(mode_arguments(apply))
+    return Parts(call, params, apply, methods, has_modes=has_modes)
 
 
 def _stateful_haiku_parts(transformed: Any, params_and_state: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
+    apply = transformed.apply
+
+    def call(state: Any, invocation: Invocation) -> Outcome:
         both = state["params"], state["state"]
-        key = _only_key(invocation)
-        result, after = transformed.apply(
-            *both, key, *invocation.args, **invocation.kwargs
-        )
+        key = only_key(invocation)
+        invocation = with_mode(apply, invocation, skipped=3)
+        result, after = apply(*both, key, *invocation.args, **invocation.kwargs)
         return result, {"state": after}
 
-    def is_trainable(label: str) -> bool:
-        return label.startswith("params.")
-
     params, state = params_and_state
-    both = {"params": params, "state": state}
-    supplied = ("params", "state", "rng")
     return Parts(
-        call, both, transformed.apply, supplied=supplied, is_trainable=is_trainable
+        call,
+        {"params": params, "state": state},
+        apply,
+        only_method(apply, skipped=3),
+        is_trainable=_is_under_params,
+        has_modes=bool(mode_arguments(apply)),
     )
 
 
@@ -448,92 +532,35 @@ def _traced_module_parts(module: Any) -> Parts:
     """Split a torch module that runs through XLA; its parameters have torch's names."""
     arrays = {**module.params, **module.buffers}
 
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
-        params = _unnested(state, module.params)
-        buffers = _unnested(state, module.buffers)
-        key = _only_key(invocation)
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        params = unnested(state, module.params)
+        buffers = unnested(state, module.buffers)
+        key = only_key(invocation)
+        traced = module.method(invocation.method) if invocation.method else module
         options = {"buffers": buffers, "mutable": True, "rng": key}
-        result, after = module(params, *invocation.args, **options, **invocation.kwargs)
-        return result, _nested({**params, **after})
+        result, after = traced(params, *invocation.args, **options, **invocation.kwargs)
+        return result, nested({**params, **after}.items())
 
-    forward = module.module.forward
+    function = module.function
+    is_whole = function == module.module.forward
+    base = _imported("torch.nn").Module
+    own = methods_of(module.module, base) if is_whole else {}
     return Parts(
-        call, _nested(arrays), forward, is_trainable=module.params.__contains__
+        call,
+        nested(arrays.items()),
+        function,
+        own | only_method(function),
+        is_trainable=module.params.__contains__,
     )
 
 
 def _traced_function_parts(function: Any) -> Parts:
-    def call(state: Any, invocation: Invocation) -> tuple[Any, Any]:
-        key = _only_key(invocation)
+    def call(state: Any, invocation: Invocation) -> Outcome:
+        key = only_key(invocation)
         return function(*invocation.args, rng=key, **invocation.kwargs), state
 
-    return Parts(call, (), function.__wrapped__)
-
-
-def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree of dicts whose paths are the names, such as `layers.0.weight`."""
-    tree: dict[str, Any] = {}
-    for name, value in named.items():
-        *branches, leaf = name.split(".")
-        node = tree
-        for branch in branches:
-            node = node.setdefault(branch, {})
-        node[leaf] = value
-    return tree
-
-
-def _unnested(tree: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return the leaves of a tree of dicts by their names."""
-    return {
-        name: functools.reduce(operator.getitem, name.split("."), tree)
-        for name in names
-    }
-
-
-def _with_keys(function: Callable[..., Any], invocation: Invocation) -> dict[str, Any]:
-    """Return the keyword arguments, and the key of each random stream by the stream's name.
-
-    Raises:
-      CallerError: the function has no argument of that name, or the caller passes it.
-    """
-    keys, kwargs = invocation.rng_streams, invocation.kwargs
-    if not keys:
-        return kwargs
-    if both := keys.keys() & kwargs.keys():
-        raise CallerError(
-            f"{sorted(both)} are passed as arguments and named in rngs; leave out one of them"
-        )
-    accepted = _keywords_of(function)
-    if accepted is not None and (missing := keys.keys() - accepted):
-        raise CallerError(
-            f"the model takes no arguments {sorted(missing)} for the keys of these random streams;"
-            f" its arguments are {sorted(accepted)}"
-        )
-    return {**kwargs, **keys}
-
-
-def _keywords_of(function: Callable[..., Any]) -> set[str] | None:
-    """Return the names of a function's keywords; None if it takes any, or has no signature."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {
-        p.name
-        for p in parameters
-        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-    }
-
-
-def _only_key(invocation: Invocation) -> Any:
-    keys = invocation.rng_streams
-    if len(keys) > 1:
-        raise CallerError(
-            f"the model draws from one random stream, not from {sorted(keys)}; name one in rngs"
-        )
-    return next(iter(keys.values()), None)
+    documented = function.__wrapped__
+    return Parts(call, (), documented, only_method(documented))
 
 
 def _label(path: Sequence[Any]) -> str:

@@ -18,7 +18,8 @@ from bridge_server.jax_runtime.advice import (
     in_callers_words,
 )
 from bridge_server.jax_runtime.meshes import Layout
-from bridge_server.jax_runtime.models import Invocation, adapt
+from bridge_server.jax_runtime.models import adapt
+from bridge_server.jax_runtime.parts import Invocation
 from bridge_server.jax_runtime.programs import KeepingProgram, Linearization, Program
 from bridge_server.jax_runtime.randomness import rng_streams_of
 from bridge_server.jax_runtime.transforms import Flat, compose, replaced
@@ -325,8 +326,14 @@ class JaxRuntime(Runtime):
             values = arrays[:own] if call.parameters else bound
             values = self._layout.constrained(values, own_paths, model)
             rng_streams = rng_streams_of(arrays[own], call.rngs) if call.rngs else {}
-            training = _TRAINING[call.mode]
-            invocation = Invocation(args, kwargs, rng_streams, call.mutable, training)
+            invocation = Invocation(
+                args,
+                kwargs,
+                rng_streams,
+                call.mutable,
+                _TRAINING[call.mode],
+                model.method(call.method).attribute,
+            )
             value, buffers = model.apply(values, invocation)
             tree, outputs = trees.encode(
                 value, is_array_like, self._classes, expand=expand, root="the result"
@@ -431,8 +438,7 @@ def _bound(model: Model, call: pb.Call) -> tuple[Any, ...]:
 
 
 def _where(model: Model, call: pb.Call, inputs: Sequence[Spec]) -> str:
-    signature = check_signature(model, call, inputs, x64=has_x64())
-    return f"model {model.name!r} called with {signature}"
+    return check_signature(model, call, inputs, x64=has_x64())
 
 
 def _bytes_of(value: Any) -> memoryview:

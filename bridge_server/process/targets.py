@@ -39,6 +39,8 @@ def parse(text: str) -> Target:
 def load(target: Target) -> Any:
     """Import a target's module and return its attribute.
 
+    An attribute of a pair (model, state) is the model's: `net.encode` is `(net[0].encode, net[1])`.
+
     Raises:
       TargetError: the module or attribute does not exist; the text suggests similar names.
     """
@@ -67,13 +69,20 @@ def load(target: Target) -> Any:
     seen = target.module
     for part in target.attribute.split("."):
         try:
-            value = getattr(value, part)
+            value = _attribute_of(value, part)
         except AttributeError as error:
             raise TargetError(
                 f"{seen!r} has no attribute {part!r}{_near(part, dir(value))}"
             ) from error
         seen = f"{seen}.{part}"
     return value
+
+
+def _attribute_of(value: Any, name: str) -> Any:
+    if type(value) is tuple and len(value) == 2 and not hasattr(value, name):
+        model, state = value
+        return getattr(model, name), state
+    return getattr(value, name)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -29,11 +29,24 @@ _log = logging.getLogger(__name__)
 
 # One tensor per parameter and buffer; None for the model's own.
 Values = Sequence[Tensor] | None
-Args = Sequence[Any]
-Kwargs = Mapping[str, Any]
 # The result, and the state after the call.
 Outcome = tuple[Any, Sequence[Tensor]]
-Called = Callable[[Values, Args, Kwargs], Outcome]
+
+
+class Arguments(NamedTuple):
+    """The arguments of one call, for a method of the target or, if it is empty, the target."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    method: str = ""
+
+    def passed_to(self, target: Any) -> Any:
+        """Return the result of the call."""
+        function = getattr(target, self.method) if self.method else target
+        return function(*self.args, **self.kwargs)
+
+
+Called = Callable[[Values, Arguments], Outcome]
 
 
 class Code(ABC):
@@ -45,19 +58,19 @@ class Code(ABC):
         # time.
         self._turns: threading.RLock | None = None
 
-    def __call__(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
+    def __call__(self, values: Values, arguments: Arguments) -> Outcome:
         """Return the result, and the state after the call; values None are the model's own."""
         if self._turns is None:
-            return self._called(values, args, kwargs)
+            return self._called(values, arguments)
         with self._turns:
             before = self.python_state()
             try:
-                return self._called(values, args, kwargs)
+                return self._called(values, arguments)
             finally:
                 before.restore_tensors()
 
     @abstractmethod
-    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome: ...
+    def _called(self, values: Values, arguments: Arguments) -> Outcome: ...
 
     def isolated(self) -> Called:
         """Return the callable for calls that may leave fake tensors in the model's attributes."""
@@ -90,8 +103,8 @@ class Code(ABC):
 class CodeOfFunction(Code):
     """A function without state."""
 
-    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
-        return self._target(*args, **kwargs), ()
+    def _called(self, values: Values, arguments: Arguments) -> Outcome:
+        return arguments.passed_to(self._target), ()
 
 
 class CodeOfPair(Code):
@@ -104,11 +117,11 @@ class CodeOfPair(Code):
         self._structure = structure
         self._own = own
 
-    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
+    def _called(self, values: Values, arguments: Arguments) -> Outcome:
         state = list(self._own if values is None else values)
-        return self._target(
-            pytree.tree_unflatten(state, self._structure), *args, **kwargs
-        ), state
+        params = pytree.tree_unflatten(state, self._structure)
+        args, kwargs, _ = arguments
+        return self._target(params, *args, **kwargs), state
 
 
 class CodeOfModule(Code):
@@ -137,14 +150,14 @@ class CodeOfModule(Code):
             )
             self._one_at_a_time = threading.RLock()
 
-    def _called(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
+    def _called(self, values: Values, arguments: Arguments) -> Outcome:
         if self._one_at_a_time is not None:
             with self._one_at_a_time:
                 if values is None:
-                    return self._original.call(self._values, args, kwargs)
-                return self._original.call_alone(values, args, kwargs)
+                    return self._original.call(self._values, arguments)
+                return self._original.call_alone(values, arguments)
         with self._leased() as leased:
-            return leased.call(values, args, kwargs)
+            return leased.call(values, arguments)
 
     def isolated(self) -> Called:
         return self._called if self._one_at_a_time is not None else self._copied().call
@@ -209,7 +222,7 @@ class _Refillable:
         # Then the module keeps that call's values, and lives as long as the graph (or exception).
         self.is_held = False
 
-    def call(self, values: Values, args: Args, kwargs: Kwargs) -> Outcome:
+    def call(self, values: Values, arguments: Arguments) -> Outcome:
         """Call the module with these values, or with its own.
 
         Afterwards, restore its state; if a graph holds the module, keep the values.
@@ -220,7 +233,7 @@ class _Refillable:
         if values is not None:
             self._fill(values)
         try:
-            result = self.module(*args, **kwargs)
+            result = arguments.passed_to(self.module)
             places = map(
                 self._first.__getitem__, range(0 if values is None else len(values))
             )
@@ -234,16 +247,14 @@ class _Refillable:
             if self.is_held and values is not None:
                 self._fill(values)
 
-    def call_alone(
-        self, values: Sequence[Tensor], args: Args, kwargs: Kwargs
-    ) -> Outcome:
+    def call_alone(self, values: Sequence[Tensor], arguments: Arguments) -> Outcome:
         """Call the module with these values.
 
         Raises:
           CallerError: the call's graph would call the module again, and find other values.
         """
         try:
-            called = self.call(values, args, kwargs)
+            called = self.call(values, arguments)
             if self.is_held:
                 raise CallerError(
                     f"{type(self.module).__name__} runs parts of itself again in its backward pass,"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bridge_server.runtime import Model
+from bridge_server.torch_runtime.callables import Arguments
 from bridge_server.torch_runtime.randomness import seed
 from bridge_server.torch_runtime.results import Results
 from bridge_server.torch_runtime.tracing import Traced, Trial
@@ -43,6 +44,7 @@ class Call:
         self._model = model
         self._classes = classes
         self._arguments = call.arguments
+        self._method = model.method(call.method).attribute
         self._is_flat = _is_flat(call.arguments)
         self._passed = len(model.parameters) if call.parameters else 0
         self._is_bound = not call.parameters
@@ -171,10 +173,11 @@ class Call:
         apply: Callable[..., tuple[Any, Any]],
     ) -> list[Tensor]:
         if self._is_flat:
-            value, after = apply(state, tuple(leaves), {})
+            arguments = Arguments(tuple(leaves), {}, self._method)
         else:
             args, kwargs = trees.build(self._arguments, leaves, self._classes)
-            value, after = apply(state, args, kwargs)
+            arguments = Arguments(args, kwargs, self._method)
+        value, after = apply(state, arguments)
         # No gradient passes through state.
         buffers = [after[i].detach() for i in self._buffers]
         flatten = self._results.take if self._is_traced else self._results.learn

@@ -9,7 +9,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from bridge_server.held_arrays import warn_of_held_arrays
-from bridge_server.signatures import signature_of
+from bridge_server.runtime import CALL
+from bridge_server.signatures import (
+    Methods,
+    bound_method,
+    methods_of,
+    only_method,
+    unsigned,
+)
 from bridge_server.torch_runtime.callables import (
     Code,
     CodeOfFunction,
@@ -29,23 +36,21 @@ class Parts(NamedTuple):
     code: Code
     state: Mapping[str, Tensor]
     trainable: frozenset[str]
-    documented: Any  # the callable whose docstring and signature describe the model
-    skips_first: bool = False  # whether that signature begins with the parameters
-    has_hooks: bool = False  # whether other code changes a caller's arguments first
-
-    @property
-    def signature(self) -> str:
-        """The parameters that a caller passes, as source; empty if unknown."""
-        if self.has_hooks:
-            return ""
-        return signature_of(self.documented, skips_first=self.skips_first)
+    documented: Any  # the callable whose docstring describes the model
+    methods: Methods
 
 
 def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
     """Return the parts of a function, a module, or a pair of either and its parameters, else None.
 
-    The tensors are moved to the device, unless it is the host.
+    A bound method of a module has the module's parameters. The tensors are moved to the device,
+    unless it is the host.
     """
+    binding = bound_method(target, [nn.Module])
+    if binding is not None and not isinstance(binding[0], torch.jit.ScriptModule):
+        owner, method = binding
+        parts = parts_of(name, owner, device)
+        return parts and _only(parts, owner, method)
     if device != HOST:
         target = _moved(target, device)
     if isinstance(target, tuple) and len(target) == 2:
@@ -54,15 +59,26 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
             split = _of_module if isinstance(code, nn.Module) else _of_pair
             return split(name, code, params)
     if isinstance(target, torch.jit.ScriptModule):  # Python cannot replace its tensors
-        return Parts(CodeOfFunction(target), {}, frozenset(), target.forward)
+        forward = target.forward
+        methods = only_method(forward)
+        return Parts(CodeOfFunction(target), {}, frozenset(), forward, methods)
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
-    if callable(target) and not isinstance(target, type):
+    if not isinstance(target, type) and (methods := methods_of(target)):
         warn_of_held_arrays(
             _log, name, target, _is_array, noun="tensors", remedy=_REMEDY
         )
-        return Parts(CodeOfFunction(target), {}, frozenset(), target)
+        return Parts(CodeOfFunction(target), {}, frozenset(), target, methods)
     return None
+
+
+def _only(parts: Parts, owner: nn.Module, name: str) -> Parts:
+    """Return parts with a method of their module in the place of all methods."""
+    if name in (CALL, "forward"):
+        return parts._replace(methods={CALL: parts.methods[CALL]})
+    function = getattr(owner, name)
+    methods = only_method(function, attribute=name)
+    return parts._replace(documented=function, methods=methods)
 
 
 def _is_array(value: Any) -> bool:
@@ -89,7 +105,7 @@ def _of_pair(
     _check(name, state)
     code = CodeOfPair(function, structure, [leaf.detach() for leaf in state.values()])
     trainable = frozenset(label for label, leaf in state.items() if _is_inexact(leaf))
-    return Parts(code, state, trainable, function, skips_first=True)
+    return Parts(code, state, trainable, function, only_method(function, skipped=1))
 
 
 def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Parts:
@@ -113,9 +129,14 @@ def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Pa
     )
     values = [each.detach() for each in state.values()]
     code = CodeOfModule(module, list(sent.values()), values)
-    has_hooks = bool(module._forward_pre_hooks)
-    has_hooks |= type(module).__call__ is not nn.Module.__call__
-    return Parts(code, state, trainable, module.forward, has_hooks=has_hooks)
+    methods = methods_of(module, nn.Module)
+    if getattr(module.forward, "__func__", None) is nn.Module.forward:  # it has none
+        del methods[CALL]
+    else:
+        methods |= only_method(module.forward)
+    if module._forward_pre_hooks or type(module).__call__ is not nn.Module.__call__:
+        methods = unsigned(methods, CALL)  # other code changes the arguments first
+    return Parts(code, state, trainable, module.forward, methods)
 
 
 def _check(name: str, state: Mapping[str, Any]) -> None:

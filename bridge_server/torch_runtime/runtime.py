@@ -24,7 +24,6 @@ from bridge_server.signatures import (
     check_differentiable,
     check_pullback,
     check_signature,
-    positional_names,
 )
 from bridge_server.torch_runtime import types
 from bridge_server.torch_runtime.calls import Call
@@ -68,7 +67,8 @@ class TorchRuntime(Runtime):
         if parts is None:
             raise TargetError(
                 f"{name!r} is a {type(target).__module__}.{type(target).__qualname__}; expected a"
-                " function, an nn.Module, or a pair (function or module, parameters)"
+                " function, an object with public methods, an nn.Module, or a pair (function or"
+                " module, parameters)"
             )
         parameters = [
             Parameter(label, types.spec_of(tensor), label in parts.trainable)
@@ -77,12 +77,11 @@ class TorchRuntime(Runtime):
         return Model(
             name=name,
             doc=inspect.getdoc(parts.documented) or "",
-            arguments=positional_names(parts.documented, skips_first=parts.skips_first),
+            methods=parts.methods,
             parameters=tuple(parameters),
             values=[tensor.detach() for tensor in parts.state.values()],
             apply=parts.code,
             source=(target, parts.documented),
-            signature=parts.signature,
         )
 
     def prepare_call(self, model: Model, call: pb.Call) -> Preparation:
@@ -203,8 +202,7 @@ class TorchRuntime(Runtime):
         if cached is not None:
             return cached
         inputs = decode_all(call.inputs)
-        signature = check_signature(model, call, inputs, x64=True)
-        where = f"model {model.name!r} called with {signature}"
+        where = check_signature(model, call, inputs, x64=True)
         traced = Call(model, plain, inputs, self._classes, self._device, where)
         self._calls[key] = traced
         if len(self._calls) > _MAX_CALLS:  # eviction costs no more than another trace

@@ -1,6 +1,7 @@
 """Torch functions and modules as pure functions of JAX arrays. Imports both frameworks."""
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bridge_server.signatures import bound_method
 from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_via_xla.arrays import to_jax
@@ -26,6 +28,8 @@ def trace_torch(
     For a module, the function's first argument is the parameters: see TracedModule. Other tensors
     in the code, as attributes or in closures, are constants.
 
+    A bound method of a module has the module's parameters.
+
     Raises:
       CallerError: torchax is not installed.
       StructureError: the target is neither a module nor callable.
@@ -33,6 +37,10 @@ def trace_torch(
     """
     if isinstance(target, nn.Module):
         return TracedModule(target)
+    binding = bound_method(target, [nn.Module])
+    if binding is not None:
+        module, name = binding
+        return TracedModule(module).method(name)
     if not callable(target):
         raise StructureError(
             f"trace_torch got a {type(target).__qualname__}; expected an nn.Module or a function"
@@ -71,7 +79,7 @@ class TracedModule:
     def __init__(self, module: nn.Module) -> None:
         environment()
         self.module = module
-        self._with_buffers = _WithBuffers(module)
+        self._with_buffers = _WithBuffers(module, module)
         with torch.no_grad():
             self.params: dict[str, jax.Array] = to_jax(
                 dict(module.named_parameters()), copy=True
@@ -79,6 +87,31 @@ class TracedModule:
             self.buffers: dict[str, jax.Array] = to_jax(
                 dict(module.named_buffers()), copy=True
             )
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The module's method that is called, by default `forward`."""
+        function = self._with_buffers.function
+        return self.module.forward if function is self.module else function
+
+    def method(self, name: str) -> "TracedModule":
+        """Return a method of the module as a function of the same parameters.
+
+        Raises:
+          CallerError: the module has no such method.
+        """
+        module = self.module
+        function = getattr(type(module), name, None)
+        if not callable(function) or isinstance(function, type):
+            raise CallerError(
+                f"a {type(module).__qualname__} has no method {name!r}; name a method of its class"
+            )
+        is_whole = name in ("__call__", "forward")
+        traced = copy.copy(self)
+        traced._with_buffers = _WithBuffers(
+            module, module if is_whole else getattr(module, name)
+        )
+        return traced
 
     def __call__(
         self,
@@ -130,14 +163,17 @@ class TracedModule:
 
 
 class _WithBuffers(nn.Module):
-    """A module that also returns its buffers after the call."""
+    """A module, or a method of it, that also returns its buffers after the call."""
 
-    def __init__(self, module: nn.Module) -> None:
+    function: Callable[..., Any]
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
         self.module = module
+        self.__dict__["function"] = function  # not as a second submodule
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        return self.module(*args, **kwargs), dict(self.module.named_buffers())
+        return self.function(*args, **kwargs), dict(self.module.named_buffers())
 
 
 def _merged(

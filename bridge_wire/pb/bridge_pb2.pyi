@@ -240,22 +240,32 @@ class Namespace(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., digest: _Optional[bytes] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "doc", "arguments", "parameters", "signatures", "modes", "signature")
+    __slots__ = ("name", "doc", "arguments", "parameters", "signatures", "modes", "methods")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DOC_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     SIGNATURES_FIELD_NUMBER: _ClassVar[int]
     MODES_FIELD_NUMBER: _ClassVar[int]
-    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
     name: str
     doc: str
     arguments: _containers.RepeatedScalarFieldContainer[str]
     parameters: _containers.RepeatedCompositeFieldContainer[Parameter]
     signatures: _containers.RepeatedCompositeFieldContainer[Signature]
     modes: bool
+    methods: _containers.RepeatedCompositeFieldContainer[Method]
+    def __init__(self, name: _Optional[str] = ..., doc: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ..., modes: bool = ..., methods: _Optional[_Iterable[_Union[Method, _Mapping]]] = ...) -> None: ...
+
+class Method(_message.Message):
+    __slots__ = ("name", "arguments", "signature")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    arguments: _containers.RepeatedScalarFieldContainer[str]
     signature: str
-    def __init__(self, name: _Optional[str] = ..., doc: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., signatures: _Optional[_Iterable[_Union[Signature, _Mapping]]] = ..., modes: bool = ..., signature: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[_Iterable[str]] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Signature(_message.Message):
     __slots__ = ("inputs",)
@@ -320,7 +330,7 @@ class PrepareRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode", "recipes")
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode", "method", "recipes")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -330,6 +340,7 @@ class Call(_message.Message):
     RNGS_FIELD_NUMBER: _ClassVar[int]
     MUTABLE_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
     model: str
     arguments: Tree
@@ -340,8 +351,9 @@ class Call(_message.Message):
     rngs: _containers.RepeatedScalarFieldContainer[str]
     mutable: bool
     mode: Mode
+    method: str
     recipes: _containers.RepeatedCompositeFieldContainer[Recipe]
-    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ..., method: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ...) -> None: ...
 
 class Wrt(_message.Message):
     __slots__ = ("inputs",)

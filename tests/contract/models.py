@@ -37,6 +37,41 @@ def _weighted(np: Any) -> Any:
     return lambda params, x: params["w"] * x + params["inner"]["b"], params
 
 
+class Pendulum:
+    """An environment: methods, and no call of its own."""
+
+    gravity = 2.0
+
+    class Config:
+        """Not a method."""
+
+    @property
+    def limit(self) -> float:
+        return 1.0
+
+    steps = 0
+
+    def reset(self, x: Any) -> Any:
+        """Returns the state to begin with."""
+        return x * 0 + 1
+
+    def remembering(self, x: Any) -> Any:
+        """Adds to its own attribute, as code without pure functions does."""
+        self.steps = self.steps + x
+        return self.steps
+
+    def step(self, state: Any, action: Any) -> Any:
+        """Returns the next state and the reward."""
+        return state + action, self._reward(state * action)
+
+    @staticmethod
+    def scaled(x: Any, factor: Any) -> Any:
+        return x * factor
+
+    def _reward(self, x: Any) -> Any:
+        return x.sum() * self.gravity
+
+
 MODELS: Mapping[str, Callable[[Any], Any]] = {
     "cubed": lambda np: lambda x: x * x * x,
     "same": lambda np: lambda x: x,
@@ -58,4 +93,6 @@ MODELS: Mapping[str, Callable[[Any], Any]] = {
     "various": lambda np: lambda x, y: (x * x * y, x.argmax(), y + 0, x * 0 + 1),
     "exp": lambda np: lambda x: np.exp(x),
     "weighted": _weighted,
+    "pendulum": lambda np: Pendulum(),
+    "step": lambda np: Pendulum().step,
 }

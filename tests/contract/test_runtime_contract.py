@@ -22,6 +22,7 @@ from bridge_server.torch_runtime import TorchRuntime
 from bridge_wire import trees
 from bridge_wire.dtypes import BY_NAME, NEEDS_X64
 from bridge_wire.errors import (
+    CallerError,
     DTypeError,
     ProtocolError,
     RemoteModelError,
@@ -451,6 +452,122 @@ def test_the_callers_parameters_or_the_workers_own(serve: Serve) -> None:
     )
     assert [each.tolist() for each in made] == [[1.0, 1.0], [1.0, 2.0]]
     assert served.run(served.call(x), x)[0].tolist() == [3.0, 7.0]
+
+
+# Methods ------------------------------------------------------------------------------------------
+
+
+def test_public_methods_are_listed_with_their_arguments(serve: Serve) -> None:
+    """An object's methods are those of its class without an underscore; properties and nested
+    classes are none."""
+    model = serve("pendulum").model
+    assert model.methods == ("remembering", "reset", "scaled", "step")
+    assert model.arguments_of("step") == ("state", "action")
+    assert model.arguments_of("scaled") == ("x", "factor")
+    assert model.parameters == () and model.arguments == ()
+    assert serve("cubed").model.methods == ("__call__",)
+
+
+def test_a_method_is_called_by_its_name(serve: Serve) -> None:
+    """Each method of an object has a value, derivatives, residuals and batches of its own."""
+    served = serve("pendulum")
+    state, action = numbers(3), numbers(3) + 1
+    assert (
+        served.run(served.call(state, method="reset"), state)[0].tolist() == [1.0] * 3
+    )
+    program = served.call(state, action, method="step", keep=[0])
+    (after, reward), residual = served.run_keeping(program, state, action)
+    np.testing.assert_allclose(after, state + action)
+    np.testing.assert_allclose(reward, 2 * (state * action).sum(), rtol=1e-6)
+    pullback = served.pullback(program, [0], [1])
+    (made,) = served.run(pullback, np.float32(1), residual=residual)
+    np.testing.assert_allclose(made, 2 * action)
+
+
+@pytest.mark.parametrize("transform", [vjp([1], [1]), jvp([1], [1])])
+def test_a_method_is_transformed(serve: Serve, transform: pb.Transform) -> None:
+    """Derivatives and batches are those of the method."""
+    served = serve("pendulum")
+    state, action = numbers(2, 3), numbers(2, 3) + 1
+    transforms = [transform, vmap([0, 0, 0], 2)]
+    program = served.call(state[0], action[0], method="step", transforms=transforms)
+    if transform.HasField("vjp"):
+        (made,) = served.run(program, state, action, np.ones(2, np.float32))
+        np.testing.assert_allclose(made, 2 * state)
+    else:
+        (made,) = served.run(program, state, action, np.ones_like(action))
+        np.testing.assert_allclose(made, 2 * state.sum(1))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_reward",
+        "__init__",
+        "__class__",
+        "__getattribute__",
+        "limit",
+        "gravity",
+        "Config",
+        "step.__globals__",
+        "steps",
+        "step ",
+        "x" * 10_000,
+    ],
+)
+def test_other_attributes_are_refused_on_the_worker(serve: Serve, name: str) -> None:
+    """A call that names anything but a public method is a CallerError that lists the methods,
+    whatever the client checks."""
+    served = serve("pendulum")
+    listed = r"\['remembering', 'reset', 'scaled', 'step'\]"
+    with pytest.raises(CallerError, match=listed) as raised:
+        served.call(numbers(3), method=name)
+    assert len(str(raised.value)) < 400
+    with pytest.raises(CallerError, match=listed):
+        served.model.arguments_of(name)
+
+
+def test_an_object_that_cannot_be_called_names_its_methods(serve: Serve) -> None:
+    """A call of an object without `__call__`, or of a function's method, is a CallerError."""
+    for method in ("", "__call__"):
+        with pytest.raises(CallerError, match=r"itself cannot be called.*'step'"):
+            serve("pendulum").call(numbers(3), method=method)
+    with pytest.raises(CallerError, match=r"no public method 'step'.*\['__call__'\]"):
+        serve("cubed").call(numbers(3), method="step")
+    served = serve("cubed")
+    called = served.call(numbers(2), method="__call__")
+    assert served.run(called, numbers(2))[0].tolist() == (numbers(2) ** 3).tolist()
+
+
+def test_a_method_leaves_its_object_as_it_was(serve: Serve) -> None:
+    """Attributes that a call sets are dropped, for the same and for other signatures."""
+    served = serve("pendulum")
+    for x in (numbers(3), numbers(3) + 1, numbers(2, 2)):
+        program = served.call(x, method="remembering", keep=[0])
+        (seen,), _ = served.run_keeping(program, x)
+        assert seen.tolist() == x.tolist()
+
+
+def test_a_bound_method_is_a_model(serve: Serve) -> None:
+    """A bound method as the target is that method, and gives access to no other."""
+    served = serve("step")
+    x = numbers(3)
+    assert served.model.methods == ("__call__",)
+    after, _ = served.run(served.call(x, x), x, x)
+    np.testing.assert_allclose(after, 2 * x)
+
+
+def test_methods_have_fingerprints_of_their_own(
+    framework: str, runtimes: dict[str, Runtime]
+) -> None:
+    """Two methods with the same signature are not one model after a restart."""
+    hosted = Hosted(runtimes[framework], models.Pendulum())
+    x = numbers(3)
+    prints = {
+        hosted.runtime.fingerprint(hosted.model, hosted.described(x, x, method=method))
+        for method in ("step", "scaled")
+    }
+    assert len(prints) == 2
 
 
 # Threads ------------------------------------------------------------------------------------------

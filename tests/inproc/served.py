@@ -13,3 +13,20 @@ network = nn.Sequential(
 def sine(x, *, scale=1.0):
     """The sine, scaled."""
     return torch.sin(x) * scale
+
+
+class Coder(nn.Module):
+    """A module with two methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2).double()
+
+    def forward(self, x):
+        return self.encode(x) * 2
+
+    def encode(self, x):
+        return self.linear(x)
+
+
+coder = Coder()

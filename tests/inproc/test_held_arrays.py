@@ -39,15 +39,11 @@ JAX = {
     "object": (Holder(W), r"inner\['w'\]\[0\]"),
     "method": (Holder(W).method, r"__self__\.inner"),
     "partial": (functools.partial(jnp.multiply, W), r"args\[0\]"),
-    "method of a module": (
-        nnx.Linear(3, 3, rngs=nnx.Rngs(0)).__call__,
-        "2 arrays.*__self__.kernel",
-    ),
 }
 TORCH = {
     "closure": (closing_over(torch.ones(3)), "array"),
     "object": (Holder(torch.ones(3)), r"inner\['w'\]\[0\]"),
-    "method of a module": (nn.Linear(3, 3).forward, r"2 tensors.*weight"),
+    "method": (Holder(torch.ones(3)).method, r"__self__\.inner"),
     "closure over a module": (
         closing_over(nn.Linear(3, 3)),
         r"array\._parameters\['weight'\]",
@@ -86,6 +82,24 @@ def test_tensors_in_a_torch_callable_are_named(
     (line,) = logged(caplog, torch_model={"m": target})
     assert "serve the nn.Module itself" in line
     assert re.search(path, line)
+
+
+def test_methods_of_modules_are_served_with_their_parameters(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A bound method of a module is a model with the module's parameters, and draws no warning."""
+    linear = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    module = nn.Linear(3, 3)
+    for in_jax in (linear, linear.__call__):
+        assert not logged(caplog, jax_model={"m": in_jax})
+    for in_torch in (module, module.forward, module.__call__):
+        assert not logged(caplog, torch_model={"m": in_torch})
+    with host(jax_model=linear.__call__) as session:
+        paths = [each.path for each in session.model(None).parameters]
+    assert paths == ["bias", "kernel"]
+    with host(torch_model=module.forward) as session:
+        paths = [each.path for each in session.model(None).parameters]
+    assert paths == ["weight", "bias"]
 
 
 @pytest.mark.parametrize(

@@ -920,6 +920,43 @@ def test_the_arrays_are_copies() -> None:
     np.testing.assert_array_equal(h.params["weight"], before)
 
 
+class _Counted(nn.Module):
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encode(x) * 2
+
+    def encode(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.linear(x).tanh()
+
+    @staticmethod
+    def doubled(x: Tensor) -> Tensor:
+        return x * 2
+
+
+def test_methods_are_functions_of_the_same_parameters() -> None:
+    """A method of a module has its parameters and buffers, whether named or bound."""
+    module, x = _Counted(), torch.randn(4, 3)
+    expected = copy.deepcopy(module).encode(x).detach()
+    h = trace_torch(module)
+    for encode in (h.method("encode"), trace_torch(module.encode)):
+        y, buffers = encode(h.params, to_jax(x), buffers=h.buffers, mutable=True)
+        assert_same(y, expected, 1e-5)
+        assert encode.params.keys() == h.params.keys() and buffers["count"] == 1
+    for whole in (h.method("forward"), trace_torch(module.__call__)):
+        assert_same(whole(h.params, to_jax(x)), 2 * expected, 1e-5)
+    assert_same(h.method("doubled")(h.params, to_jax(x)), 2 * x, 1e-5)
+    assert_same(h(h.params, to_jax(x)), 2 * expected, 1e-5)
+    with pytest.raises(CallerError, match="no method 'linear'"):
+        h.method("linear")
+
+
 def test_training_with_optax_equals_torch() -> None:
     """100 steps of Adam on a traced network, with its statistics, end where torch's end."""
     torch.manual_seed(0)

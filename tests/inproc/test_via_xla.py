@@ -22,8 +22,10 @@ from tests.inproc import served
 def address() -> Iterator[str]:
     """Where a worker listens that runs in the environment with both frameworks."""
     targets = {
-        name: f"tests.inproc.served:{name}" for name in ("sine", "normed", "network")
+        name: f"tests.inproc.served:{name}"
+        for name in ("sine", "normed", "network", "coder")
     }
+    targets["encode"] = "tests.inproc.served:coder.encode"
     with spawn(
         torch_model=targets,
         python=python_of(".venv-both"),
@@ -51,6 +53,19 @@ def test_torch_models_run_in_xla(worker: Session) -> None:
         ("1.running_mean", "1.running_var", "1.num_batches_tracked"), False
     )
     assert names == expected | buffers
+
+
+def test_methods_run_in_xla(worker: Session) -> None:
+    """A module's methods share its parameters, also where one of them is the target."""
+    f, x = RemoteJaxFunction(worker, name="coder"), torch.randn(4, 3).double()
+    single = RemoteJaxFunction(worker, name="encode")
+    assert worker.models["coder"].methods == ("__call__", "encode")
+    assert worker.models["encode"].methods == ("__call__",)
+    expected = served.coder.encode(x)
+    for encode in (f.method("encode"), single):
+        torch.testing.assert_close(encode(x), expected)
+        assert encode.state_dict().keys() == f.state_dict().keys()
+    torch.testing.assert_close(f(x), 2 * expected)
 
 
 def test_a_network_agrees_with_torch(worker: Session) -> None:

@@ -38,7 +38,7 @@ def test_a_signature_is_source_without_annotations() -> None:
     """Defaults that are no literals are dots; the first parameter may be left out."""
     text = "(x, /, y, n=1, *r, k='a', f=..., **o)"
     assert signature_of(plain) == text
-    assert signature_of(plain, skips_first=True) == text.replace("x, /, ", "")
+    assert signature_of(plain, skipped=1) == text.replace("x, /, ", "")
 
 
 def test_unknown_signatures_are_empty() -> None:

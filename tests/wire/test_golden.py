@@ -69,7 +69,9 @@ MESSAGES: dict[str, Message] = {
                 parameters=[pb.Parameter(path="params.w", spec=SPEC, trainable=True)],
                 signatures=[pb.Signature(inputs=[SPEC])],
                 modes=True,
-                signature="(x, y)",
+                methods=[
+                    pb.Method(name="encode", arguments=["x"], signature="(x, n=1)")
+                ],
             )
         ],
         allocator="a",
@@ -99,6 +101,7 @@ MESSAGES: dict[str, Message] = {
             rngs=["dropout"],
             mutable=True,
             mode=pb.MODE_INFERENCE,
+            method="encode",
         ),
     ),
     "prepare call with recipes": pb.PrepareRequest(
@@ -184,17 +187,18 @@ GOLDEN = {
     "error": "0a09537065634572726f7212016d1a0174220162",
     "describe": "",
     "described": (
-        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a380a01661201641a"
-        "01781a017922150a08706172616d732e771207080c120302ac0218012a090a07080c120302ac02300142"
-        "0628782c207929420161480252080a037069641201645a060a0175120167"
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a470a01661201641a"
+        "01781a017922150a08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230013a"
+        "150a06656e636f64651201781a0828782c206e3d3129420161480252080a037069641201645a060a0175"
+        "120167"
     ),
     "open": "080110021a0163",
     "opened": "0801120200ff1a022f6c208080808004",
     "close": "0a0173",
     "closed": "",
     "prepare call": (
-        "0a017312450a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a01031201042a091a070a03"
-        "010004100532040a0200073a0764726f706f757440014802"
+        "0a0173124d0a016612020a001a07080c120302ac0220012a090a070a0200011201022a0812060a0103120104"
+        "2a091a070a03010004100532040a0200073a0764726f706f7574400148025206656e636f6465"
     ),
     "prepare call with recipes": "121b0a01665a160a056d2e502330120831323334353637381a01632002",
     "prepare parameters": "0a01731a030a0166",

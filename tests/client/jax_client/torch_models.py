@@ -120,6 +120,50 @@ class Transformer(nn.Module):
 transformer = _made(lambda: Transformer().double())
 
 
+# Methods ------------------------------------------------------------------------------------------
+
+
+class Coder(nn.Module):
+    """An autoencoder that counts its encodings, with a hook on its encoder."""
+
+    count: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 2)
+        self.decoder = nn.Linear(2, 4)
+        self.register_buffer("count", torch.zeros(()))
+        self.encoder.register_forward_hook(lambda *args: args[-1] * 2)
+        self.last = None
+
+    def forward(self, x):
+        return self.decode(self.encode(x))
+
+    def encode(self, x, power=1):
+        """The power is static: Python counts with it."""
+        self.count += 1
+        self.last = x
+        for _ in range(power):
+            x = torch.tanh(x)
+        return self.encoder(x)
+
+    def decode(self, z):
+        return self.decoder(z)
+
+    def noisy(self, x):
+        return nn.functional.dropout(x, 0.5)
+
+    def half(self):
+        """Overrides a method of nn.Module: not a model's."""
+
+    def _secret(self, x):
+        return x
+
+
+coder = _made(Coder)
+encode = coder.encode
+
+
 # Classes ------------------------------------------------------------------------------------------
 
 
