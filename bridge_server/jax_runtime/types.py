@@ -1,5 +1,6 @@
 """Conversions between specs and JAX's types; JAX's notion of arrays, pytree nodes and paths."""
 
+import collections
 import ctypes
 import enum
 import functools
@@ -123,12 +124,14 @@ def key_of(data: Any, implementation: str) -> jax.Array:
     """
     try:
         keys: jax.Array = jax.random.wrap_key_data(data, impl=implementation)
-        return keys
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
+        given = f"{dtype_name(data)}{list(np.shape(data))}"
         raise SpecError(
-            f"a random key of implementation {implementation[:80]!r} came as"
-            f" {dtype_name(data)}{list(data.shape)}: {error}"
+            f"a random key of implementation {implementation[:80]!r} came as {given}; expected the"
+            " uint32 words of jax.random.key_data, and an implementation of this JAX, such as"
+            f" 'threefry2x32' with two words: {error}"
         ) from error
+    return keys
 
 
 def as_output(leaf: Any, position: int) -> Any:
@@ -149,6 +152,8 @@ def expand(value: Any) -> Node | Key | None:
     """Split any pytree node that is registered with jax, and random keys; None for a leaf."""
     if is_key(value):
         return Key(jax.random.key_data(value), str(jax.random.key_impl(value)))
+    if type(value) in _PLAIN_MAPPINGS:
+        return None
     structure: Any
     flat, structure = jax.tree_util.tree_flatten_with_path(
         value, is_leaf=lambda x: x is not value
@@ -188,6 +193,9 @@ _CONSTANTS = (
     type(jax.jit(lambda: None)),
     bytes,
 )
+
+
+_PLAIN_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
 
 
 def _is_constant(value: Any) -> bool:

@@ -74,6 +74,7 @@ class Programs:
         key = call.SerializeToString(deterministic=True)
         known = self._fingerprints.get(key)
         if known is None:
+            _check_extent(call)
             known = self._fingerprints[key] = self._runtime.fingerprint(
                 self._model(request.model), call
             )
@@ -110,10 +111,9 @@ class Programs:
             raise ProtocolError(
                 "a shapes request needs a call without transforms and residuals"
             )
-        return [
-            pb.Shape(sizes=sizes)
-            for sizes in self._runtime.shapes(model, request.call, inputs)
-        ]
+        call = self._identities.recalled(request.call)
+        found = self._runtime.shapes(model, call, inputs)
+        return [pb.Shape(sizes=sizes) for sizes in found]
 
     def pullback(self, program: Program, request: pb.Pullback) -> Preparation:
         """Prepare the pullback of a program that keeps residuals."""
@@ -131,7 +131,6 @@ class Programs:
 
     def _result(self, call: pb.Call) -> pb.Tree:
         """Return the structure of an untransformed call's result."""
-        _check_extent(call)
         return self._runtime.result(self._model(call.model), call)
 
     def _model(self, name: str) -> Model:

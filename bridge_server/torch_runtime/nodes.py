@@ -1,5 +1,6 @@
 """Containers and static values in a model's results, as torch's pytrees see them."""
 
+import collections
 import dataclasses
 import enum
 from collections.abc import Hashable, Mapping, Sequence
@@ -13,6 +14,7 @@ from bridge_wire.classes import Node, constant, expand_dataclass, structured
 from bridge_wire.values import encode_value
 
 _PLAIN = (dict, list, tuple)
+_PLAIN_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
 _CONSTANTS = (enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -71,7 +73,7 @@ def expand(value: Any) -> Node | None:
     """Return the parts of an instance or a constant; None: it is a plain container."""
     if isinstance(value, _CONSTANTS):
         return constant(value)
-    if not is_registered(value) or type(value) is dict:
+    if not is_registered(value) or type(value) in _PLAIN_MAPPINGS:
         return expand_dataclass(value)
     children, rest = parts_of(value)
     fields: tuple[Any, ...] = tuple(f"item{i}" for i in range(len(children)))
