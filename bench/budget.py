@@ -130,4 +130,9 @@ LINES = (
     Line(
         "an MLP through trace_torch / written in JAX", 1.2, _tasks("traced", "in jax")
     ),
+    Line(
+        "reset and step of a state of 20 arrays / of the same as a tuple",
+        1.2,
+        _tasks("state", "state_tuple"),
+    ),
 )

@@ -4,6 +4,7 @@ Never imports torch.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -21,6 +22,35 @@ def affine(x: jax.Array) -> jax.Array:
 def sine(x: jax.Array) -> jax.Array:
     """Has a residual as large as the input."""
     return jnp.sin(x) * 2
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class State:
+    """A simulator's state: its arrays, and a static part."""
+
+    arrays: tuple[jax.Array, ...]
+    version: int = field(metadata={"static": True}, default=1)
+
+
+def reset(x: jax.Array) -> State:
+    """A state of 20 arrays."""
+    return State(reset_tuple(x))
+
+
+def step(state: State) -> State:
+    """The next state."""
+    return State(step_tuple(state.arrays), state.version)
+
+
+def reset_tuple(x: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays of a state."""
+    return tuple(x + i for i in range(20))
+
+
+def step_tuple(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The arrays of the next state."""
+    return tuple(array * 0.5 for array in arrays)
 
 
 def _apply_mlp(params: dict[str, Any], x: jax.Array) -> jax.Array:

@@ -27,6 +27,8 @@ TASKS = {
     "eager without": "the same without the call",
     "compiled with": "with the call, by torch.compile(fullgraph=True)",
     "compiled without": "without the call, by torch.compile(fullgraph=True)",
+    "state": "reset and step of a state of 20 arrays with a static part, 1 KiB each",
+    "state_tuple": "the same arrays as a tuple",
     "torch worker": "sin(x)*2 in a torch worker, called from jitted JAX, forward and VJP, 1 KiB",
     "pure_callback": "the same torch code through jax.pure_callback in one process",
     "traced": "a 3-layer MLP of torch through trace_torch, jitted forward and VJP of 1,024 rows",

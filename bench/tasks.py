@@ -4,7 +4,7 @@ Imports torch.
 """
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch._inductor.config
@@ -49,6 +49,11 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
         "hvp": lambda: _hvp(sine, x, direction),
         "native hvp": lambda: _hvp(lambda x: torch.sin(x) * 2, x, direction),
     }
+    for name in ("", "_tuple"):
+        reset, step = (
+            RemoteJaxFunction(session, name=each + name) for each in ("reset", "step")
+        )
+        made[f"state{name}"] = _loop(reset, step, x)
     for name, middle in (("with", sine), ("without", nn.Identity())):
         chain = _Chain(middle)
         made[f"eager {name}"] = _step(chain, x)
@@ -57,12 +62,26 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
         ("vmap", "loop"),
         ("hvp", "native hvp"),
         ("compiled with", "eager with"),
+        ("state", "state_tuple"),
     ):
         if not torch.allclose(
             made[one](), made[other](), rtol=_AGREEMENT, atol=_AGREEMENT
         ):
             raise RuntimeError(f"{one} disagrees with {other}")
     return made
+
+
+def _loop(
+    reset: Callable[[Tensor], Any], step: Callable[[Any], Any], x: Tensor
+) -> Callable[[], Tensor]:
+    """Return an episode of one step; its result is an array of the last state."""
+
+    def episode() -> Tensor:
+        state = step(reset(x))
+        arrays = getattr(state, "arrays", state)
+        return cast(Tensor, arrays[-1])
+
+    return episode
 
 
 def _hvp(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from bridge_client.torch import RemoteJaxFunction
 _AGREEMENT = 1e-4
 _COUNTED_STEPS = 3
 
+_STATES = ("reset", "step", "reset_tuple", "step_tuple")
+
 
 class Step:
     """Forward and VJP of one function at one size; leaves the gradients in `leaves`."""
@@ -65,7 +67,9 @@ class Workbench:
         with contextlib.ExitStack() as stack:
             self._local = stack.enter_context(
                 spawn(
-                    jax_model={name: f"bench.models:{name}" for name in _NATIVE},
+                    jax_model={
+                        name: f"bench.models:{name}" for name in (*_NATIVE, *_STATES)
+                    },
                     python=ROOT / ".venv-jax/bin/python",
                     cwd=ROOT,
                     require="memfd",

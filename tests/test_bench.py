@@ -31,6 +31,7 @@ TASKS = {
         "compiled with": 2e-4,
         "compiled without": 1e-4,
     },
+    **{"state": 3e-4, "state_tuple": 3e-4},
     **{"torch worker": 2e-4, "pure_callback": 3e-4, "traced": 1e-3, "in jax": 1e-3},
 }
 
@@ -112,6 +113,7 @@ MISSES = [
     (slower(KIB, "inproc", 4.0), 9),
     (slower_task("torch worker", 1.6), 10),
     (slower_task("traced", 1.3), 11),
+    (slower_task("state", 1.3), 12),
 ]
 
 
