@@ -22,7 +22,8 @@ from bridge_wire.keys import Key
 _NAMESPACE = "torch-jax-bridge"
 # optree's own functions use it if no namespace is given; private (optree 0.20).
 _EVERYWHERE = getattr(optree.registry, "__GLOBAL_NAMESPACE", _NAMESPACE)
-_LEAVES = {bool, str, *NUMBERS, torch.Tensor, torch.nn.Parameter}  # the usual ones
+_STATIC = {bool, str, *NUMBERS}
+_LEAVES = {*_STATIC, torch.Tensor, torch.nn.Parameter}  # the usual ones
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -148,23 +149,30 @@ def _register_everywhere(
     unflatten: Callable[[Any, Any], Any],
 ) -> None:
     step = pytree.MappingKey if issubclass(cls, Mapping) else pytree.GetAttrKey
-    keys = list(map(step, fields))
 
     def with_fields(value: Any) -> Any:
         children, context = flatten(value)
         return children, context, fields
 
-    def for_torch(value: Any) -> Any:
-        children, context = flatten(value)
-        return list(children), context
-
     def with_keys(value: Any) -> Any:
         children, context = flatten(value)
-        pairs = zip(keys, children, strict=True)
-        return list(pairs), context
+        named = list(zip(fields, children, strict=True))
+        static = _static_among(value, named)
+        pairs: Any = [(step(x), part) for x, part in named if x not in static]
+        return pairs, (context, tuple(static.items()))
+
+    def for_torch(value: Any) -> Any:
+        pairs, context = with_keys(value)
+        return [part for _, part in pairs], context
 
     def from_torch(children: Any, context: Any) -> Any:
-        return unflatten(context, children)
+        own, static = context
+        known, others = dict(static), iter(children)
+        parts = [known[name] if name in known else next(others) for name in fields]
+        value = unflatten(own, parts)
+        if any(map(_is_plain, parts)):
+            object.__setattr__(value, _MARK, tuple(known))
+        return value
 
     optree.register_pytree_node(cls, with_fields, unflatten, namespace=_EVERYWHERE)
     pytree.register_pytree_node(
@@ -173,6 +181,26 @@ def _register_everywhere(
         from_torch,
         flatten_with_keys_fn=with_keys,
     )
+
+
+# Attribute of instances that torch has unflattened: the fields that are part of their structure.
+_MARK = "_bridge_static_fields"
+
+
+def _static_among(value: Any, named: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the items of an instance that are part of its structure for torch's pytrees.
+
+    Of a result these are None, numbers and texts, since torch's transforms refuse such leaves. An
+    instance that torch has unflattened may have them as leaves: torch maps over dimensions.
+    """
+    marked = getattr(value, "__dict__", {}).get(_MARK)
+    if marked is None:
+        return {name: part for name, part in named if _is_plain(part)}
+    return {name: part for name, part in named if name in marked}
+
+
+def _is_plain(part: Any) -> bool:
+    return part is None or type(part) in _STATIC
 
 
 def _collate(batch: Sequence[Any], *, collate_fn_map: Any = None) -> Any:

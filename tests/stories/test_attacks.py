@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -1317,7 +1318,7 @@ def test_programs_that_nobody_asks_for_any_more_are_forgotten(
         def prepare_call(self, model: Model, call: pb.Call) -> Iterator[str]:
             yield "tracing"
             prepared.append(call.model)
-            return object()  # type: ignore[return-value]
+            return SimpleNamespace(result=trees.flat(0))  # type: ignore[return-value]
 
     names = "abc"
     programs = Programs(Preparing(), {name: object() for name in names})

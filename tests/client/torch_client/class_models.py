@@ -218,3 +218,20 @@ def weighed(x, by, how):
 
 def by_pair(values):
     return {key: 2 * value for key, value in values.items()}
+
+
+@flax.struct.dataclass
+class Partial:
+    """A state with a field that is None, and one with text."""
+
+    x: Any
+    info: Any = None
+    text: Any = "a"
+
+
+def partial(x):
+    return Partial(x)
+
+
+def of_partial(state):
+    return state.x * (state.info is None) * (state.text == "a")

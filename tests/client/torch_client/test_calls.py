@@ -186,9 +186,11 @@ def test_a_custom_node_comes_back_with_its_fields(remote: Remote) -> None:
     )
 
 
-def test_a_frozen_dict_comes_back_as_a_dict(remote: Remote) -> None:
-    """flax's FrozenDict is a mapping here."""
-    assert_same(remote("frozen")(x()), {"a": x(), "b": {"c": x() * 2}})
+def test_a_frozen_dict_comes_back_as_a_mapping(remote: Remote) -> None:
+    """flax's FrozenDict is a dict of that name here."""
+    made = remote("frozen")(x())
+    assert isinstance(made, dict) and type(made).__name__ == "FrozenDict"
+    assert_same({"a": made["a"], "b": dict(made["b"])}, {"a": x(), "b": {"c": x() * 2}})
 
 
 @pytest.mark.parametrize("maker", ["moments", "report"])

@@ -162,7 +162,7 @@ WRONG: dict[str, tuple[str, Callable[[], tuple[Any, ...]], type[BridgeError], st
         DTypeError,
         r"`args\[0\]\[0\]`.*qint8",
     ),
-    "a key": ("identity", lambda: ({(1, 2): x()},), StructureError, r"args\[0\].*key"),
+    "a key": ("identity", lambda: ({b"a": x()},), StructureError, r"args\[0\].*key"),
     "keys without an order": (
         "identity",
         lambda: ({"a": x(), 1: x()},),

@@ -1,6 +1,7 @@
 """Several methods of one model, and its modes, over shared memory and within one process."""
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,12 @@ from torch.nn.utils import parametrize, prune
 from bridge_client import Session, connect, spawn
 from bridge_client.inproc import host
 from bridge_client.torch import RemoteJaxFunction
-from bridge_wire.errors import CallerError, RemoteModelError, SpecError
+from bridge_wire.errors import (
+    ArgumentError,
+    CallerError,
+    RemoteModelError,
+    SpecError,
+)
 from tests.client.torch_client import method_models
 from tests.client.torch_client.conftest import Remote
 from tests.client.torch_client.reference import assert_within
@@ -187,6 +193,10 @@ def test_linen_options_cannot_be_passed(session: Session, option: str) -> None:
     """A keyword argument goes to the model, never to flax's `apply`, which would reach every
     method."""
     f = RemoteJaxFunction(session, name="linen_coder")
+    with pytest.raises(ArgumentError, match=f"unexpected keyword.*{option}"):
+        f(batch(), **{option: "_secret"})
+    unknown = ("",) * len(f._model.methods)
+    f._model = dataclasses.replace(f._model, method_signatures=unknown)
     with pytest.raises(RemoteModelError, match=f"unexpected keyword.*{option}"):
         f(batch(), **{option: "_secret"})
 

@@ -11,6 +11,7 @@ import numpy as np
 import optree
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from bridge_client import Session, connect, spawn
@@ -25,6 +26,7 @@ from tests.conftest import ROOT, python_of
 _NAMES = [
     *("keyed", "drawn", "keys", "normal", "frozen", "is_frozen", "network"),
     *("applied", "split", "merged", "mixed", "unmixed", "weighed", "by_pair"),
+    *("partial", "of_partial"),
 ]
 
 
@@ -215,3 +217,17 @@ def test_compiled_code_passes_structures_on(
             lambda value: functions["is_frozen"](value), fullgraph=True, backend="eager"
         )
         torch.testing.assert_close(use(frozen), 4 * X)
+
+
+def test_transforms_see_the_arrays_of_a_state_only(remote: Remote) -> None:
+    """None and text in a field are part of the structure: torch.vmap refuses such leaves."""
+    rows = torch.stack([X, X + 1])
+    states = torch.vmap(remote("partial"))(rows)
+    assert (states.info, states.text) == (None, "a")
+    torch.testing.assert_close(torch.vmap(remote("of_partial"))(states), rows)
+    leaves, structure = pytree.tree_flatten(states)
+    assert len(leaves) == 1 and pytree.tree_unflatten(leaves, structure) == states
+    dims = pytree.tree_unflatten([None], structure)
+    assert pytree.tree_leaves(dims, is_leaf=lambda leaf: leaf is None) == [None]
+    f = torch.vmap(lambda state, x: remote("of_partial")(state) + x, in_dims=(None, 0))
+    torch.testing.assert_close(f(remote("partial")(X), rows), X + rows)
