@@ -41,6 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ),
     )
     parser.addoption(
+        "--simulators",
+        metavar="PYTHON",
+        help="an interpreter with gymnax, brax and the bridge: run their examples too",
+    )
+    parser.addoption(
         "--gpu",
         action="store_true",
         help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md",

@@ -95,3 +95,16 @@ def train_elsewhere(request: pytest.FixtureRequest, *arguments: str) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^test accuracy: 9\d\.\d% ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["cartpole", "pendulum"])
+def test_a_policy_is_trained_in_a_simulator(
+    request: pytest.FixtureRequest, name: str
+) -> None:
+    """States of gymnax and brax, of their own classes, go from step to step: batched by vmap, and
+    with gradients through all of them. The policy reaches the example's goal."""
+    python = request.config.getoption("--simulators")
+    if python is None:
+        pytest.skip("needs --simulators=PYTHON")
+    done = run(f"examples/{name}.py", "--worker-python", python)
+    assert done.returncode == 0, done.stdout + done.stderr

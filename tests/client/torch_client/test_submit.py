@@ -15,7 +15,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from bridge_client import Session, connect
 from bridge_client.torch import RemoteJaxFunction, gather
-from bridge_wire.errors import BridgeError, CallTimeout, RemoteModelError, SessionClosed
+from bridge_wire.errors import (
+    ArgumentError,
+    BridgeError,
+    CallTimeout,
+    RemoteModelError,
+    SessionClosed,
+)
 from tests.conftest import eventually
 from tests.workers import Background, Gate
 
@@ -82,9 +88,11 @@ def test_a_future_keeps_the_caller_s_grad_mode(session: Session) -> None:
 
 
 def test_a_future_has_the_call_s_error(session: Session) -> None:
-    """An error of the model comes out of the future."""
-    f = RemoteJaxFunction(session, name="sine")
+    """An error of the model, or of its arguments, comes out of the future."""
+    f = RemoteJaxFunction(session, name="failing")
     with pytest.raises(RemoteModelError):
+        f.submit(torch.ones(2)).result(timeout=60)
+    with pytest.raises(ArgumentError):
         f.submit(torch.ones(2), torch.ones(2)).result(timeout=60)
 
 
