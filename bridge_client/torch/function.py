@@ -106,6 +106,8 @@ class RemoteJaxFunction(nn.Module):
         self._model = session.model(name)
         self._method = method_name(method)
         self._arguments = self._model.arguments_of(self._method)
+        # Of a module without a name, torch.func takes the repr, which torch.compile cannot trace.
+        self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
         # The functions that share this one's parameters, by method; empty if there are no others.
         self._methods: dict[str, RemoteJaxFunction] = {}
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))

@@ -515,3 +515,13 @@ def test_the_operator_is_registered_soundly(
     )
     made = torch.library.opcheck(torch.ops.torch_jax_bridge.pull_back.default, pulled)
     assert set(made.values()) == {"SUCCESS"}, made
+
+
+def test_a_batched_module_is_compiled_cold(remote: Remote) -> None:
+    """torch.vmap of a function with parameters, which no call has prepared: torch asks it for a
+    name."""
+    f = remote("perceptron")
+    x = torch.ones(4, 2, 3)
+    compiled = torch.compile(torch.vmap(f), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.vmap(f)(x))
+    assert f.__name__ == "perceptron"
