@@ -86,12 +86,8 @@ def structured(
     `static` are the parts that lie in the structure: None or () if there are none.
     """
     parts = static if isinstance(static, tuple) else (static,)
-    builder: Any = _Structured(
-        structure,
-        tuple((type(p), repr(p) if type(p) in _PLAIN else "") for p in parts),
-        unflatten,
-    )
     try:
+        builder: Any = _Structured(structure, tuple(map(_exact, parts)), unflatten)
         hash(builder)
     except Exception:
         builder = _INCOMPARABLE
@@ -112,6 +108,28 @@ class _Constant(NamedTuple):
 def constant(value: Hashable) -> Node:
     """Return the node of an object that a peer only hands back."""
     return Node(type(value), (), (), _Constant(value), has_static=True)
+
+
+def _exact(part: Any) -> Hashable:
+    """Return types and plain values of a static part, which tell apart parts that are equal: 1, 1.0
+    and True.
+
+    Raises:
+      TypeError: the part holds an array, whose values no comparison tells apart.
+    """
+    kind = type(part)
+    if kind in _PLAIN or getattr(part, "shape", None) == ():
+        return kind, repr(part)
+    if isinstance(part, tuple | list):
+        return kind, tuple(map(_exact, part))
+    if isinstance(part, Mapping):
+        return kind, tuple((_exact(key), _exact(part[key])) for key in part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        names = [field.name for field in dataclasses.fields(part)]
+        return kind, tuple(_exact(getattr(part, name, None)) for name in names)
+    if hasattr(part, "__array__"):
+        raise TypeError("arrays cannot be compared")
+    return kind, ""
 
 
 def expand_dataclass(value: Any) -> Node | None:
@@ -305,6 +323,8 @@ origins = _Origins()
 made_here: "weakref.WeakKeyDictionary[Any, str]" = weakref.WeakKeyDictionary()
 
 Adopt = Callable[[type, tuple[str, ...]], None]
+# Kind, name, fields, origin and static parts.
+_Key = tuple[str, str, tuple[str, ...], str, str]
 
 
 class Classes:
@@ -318,21 +338,21 @@ class Classes:
         """`key` makes an array of random keys of their data and implementation."""
         self.key = key
         self._adopters = list(adopt)
-        self._known: dict[tuple[str, str, tuple[str, ...], str], type] = {}
+        self._known: dict[_Key, type] = {}
         self._lock = threading.Lock()
 
     def adopt_by(self, adopt: Adopt) -> None:
         """Have a framework adopt the dataclasses made so far and from now on."""
         with self._lock:
             self._adopters.append(adopt)
-            for (kind, _, fields, _), cls in self._known.items():
+            for (kind, _, fields, *_), cls in self._known.items():
                 if kind != "namedtuple" and cls in made_here:
                     adopt(cls, fields)
 
     def learn(self, kind: str, cls: type, fields: tuple[str, ...], origin: str) -> None:
         """Use an existing class of this process for the peer's class of that origin."""
         with self._lock:
-            self._keep((kind, cls.__name__, fields, origin), cls)
+            self._keep((kind, cls.__name__, fields, origin, repr([])), cls)
 
     def find(
         self,
@@ -344,7 +364,9 @@ class Classes:
     ) -> type:
         """Return the class that stands for a peer's class; make it at first."""
         with self._lock:
-            found = self._known.get((kind, name, fields, origin))
+            # Static parts too: a pickle may tell others than the worker.
+            key = (kind, name, fields, origin, repr(sorted(statics.items())))
+            found = self._known.get(key)
             if found is None:
                 named = () if kind == "dict" else fields
                 _check_names(name, named, origin, statics)
@@ -354,10 +376,10 @@ class Classes:
                 made_here[found] = origin
                 for adopt in self._adopters if kind != "namedtuple" else ():
                     adopt(found, fields)
-                self._keep((kind, name, fields, origin), found)
+                self._keep(key, found)
         return found
 
-    def _keep(self, key: tuple[str, str, tuple[str, ...], str], cls: type) -> None:
+    def _keep(self, key: "_Key", cls: type) -> None:
         self._known[key] = cls
         # Forget the oldest: no client may take the room of all others.
         _forget_oldest(self._known)
@@ -415,17 +437,18 @@ def _check_names(
             f"a tree names a class of {len(names)} fields; at most {_MAX_FIELDS} are allowed"
         )
     for word in names:
-        # Would replace the class's own machinery.
-        is_special = word.startswith("__") and word.endswith("__")
-        if (
-            not word.isidentifier()
-            or keyword.iskeyword(word)
-            or is_special
-            or len(word) > _MAX_NAME
-        ):
+        if not is_plain_name(word):
             raise ProtocolError(
                 f"a tree names a class or field {word[:80]!r}, which is no plain identifier"
             )
+
+
+def is_plain_name(word: str) -> bool:
+    """Return whether a class or field may have a name: it is no name of Python's own."""
+    # Would replace the class's own machinery.
+    is_special = word.startswith("__") and word.endswith("__")
+    is_own = keyword.iskeyword(word) or is_special
+    return word.isidentifier() and not is_own and len(word) <= _MAX_NAME
 
 
 def _made(kind: str, name: str, fields: tuple[str, ...]) -> type:

@@ -1,5 +1,6 @@
 """Instances of a peer's classes: read, compared and changed like dataclasses."""
 
+import contextlib
 import dataclasses
 import enum
 import operator
@@ -10,7 +11,9 @@ from bridge_wire.errors import StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.values import decode_value, encode_value
 
-_LONGEST_NAME = 80  # characters; a longer one is left out
+# Attribute of instances that a framework has unflattened: the fields that belong to the structure.
+_MARK = "_bridge_static_fields"
+_PLAIN = (type(None), bool, int, float, complex, str)
 
 
 class PeerInstance:
@@ -54,6 +57,16 @@ class PeerMapping(dict[Any, Any]):
                 f"{type(self).__name__!r} has no item {name!r}"
             ) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self:
+            self[name] = value
+        elif name.startswith("_bridge"):
+            object.__setattr__(self, name, value)
+        else:
+            raise AttributeError(
+                f"{type(self).__name__!r} has no item {name!r}; its items are {list(self)[:20]}"
+            )
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({super().__repr__()})"
 
@@ -89,6 +102,25 @@ def unchanged_keys(value: PeerMapping) -> Sequence[Any]:
     return keys
 
 
+def static_among(value: Any, named: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the items of an instance that are part of its structure in a framework's pytrees.
+
+    Of a result these are None, numbers and texts, since transforms refuse such leaves. An instance
+    that the framework has unflattened may have them as leaves: it maps over dimensions.
+    """
+    marked = getattr(value, "__dict__", {}).get(_MARK)
+    if marked is None:
+        return {name: part for name, part in named if type(part) in _PLAIN}
+    return {name: part for name, part in named if name in marked}
+
+
+def marked(value: Any, parts: Sequence[Any], static: Collection[Any]) -> Any:
+    """Return an unflattened instance with these parts, after noting the static ones."""
+    if any(type(part) in _PLAIN for part in parts):
+        object.__setattr__(value, _MARK, tuple(static))
+    return value
+
+
 def fields_of(instance: Any) -> tuple[str, ...]:
     """Return the names of the fields of an instance of a peer's class, or a mapping's keys."""
     fields: tuple[str, ...] = type(instance)._bridge_fields
@@ -107,6 +139,8 @@ def complete(cls: type, fields: tuple[str, ...], statics: Mapping[str, Any]) -> 
 
 def static_parts(instance: Any, fields: Collection[str]) -> Iterator[pb.Tree.Static]:
     """Yield an instance's plain values that are not among these fields of data."""
+    if isinstance(instance, tuple):
+        return
     for name, part in _named_parts(instance):
         try:
             value = None if name in fields else encode_value(part)
@@ -122,10 +156,13 @@ def _named_parts(instance: Any) -> Iterator[tuple[str, Any]]:
     elif dataclasses.is_dataclass(instance):
         for field in dataclasses.fields(instance):
             yield field.name, getattr(instance, field.name, instance)
+    elif type(instance).__module__ == "torch":  # a dtype, device or layout
+        yield "name", str(instance)
     else:
-        name = getattr(instance, "__name__", getattr(instance, "name", str(instance)))
-        if len(str(name)) <= _LONGEST_NAME and " at 0x" not in str(name):
-            yield "name", name
+        with contextlib.suppress(Exception):  # computed attributes may raise
+            name = getattr(instance, "__name__", getattr(instance, "name", None))
+            if isinstance(name, str):
+                yield "name", name
 
 
 def statics_of(record: pb.Tree.Record) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 
 ENDS = ("leaf", "value", "key")  # kinds of a tree's parts without items
 _MAX_RECIPES = 4096
-_MAX_STEPS = 64  # recipes that one origin may need
+_MAX_STEPS = 1024  # recipes that one origin may need
 _MAX_BYTES = 1 << 20  # of a call in a recipe
 
 
@@ -19,6 +19,7 @@ def origin_of(name: str, fingerprint: bytes, call: bytes, record: int) -> str:
     """Return the origin of a class of that name, first made by this record of a call's result."""
     digest = hashlib.blake2b(digest_size=16)
     for part in (fingerprint, call, record.to_bytes(8, "little")):
+        digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return f"{name}#{digest.hexdigest()}"
 

@@ -74,6 +74,11 @@ class _Encoder:
         if (static := encode_value(value)) is not None:
             return pb.Tree(value=static)
         if isinstance(value, Key):
+            if not self._is_leaf(value.data) or type(value.implementation) is not str:
+                raise StructureError(
+                    f"{path} is a key of {type(value.data).__name__} and"
+                    f" {value.implementation!r}; expected a uint32 array and a text"
+                )
             self.leaves.append(value.data)
             return pb.Tree(key=pb.Tree.Key(implementation=value.implementation))
         if depth == MAX_DEPTH:
@@ -260,6 +265,8 @@ def without_origins(tree: pb.Tree) -> pb.Tree:
     made.CopyFrom(tree)
     for record in records(made):
         record.ClearField("origin")
+        if isinstance(record, pb.Tree.Record):
+            record.ClearField("statics")
     return made
 
 

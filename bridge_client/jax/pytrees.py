@@ -16,7 +16,8 @@ from bridge_wire.classes import (
     structured,
 )
 from bridge_wire.errors import StructureError
-from bridge_wire.instances import PeerMapping, parts_of
+from bridge_wire.instances import PeerMapping, parts_of, static_among
+from bridge_wire.instances import marked as noted
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -83,17 +84,23 @@ def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
     step: Any = jax.tree_util.GetAttrKey
     if issubclass(cls, PeerMapping):
         step = jax.tree_util.DictKey
-    keys = list(map(step, fields))
 
-    def flatten(value: Any) -> tuple[Any, None]:
-        return parts(value), None
+    # Transforms refuse leaves without arrays: these are part of the structure, by type and repr.
+    def flatten_with_keys(value: Any) -> tuple[Any, Any]:
+        named = list(zip(fields, parts(value), strict=True))
+        static = static_among(value, named)
+        pairs = [(step(name), part) for name, part in named if name not in static]
+        exact = [(name, type(x), repr(x), x) for name, x in static.items()]
+        return pairs, tuple(exact)
 
-    def flatten_with_keys(value: Any) -> tuple[Any, None]:
-        pairs = zip(keys, parts(value), strict=True)
-        return list(pairs), None
+    def flatten(value: Any) -> tuple[Any, Any]:
+        pairs, static = flatten_with_keys(value)
+        return [part for _, part in pairs], static
 
-    def unflatten(_: None, children: Iterable[Any]) -> Any:
-        return instantiate(cls, fields, children)
+    def unflatten(static: Any, children: Iterable[Any]) -> Any:
+        known, others = {name: part for name, *_, part in static}, iter(children)
+        items = [known[name] if name in known else next(others) for name in fields]
+        return noted(instantiate(cls, fields, items), items, known)
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 

@@ -16,7 +16,14 @@ from bridge_client.arguments import NUMBERS
 from bridge_wire import trees
 from bridge_wire.classes import attributes_beyond, instantiate, peers, restored
 from bridge_wire.errors import StructureError
-from bridge_wire.instances import PeerInstance, PeerMapping, fields_of, parts_of
+from bridge_wire.instances import (
+    PeerInstance,
+    PeerMapping,
+    fields_of,
+    parts_of,
+    static_among,
+)
+from bridge_wire.instances import marked as noted
 from bridge_wire.keys import Key
 
 _NAMESPACE = "torch-jax-bridge"
@@ -157,7 +164,7 @@ def _register_everywhere(
     def with_keys(value: Any) -> Any:
         children, context = flatten(value)
         named = list(zip(fields, children, strict=True))
-        static = _static_among(value, named)
+        static = static_among(value, named)
         pairs: Any = [(step(x), part) for x, part in named if x not in static]
         return pairs, (context, tuple(static.items()))
 
@@ -169,10 +176,7 @@ def _register_everywhere(
         own, static = context
         known, others = dict(static), iter(children)
         parts = [known[name] if name in known else next(others) for name in fields]
-        value = unflatten(own, parts)
-        if any(map(_is_plain, parts)):
-            object.__setattr__(value, _MARK, tuple(known))
-        return value
+        return noted(unflatten(own, parts), parts, known)
 
     optree.register_pytree_node(cls, with_fields, unflatten, namespace=_EVERYWHERE)
     pytree.register_pytree_node(
@@ -181,26 +185,6 @@ def _register_everywhere(
         from_torch,
         flatten_with_keys_fn=with_keys,
     )
-
-
-# Attribute of instances that torch has unflattened: the fields that are part of their structure.
-_MARK = "_bridge_static_fields"
-
-
-def _static_among(value: Any, named: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return the items of an instance that are part of its structure for torch's pytrees.
-
-    Of a result these are None, numbers and texts, since torch's transforms refuse such leaves. An
-    instance that torch has unflattened may have them as leaves: torch maps over dimensions.
-    """
-    marked = getattr(value, "__dict__", {}).get(_MARK)
-    if marked is None:
-        return {name: part for name, part in named if _is_plain(part)}
-    return {name: part for name, part in named if name in marked}
-
-
-def _is_plain(part: Any) -> bool:
-    return part is None or type(part) in _STATIC
 
 
 def _collate(batch: Sequence[Any], *, collate_fn_map: Any = None) -> Any:

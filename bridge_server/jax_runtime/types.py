@@ -15,9 +15,9 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bridge_server.signatures import MOST_ELEMENTS
-from bridge_wire.classes import Node, constant, structured
+from bridge_wire.classes import Node, constant, is_plain_name, structured
 from bridge_wire.dtypes import BY_NAME
-from bridge_wire.errors import SpecError
+from bridge_wire.errors import ProtocolError, SpecError
 from bridge_wire.keys import Key
 from bridge_wire.memory.dlpack import DeviceExporter, Exporter, keep_owners_by
 from bridge_wire.specs import Spec
@@ -167,7 +167,7 @@ def expand(value: Any) -> Node | Key | None:
         fields = [getattr(step, "key", getattr(step, "name", None)) for step in steps]
         if set(fields) != set(value):
             return None
-    elif not all(field.isidentifier() for field in fields):
+    elif not all(map(is_plain_name, fields)):
         fields = [f"item{i}" for i in range(len(children))]
     return structured(
         type(value),
@@ -211,6 +211,10 @@ def path_step(step: Any) -> str:
 
 
 def register_dataclass(cls: type, fields: tuple[str, ...]) -> None:
+    if issubclass(cls, Mapping):
+        raise ProtocolError(
+            f"a tree has a mapping of the class {cls.__name__!r}; expected a dict"
+        )
     jax.tree_util.register_dataclass(cls, data_fields=list(fields), meta_fields=[])
 
 

@@ -5,14 +5,19 @@ that first made it; another process with the same model makes it again by tracin
 Imports no framework.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from bridge_wire.classes import name_of_class, origins
 from bridge_wire.errors import ModelChanged, ProtocolError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.recipes import Recipes, origin_of, records, returned_in
 
-_MOST_STEPS = 64  # recipes that a call may need
+_MOST_RECIPES = 4096  # of a call
+_MOST_STEPS = 256  # calls that a call's instances may need
+
+
+# The origins in the results of calls that were traced for one request.
+_Traced = dict[bytes, Sequence[str]]
 
 
 class Identities:
@@ -61,48 +66,72 @@ class Identities:
         """
         if not call.recipes:
             return call
-        if len(call.recipes) > _MOST_STEPS:
+        if len(call.recipes) > _MOST_RECIPES:
             raise ProtocolError(
-                f"a call has {len(call.recipes)} recipes; at most {_MOST_STEPS} are allowed"
+                f"a call has {len(call.recipes)} recipes; at most {_MOST_RECIPES} are allowed"
             )
-        self._make(call, {recipe.origin: recipe for recipe in call.recipes})
+        self._make(call, {recipe.origin: recipe for recipe in call.recipes}, {})
         known = pb.Call()
         known.CopyFrom(call)
         known.ClearField("recipes")
         return known
 
-    def _make(self, call: pb.Call, recipes: Mapping[str, pb.Recipe]) -> None:
+    def _make(
+        self, call: pb.Call, recipes: Mapping[str, pb.Recipe], traced: _Traced
+    ) -> None:
         """Make the origins that a call returns and that are not known here."""
         for origin in returned_in(call.arguments):
             if origins.class_of(origin) is None and origin in recipes:
-                self._make_one(recipes[origin], recipes)
+                recipe = recipes[origin]
+                self._learn(recipe, self._origins_of(recipe, recipes, traced))
 
-    def _make_one(self, recipe: pb.Recipe, recipes: Mapping[str, pb.Recipe]) -> None:
-        call = _call_of(recipe)
-        # An origin is a digest of its recipe, so this ends.
-        self._make(call, recipes)
+    def _origins_of(
+        self, recipe: pb.Recipe, recipes: Mapping[str, pb.Recipe], traced: _Traced
+    ) -> Sequence[str]:
+        """Return the origins in the result of a recipe's call, each call traced once."""
+        call, key = _call_of(recipe), recipe.fingerprint + recipe.call
+        known = traced.get(key)
+        if known is None:
+            if len(traced) == _MOST_STEPS:
+                raise ModelChanged(
+                    f"an instance was made by more than {_MOST_STEPS} successive calls, which this"
+                    " worker would have to make again; begin with a new one"
+                )
+            traced[key] = ()
+            # An origin is a digest of its recipe, so this ends.
+            self._make(call, recipes, traced)
+            self._check(recipe, call)
+            known = [record.origin for record in records(self._result(call))]
+            traced[key] = known
+        return known
+
+    def _check(self, recipe: pb.Recipe, call: pb.Call) -> None:
         try:
             fingerprint = self._fingerprint(call)
         except UnknownModel as error:
             raise ModelChanged(
                 f"a returned instance cannot be made here: {error}"
             ) from error
-        name = recipe.origin.partition("#")[0][:200]
         if fingerprint != recipe.fingerprint:
             raise ModelChanged(
-                f"a {name} was made by the model {call.model[:100]!r}, which has changed since;"
-                f" call {call.model[:100]!r} again"
+                f"a {_name_in(recipe)} was first made by the model {call.model[:100]!r}, which has"
+                f" changed since; call {call.model[:100]!r} again"
             )
-        found = list(records(self._result(call)))
-        made = found[recipe.record].origin if recipe.record < len(found) else ""
+
+    def _learn(self, recipe: pb.Recipe, found: Sequence[str]) -> None:
+        made = found[recipe.record] if recipe.record < len(found) else ""
         cls = origins.class_of(made)
-        if cls is None or name_of_class(cls) != name:
+        if cls is None or name_of_class(cls) != recipe.origin.partition("#")[0]:
             raise ProtocolError(
-                f"the record {recipe.record} of a recipe's result is no {name!r}"
+                f"the record {recipe.record} of a recipe's result is no {_name_in(recipe)!r}"
             )
         if origins.rename(made, recipe.origin) != recipe.origin:
             origins.alias(made, recipe.origin)
         self._recipes.learn([recipe])
+
+
+def _name_in(recipe: pb.Recipe) -> str:
+    return recipe.origin.partition("#")[0][:200]
 
 
 def plain(call: pb.Call) -> pb.Call:

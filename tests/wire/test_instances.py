@@ -20,7 +20,7 @@ from bridge_wire.classes import (
     structured,
 )
 from bridge_wire.errors import ProtocolError, StructureError
-from bridge_wire.instances import PeerMapping, parts_of
+from bridge_wire.instances import PeerMapping, parts_of, static_parts
 from bridge_wire.keys import Key
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -181,6 +181,58 @@ def test_changed_keys_are_refused() -> None:
         with pytest.raises(StructureError, match=r"keep its keys, or pass a dict"):
             parts_of(type(made)._bridge_fields, type(made))(made)
     assert sent_back(dict(more)) == {"a": A, "b": B}
+
+
+def test_items_are_set_as_attributes() -> None:
+    """As of a ModelOutput; a name that is no item is an AttributeError."""
+    made = received(Frozen(a=A))
+    made.a = B
+    assert made["a"] is B and sent_back(made)["a"] is B
+    with pytest.raises(AttributeError, match="no item 'b'"):
+        made.b = A
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    rate: Any
+
+
+@pytest.mark.parametrize("wrap", [lambda x: (x,), lambda x: (1, (x,)), Settings])
+def test_static_parts_that_are_equal_are_told_apart(wrap: Any) -> None:
+    """1, 1.0 and True inside of containers, too."""
+    for number in (1, 1.0, True, -1.0):
+        back = sent_back(received(State(A, wrap(number))))
+        assert repr(back.n) == repr(wrap(number))
+
+
+def test_arrays_as_static_parts_are_not_compared() -> None:
+    """Also one of a single element, which compares like a number."""
+
+    class One(int):
+        def __array__(self) -> None: ...
+
+    with pytest.raises(StructureError, match="static parts cannot be compared"):
+        sent_back(received(State(A, One(1))))
+
+
+def test_a_representation_is_not_asked_for() -> None:
+    """A class's own repr may compute, and may differ in each process."""
+
+    class Named:
+        def __repr__(self) -> str:
+            raise AssertionError
+
+        __str__ = __repr__
+
+    assert list(static_parts(Named(), ())) == []
+    assert list(static_parts((1, 2), ())) == []
+
+
+@pytest.mark.parametrize("key", [Key([1], "fry"), Key(A, 5), Key(None, "fry")])
+def test_keys_that_are_none_are_refused(key: Key) -> None:
+    """Words that are no array, and an implementation that is no text."""
+    with pytest.raises(StructureError, match=r"args\[0\] is a key of"):
+        trees.encode((key,), is_array, Classes(), root="args")
 
 
 def test_constants_show_their_names() -> None:

@@ -1,6 +1,7 @@
 """Torch models whose arguments and results are of classes of their own. No jax."""
 
 import collections
+import dataclasses
 import enum
 from typing import Any
 
@@ -72,3 +73,21 @@ def mixed(x):
 def unmixed(value):
     is_right = value["mode"] is Mode.EVAL and value["dtype"] is torch.float32
     return value["x"] * is_right * (value["size"] == 3)
+
+
+@dataclasses.dataclass
+class Settings:
+    """A state with a number and a text."""
+
+    x: torch.Tensor
+    n: int = 1
+    how: str = "add"
+
+
+def settings(x, n=1):
+    return Settings(x, n)
+
+
+def stepped(state):
+    assert type(state.n) is int and state.how == "add"
+    return dataclasses.replace(state, x=state.x + state.n)

@@ -17,6 +17,7 @@ from tests.client.jax_client.conftest import Remote
 from tests.conftest import ROOT, python_of
 
 _NAMES = ["cache", "read", "output", "logits", "mixed", "unmixed"]
+_NAMES += ["settings", "stepped"]
 
 
 def worker() -> Session:
@@ -39,10 +40,10 @@ def served(request: pytest.FixtureRequest) -> Iterator[Session]:
 def remote(served: Session) -> Iterator[Remote]:
     """Makes functions of a session of this test's own."""
     if served.lane == "inproc":
-        yield lambda name: RemoteTorchFunction(served, name=name)
+        yield lambda name, **options: RemoteTorchFunction(served, name=name, **options)
         return
     with connect(served.address) as session:
-        yield lambda name: RemoteTorchFunction(session, name=name)
+        yield lambda name, **options: RemoteTorchFunction(session, name=name, **options)
 
 
 X = jnp.arange(3.0)
@@ -86,3 +87,21 @@ def test_a_state_survives_a_restart_and_a_pickle() -> None:
         for each in (restored, state):
             np.testing.assert_array_equal(read(each), 3 * X)
         assert type(cache(X)) is type(state) is type(restored)
+
+
+def test_numbers_and_texts_of_a_state_are_static(remote: Remote) -> None:
+    """They go back as what they are, and transforms and loops see the arrays only."""
+    settings, step = remote("settings", static_argnames="n"), remote("stepped")
+    state = settings(X, n=3)
+    for _ in range(2):
+        state = step(state)
+    assert (type(state.n), state.n, state.how) == (int, 3, "add")
+    np.testing.assert_array_equal(state.x, X + 6)
+    looped, _ = jax.lax.scan(lambda s, _: (step(s), None), settings(X, n=3), None, 2)
+    np.testing.assert_array_equal(looped.x, X + 6)
+    gradient = jax.grad(lambda x: step(settings(x, n=3)).x.sum())(X)
+    np.testing.assert_array_equal(gradient, np.ones(3))
+    rows = jnp.stack([X, X + 1])
+    batched = jax.vmap(lambda x: step(settings(x, n=3)))(rows)
+    np.testing.assert_array_equal(batched.x, rows + 3)
+    assert [leaf.shape for leaf in jax.tree.leaves(state)] == [(3,)]

@@ -235,3 +235,15 @@ def partial(x):
 
 def of_partial(state):
     return state.x * (state.info is None) * (state.text == "a")
+
+
+def deep():
+    """A module of more classes with static parts than one call's limit of old."""
+    keys = jax.random.split(jax.random.key(0), 70)
+    return [equinox.nn.Linear(i + 1, i + 2, key=key) for i, key in enumerate(keys)]
+
+
+def through(layers, x):
+    for layer in layers:
+        x = layer(x)
+    return x

@@ -27,6 +27,8 @@ _NAMES = [
     *("keyed", "drawn", "keys", "normal", "frozen", "is_frozen", "network"),
     *("applied", "split", "merged", "mixed", "unmixed", "weighed", "by_pair"),
     *("partial", "of_partial"),
+    "deep",
+    "through",
 ]
 
 
@@ -231,3 +233,9 @@ def test_transforms_see_the_arrays_of_a_state_only(remote: Remote) -> None:
     assert pytree.tree_leaves(dims, is_leaf=lambda leaf: leaf is None) == [None]
     f = torch.vmap(lambda state, x: remote("of_partial")(state) + x, in_dims=(None, 0))
     torch.testing.assert_close(f(remote("partial")(X), rows), X + rows)
+
+
+def test_a_module_of_many_classes_comes_back(remote: Remote) -> None:
+    """Each layer has static parts of its own."""
+    y = remote("through")(remote("deep")(), torch.ones(1))
+    assert y.shape == (71,)
