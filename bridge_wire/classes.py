@@ -258,6 +258,11 @@ class _Origins:
             if origin in self._nodes:
                 self._add(other, *self._nodes[origin])
 
+    def are_same(self, origin: str, other: str) -> bool:
+        """Return whether two names are of one class and its static parts."""
+        _, node = self._nodes.get(origin, ("", None))
+        return node is not None and node is self._nodes.get(other, ("", None))[1]
+
     def class_of(self, origin: str) -> type | None:
         """Return the class of an origin; None if the origin is not known here."""
         _, node = self._nodes.get(self._renamed.get(origin, origin), ("", None))

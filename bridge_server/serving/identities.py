@@ -38,6 +38,7 @@ class Identities:
         tree = pb.Tree()
         tree.CopyFrom(result)
         found = list(records(tree))
+        passed = returned_in(call.arguments)
         fingerprint = self._fingerprint(call) if found else b""
         made = plain(call).SerializeToString(deterministic=True)
         for i, record in enumerate(found):
@@ -51,6 +52,10 @@ class Identities:
             record.origin = origins.rename(record.origin, lasting)
             if record.origin == lasting:
                 self._recipes.learn([recipe])
+            # A loop over a state that an earlier worker has named keeps that name.
+            same = [name for name in passed if origins.are_same(name, record.origin)]
+            if same and record.origin not in same:
+                record.origin = same[0]
         return tree
 
     def recipes_of(self, result: pb.Tree) -> list[pb.Recipe]:

@@ -115,6 +115,17 @@ def test_a_state_survives_its_workers_restart(x: Tensor) -> None:
         assert type(function(session, "make")(x, "registered", 5)) is before
 
 
+def test_a_loop_keeps_the_name_that_its_state_had(first: Session, x: Tensor) -> None:
+    """Also on a worker where another call has made an equal instance first."""
+    state = function(first, "make")(x, "registered", 31)
+    with worker() as other:
+        equal = function(other, "make")(x[:2], "registered", 31)
+        stepped = function(other, "step")(state)
+        assert type(stepped) is type(state) is not type(equal)
+        torch.testing.assert_close(stepped.x, 2 * x)
+        assert type(function(other, "step")(equal)) is type(equal)
+
+
 def test_states_of_a_training_survive(x: Tensor) -> None:
     """flax's TrainState: its optimizer and its function, which each trace makes anew, are rebuilt
     by the successor."""
