@@ -27,6 +27,7 @@ _MAX_FIELDS = 1000  # the time to make a class grows with their square
 _MAX_NAME = 255  # characters
 _MAX_ORIGIN = 1000  # characters
 _PLAIN = (bool, int, float, complex, str)
+_OTHER = object()  # stands for a value that is compared by its own equality
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -41,8 +42,6 @@ class Node(NamedTuple):
     builder: Any
     # Whether an instance has parts besides its class and children.
     has_static: bool = False
-    # Those of these parts that are plain values and have names, for the peer's users to read.
-    statics: tuple[tuple[str, Any], ...] = ()
 
 
 # Returns the parts of a class instance or the data of keys; None: the value is no container.
@@ -59,17 +58,27 @@ class Instance(NamedTuple):
         return instantiate(self.cls, self.fields, items)
 
 
-class _Structured(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Structured:
     """Builder of instances whose class and static parts lie in a framework's structure."""
 
     structure: Any
-    exact: (
-        Hashable  # types and plain values: 1, 1.0 and True are equal, but not the same
-    )
+    exact: Hashable  # types and plain values, since 1, 1.0 and True are equal
     unflatten: Callable[[Any, Sequence[Any]], Any]
 
     def __call__(self, items: Sequence[Any]) -> Any:
         return self.unflatten(self.structure, items)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Structured) or self.unflatten != other.unflatten:
+            return False
+        if self.exact != other.exact:
+            return False
+        # Structures that hold arrays cannot be compared, and need not be.
+        return _is_complete(self.exact) or bool(self.structure == other.structure)
+
+    def __hash__(self) -> int:
+        return hash((self.structure, self.exact, self.unflatten))
 
 
 def structured(
@@ -112,10 +121,10 @@ def constant(value: Hashable) -> Node:
 
 def _exact(part: Any) -> Hashable:
     """Return types and plain values of a static part, which tell apart parts that are equal: 1, 1.0
-    and True.
+    and True, or arrays of one element.
 
     Raises:
-      TypeError: the part holds an array, whose values no comparison tells apart.
+      Exception: the part cannot be described.
     """
     kind = type(part)
     if kind in _PLAIN or getattr(part, "shape", None) == ():
@@ -127,9 +136,18 @@ def _exact(part: Any) -> Hashable:
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         names = [field.name for field in dataclasses.fields(part)]
         return kind, tuple(_exact(getattr(part, name, None)) for name in names)
+    if isinstance(part, set | frozenset):
+        return kind, frozenset(map(_exact, part))
     if hasattr(part, "__array__"):
-        raise TypeError("arrays cannot be compared")
-    return kind, ""
+        return kind, str(part.dtype), part.shape, part.tobytes()
+    return kind, _OTHER
+
+
+def _is_complete(exact: Hashable) -> bool:
+    """Return whether a description tells all of a static part."""
+    if isinstance(exact, tuple | frozenset):
+        return all(map(_is_complete, exact))
+    return exact is not _OTHER
 
 
 def expand_dataclass(value: Any) -> Node | None:
