@@ -114,7 +114,7 @@ def static_among(value: Any, named: Sequence[tuple[Any, Any]]) -> dict[Any, Any]
     return {name: part for name, part in named if name in marked}
 
 
-def marked(value: Any, parts: Sequence[Any], static: Collection[Any]) -> Any:
+def with_mark(value: Any, parts: Sequence[Any], static: Collection[Any]) -> Any:
     """Return an unflattened instance with these parts, after noting the static ones."""
     if any(type(part) in _PLAIN for part in parts):
         object.__setattr__(value, _MARK, tuple(static))

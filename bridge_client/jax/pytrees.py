@@ -16,8 +16,7 @@ from bridge_wire.classes import (
     structured,
 )
 from bridge_wire.errors import StructureError
-from bridge_wire.instances import PeerMapping, parts_of, static_among
-from bridge_wire.instances import marked as noted
+from bridge_wire.instances import PeerMapping, parts_of, static_among, with_mark
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -100,7 +99,7 @@ def register_peer(cls: type, fields: tuple[Any, ...]) -> None:
     def unflatten(static: Any, children: Iterable[Any]) -> Any:
         known, others = {name: part for name, *_, part in static}, iter(children)
         items = [known[name] if name in known else next(others) for name in fields]
-        return noted(instantiate(cls, fields, items), items, known)
+        return with_mark(instantiate(cls, fields, items), items, known)
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
 

@@ -22,8 +22,8 @@ from bridge_wire.instances import (
     fields_of,
     parts_of,
     static_among,
+    with_mark,
 )
-from bridge_wire.instances import marked as noted
 from bridge_wire.keys import Key
 
 _NAMESPACE = "torch-jax-bridge"
@@ -176,7 +176,7 @@ def _register_everywhere(
         own, static = context
         known, others = dict(static), iter(children)
         parts = [known[name] if name in known else next(others) for name in fields]
-        return noted(unflatten(own, parts), parts, known)
+        return with_mark(unflatten(own, parts), parts, known)
 
     optree.register_pytree_node(cls, with_fields, unflatten, namespace=_EVERYWHERE)
     pytree.register_pytree_node(
