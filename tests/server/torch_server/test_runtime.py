@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import logging
 import math
@@ -582,10 +583,13 @@ def test_a_model_that_refuses_zeros_is_run_on_other_values(
 ) -> None:
     """Distributions look at their parameters, and have no density at a scale of zero, or none of
     ones everywhere."""
-    scaled = Hosted(runtime, lambda x, s: torch.distributions.Normal(x, s).log_prob(x))
-    correlated = Hosted(
-        runtime, lambda x, c: torch.distributions.MultivariateNormal(x, c).log_prob(x)
+    # TorchDynamo switches the validation off for a whole process, once anything was compiled there.
+    normal = functools.partial(torch.distributions.Normal, validate_args=True)
+    multivariate = functools.partial(
+        torch.distributions.MultivariateNormal, validate_args=True
     )
+    scaled = Hosted(runtime, lambda x, s: normal(x, s).log_prob(x))
+    correlated = Hosted(runtime, lambda x, c: multivariate(x, c).log_prob(x))
     x = placed(np.full(3, 2.0))
     with caplog.at_level(logging.WARNING, "bridge_server"):
         programs = [scaled.call(x, x), correlated.call(x, placed(np.eye(3)))]
