@@ -505,8 +505,8 @@ class Target:
             raise Fault(
                 f"{len(sessions._by_token)} sessions and {len(sessions._running)} calls are left"
             )
-        if sessions.residuals._kept or sessions.residuals._total:
-            raise Fault(f"{len(sessions.residuals._kept)} residuals are left")
+        if sessions.residuals.count or sessions.residuals.nbytes:
+            raise Fault(f"{sessions.residuals.count} residuals are left")
         descriptors = len(os.listdir("/proc/self/fd"))
         if descriptors > self._baseline:  # fewer is somebody else's doing
             raise Fault(f"{descriptors} descriptors are open, not {self._baseline}")
