@@ -1,0 +1,201 @@
+"""The queue of runs: few at once, in fair turns between sessions. Imports no framework.
+
+A device computes several runs at once no faster than one after another, but then every run takes
+as long as all of them. So at most `most` runs are under way. One of these places is kept for a
+session that has no run under way: its short run waits for no long one. Sessions whose runs wait
+take turns, whatever the number of runs each of them has waiting.
+
+Runs that wait for something else than the processor, such as a host callback that sleeps or calls
+this worker again, hold places without using them. While the processor idles, there are additional
+places, up to `_MOST_AT_ONCE` in total.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+from bridge_wire.errors import WorkerBusy
+from bridge_wire.memory.copying import usable_cores
+
+# XLA's runtime for CPUs stops for ever where some hundred host callbacks are under way.
+_MOST_AT_ONCE = 32
+_TICK_S = 0.05
+# The processor idles for this worker if the worker uses less than this share of its cores, and the
+# machine has as much left; or if the worker does nearly nothing.
+_USED, _LEFT = 0.5, 0.25
+_NEARLY_NOTHING = 0.1  # of one core
+_ABANDONED_TICKS = 2  # until a waiting run looks for its client again
+_LONGEST_HINT_S = 5.0
+
+
+class Client:
+    """One client's share of the queue. The queue's lock guards it."""
+
+    __slots__ = ("running", "waiting")
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting: deque[_Ticket] = deque()
+
+
+class _Ticket:
+    """A run that waits for its turn."""
+
+    __slots__ = ("client", "may_begin")
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.may_begin = threading.Event()
+
+
+class RunQueue:
+    """Lets at most so many runs begin at once. Thread-safe."""
+
+    def __init__(self, most: int | None, most_waiting: int) -> None:
+        """Begin empty. `most` runs at once; None means one more than there are cores."""
+        self.most = most or usable_cores() + 1
+        self.most_waiting = most_waiting
+        self.running = self.waiting = 0
+        self._extra = 0  # places for runs that do not use the processor
+        self._lock = threading.Lock()
+        # Clients with waiting runs, the next one first.
+        self._turns: OrderedDict[Client, None] = OrderedDict()
+        self._is_watched = False
+        self._ended = 0
+        self._mean_s = 0.0
+
+    def enter(self, client: Client, is_abandoned: Callable[[], bool]) -> None:
+        """Begin a run, after waiting for its turn if necessary; `leave` must follow.
+
+        Raises:
+          WorkerBusy: too many runs wait already.
+          Abandoned: the run's client no longer waits for it.
+        """
+        with self._lock:
+            # Whoever waits has no place: every end of a run lets those begin who have one.
+            if not client.waiting and self._has_place(client):
+                self.running += 1
+                client.running += 1
+                return
+            ticket = self._enqueue(client)
+        while not ticket.may_begin.wait(_TICK_S * _ABANDONED_TICKS):
+            if is_abandoned() and self._withdraw(ticket):
+                raise Abandoned
+        if is_abandoned():
+            self.leave(client)
+            raise Abandoned
+
+    def leave(self, client: Client) -> None:
+        """End a run."""
+        with self._lock:
+            self.running -= 1
+            client.running -= 1
+            if self._turns:
+                self._ended += 1
+                self._admit()
+
+    def _has_place(self, client: Client) -> bool:
+        most = min(self.most + self._extra, max(self.most, _MOST_AT_ONCE))
+        # The last place is for a client without a run.
+        return self.running < (most - 1 if client.running and most > 1 else most)
+
+    def _enqueue(self, client: Client) -> _Ticket:
+        if self.waiting >= self.most_waiting:
+            raise WorkerBusy(
+                f"{self.waiting} calls wait for the worker already, its limit; make fewer calls at"
+                " once, or try again later",
+                retry_after_s=self._hint_s(),
+            )
+        ticket = _Ticket(client)
+        client.waiting.append(ticket)
+        self._turns.setdefault(client)
+        self.waiting += 1
+        if not self._is_watched:
+            self._is_watched = True
+            threading.Thread(target=self._watch, name="run-queue", daemon=True).start()
+        return ticket
+
+    def _admit(self) -> None:
+        """Let waiting runs begin while there is room, each client in its turn."""
+        for client in list(self._turns):
+            if not self._has_place(client):
+                continue
+            ticket = client.waiting.popleft()
+            self._turns.move_to_end(client)
+            self._note_end_of_wait(client)
+            self.running += 1
+            client.running += 1
+            ticket.may_begin.set()
+
+    def _withdraw(self, ticket: _Ticket) -> bool:
+        """Take a waiting run out; return whether it had not begun."""
+        with self._lock:
+            if ticket.may_begin.is_set():
+                return False
+            ticket.client.waiting.remove(ticket)
+            self._note_end_of_wait(ticket.client)
+            return True
+
+    def _note_end_of_wait(self, client: Client) -> None:
+        self.waiting -= 1
+        if not client.waiting:
+            del self._turns[client]
+
+    def _hint_s(self) -> float:
+        """Return the seconds in which half of the waiting runs should have begun."""
+        return min(self.waiting * self._mean_s / 2, _LONGEST_HINT_S)
+
+    def _watch(self) -> None:
+        """Add places while runs wait and the processor idles; take them back while it does not."""
+        processor = _Processor()
+        while True:
+            time.sleep(_TICK_S)
+            is_idle = processor.has_idled()
+            with self._lock:
+                self._mean_s = _TICK_S / max(1, self._ended)
+                self._ended = 0
+                if not self._turns:
+                    self._is_watched = False
+                    return
+                self._extra = self._extra * 2 + 1 if is_idle else self._extra // 2
+                self._extra = min(self._extra, _MOST_AT_ONCE)
+                self._admit()
+
+
+class _Processor:
+    """Tells whether the processor has idled between two looks."""
+
+    def __init__(self) -> None:
+        self._cores = usable_cores()
+        self._before = self._look()
+
+    def has_idled(self) -> bool:
+        now = self._look()
+        wall_s, used_s, idle_s = (
+            new - old for new, old in zip(now, self._before, strict=True)
+        )
+        self._before = now
+        if used_s < _NEARLY_NOTHING * wall_s:
+            return True
+        is_used = used_s > _USED * self._cores * wall_s
+        return not is_used and idle_s > _LEFT * self._cores * wall_s
+
+    def _look(self) -> tuple[float, float, float]:
+        """Return the seconds now, of this process's work, and of the machine's idle cores."""
+        return time.monotonic(), time.process_time(), _idle_s()
+
+
+def _idle_s() -> float:
+    """Return the seconds that the machine's cores have idled; elsewhere than on Linux, 0."""
+    try:
+        with open("/proc/stat", "rb") as file:
+            fields = file.readline().split()
+    except OSError:
+        return 0.0
+    return int(fields[4]) / os.sysconf("SC_CLK_TCK")
+
+
+class Abandoned(Exception):
+    """The client of a waiting run is gone, or waits no more."""
