@@ -87,11 +87,13 @@ def _serve(options: argparse.Namespace) -> None:
     stdout = _copy_of_stdout()
     with stop.at_once():
         runtime, models = _runtime_with_models(options)
-    programs = Programs(runtime, models)
+    programs = Programs(runtime, models, options.revision)
     sessions = Sessions(
         runtime,
         residual_bytes=_residual_bytes(options, runtime),
         slab_bytes=options.session_slab_bytes,
+        max_runs=options.max_runs,
+        max_waiting=options.max_waiting,
         on_failure=stop.give_up,
     )
     worker = Worker(runtime, programs, sessions, endpoint, security)

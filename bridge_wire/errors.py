@@ -19,6 +19,7 @@ BridgeError
 │   ├── WorkerUnavailable  no worker answers at the address
 │   │   ├── WorkerDied     the worker died, or the connection broke, during a call
 │   │   └── WorkerDraining the worker is shutting down
+│   ├── WorkerBusy         too many calls wait for the worker; says when to try again
 │   ├── WorkerCrashed      a spawned worker exited before it was ready
 │   ├── StartupTimeout     a spawned worker was not ready in time
 │   ├── CallTimeout        no answer within timeout_s
@@ -47,6 +48,7 @@ TRAILER = "bridge-error-bin"
 # three bytes.
 _MAX_TRAILER = 4096
 _MAX_DETAILS = 512
+_LONGEST_PAUSE_S = 60.0
 _MAX_TEXT = 1 << 18  # characters of one text: an error must fit in a frame
 
 
@@ -168,6 +170,19 @@ class WorkerDraining(WorkerUnavailable):
     """The worker is shutting down and accepts no new work."""
 
 
+class WorkerBusy(WorldError):
+    """Too many calls wait for the worker; this call has not run.
+
+    `retry_after_s` is the worker's estimate of the seconds until it takes calls again.
+    """
+
+    status = _Status.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class WorkerCrashed(WorldError):
     """A spawned worker exited before it was ready."""
 
@@ -243,7 +258,10 @@ def encode(error: BridgeError) -> pb.Error:
     kind = next(
         each.__name__ for each in type(error).__mro__ if each.__name__ in _BY_KIND
     )
-    return pb.Error(kind=kind, message=_utf8(str(error)))
+    message = pb.Error(kind=kind, message=_utf8(str(error)))
+    if isinstance(error, WorkerBusy):
+        message.retry_after_s = error.retry_after_s
+    return message
 
 
 def _shortened(text: str, nbytes: int = _MAX_TRAILER // 3) -> str:
@@ -268,7 +286,15 @@ def decode(message: pb.Error) -> BridgeError:
             remote_type=message.remote_type,
             remote_traceback=message.traceback,
         )
+    if kind is WorkerBusy:
+        return WorkerBusy(message.message, retry_after_s=_seconds(message))
     return kind(message.message)
+
+
+def _seconds(message: pb.Error) -> float:
+    """Return the pause that a busy worker asks for, within limits, as the peer may be hostile."""
+    seconds = message.retry_after_s
+    return min(seconds, _LONGEST_PAUSE_S) if seconds > 0 else 0.0
 
 
 def unexpected(error: BaseException) -> InternalError:

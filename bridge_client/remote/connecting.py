@@ -3,6 +3,7 @@
 from typing import Any
 
 from bridge_client.remote.link import Terms, Tls
+from bridge_client.remote.retrying import Policy
 from bridge_client.remote.session import Fixed, RemoteSession
 from bridge_client.session import Session
 from bridge_wire.errors import CallerError
@@ -19,6 +20,10 @@ def connect(
     timeout_s: float | None = None,
     lane: str | None = None,
     require: str | None = None,
+    wait_s: float = 0.0,
+    retry_s: float = 30.0,
+    retries: int = 0,
+    require_revision: bool = False,
 ) -> RemoteSession:
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
@@ -30,6 +35,13 @@ def connect(
         the fastest available lane.
       require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged
         fallback.
+      wait_s: seconds to wait here for a worker that is still starting.
+      retry_s: seconds that a later call waits while the worker drains, restarts or is busy; a call
+        waits only if it has not run.
+      retries: how often a call is repeated whose worker died under it, and which may have run. For
+        models that are functions of their arguments, parameters, buffers and keys.
+      require_revision: whether a worker with another --revision or changed models is an error
+        (ModelChanged) instead of a warning.
     Raises:
       WorkerUnavailable: no worker answers at the address.
       Unauthenticated: the token is wrong.
@@ -38,7 +50,14 @@ def connect(
     """
     check_address(address)
     check_terms(lane, require)
-    terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
+    terms = Terms(
+        token,
+        Tls() if tls is True else tls or None,
+        lane,
+        require,
+        Policy(wait_s, retry_s, retries),
+        require_revision,
+    )
     return RemoteSession(Fixed(address), terms, timeout_s)
 
 

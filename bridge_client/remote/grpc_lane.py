@@ -17,6 +17,7 @@ from bridge_wire.errors import (
     CallTimeout,
     Unauthenticated,
     WorkerDied,
+    WorkerDraining,
     WorkerUnavailable,
     decode,
 )
@@ -41,7 +42,7 @@ class GrpcLane(Lane):
         self._outgoing: queue.SimpleQueue[Iterator[pb.LaneRequest] | None] = (
             queue.SimpleQueue()
         )
-        self._is_closed = False
+        self._stub = stub
         self._call = stub.Lane(_flattened(self._outgoing))
         try:
             with self._deadline(HANDSHAKE_S):
@@ -89,10 +90,10 @@ class GrpcLane(Lane):
         timer = threading.Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
-        failure: WorkerDied | None = None
+        failure: WorkerUnavailable | None = None
         try:
             yield
-        except WorkerDied as error:
+        except WorkerUnavailable as error:
             failure = error
         finally:
             timer.cancel()
@@ -140,8 +141,8 @@ class GrpcLane(Lane):
         self._end_stream()
 
     def _end_stream(self) -> None:
-        if not self._is_closed:
-            self._is_closed = True
+        if not self.is_closed:
+            self.is_closed = True
             self._outgoing.put(None)
             self._call.cancel()
 
@@ -164,8 +165,18 @@ class GrpcLane(Lane):
         except grpc.RpcError as error:
             # The error object is the stream: with a traceback, a reference cycle would keep the
             # call's blocks alive.
+            if self._is_cancelled_by_worker(error):
+                raise WorkerDraining(
+                    "the worker has shut down without running this call"
+                ) from error.with_traceback(None)
             raise from_rpc(error, during_call=True) from error.with_traceback(None)
         return raise_if_failed(reply)
+
+    def _is_cancelled_by_worker(self, error: Any) -> bool:
+        """Whether the worker cancelled the lane: it does so while it drains, without a call under
+        way."""
+        is_cancelled = error.code() is grpc.StatusCode.CANCELLED
+        return is_cancelled and not (self.is_closed or self._stub.is_closed)
 
 
 def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:

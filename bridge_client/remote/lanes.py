@@ -57,6 +57,7 @@ class Lane(ABC):
     memory: str
     # Ordering with this process's GPU work; set by the first call with GPU memory.
     ordering: Ordering | None = None
+    is_closed = False
 
     def run(self, call: Call) -> Any:
         """Run a program; return the value of `call.run.make`, called while the worker computes.

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -21,6 +21,7 @@ from bridge_client.remote.gpu import Ordering
 from bridge_client.remote.grpc_lane import GrpcLane, from_rpc
 from bridge_client.remote.lanes import Lane, Stale
 from bridge_client.remote.local_lane import LocalLane
+from bridge_client.remote.retrying import Policy
 from bridge_client.remote.watching import Watch
 from bridge_wire import PROTOCOLS, __version__
 from bridge_wire.addresses import is_loopback
@@ -51,6 +52,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", 64 << 20),
     # With a shared pool, a new link would wait for the back-off of the dead link.
     ("grpc.use_local_subchannel_pool", 1),
+    # A vanished host answers no ping: its calls end after 15 s at the latest.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -72,6 +77,8 @@ class Terms:
     tls: Tls | None = None
     lane: str | None = None
     require: str | None = None
+    policy: Policy = field(default_factory=Policy)
+    require_revision: bool = False
 
 
 class Link:
@@ -97,6 +104,8 @@ class Link:
         self._share_lock = threading.Lock()
         # Number of GPU lanes by `Ordering.way`.
         self.ways: Counter[str] = Counter()
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._is_retired = False
         # Whether answered calls lost outputs by the worker's death.
         self.has_lost_outputs = False
         self._watches: list[
@@ -130,9 +139,10 @@ class Link:
         # Idle lanes, the most recently used last. The worker keeps the session while a lane is
         # attached.
         self._idle: list[Lane] = [first]
+        self._lanes.add(first)
         # Also ends an unreferenced link: the worker must not keep the session of a deleted module.
         self._end = weakref.finalize(
-            self, _end, self._idle, self._channel, self._watches
+            self, _end, self._idle, self._channel, self._watches, self._stub
         )
         self._end.atexit = False
 
@@ -208,8 +218,19 @@ class Link:
         """Return a lane that is ready for the next call."""
         self._idle.append(lane)
         # The link ended during the call and no longer closes its lanes.
-        if not self._end.alive:
+        if self._is_retired or not self._end.alive:
             _close(self._idle)
+            self._end_if_unused()
+
+    def retire(self) -> None:
+        """End the link after the calls under way, since its worker takes no more."""
+        self._is_retired = True
+        _close(self._idle)
+        self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        if all(lane.is_closed for lane in list(self._lanes)):
+            self.abort()
 
     def close(self) -> None:
         """Close the session on the worker and all connections. Idempotent; ignores a dead worker.
@@ -296,13 +317,15 @@ class Link:
             lane.when_worker_goes(self._watched, act)
 
     def _refuse_if_ended(self) -> None:
-        if not self._end.alive:
+        if self._is_retired or not self._end.alive:
             raise Stale
 
     def _new_lane(self) -> Lane:
         self._refuse_if_ended()
         try:
-            return self._make_lane()
+            lane = self._make_lane()
+            self._lanes.add(lane)
+            return lane
         except (OSError, Unauthenticated, WorkerUnavailable) as error:
             raise Stale from error
 
@@ -405,6 +428,7 @@ class _Authorized:
     def __init__(self, stub: BridgeStub, metadata: Sequence[tuple[str, str]]) -> None:
         self._stub = stub
         self._metadata = metadata
+        self.is_closed = False
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         method = getattr(self._stub, name)
@@ -420,8 +444,14 @@ class _Authorized:
         return call
 
 
-def _end(lanes: list[Lane], channel: grpc.Channel, watches: list[Watch]) -> None:
+def _end(
+    lanes: list[Lane],
+    channel: grpc.Channel,
+    watches: list[Watch],
+    stub: _Authorized,
+) -> None:
     _close(lanes)
+    stub.is_closed = True
     channel.close()
     for watch in watches:
         watch.close()

@@ -43,7 +43,6 @@ class LocalLane(Lane):
             connected.close()
             raise
         self._socket = FramedSocket(connected)
-        self._is_closed = False
         try:
             self._exchange(pb.LaneRequest(attach=pb.Attach(session=token)), HANDSHAKE_S)
             self._socket.offer_mailbox()
@@ -93,9 +92,9 @@ class LocalLane(Lane):
         return self._socket.has_ended()
 
     def close(self) -> None:
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         ordering = self.ordering
         if ordering is None or ordering.way != WORDS:
             super().close()

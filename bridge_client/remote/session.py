@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from bridge_client.programs import Program, model_tag, shapes_of
 from bridge_client.remote.lanes import ENDS_LANE, Call, Lane, Stale
 from bridge_client.remote.link import Link, Terms
+from bridge_client.remote.retrying import RETRIED, Attempts
 from bridge_client.remote.unfinished import Forward, Unfinished
 from bridge_client.session import Run, Session, checked_limit, closed, lanes_by_way
 from bridge_wire import trees
@@ -29,7 +30,9 @@ from bridge_wire.errors import (
     SpecError,
     StructureError,
     UnknownModel,
+    WorkerBusy,
     WorkerDied,
+    WorkerDraining,
     WorkerUnavailable,
 )
 from bridge_wire.memory.cuda import device_of
@@ -53,6 +56,12 @@ class Host(Protocol):
         """Whether a worker started by this process has exited, so that `address` starts a new
         worker."""
 
+    def account(self) -> str:
+        """Return how the last worker ended, as far as this process knows."""
+
+    def restarts(self) -> int:
+        """Return how often a worker was started again after its end."""
+
     def close(self) -> None:
         """Shut down a worker started by this process. Idempotent."""
 
@@ -69,9 +78,10 @@ class RemoteSession(Session):
         self._host = host
         self._terms = terms
         self._fallbacks = 0
+        self._revision: str | None = None  # of the last link's worker
         self._start_afresh()
         _sessions.add(self)
-        self._require_link()
+        self._over_link(lambda link: link)
         if terms.require == "cuda_ipc" and self.gpu_pool() is None:
             self.close()
             raise LaneUnavailable(f"require='cuda_ipc': {self._no_gpu}")
@@ -87,19 +97,24 @@ class RemoteSession(Session):
 
     @property
     def framework(self) -> str:
-        return self._require_link().description.framework
+        return self._description.framework
 
     @property
     def x64(self) -> bool:
-        return self._require_link().description.x64
+        return self._description.x64
+
+    @property
+    def revision(self) -> str:
+        """The worker's --revision; empty if it has none."""
+        return self._description.revision
 
     @property
     def lane(self) -> str:
-        return self._require_link().lane_name
+        return self._current_link().lane_name
 
     @property
     def memory(self) -> str:
-        memory = self._require_link().memory
+        memory = self._current_link().memory
         return memory if self.gpu_pool() is None else "cuda_ipc"
 
     def gpu_pool(self) -> GpuPool | None:
@@ -138,11 +153,11 @@ class RemoteSession(Session):
     @property
     def address(self) -> str:
         """The worker's address."""
-        return self._require_link().address
+        return self._current_link().address
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         limit_s = timeout_s or program.timeout_s or self.timeout_s
-        self._over_link(self._name_of, program, limit_s)
+        self._over_link(self._name_of, program, limit_s, limit_s=limit_s)
         return program
 
     def shapes(
@@ -171,13 +186,14 @@ class RemoteSession(Session):
             "residuals": usage.residuals,
             "residual_bytes": usage.residual_bytes,
             "fallbacks": self._fallbacks + bool(self._bytes_through_host),
+            "restarts": self._host.restarts(),
         } | lanes_by_way(Counter() if self._link is None else self._link.ways)
 
     def _pools(self) -> list[Pool]:
         return [self.pool] if self._gpu is None else [self.pool, self._gpu]
 
     def _described(self) -> Sequence[pb.Model]:
-        return self._require_link().description.models
+        return self._description.models
 
     def _release(self) -> None:
         with self._closing:
@@ -196,22 +212,53 @@ class RemoteSession(Session):
 
     # Links ----------------------------------------------------------------------------------------
 
-    def _over_link(self, action: Callable[..., _T], *args: Any) -> _T:
-        """Act over the link, and over a new link if the old link was dead before a request was
-        sent."""
-        link = self._link or self._require_link()
-        try:
-            return action(link, *args)
-        except Stale:
+    def _over_link(
+        self,
+        action: Callable[..., _T],
+        *args: Any,
+        limit_s: float | None = None,
+    ) -> _T:
+        """Act over the link, and over a new link if the call did not run or may be repeated.
+
+        `limit_s` is the time limit of the call, by default the session's.
+        """
+        attempts: Attempts | None = None
+        while True:
+            link = self._link
+            try:
+                if link is None:
+                    link = self._require_link()
+                return action(link, *args)
+            except RETRIED as error:
+                if attempts is None:
+                    attempts = self._attempts(limit_s or self.timeout_s)
+                if link is not None:
+                    self._leave(link, error)
+                attempts.next(error)
+
+    def _attempts(self, limit_s: float | None) -> Attempts:
+        policy = self._terms.policy
+        is_first = self._revision is None
+        within_s = policy.wait_s if is_first else policy.retry_s
+        if limit_s is not None:
+            within_s = min(within_s, limit_s)
+        return Attempts(within_s, policy.retries)
+
+    def _leave(self, link: Link, error: BaseException) -> None:
+        """Take a link out of use after an error of a call; a busy worker's link stays."""
+        if isinstance(error, WorkerDraining):
+            self._retire(link)
+        elif not isinstance(error, WorkerBusy):
             self._forget(link)
-        link = self._require_link()
-        try:
-            return action(link, *args)
-        except Stale as error:
-            self._forget(link)
-            raise WorkerUnavailable(
-                "the worker disconnected again right after reconnecting; look at its log"
-            ) from error
+        if isinstance(error, WorkerDied) and (account := self._host.account()):
+            error.args = (f"{error}; {account}",)
+
+    def _current_link(self) -> Link:
+        return self._link or self._over_link(lambda link: link)
+
+    @property
+    def _description(self) -> pb.DescribeReply:
+        return self._current_link().description
 
     def _require_link(self) -> Link:
         link = self._link
@@ -221,8 +268,10 @@ class RemoteSession(Session):
             if self._is_closed:
                 raise closed()
             if self._link is None:
-                self._link = self._new_link()
-                self.pool.limit(self._link.slab_bytes)
+                link = self._new_link()
+                self._check_revision(link)
+                self._link = link
+                self.pool.limit(link.slab_bytes)
             return self._link
 
     def _new_link(self) -> Link:
@@ -232,6 +281,28 @@ class RemoteSession(Session):
             if not self._host.has_ended():
                 raise
         return Link(self._host.address(), self._terms, self._note_fallback)
+
+    def _check_revision(self, link: Link) -> None:
+        """Compare a new link's revision with the previous link's.
+
+        Raises:
+          ModelChanged: they differ, and the terms require the same revision.
+        """
+        before, now = self._revision, link.description.revision
+        if before not in (None, now):
+            change = f"the worker's models were of revision {before!r}, and are now of {now!r}"
+            if self._terms.require_revision:
+                link.close()
+                raise ModelChanged(f"{change}; open a new session for this revision")
+            _log.warning("%s: results may differ from earlier calls", change)
+        self._revision = now
+
+    def _retire(self, link: Link) -> None:
+        """Take a draining worker's link out of use; calls under way still finish there."""
+        with self._closing:
+            if self._link is link:
+                self._link = None
+        link.retire()
 
     def _forget(self, link: Link) -> None:
         with self._closing:
@@ -255,7 +326,8 @@ class RemoteSession(Session):
     # Calls ----------------------------------------------------------------------------------------
 
     def _run(self, run: Run) -> Any:
-        return self._over_link(self._run_over, run)
+        limit_s = run.timeout_s or run.program.timeout_s
+        return self._over_link(self._run_over, run, limit_s=limit_s)
 
     def _run_over(self, link: Link, run: Run) -> Any:
         forward = self._forward_of(link, run)
@@ -370,6 +442,10 @@ class RemoteSession(Session):
             )
         if not is_known or prepared.fingerprint == program.identity.fingerprint:
             return
+        if self._terms.require_revision:
+            raise ModelChanged(
+                f"{what} has changed with the worker's restart; open a new session for this model"
+            )
         with self._lock:
             is_reported = what in self._changed_models
             self._changed_models.add(what)
@@ -429,6 +505,12 @@ class Fixed:
 
     def has_ended(self) -> bool:
         return False
+
+    def account(self) -> str:
+        return ""
+
+    def restarts(self) -> int:
+        return 0
 
     def close(self) -> None:
         pass

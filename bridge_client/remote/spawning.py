@@ -17,6 +17,7 @@ from typing import IO
 
 from bridge_client.remote.connecting import check_terms
 from bridge_client.remote.link import Terms
+from bridge_client.remote.retrying import Policy
 from bridge_client.remote.session import RemoteSession
 from bridge_wire.addresses import LONGEST_SOCKET_PATH
 from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
@@ -25,6 +26,10 @@ _log = logging.getLogger(__name__)
 _worker_log = logging.getLogger("bridge_client.worker")
 
 _LAST_LINES = 30
+_LAST_LINES_OF_DEATH = 5
+# A worker that ends sooner is started again after a pause, which doubles each time.
+_LASTING_S = 10.0
+_SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0
 _STOP_S = 10.0
 # Variables that name a worker's models and clients. In this process they configure this process,
 # or the worker that it connects to. Each worker chooses its own allocator.
@@ -51,11 +56,15 @@ def spawn(
     timeout_s: float | None = None,
     lane: str | None = None,
     require: str | None = None,
+    retry_s: float = 30.0,
+    retries: int = 0,
+    require_revision: bool = False,
 ) -> RemoteSession:
     """Start a worker with the interpreter of another environment, and return a session with it.
 
     The worker ends with the session or with this process, however that ends; its log goes to the
-    logger `bridge_client.worker`. If it dies, the next call starts it again.
+    logger `bridge_client.worker`. If it dies, the next call starts it again, after a pause if it
+    has died soon after its start.
 
     Args:
       jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
@@ -65,12 +74,18 @@ def spawn(
       cwd: the worker's directory, from which modules are imported.
       args: more arguments of `bridge_server`, such as ["--x64"].
       startup_timeout_s: seconds until the worker must be ready.
-      timeout_s, lane, require: as in `connect`.
+      timeout_s, lane, require, retry_s, retries, require_revision: as in `connect`.
     Raises:
       StartupTimeout: it was not ready in time; it has been killed.
       WorkerCrashed: it ended before it was ready; the message has its last lines.
     """
     check_terms(lane, require)
+    terms = Terms(
+        lane=lane,
+        require=require,
+        policy=Policy(retry_s=retry_s, retries=retries),
+        require_revision=require_revision,
+    )
     if (jax_model is None) == (torch_model is None):
         raise CallerError("spawn needs either jax_model= or torch_model=")
     flag = "--jax-model" if torch_model is None else "--torch-model"
@@ -79,7 +94,7 @@ def spawn(
         command += [flag, target]
     child = _Child([*command, *args], dict(env or {}), cwd, startup_timeout_s)
     try:
-        session = RemoteSession(child, Terms(lane=lane, require=require), timeout_s)
+        session = RemoteSession(child, terms, timeout_s)
     except BaseException:
         child.close()
         raise
@@ -117,11 +132,15 @@ class _Child:
         self._output: _Output | None = None
         self._is_closed = False
         self._address = ""
+        self._starts = 0
+        self._last_start = 0.0
+        self._short_lives = 0  # in a row
 
     def address(self) -> str:
         if os.getpid() == self._owner and (
             self._process is None or self._process.poll() is not None
         ):
+            self._pause()
             self._start()
         return self._address
 
@@ -132,6 +151,26 @@ class _Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         return self._process.poll() is not None
+
+    def account(self) -> str:
+        if not self.has_ended() or self._process is None or self._output is None:
+            return ""
+        lines = self._output.last_lines(_LAST_LINES_OF_DEATH)
+        return f"it {_ending(self._process.returncode)}; its last lines:\n  {lines}"
+
+    def restarts(self) -> int:
+        return max(0, self._starts - 1)
+
+    def _pause(self) -> None:
+        """Wait before the next start if the last workers ended soon after their starts."""
+        now = time.monotonic()
+        if not self._starts or now - self._last_start > _LASTING_S:
+            self._short_lives = 0
+        else:
+            self._short_lives += 1
+        if self._short_lives > 1:
+            pause_s = _SHORTEST_PAUSE_S * 2.0 ** (self._short_lives - 2)
+            time.sleep(min(pause_s, _LONGEST_PAUSE_S))
 
     def terminate(self) -> None:
         """Ask the worker to end, without waiting."""
@@ -155,6 +194,11 @@ class _Child:
 
     def _start(self) -> None:
         address = f"unix:{self._directory}/worker.sock"
+        if self._process is not None:
+            _log.warning("starting the worker again: %s", self.account())
+            self._stop(0)
+        self._starts += 1
+        self._last_start = time.monotonic()
         process = self._process = self._popen(address)
         output = self._output = _Output(
             process, f"bridge_server ready endpoint={address} "
@@ -172,7 +216,7 @@ class _Child:
         self._stop(0)
         if has_ended:
             raise WorkerCrashed(
-                f"the worker exited with status {process.returncode} before it was ready:"
+                f"the worker {_ending(process.returncode)} before it was ready:"
                 f"\n  {output.last_lines()}"
             )
         raise StartupTimeout(
@@ -243,8 +287,8 @@ class _Output:
         """Wait until the worker is ready or has ended."""
         self._event.wait(timeout_s)
 
-    def last_lines(self) -> str:
-        return "\n  ".join(self._last_lines) or "(no output)"
+    def last_lines(self, most: int = _LAST_LINES) -> str:
+        return "\n  ".join(list(self._last_lines)[-most:]) or "(no output)"
 
     def close(self) -> None:
         """Close both streams once the worker has ended."""
@@ -271,6 +315,18 @@ class _Output:
             level, text = _parse_log_line(line.rstrip())
             self._last_lines.append(text)
             _worker_log.log(level, "%s", text)
+
+
+def _ending(status: int) -> str:
+    """Return how a process with this status ended; negative is the number of a signal."""
+    if status >= 0:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:  # a real-time signal
+        name = f"signal {-status}"
+    hint = ", perhaps for lack of memory" if name == "SIGKILL" else ""
+    return f"was killed by {name}{hint}"
 
 
 def _directory_for(name: str) -> str:

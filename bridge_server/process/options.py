@@ -10,6 +10,8 @@ from bridge_wire import __version__
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
+_LONGEST_REVISION = 200
+_MOST_COUNTED = 1_000_000
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -107,6 +109,13 @@ def _add_serving(add: Callable[..., Any]) -> None:
         metavar="unix:PATH|HOST:PORT",
     )
     add(
+        "--revision",
+        "text that names what is served, such as an image's digest; clients notice a change",
+        metavar="TEXT",
+        default="",
+        type=_revision,
+    )
+    add(
         "--residual-bytes",
         "budget for residuals kept between forwards and their VJPs; over budget, backwards"
         " recompute; default: half of the memory of the host or the GPU",
@@ -119,6 +128,20 @@ def _add_serving(add: Callable[..., Any]) -> None:
         type=_bytes,
         default=1 << 40,
         metavar="BYTES",
+    )
+    add(
+        "--max-runs",
+        "runs under way at once, one of them kept for clients without a run; default: one more"
+        " than there are cores",
+        type=_count,
+        metavar="N",
+    )
+    add(
+        "--max-waiting",
+        "runs that may wait for their turn; further calls are refused with the time to try again",
+        type=_count,
+        default=1024,
+        metavar="N",
     )
     add(
         "--log-level",
@@ -189,6 +212,23 @@ def _bytes(text: str) -> int:
             f"{text!r} is not a size; expected 1073741824, 512M or 2G"
         )
     return int(number) * _UNITS[unit]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < _MOST_COUNTED:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a count; expected a number from 1 to {_MOST_COUNTED - 1}"
+        )
+    return int(text)
+
+
+def _revision(text: str) -> str:
+    if len(text) > _LONGEST_REVISION or not text.isprintable():
+        raise argparse.ArgumentTypeError(
+            f"{text[:100]!r} is not a revision; expected at most {_LONGEST_REVISION} printable"
+            " characters"
+        )
+    return text
 
 
 def _mesh(text: str) -> dict[str, int]:

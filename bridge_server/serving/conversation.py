@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+from bridge_server.serving.run_queue import Abandoned
 from bridge_server.serving.session import Session, addressed, nbytes_of
 from bridge_server.serving.sessions import Sessions
 from bridge_server.turns import Turn, TurnByEvents, TurnByWords
@@ -43,12 +44,16 @@ class Conversation:
         requests: Iterator[pb.LaneRequest],
         take_descriptors: Callable[[], list[int]] = list,
         is_connected: Callable[[], bool] = lambda: True,
+        is_abandoned: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`is_connected` reports whether the client may still be alive."""
+        """`is_connected` reports whether the client may still be alive, `is_abandoned` whether it
+        no longer waits for a reply."""
         self._sessions = sessions
         self._requests = requests
         self._take_descriptors = take_descriptors
         self._is_connected = is_connected
+        self._is_abandoned = is_abandoned
+        self._queue = sessions.queue
         self._session: Session | None = None
         self._turn: Turn | None = None
 
@@ -66,16 +71,22 @@ class Conversation:
                     ):
                         yield from self._answer(request, descriptors)
                         continue
-                    call = object()  # hot path: as few function calls as possible
-                    self._sessions.begin(session, call)
+                    # Hot path: as few function calls as possible.
+                    self._sessions.begin(session, self)
                     try:
-                        session.run(request.run, self._turn)
+                        self._queue.enter(session.client, self._is_abandoned)
+                        try:
+                            session.run(request.run, self._turn)
+                        finally:
+                            self._queue.leave(session.client)
                         yield RAN
                     finally:  # after sending the reply, so that a drain does not cut it off
-                        self._sessions.end(call)
+                        self._sessions.end(self)
                 except GeneratorExit:  # the connection broke: nobody receives the reply
                     self._take_back(request)
                     raise
+                except Abandoned:
+                    return
                 except Exception as error:
                     if (yield from self._refused(error)):
                         return
@@ -126,8 +137,12 @@ class Conversation:
         named = addressed(run.inputs, nbytes_of(program.inputs))
         sizes = [nbytes for address, nbytes in named if not address]
         inputs = self._received(session, run.data, sizes)
-        with self._sessions.running(session):
-            blocks = session.run_inline(run, inputs, self._turn)
+        with self._sessions.running(session, self):
+            self._queue.enter(session.client, self._is_abandoned)
+            try:
+                blocks = session.run_inline(run, inputs, self._turn)
+            finally:
+                self._queue.leave(session.client)
             buffers = [block.buffer for block in blocks]
             if inline.are_small(sum(map(len, buffers))):
                 yield pb.LaneReply(ran=pb.Ran(data=b"".join(buffers)))

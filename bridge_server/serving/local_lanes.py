@@ -92,6 +92,7 @@ class LocalLanes:
                 _requests(lane),
                 lane.take_descriptors,
                 lane.is_connected,
+                lane.is_half_closed,
             )
             with contextlib.closing(conversation.replies()) as replies:
                 for reply in replies:

@@ -3,6 +3,7 @@
 Imports no framework.
 """
 
+import hashlib
 import re
 import threading
 from collections import OrderedDict
@@ -38,8 +39,15 @@ class Programs:
     Thread-safe.
     """
 
-    def __init__(self, runtime: Runtime, models: Mapping[str, Model]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        models: Mapping[str, Model],
+        revision: str = "",
+    ) -> None:
+        """Begin without programs. The revision is a part of all fingerprints."""
         self.models = models
+        self.revision = revision
         # The argument types of --warmup, compiled before the first client connects.
         self.signatures: dict[str, list[tuple[Spec, ...]]] = {
             name: [] for name in models
@@ -75,9 +83,8 @@ class Programs:
         known = self._fingerprints.get(key)
         if known is None:
             _check_extent(call)
-            known = self._fingerprints[key] = self._runtime.fingerprint(
-                self._model(request.model), call
-            )
+            of_model = self._runtime.fingerprint(self._model(request.model), call)
+            known = self._fingerprints[key] = _of_revision(of_model, self.revision)
             if len(self._fingerprints) > _MAX_PROGRAMS:
                 self._fingerprints.pop(next(iter(self._fingerprints)), None)
         return known
@@ -158,6 +165,12 @@ class Programs:
                         if slot.program is None:
                             self._slots.pop(key, None)
         return slot.program
+
+
+def _of_revision(fingerprint: bytes, revision: str) -> bytes:
+    if not revision:
+        return fingerprint
+    return hashlib.sha256(fingerprint + revision.encode()).digest()[: len(fingerprint)]
 
 
 def _check_extent(call: pb.Call) -> None:

@@ -3,6 +3,7 @@
 import logging
 import platform
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 
 import grpc
@@ -31,6 +32,7 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
+_LAST_BYTES_S = 0.5  # for replies that gRPC has not sent yet
 # Each open lane and each running preparation holds a thread; other calls need free threads.
 MAX_LANES = 768
 MAX_PREPARATIONS = 256
@@ -50,6 +52,7 @@ class Service(BridgeServicer):
         self._programs = programs
         self._sessions = sessions
         self._local_lane = local_lane
+        self._lanes: dict[Conversation, grpc.ServicerContext] = {}
         self._free_lanes = threading.Semaphore(MAX_LANES)
         self._free_preparations = threading.Semaphore(MAX_PREPARATIONS)
 
@@ -71,6 +74,7 @@ class Service(BridgeServicer):
             allocator=malloc.chosen(),
             cores=usable_cores(),
             gpu=_described_gpu(self._runtime.gpu()),
+            revision=self._programs.revision,
             namespaces=[
                 pb.Namespace(kind=kind, digest=digest)
                 for kind, digest in namespaces.digests().items()
@@ -111,7 +115,7 @@ class Service(BridgeServicer):
     def _prepared(self, request: pb.PrepareRequest) -> Iterator[pb.PrepareEvent]:
         try:
             session = self._sessions.find(request.session)
-            with self._sessions.running(session):
+            with self._sessions.running(session, object()):
                 if request.HasField("shapes"):
                     yield pb.PrepareEvent(
                         progress=pb.PrepareEvent.Progress(phase="tracing")
@@ -157,10 +161,27 @@ class Service(BridgeServicer):
                     f"the worker already serves {MAX_LANES} lanes over gRPC; try again later"
                 ),
             )
+        conversation = Conversation(
+            self._sessions,
+            request_iterator,
+            is_abandoned=lambda: not context.is_active(),
+        )
+        self._lanes[conversation] = context
         try:
-            yield from Conversation(self._sessions, request_iterator).replies()
+            yield from conversation.replies()
         finally:
+            del self._lanes[conversation]
             self._free_lanes.release()
+
+    def end_idle_lanes(self) -> None:
+        """Cancel the lanes without a call under way, so that their clients know that no call of
+        theirs has run; only while the sessions are draining."""
+        lanes = list(self._lanes.items())
+        if lanes:
+            time.sleep(_LAST_BYTES_S)
+        for conversation, context in lanes:
+            if not self._sessions.is_running(conversation):
+                context.cancel()
 
     def Close(
         self, request: pb.CloseRequest, context: grpc.ServicerContext

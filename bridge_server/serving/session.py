@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from bridge_server.runtime import Program, Runtime
 from bridge_server.serving.residuals import Kept, Residuals
+from bridge_server.serving.run_queue import Client
 from bridge_server.turns import Turn, turn_with
 from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
 from bridge_wire.memory import cuda_words
@@ -94,6 +95,7 @@ class Session:
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
     is_closed: bool = False
+    client: Client = field(default_factory=Client)  # its share of the run queue
     # Everything is released.
     ended: threading.Event = field(default_factory=threading.Event)
     slabs: tuple[Slab, ...] = ()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from bridge_server.runtime import Runtime
 from bridge_server.serving.residuals import Residuals
+from bridge_server.serving.run_queue import RunQueue
 from bridge_server.serving.session import Session
 from bridge_wire.errors import (
     BridgeError,
@@ -48,6 +49,8 @@ class Sessions:
         *,
         residual_bytes: int,
         slab_bytes: int,
+        max_runs: int | None = None,
+        max_waiting: int = 1024,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin without sessions.
@@ -56,6 +59,7 @@ class Sessions:
         """
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
+        self.queue = RunQueue(max_runs, max_waiting)
         self.is_draining = False
         self.has_failed = False
         self._on_failure = on_failure
@@ -141,14 +145,21 @@ class Sessions:
             )
 
     @contextlib.contextmanager
-    def running(self, session: Session) -> Iterator[None]:
+    def running(
+        self,
+        session: Session,
+        call: object,
+    ) -> Iterator[None]:
         """Mark one call or preparation as running, so that a drain waits for its end."""
-        call = object()
         self.begin(session, call)
         try:
             yield
         finally:
             self.end(call)
+
+    def is_running(self, call: object) -> bool:
+        """Whether `call` has begun and not ended."""
+        return call in self._running
 
     def begin(self, session: Session, call: object) -> None:
         """Mark `call` as running; `end` must follow. Takes no lock: set operations are atomic."""

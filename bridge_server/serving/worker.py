@@ -33,7 +33,7 @@ _OPTIONS = (
     # Room for signatures with very many leaves; tensors come in chunks.
     ("grpc.max_receive_message_length", 16 << 20),
     ("grpc.keepalive_time_ms", 60_000),  # detects clients whose machine has vanished
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.so_reuseport", 0),  # a second worker on the same port must fail
 )
 
@@ -70,9 +70,8 @@ class Worker:
         self._server = grpc.server(
             pool, interceptors=[Entrance(security.token)], options=_OPTIONS
         )
-        add_BridgeServicer_to_server(
-            Service(runtime, programs, sessions, endpoint.lane_path), self._server
-        )
+        self._service = Service(runtime, programs, sessions, endpoint.lane_path)
+        add_BridgeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
@@ -98,6 +97,7 @@ class Worker:
         """End every connection and remove the sockets."""
         self._sessions.is_draining = True
         self._lanes.close()
+        self._service.end_idle_lanes()
         self._server.stop(_LAST_BYTES_S).wait()
         if self.address.startswith("unix:"):
             with contextlib.suppress(FileNotFoundError):

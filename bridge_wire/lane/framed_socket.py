@@ -161,6 +161,16 @@ class FramedSocket:
         except OSError:
             return True
 
+    def is_half_closed(self) -> bool:
+        """Whether the peer will send nothing more. Never blocks."""
+        try:
+            flags = socket.MSG_PEEK | socket.MSG_DONTWAIT
+            return not self._socket.recv(1, flags)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def fileno(self) -> int:
         """Return the socket's descriptor."""
         return self._socket.fileno()

@@ -182,23 +182,25 @@ class Recipe(_message.Message):
     def __init__(self, origin: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., call: _Optional[bytes] = ..., record: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("kind", "message", "remote_type", "traceback")
+    __slots__ = ("kind", "message", "remote_type", "traceback", "retry_after_s")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_TYPE_FIELD_NUMBER: _ClassVar[int]
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     kind: str
     message: str
     remote_type: str
     traceback: str
-    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ...) -> None: ...
+    retry_after_s: float
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class DescribeReply(_message.Message):
-    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models", "allocator", "cores", "namespaces", "gpu")
+    __slots__ = ("version", "framework", "framework_version", "python_version", "x64", "devices", "models", "allocator", "cores", "namespaces", "gpu", "revision")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_FIELD_NUMBER: _ClassVar[int]
     FRAMEWORK_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -210,6 +212,7 @@ class DescribeReply(_message.Message):
     CORES_FIELD_NUMBER: _ClassVar[int]
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     GPU_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     version: str
     framework: str
     framework_version: str
@@ -221,7 +224,8 @@ class DescribeReply(_message.Message):
     cores: int
     namespaces: _containers.RepeatedCompositeFieldContainer[Namespace]
     gpu: Gpu
-    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., allocator: _Optional[str] = ..., cores: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[Namespace, _Mapping]]] = ..., gpu: _Optional[_Union[Gpu, _Mapping]] = ...) -> None: ...
+    revision: str
+    def __init__(self, version: _Optional[str] = ..., framework: _Optional[str] = ..., framework_version: _Optional[str] = ..., python_version: _Optional[str] = ..., x64: bool = ..., devices: _Optional[_Iterable[str]] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ..., allocator: _Optional[str] = ..., cores: _Optional[int] = ..., namespaces: _Optional[_Iterable[_Union[Namespace, _Mapping]]] = ..., gpu: _Optional[_Union[Gpu, _Mapping]] = ..., revision: _Optional[str] = ...) -> None: ...
 
 class Gpu(_message.Message):
     __slots__ = ("uuid", "name")
