@@ -7,7 +7,7 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from bridge_client.commands import doctor
+from bridge_client.commands import canary, doctor
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import check_address, connect
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
-    for command in (describe, check, diagnose):
+    for command in (describe, check, diagnose, health):
         command.add_argument(
             "--token",
             help="for a worker with --token-file (BRIDGE_TOKEN)",
@@ -117,7 +117,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         help="ask whether a worker takes calls, as a probe",
         description=(
             "Ask a worker's health service, which needs no token. Exits with status 0 if it is"
-            " SERVING, and with 1 otherwise."
+            " SERVING and, with --deep, has answered a call, and with 1 otherwise."
         ),
     )
     command.add_argument(
@@ -126,6 +126,24 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         default=5.0,
         metavar="SECONDS",
         help="default: %(default)g",
+    )
+    command.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait so long for a worker that is still starting",
+    )
+    command.add_argument(
+        "--service",
+        choices=("readiness", "liveness"),
+        default="",
+        help="readiness, the default: it takes calls; liveness: its runs end",
+    )
+    command.add_argument(
+        "--deep",
+        action="store_true",
+        help="also make a call of a model, within --timeout; needs the token",
     )
     command.set_defaults(action=_health)
     return command
@@ -180,9 +198,18 @@ def _tls(options: argparse.Namespace) -> Tls | None:
 
 def _health(options: argparse.Namespace) -> int:
     with health_of(options.address, _tls(options)) as health:
-        status = health.status(options.timeout)
+        status = health.wait(options.wait) if options.wait else SERVING
+        if status == SERVING:
+            status = health.status(options.timeout, options.service)
     print(status)
-    return OK if status == SERVING else FAILED
+    if status != SERVING:
+        return FAILED
+    return _with_session(_call_once)(options) if options.deep else OK
+
+
+def _call_once(session: Session, options: argparse.Namespace) -> int:
+    print(canary.run(session, options.timeout))
+    return OK
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -96,7 +96,15 @@ def _serve(options: argparse.Namespace) -> None:
         max_waiting=options.max_waiting,
         on_failure=stop.give_up,
     )
-    worker = Worker(runtime, programs, sessions, endpoint, security)
+    worker = Worker(
+        runtime,
+        programs,
+        sessions,
+        endpoint,
+        security,
+        options.stuck_s,
+        stop.give_up if options.exit_when_stuck else lambda: None,
+    )
     is_drained = False
     try:
         with stop.at_once():

@@ -9,9 +9,11 @@ import statistics
 import time
 from collections.abc import Iterator
 
+from bridge_client.commands import canary
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.lanes import Lane, Stale
 from bridge_client.remote.link import Link, Terms
+from bridge_client.remote.session import Fixed, RemoteSession
 from bridge_wire import __version__
 from bridge_wire.doctor import exchange, gpu_checks, host, namespaces
 from bridge_wire.doctor.checks import Check, broken, ok, slow
@@ -35,6 +37,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 _SLOW_PING_S = 0.1
 _SLOW_LANE_S = {"local": 0.005, "grpc": 0.1}
 _EXCHANGES = 200
+_CANARY_S = 60.0
 
 _REMEDIES: dict[type[BridgeError], str] = {
     CallTimeout: "the worker is stopped, or its host overloaded: look at the worker's log",
@@ -55,6 +58,7 @@ def examine(address: str | None, terms: Terms) -> Iterator[Check]:
         return
     try:
         yield from _reached(address, terms)
+        yield _answered(address, terms)
     except (BridgeError, Stale) as error:
         remedy = next(
             (text for kind, text in _REMEDIES.items() if isinstance(error, kind)),
@@ -90,6 +94,13 @@ def _reached(address: str, terms: Terms) -> Iterator[Check]:
         link.close()  # the worker must unmap GPU memory before `held` frees the memory
         held.close()
         pool.close()
+
+
+def _answered(address: str, terms: Terms) -> Check:
+    with RemoteSession(Fixed(address), terms, _CANARY_S) as session:
+        begun = time.perf_counter()
+        done = canary.run(session, _CANARY_S)
+        return ok("a call", f"{done} in {time.perf_counter() - begun:.2g} s")
 
 
 def _health(status: str) -> Check:

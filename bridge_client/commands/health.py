@@ -11,8 +11,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from bridge_client.remote.connecting import check_address
 from bridge_client.remote.grpc_lane import from_rpc
 from bridge_client.remote.link import Tls, open_channel
+from bridge_wire.errors import CallTimeout, WorkerUnavailable
 
 SERVING = "SERVING"
+_POLL_S = 0.2
 
 
 class Health:
@@ -21,8 +23,14 @@ class Health:
     def __init__(self, stub: health_pb2_grpc.HealthStub) -> None:
         self._stub = stub
 
-    def status(self, timeout_s: float = 10.0) -> str:
+    def status(
+        self,
+        timeout_s: float = 10.0,
+        service: str = "",
+    ) -> str:
         """Return "SERVING", or "NOT_SERVING" while the worker warms up or drains.
+
+        `service` is "readiness", the default's meaning, or "liveness": whether its runs end.
 
         Raises:
           WorkerUnavailable: no worker answers.
@@ -30,11 +38,29 @@ class Health:
         """
         try:
             answer = self._stub.Check(
-                health_pb2.HealthCheckRequest(), timeout=timeout_s
+                health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
             )
         except grpc.RpcError as error:
             raise from_rpc(error) from error
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+    def wait(self, limit_s: float) -> str:
+        """Return the status once it is "SERVING", or the last one after `limit_s` seconds.
+
+        Raises:
+          WorkerUnavailable, CallTimeout: no worker has answered until then.
+        """
+        deadline = time.monotonic() + limit_s
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                status = self.status(max(left_s, _POLL_S))
+                if status == SERVING or left_s <= 0:
+                    return status
+            except (WorkerUnavailable, CallTimeout):
+                if left_s <= 0:
+                    raise
+            time.sleep(min(_POLL_S, max(left_s, 0.0)))
 
     def latency_s(self, times: int = 50) -> float:
         """Return the median round-trip time of a health request."""

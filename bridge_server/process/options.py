@@ -1,6 +1,7 @@
 """The flags of `bridge_server`, and the equivalent BRIDGE_* variables. Imports no framework."""
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
 _LONGEST_REVISION = 200
 _MOST_COUNTED = 1_000_000
+_MOST_SECONDS = 86_400
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -144,6 +146,19 @@ def _add_serving(add: Callable[..., Any]) -> None:
         metavar="N",
     )
     add(
+        "--stuck-s",
+        "seconds after which a run counts as stuck: `liveness` is then NOT_SERVING, and the log"
+        " shows the threads' stacks",
+        type=_seconds,
+        default=600.0,
+        metavar="SECONDS",
+    )
+    add(
+        "--exit-when-stuck",
+        "exit with status 1 once a run is stuck, for a supervisor to start the worker again",
+        action="store_true",
+    )
+    add(
         "--log-level",
         "lowest level to log",
         choices=("debug", "info", "warning", "error"),
@@ -220,6 +235,18 @@ def _count(text: str) -> int:
             f"{text!r} is not a count; expected a number from 1 to {_MOST_COUNTED - 1}"
         )
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0 and up to {_MOST_SECONDS}"
+        )
+    return seconds
 
 
 def _revision(text: str) -> str:

@@ -54,6 +54,8 @@ class Conversation:
         self._is_connected = is_connected
         self._is_abandoned = is_abandoned
         self._queue = sessions.queue
+        self._count = 0
+        self.run = 0  # the number of the run under way, if there is one
         self._session: Session | None = None
         self._turn: Turn | None = None
 
@@ -76,8 +78,11 @@ class Conversation:
                     try:
                         self._queue.enter(session.client, self._is_abandoned)
                         try:
+                            self._count += 1
+                            self.run = self._count
                             session.run(request.run, self._turn)
                         finally:
+                            self.run = 0
                             self._queue.leave(session.client)
                         yield RAN
                     finally:  # after sending the reply, so that a drain does not cut it off
@@ -140,8 +145,11 @@ class Conversation:
         with self._sessions.running(session, self):
             self._queue.enter(session.client, self._is_abandoned)
             try:
+                self._count += 1
+                self.run = self._count
                 blocks = session.run_inline(run, inputs, self._turn)
             finally:
+                self.run = 0
                 self._queue.leave(session.client)
             buffers = [block.buffer for block in blocks]
             if inline.are_small(sum(map(len, buffers))):

@@ -161,6 +161,11 @@ class Sessions:
         """Whether `call` has begun and not ended."""
         return call in self._running
 
+    def runs(self) -> list[tuple[object, int]]:
+        """Return the runs under way, each by its lane's conversation and its number there."""
+        found = [(call, getattr(call, "run", 0)) for call in list(self._running)]
+        return [run for run in found if run[1]]
+
     def begin(self, session: Session, call: object) -> None:
         """Mark `call` as running; `end` must follow. Takes no lock: set operations are atomic."""
         if session.is_closed:

@@ -6,7 +6,7 @@ Imports no framework.
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from bridge_server.serving.local_lanes import LocalLanes
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.service import MAX_THREADS, Service
 from bridge_server.serving.sessions import Sessions
+from bridge_server.serving.watchdog import Watchdog
 from bridge_wire.errors import CallerError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
@@ -28,6 +29,10 @@ from bridge_wire.pb.bridge_pb2_grpc import add_BridgeServicer_to_server
 _log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Bridge"].full_name
+# Services of the health protocol: whether the worker takes calls, and whether its runs end.
+READINESS, LIVENESS = "readiness", "liveness"
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _LAST_BYTES_S = 0.5  # for bytes that gRPC has not sent yet
 _OPTIONS = (
     # Room for signatures with very many leaves; tensors come in chunks.
@@ -61,8 +66,12 @@ class Worker:
         sessions: Sessions,
         endpoint: Endpoint,
         security: Security,
+        stuck_s: float,
+        on_stuck: Callable[[], None] = lambda: None,
     ) -> None:
+        """Begin to listen. `on_stuck` is called once a run takes longer than `stuck_s` seconds."""
         self._sessions = sessions
+        self._on_stuck = on_stuck
         self._endpoint = endpoint
         self._health = health.HealthServicer()
         # The pool starts threads on demand.
@@ -76,7 +85,9 @@ class Worker:
         reflection.enable_server_reflection(
             (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
         )
-        self._announce(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._announce(is_ready=False)
+        self._health.set(LIVENESS, _SERVING)
+        self._watchdog = Watchdog(sessions, stuck_s, self._note_stuck)
         with _private_files():
             self.address = self._listen(security)
             _remove_stale_socket(endpoint.lane_path)
@@ -86,16 +97,17 @@ class Worker:
 
     def announce_ready(self) -> None:
         """Report healthy to health probes."""
-        self._announce(health_pb2.HealthCheckResponse.SERVING)
+        self._announce(is_ready=True)
 
     def drain(self, grace_s: float) -> bool:
         """Refuse new work and wait for the running calls; return whether all have finished."""
-        self._health.enter_graceful_shutdown()
+        self._announce(is_ready=False)
         return self._sessions.drain(grace_s)
 
     def close(self) -> None:
         """End every connection and remove the sockets."""
         self._sessions.is_draining = True
+        self._watchdog.close()
         self._lanes.close()
         self._service.end_idle_lanes()
         self._server.stop(_LAST_BYTES_S).wait()
@@ -103,9 +115,14 @@ class Worker:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.address.removeprefix("unix:"))
 
-    def _announce(self, status: int) -> None:
-        for name in ("", SERVICE):
-            self._health.set(name, status)
+    def _announce(self, *, is_ready: bool) -> None:
+        for name in ("", SERVICE, READINESS):
+            self._health.set(name, _SERVING if is_ready else _NOT_SERVING)
+
+    def _note_stuck(self, is_stuck: bool) -> None:
+        self._health.set(LIVENESS, _NOT_SERVING if is_stuck else _SERVING)
+        if is_stuck:
+            self._on_stuck()
 
     def _listen(self, security: Security) -> str:
         address = self._endpoint.address
