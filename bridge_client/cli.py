@@ -1,17 +1,19 @@
 """The command `bridge_client`: inspects a worker from the client's side. Imports no framework."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
 from pathlib import Path
 from typing import Any
 
-from bridge_client.commands import canary, doctor
+from bridge_client.commands import canary, doctor, top
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import check_address, connect
 from bridge_client.remote.link import Terms, Tls
+from bridge_client.remote.session import RemoteSession
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
 from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
@@ -54,18 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     check = _add_check_gradients(commands)
     health = _add_health(commands)
     diagnose = _add_doctor(commands)
-    for command in (describe, check, health):
+    watch = _add_top(commands)
+    for command in (describe, check, health, watch):
         command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
-    for command in (describe, check, diagnose, health):
+    for command in (describe, check, diagnose, health, watch):
         command.add_argument(
             "--token",
             help="for a worker with --token-file (BRIDGE_TOKEN)",
             default=environ.get("BRIDGE_TOKEN"),
         )
-    for command in (describe, check, diagnose, health):
+    for command in (describe, check, diagnose, health, watch):
         command.add_argument(
             "--tls-ca",
             metavar="PEM",
@@ -149,6 +152,21 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
     return command
 
 
+def _add_top(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "top",
+        help="show what a worker does: requests, seconds, clients, memory",
+        description=(
+            "Show a worker's rates and sizes, again and again until Ctrl-C. The first table is of"
+            " the time since the worker's start."
+        ),
+    )
+    command.add_argument("--once", action="store_true", help="print one table and end")
+    command.add_argument("--json", action="store_true", help="print JSON lines")
+    command.set_defaults(action=_with_session(_top))
+    return command
+
+
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         "doctor",
@@ -179,7 +197,7 @@ def _specs(text: str) -> tuple[Spec, ...]:
 
 
 def _with_session(
-    action: Callable[[Session, argparse.Namespace], int],
+    action: Callable[[RemoteSession, argparse.Namespace], int],
 ) -> Callable[[argparse.Namespace], int]:
     """Return the action on a session with the worker that the options name."""
 
@@ -216,6 +234,12 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = list(doctor.examine(options.address, Terms(options.token, _tls(options))))
     print(as_json(checks) if options.json else as_table(checks))
     return FAILED if worst(checks) == BROKEN else OK
+
+
+def _top(session: RemoteSession, options: argparse.Namespace) -> int:
+    with contextlib.suppress(KeyboardInterrupt):
+        top.show(session, is_once=options.once, is_json=options.json)
+    return OK
 
 
 def _describe(session: Session, options: argparse.Namespace) -> int:

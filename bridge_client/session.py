@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from bridge_client.programs import Program, residual_id
 from bridge_wire import specs
@@ -408,9 +408,9 @@ class Session(ABC):
         """Return counts.
 
         Totals: `calls`, `bytes_copied` (by either side), `bytes_through_host` (of tensors on a
-        GPU), `fallbacks` to a slower path. Present values: leased `blocks`, `slab_bytes`,
-        `residuals`, `residual_bytes`. Lanes by their way of ordering calls with the GPU:
-        `gpu_lanes_by_words`, `gpu_lanes_by_events`, `gpu_lanes_by_host`.
+        GPU), `fallbacks` to a slower path, `restarts` of a spawned worker. Present values: leased
+        `blocks`, `slab_bytes`, `residuals`, `residual_bytes`. Lanes by their way of ordering calls
+        with the GPU: `gpu_lanes_by_words`, `gpu_lanes_by_events`, `gpu_lanes_by_host`.
         """
 
     def close(self) -> None:
@@ -439,7 +439,7 @@ class Session(ABC):
         """Have `close` call an action."""
         self._at_close.append(action)
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -24,6 +24,7 @@ from bridge_server.process.shutdown import (
     end_at_the_latest,
 )
 from bridge_server.runtime import Model, Options, Runtime
+from bridge_server.serving.exporter import export
 from bridge_server.serving.programs import Programs
 from bridge_server.serving.sessions import Sessions
 from bridge_server.serving.warmup import warm_up
@@ -87,15 +88,10 @@ def _serve(options: argparse.Namespace) -> None:
     stdout = _copy_of_stdout()
     with stop.at_once():
         runtime, models = _runtime_with_models(options)
-    programs = Programs(runtime, models, options.revision)
-    sessions = Sessions(
-        runtime,
-        residual_bytes=_residual_bytes(options, runtime),
-        slab_bytes=options.session_slab_bytes,
-        max_runs=options.max_runs,
-        max_waiting=options.max_waiting,
-        on_failure=stop.give_up,
-    )
+    sessions = _sessions(options, runtime, stop)
+    if options.metrics:
+        _export(options.metrics, sessions)
+    programs = Programs(runtime, models, options.revision, sessions.meters)
     worker = Worker(
         runtime,
         programs,
@@ -205,6 +201,25 @@ def _runtime(options: argparse.Namespace) -> Runtime:
         raise CallerError(
             f"--{framework}-model needs {needed} in the worker's environment: {error}"
         ) from error
+
+
+def _export(listen: str, sessions: Sessions) -> None:
+    address = endpoints.host_and_port(listen, "--metrics", "not HOST:PORT")
+    port = export(address, sessions.statistics)
+    _log.info("metrics at http://%s:%d/metrics", address[0], port)
+
+
+def _sessions(
+    options: argparse.Namespace, runtime: Runtime, stop: StopSignals
+) -> Sessions:
+    return Sessions(
+        runtime,
+        residual_bytes=_residual_bytes(options, runtime),
+        slab_bytes=options.session_slab_bytes,
+        max_runs=options.max_runs,
+        max_waiting=options.max_waiting,
+        on_failure=stop.give_up,
+    )
 
 
 def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:

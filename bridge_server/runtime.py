@@ -149,6 +149,8 @@ class Program(ABC):
     result: pb.Tree
     # Bytes of the residual that each run keeps; None for a program without residuals.
     residual_nbytes: int | None = None
+    # The model and the derivative, for the statistics.
+    label: tuple[str, str] = ("", "")
     # The program whose residuals this program reads; None for a program that reads none.
     pullback_of: "Program | None" = None
 

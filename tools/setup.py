@@ -71,7 +71,7 @@ JAX_NEXT = Environment("jax-next", "", packages=("jax", "flax"))
 ENVIRONMENTS = {
     environment.name: environment
     for environment in (
-        Environment("jax", "[jax]"),
+        Environment("jax", "[jax,metrics]"),
         Environment("torch", "[torch,examples,test]"),
         # Neither framework: for the tests of bridge_wire.
         Environment("wire", "[test]", packages=("ml_dtypes", "numpy")),

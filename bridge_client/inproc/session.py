@@ -170,6 +170,7 @@ class InprocSession(Session):
                 kept.program.residual_nbytes or 0 for kept in residuals
             ),
             "fallbacks": 0,
+            "restarts": 0,
         } | lanes_by_way({})
 
     def __reduce__(self) -> NoReturn:

@@ -185,6 +185,11 @@ class Link:
             "the worker ended a preparation without a result; the next call retries"
         )
 
+    def measure(self) -> pb.Statistics:
+        """Return what the worker has done since its start."""
+        measured: pb.Statistics = self._unary(self._stub.Measure, pb.MeasureRequest())
+        return measured
+
     def take(
         self,
         pool: Pool,

@@ -173,6 +173,10 @@ class RemoteSession(Session):
     def drop_residual(self, id: int) -> None:
         self._unfinished.drop(id)
 
+    def measure(self) -> pb.Statistics:
+        """Return what the worker has done since its start, for all of its clients."""
+        return self._over_link(Link.measure)
+
     def stats(self) -> Mapping[str, int]:
         self._unfinished.sweep()
         usage = self._usage()

@@ -195,7 +195,7 @@ class _Child:
     def _start(self) -> None:
         address = f"unix:{self._directory}/worker.sock"
         if self._process is not None:
-            _log.warning("starting the worker again: %s", self.account())
+            _log.info("starting the worker again: %s", self.account())
             self._stop(0)
         self._starts += 1
         self._last_start = time.monotonic()

@@ -38,18 +38,26 @@ def parse(listen: str | None) -> Endpoint:
         return _unix(_runtime_directory() / _DEFAULT)
     if listen.startswith("unix:"):
         return _unix(Path(listen.removeprefix("unix:")))
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdecimal()):
-        raise CallerError(f"--listen {listen!r} is neither unix:PATH nor HOST:PORT")
-    if int(port) > _LAST_PORT:
-        raise CallerError(
-            f"--listen {listen!r} has a port above the limit {_LAST_PORT}"
-        )
+    host, _ = host_and_port(listen, "--listen", "neither unix:PATH nor HOST:PORT")
     directory = _runtime_directory()
     _remove_lanes_of_the_dead(directory)
     # One name per process, since several workers may listen on TCP.
     lane = directory / f"{os.getpid()}{LANE_SUFFIX}"
     return Endpoint(listen, str(lane), is_exposed=not is_loopback(host))
+
+
+def host_and_port(text: str, flag: str, otherwise: str) -> tuple[str, int]:
+    """Return the host and the port of "HOST:PORT".
+
+    Raises:
+      CallerError: the text, which was given by a flag, has another form.
+    """
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdecimal()):
+        raise CallerError(f"{flag} {text!r} is {otherwise}")
+    if int(port) > _LAST_PORT:
+        raise CallerError(f"{flag} {text!r} has a port above the limit {_LAST_PORT}")
+    return host, int(port)
 
 
 def _unix(path: Path) -> Endpoint:

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_models(add)
     _add_serving(add)
+    _add_limits(add)
     _add_running(add)
     _add_security(add)
     parser.add_argument(
@@ -118,6 +119,21 @@ def _add_serving(add: Callable[..., Any]) -> None:
         type=_revision,
     )
     add(
+        "--metrics",
+        "serve numbers for Prometheus over HTTP, such as requests, seconds and errors",
+        metavar="HOST:PORT",
+    )
+    add(
+        "--log-level",
+        "lowest level to log",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+    )
+    add("--parent-pid", argparse.SUPPRESS, type=int)
+
+
+def _add_limits(add: Callable[..., Any]) -> None:
+    add(
         "--residual-bytes",
         "budget for residuals kept between forwards and their VJPs; over budget, backwards"
         " recompute; default: half of the memory of the host or the GPU",
@@ -158,13 +174,6 @@ def _add_serving(add: Callable[..., Any]) -> None:
         "exit with status 1 once a run is stuck, for a supervisor to start the worker again",
         action="store_true",
     )
-    add(
-        "--log-level",
-        "lowest level to log",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-    )
-    add("--parent-pid", argparse.SUPPRESS, type=int)
 
 
 def _add_running(add: Callable[..., Any]) -> None:

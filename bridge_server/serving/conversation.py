@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 
+from bridge_server.serving.meters import Meter
 from bridge_server.serving.run_queue import Abandoned
 from bridge_server.serving.session import Session, addressed, nbytes_of
 from bridge_server.serving.sessions import Sessions
@@ -58,6 +59,7 @@ class Conversation:
         self.run = 0  # the number of the run under way, if there is one
         self._session: Session | None = None
         self._turn: Turn | None = None
+        self._meter: Meter  # from `attach` on
 
     def replies(self) -> Replies:
         """Answer requests until the client or an error ends the lane (see `_refused`)."""
@@ -80,7 +82,7 @@ class Conversation:
                         try:
                             self._count += 1
                             self.run = self._count
-                            session.run(request.run, self._turn)
+                            session.run(request.run, self._turn, self._meter)
                         finally:
                             self.run = 0
                             self._queue.leave(session.client)
@@ -107,6 +109,7 @@ class Conversation:
             if kind != "attach":
                 raise ProtocolError("the first request on a lane must be `attach`")
             self._session = self._sessions.attach(request.attach.session)
+            self._meter = self._sessions.meters.open()
             yield _DONE
             return
         session = self._session
@@ -147,7 +150,7 @@ class Conversation:
             try:
                 self._count += 1
                 self.run = self._count
-                blocks = session.run_inline(run, inputs, self._turn)
+                blocks = session.run_inline(run, inputs, self._turn, self._meter)
             finally:
                 self.run = 0
                 self._queue.leave(session.client)
@@ -219,6 +222,7 @@ class Conversation:
         if self._turn is not None:
             self._turn.close()  # before the client sees the end of its abandoned call
         if self._session is not None:
+            self._sessions.meters.close(self._meter)
             self._sessions.detach(self._session)
 
 

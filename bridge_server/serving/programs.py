@@ -4,18 +4,23 @@ Imports no framework.
 """
 
 import hashlib
+import logging
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.serving.identities import Identities, plain
+from bridge_server.serving.meters import Meters, label_of
 from bridge_wire import trees
 from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
+
+_log = logging.getLogger(__name__)
 
 _MAX_PROGRAMS = 16384  # cached for later requests
 _SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
@@ -44,6 +49,7 @@ class Programs:
         runtime: Runtime,
         models: Mapping[str, Model],
         revision: str = "",
+        meters: Meters | None = None,
     ) -> None:
         """Begin without programs. The revision is a part of all fingerprints."""
         self.models = models
@@ -57,6 +63,7 @@ class Programs:
         self._fingerprints: dict[bytes, bytes] = {}
         self._identities = Identities(self.fingerprint, self._result)
         self._lock = threading.Lock()
+        self._meters = meters or Meters()
 
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
@@ -70,7 +77,7 @@ class Programs:
             program.result = self._identities.named(known, program.result)
             return program
 
-        return (yield from self._once(key, prepare))
+        return (yield from self._once(key, label_of(request), prepare))
 
     def recipes(self, program: Program) -> list[pb.Recipe]:
         """Return the recipes of the origins in a program's result."""
@@ -97,7 +104,8 @@ class Programs:
             yield "tracing"
             return self._runtime.prepare_parameters(model)
 
-        return (yield from self._once((model, "parameters"), prepare))
+        label = (request.model, "parameters")
+        return (yield from self._once((model, "parameters"), label, prepare))
 
     def shapes(self, request: pb.Shapes) -> list[pb.Shape]:
         """Return a call's output shapes as formulas of the named sizes in its input shapes."""
@@ -132,6 +140,7 @@ class Programs:
         return (
             yield from self._once(
                 (program, wrt, outputs),
+                (program.label[0], f"vjp of {program.label[1]}"),
                 lambda: self._runtime.prepare_pullback(program, wrt, outputs),
             )
         )
@@ -148,7 +157,12 @@ class Programs:
             )
         return model
 
-    def _once(self, key: object, prepare: Callable[[], Preparation]) -> Preparation:
+    def _once(
+        self,
+        key: object,
+        label: tuple[str, str],
+        prepare: Callable[[], Preparation],
+    ) -> Preparation:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
             self._slots.move_to_end(key)
@@ -158,13 +172,21 @@ class Programs:
         if slot.program is None:
             with slot.lock:
                 if slot.program is None:
+                    begun = time.monotonic()
                     try:
-                        slot.program = yield from prepare()
+                        program = yield from prepare()
+                        program.label = label
+                        slot.program = program
+                        self._note(label, time.monotonic() - begun)
                     finally:
                         # After a failure each waiting caller retries; later callers get a new slot.
                         if slot.program is None:
                             self._slots.pop(key, None)
         return slot.program
+
+    def _note(self, label: tuple[str, str], seconds: float) -> None:
+        self._meters.note_compile(label, seconds)
+        _log.info("prepared %s of model %r in %.2g s", label[1], label[0], seconds)
 
 
 def _of_revision(fingerprint: bytes, revision: str) -> bytes:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from bridge_wire.errors import WorkerBusy
 from bridge_wire.memory.copying import usable_cores
+from bridge_wire.pb import bridge_pb2 as pb
 
 # XLA's runtime for CPUs stops for ever where some hundred host callbacks are under way.
 _MOST_AT_ONCE = 32
@@ -43,10 +44,11 @@ class Client:
 class _Ticket:
     """A run that waits for its turn."""
 
-    __slots__ = ("client", "may_begin")
+    __slots__ = ("came", "client", "may_begin")
 
     def __init__(self, client: Client) -> None:
         self.client = client
+        self.came = time.monotonic()
         self.may_begin = threading.Event()
 
 
@@ -57,7 +59,8 @@ class RunQueue:
         """Begin empty. `most` runs at once; None means one more than there are cores."""
         self.most = most or usable_cores() + 1
         self.most_waiting = most_waiting
-        self.running = self.waiting = 0
+        self.running = self.waiting = self.refused = 0
+        self.waited_s = 0.0
         self._extra = 0  # places for runs that do not use the processor
         self._lock = threading.Lock()
         # Clients with waiting runs, the next one first.
@@ -96,6 +99,11 @@ class RunQueue:
                 self._ended += 1
                 self._admit()
 
+    def describe(self, numbers: pb.Statistics) -> None:
+        """Add this queue's numbers to the worker's."""
+        numbers.running, numbers.waiting = self.running, self.waiting
+        numbers.refused, numbers.queue_s = self.refused, self.waited_s
+
     def _has_place(self, client: Client) -> bool:
         most = min(self.most + self._extra, max(self.most, _MOST_AT_ONCE))
         # The last place is for a client without a run.
@@ -103,6 +111,7 @@ class RunQueue:
 
     def _enqueue(self, client: Client) -> _Ticket:
         if self.waiting >= self.most_waiting:
+            self.refused += 1
             raise WorkerBusy(
                 f"{self.waiting} calls wait for the worker already, its limit; make fewer calls at"
                 " once, or try again later",
@@ -127,6 +136,7 @@ class RunQueue:
             self._note_end_of_wait(client)
             self.running += 1
             client.running += 1
+            self.waited_s += time.monotonic() - ticket.came
             ticket.may_begin.set()
 
     def _withdraw(self, ticket: _Ticket) -> bool:

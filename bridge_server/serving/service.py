@@ -189,6 +189,11 @@ class Service(BridgeServicer):
         self._sessions.close(request.session)
         return pb.CloseReply()
 
+    def Measure(
+        self, request: pb.MeasureRequest, context: grpc.ServicerContext
+    ) -> pb.Statistics:
+        return self._sessions.statistics()
+
     def _preparation(
         self, request: pb.PrepareRequest, program_of: Callable[[int], Program]
     ) -> Preparation:

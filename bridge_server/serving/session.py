@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from bridge_server.runtime import Program, Runtime
+from bridge_server.serving.meters import Meter
 from bridge_server.serving.residuals import Kept, Residuals
 from bridge_server.serving.run_queue import Client
 from bridge_server.turns import Turn, turn_with
@@ -182,7 +184,12 @@ class Session:
             raise ProtocolError(f"this session has prepared no program {id}")
         return program
 
-    def run(self, request: pb.Run, turn: Turn | None) -> None:
+    def run(
+        self,
+        request: pb.Run,
+        turn: Turn | None,
+        meter: Meter,
+    ) -> None:
         """Run a program on the client's blocks; blocks on a GPU take the lane's turn there."""
         if request.released:
             self.residuals.drop(self, request.released)
@@ -190,9 +197,10 @@ class Session:
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn, request.turn)
+            self._run_in_turn(plan, request.residual, turn, request.turn, meter)
         else:
-            self._run(plan.program, request.residual, plan.views, plan.outputs, None)
+            views, outputs = plan.views, plan.outputs
+            self._run(plan.program, request.residual, views, outputs, None, meter)
 
     def take_back(self, request: pb.Run) -> None:
         """Drop the residual of a run that the client has abandoned.
@@ -204,7 +212,11 @@ class Session:
             self.residuals.drop(self, [request.residual])
 
     def run_inline(
-        self, request: pb.Run, received: Sequence[Block], turn: Turn | None
+        self,
+        request: pb.Run,
+        received: Sequence[Block],
+        turn: Turn | None,
+        meter: Meter,
     ) -> list[Block]:
         """Run a program on inputs received by value, and on the client's blocks on a GPU.
 
@@ -234,13 +246,18 @@ class Session:
             any(place.is_on_gpu for place in (*sources, *targets)),
         )
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn, request.turn)
+            self._run_in_turn(plan, request.residual, turn, request.turn, meter)
         else:
-            self._run(program, request.residual, views, targets, None)
+            self._run(program, request.residual, views, targets, None, meter)
         return leaving
 
     def _run_in_turn(
-        self, plan: _Plan, residual: int, turn: Turn | None, number: int
+        self,
+        plan: _Plan,
+        residual: int,
+        turn: Turn | None,
+        number: int,
+        meter: Meter,
     ) -> None:
         if turn is None:
             raise ProtocolError(
@@ -256,7 +273,7 @@ class Session:
                     plan.inputs, plan.program.inputs, plan.views, strict=True
                 )
             ]
-            self._run(plan.program, residual, views, plan.outputs, turn)
+            self._run(plan.program, residual, views, plan.outputs, turn, meter)
             turn.end()
         except BaseException:
             turn.finish()  # the client reuses its blocks when it receives the error
@@ -269,6 +286,7 @@ class Session:
         inputs: Sequence[Any],
         targets: Sequence[_Place],
         turn: Turn | None,
+        meter: Meter,
     ) -> None:
         """Run a program on views and write its outputs to the targets."""
         read = None
@@ -279,13 +297,16 @@ class Session:
                     f"the residual {residual} was kept by another program"
                 )
             read = kept.value
+        begun = perf_counter()
         outputs, value = program.run(inputs, read)
+        computed = perf_counter()
         write = self.runtime.write
         for output, (pointer, nbytes, _, is_on_gpu) in zip(
             outputs, targets, strict=True
         ):
             if nbytes:
                 write(output, pointer, nbytes, turn if is_on_gpu else None)
+        meter.note(program, computed - begun, perf_counter() - computed)
         if (kept_nbytes := program.residual_nbytes) is not None:
             if residual == 0:
                 raise ProtocolError(
@@ -396,8 +417,12 @@ class Session:
     def usage(self) -> pb.Usage:
         """Return the worker's memory use for this session."""
         count, nbytes = self.residuals.usage(self)
-        shared = sum(slab.nbytes for slab in self.slabs) + self.scratch.slab_bytes
+        shared = self.shared_bytes()
         return pb.Usage(residuals=count, residual_bytes=nbytes, slab_bytes=shared)
+
+    def shared_bytes(self) -> int:
+        """Return the bytes of this session's slabs and scratch memory."""
+        return sum(slab.nbytes for slab in self.slabs) + self.scratch.slab_bytes
 
     def discard(self) -> None:
         """Release everything; call only after the last lane has detached."""

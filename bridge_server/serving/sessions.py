@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from bridge_server.runtime import Runtime
+from bridge_server.serving.meters import Meters
 from bridge_server.serving.residuals import Residuals
 from bridge_server.serving.run_queue import RunQueue
 from bridge_server.serving.session import Session
@@ -60,6 +61,7 @@ class Sessions:
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
         self.queue = RunQueue(max_runs, max_waiting)
+        self.meters = Meters()
         self.is_draining = False
         self.has_failed = False
         self._on_failure = on_failure
@@ -187,6 +189,7 @@ class Sessions:
         The reply is a message: a variable with the exception would keep the traceback, and with the
         traceback every array of the call.
         """
+        self.meters.note_error(type(error).__name__)
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
             yield encode(error)
             return
@@ -214,6 +217,18 @@ class Sessions:
             " replace it: %s",
             reason,
         )
+
+    def statistics(self) -> pb.Statistics:
+        """Return what the worker has done since its start, and its sizes at present."""
+        numbers = self.meters.read()
+        sessions = list(self._by_token.values())
+        numbers.sessions = len(sessions)
+        numbers.slab_bytes = sum(session.shared_bytes() for session in sessions)
+        self.queue.describe(numbers)
+        numbers.residuals = self.residuals.count
+        numbers.residual_bytes = self.residuals.nbytes
+        numbers.evictions = self.residuals.evictions
+        return numbers
 
     def drain(self, grace_s: float) -> bool:
         """Refuse new work and wait for the running calls; return whether all have finished."""

@@ -195,6 +195,66 @@ class Error(_message.Message):
     retry_after_s: float
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
 
+class MeasureRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Statistics(_message.Message):
+    __slots__ = ("uptime_s", "runs", "errors", "sessions", "lanes", "running", "waiting", "queue_s", "refused", "residuals", "residual_bytes", "evictions", "slab_bytes")
+    class Runs(_message.Message):
+        __slots__ = ("model", "derivative", "count", "compute_s", "copy_s", "output_bytes", "compiles", "compile_s")
+        MODEL_FIELD_NUMBER: _ClassVar[int]
+        DERIVATIVE_FIELD_NUMBER: _ClassVar[int]
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+        COPY_S_FIELD_NUMBER: _ClassVar[int]
+        OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
+        COMPILES_FIELD_NUMBER: _ClassVar[int]
+        COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+        model: str
+        derivative: str
+        count: int
+        compute_s: float
+        copy_s: float
+        output_bytes: int
+        compiles: int
+        compile_s: float
+        def __init__(self, model: _Optional[str] = ..., derivative: _Optional[str] = ..., count: _Optional[int] = ..., compute_s: _Optional[float] = ..., copy_s: _Optional[float] = ..., output_bytes: _Optional[int] = ..., compiles: _Optional[int] = ..., compile_s: _Optional[float] = ...) -> None: ...
+    class Errors(_message.Message):
+        __slots__ = ("kind", "count")
+        KIND_FIELD_NUMBER: _ClassVar[int]
+        COUNT_FIELD_NUMBER: _ClassVar[int]
+        kind: str
+        count: int
+        def __init__(self, kind: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LANES_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    RESIDUALS_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    SLAB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    uptime_s: float
+    runs: _containers.RepeatedCompositeFieldContainer[Statistics.Runs]
+    errors: _containers.RepeatedCompositeFieldContainer[Statistics.Errors]
+    sessions: int
+    lanes: int
+    running: int
+    waiting: int
+    queue_s: float
+    refused: int
+    residuals: int
+    residual_bytes: int
+    evictions: int
+    slab_bytes: int
+    def __init__(self, uptime_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[Statistics.Runs, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[Statistics.Errors, _Mapping]]] = ..., sessions: _Optional[int] = ..., lanes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_s: _Optional[float] = ..., refused: _Optional[int] = ..., residuals: _Optional[int] = ..., residual_bytes: _Optional[int] = ..., evictions: _Optional[int] = ..., slab_bytes: _Optional[int] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -59,6 +59,11 @@ class BridgeStub(object):
                 request_serializer=bridge__wire_dot_pb_dot_bridge__pb2.CloseRequest.SerializeToString,
                 response_deserializer=bridge__wire_dot_pb_dot_bridge__pb2.CloseReply.FromString,
                 _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/bridge.v1.Bridge/Measure',
+                request_serializer=bridge__wire_dot_pb_dot_bridge__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=bridge__wire_dot_pb_dot_bridge__pb2.Statistics.FromString,
+                _registered_method=True)
 
 
 class BridgeServicer(object):
@@ -97,6 +102,13 @@ class BridgeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Measure(self, request, context):
+        """What the worker has done since its start.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BridgeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -124,6 +136,11 @@ def add_BridgeServicer_to_server(servicer, server):
                     servicer.Close,
                     request_deserializer=bridge__wire_dot_pb_dot_bridge__pb2.CloseRequest.FromString,
                     response_serializer=bridge__wire_dot_pb_dot_bridge__pb2.CloseReply.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=bridge__wire_dot_pb_dot_bridge__pb2.MeasureRequest.FromString,
+                    response_serializer=bridge__wire_dot_pb_dot_bridge__pb2.Statistics.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -261,6 +278,33 @@ class Bridge(object):
             '/bridge.v1.Bridge/Close',
             bridge__wire_dot_pb_dot_bridge__pb2.CloseRequest.SerializeToString,
             bridge__wire_dot_pb_dot_bridge__pb2.CloseReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/bridge.v1.Bridge/Measure',
+            bridge__wire_dot_pb_dot_bridge__pb2.MeasureRequest.SerializeToString,
+            bridge__wire_dot_pb_dot_bridge__pb2.Statistics.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,7 @@ _STATS = {
     "residuals",
     "residual_bytes",
     "fallbacks",
+    "restarts",
     "gpu_lanes_by_words",
     "gpu_lanes_by_events",
     "gpu_lanes_by_host",

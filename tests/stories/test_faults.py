@@ -897,7 +897,7 @@ def test_a_drain_lets_calls_finish(
     side = 8192
     with (
         connect(worker.address, lane=lane) as session,
-        connect(worker.address, lane=lane) as other,
+        connect(worker.address, lane=lane, retry_s=0) as other,
     ):
         assert squares(other, 2.0) == [4.0]
         program = prepare(session, "gated_outer", floats(side), str(gate))

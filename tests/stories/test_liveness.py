@@ -90,9 +90,8 @@ def test_runs_that_end_are_not_stuck(worker: Worker, lane: str) -> None:
 def test_a_stuck_worker_ends_where_it_is_told_to(tmp_path: Path) -> None:
     flags = _flags(tmp_path, "--stuck-s=0.5", "--exit-when-stuck")
     with serving(tmp_path, *flags, env={"PYTHONPATH": str(tmp_path)}) as worker:
-        with connect(worker.address, retry_s=0) as session:
-            with pytest.raises(BridgeError):
-                RemoteJaxFunction(session, name="blocked")(torch.ones(3))
+        with connect(worker.address, retry_s=0) as session, pytest.raises(BridgeError):
+            RemoteJaxFunction(session, name="blocked")(torch.ones(3))
         assert worker.wait() == 1
         (tmp_path / "go").touch()
 

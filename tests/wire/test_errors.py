@@ -37,6 +37,7 @@ STATUS = {
     "WorkerUnavailable": "UNAVAILABLE",
     "WorkerDied": "UNAVAILABLE",
     "WorkerDraining": "UNAVAILABLE",
+    "WorkerBusy": "RESOURCE_EXHAUSTED",
     "WorkerCrashed": "UNAVAILABLE",
     "StartupTimeout": "DEADLINE_EXCEEDED",
     "CallTimeout": "DEADLINE_EXCEEDED",

@@ -19,7 +19,9 @@ LEAF = T(leaf=T.Leaf())
 POINT = T.Record(name="P", fields=["x"], items=[LEAF])
 SPEC = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2, 300])
 RECIPE = pb.Recipe(origin="m.P#0", fingerprint=b"12345678", call=b"c", record=2)
-ERROR = pb.Error(kind="SpecError", message="m", remote_type="t", traceback="b")
+ERROR = pb.Error(
+    kind="SpecError", message="m", remote_type="t", traceback="b", retry_after_s=0.5
+)
 
 MESSAGES: dict[str, Message] = {
     "spec": SPEC,
@@ -53,6 +55,33 @@ MESSAGES: dict[str, Message] = {
     "the receiver's mapping": T(dict=T.Mapping(name="M", returned="m.M")),
     "random keys": T(key=T.Key(implementation="threefry2x32")),
     "error": ERROR,
+    "measure": pb.MeasureRequest(),
+    "measured": pb.Statistics(
+        uptime_s=1.5,
+        runs=[
+            pb.Statistics.Runs(
+                model="f",
+                derivative="forward",
+                count=3,
+                compute_s=0.5,
+                copy_s=0.25,
+                output_bytes=48,
+                compiles=1,
+                compile_s=2.0,
+            )
+        ],
+        errors=[pb.Statistics.Errors(kind="RemoteModelError", count=1)],
+        sessions=1,
+        lanes=2,
+        running=1,
+        waiting=3,
+        queue_s=0.125,
+        refused=4,
+        residuals=2,
+        residual_bytes=64,
+        evictions=5,
+        slab_bytes=4096,
+    ),
     "describe": pb.DescribeRequest(),
     "described": pb.DescribeReply(
         version="0.1.0",
@@ -78,6 +107,7 @@ MESSAGES: dict[str, Message] = {
         cores=2,
         namespaces=[pb.Namespace(kind="pid", digest=b"d")],
         gpu=pb.Gpu(uuid=b"u", name="g"),
+        revision="r1",
     ),
     "open": pb.OpenRequest(oldest_protocol=1, newest_protocol=2, client="c"),
     "opened": pb.OpenReply(
@@ -184,13 +214,19 @@ GOLDEN = {
     "the sender's mapping": "2a081a014d22036d2e4d",
     "the receiver's mapping": "2a081a014d2a036d2e4d",
     "random keys": "420e0a0c746872656566727932783332",
-    "error": "0a09537065634572726f7212016d1a0174220162",
+    "error": "0a09537065634572726f7212016d1a017422016229000000000000e03f",
+    "measure": "",
+    "measured": (
+        "09000000000000f83f122d0a01661207666f7277617264180321000000000000e03f29000000000000d03f30"
+        "3038014100000000000000401a140a1052656d6f74654d6f64656c4572726f72100120012802300138034100"
+        "0000000000c03f4804500258406005688020"
+    ),
     "describe": "",
     "described": (
-        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a470a01661201641a"
-        "01781a017922150a08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230013a"
-        "150a06656e636f64651201781a0828782c206e3d3129420161480252080a037069641201645a060a0175"
-        "120167"
+        "0a05302e312e3012036a61781a04302e31302204332e3131280132056370753a303a470a01661201641a0178"
+        "1a017922150a08706172616d732e771207080c120302ac0218012a090a07080c120302ac0230013a150a0665"
+        "6e636f64651201781a0828782c206e3d3129420161480252080a037069641201645a060a0175120167620272"
+        "31"
     ),
     "open": "080110021a0163",
     "opened": "0801120200ff1a022f6c208080808004",
@@ -228,7 +264,7 @@ GOLDEN = {
     "peeked": "320104",
     "ordered": "3a030a0165",
     "ordered by words": "3a021001",
-    "failed": "22140a09537065634572726f7212016d1a0174220162",
+    "failed": "221d0a09537065634572726f7212016d1a017422016229000000000000e03f",
     "chunk down": "2a0103",
 }
 
@@ -263,6 +299,7 @@ METHODS = {
     "Prepare": ("PrepareRequest", "PrepareEvent", False, True),
     "Lane": ("LaneRequest", "LaneReply", True, True),
     "Close": ("CloseRequest", "CloseReply", False, False),
+    "Measure": ("MeasureRequest", "Statistics", False, False),
 }
 
 

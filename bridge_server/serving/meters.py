@@ -1,0 +1,131 @@
+"""Meters: what a worker has done, in plain numbers. Imports no framework.
+
+Each lane adds to numbers of its own, without a lock; a reader sums them. An ended lane's numbers
+are added to those of the ended lanes.
+"""
+
+import threading
+import time
+from collections import Counter
+
+from bridge_server.runtime import Program
+from bridge_wire.pb import bridge_pb2 as pb
+
+
+class _Runs:
+    """The runs of one program over one lane."""
+
+    __slots__ = ("compute_s", "copy_s", "count")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.compute_s = self.copy_s = 0.0
+
+
+class Meter:
+    """The runs of one lane; used by the lane's thread alone."""
+
+    def __init__(self) -> None:
+        self.by_program: dict[Program, _Runs] = {}
+
+    def note(
+        self,
+        program: Program,
+        compute_s: float,
+        copy_s: float,
+    ) -> None:
+        """Count a run."""
+        runs = self.by_program.get(program)
+        if runs is None:
+            runs = self.by_program[program] = _Runs()
+        runs.count += 1
+        runs.compute_s += compute_s
+        runs.copy_s += copy_s
+
+
+class Meters:
+    """All numbers of a worker. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: set[Meter] = set()
+        self._ended: dict[tuple[str, str], pb.Statistics.Runs] = {}
+        self._compiles: dict[tuple[str, str], list[float]] = {}
+        self._errors: Counter[str] = Counter()
+        self._started = time.monotonic()
+
+    def open(self) -> Meter:
+        """Return a new lane's meter; `close` must follow."""
+        meter = Meter()
+        with self._lock:
+            self._open.add(meter)
+        return meter
+
+    def close(self, meter: Meter) -> None:
+        """Keep the numbers of a lane that has ended."""
+        with self._lock:
+            self._open.discard(meter)
+            _add(self._ended, meter)
+
+    def note_error(self, kind: str) -> None:
+        """Count an error that was sent to a client, by its class."""
+        with self._lock:
+            self._errors[kind] += 1
+
+    def note_compile(
+        self,
+        label: tuple[str, str],
+        seconds: float,
+    ) -> None:
+        """Count a preparation: tracing and compiling."""
+        with self._lock:
+            self._compiles.setdefault(label, []).append(seconds)
+
+    def read(self) -> pb.Statistics:
+        """Return the numbers since the worker's start."""
+        with self._lock:
+            found = {
+                label: pb.Statistics.Runs.FromString(runs.SerializeToString())
+                for label, runs in self._ended.items()
+            }
+            for meter in self._open:
+                _add(found, meter)
+            for label, seconds in self._compiles.items():
+                runs = _of(found, label)
+                runs.compiles = len(seconds)
+                runs.compile_s = sum(seconds)
+            return pb.Statistics(
+                uptime_s=time.monotonic() - self._started,
+                lanes=len(self._open),
+                runs=[found[label] for label in sorted(found)],
+                errors=[
+                    pb.Statistics.Errors(kind=kind, count=count)
+                    for kind, count in sorted(self._errors.items())
+                ],
+            )
+
+
+def _add(found: dict[tuple[str, str], pb.Statistics.Runs], meter: Meter) -> None:
+    for program, runs in list(meter.by_program.items()):
+        total = _of(found, program.label)
+        total.count += runs.count
+        total.compute_s += runs.compute_s
+        total.copy_s += runs.copy_s
+        total.output_bytes += runs.count * sum(program.output_nbytes)
+
+
+def _of(
+    found: dict[tuple[str, str], pb.Statistics.Runs],
+    label: tuple[str, str],
+) -> pb.Statistics.Runs:
+    if label not in found:
+        model, derivative = label
+        found[label] = pb.Statistics.Runs(model=model, derivative=derivative)
+    return found[label]
+
+
+def label_of(call: pb.Call) -> tuple[str, str]:
+    """Return the model and the derivative of a call, such as ("f", "vmap of vjp")."""
+    kinds = [transform.WhichOneof("kind") or "" for transform in call.transforms]
+    name = f"{call.model}.{call.method}" if call.method else call.model
+    return name, " of ".join(reversed(kinds)) or "forward"
