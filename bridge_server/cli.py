@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ["doctor"]:
         return doctor.main(argv[1:])
     options = parse(argv)
-    logs.set_up(options.log_level)
+    logs.set_up(options.log_level, options.log_format)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A reader of the log sees a model's prints at once.
         sys.stdout.reconfigure(line_buffering=True)
@@ -218,6 +218,7 @@ def _sessions(
         slab_bytes=options.session_slab_bytes,
         max_runs=options.max_runs,
         max_waiting=options.max_waiting,
+        slow_s=options.slow_call_s,
         on_failure=stop.give_up,
     )
 

@@ -110,24 +110,30 @@ class RemoteModelError(BridgeError):
     """The model raised.
 
     `remote_type` is the exception's qualified class name, `remote_traceback` its traceback as text.
+    `request` names the failure in the worker's log; it is empty in process.
     """
 
     status = _Status.ABORTED
 
     def __init__(
-        self, message: str, *, remote_type: str = "", remote_traceback: str = ""
+        self,
+        message: str,
+        *,
+        remote_type: str = "",
+        remote_traceback: str = "",
+        request: str = "",
     ) -> None:
         super().__init__(message)
+        self.request = request
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
 
     def __str__(self) -> str:
         text = super().__str__()
-        return (
-            f"{text}\n\nRemote traceback:\n{self.remote_traceback}"
-            if self.remote_traceback
-            else text
-        )
+        if not self.remote_traceback:
+            return text
+        where = f" ({self.request} in the worker's log)" if self.request else ""
+        return f"{text}\n\nRemote traceback{where}:\n{self.remote_traceback}"
 
 
 class PeerError(BridgeError):
@@ -254,6 +260,7 @@ def encode(error: BridgeError) -> pb.Error:
             message=_utf8(str(error.args[0])),
             remote_type=_utf8(error.remote_type),
             traceback=_utf8(error.remote_traceback),
+            request=error.request,
         )
     kind = next(
         each.__name__ for each in type(error).__mro__ if each.__name__ in _BY_KIND
@@ -285,6 +292,7 @@ def decode(message: pb.Error) -> BridgeError:
             message.message,
             remote_type=message.remote_type,
             remote_traceback=message.traceback,
+            request=message.request,
         )
     if kind is WorkerBusy:
         return WorkerBusy(message.message, retry_after_s=_seconds(message))

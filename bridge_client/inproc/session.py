@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from bridge_client.inproc.gpu import NearTurn, ProcessGpuMemory, Turns
 from bridge_client.inproc.memory import ProcessMemory, Views, pointer_of
 from bridge_client.programs import Program, shapes_of
-from bridge_client.progress import logged_when_slow
+from bridge_client.progress import shown_when_slow
 from bridge_client.session import Placed, Run, Session, closed, lanes_by_way
 from bridge_server import runtime
 from bridge_server.runtime import Model, Options, Runtime
@@ -239,7 +239,7 @@ class InprocSession(Session):
             )
         else:
             raise ProtocolError("a Prepare request names nothing to prepare")
-        with logged_when_slow(what) as progress:
+        with shown_when_slow(what) as progress:
             return runtime.finish(preparation, progress.enter)
 
     def _run(self, run: Run) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import grpc
 
-from bridge_client.progress import logged_when_slow
+from bridge_client.progress import shown_when_slow
 from bridge_client.remote.gpu import Ordering
 from bridge_client.remote.grpc_lane import GrpcLane, from_rpc
 from bridge_client.remote.lanes import Lane, Stale
@@ -160,7 +160,7 @@ class Link:
         request.session = self.token
         phase = "starting"
         try:
-            with logged_when_slow(what) as progress:
+            with shown_when_slow(what) as progress:
                 for event in self._stub.Prepare(request, timeout=timeout_s):
                     kind = event.WhichOneof("kind")
                     if kind == "prepared":

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from bridge_client.remote.connecting import check_terms
@@ -59,12 +59,14 @@ def spawn(
     retry_s: float = 30.0,
     retries: int = 0,
     require_revision: bool = False,
+    worker_output: Callable[[str], None] | None = None,
 ) -> RemoteSession:
     """Start a worker with the interpreter of another environment, and return a session with it.
 
-    The worker ends with the session or with this process, however that ends; its log goes to the
-    logger `bridge_client.worker`. If it dies, the next call starts it again, after a pause if it
-    has died soon after its start.
+    The worker ends with the session or with this process, however that ends. Its log, and what its
+    models print, goes to the logger `bridge_client.worker`; what is printed also goes to stderr, if
+    that logger does not show it. If the worker dies, the next call starts it again, after a pause
+    if it has died soon after its start.
 
     Args:
       jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
@@ -74,6 +76,8 @@ def spawn(
       cwd: the worker's directory, from which modules are imported.
       args: more arguments of `bridge_server`, such as ["--x64"].
       startup_timeout_s: seconds until the worker must be ready.
+      worker_output: called with each line that the models print, from another thread, in place of
+        stderr.
       timeout_s, lane, require, retry_s, retries, require_revision: as in `connect`.
     Raises:
       StartupTimeout: it was not ready in time; it has been killed.
@@ -92,7 +96,13 @@ def spawn(
     command = [os.fspath(python), "-m", "bridge_server"]
     for target in _named(jax_model if torch_model is None else torch_model):
         command += [flag, target]
-    child = _Child([*command, *args], dict(env or {}), cwd, startup_timeout_s)
+    child = _Child(
+        [*command, *args],
+        dict(env or {}),
+        cwd,
+        startup_timeout_s,
+        worker_output or _shown,
+    )
     try:
         session = RemoteSession(child, terms, timeout_s)
     except BaseException:
@@ -118,7 +128,9 @@ class _Child:
         env: Mapping[str, str],
         cwd: str | os.PathLike[str] | None,
         startup_timeout_s: float,
+        show: Callable[[str], None],
     ) -> None:
+        self._show = show
         self._command = command
         inherited = {
             key: value for key, value in os.environ.items() if key not in _NOT_INHERITED
@@ -201,7 +213,7 @@ class _Child:
         self._last_start = time.monotonic()
         process = self._process = self._popen(address)
         output = self._output = _Output(
-            process, f"bridge_server ready endpoint={address} "
+            process, f"bridge_server ready endpoint={address} ", self._show
         )
         started = time.monotonic()
         output.wait(self._startup_timeout_s)
@@ -261,7 +273,13 @@ class _Child:
 class _Output:
     """Reads both streams of a worker into the log, and notices when the worker is ready."""
 
-    def __init__(self, process: subprocess.Popen[str], ready: str) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[str],
+        ready: str,
+        show: Callable[[str], None],
+    ) -> None:
+        self._show = show
         self._streams = process.stdout, process.stderr
         self._ready = ready
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
@@ -306,15 +324,34 @@ class _Output:
                 self.is_ready = True
                 self._event.set()
                 continue
-            self._last_lines.append(line.rstrip())
-            _worker_log.info("%s", line.rstrip())
+            self._note_text(line.rstrip())
         self._event.set()
 
     def _read_stderr(self, stream: IO[str]) -> None:
         for line in stream:
-            level, text = _parse_log_line(line.rstrip())
+            record = _parse_log_line(line.rstrip())
+            if record is None:
+                self._note_text(line.rstrip())
+                continue
+            level, text = record
             self._last_lines.append(text)
             _worker_log.log(level, "%s", text)
+
+    def _note_text(self, line: str) -> None:
+        """Note a line that a model printed."""
+        self._last_lines.append(line)
+        _worker_log.info("%s", line)
+        try:
+            self._show(line)
+        except Exception:
+            _log.exception("the function for the worker's output has failed")
+
+
+def _shown(line: str) -> None:
+    """Print a line of the worker to stderr, unless the log shows it."""
+    is_logged = _worker_log.isEnabledFor(logging.INFO) and _worker_log.hasHandlers()
+    if not is_logged:
+        print(f"[worker] {line}", file=sys.stderr, flush=True)
 
 
 def _ending(status: int) -> str:
@@ -338,8 +375,8 @@ def _directory_for(name: str) -> str:
     return tempfile.mkdtemp(prefix="bridge-", dir="/tmp")
 
 
-def _parse_log_line(line: str) -> tuple[int, str]:
-    """Return the level and text of a line of the worker's log; any other text is information."""
+def _parse_log_line(line: str) -> tuple[int, str] | None:
+    """Return the level and text of a line of the worker's log, or None of any other text."""
     try:
         record = json.loads(line)
         return (
@@ -347,4 +384,4 @@ def _parse_log_line(line: str) -> tuple[int, str]:
             f"{record['logger']}: {record['message']}",
         )
     except (ValueError, KeyError, TypeError):
-        return logging.INFO, line
+        return None

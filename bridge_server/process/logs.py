@@ -6,11 +6,18 @@ import sys
 import time
 
 
-def set_up(level: str) -> None:
-    """Log to stderr at this level."""
+def set_up(
+    level: str,
+    form: str | None = None,
+) -> None:
+    """Log to stderr at this level, as "text" or "json".
+
+    The default is text on a terminal, and JSON elsewhere.
+    """
+    is_text = sys.stderr.isatty() if form is None else form == "text"
     handler = logging.StreamHandler()
     text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(text if sys.stderr.isatty() else _JsonFormatter())
+    handler.setFormatter(text if is_text else _JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     for name in ("bridge_server", "bridge_wire"):
         logging.getLogger(name).setLevel(level.upper())

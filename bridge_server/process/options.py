@@ -129,6 +129,18 @@ def _add_serving(add: Callable[..., Any]) -> None:
         choices=("debug", "info", "warning", "error"),
         default="info",
     )
+    add(
+        "--log-format",
+        "form of the log's lines; default: text on a terminal, JSON elsewhere",
+        choices=("text", "json"),
+    )
+    add(
+        "--slow-call-s",
+        "log the runs that take more seconds than this",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
+    )
     add("--parent-pid", argparse.SUPPRESS, type=int)
 
 

@@ -4,12 +4,16 @@ Each lane adds to numbers of its own, without a lock; a reader sums them. An end
 are added to those of the ended lanes.
 """
 
+import logging
+import math
 import threading
 import time
 from collections import Counter
 
 from bridge_server.runtime import Program
 from bridge_wire.pb import bridge_pb2 as pb
+
+_log = logging.getLogger(__name__)
 
 
 class _Runs:
@@ -25,8 +29,10 @@ class _Runs:
 class Meter:
     """The runs of one lane; used by the lane's thread alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow_s: float) -> None:
+        """Begin without runs; a run of more than `slow_s` seconds is logged."""
         self.by_program: dict[Program, _Runs] = {}
+        self._slow_s = slow_s
 
     def note(
         self,
@@ -41,12 +47,17 @@ class Meter:
         runs.count += 1
         runs.compute_s += compute_s
         runs.copy_s += copy_s
+        if compute_s > self._slow_s:
+            model, derivative = program.label
+            _log.warning("%s of model %r took %.3g s", derivative, model, compute_s)
 
 
 class Meters:
     """All numbers of a worker. Thread-safe."""
 
-    def __init__(self) -> None:
+    def __init__(self, slow_s: float = math.inf) -> None:
+        """Begin at zero; a run of more than `slow_s` seconds is logged."""
+        self._slow_s = slow_s
         self._lock = threading.Lock()
         self._open: set[Meter] = set()
         self._ended: dict[tuple[str, str], pb.Statistics.Runs] = {}
@@ -56,7 +67,7 @@ class Meters:
 
     def open(self) -> Meter:
         """Return a new lane's meter; `close` must follow."""
-        meter = Meter()
+        meter = Meter(self._slow_s)
         with self._lock:
             self._open.add(meter)
         return meter

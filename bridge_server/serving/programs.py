@@ -9,19 +9,21 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.serving.identities import Identities, plain
 from bridge_server.serving.meters import Meters, label_of
-from bridge_wire import trees
+from bridge_wire import specs, trees
 from bridge_wire.errors import ProtocolError, SpecError, UnknownModel
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
+_MANY_SHAPES = 16  # from here on, each doubling is told
+_MOST_NAMED = 5
 _MAX_PROGRAMS = 16384  # cached for later requests
 _SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
 _MOST_TRANSFORMS = 32
@@ -64,6 +66,7 @@ class Programs:
         self._identities = Identities(self.fingerprint, self._result)
         self._lock = threading.Lock()
         self._meters = meters or Meters()
+        self._shapes = _Shapes()
 
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
@@ -75,6 +78,7 @@ class Programs:
         def prepare() -> Preparation:
             program = yield from self._runtime.prepare_call(model, known)
             program.result = self._identities.named(known, program.result)
+            self._shapes.note(known)
             return program
 
         return (yield from self._once(key, label_of(request), prepare))
@@ -187,6 +191,37 @@ class Programs:
     def _note(self, label: tuple[str, str], seconds: float) -> None:
         self._meters.note_compile(label, seconds)
         _log.info("prepared %s of model %r in %.2g s", label[1], label[0], seconds)
+
+
+class _Shapes:
+    """Notices that a model is compiled again and again, and which of its arrays are the reason."""
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[str, str], tuple[int, Sequence[pb.Spec]]] = {}
+
+    def note(self, call: pb.Call) -> None:
+        """Note a call that was compiled; warn of many with different arrays."""
+        label = label_of(call)
+        count, before = self._last.get(label, (0, call.inputs))
+        changed = [
+            f"input {i} (now {specs.decode(new)})"
+            for i, (old, new) in enumerate(zip(before, call.inputs, strict=False))
+            if old != new
+        ]
+        if not changed and len(before) == len(call.inputs):
+            self._last[label] = count, call.inputs
+            return
+        count += 1
+        self._last[label] = count, call.inputs
+        if count >= _MANY_SHAPES and count & (count - 1) == 0:
+            _log.warning(
+                "%s of model %r was compiled for %d shapes so far; pad to fewer, since each takes"
+                " time and memory. Changed: %s",
+                label[1],
+                label[0],
+                count,
+                ", ".join(changed[:_MOST_NAMED]) or "the number of arrays",
+            )
 
 
 def _of_revision(fingerprint: bytes, revision: str) -> bytes:

@@ -3,6 +3,7 @@
 Imports no framework.
 """
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 
 from bridge_server.runtime import Program
 from bridge_wire.errors import ProtocolError, ResidualGone
+
+_log = logging.getLogger(__name__)
 
 _MOST = 1 << 20
 
@@ -56,6 +59,15 @@ class Residuals:
         _, oldest = largest.kept.popitem(last=False)
         self._add(largest, -oldest.nbytes, -1)
         self.evictions += 1
+        if (
+            self.evictions & (self.evictions - 1) == 0
+        ):  # the first, second, fourth, eighth ...
+            _log.warning(
+                "%d residuals were evicted so far, since all together exceed --residual-bytes (%d);"
+                " their backwards run the forwards again",
+                self.evictions,
+                self._budget,
+            )
 
     def _add(self, owned: "_Owner", nbytes: int, count: int) -> None:
         owned.nbytes += nbytes

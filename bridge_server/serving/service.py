@@ -32,6 +32,7 @@ from bridge_wire.specs import Spec
 
 _log = logging.getLogger(__name__)
 
+_LONGEST_LOGGED = 200  # characters of a client's text
 _LAST_BYTES_S = 0.5  # for replies that gRPC has not sent yet
 # Each open lane and each running preparation holds a thread; other calls need free threads.
 MAX_LANES = 768
@@ -89,7 +90,8 @@ class Service(BridgeServicer):
             session = self._sessions.open()
         except BridgeError as error:
             abort(context, error)
-        _log.debug("opened a session for %r", request.client[:200])
+        client = request.client[:_LONGEST_LOGGED]
+        _log.info("session %d: %r from %s", session.number, client, context.peer())
         return pb.OpenReply(
             protocol=protocol,
             session=session.token,

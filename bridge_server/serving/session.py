@@ -97,6 +97,7 @@ class Session:
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
     is_closed: bool = False
+    number: int = 0  # in the log
     client: Client = field(default_factory=Client)  # its share of the run queue
     # Everything is released.
     ended: threading.Event = field(default_factory=threading.Event)

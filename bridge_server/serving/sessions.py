@@ -6,6 +6,7 @@ with the last lane, even after a crash of the client. So a killed client leaves 
 
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
@@ -37,6 +38,7 @@ _MAX_SESSIONS = 4096
 _OF_THE_GPU = (RemoteModelError, OutOfMemory, CudaError, InternalError)
 _UNATTACHED_S = 60.0
 _TOKEN_BYTES = 32
+_LONGEST_LOGGED = 500  # characters of an error's text
 _DRAIN_POLL_S = 0.02
 _UNMAPPED_S = 2.0
 
@@ -52,6 +54,7 @@ class Sessions:
         slab_bytes: int,
         max_runs: int | None = None,
         max_waiting: int = 1024,
+        slow_s: float = math.inf,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         """Begin without sessions.
@@ -61,11 +64,12 @@ class Sessions:
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
         self.queue = RunQueue(max_runs, max_waiting)
-        self.meters = Meters()
+        self.meters = Meters(slow_s)
         self.is_draining = False
         self.has_failed = False
         self._on_failure = on_failure
         self._runtime = runtime
+        self._opened = 0
         self._by_token: dict[bytes, Session] = {}
         self._running: set[object] = set()
         self._lock = threading.Lock()
@@ -83,6 +87,8 @@ class Sessions:
                 secrets.token_bytes(_TOKEN_BYTES), self._runtime, self.residuals
             )
             session.scratch.limit(self.slab_bytes)
+            self._opened += 1
+            session.number = self._opened
             self._by_token[session.token] = session
         return session
 
@@ -138,7 +144,9 @@ class Sessions:
         with self._lock:
             self._by_token.pop(session.token, None)
         session.ended.set()
-        _log.debug("a session ended; %d remain", len(self._by_token))
+        _log.info(
+            "session %d has ended; %d remain", session.number, len(self._by_token)
+        )
 
     def refuse_if_draining(self) -> None:
         if self.is_draining:
@@ -189,7 +197,7 @@ class Sessions:
         The reply is a message: a variable with the exception would keep the traceback, and with the
         traceback every array of the call.
         """
-        self.meters.note_error(type(error).__name__)
+        self._note(error)
         if not isinstance(error, _OF_THE_GPU) or not self._runtime.has_failed():
             yield encode(error)
             return
@@ -204,6 +212,18 @@ class Sessions:
             )
         finally:
             self._on_failure()
+
+    def _note(self, error: BridgeError) -> None:
+        """Count an error that is about to be sent; log a model's error under a name of its own."""
+        self.meters.note_error(type(error).__name__)
+        if isinstance(error, RemoteModelError):
+            error.request = f"request {secrets.token_hex(4)}"
+            _log.info(
+                "%s: a model raised %s: %s",
+                error.request,
+                error.remote_type,
+                str(error.args[0])[:_LONGEST_LOGGED],
+            )
 
     def give_up(self, reason: str) -> None:
         """Make the worker exit, since its GPU rejects further work of this process."""

@@ -182,18 +182,20 @@ class Recipe(_message.Message):
     def __init__(self, origin: _Optional[str] = ..., fingerprint: _Optional[bytes] = ..., call: _Optional[bytes] = ..., record: _Optional[int] = ...) -> None: ...
 
 class Error(_message.Message):
-    __slots__ = ("kind", "message", "remote_type", "traceback", "retry_after_s")
+    __slots__ = ("kind", "message", "remote_type", "traceback", "retry_after_s", "request")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     REMOTE_TYPE_FIELD_NUMBER: _ClassVar[int]
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
     kind: str
     message: str
     remote_type: str
     traceback: str
     retry_after_s: float
-    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
+    request: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., remote_type: _Optional[str] = ..., traceback: _Optional[str] = ..., retry_after_s: _Optional[float] = ..., request: _Optional[str] = ...) -> None: ...
 
 class MeasureRequest(_message.Message):
     __slots__ = ()

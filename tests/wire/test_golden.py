@@ -20,7 +20,12 @@ POINT = T.Record(name="P", fields=["x"], items=[LEAF])
 SPEC = pb.Spec(dtype=pb.DTYPE_FLOAT32, shape=[2, 300])
 RECIPE = pb.Recipe(origin="m.P#0", fingerprint=b"12345678", call=b"c", record=2)
 ERROR = pb.Error(
-    kind="SpecError", message="m", remote_type="t", traceback="b", retry_after_s=0.5
+    kind="SpecError",
+    message="m",
+    remote_type="t",
+    traceback="b",
+    retry_after_s=0.5,
+    request="r",
 )
 
 MESSAGES: dict[str, Message] = {
@@ -214,7 +219,7 @@ GOLDEN = {
     "the sender's mapping": "2a081a014d22036d2e4d",
     "the receiver's mapping": "2a081a014d2a036d2e4d",
     "random keys": "420e0a0c746872656566727932783332",
-    "error": "0a09537065634572726f7212016d1a017422016229000000000000e03f",
+    "error": "0a09537065634572726f7212016d1a017422016229000000000000e03f320172",
     "measure": "",
     "measured": (
         "09000000000000f83f122d0a01661207666f7277617264180321000000000000e03f29000000000000d03f30"
@@ -264,7 +269,7 @@ GOLDEN = {
     "peeked": "320104",
     "ordered": "3a030a0165",
     "ordered by words": "3a021001",
-    "failed": "221d0a09537065634572726f7212016d1a017422016229000000000000e03f",
+    "failed": "22200a09537065634572726f7212016d1a017422016229000000000000e03f320172",
     "chunk down": "2a0103",
 }
 
