@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu soak fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -46,6 +46,9 @@ bench: $(if $(and $(GPU),$(PYTHON)),,setup) ## Measure against the performance b
 # On a bare machine with python3 only: python3 tools/gpu.py --limit 480 --wheels FOLDER. See docs/gpu.md.
 gpu: $(if $(PYTHON),,setup) ## Ask a GPU every question in LIMIT=480 seconds; WHEELS=FOLDER OUT=FOLDER PYTHON=python3
 	$(or $(PYTHON),$(BOTH)/python) tools/gpu.py --limit $(or $(LIMIT),480) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+
+soak: setup ## Check every value while a worker is killed and replaced; SECONDS=600
+	$(BOTH)/python -m tools.soak --seconds $(or $(SECONDS),600)
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz
