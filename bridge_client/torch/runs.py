@@ -14,6 +14,7 @@ from bridge_client.torch import modes
 from bridge_client.torch.families import AnyProgram, member_for, output_shapes
 from bridge_client.torch.graphs import pin, pinned
 from bridge_client.torch.memory import TORCH_DTYPES, from_blocks, place
+from bridge_client.torch.profiling import profiled
 from bridge_wire.errors import ResidualGone, StructureError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
@@ -29,13 +30,14 @@ def run(program: AnyProgram, inputs: Values) -> Tensors:
         return run_operator(program, inputs)
     placed, copied, gpu = place(program, inputs)
     session = program.session
-    outputs: Tensors = session.run(
-        program,
-        placed,
-        copied=copied,
-        make=lambda blocks: from_blocks(blocks, program.prepared.outputs, gpu),
-        stream=None if gpu is None else gpu.stream,
-    )
+    with profiled(program):
+        outputs: Tensors = session.run(
+            program,
+            placed,
+            copied=copied,
+            make=lambda blocks: from_blocks(blocks, program.prepared.outputs, gpu),
+            stream=None if gpu is None else gpu.stream,
+        )
     return outputs if gpu is None else gpu.brought_back(outputs, session)
 
 
@@ -64,9 +66,10 @@ def run_keeping(program: AnyProgram, inputs: Values) -> tuple[Tensors, Tensor]:
         )
 
     stream = None if gpu is None else gpu.stream
-    outputs, handle = session.run_keeping(
-        program, placed, copied=copied, make=make, stream=stream
-    )
+    with profiled(program):
+        outputs, handle = session.run_keeping(
+            program, placed, copied=copied, make=make, stream=stream
+        )
     return outputs if gpu is None else gpu.brought_back(outputs, session), handle
 
 
@@ -94,14 +97,15 @@ def pull_back(
     session = program.session
     try:
         placed, copied, gpu = place(pullback, cotangents)
-        gradients: Tensors = session.run_pullback(
-            pullback,
-            int(handle),
-            placed,
-            copied=copied,
-            make=lambda blocks: from_blocks(blocks, pullback.prepared.outputs, gpu),
-            stream=None if gpu is None else gpu.stream,
-        )
+        with profiled(pullback):
+            gradients: Tensors = session.run_pullback(
+                pullback,
+                int(handle),
+                placed,
+                copied=copied,
+                make=lambda blocks: from_blocks(blocks, pullback.prepared.outputs, gpu),
+                stream=None if gpu is None else gpu.stream,
+            )
     except ResidualGone:
         made_by = program.on_model(tag_of(int(handle)))
         return run(made_by.vjp(wrt, given), [*inputs, *cotangents])

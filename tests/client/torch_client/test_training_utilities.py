@@ -292,3 +292,15 @@ def test_weights_are_vectors_too(remote: Remote) -> None:
     nn.utils.vector_to_parameters(vector * 2, model.parameters())
     torch.testing.assert_close(model(rows()), rows() @ model.weight + model.bias)
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), vector * 2)
+
+
+def test_a_profiler_shows_the_calls_by_name(jax_worker: Session) -> None:
+    """The forward and the backward of a call, and a batched call."""
+    f = RemoteJaxFunction(jax_worker, name="tanh")
+    x = torch.ones(3, requires_grad=True)
+    f(x).sum().backward()
+    with torch.profiler.profile() as profile:
+        f(x).sum().backward()
+        torch.vmap(f)(torch.ones(2, 3))
+    names = {event.key for event in profile.key_averages()}
+    assert {"bridge:tanh.forward", "bridge:tanh.vjp", "bridge:tanh.vmap"} <= names
