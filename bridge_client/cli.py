@@ -1,6 +1,7 @@
 """The command `bridge_client`: inspects a worker from the client's side. Imports no framework."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
@@ -19,6 +20,7 @@ from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
 OK, FAILED, MISUSE = 0, 1, 2
+_LONGEST_S = 86_400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,7 +98,7 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
     add(
         "--range",
         nargs=2,
-        type=float,
+        type=_finite,
         metavar=("LOW", "HIGH"),
         help="of the arguments' numbers",
         default=(LOW, HIGH),
@@ -122,7 +124,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=5.0,
         metavar="SECONDS",
         help="default: %(default)g",
@@ -151,6 +153,31 @@ def _address(text: str) -> str:
     except CallerError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def _number_of(text: str) -> float:
+    """Return a number, or NaN for any other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _finite(text: str) -> float:
+    value = _number_of(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _number_of(text)
+    if not 0 < value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time; expected seconds above 0 and at most {_LONGEST_S}, such as"
+            " 2.5"
+        )
+    return value
 
 
 def _specs(text: str) -> tuple[Spec, ...]:
@@ -209,6 +236,8 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
 
 def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     low, high = options.range
+    if low > high:
+        raise _Misuse(f"--range {low:g} {high:g} is empty; LOW must be at most HIGH")
     checks: list[Check] = []
     for model, arrays in _signatures(session, options):
         made = check_gradients(

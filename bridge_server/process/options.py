@@ -11,6 +11,7 @@ from bridge_wire import __version__
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LARGEST = (1 << 63) - 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -188,7 +189,12 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size; expected 1073741824, 512M or 2G"
         )
-    return int(number) * _UNITS[unit]
+    size = int(number) * _UNITS[unit]
+    if size > _LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} exceeds the address space; expected at most {_LARGEST}"
+        )
+    return size
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -12,9 +12,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from bridge_server.serving.conversation import ATTACH_S
-from bridge_wire.errors import OutOfMemory, ProtocolError, Unauthenticated, abort
+from bridge_wire.errors import (
+    BridgeError,
+    OutOfMemory,
+    PeerError,
+    ProtocolError,
+    Unauthenticated,
+    abort,
+)
 from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -53,11 +61,14 @@ class Entrance(grpc.ServerInterceptor):
             else _UNARY_RESPONSE
         )
         serve = self._prompt(handler)
+        decode = (
+            _lane_request
+            if details.method == f"{_BRIDGE}Lane"
+            else handler.request_deserializer
+        )
         return make(
             serve if details.method.startswith(_BRIDGE) else self._counted(serve),
-            request_deserializer=_lane_request
-            if details.method == f"{_BRIDGE}Lane"
-            else handler.request_deserializer,
+            request_deserializer=_tolerant(decode),
             response_serializer=handler.response_serializer,
         )
 
@@ -77,18 +88,29 @@ class Entrance(grpc.ServerInterceptor):
         )
         serve = next(filter(None, kinds))
 
+        def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            try:
+                yield from serve(self._awaited.all_of(requests, context), context)
+            except PeerError as error:
+                abort(context, error)
+
         def prompt(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            if handler.request_streaming:
-                return serve(self._awaited.all_of(requests, context), context)
             request = self._awaited.first_of(requests, context)
             if request is None:
-                abort(
-                    context,
-                    ProtocolError("the call ended without a request; expected one"),
+                request = ProtocolError(
+                    "the call ended without a request; expected one"
                 )
-            return serve(request, context)
+            if isinstance(request, BridgeError):
+                abort(context, request)
+            try:
+                return serve(request, context)
+            except NotImplementedError:  # of a method that gRPC's package declares only
+                context.abort(
+                    grpc.StatusCode.UNIMPLEMENTED,
+                    "the worker does not implement this method",
+                )
 
-        return prompt
+        return stream if handler.request_streaming else prompt
 
     def _counted(self, serve: _Behavior) -> _Behavior:
         def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
@@ -110,6 +132,23 @@ def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
     abort(
         context, Unauthenticated("the worker's token is missing or wrong; pass token=")
     )
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a decoder that returns a ProtocolError as the request, and does not raise it.
+
+    gRPC would write the exception's traceback to the log, at any client's will.
+    """
+
+    def decoded(message: bytes) -> Any:
+        try:
+            return decode(message)
+        except DecodeError as error:
+            return ProtocolError(f"the request cannot be decoded: {error}")
+        except ProtocolError as error:
+            return error
+
+    return decoded
 
 
 def _lane_request(message: bytes) -> pb.LaneRequest:
@@ -163,11 +202,13 @@ class _Awaited:
         self, requests: Iterator[_T], context: grpc.ServicerContext
     ) -> Iterator[_T]:
         """Yield a client's requests, the first within ATTACH_S; a broken stream counts as ended."""
-        first = self.first_of(requests, context)
-        if first is not None:
-            yield first
-            with contextlib.suppress(grpc.RpcError):
-                yield from requests
+        request = self.first_of(requests, context)
+        with contextlib.suppress(grpc.RpcError):
+            while request is not None:
+                if isinstance(request, BridgeError):
+                    raise request
+                yield request
+                request = next(requests, None)
 
     def _watch(self) -> None:
         while True:
