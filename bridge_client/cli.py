@@ -62,19 +62,42 @@ def _parser() -> argparse.ArgumentParser:
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
     for command in (describe, check, diagnose):
-        command.add_argument(
-            "--token",
-            help="for a worker with --token-file (BRIDGE_TOKEN)",
-            default=environ.get("BRIDGE_TOKEN"),
-        )
+        _add_tokens(command)
     for command in (describe, check, diagnose, health):
-        command.add_argument(
-            "--tls-ca",
-            metavar="PEM",
-            help="use TLS, and trust this authority",
-            type=Path,
-        )
+        _add_tls(command)
     return parser
+
+
+def _add_tokens(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--token",
+        type=_token,
+        help="for a worker with tokens (BRIDGE_TOKEN); others may see it in the list of processes",
+    )
+    group.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="a file with the token (BRIDGE_TOKEN_FILE)",
+    )
+
+
+def _add_tls(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--tls-ca",
+        metavar="PEM",
+        help="use TLS, and trust this authority (BRIDGE_TLS_CA)",
+        type=Path,
+        default=environ.get("BRIDGE_TLS_CA") or None,
+    )
+    add(
+        "--tls-cert",
+        metavar="PEM",
+        help="certificate of this client, for a worker with --tls-client-ca",
+        type=Path,
+    )
+    add("--tls-key", metavar="PEM", help="private key of --tls-cert", type=Path)
 
 
 def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
@@ -155,6 +178,12 @@ def _address(text: str) -> str:
     return text
 
 
+def _token(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("a token is printable ASCII")
+    return text
+
+
 def _number_of(text: str) -> float:
     """Return a number, or NaN for any other text."""
     try:
@@ -193,16 +222,42 @@ def _with_session(
     """Return the action on a session with the worker that the options name."""
 
     def act(options: argparse.Namespace) -> int:
+        terms = _terms(options)
         with connect(
-            options.address, token=options.token, tls=_tls(options)
+            options.address,
+            token=terms.token,
+            tls=terms.tls,
+            token_file=terms.token_file,
         ) as session:
             return action(session, options)
 
     return act
 
 
+def _terms(options: argparse.Namespace) -> Terms:
+    """Return the token and certificates of the flags, or else of the variables."""
+    token, file = options.token, options.token_file
+    if token is None and file is None:
+        token = environ.get("BRIDGE_TOKEN") or None
+        file = None if token else environ.get("BRIDGE_TOKEN_FILE") or None
+    terms = Terms(token, _tls(options), token_file=file)
+    try:
+        terms.current_token()
+    except CallerError as error:
+        raise _Misuse(str(error)) from error
+    return terms
+
+
 def _tls(options: argparse.Namespace) -> Tls | None:
-    return Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise _Misuse("--tls-cert and --tls-key go together")
+    if not (options.tls_ca or options.tls_cert):
+        return None
+    paths = (options.tls_ca, options.tls_cert, options.tls_key)
+    try:
+        return Tls(*(path.read_bytes() if path else None for path in paths))
+    except OSError as error:
+        raise _Misuse(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -213,7 +268,7 @@ def _health(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    checks = list(doctor.examine(options.address, Terms(options.token, _tls(options))))
+    checks = list(doctor.examine(options.address, _terms(options)))
     print(as_json(checks) if options.json else as_table(checks))
     return FAILED if worst(checks) == BROKEN else OK
 

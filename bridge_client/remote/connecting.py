@@ -1,5 +1,6 @@
 """`connect`, and `session_for`: the session of a function's target. Framework imports are local."""
 
+import os
 from typing import Any
 
 from bridge_client.remote.link import Terms, Tls
@@ -19,6 +20,7 @@ def connect(
     timeout_s: float | None = None,
     lane: str | None = None,
     require: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
 ) -> RemoteSession:
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
@@ -30,7 +32,9 @@ def connect(
         the fastest available lane.
       require: "memfd" or "cuda_ipc" makes any other memory kind an error instead of a logged
         fallback.
+      token_file: a file with the token, instead of `token`; read again at each connection.
     Raises:
+      CallerError: an argument is malformed, or the token file cannot be read.
       WorkerUnavailable: no worker answers at the address.
       Unauthenticated: the token is wrong.
       LaneUnavailable: the required lane or memory kind is unavailable.
@@ -38,7 +42,11 @@ def connect(
     """
     check_address(address)
     check_terms(lane, require)
-    terms = Terms(token, Tls() if tls is True else tls or None, lane, require)
+    if token is not None and token_file is not None:
+        raise CallerError("token= and token_file= exclude each other; pass one of them")
+    file = None if token_file is None else os.fspath(token_file)
+    trusted = Tls() if tls is True else tls or None
+    terms = Terms(token, trusted, lane, require, file)
     return RemoteSession(Fixed(address), terms, timeout_s)
 
 
