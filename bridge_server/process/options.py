@@ -11,6 +11,7 @@ from bridge_wire import __version__
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LONGEST_S = 86_400
 _LARGEST = (1 << 63) - 1
 
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "bridge_server",
         description=(
             "Serve JAX or torch models to programs in other processes. `bridge_server doctor`"
-            " checks the environment instead."
+            " checks the environment instead, `bridge_server token` makes a token."
         ),
         epilog=(
             "Every option has an environment variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES,"
@@ -122,6 +123,13 @@ def _add_serving(add: Callable[..., Any]) -> None:
         metavar="BYTES",
     )
     add(
+        "--drain-s",
+        "time that calls have to finish after SIGTERM",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+    )
+    add(
         "--log-level",
         "lowest level to log",
         choices=("debug", "info", "warning", "error"),
@@ -144,6 +152,11 @@ def _add_running(add: Callable[..., Any]) -> None:
     add(
         "--full-tracebacks",
         "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
+        action="store_true",
+    )
+    add(
+        "--no-tracebacks",
+        "send clients a model's error without its traceback, which has source lines",
         action="store_true",
     )
     add(
@@ -170,11 +183,22 @@ def _add_running(add: Callable[..., Any]) -> None:
 def _add_security(add: Callable[..., Any]) -> None:
     add(
         "--token-file",
-        "clients must present the token in this file, or in BRIDGE_TOKEN",
+        "clients must present a token of this file, or the one in BRIDGE_TOKEN; see"
+        " `bridge_server token --help`",
         metavar="FILE",
     )
     add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
     add("--tls-key", "private key of --tls-cert", metavar="PEM")
+    add(
+        "--tls-client-ca",
+        "accept only clients with a certificate of this authority",
+        metavar="PEM",
+    )
+    add(
+        "--no-reflection",
+        "do not serve gRPC reflection",
+        action="store_true",
+    )
     add(
         "--insecure",
         "allow TCP beyond loopback without TLS or token",
@@ -195,6 +219,18 @@ def _bytes(text: str) -> int:
             f"{text!r} exceeds the address space; expected at most {_LARGEST}"
         )
     return size
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time; expected seconds from 0 to {_LONGEST_S}"
+        )
+    return value
 
 
 def _mesh(text: str) -> dict[str, int]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from bridge_server.process.tokens import ANYONE
 from bridge_server.runtime import Program, Runtime
 from bridge_server.serving.residuals import Kept, Residuals
 from bridge_server.turns import Turn, turn_with
@@ -93,6 +94,8 @@ class Session:
     residuals: Residuals
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
+    # Name of the grant with which the session was opened.
+    owner: str = ANYONE.name
     is_closed: bool = False
     # Everything is released.
     ended: threading.Event = field(default_factory=threading.Event)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -206,7 +207,7 @@ def test_no_request_writes_a_traceback_to_the_log(
     the worker no traceback of it."""
     with grpc.insecure_channel(worker.address) as channel:
         for method in [*_SERVICES[service], ""]:
-            call = channel.stream_stream(f"/{_NAMES[service]}/{method}")
+            call: Any = channel.stream_stream(f"/{_NAMES[service]}/{method}")
             replies = call(iter([data]), timeout=1 if method == "Watch" else 20)
             try:
                 for _ in replies:
