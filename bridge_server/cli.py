@@ -18,6 +18,7 @@ from bridge_server.process.certificates import Certificates
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse
 from bridge_server.process.parent import watch_parent
+from bridge_server.process.service_manager import ServiceManager
 from bridge_server.process.shutdown import (
     Stopped,
     StopSignals,
@@ -73,6 +74,7 @@ def _serve(options: argparse.Namespace) -> None:
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
+    manager = ServiceManager()
     _warn_if_exposed(endpoint, security)
     for variable, is_on in (
         (FULL_TRACEBACKS, options.full_tracebacks),
@@ -104,7 +106,9 @@ def _serve(options: argparse.Namespace) -> None:
                 warm_up(programs, warmup)
         worker.announce_ready()
         _print_ready(worker, models, runtime, stdout)
+        manager.note_ready(worker.address)
         stop.wait(security.reload)
+        manager.note_stopping()
         is_drained = _drain(worker, stop, options.drain_s)
     finally:
         worker.close()
