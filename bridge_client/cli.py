@@ -21,6 +21,7 @@ from bridge_wire.specs import Spec
 
 OK, FAILED, MISUSE = 0, 1, 2
 _LONGEST_S = 86_400
+_LAST_PORT = 65_535
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,6 +176,14 @@ def _address(text: str) -> str:
         check_address(text)
     except CallerError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    host, _, port = text.rpartition(":")
+    is_path = text.startswith("unix:") and text != "unix:"
+    is_port = host and port.isdecimal() and 0 < int(port) <= _LAST_PORT
+    if not (text.isprintable() and (is_path or is_port)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an address; expected unix:PATH, or HOST:PORT with a port from 1 to"
+            f" {_LAST_PORT}"
+        )
     return text
 
 
