@@ -250,6 +250,7 @@ def _load(
 
 
 def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Security:
+    _refuse_empty(options)
     token = "" if options.token_file else os.environ.get("BRIDGE_TOKEN", "").strip()
     file = Path(options.token_file) if options.token_file else None
     security = Security(
@@ -264,6 +265,16 @@ def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Secu
             " socket, or accept the risk with --insecure"
         )
     return security
+
+
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """Raise CallerError for an option without a file: it must not leave the worker open."""
+    for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+        if getattr(options, name) == "":
+            flag = f"--{name.replace('_', '-')}"
+            raise CallerError(
+                f"{flag} or its variable is empty; name a file, or leave it out"
+            )
 
 
 def _certificates(options: argparse.Namespace) -> Certificates | None:

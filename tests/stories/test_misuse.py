@@ -118,6 +118,7 @@ def test_a_file_in_place_of_the_runtime_directory_is_refused(
     [
         ("float32[2,3],float32[2,3]", "fails: TypeError: dot_general"),
         ("float32[2,3]", "--warmup 'float32[2,3]' fails: "),
+        ("float32[99999999999999999999]", "a size beyond the address space"),
         ("sqare=float32[2]", "no model is named 'sqare'"),
     ],
 )
@@ -172,6 +173,27 @@ def test_a_size_fits_in_the_address_space(
         options.parse([flag, "9999999T"])
     assert ended.value.code == 2
     assert "exceeds the address space" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "address", [":0", "unix:", "localhost:99999", "a:b", "h:0", "unix:/\udce9", "x"]
+)
+def test_an_address_that_nobody_can_have_is_misuse(
+    address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`bridge_client` refuses an address by its form before it calls anybody."""
+    with pytest.raises(SystemExit) as ended:
+        main(["describe", address])
+    assert ended.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--token-file", "--tls-cert", "--tls-client-ca"])
+def test_a_guard_without_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+    """An empty name, as of an unset variable of a shell, does not leave the worker open."""
+    with subprocess_of_worker(tmp_path, *models("square"), flag, "") as worker:
+        assert worker.wait() == 2
+        assert f"{flag} or its variable is empty" in worker.stderr
 
 
 # Requests that no method serves -------------------------------------------------------------------
