@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -22,14 +23,19 @@ from bridge_client.cli import main
 from bridge_client.remote.grpc_lane import GrpcLane, from_rpc
 from bridge_server.process import tokens
 from bridge_server.process.tokens import Grant, Tokens
+from bridge_server.serving.local_lanes import LocalLanes
+from bridge_server.serving.sessions import Sessions
 from bridge_wire.errors import (
     CallerError,
+    OutOfMemory,
     RemoteModelError,
     Unauthenticated,
     UnknownModel,
     WorkerUnavailable,
     decode,
 )
+from bridge_wire.lane.framed_socket import FramedSocket
+from bridge_wire.memory.slabs import PAGE, create_slab
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.pb.bridge_pb2_grpc import BridgeStub
 from tests.calls import floats, prepare, squares
@@ -399,6 +405,7 @@ def test_a_new_token_admits_its_client(
     assert tokens.main(["bob", str(file)]) == 0
     second = capsys.readouterr().out.strip()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert hashlib.sha256(first.encode()).hexdigest() in file.read_text()
     assert first not in file.read_text() and len(first) > 40
     known = Tokens(file)
     alice, bob = known.admit(first), known.admit(second)
@@ -716,3 +723,47 @@ def test_random_token_files_admit_nobody_else(tmp_path: Path, seed: int) -> None
         for token in ("mallory", "", ALICE[:-1], "sha256:"):
             with pytest.raises(Unauthenticated):
                 known.admit(token)
+
+
+# The local lane -----------------------------------------------------------------------------------
+
+
+def test_a_local_lane_is_for_the_workers_own_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer with another user id is refused whatever it sends, also with a session's token."""
+    sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)
+    lanes = LocalLanes(f"{tmp_path}/w.sock.lane", sessions)
+    lanes.start()
+    with contextlib.closing(lanes), socket.socket(socket.AF_UNIX) as connection:
+        own = os.geteuid()
+        monkeypatch.setattr("os.geteuid", lambda: own + 1)
+        connection.connect(lanes.path)
+        lane = FramedSocket(connection)
+        attach = pb.LaneRequest(attach=pb.Attach(session=sessions.open().token))
+        with contextlib.suppress(OSError):
+            lane.send(attach.SerializeToString())
+        reply = pb.LaneReply.FromString(lane.receive(20) or b"")
+        assert type(decode(reply.error)) is Unauthenticated
+        assert "own user only" in reply.error.message
+        assert stat.S_IMODE(Path(lanes.path).stat().st_mode) == 0o600
+        lane.close()
+
+
+def test_a_client_shares_no_more_than_its_limit() -> None:
+    """The worker itself bounds the shared memory of a session: a client may ignore the limit that
+    it was told."""
+    sessions = Sessions(None, residual_bytes=0, slab_bytes=1 << 20)
+    session = sessions.open()
+    slab = create_slab(2 * PAGE, PAGE)
+    share = pb.Share(base=PAGE, nbytes=2 * PAGE)
+    try:
+        with pytest.raises(OutOfMemory, match="may share at most"):
+            session.add_slab([os.dup(slab.fd)], share, PAGE)
+        session.add_slab([os.dup(slab.fd)], share, 2 * PAGE)
+        share.base = 8 * PAGE
+        with pytest.raises(OutOfMemory, match="may share at most"):
+            session.add_slab([os.dup(slab.fd)], share, 3 * PAGE)
+    finally:
+        session.discard()
+        slab.close()
