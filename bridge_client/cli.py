@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
@@ -21,6 +22,8 @@ from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
 OK, FAILED, MISUSE = 0, 1, 2
+_LONGEST_S = 86_400
+_LAST_PORT = 65_535
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,19 +66,41 @@ def _parser() -> argparse.ArgumentParser:
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
     for command in (describe, check, diagnose, health, watch):
-        command.add_argument(
-            "--token",
-            help="for a worker with --token-file (BRIDGE_TOKEN)",
-            default=environ.get("BRIDGE_TOKEN"),
-        )
-    for command in (describe, check, diagnose, health, watch):
-        command.add_argument(
-            "--tls-ca",
-            metavar="PEM",
-            help="use TLS, and trust this authority",
-            type=Path,
-        )
+        _add_tokens(command)
+        _add_tls(command)
     return parser
+
+
+def _add_tokens(command: argparse.ArgumentParser) -> None:
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--token",
+        type=_token,
+        help="for a worker with tokens (BRIDGE_TOKEN); others may see it in the list of processes",
+    )
+    group.add_argument(
+        "--token-file",
+        metavar="FILE",
+        help="a file with the token (BRIDGE_TOKEN_FILE)",
+    )
+
+
+def _add_tls(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add(
+        "--tls-ca",
+        metavar="PEM",
+        help="use TLS, and trust this authority (BRIDGE_TLS_CA)",
+        type=Path,
+        default=environ.get("BRIDGE_TLS_CA") or None,
+    )
+    add(
+        "--tls-cert",
+        metavar="PEM",
+        help="certificate of this client, for a worker with --tls-client-ca",
+        type=Path,
+    )
+    add("--tls-key", metavar="PEM", help="private key of --tls-cert", type=Path)
 
 
 def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
@@ -99,7 +124,7 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
     add(
         "--range",
         nargs=2,
-        type=float,
+        type=_finite,
         metavar=("LOW", "HIGH"),
         help="of the arguments' numbers",
         default=(LOW, HIGH),
@@ -125,7 +150,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=5.0,
         metavar="SECONDS",
         help="default: %(default)g",
@@ -186,7 +211,46 @@ def _address(text: str) -> str:
         check_address(text)
     except CallerError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    host, _, port = text.rpartition(":")
+    is_path = text.startswith("unix:") and text != "unix:"
+    is_port = host and port.isdecimal() and 0 < int(port) <= _LAST_PORT
+    if not (text.isprintable() and (is_path or is_port)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an address; expected unix:PATH, or HOST:PORT with a port from 1 to"
+            f" {_LAST_PORT}"
+        )
     return text
+
+
+def _token(text: str) -> str:
+    if not (text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError("a token is printable ASCII")
+    return text
+
+
+def _number_of(text: str) -> float:
+    """Return a number, or NaN for any other text."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _finite(text: str) -> float:
+    value = _number_of(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    value = _number_of(text)
+    if not 0 < value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time; expected seconds above 0 and at most {_LONGEST_S}, such as"
+            " 2.5"
+        )
+    return value
 
 
 def _specs(text: str) -> tuple[Spec, ...]:
@@ -202,16 +266,42 @@ def _with_session(
     """Return the action on a session with the worker that the options name."""
 
     def act(options: argparse.Namespace) -> int:
+        terms = _terms(options)
         with connect(
-            options.address, token=options.token, tls=_tls(options)
+            options.address,
+            token=terms.token,
+            tls=terms.tls,
+            token_file=terms.token_file,
         ) as session:
             return action(session, options)
 
     return act
 
 
+def _terms(options: argparse.Namespace) -> Terms:
+    """Return the token and certificates of the flags, or else of the variables."""
+    token, file = options.token, options.token_file
+    if token is None and file is None:
+        token = environ.get("BRIDGE_TOKEN") or None
+        file = None if token else environ.get("BRIDGE_TOKEN_FILE") or None
+    terms = Terms(token, _tls(options), token_file=file)
+    try:
+        terms.current_token()
+    except CallerError as error:
+        raise _Misuse(str(error)) from error
+    return terms
+
+
 def _tls(options: argparse.Namespace) -> Tls | None:
-    return Tls(options.tls_ca.read_bytes()) if options.tls_ca else None
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise _Misuse("--tls-cert and --tls-key go together")
+    if not (options.tls_ca or options.tls_cert):
+        return None
+    paths = (options.tls_ca, options.tls_cert, options.tls_key)
+    try:
+        return Tls(*(path.read_bytes() if path else None for path in paths))
+    except OSError as error:
+        raise _Misuse(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _health(options: argparse.Namespace) -> int:
@@ -231,7 +321,7 @@ def _call_once(session: Session, options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    checks = list(doctor.examine(options.address, Terms(options.token, _tls(options))))
+    checks = list(doctor.examine(options.address, _terms(options)))
     print(as_json(checks) if options.json else as_table(checks))
     return FAILED if worst(checks) == BROKEN else OK
 
@@ -260,6 +350,8 @@ def _describe(session: Session, options: argparse.Namespace) -> int:
 
 def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     low, high = options.range
+    if low > high:
+        raise _Misuse(f"--range {low:g} {high:g} is empty; LOW must be at most HIGH")
     checks: list[Check] = []
     for model, arrays in _signatures(session, options):
         made = check_gradients(

@@ -8,15 +8,17 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from bridge_server.model_errors import FULL_TRACEBACKS
-from bridge_server.process import devices, doctor, endpoints, logs, targets
+from bridge_server.model_errors import FULL_TRACEBACKS, NO_TRACEBACKS
+from bridge_server.process import devices, doctor, endpoints, logs, targets, tokens
+from bridge_server.process.certificates import Certificates
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse
 from bridge_server.process.parent import watch_parent
+from bridge_server.process.service_manager import ServiceManager
 from bridge_server.process.shutdown import (
     Stopped,
     StopSignals,
@@ -35,7 +37,6 @@ from bridge_wire.memory.pool import half_of_memory
 _log = logging.getLogger("bridge_server")
 
 OK, FAILED, USAGE = 0, 1, 2
-_DRAIN_S = 30.0
 _LAST_S = 5.0  # for cleanup by models when the interpreter exits
 
 
@@ -45,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv[:1] == ["doctor"]:
-        return doctor.main(argv[1:])
+    for name, command in (("doctor", doctor.main), ("token", tokens.main)):
+        if argv[:1] == [name]:
+            return command(argv[1:])
     options = parse(argv)
     logs.set_up(options.log_level, options.log_format)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -57,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _serve(options)
         status = OK
     except Stopped:
-        status = OK
+        # XLA compiles in threads of its own: the interpreter's end waited for them, and crashed.
+        logging.shutdown()
+        os._exit(OK)
     except BridgeError as error:
         print(f"bridge_server: {error}", file=sys.stderr)
         status = USAGE if isinstance(error, CallerError) else FAILED
@@ -71,13 +75,13 @@ def _serve(options: argparse.Namespace) -> None:
     endpoint = endpoints.parse(options.listen)
     security = _security(options, endpoint)
     restart_with_a_good_allocator()
-    if endpoint.is_exposed and not security.is_any:
-        _log.warning(
-            "INSECURE: any client that reaches %s can run this worker's models",
-            endpoint.address,
-        )
-    if options.full_tracebacks:
-        os.environ[FULL_TRACEBACKS] = "1"
+    manager = ServiceManager()
+    _warn_if_exposed(endpoint, security)
+    for variable, is_on in (
+        (FULL_TRACEBACKS, options.full_tracebacks),
+        (NO_TRACEBACKS, options.no_tracebacks),
+    ):
+        os.environ[variable] = str(int(is_on))
     stop = StopSignals()
     # After the restart, which could hide other GPUs: a number would then name another device.
     devices.choose(
@@ -89,33 +93,45 @@ def _serve(options: argparse.Namespace) -> None:
     with stop.at_once():
         runtime, models = _runtime_with_models(options)
     sessions = _sessions(options, runtime, stop)
-    if options.metrics:
-        _export(options.metrics, sessions)
     programs = Programs(runtime, models, options.revision, sessions.meters)
-    worker = Worker(
-        runtime,
-        programs,
-        sessions,
-        endpoint,
-        security,
-        options.stuck_s,
-        stop.give_up if options.exit_when_stuck else lambda: None,
-    )
+    how = endpoint, security, options.stuck_s
+    worker = Worker(runtime, programs, sessions, *how, _on_stuck(options, stop))
     is_drained = False
     try:
-        with stop.at_once():
+        with stop.at_once(worker.remove_sockets):
             for warmup in options.warmup:
                 warm_up(programs, warmup)
         worker.announce_ready()
         _print_ready(worker, models, runtime, stdout)
-        stop.wait()
-        is_drained = _drain(worker, stop)
+        manager.note_ready(worker.address)
+        stop.wait(security.reload)
+        manager.note_stopping()
+        is_drained = _drain(worker, stop, options.drain_s)
     finally:
         worker.close()
     if not is_drained:
         # A framework's cleanup at the interpreter's end may wait for the GPU, or crash; and the
         # interpreter itself would wait for the calls.
         os._exit(FAILED)
+
+
+def _on_stuck(options: argparse.Namespace, stop: StopSignals) -> Callable[[], None]:
+    return stop.give_up if options.exit_when_stuck else lambda: None
+
+
+def _warn_if_exposed(endpoint: endpoints.Endpoint, security: Security) -> None:
+    if not endpoint.is_exposed:
+        return
+    if not security.is_any:
+        _log.warning(
+            "INSECURE: any client that reaches %s can run this worker's models",
+            endpoint.address,
+        )
+    if security.is_clear_text:
+        _log.warning(
+            "clients' tokens and tensors reach %s in clear text: set --tls-cert and --tls-key",
+            endpoint.address,
+        )
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -130,6 +146,10 @@ def _check(options: argparse.Namespace) -> None:
     if options.via_xla and not options.torch_model:
         raise CallerError(
             "--via-xla runs torch models through XLA: name one with --torch-model"
+        )
+    if options.full_tracebacks and options.no_tracebacks:
+        raise CallerError(
+            "--full-tracebacks and --no-tracebacks exclude each other: remove one of them"
         )
 
 
@@ -155,14 +175,14 @@ def _print_ready(
     print(line, file=stdout, flush=True)
 
 
-def _drain(worker: Worker, stop: StopSignals) -> bool:
+def _drain(worker: Worker, stop: StopSignals, limit_s: float) -> bool:
     """Finish the calls under way; return whether all have finished."""
     if stop.has_given_up:
         return False
     _log.info("draining: no new work; waiting for the calls under way")
-    is_drained = worker.drain(_DRAIN_S)
+    is_drained = worker.drain(limit_s)
     if not is_drained:
-        _log.warning("gave up on calls that were still running after %g s", _DRAIN_S)
+        _log.warning("gave up on calls that were still running after %g s", limit_s)
     return is_drained
 
 
@@ -212,7 +232,7 @@ def _export(listen: str, sessions: Sessions) -> None:
 def _sessions(
     options: argparse.Namespace, runtime: Runtime, stop: StopSignals
 ) -> Sessions:
-    return Sessions(
+    sessions = Sessions(
         runtime,
         residual_bytes=_residual_bytes(options, runtime),
         slab_bytes=options.session_slab_bytes,
@@ -221,6 +241,9 @@ def _sessions(
         slow_s=options.slow_call_s,
         on_failure=stop.give_up,
     )
+    if options.metrics:
+        _export(options.metrics, sessions)
+    return sessions
 
 
 def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:
@@ -251,15 +274,14 @@ def _load(
 
 
 def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Security:
-    if bool(options.tls_cert) != bool(options.tls_key):
-        raise CallerError("--tls-cert and --tls-key go together")
-    try:
-        token = _token(options.token_file)
-        certificate = Path(options.tls_cert).read_bytes() if options.tls_cert else None
-        key = Path(options.tls_key).read_bytes() if options.tls_key else None
-    except OSError as error:
-        raise CallerError(f"cannot read {error.filename}: {error.strerror}") from error
-    security = Security(token, certificate, key)
+    _refuse_empty(options)
+    token = "" if options.token_file else os.environ.get("BRIDGE_TOKEN", "").strip()
+    file = Path(options.token_file) if options.token_file else None
+    security = Security(
+        tokens.Tokens(file, token),
+        _certificates(options),
+        reflection=not options.no_reflection,
+    )
     if endpoint.is_exposed and not security.is_any and not options.insecure:
         raise CallerError(
             f"{endpoint.address} can be reached from other hosts: set --token-file (or"
@@ -269,20 +291,26 @@ def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Secu
     return security
 
 
-def _token(file: str | None) -> str | None:
-    """Return the token that clients must present, if there is one."""
-    token = (
-        Path(file).read_text(errors="replace").strip()
-        if file
-        else os.environ.get("BRIDGE_TOKEN", "").strip()
+def _refuse_empty(options: argparse.Namespace) -> None:
+    """Raise CallerError for an option without a file: it must not leave the worker open."""
+    for name in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+        if getattr(options, name) == "":
+            flag = f"--{name.replace('_', '-')}"
+            raise CallerError(
+                f"{flag} or its variable is empty; name a file, or leave it out"
+            )
+
+
+def _certificates(options: argparse.Namespace) -> Certificates | None:
+    if bool(options.tls_cert) != bool(options.tls_key):
+        raise CallerError("--tls-cert and --tls-key go together")
+    if not options.tls_cert:
+        if options.tls_client_ca:
+            raise CallerError("--tls-client-ca needs --tls-cert and --tls-key")
+        return None
+    authority = options.tls_client_ca
+    return Certificates(
+        Path(options.tls_cert),
+        Path(options.tls_key),
+        Path(authority) if authority else None,
     )
-    if file and not token:
-        raise CallerError(
-            f"the token file {file} is empty; write a token to it, or leave --token-file out"
-        )
-    # gRPC carries nothing else in a header.
-    if not (token.isascii() and token.isprintable()):
-        raise CallerError(
-            "a token consists of printable ASCII characters, such as `openssl rand -hex 32` prints"
-        )
-    return token or None

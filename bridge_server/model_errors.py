@@ -1,6 +1,7 @@
 """A model's exceptions as errors that cross the wire. Imports no framework."""
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -14,9 +15,13 @@ from typing import NamedTuple
 from bridge_wire import classes, trees
 from bridge_wire.errors import BridgeError, OutOfMemory, RemoteModelError
 
+_log = logging.getLogger(__name__)
+
 _OFF = ("", "0", "false", "no", "off")
 # The variable that leaves the frames of frameworks and the bridge in remote tracebacks.
 FULL_TRACEBACKS = "BRIDGE_FULL_TRACEBACKS"
+# The variable that keeps tracebacks, which have source lines, in the worker.
+NO_TRACEBACKS = "BRIDGE_NO_TRACEBACKS"
 LEAKED = (
     "the model has stored a value of an earlier trace (in an attribute, a global, a cache, or a"
     " closure such as that of a custom_vjp) and uses it in another one: pass such a value as an"
@@ -113,10 +118,15 @@ def remote(error: BaseException, where: str) -> BridgeError:
         for pattern, remedy in _REMEDIES.items()
         if (match := re.search(pattern, text))
     ]
+    trail = _traceback_of(error, frames, message if frames else "")
+    if _is_on(NO_TRACEBACKS):
+        _log.debug("%s", trail)
+        trail = ""
+        message = message.partition(_BEGIN)[0]
     return RemoteModelError(
         "\n".join([_REMARKS.sub("\n", message).rstrip(), *remedies, f"(in {where})"]),
         remote_type=f"{kind.__module__}.{kind.__qualname__}",
-        remote_traceback=_traceback_of(error, frames, message if frames else ""),
+        remote_traceback=trail,
     )
 
 
@@ -160,7 +170,11 @@ def _traceback_of(
 
 def is_full() -> bool:
     """Return whether remote tracebacks keep the frames of the bridge and of frameworks."""
-    return os.environ.get(FULL_TRACEBACKS, "").lower() not in _OFF
+    return _is_on(FULL_TRACEBACKS)
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() not in _OFF
 
 
 def places_of(error: BaseException) -> list[tuple[str, int | None]]:

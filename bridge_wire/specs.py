@@ -120,6 +120,10 @@ def parse(text: str) -> tuple[Spec, ...]:
                 f"{text!r} is no list of specs; write it like float32[8,64],int32[8]"
             )
         sizes = [size for size in match[2].replace(" ", "").split(",") if size]
+        if any(int(size) >= 1 << 63 for size in sizes):
+            raise CallerError(
+                f"{text!r} has a size beyond the address space; expected less than 2**63"
+            )
         parsed.append(Spec(BY_NAME[match[1]], tuple(map(int, sizes))))
         position = match.end()
     return tuple(parsed)

@@ -120,7 +120,7 @@ def test_operations_page_shows_what_a_doctor_looks_at(jax_worker: Session) -> No
     assert shown == [name for name in made if name not in ("GPUs to use", "MPS")]
 
 
-@pytest.mark.parametrize("page", ["transforms.md", "training.md"])
+@pytest.mark.parametrize("page", ["transforms.md", "training.md", "security.md"])
 def test_tests_that_a_page_names_exist(page: str) -> None:
     """The tests that a page's tables name, and the files that it links to, are there."""
     text = (ROOT / "docs" / page).read_text()

@@ -41,7 +41,7 @@ _CANARY_S = 60.0
 
 _REMEDIES: dict[type[BridgeError], str] = {
     CallTimeout: "the worker is stopped, or its host overloaded: look at the worker's log",
-    Unauthenticated: "give the worker's token with --token or BRIDGE_TOKEN",
+    Unauthenticated: "give its token with --token-file, BRIDGE_TOKEN or BRIDGE_TOKEN_FILE",
     VersionMismatch: "install matching releases of torch-jax-bridge on both sides",
 }
 _NOT_THERE = (

@@ -1,5 +1,6 @@
 """`connect`, and `session_for`: the session of a function's target. Framework imports are local."""
 
+import os
 from typing import Any
 
 from bridge_client.remote.link import Terms, Tls
@@ -24,6 +25,7 @@ def connect(
     retry_s: float = 30.0,
     retries: int = 0,
     require_revision: bool = False,
+    token_file: str | os.PathLike[str] | None = None,
 ) -> RemoteSession:
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
@@ -42,7 +44,9 @@ def connect(
         models that are functions of their arguments, parameters, buffers and keys.
       require_revision: whether a worker with another --revision or changed models is an error
         (ModelChanged) instead of a warning.
+      token_file: a file with the token, instead of `token`; read again at each connection.
     Raises:
+      CallerError: an argument is malformed, or the token file cannot be read.
       WorkerUnavailable: no worker answers at the address.
       Unauthenticated: the token is wrong.
       LaneUnavailable: the required lane or memory kind is unavailable.
@@ -50,11 +54,14 @@ def connect(
     """
     check_address(address)
     check_terms(lane, require)
+    if token is not None and token_file is not None:
+        raise CallerError("token= and token_file= exclude each other; pass one of them")
     terms = Terms(
         token,
         Tls() if tls is True else tls or None,
         lane,
         require,
+        None if token_file is None else os.fspath(token_file),
         Policy(wait_s, retry_s, retries),
         require_revision,
     )

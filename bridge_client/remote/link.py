@@ -77,8 +77,31 @@ class Terms:
     tls: Tls | None = None
     lane: str | None = None
     require: str | None = None
+    token_file: str | None = None
     policy: Policy = field(default_factory=Policy)
     require_revision: bool = False
+
+    def current_token(self) -> str | None:
+        """Return the token, from its file if there is one: the file may have a new one by now.
+
+        Raises:
+          CallerError: the file cannot be read, or has hashes of tokens.
+        """
+        if self.token_file is None:
+            return self.token
+        try:
+            with open(self.token_file, errors="replace") as file:
+                token = file.read()
+        except OSError as error:
+            raise CallerError(
+                f"cannot read the token file {self.token_file}: {error.strerror}"
+            ) from error
+        if " sha256:" in token or not token.strip():
+            raise CallerError(
+                f"the token file {self.token_file} is empty or has hashes for a worker; name"
+                " a file with the token itself"
+            )
+        return token
 
 
 class Link:
@@ -111,7 +134,7 @@ class Link:
         self._watches: list[
             Watch
         ] = []  # at most one, created with the first watched lane
-        self._metadata = _authorization(terms.token)
+        self._metadata = _authorization(terms.current_token())
         self._channel = open_channel(address, terms.tls)
         self._stub = _Authorized(BridgeStub(self._channel), self._metadata)
         try:

@@ -37,9 +37,11 @@ _NOT_INHERITED = frozenset(
     f"BRIDGE_{name}"
     for name in (
         *("JAX_MODEL", "TORCH_MODEL", "FACTORY", "VIA_XLA", "MESH", "WARMUP"),
-        *("TOKEN", "TOKEN_FILE", "TLS_CERT", "TLS_KEY", "ALLOCATOR"),
+        *("TOKEN", "TOKEN_FILE", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "ALLOCATOR"),
     )
 )
+# Variables by which a service manager hears from this process, and only from this one.
+_OF_SERVICE = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
 
 Target = str | Mapping[str, str]
 
@@ -133,7 +135,9 @@ class _Child:
         self._show = show
         self._command = command
         inherited = {
-            key: value for key, value in os.environ.items() if key not in _NOT_INHERITED
+            key: value
+            for key, value in os.environ.items()
+            if key not in _NOT_INHERITED | _OF_SERVICE
         }
         self._env = inherited | dict(env)
         self._cwd = cwd

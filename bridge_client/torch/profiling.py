@@ -1,16 +1,17 @@
 """Ranges of torch.profiler around the runs of programs, such as `bridge:model.forward`."""
 
 import contextlib
+from typing import Any
 
 import torch
 
 from bridge_client.programs import Program
 
-_is_on = torch.autograd._profiler_enabled
+_is_on = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _NOTHING = contextlib.nullcontext()
 
 
-def profiled(program: Program) -> contextlib.AbstractContextManager[object]:
+def profiled(program: Any) -> contextlib.AbstractContextManager[object]:
     """Return the range of a run: named if a profiler records, else none."""
     return torch.profiler.record_function(title_of(program)) if _is_on() else _NOTHING
 

@@ -62,21 +62,42 @@ def host_and_port(text: str, flag: str, otherwise: str) -> tuple[str, int]:
 
 def _unix(path: Path) -> Endpoint:
     path = path.absolute()
+    if not str(path).isprintable():
+        raise CallerError(
+            f"the socket's path {str(path)!r} has unprintable characters; choose another --listen"
+            " path"
+        )
     if not _fits(path):
         raise CallerError(
             f"the socket's path exceeds {LONGEST_SOCKET_PATH - len(LANE_SUFFIX)} bytes: {path};"
             " choose a shorter --listen path"
         )
-    if not path.parent.is_dir():
-        raise CallerError(
-            f"the socket's directory does not exist: {path.parent}; create it first"
-        )
+    _check_directory(path.parent)
     for taken in (path, Path(f"{path}{LANE_SUFFIX}")):
         if taken.exists() and not stat.S_ISSOCK(taken.stat().st_mode):
             raise CallerError(
                 f"{taken} exists and is not a socket; choose another --listen path"
             )
     return Endpoint(f"unix:{path}", f"{path}{LANE_SUFFIX}", is_exposed=False)
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise CallerError unless this process can create and remove sockets in a directory."""
+    if not os.path.isdir(directory):
+        raise CallerError(
+            f"the socket's directory does not exist, or is below a directory that the user"
+            f" {os.geteuid()} cannot enter: {directory}; create it first"
+        )
+    if os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        return
+    reason = (
+        "is on a read-only file system"
+        if os.statvfs(directory).f_flag & os.ST_RDONLY
+        else f"is not writable by the user {os.geteuid()}"
+    )
+    raise CallerError(
+        f"the socket's directory {directory} {reason}; choose another --listen path"
+    )
 
 
 def listens(path: str) -> bool:
@@ -113,7 +134,15 @@ def _runtime_directory() -> Path:
             f"no directory for sockets: none of {', '.join(filter(None, parents))} is writable and"
             " short enough; name a --listen"
         )
-    directory.mkdir(mode=0o700, exist_ok=True)
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise CallerError(
+            f"cannot create the directory {directory} for sockets: {error.strerror}; name a"
+            " --listen"
+        ) from error
     status = directory.lstat()
     if (
         not stat.S_ISDIR(status.st_mode)
@@ -124,6 +153,7 @@ def _runtime_directory() -> Path:
             f"{directory} is not a directory of this user with mode 0700; remove it or name a"
             " --listen"
         )
+    _check_directory(directory)
     return directory
 
 

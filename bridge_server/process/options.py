@@ -13,8 +13,9 @@ _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
 _LONGEST_REVISION = 200
 _MOST_COUNTED = 1_000_000
-_MOST_SECONDS = 86_400
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_LONGEST_S = 86_400
+_LARGEST = (1 << 63) - 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "bridge_server",
         description=(
             "Serve JAX or torch models to programs in other processes. `bridge_server doctor`"
-            " checks the environment instead."
+            " checks the environment instead, `bridge_server token` makes a token."
         ),
         epilog=(
             "Every option has an environment variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES,"
@@ -137,7 +138,7 @@ def _add_serving(add: Callable[..., Any]) -> None:
     add(
         "--slow-call-s",
         "log the runs that take more seconds than this",
-        type=_seconds,
+        type=_more_seconds,
         default=math.inf,
         metavar="SECONDS",
     )
@@ -177,7 +178,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
         "--stuck-s",
         "seconds after which a run counts as stuck: `liveness` is then NOT_SERVING, and the log"
         " shows the threads' stacks",
-        type=_seconds,
+        type=_more_seconds,
         default=600.0,
         metavar="SECONDS",
     )
@@ -185,6 +186,13 @@ def _add_limits(add: Callable[..., Any]) -> None:
         "--exit-when-stuck",
         "exit with status 1 once a run is stuck, for a supervisor to start the worker again",
         action="store_true",
+    )
+    add(
+        "--drain-s",
+        "time that calls have to finish after SIGTERM",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
     )
 
 
@@ -202,6 +210,11 @@ def _add_running(add: Callable[..., Any]) -> None:
     add(
         "--full-tracebacks",
         "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
+        action="store_true",
+    )
+    add(
+        "--no-tracebacks",
+        "send clients a model's error without its traceback, which has source lines",
         action="store_true",
     )
     add(
@@ -228,11 +241,22 @@ def _add_running(add: Callable[..., Any]) -> None:
 def _add_security(add: Callable[..., Any]) -> None:
     add(
         "--token-file",
-        "clients must present the token in this file, or in BRIDGE_TOKEN",
+        "clients must present a token of this file, or the one in BRIDGE_TOKEN; see"
+        " `bridge_server token --help`",
         metavar="FILE",
     )
     add("--tls-cert", "certificate for TCP, with --tls-key", metavar="PEM")
     add("--tls-key", "private key of --tls-cert", metavar="PEM")
+    add(
+        "--tls-client-ca",
+        "accept only clients with a certificate of this authority",
+        metavar="PEM",
+    )
+    add(
+        "--no-reflection",
+        "do not serve gRPC reflection",
+        action="store_true",
+    )
     add(
         "--insecure",
         "allow TCP beyond loopback without TLS or token",
@@ -247,7 +271,24 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a size; expected 1073741824, 512M or 2G"
         )
-    return int(number) * _UNITS[unit]
+    size = int(number) * _UNITS[unit]
+    if size > _LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} exceeds the address space; expected at most {_LARGEST}"
+        )
+    return size
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a time; expected seconds from 0 to {_LONGEST_S}"
+        )
+    return value
 
 
 def _count(text: str) -> int:
@@ -258,14 +299,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= _MOST_SECONDS:
+def _more_seconds(text: str) -> float:
+    seconds = _seconds(text)
+    if not seconds:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of seconds above 0 and up to {_MOST_SECONDS}"
+            "'0' is no limit; expected more than 0 seconds"
         )
     return seconds
 

@@ -6,15 +6,18 @@ Imports no framework.
 import contextlib
 import logging
 import os
+import select
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from bridge_server.process.endpoints import Endpoint
 
 _log = logging.getLogger(__name__)
 
 _FAILED = 1  # the exit status
+_INTERRUPTED_S = 0.5
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -23,7 +26,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT request a drain; a second signal ends the process at once."""
+    """SIGTERM and SIGINT request a drain; a second signal ends the process at once.
+
+    SIGHUP reloads files. On a terminal it is the terminal's end, and requests a drain.
+    """
 
     def __init__(self) -> None:
         self._is_requested = False
@@ -34,7 +40,11 @@ class StopSignals:
         self._asked, self._ask = os.pipe()
         os.set_blocking(self._ask, False)
         signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
-        for number in _SIGNALS:
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        self._stops: tuple[int, ...] = _SIGNALS
+        if sys.stderr is not None and sys.stderr.isatty():
+            self._stops = (*_SIGNALS, signal.SIGHUP)
+        for number in self._stops:
             signal.signal(number, lambda *_: self._note())
 
     def request(self) -> None:
@@ -43,28 +53,61 @@ class StopSignals:
         os.write(self._ask, b"\0")  # a model may have replaced the signal handler
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def at_once(self, clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Let a signal interrupt the block, since imports and compilations may take minutes.
+
+        Native code, such as a compiler, delays Python's signal handler: a block that goes on for
+        _INTERRUPTED_S after a signal is ended with the process, after `clean_up`, with status 0.
 
         Raises:
           Stopped: a signal came.
         """
         self._is_at_once = True
+        left, leave = os.pipe()
+        watch = threading.Thread(
+            target=self._watch, args=(left, clean_up), name="stop-watch", daemon=True
+        )
         try:
             self._stop_if_requested()
+            watch.start()
             yield
             self._stop_if_requested()  # a module may have caught Stopped
         finally:
             self._is_at_once = False
+            os.write(leave, b"\0")  # a forked child may keep it open
+            if watch.ident is not None:
+                watch.join()
+            os.close(left)
+            os.close(leave)
+
+    def _watch(self, left: int, clean_up: Callable[[], None]) -> None:
+        """Wait until the block has ended, or end the process after a signal."""
+        poll = select.poll()
+        poll.register(left, select.POLLIN)
+        poll.register(self._asked, select.POLLIN)
+        taken = [1]
+        while taken[-1] not in self._stops:
+            if left in dict(poll.poll()):
+                break
+            taken.append(os.read(self._asked, 1)[0])
+        if not {0, *self._stops}.isdisjoint(taken):
+            os.write(self._ask, b"\0")  # `wait` must see the request too
+        poll.unregister(self._asked)
+        if not poll.poll(_INTERRUPTED_S * 1000):
+            _log.info("stopping during a compilation or an import")
+            clean_up()
+            os._exit(0)
 
     def give_up(self) -> None:
         """Request an exit without a drain, since this process can compute nothing any more."""
         self.has_given_up = True
         os.write(self._ask, b"\0")
 
-    def wait(self) -> None:
-        while os.read(self._asked, 1)[0] not in (0, *_SIGNALS):
-            pass  # a signal with a model's handler
+    def wait(self, reload: Callable[[], None]) -> None:
+        """Wait for a request to stop; call `reload` at each SIGHUP."""
+        while (number := os.read(self._asked, 1)[0]) not in (0, *self._stops):
+            if number == signal.SIGHUP:  # others have a model's handler
+                reload()
 
     def _note(self) -> None:
         if self._is_requested:

@@ -4,7 +4,6 @@ Imports no framework.
 """
 
 import contextlib
-import hmac
 import threading
 import time
 from collections import deque
@@ -12,9 +11,20 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
+from bridge_server.process.tokens import ANYONE, Grant, Tokens
+from bridge_server.serving.audit import Audit
 from bridge_server.serving.conversation import ATTACH_S
-from bridge_wire.errors import OutOfMemory, ProtocolError, Unauthenticated, abort
+from bridge_server.serving.rights import note_grant
+from bridge_wire.errors import (
+    BridgeError,
+    OutOfMemory,
+    PeerError,
+    ProtocolError,
+    Unauthenticated,
+    abort,
+)
 from bridge_wire.lane.frames import MAX_FRAME
 from bridge_wire.pb import bridge_pb2 as pb
 
@@ -27,23 +37,27 @@ _Behavior = Callable[[Iterator[Any], grpc.ServicerContext], Any]
 
 
 class Entrance(grpc.ServerInterceptor):
-    """Admits calls with the worker's token, if the worker has a token. Health probes need no token.
+    """Admits calls with one of the worker's tokens, if it has any. Health probes need no token.
 
     gRPC assigns a thread to a call as soon as its headers arrive. A client that sends headers only,
     or holds probes open, would starve other clients. Therefore the first message must arrive within
     ATTACH_S, and at most MAX_PROBES probes run at a time.
     """
 
-    def __init__(self, token: str | None) -> None:
-        self._expected = None if token is None else f"Bearer {token}".encode()
+    def __init__(self, tokens: Tokens) -> None:
+        self._tokens = tokens
+        self._audit = Audit()
         self._free_probes = threading.Semaphore(MAX_PROBES)
         self._awaited = _Awaited()
 
     def intercept_service(
         self, continuation: Any, details: grpc.HandlerCallDetails
     ) -> Any:
-        if not (details.method.startswith(_HEALTH) or self._is_known(details)):
-            return _REFUSAL
+        is_probe = details.method.startswith(_HEALTH)
+        try:
+            grant = ANYONE if is_probe else self._tokens.admit(_token_in(details))
+        except Unauthenticated as error:
+            return self._refusal(details.method, str(error))
         handler = continuation(details)
         if handler is None:  # unknown method
             return None
@@ -53,19 +67,36 @@ class Entrance(grpc.ServerInterceptor):
             else _UNARY_RESPONSE
         )
         serve = self._prompt(handler)
+        if not is_probe:
+            serve = self._noted(serve, details.method, grant)
+        decode = (
+            _lane_request
+            if details.method == f"{_BRIDGE}Lane"
+            else handler.request_deserializer
+        )
         return make(
             serve if details.method.startswith(_BRIDGE) else self._counted(serve),
-            request_deserializer=_lane_request
-            if details.method == f"{_BRIDGE}Lane"
-            else handler.request_deserializer,
+            request_deserializer=_tolerant(decode),
             response_serializer=handler.response_serializer,
         )
 
-    def _is_known(self, details: grpc.HandlerCallDetails) -> bool:
-        given = str(dict(details.invocation_metadata).get("authorization", ""))
-        return self._expected is None or hmac.compare_digest(
-            given.encode(), self._expected
-        )
+    def _refusal(self, method: str, reason: str) -> Any:
+        def refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            self._audit.refuse(context, method, reason.partition(";")[0])
+            abort(context, Unauthenticated(reason))
+
+        # With a request stream, since a unary handler would wait for the request.
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _noted(self, serve: _Behavior, method: str, grant: Grant) -> _Behavior:
+        """Return a behavior that logs the admission and passes the grant to the method."""
+
+        def noted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            self._audit.admit(context, method, grant)
+            note_grant(context, grant)
+            return serve(requests, context)
+
+        return noted
 
     def _prompt(self, handler: "grpc.RpcMethodHandler[Any, Any]") -> _Behavior:
         """Return a handler's behavior with a deadline for the first request of the stream."""
@@ -77,18 +108,29 @@ class Entrance(grpc.ServerInterceptor):
         )
         serve = next(filter(None, kinds))
 
+        def stream(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
+            try:
+                yield from serve(self._awaited.all_of(requests, context), context)
+            except PeerError as error:
+                abort(context, error)
+
         def prompt(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-            if handler.request_streaming:
-                return serve(self._awaited.all_of(requests, context), context)
             request = self._awaited.first_of(requests, context)
             if request is None:
-                abort(
-                    context,
-                    ProtocolError("the call ended without a request; expected one"),
+                request = ProtocolError(
+                    "the call ended without a request; expected one"
                 )
-            return serve(request, context)
+            if isinstance(request, BridgeError):
+                abort(context, request)
+            try:
+                return serve(request, context)
+            except NotImplementedError:  # of a method that gRPC's package declares only
+                context.abort(
+                    grpc.StatusCode.UNIMPLEMENTED,
+                    "the worker does not implement this method",
+                )
 
-        return prompt
+        return stream if handler.request_streaming else prompt
 
     def _counted(self, serve: _Behavior) -> _Behavior:
         def counted(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
@@ -106,10 +148,30 @@ class Entrance(grpc.ServerInterceptor):
         return counted
 
 
-def _refuse(requests: Iterator[Any], context: grpc.ServicerContext) -> Any:
-    abort(
-        context, Unauthenticated("the worker's token is missing or wrong; pass token=")
-    )
+def _token_in(details: grpc.HandlerCallDetails) -> str:
+    """Return the token of a call's header `authorization`, or an empty text."""
+    for key, value in details.invocation_metadata or ():
+        if key == "authorization" and isinstance(value, str):
+            scheme, _, token = value.partition(" ")
+            return token if scheme == "Bearer" else ""
+    return ""
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Return a decoder that returns a ProtocolError as the request, and does not raise it.
+
+    gRPC would write the exception's traceback to the log, at any client's will.
+    """
+
+    def decoded(message: bytes) -> Any:
+        try:
+            return decode(message)
+        except DecodeError as error:
+            return ProtocolError(f"the request cannot be decoded: {error}")
+        except ProtocolError as error:
+            return error
+
+    return decoded
 
 
 def _lane_request(message: bytes) -> pb.LaneRequest:
@@ -121,8 +183,6 @@ def _lane_request(message: bytes) -> pb.LaneRequest:
 
 
 _UNARY_RESPONSE = grpc.stream_unary_rpc_method_handler
-# A handler with a request stream, since a unary handler would wait for the request.
-_REFUSAL: Any = grpc.stream_stream_rpc_method_handler(_refuse)
 
 
 class _Awaited:
@@ -163,11 +223,13 @@ class _Awaited:
         self, requests: Iterator[_T], context: grpc.ServicerContext
     ) -> Iterator[_T]:
         """Yield a client's requests, the first within ATTACH_S; a broken stream counts as ended."""
-        first = self.first_of(requests, context)
-        if first is not None:
-            yield first
-            with contextlib.suppress(grpc.RpcError):
-                yield from requests
+        request = self.first_of(requests, context)
+        with contextlib.suppress(grpc.RpcError):
+            while request is not None:
+                if isinstance(request, BridgeError):
+                    raise request
+                yield request
+                request = next(requests, None)
 
     def _watch(self) -> None:
         while True:

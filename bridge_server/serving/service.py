@@ -1,5 +1,6 @@
 """The gRPC service: every RPC except the local clients' hot path. Imports no framework."""
 
+import contextlib
 import logging
 import platform
 import threading
@@ -9,10 +10,13 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import grpc
 
 from bridge_server.process import malloc
+from bridge_server.process.tokens import Grant
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.serving.admission import MAX_PROBES
 from bridge_server.serving.conversation import Conversation
 from bridge_server.serving.programs import Programs
+from bridge_server.serving.rights import check_models, grant_of, hide_models
+from bridge_server.serving.session import Session
 from bridge_server.serving.sessions import Sessions
 from bridge_wire import PROTOCOLS, __version__, specs
 from bridge_wire.doctor import namespaces
@@ -20,6 +24,7 @@ from bridge_wire.errors import (
     BridgeError,
     OutOfMemory,
     ProtocolError,
+    Unauthenticated,
     VersionMismatch,
     abort,
     unexpected,
@@ -71,6 +76,7 @@ class Service(BridgeServicer):
             models=[
                 _described(model, self._programs.signatures[name])
                 for name, model in self._programs.models.items()
+                if grant_of(context).admits(name)
             ],
             allocator=malloc.chosen(),
             cores=usable_cores(),
@@ -88,6 +94,7 @@ class Service(BridgeServicer):
         try:
             protocol = _negotiated(request)
             session = self._sessions.open()
+            session.owner = grant_of(context).name
         except BridgeError as error:
             abort(context, error)
         client = request.client[:_LONGEST_LOGGED]
@@ -110,13 +117,16 @@ class Service(BridgeServicer):
                 ),
             )
         try:
-            yield from self._prepared(request)
+            yield from self._prepared(request, grant_of(context))
         finally:
             self._free_preparations.release()
 
-    def _prepared(self, request: pb.PrepareRequest) -> Iterator[pb.PrepareEvent]:
+    def _prepared(
+        self, request: pb.PrepareRequest, grant: Grant
+    ) -> Iterator[pb.PrepareEvent]:
         try:
-            session = self._sessions.find(request.session)
+            session = self._session_of(request.session, grant)
+            check_models(request, grant, self._programs.models)
             with self._sessions.running(session, object()):
                 if request.HasField("shapes"):
                     yield pb.PrepareEvent(
@@ -165,7 +175,7 @@ class Service(BridgeServicer):
             )
         conversation = Conversation(
             self._sessions,
-            request_iterator,
+            self._owned(request_iterator, grant_of(context)),
             is_abandoned=lambda: not context.is_active(),
         )
         self._lanes[conversation] = context
@@ -188,13 +198,44 @@ class Service(BridgeServicer):
     def Close(
         self, request: pb.CloseRequest, context: grpc.ServicerContext
     ) -> pb.CloseReply:
-        self._sessions.close(request.session)
+        with contextlib.suppress(Unauthenticated):
+            session = self._session_of(request.session, grant_of(context))
+            self._sessions.close(session.token)
         return pb.CloseReply()
 
     def Measure(
         self, request: pb.MeasureRequest, context: grpc.ServicerContext
     ) -> pb.Statistics:
-        return self._sessions.statistics()
+        numbers = self._sessions.statistics()
+        hide_models(numbers, grant_of(context), self._programs.models)
+        return numbers
+
+    def _session_of(self, token: bytes, grant: Grant) -> Session:
+        """Return the session of a token.
+
+        Raises:
+          Unauthenticated: there is none, or it was opened with another client's token.
+        """
+        session = self._sessions.find(token)
+        if session.owner != grant.name:
+            raise Unauthenticated(
+                "the session token is not valid here; open a session first"
+            )
+        return session
+
+    def _owned(
+        self, requests: Iterator[pb.LaneRequest], grant: Grant
+    ) -> Iterator[pb.LaneRequest]:
+        """Yield the requests of a lane, none of which can attach to another client's session."""
+        for request in requests:
+            if request.HasField("attach"):
+                try:
+                    self._session_of(request.attach.session, grant)
+                except Unauthenticated:  # the answer is that for an unknown session
+                    request.attach.session = b""
+            yield request
+            break
+        yield from requests
 
     def _preparation(
         self, request: pb.PrepareRequest, program_of: Callable[[int], Program]

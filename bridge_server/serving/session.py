@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from bridge_server.process.tokens import ANYONE
 from bridge_server.runtime import Program, Runtime
 from bridge_server.serving.meters import Meter
 from bridge_server.serving.residuals import Kept, Residuals
@@ -96,6 +97,8 @@ class Session:
     residuals: Residuals
     created: float = field(default_factory=time.monotonic)
     lanes: int = 0
+    # Name of the grant with which the session was opened.
+    owner: str = ANYONE.name
     is_closed: bool = False
     number: int = 0  # in the log
     client: Client = field(default_factory=Client)  # its share of the run queue

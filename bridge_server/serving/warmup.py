@@ -8,25 +8,36 @@ import logging
 from bridge_server.runtime import finish
 from bridge_server.serving.programs import Programs
 from bridge_wire import specs, trees
-from bridge_wire.errors import CallerError
+from bridge_wire.errors import CallerError, RemoteModelError
 from bridge_wire.pb import bridge_pb2 as pb
 
 _log = logging.getLogger(__name__)
 
 
 def warm_up(programs: Programs, text: str) -> None:
-    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a training client would."""
+    """Prepare the forward and the VJP of `[NAME=]DTYPE[SHAPE],...`, as a training client would.
+
+    Raises:
+      CallerError: the text is malformed, or the model does not take such arguments.
+    """
+    try:
+        _warm_up(programs, text)
+    except (CallerError, RemoteModelError) as error:
+        if isinstance(error, RemoteModelError):
+            _log.debug("%s", error.remote_traceback)
+        said = " ".join(str(error.args[0]).split())
+        raise CallerError(f"--warmup {text!r} fails: {said}") from error
+
+
+def _warm_up(programs: Programs, text: str) -> None:
     name, _, signature = text.rpartition("=")
     if not name:
         if len(programs.models) != 1:
             raise CallerError(
-                f"--warmup {text!r} names no model, and several models are hosted; prefix NAME="
+                "it names no model, and several models are hosted; prefix NAME="
             )
         name = next(iter(programs.models))
-    try:
-        arrays = specs.parse(signature)
-    except CallerError as error:
-        raise CallerError(f"--warmup {error}") from None
+    arrays = specs.parse(signature)
     call = pb.Call(model=name, arguments=trees.positional(len(arrays)))
     model = programs.models.get(name)
     parameters = model.parameters if model else ()

@@ -14,7 +14,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from bridge_server.process.certificates import Certificates
 from bridge_server.process.endpoints import Endpoint, listens
+from bridge_server.process.tokens import Tokens
 from bridge_server.runtime import Runtime
 from bridge_server.serving.admission import Entrance
 from bridge_server.serving.local_lanes import LocalLanes
@@ -45,15 +47,26 @@ _OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Access control over TCP: a token for clients, and a TLS certificate and key in PEM form."""
+    """Access control over gRPC: tokens of clients, TLS, and whether reflection is served."""
 
-    token: str | None = None
-    certificate: bytes | None = None
-    key: bytes | None = None
+    tokens: Tokens
+    certificates: Certificates | None = None
+    reflection: bool = True
 
     @property
     def is_any(self) -> bool:
-        return bool(self.token or self.certificate)
+        return bool(self.tokens.are_required or self.certificates)
+
+    @property
+    def is_clear_text(self) -> bool:
+        """Whether clients send tokens without TLS."""
+        return self.tokens.are_required and self.certificates is None
+
+    def reload(self) -> None:
+        """Read the files of tokens and certificates again."""
+        self.tokens.reload()
+        if self.certificates is not None:
+            self.certificates.reload()
 
 
 class Worker:
@@ -77,14 +90,15 @@ class Worker:
         # The pool starts threads on demand.
         pool = futures.ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="grpc")
         self._server = grpc.server(
-            pool, interceptors=[Entrance(security.token)], options=_OPTIONS
+            pool, interceptors=[Entrance(security.tokens)], options=_OPTIONS
         )
         self._service = Service(runtime, programs, sessions, endpoint.lane_path)
         add_BridgeServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        if security.reflection:
+            reflection.enable_server_reflection(
+                (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+            )
         self._announce(is_ready=False)
         self._health.set(LIVENESS, _SERVING)
         self._watchdog = Watchdog(sessions, stuck_s, self._note_stuck)
@@ -111,8 +125,17 @@ class Worker:
         self._lanes.close()
         self._service.end_idle_lanes()
         self._server.stop(_LAST_BYTES_S).wait()
+        self._remove_socket()
+
+    def remove_sockets(self) -> None:
+        """Remove the sockets of a worker that exits without `close`."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._endpoint.lane_path)
+        self._remove_socket()
+
+    def _remove_socket(self) -> None:
         if self.address.startswith("unix:"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 os.unlink(self.address.removeprefix("unix:"))
 
     def _announce(self, *, is_ready: bool) -> None:
@@ -128,19 +151,16 @@ class Worker:
         address = self._endpoint.address
         if address.startswith("unix:"):
             _remove_stale_socket(address.removeprefix("unix:"))
-        reasons = "another program may listen there, or this host lacks the address"
         try:
-            if security.certificate and security.key:
-                reasons += ", or --tls-cert and --tls-key are not certificate and key in PEM form"
-                credentials = grpc.ssl_server_credentials(
-                    [(security.key, security.certificate)]
-                )
+            if security.certificates is not None:
+                credentials = security.certificates.credentials()
                 port = self._server.add_secure_port(address, credentials)
             else:
                 port = self._server.add_insecure_port(address)
         except RuntimeError as error:
             raise CallerError(
-                f"cannot listen on {address}: {reasons} ({error})"
+                f"cannot listen on {address}: another program may listen there, or this host lacks"
+                f" the address ({error})"
             ) from error
         return (
             address

@@ -27,6 +27,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 
 import bridge_client
 from bridge_client.remote.grpc_lane import from_rpc
+from bridge_server.process.tokens import Tokens
 from bridge_server.runtime import Model
 from bridge_server.serving.admission import Entrance
 from bridge_server.serving.local_lanes import LocalLanes
@@ -1350,7 +1351,7 @@ def test_silent_lanes_over_grpc_leave_threads_to_others(
     monkeypatch.setattr("bridge_server.serving.service.MAX_LANES", 2)
     monkeypatch.setattr("bridge_server.serving.admission.ATTACH_S", 3.0)
     with ThreadPoolExecutor(3) as threads:
-        server = grpc.server(threads, interceptors=[Entrance(None)])
+        server = grpc.server(threads, interceptors=[Entrance(Tokens())])
         service = Service(None, None, SESSIONS, "")
         add_BridgeServicer_to_server(service, server)
         address = f"unix:{tmp_path}/g.sock"
@@ -1391,7 +1392,7 @@ def test_calls_without_a_request_leave_threads_to_others(
     opening, checking = "/bridge.v1.Bridge/Open", "/grpc.health.v1.Health/Check"
     known = (("authorization", "Bearer known"),)
     with ThreadPoolExecutor(3) as threads:
-        server = grpc.server(threads, interceptors=[Entrance("known")])
+        server = grpc.server(threads, interceptors=[Entrance(Tokens(token="known"))])
         add_BridgeServicer_to_server(Service(None, None, SESSIONS, ""), server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(), server)
         address = f"unix:{tmp_path}/g.sock"

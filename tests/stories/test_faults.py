@@ -958,9 +958,10 @@ def test_a_signal_ends_a_worker_that_is_starting(
 _IMPATIENT = """
     import sys, threading
     from bridge_server import cli
-    cli._DRAIN_S = cli._LAST_S = 0.1
+    cli._LAST_S = 0.1
     threading.Thread(target=threading.Event().wait, name="for ever").start()
-    sys.exit(cli.main(["--jax-model=tests.models:gated_while_traced", "--listen", sys.argv[1]]))
+    models = ["--jax-model=tests.models:gated_while_traced"]
+    sys.exit(cli.main([*models, "--drain-s=0.1", "--listen", sys.argv[1]]))
 """
 
 
