@@ -73,6 +73,7 @@ class Call:
         self.draws = traced.draws or self.key is not None
         self.draws_by_layout = traced.draws_by_layout
         self.has_fast_path = traced.has_fast_path
+        self.runs_torchscript = traced.runs_torchscript
         self._needs_grad = traced.needs_grad
         written = self._written(traced)
         count = len(model.values)

@@ -32,6 +32,7 @@ from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.modes import without_fake_errors_logged
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
+from bridge_server.torch_runtime.scripted import noting_runs
 from bridge_server.torch_runtime.types import bytes_of, zeros
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
@@ -66,6 +67,7 @@ class Traced(NamedTuple):
     has_fast_path: (
         bool  # whether it may run layers that torch computes otherwise under autograd
     )
+    runs_torchscript: bool
     # Whether it works only while autograd records, as models do that differentiate inside.
     needs_grad: bool
     is_fake: bool  # whether the findings hold for all values
@@ -200,7 +202,8 @@ class Trial:
         first = self._watch(attempt)
         second = _Watch(self.state, attempt.most_operators, first.fake)
         try:
-            self._run(f, first, attempt)
+            with noting_runs() as notes:
+                self._run(f, first, attempt)
             has_survivors = bool(first.survivors())
             reads_kept = has_survivors and self._reads_kept(f, first, second, attempt)
         except BaseException as error:
@@ -224,6 +227,7 @@ class Trial:
             reads_kept=reads_kept,
             overwrites=bool(first.overwritten),
             has_fast_path=before.may_reach(HAVE_FAST_PATH),
+            runs_torchscript=notes.has_run,
             needs_grad=attempt.needs_grad,
             is_fake=attempt.is_fake,
             operators=first.operators.digest(),

@@ -71,9 +71,10 @@ def compose(
         else:
             raise ProtocolError("a transform has no kind")
     order = len(kinds) - kinds.count("vmap") + is_kept
-    # torch.func has no generator for each row, and returns zero for the derivative of an
-    # undifferentiable backward.
-    is_plain = last < 0 or is_keyed_by_row or (order > 1 and call.has_custom_functions)
+    # torch.func has no generator for each row, returns zero for the derivative of an
+    # undifferentiable backward, and wrong values for that of TorchScript's optimized backward.
+    is_hard = order > 1 and (call.runs_torchscript or call.has_custom_functions)
+    is_plain = last < 0 or is_keyed_by_row or is_hard
     f = plain.f if is_plain else _Either(functional.f, plain.f, call)
     is_higher = "jvp" in kinds or order > 1
     return plain._replace(f=_with_simple_attention(f) if is_higher else f)
