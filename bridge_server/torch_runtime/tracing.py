@@ -3,7 +3,8 @@
 The trace calls the model once with fake tensors, which have types and no data, as state and inputs.
 Tensors that the model makes from other sources are real, since the model may keep them. A model
 that fails on fake tensors, because it looks at values, runs on zeros. If zeros raise or do not
-end, it runs on ones, then on identity matrices.
+end, it runs on ones, then on identity matrices, then on 1, 2, 3, ... If the call has examples of
+its inputs, it runs on these instead.
 """
 
 import gc
@@ -33,7 +34,7 @@ from bridge_server.torch_runtime.modes import without_fake_errors_logged
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
 from bridge_server.torch_runtime.scripted import noting_runs
-from bridge_server.torch_runtime.types import bytes_of, zeros
+from bridge_server.torch_runtime.types import HOST, bytes_of, value_of, zeros
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
@@ -48,8 +49,8 @@ _STATISTICS = frozenset({"running_mean", "running_var"})
 _MOST_OPERATORS = (100_000, 3_000_000)
 
 Function = Callable[[Sequence[Tensor], Sequence[Any]], Sequence[Tensor]]
-# Makes an input of a type, on a device.
-Filling = Callable[[Spec, torch.device], Any]
+# Makes inputs of these types, on a device.
+Filling = Callable[[Sequence[Spec], torch.device], Sequence[Any]]
 
 
 class Traced(NamedTuple):
@@ -101,6 +102,7 @@ class Trial:
     device: torch.device
     where: str
     snapshot: Callable[[], PythonState]
+    examples: Sequence[bytes] = ()  # values of the inputs; if none, values are made up
 
     def trace(self) -> Traced:
         """Trace the call.
@@ -111,7 +113,7 @@ class Trial:
             for good.
         """
         try:
-            return self._traced_in_either_mode(_Attempt(zeros, math.inf, is_fake=True))
+            return self._traced_in_either_mode(_Attempt(_zeros, math.inf, is_fake=True))
         except BaseException as error:
             if isinstance(error, _LeftBehind) or not is_models(error):
                 raise
@@ -123,7 +125,7 @@ class Trial:
         before = self.snapshot()
         f = self.isolated()
         attempt = _Attempt(
-            zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True
+            _zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True
         )
         watch = self._watch(attempt)
         try:
@@ -141,7 +143,7 @@ class Trial:
         """Trace the call on the first values that work; fake tensors have failed for a reason."""
         failures: dict[str, BaseException] = {}
         for most_operators in _MOST_OPERATORS:
-            for name, filling in _FILLINGS.items():
+            for name, filling in self._fillings().items():
                 if not isinstance(failures.get(name, _Endless()), _Endless):
                     continue
                 attempt = _Attempt(filling, most_operators, is_fake=False)
@@ -156,7 +158,25 @@ class Trial:
                 f" and it did not end within {_MOST_OPERATORS[-1]} operators on"
                 f" {' or on '.join(endless)}; bound its loops by a number of steps"
             )
-        raise remote(failures["zeros"], self.where) from failures["zeros"]
+        tried = ", ".join(failures)
+        remedy = "" if self.examples else _EXAMPLES.format(tried=tried)
+        first = next(iter(failures.values()))
+        raise remote(first, self.where, remedy) from first
+
+    def _fillings(self) -> Mapping[str, Filling]:
+        if not self.examples:
+            return _FILLINGS
+        return {"the example's values": self._filled_with_examples}
+
+    def _filled_with_examples(
+        self,
+        specs: Sequence[Spec],
+        device: torch.device,
+    ) -> Sequence[Any]:
+        return [
+            value_of(each, spec, device)
+            for each, spec in zip(self.examples, specs, strict=True)
+        ]
 
     def _attempted(
         self,
@@ -280,12 +300,12 @@ class Trial:
         pairs = zip(self.state, self.dtypes, strict=True)
         if fake is None:
             state = [each.detach().to(dtype, copy=True) for each, dtype in pairs]
-            return state, [filling(spec, self.device) for spec in self.inputs]
+            return state, list(filling(self.inputs, self.device))
         with fake:
             state = [
                 torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs
             ]
-            return state, [filling(spec, self.device) for spec in self.inputs]
+            return state, list(filling(self.inputs, self.device))
 
 
 def _as_variable(x: Any) -> Any:
@@ -360,11 +380,39 @@ def _identities(spec: Spec, device: torch.device) -> Any:
     return tensor
 
 
+def _counted(spec: Spec, device: torch.device) -> Any:
+    """Return 1, 2, 3, ..., as far as the type goes.
+
+    On a GPU, integers are zeros: an index that is too large would end the process's use of the GPU.
+    """
+    tensor = zeros(spec, device)
+    is_index = not spec.dtype.is_inexact
+    if spec.weak or (is_index and device != HOST):
+        return tensor
+    most = (
+        torch.iinfo(tensor.dtype).max if is_index and spec.dtype.name != "bool" else 0
+    )
+    numbers = torch.arange(1, 1 + tensor.numel(), device=device)
+    numbers = numbers.clamp(max=most) if most else numbers
+    return numbers.to(tensor.dtype).reshape(tensor.shape)
+
+
+def _of_each(fill: Callable[[Spec, torch.device], Any]) -> Filling:
+    return lambda specs, device: [fill(spec, device) for spec in specs]
+
+
+_zeros = _of_each(zeros)
 _FILLINGS: Mapping[str, Filling] = {
-    "zeros": zeros,
-    "ones": _ones,
-    "identity matrices": _identities,
+    "zeros": _zeros,
+    "ones": _of_each(_ones),
+    "identity matrices": _of_each(_identities),
+    "the numbers 1, 2, 3, ...": _of_each(_counted),
 }
+_EXAMPLES = (
+    "the model cannot be traced without values, and it raises on the made-up ones that the bridge"
+    " ran it on ({tried}): pass an example of its arguments to RemoteTorchFunction, by"
+    " example_args=(...) or trace_on(...), or call it outside of jit first"
+)
 
 
 class _Endless(BaseException):
