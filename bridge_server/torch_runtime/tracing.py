@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import utils as hops
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
@@ -134,7 +136,7 @@ class Trial:
             return any(isinstance(node, BackwardCFunction) for node in nodes_of(edges))
         except Exception as error:
             _forget_frames(error)
-            return True
+            return False
         finally:
             f = outputs = edges = None  # type: ignore[assignment]
             _take_back((watch,), before)
@@ -272,7 +274,7 @@ class Trial:
             Exception
         ) as error:  # the call works once only, so it depends on kept tensors
             _forget_frames(error)
-            return True
+            return False
         return second.reads_kept or not second.survivors()
 
     def _run(self, f: Function, watch: "_Watch", attempt: _Attempt) -> Sequence[Tensor]:
@@ -452,6 +454,17 @@ class _Watch(TorchDispatchMode):
     storages. `fake` is the mode of the followed tensors; None where they are real.
     """
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let operators such as torch.cond compile their functions, to graphs of operators.
+
+        Dynamo would skip the functions' code for good. Other compiled code is skipped: it may read
+        the memory of fake tensors.
+        """
+        return _compiles_functions()
+
     def __init__(
         self,
         originals: Sequence[Tensor],
@@ -470,6 +483,7 @@ class _Watch(TorchDispatchMode):
         # Storages that existed before the call, and are neither state nor input.
         self.overwritten: dict[int, StorageWeakRef] = {}
         self._operators_left = most_operators
+        self._depth = 0  # of the functions that operators call
         self._rng_stream = StreamAside()
         self._positions: dict[int | None, int] = {}
         self._originals = {_storage(x): i for i, x in enumerate(originals)}
@@ -505,10 +519,14 @@ class _Watch(TorchDispatchMode):
         if self._operators_left < 0:
             raise _Endless
         kwargs = kwargs or {}
+        if isinstance(operator, HigherOrderOperator):
+            return self._run_with_functions(operator, args, kwargs)
         access = _Access.of(operator, args, kwargs)
         self._note_access(access)
         self._note_draw(operator, access)
-        is_recorded = self._record(operator, access)
+        # A compilation of functions runs operators of its own, once for several calls.
+        is_internal = not self._depth and _compiles_functions()
+        is_recorded = not is_internal and self._record(operator, access)
         is_followed = any(map(self._is_followed, access.read))
         with self._context(operator, access.read, is_followed):
             outputs = operator(*args, **kwargs)
@@ -521,6 +539,39 @@ class _Watch(TorchDispatchMode):
         else:
             _note(tensors, self._unfollowed)
         return outputs
+
+    def _run_with_functions(
+        self,
+        operator: HigherOrderOperator,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run an operator such as torch.cond, and see the operators of its functions too."""
+        self.operators.add(operator)
+        args, kwargs = pytree.tree_map(self._watched, (args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
+        read = _tensors_in(leaves)
+        is_followed = any(map(self._is_followed, read))
+        with self._context(operator, read, is_followed):
+            outputs = operator(*args, **kwargs)
+        made = _tensors_in(pytree.tree_leaves(outputs))
+        _note(made, self._followed if is_followed else self._unfollowed)
+        return outputs
+
+    def _watched(self, function: Any) -> Any:
+        """Return a function whose operators this mode sees, or another argument as it is."""
+        if isinstance(function, Tensor) or not callable(function):
+            return function
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                with self:
+                    return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return watched
 
     def _note_access(self, access: _Access) -> None:
         self.written |= _positions_of(access.written, self._positions)
@@ -578,6 +629,12 @@ class _Watch(TorchDispatchMode):
 
     def _is_followed(self, tensor: Tensor) -> bool:
         return isinstance(tensor, FakeTensor) or _storage(tensor) in self._followed
+
+
+def _compiles_functions() -> bool:
+    """Return whether an operator such as torch.cond compiles its functions in this thread."""
+    compiling = getattr(hops, "_hop_compile_tls", None)
+    return getattr(compiling, "in_hop_compile", False)
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

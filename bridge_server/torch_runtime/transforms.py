@@ -21,7 +21,12 @@ from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.border import dense
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.forward_mode import pushed_again, pushed_forward
-from bridge_server.torch_runtime.graphs import backward, nodes_of, refusing_dead_ends
+from bridge_server.torch_runtime.graphs import (
+    backward,
+    nodes_of,
+    refuse_loops,
+    refusing_dead_ends,
+)
 from bridge_server.torch_runtime.types import HOST, TORCH_DTYPES, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -230,6 +235,7 @@ def _pulled_back(
         # does not notice the second time.
         variables = [_as_variable(ct) for ct in cotangents]
         ys = f(xs)
+        refuse_loops(ys)
         with refusing_dead_ends(ys):
             gradients = pull_back(ys, xs, variables, create_graph=True)
         _refuse_dead_ends(gradients)
