@@ -103,8 +103,15 @@ def is_models(error: BaseException) -> bool:
     return not isinstance(error, GeneratorExit)
 
 
-def remote(error: BaseException, where: str) -> BridgeError:
-    """Return the error that reports a model's exception and its place to a client."""
+def remote(
+    error: BaseException,
+    where: str,
+    remedy: str = "",
+) -> BridgeError:
+    """Return the error that reports a model's exception and its place to a client.
+
+    `remedy` is added to those that are known by the exception's text.
+    """
     kind = type(error)
     text = text_of(error)
     if _is_out_of_memory(error):
@@ -114,10 +121,11 @@ def remote(error: BaseException, where: str) -> BridgeError:
     message, frames = _quoted(text) if kind.__name__ in _XLA_ERRORS else ("", [])
     message = message or f"{kind.__name__}: {text}"
     remedies = [
-        match.expand(remedy)
-        for pattern, remedy in _REMEDIES.items()
+        match.expand(known)
+        for pattern, known in _REMEDIES.items()
         if (match := re.search(pattern, text))
     ]
+    remedies += [remedy] if remedy else []
     trail = _traceback_of(error, frames, message if frames else "")
     if _is_on(NO_TRACEBACKS):
         _log.debug("%s", trail)

@@ -300,9 +300,20 @@ def check_signature(
         raise ProtocolError(
             f"a call has the mode {call.mode}; expected one of {pb.Mode.keys()}"
         )
+    _check_examples(call, inputs[len(own) + bool(call.rngs) :])
     described = _described(names[len(own) :], inputs[len(own) :], call)
     count = f" and {len(own)} parameter{'s' * (len(own) > 1)}" if own else ""
     return f"model {_called(model, call)!r} called with {described}{count}"
+
+
+def _check_examples(call: pb.Call, leaves: Sequence[Spec]) -> None:
+    sizes = [len(each) for each in call.examples]
+    expected = [spec.nbytes for spec in leaves]
+    if sizes and sizes != expected:
+        raise ProtocolError(
+            f"the examples of a call have {sizes} bytes; expected {expected}, the sizes of its"
+            " array leaves"
+        )
 
 
 def _called(model: Model, call: pb.Call) -> str:

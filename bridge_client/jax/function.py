@@ -24,7 +24,14 @@ from bridge_client.arguments import (
     recipes_for,
 )
 from bridge_client.jax import primitives, sharding
-from bridge_client.jax.memory import as_array, dtype_of, from_block, has_x64, spec_of
+from bridge_client.jax.memory import (
+    as_array,
+    bytes_of,
+    dtype_of,
+    from_block,
+    has_x64,
+    spec_of,
+)
 from bridge_client.jax.pytrees import (
     expand,
     flatten,
@@ -37,7 +44,12 @@ from bridge_client.remote.connecting import session_for
 from bridge_client.session import ParameterInfo, Session, checked_limit
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
-from bridge_wire.errors import CallerError, DTypeError, StructureError
+from bridge_wire.errors import (
+    CallerError,
+    DTypeError,
+    RemoteModelError,
+    StructureError,
+)
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 from bridge_wire.values import plain
@@ -46,6 +58,8 @@ _KEY_WORDS = 2
 _KEY = Spec(BY_NAME["uint32"], (_KEY_WORDS,))
 # The stream of random numbers; a model of torch has only one.
 _STREAMS = ("default",)
+# Of the values that a message to the worker may carry.
+_MOST_BYTES = 4 << 20
 
 
 _Results = tuple[Any, dict[str, Any]]  # a call's result, and the new values of buffers
@@ -69,6 +83,7 @@ class RemoteTorchFunction:
         `apply` always takes them as arguments.
       static_argnames: arguments whose numbers are part of the program instead of its data.
       timeout_s: seconds for each call; None takes the session's.
+      example_args: positional arguments of a call, with values: see `trace_on`.
       in_specs: how the arguments are sharded over a mesh, as in `jax.shard_map`: one PartitionSpec
         for each positional argument, or one for all. Then each shard makes a call of its own, and
         nothing is gathered. Keyword arguments and parameters are the same on all shards.
@@ -89,6 +104,7 @@ class RemoteTorchFunction:
         parameters: str = "worker",
         static_argnames: str | Sequence[str] = (),
         timeout_s: float | None = None,
+        example_args: Args | None = None,
         in_specs: Any = None,
         out_specs: Any = None,
     ) -> None:
@@ -110,6 +126,42 @@ class RemoteTorchFunction:
         self._in_specs = in_specs
         self._out_specs = out_specs
         self._calls: dict[Hashable, _Call] = {}
+        # Values of arguments, by their structure and types.
+        self._examples: dict[Hashable, Values] = {}
+        if example_args is not None:
+            self.trace_on(*example_args)
+
+    def trace_on(self, /, *args: Any, **kwargs: Any) -> "RemoteTorchFunction":
+        """Trace calls with arguments of these structures and types on these values.
+
+        For models that cannot be traced without values, since they check them or depend on them,
+        and that fail on the values that the worker makes up. Outside of jit and other
+        transformations, the first call of a type is such an example itself, if the model fails on
+        made-up values.
+
+        Returns:
+          This function. Only later calls are traced on the values.
+        Raises:
+          DTypeError, StructureError: an argument cannot be sent.
+          StructureError: an argument is traced, so has no values, or the values are more than
+            4 MiB.
+        """
+        leaves, structure, statics = self._flatten(args, kwargs)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, jax.core.Tracer):
+                path = path_of((args, kwargs), i)
+                raise StructureError(
+                    f"the example `{path}` is traced here, and has no values; pass an array that is"
+                    " made outside of jit"
+                )
+        if (nbytes := _nbytes(leaves)) > _MOST_BYTES:
+            raise StructureError(
+                f"the example has {nbytes} bytes, the limit is {_MOST_BYTES}; pass a smaller one,"
+                " such as a smaller batch"
+            )
+        self._examples[_types_of(leaves, structure, statics)] = leaves
+        self._calls.clear()
+        return self
 
     def _choose(self, method: str | None) -> None:
         """Set the method that calls name."""
@@ -132,6 +184,7 @@ class RemoteTorchFunction:
         key = method_name(name)
         if key not in methods:
             function = copy.copy(self)
+            function._examples = {}
             function._choose(name)
             methods[key] = function
         return methods[key]
@@ -356,7 +409,9 @@ class RemoteTorchFunction:
             arguments = jax.tree.unflatten(structure, leaves)
             expected = self._model.signature_of(self._method)
             check_arguments(self._model.name, expected, arguments, rngs=())
-            call = self._calls[key] = self._prepare(options, leaves, structure, statics)
+            call = self._calls[key] = self._prepared(
+                options, leaves, structure, statics
+            )
         ordered = sharding.varying_alike([inputs[i] for i in call.order])
         outputs = primitives.run(call.program, ordered)
         count = len(outputs) - len(call.buffers)
@@ -426,12 +481,32 @@ class RemoteTorchFunction:
         is_static = enumerate(jax.tree.leaves(marks))
         return frozenset(i for i, mark in is_static if mark)
 
+    def _prepared(
+        self,
+        options: "_CallOptions",
+        leaves: Values,
+        structure: Any,
+        statics: frozenset[int],
+    ) -> "_Call":
+        """Prepare a call; if the model fails on made-up values, on an example or these values."""
+        types = _types_of(leaves, structure, statics)
+        examples = self._examples.get(types)
+        try:
+            return self._prepare(options, leaves, structure, statics, examples)
+        except RemoteModelError:
+            has_values = not any(isinstance(x, jax.core.Tracer) for x in leaves)
+            is_sent = has_values and _nbytes(leaves) <= _MOST_BYTES
+            if examples is not None or not is_sent:
+                raise
+        return self._prepare(options, leaves, structure, statics, leaves)
+
     def _prepare(
         self,
         options: "_CallOptions",
         leaves: Values,
         structure: Any,
         statics: frozenset[int],
+        examples: Values | None,
     ) -> "_Call":
         """Describe a call with a new signature, and prepare its program."""
         slotted = [leaf if i in statics else Slot(i) for i, leaf in enumerate(leaves)]
@@ -443,7 +518,9 @@ class RemoteTorchFunction:
         paths += trees.argument_paths(arguments)
         passed = options.passed
         inputs = [*passed, *(leaves[i] for i in slots)]
-        described = map(self._spec_of, inputs, paths)
+        described = list(map(self._spec_of, inputs, paths))
+        of_leaves = described[len(passed) :]
+        values = [examples[i] for i in slots] if examples is not None else []
         program = self.session.prepare_call(
             pb.Call(
                 model=self._model.name,
@@ -454,6 +531,7 @@ class RemoteTorchFunction:
                 mutable=options.is_mutable,
                 recipes=recipes_for(arguments),
                 method=self._method,
+                examples=map(bytes_of, values, of_leaves),
             ),
             labels=paths,
             timeout_s=self.timeout_s,
@@ -508,6 +586,24 @@ class _Call(NamedTuple):
     order: Sequence[int]
     buffers: Sequence[str]  # whose new values follow the result's leaves
     rebuild: Callable[[Values], Any]
+
+
+def _types_of(leaves: Values, structure: Any, statics: frozenset[int]) -> Hashable:
+    """Return the structure of a call's arguments, with the types of its data."""
+    types = [
+        (
+            leaf if i in statics else (),
+            getattr(leaf, "dtype", type(leaf)),
+            np.shape(leaf),
+        )
+        for i, leaf in enumerate(leaves)
+    ]
+    return structure, *types
+
+
+def _nbytes(leaves: Values) -> int:
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    return sum(x.nbytes for x in arrays)
 
 
 def _is_key(value: Any) -> bool:

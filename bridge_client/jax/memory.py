@@ -138,6 +138,11 @@ def source_of(value: Any, gpu: OnGpu | None = None) -> Source:
     return Source(array.ctypes.data, array.dtype, array)
 
 
+def bytes_of(value: Any, spec: Spec) -> bytes:
+    """Return the elements of an array with values or of a Python number, row-major, as a type."""
+    return np.asarray(value).astype(JAX_DTYPES[spec.dtype]).tobytes()
+
+
 def from_block(
     block: Block, spec: Spec, label: str, home: jax.Device | None = None
 ) -> jax.Array:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from bridge_server.torch_runtime.python_state import PythonState
+from bridge_server.torch_runtime.scripted import Place, places_in
 from bridge_wire.errors import CallerError
 
 _log = logging.getLogger(__name__)
@@ -135,7 +136,8 @@ class CodeOfModule(Code):
         self, module: nn.Module, own: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
         super().__init__(module)
-        self._original = _Refillable(module, own)
+        scripted = list(places_in(module, module, own))
+        self._original = _Refillable(module, own, scripted)
         self._own = own
         self._values = values
         self._idle: list[_Refillable] = []
@@ -193,16 +195,27 @@ class CodeOfModule(Code):
     def _copied(self) -> "_Refillable":
         # deepcopy takes objects from the memo: the copy gets these values for the module's tensors.
         memo: dict[int, Any] = dict(zip(map(id, self._own), self._values, strict=True))
+        original = self._original.module
         # A trace must not see the copy's own tensors, or it takes them for the call's.
         with _disable_current_modes():
-            return _Refillable(copy.deepcopy(self._original.module, memo), self._values)
+            copied = copy.deepcopy(original, memo)
+            scripted = list(places_in(copied, original, self._own))
+            for place in scripted:
+                place.fill(self._values)
+            return _Refillable(copied, self._values, scripted)
 
 
 class _Refillable:
     """A module whose state can be replaced for a call; then its present state is restored."""
 
-    def __init__(self, module: nn.Module, state: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        state: Sequence[Tensor],
+        scripted: Sequence[Place],
+    ) -> None:
         self.module = module
+        self._scripted = scripted
         positions = {id(each): i for i, each in enumerate(state)}
         # The places of each tensor in the module; tied tensors have several.
         self._places: list[tuple[dict[str, Any], str, int]] = [
@@ -270,3 +283,5 @@ class _Refillable:
             held[name] = values[i]
         for part in self._recurrent:
             part._init_flat_weights()  # a list of the same tensors
+        for place in self._scripted:
+            place.fill(values)

@@ -44,6 +44,7 @@ class Call:
         self._model = model
         self._classes = classes
         self._arguments = call.arguments
+        self._examples = list(call.examples)
         self._method = model.method(call.method).attribute
         self._is_flat = _is_flat(call.arguments)
         self._passed = len(model.parameters) if call.parameters else 0
@@ -73,6 +74,7 @@ class Call:
         self.draws = traced.draws or self.key is not None
         self.draws_by_layout = traced.draws_by_layout
         self.has_fast_path = traced.has_fast_path
+        self.runs_torchscript = traced.runs_torchscript
         self._needs_grad = traced.needs_grad
         written = self._written(traced)
         count = len(model.values)
@@ -131,7 +133,14 @@ class Call:
         inputs = self.inputs[self.leaves :]
         snapshot = self._model.apply.python_state
         return Trial(
-            self._isolated, state, dtypes, inputs, self.device, self.where, snapshot
+            self._isolated,
+            state,
+            dtypes,
+            inputs,
+            self.device,
+            self.where,
+            snapshot,
+            self._examples,
         )
 
     def _refuse_unregistered_uses(self, traced: Traced) -> None:

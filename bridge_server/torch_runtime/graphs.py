@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+# The module of torch.cond, while_loop, scan and others.
+_OF_OPERATORS = "torch._higher_order_ops."
+
 
 def _backward_by_engine() -> Callable[..., tuple[Tensor | None, ...]] | None:
     """Return the engine's entry, twice as fast as torch.autograd.grad; None if torch lacks it."""
@@ -74,6 +77,21 @@ def refusing_dead_ends(outputs: Sequence[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def refuse_loops(outputs: Sequence[Any]) -> None:
+    """Raise NotImplementedError if a graph has a backward that torch differentiates wrongly.
+
+    In torch 2.13, second derivatives of `scan` and `while_loop` lack terms, without an error.
+    """
+    for node in nodes_of([_edge(y) for y in outputs]):
+        function = getattr(type(node), "_forward_cls", None)
+        if getattr(function, "__module__", "").startswith(_OF_OPERATORS):
+            raise NotImplementedError(
+                f"a second derivative of an operator that takes functions ({node.name()}), such as"
+                " torch.cond or scan, of which torch computes first ones only; write it as plain"
+                " Python, or take first derivatives"
+            )
 
 
 def _edge(output: Tensor | GradientEdge | None) -> GradientEdge | None:

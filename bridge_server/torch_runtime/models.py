@@ -58,10 +58,6 @@ def parts_of(name: str, target: Any, device: torch.device) -> Parts | None:
         if callable(code) and isinstance(params, Mapping):
             split = _of_module if isinstance(code, nn.Module) else _of_pair
             return split(name, code, params)
-    if isinstance(target, torch.jit.ScriptModule):  # Python cannot replace its tensors
-        forward = target.forward
-        methods = only_method(forward)
-        return Parts(CodeOfFunction(target), {}, frozenset(), forward, methods)
     if isinstance(target, nn.Module):
         return _of_module(name, target, {})
     if not isinstance(target, type) and (methods := methods_of(target)):
@@ -129,6 +125,12 @@ def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Pa
     )
     values = [each.detach() for each in state.values()]
     code = CodeOfModule(module, list(sent.values()), values)
+    return Parts(code, state, trainable, module.forward, _methods(module))
+
+
+def _methods(module: nn.Module) -> Methods:
+    if isinstance(module, torch.jit.ScriptModule):
+        return only_method(module.forward)
     methods = methods_of(module, nn.Module)
     if getattr(module.forward, "__func__", None) is nn.Module.forward:  # it has none
         del methods[CALL]
@@ -136,7 +138,7 @@ def _of_module(name: str, module: nn.Module, params: Mapping[str, Tensor]) -> Pa
         methods |= only_method(module.forward)
     if module._forward_pre_hooks or type(module).__call__ is not nn.Module.__call__:
         methods = unsigned(methods, CALL)  # other code changes the arguments first
-    return Parts(code, state, trainable, module.forward, methods)
+    return methods
 
 
 def _check(name: str, state: Mapping[str, Any]) -> None:

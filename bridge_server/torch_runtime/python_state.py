@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
+
+from bridge_server.torch_runtime.scripted import slots_of
 
 # nn.Module's hooks, by far the most of its containers.
 _MODULE_ATTRIBUTES = vars(nn.Module())
@@ -120,6 +123,8 @@ class PythonState:
         if not is_followed or not isinstance(attributes, dict):
             return ()
         self._note(_Dict(attributes))
+        if isinstance(value, ScriptModule):
+            self._note(_Slots(value))
         reached = [each for name, each in attributes.items() if name not in _HOOKS]
         return [*reached, type(value)] if follows_code else reached
 
@@ -301,6 +306,22 @@ class _Cache(_Contents):
 
     def restore(self) -> None:
         self._cache.cache_clear()
+
+
+class _Slots(_Contents):
+    """The attributes of a TorchScript module, but not its submodules."""
+
+    def __init__(self, module: ScriptModule) -> None:
+        self._slots = slots_of(module)
+        self.values = list(self.now())
+
+    def now(self) -> Iterable[Any]:
+        return [slot.get() for slot in self._slots]
+
+    def restore(self) -> None:
+        for slot, value in zip(self._slots, self.values, strict=True):
+            if slot.get() is not value:
+                slot.set(value)
 
 
 def _is_filled(cell: Any) -> bool:

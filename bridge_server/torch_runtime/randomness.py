@@ -56,6 +56,8 @@ class StreamAside:
 class RowMajorDraws(TorchDispatchMode):
     """Gives operators that draw row-major copies of their arguments."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self,
         operator: Any,
@@ -87,7 +89,8 @@ class RowMajorDraws(TorchDispatchMode):
 
 def is_random(operator: Any) -> bool:
     """Return whether an operator may draw; attention has the tag with and without dropout."""
-    return torch.Tag.nondeterministic_seeded in operator.tags
+    tags: Sequence[Any] = getattr(operator, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 def _row_major(tensor: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The trace calls the model once with fake tensors, which have types and no data, as state and inputs.
 Tensors that the model makes from other sources are real, since the model may keep them. A model
 that fails on fake tensors, because it looks at values, runs on zeros. If zeros raise or do not
-end, it runs on ones, then on identity matrices.
+end, it runs on ones, then on identity matrices, then on 1, 2, 3, ... If the call has examples of
+its inputs, it runs on these instead.
 """
 
 import gc
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import utils as hops
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
@@ -32,7 +35,8 @@ from bridge_server.torch_runtime.graphs import nodes_of
 from bridge_server.torch_runtime.modes import without_fake_errors_logged
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.randomness import StreamAside, drawing, is_random
-from bridge_server.torch_runtime.types import bytes_of, zeros
+from bridge_server.torch_runtime.scripted import noting_runs
+from bridge_server.torch_runtime.types import HOST, bytes_of, value_of, zeros
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
@@ -47,8 +51,8 @@ _STATISTICS = frozenset({"running_mean", "running_var"})
 _MOST_OPERATORS = (100_000, 3_000_000)
 
 Function = Callable[[Sequence[Tensor], Sequence[Any]], Sequence[Tensor]]
-# Makes an input of a type, on a device.
-Filling = Callable[[Spec, torch.device], Any]
+# Makes inputs of these types, on a device.
+Filling = Callable[[Sequence[Spec], torch.device], Sequence[Any]]
 
 
 class Traced(NamedTuple):
@@ -66,6 +70,7 @@ class Traced(NamedTuple):
     has_fast_path: (
         bool  # whether it may run layers that torch computes otherwise under autograd
     )
+    runs_torchscript: bool
     # Whether it works only while autograd records, as models do that differentiate inside.
     needs_grad: bool
     is_fake: bool  # whether the findings hold for all values
@@ -99,6 +104,7 @@ class Trial:
     device: torch.device
     where: str
     snapshot: Callable[[], PythonState]
+    examples: Sequence[bytes] = ()  # values of the inputs; if none, values are made up
 
     def trace(self) -> Traced:
         """Trace the call.
@@ -109,7 +115,7 @@ class Trial:
             for good.
         """
         try:
-            return self._traced_in_either_mode(_Attempt(zeros, math.inf, is_fake=True))
+            return self._traced_in_either_mode(_Attempt(_zeros, math.inf, is_fake=True))
         except BaseException as error:
             if isinstance(error, _LeftBehind) or not is_models(error):
                 raise
@@ -121,7 +127,7 @@ class Trial:
         before = self.snapshot()
         f = self.isolated()
         attempt = _Attempt(
-            zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True
+            _zeros, math.inf, is_fake=True, needs_grad=True, is_recorded=True
         )
         watch = self._watch(attempt)
         try:
@@ -130,7 +136,7 @@ class Trial:
             return any(isinstance(node, BackwardCFunction) for node in nodes_of(edges))
         except Exception as error:
             _forget_frames(error)
-            return True
+            return False
         finally:
             f = outputs = edges = None  # type: ignore[assignment]
             _take_back((watch,), before)
@@ -139,7 +145,7 @@ class Trial:
         """Trace the call on the first values that work; fake tensors have failed for a reason."""
         failures: dict[str, BaseException] = {}
         for most_operators in _MOST_OPERATORS:
-            for name, filling in _FILLINGS.items():
+            for name, filling in self._fillings().items():
                 if not isinstance(failures.get(name, _Endless()), _Endless):
                     continue
                 attempt = _Attempt(filling, most_operators, is_fake=False)
@@ -154,7 +160,25 @@ class Trial:
                 f" and it did not end within {_MOST_OPERATORS[-1]} operators on"
                 f" {' or on '.join(endless)}; bound its loops by a number of steps"
             )
-        raise remote(failures["zeros"], self.where) from failures["zeros"]
+        tried = ", ".join(failures)
+        remedy = "" if self.examples else _EXAMPLES.format(tried=tried)
+        first = next(iter(failures.values()))
+        raise remote(first, self.where, remedy) from first
+
+    def _fillings(self) -> Mapping[str, Filling]:
+        if not self.examples:
+            return _FILLINGS
+        return {"the example's values": self._filled_with_examples}
+
+    def _filled_with_examples(
+        self,
+        specs: Sequence[Spec],
+        device: torch.device,
+    ) -> Sequence[Any]:
+        return [
+            value_of(each, spec, device)
+            for each, spec in zip(self.examples, specs, strict=True)
+        ]
 
     def _attempted(
         self,
@@ -200,7 +224,8 @@ class Trial:
         first = self._watch(attempt)
         second = _Watch(self.state, attempt.most_operators, first.fake)
         try:
-            self._run(f, first, attempt)
+            with noting_runs() as notes:
+                self._run(f, first, attempt)
             has_survivors = bool(first.survivors())
             reads_kept = has_survivors and self._reads_kept(f, first, second, attempt)
         except BaseException as error:
@@ -224,6 +249,7 @@ class Trial:
             reads_kept=reads_kept,
             overwrites=bool(first.overwritten),
             has_fast_path=before.may_reach(HAVE_FAST_PATH),
+            runs_torchscript=notes.has_run,
             needs_grad=attempt.needs_grad,
             is_fake=attempt.is_fake,
             operators=first.operators.digest(),
@@ -248,7 +274,7 @@ class Trial:
             Exception
         ) as error:  # the call works once only, so it depends on kept tensors
             _forget_frames(error)
-            return True
+            return False
         return second.reads_kept or not second.survivors()
 
     def _run(self, f: Function, watch: "_Watch", attempt: _Attempt) -> Sequence[Tensor]:
@@ -276,12 +302,12 @@ class Trial:
         pairs = zip(self.state, self.dtypes, strict=True)
         if fake is None:
             state = [each.detach().to(dtype, copy=True) for each, dtype in pairs]
-            return state, [filling(spec, self.device) for spec in self.inputs]
+            return state, list(filling(self.inputs, self.device))
         with fake:
             state = [
                 torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs
             ]
-            return state, [filling(spec, self.device) for spec in self.inputs]
+            return state, list(filling(self.inputs, self.device))
 
 
 def _as_variable(x: Any) -> Any:
@@ -356,11 +382,39 @@ def _identities(spec: Spec, device: torch.device) -> Any:
     return tensor
 
 
+def _counted(spec: Spec, device: torch.device) -> Any:
+    """Return 1, 2, 3, ..., as far as the type goes.
+
+    On a GPU, integers are zeros: an index that is too large would end the process's use of the GPU.
+    """
+    tensor = zeros(spec, device)
+    is_index = not spec.dtype.is_inexact
+    if spec.weak or (is_index and device != HOST):
+        return tensor
+    most = (
+        torch.iinfo(tensor.dtype).max if is_index and spec.dtype.name != "bool" else 0
+    )
+    numbers = torch.arange(1, 1 + tensor.numel(), device=device)
+    numbers = numbers.clamp(max=most) if most else numbers
+    return numbers.to(tensor.dtype).reshape(tensor.shape)
+
+
+def _of_each(fill: Callable[[Spec, torch.device], Any]) -> Filling:
+    return lambda specs, device: [fill(spec, device) for spec in specs]
+
+
+_zeros = _of_each(zeros)
 _FILLINGS: Mapping[str, Filling] = {
-    "zeros": zeros,
-    "ones": _ones,
-    "identity matrices": _identities,
+    "zeros": _zeros,
+    "ones": _of_each(_ones),
+    "identity matrices": _of_each(_identities),
+    "the numbers 1, 2, 3, ...": _of_each(_counted),
 }
+_EXAMPLES = (
+    "the model cannot be traced without values, and it raises on the made-up ones that the bridge"
+    " ran it on ({tried}): pass an example of its arguments to RemoteTorchFunction, by"
+    " example_args=(...) or trace_on(...), or call it outside of jit first"
+)
 
 
 class _Endless(BaseException):
@@ -400,6 +454,17 @@ class _Watch(TorchDispatchMode):
     storages. `fake` is the mode of the followed tensors; None where they are real.
     """
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let operators such as torch.cond compile their functions, to graphs of operators.
+
+        Dynamo would skip the functions' code for good. Other compiled code is skipped: it may read
+        the memory of fake tensors.
+        """
+        return _compiles_functions()
+
     def __init__(
         self,
         originals: Sequence[Tensor],
@@ -418,6 +483,7 @@ class _Watch(TorchDispatchMode):
         # Storages that existed before the call, and are neither state nor input.
         self.overwritten: dict[int, StorageWeakRef] = {}
         self._operators_left = most_operators
+        self._depth = 0  # of the functions that operators call
         self._rng_stream = StreamAside()
         self._positions: dict[int | None, int] = {}
         self._originals = {_storage(x): i for i, x in enumerate(originals)}
@@ -453,10 +519,14 @@ class _Watch(TorchDispatchMode):
         if self._operators_left < 0:
             raise _Endless
         kwargs = kwargs or {}
+        if isinstance(operator, HigherOrderOperator):
+            return self._run_with_functions(operator, args, kwargs)
         access = _Access.of(operator, args, kwargs)
         self._note_access(access)
         self._note_draw(operator, access)
-        is_recorded = self._record(operator, access)
+        # A compilation of functions runs operators of its own, once for several calls.
+        is_internal = not self._depth and _compiles_functions()
+        is_recorded = not is_internal and self._record(operator, access)
         is_followed = any(map(self._is_followed, access.read))
         with self._context(operator, access.read, is_followed):
             outputs = operator(*args, **kwargs)
@@ -469,6 +539,39 @@ class _Watch(TorchDispatchMode):
         else:
             _note(tensors, self._unfollowed)
         return outputs
+
+    def _run_with_functions(
+        self,
+        operator: HigherOrderOperator,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """Run an operator such as torch.cond, and see the operators of its functions too."""
+        self.operators.add(operator)
+        args, kwargs = pytree.tree_map(self._watched, (args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs))
+        read = _tensors_in(leaves)
+        is_followed = any(map(self._is_followed, read))
+        with self._context(operator, read, is_followed):
+            outputs = operator(*args, **kwargs)
+        made = _tensors_in(pytree.tree_leaves(outputs))
+        _note(made, self._followed if is_followed else self._unfollowed)
+        return outputs
+
+    def _watched(self, function: Any) -> Any:
+        """Return a function whose operators this mode sees, or another argument as it is."""
+        if isinstance(function, Tensor) or not callable(function):
+            return function
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            try:
+                with self:
+                    return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+
+        return watched
 
     def _note_access(self, access: _Access) -> None:
         self.written |= _positions_of(access.written, self._positions)
@@ -526,6 +629,12 @@ class _Watch(TorchDispatchMode):
 
     def _is_followed(self, tensor: Tensor) -> bool:
         return isinstance(tensor, FakeTensor) or _storage(tensor) in self._followed
+
+
+def _compiles_functions() -> bool:
+    """Return whether an operator such as torch.cond compiles its functions in this thread."""
+    compiling = getattr(hops, "_hop_compile_tls", None)
+    return getattr(compiling, "in_hop_compile", False)
 
 
 def _tensors_in(value: Any) -> list[Tensor]:

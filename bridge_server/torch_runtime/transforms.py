@@ -21,7 +21,12 @@ from bridge_server.torch_runtime.attention import simple_attention
 from bridge_server.torch_runtime.border import dense
 from bridge_server.torch_runtime.calls import Call
 from bridge_server.torch_runtime.forward_mode import pushed_again, pushed_forward
-from bridge_server.torch_runtime.graphs import backward, nodes_of, refusing_dead_ends
+from bridge_server.torch_runtime.graphs import (
+    backward,
+    nodes_of,
+    refuse_loops,
+    refusing_dead_ends,
+)
 from bridge_server.torch_runtime.types import HOST, TORCH_DTYPES, replaced, zeros
 from bridge_wire.errors import BridgeError, ProtocolError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -71,9 +76,10 @@ def compose(
         else:
             raise ProtocolError("a transform has no kind")
     order = len(kinds) - kinds.count("vmap") + is_kept
-    # torch.func has no generator for each row, and returns zero for the derivative of an
-    # undifferentiable backward.
-    is_plain = last < 0 or is_keyed_by_row or (order > 1 and call.has_custom_functions)
+    # torch.func has no generator for each row, returns zero for the derivative of an
+    # undifferentiable backward, and wrong values for that of TorchScript's optimized backward.
+    is_hard = order > 1 and (call.runs_torchscript or call.has_custom_functions)
+    is_plain = last < 0 or is_keyed_by_row or is_hard
     f = plain.f if is_plain else _Either(functional.f, plain.f, call)
     is_higher = "jvp" in kinds or order > 1
     return plain._replace(f=_with_simple_attention(f) if is_higher else f)
@@ -229,6 +235,7 @@ def _pulled_back(
         # does not notice the second time.
         variables = [_as_variable(ct) for ct in cotangents]
         ys = f(xs)
+        refuse_loops(ys)
         with refusing_dead_ends(ys):
             gradients = pull_back(ys, xs, variables, create_graph=True)
         _refuse_dead_ends(gradients)

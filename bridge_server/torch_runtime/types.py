@@ -57,6 +57,16 @@ def zeros(spec: Spec, device: torch.device = HOST) -> Any:
     return torch.zeros(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
 
 
+def value_of(data: bytes, spec: Spec, device: torch.device) -> Any:
+    """Return a tensor, or a Python number, with these elements, row-major."""
+    buffer = ctypes.create_string_buffer(data, max(1, len(data)))
+    if spec.weak:
+        return number_at(ctypes.addressof(buffer), spec)
+    made = zeros(spec)
+    ctypes.memmove(made.data_ptr(), buffer, len(data))
+    return made.to(device)
+
+
 def number_at(pointer: int, spec: Spec) -> int | float | complex:
     """Return the Python number at an address."""
     if spec.dtype.name == "int64":

@@ -396,7 +396,7 @@ class PrepareRequest(_message.Message):
     def __init__(self, session: _Optional[bytes] = ..., call: _Optional[_Union[Call, _Mapping]] = ..., parameters: _Optional[_Union[Parameters, _Mapping]] = ..., pullback: _Optional[_Union[Pullback, _Mapping]] = ..., shapes: _Optional[_Union[Shapes, _Mapping]] = ...) -> None: ...
 
 class Call(_message.Message):
-    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode", "method", "recipes")
+    __slots__ = ("model", "arguments", "inputs", "parameters", "transforms", "keep", "rngs", "mutable", "mode", "method", "recipes", "examples")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -408,6 +408,7 @@ class Call(_message.Message):
     MODE_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     RECIPES_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     model: str
     arguments: Tree
     inputs: _containers.RepeatedCompositeFieldContainer[Spec]
@@ -419,7 +420,8 @@ class Call(_message.Message):
     mode: Mode
     method: str
     recipes: _containers.RepeatedCompositeFieldContainer[Recipe]
-    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ..., method: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ...) -> None: ...
+    examples: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, model: _Optional[str] = ..., arguments: _Optional[_Union[Tree, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Spec, _Mapping]]] = ..., parameters: bool = ..., transforms: _Optional[_Iterable[_Union[Transform, _Mapping]]] = ..., keep: _Optional[_Union[Wrt, _Mapping]] = ..., rngs: _Optional[_Iterable[str]] = ..., mutable: bool = ..., mode: _Optional[_Union[Mode, str]] = ..., method: _Optional[str] = ..., recipes: _Optional[_Iterable[_Union[Recipe, _Mapping]]] = ..., examples: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Wrt(_message.Message):
     __slots__ = ("inputs",)

@@ -142,6 +142,9 @@ MESSAGES: dict[str, Message] = {
     "prepare call with recipes": pb.PrepareRequest(
         call=pb.Call(model="f", recipes=[RECIPE])
     ),
+    "prepare call with examples": pb.PrepareRequest(
+        call=pb.Call(model="f", examples=[b"\1\2", b""])
+    ),
     "prepare parameters": pb.PrepareRequest(
         session=b"s", parameters=pb.Parameters(model="f")
     ),
@@ -242,6 +245,7 @@ GOLDEN = {
         "2a091a070a03010004100532040a0200073a0764726f706f7574400148025206656e636f6465"
     ),
     "prepare call with recipes": "121b0a01665a160a056d2e502330120831323334353637381a01632002",
+    "prepare call with examples": "120b0a0166a201020102a20100",
     "prepare parameters": "0a01731a030a0166",
     "prepare pullback": "0a0173220908091201011a020002",
     "ask for shapes": "0a01732a0e0a030a016612070a0264300a0133",

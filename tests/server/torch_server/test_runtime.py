@@ -25,6 +25,7 @@ from bridge_server.torch_runtime import TorchRuntime, tracing
 from bridge_wire import trees
 from bridge_wire.errors import (
     CallerError,
+    ProtocolError,
     RemoteModelError,
     SpecError,
     StructureError,
@@ -600,6 +601,41 @@ def test_a_model_that_refuses_zeros_is_run_on_other_values(
     assert_same(
         run_on(correlated, programs[1], x, placed(np.eye(3))), [np.asarray(3 * density)]
     )
+
+
+def test_a_model_is_run_on_increasing_numbers_last(
+    runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Boxes and lengths are found; the values go as far as their types do."""
+    seen: list[Any] = []
+
+    def boxes(corners: Tensor, lengths: Tensor, flags: Tensor) -> Tensor:
+        if (
+            not (corners[:, 2:] > corners[:, :2]).all()
+            or not lengths.unique().numel() > 1
+        ):
+            raise ValueError("no boxes")
+        seen.extend([corners.tolist(), lengths.tolist(), flags.tolist()])
+        return corners.sum() + lengths.sum()
+
+    lengths = placed(np.full(130, 5, np.int8))
+    with caplog.at_level(logging.WARNING, "bridge_server"):
+        Hosted(runtime, boxes).call(
+            placed(rand(2, 4)), lengths, placed(np.ones(2, bool))
+        )
+    assert "was run once on the numbers 1, 2, 3, ..." in caplog.text
+    assert seen[0] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert seen[1] == [*range(1, 128), 127, 127, 127]
+    assert seen[2] == [True, True]
+
+
+def test_an_example_of_another_size_is_refused(runtime: TorchRuntime) -> None:
+    """The bytes of an example are those of the inputs' types."""
+    hosted = Hosted(runtime, torch.sin)
+    call = hosted.described(placed(rand(3)))
+    call.examples.append(bytes(8))
+    with pytest.raises(ProtocolError, match=r"have \[8\] bytes; expected \[24\]"):
+        hosted.prepared(call)
 
 
 def test_a_loop_without_an_end_on_zeros_is_left(
