@@ -161,7 +161,8 @@ class Trial:
                 f" {' or on '.join(endless)}; bound its loops by a number of steps"
             )
         tried = ", ".join(failures)
-        remedy = "" if self.examples else _EXAMPLES.format(tried=tried)
+        needs_example = not self.examples and _is_about_values(reason)
+        remedy = _EXAMPLES.format(tried=tried) if needs_example else ""
         first = next(iter(failures.values()))
         raise remote(first, self.where, remedy) from first
 
@@ -410,11 +411,22 @@ _FILLINGS: Mapping[str, Filling] = {
     "identity matrices": _of_each(_identities),
     "the numbers 1, 2, 3, ...": _of_each(_counted),
 }
+# Modules of the errors of fake tensors about values that they do not have.
+_WITHOUT_VALUES = {
+    "torch._subclasses.fake_tensor",
+    "torch.fx.experimental.symbolic_shapes",
+}
 _EXAMPLES = (
     "the model cannot be traced without values, and it raises on the made-up ones that the bridge"
     " ran it on ({tried}): pass an example of its arguments to RemoteTorchFunction, by"
     " example_args=(...) or trace_on(...), or call it outside of jit first"
 )
+
+
+def _is_about_values(error: BaseException) -> bool:
+    """Whether fake tensors failed since they have no values, not since the call is wrong."""
+    kinds = {kind.__module__ for kind in type(error).__mro__}
+    return bool(kinds & _WITHOUT_VALUES) or ".numpy() is not supported" in str(error)
 
 
 class _Endless(BaseException):

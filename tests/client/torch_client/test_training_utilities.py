@@ -294,12 +294,22 @@ def test_weights_are_vectors_too(remote: Remote) -> None:
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), vector * 2)
 
 
-def test_a_profiler_shows_the_calls_by_name(jax_worker: Session) -> None:
+@pytest.fixture(scope="module")
+def profiler() -> Callable[[], torch.profiler.profile]:
+    """The profiler after its first use, for which it keeps a descriptor."""
+    with torch.profiler.profile():
+        pass
+    return torch.profiler.profile
+
+
+def test_a_profiler_shows_the_calls_by_name(
+    jax_worker: Session, profiler: Callable[[], torch.profiler.profile]
+) -> None:
     """The forward and the backward of a call, and a batched call."""
     f = RemoteJaxFunction(jax_worker, name="sine")
     x = torch.ones(3, requires_grad=True)
     f(x).sum().backward()
-    with torch.profiler.profile() as profile:
+    with profiler() as profile:
         f(x).sum().backward()
         torch.vmap(f)(torch.ones(2, 3))
     names = {event.key for event in profile.key_averages()}
