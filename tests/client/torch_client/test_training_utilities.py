@@ -294,22 +294,12 @@ def test_weights_are_vectors_too(remote: Remote) -> None:
     assert torch.equal(nn.utils.parameters_to_vector(model.parameters()), vector * 2)
 
 
-@pytest.fixture(scope="module")
-def profiler() -> Callable[[], torch.profiler.profile]:
-    """The profiler after its first use, for which it keeps a descriptor."""
-    with torch.profiler.profile():
-        pass
-    return torch.profiler.profile
-
-
-def test_a_profiler_shows_the_calls_by_name(
-    jax_worker: Session, profiler: Callable[[], torch.profiler.profile]
-) -> None:
+def test_a_profiler_shows_the_calls_by_name(remote: Remote) -> None:
     """The forward and the backward of a call, and a batched call."""
-    f = RemoteJaxFunction(jax_worker, name="sine")
+    f = remote("sine")
     x = torch.ones(3, requires_grad=True)
     f(x).sum().backward()
-    with profiler() as profile:
+    with torch.profiler.profile() as profile:
         f(x).sum().backward()
         torch.vmap(f)(torch.ones(2, 3))
     names = {event.key for event in profile.key_averages()}
