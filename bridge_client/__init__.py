@@ -11,7 +11,8 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "1")
 
 from bridge_client.remote.connecting import connect
 from bridge_client.remote.link import Tls
+from bridge_client.remote.spans import profile
 from bridge_client.remote.spawning import spawn
 from bridge_client.session import Session
 
-__all__ = ["Session", "Tls", "connect", "spawn"]
+__all__ = ["Session", "Tls", "connect", "profile", "spawn"]

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
@@ -15,6 +17,7 @@ from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import check_address, connect
 from bridge_client.remote.link import Terms, Tls
 from bridge_client.remote.session import RemoteSession
+from bridge_client.remote.spans import PROFILE
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
 from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
@@ -60,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     health = _add_health(commands)
     diagnose = _add_doctor(commands)
     watch = _add_top(commands)
+    _add_profile(commands)
     for command in (describe, check, health, watch):
         command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     diagnose.add_argument(
@@ -190,6 +194,23 @@ def _add_top(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON lines")
     command.set_defaults(action=_with_session(_top))
     return command
+
+
+def _add_profile(commands: Any) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "profile",
+        help="run a command, and write its calls to a file that Perfetto opens",
+        description=(
+            "Run a command whose Python process calls workers, such as `python train.py`. Its calls"
+            " and what the workers did for them go to one file, on one clock. Exits with the"
+            " command's status."
+        ),
+    )
+    command.add_argument(
+        "-o", "--output", default="bridge.json", help="default: %(default)s"
+    )
+    command.add_argument("command_line", nargs="+", metavar="COMMAND")
+    command.set_defaults(action=_profile)
 
 
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
@@ -324,6 +345,15 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = list(doctor.examine(options.address, _terms(options)))
     print(as_json(checks) if options.json else as_table(checks))
     return FAILED if worst(checks) == BROKEN else OK
+
+
+def _profile(options: argparse.Namespace) -> int:
+    path = os.path.abspath(options.output)
+    done = subprocess.run(options.command_line, env=os.environ | {PROFILE: path})
+    print(
+        f"bridge_client: {path}; open it with https://ui.perfetto.dev", file=sys.stderr
+    )
+    return done.returncode
 
 
 def _top(session: RemoteSession, options: argparse.Namespace) -> int:

@@ -106,8 +106,11 @@ class GrpcLane(Lane):
             raise failure
 
     def _receive_outputs(self, blocks: Sequence[Block]) -> None:
-        data = self._receive().ran.data
-        inline.fill(blocks, data, (self._receive().chunk for _ in itertools.count()))
+        ran = self._receive().ran
+        self.times = ran.times
+        inline.fill(
+            blocks, ran.data, (self._receive().chunk for _ in itertools.count())
+        )
 
     def ask(
         self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S

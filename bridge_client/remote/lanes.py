@@ -45,6 +45,7 @@ class Call(NamedTuple):
     released: Sequence[int]  # residuals that the worker may free
     timeout_s: float | None
     pool: Pool  # holds the inputs in host memory
+    timed: bool = False  # whether the worker says how long the parts took
 
 
 class Lane(ABC):
@@ -58,6 +59,7 @@ class Lane(ABC):
     # Ordering with this process's GPU work; set by the first call with GPU memory.
     ordering: Ordering | None = None
     is_closed = False
+    times: pb.Times | None = None  # of the last run, if it was timed
 
     def run(self, call: Call) -> Any:
         """Run a program; return the value of `call.run.make`, called while the worker computes.
@@ -71,6 +73,8 @@ class Lane(ABC):
         message = request.run
         message.program = call.program
         message.residual = run.residual
+        if call.timed:
+            message.timed = True
         if call.released:
             message.released.extend(call.released)
         if run.stream is None or ordering is None:

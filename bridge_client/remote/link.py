@@ -17,6 +17,7 @@ from typing import Any
 import grpc
 
 from bridge_client.progress import shown_when_slow
+from bridge_client.remote import spans
 from bridge_client.remote.gpu import Ordering
 from bridge_client.remote.grpc_lane import GrpcLane, from_rpc
 from bridge_client.remote.lanes import Lane, Stale
@@ -181,17 +182,21 @@ class Link:
           Stale: the worker no longer has the session.
         """
         request.session = self.token
-        phase = "starting"
+        phase, begin_ns = "starting", time.time_ns()
+        phases: list[tuple[str, int]] = []
         try:
             with shown_when_slow(what) as progress:
                 for event in self._stub.Prepare(request, timeout=timeout_s):
                     kind = event.WhichOneof("kind")
                     if kind == "prepared":
                         prepared: pb.Prepared = event.prepared
+                        if spans.are_wanted():
+                            spans.of_preparation(what, self.address, begin_ns, phases)
                         return prepared
                     if kind == "error":
                         raise decode(event.error)
                     phase = progress.phase = event.progress.phase
+                    phases.append((phase, time.time_ns()))
         except grpc.RpcError as error:
             if not self._end.alive:  # another thread has ended the link
                 raise Stale from error

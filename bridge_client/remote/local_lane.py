@@ -62,7 +62,9 @@ class LocalLane(Lane):
         request.run.outputs.extend(map(_address_of, call.outputs))
         self._send(request)
         outputs = call.run.make(call.outputs)
-        self._receive(call.timeout_s)
+        reply = self._receive(call.timeout_s)
+        if call.timed:
+            self.times = reply.ran.times
         return outputs
 
     def ask(

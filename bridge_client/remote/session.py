@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from bridge_client.programs import Program, model_tag, shapes_of
+from bridge_client.remote import spans
 from bridge_client.remote.lanes import ENDS_LANE, Call, Lane, Stale
 from bridge_client.remote.link import Link, Terms
 from bridge_client.remote.retrying import RETRIED, Attempts
@@ -341,7 +343,10 @@ class RemoteSession(Session):
             lane = link.take(
                 self.pool, call.timeout_s, None if run.stream is None else self._gpu
             )
-            outputs = lane.run(call)
+            if call.timed:
+                outputs = self._timed(link, lane, call)
+            else:
+                outputs = lane.run(call)
             if forward is not None and run.stream is not None:
                 # The pullback may have read the forward's inputs.
                 lane.free_after(forward.stream, run.stream)
@@ -353,6 +358,12 @@ class RemoteSession(Session):
         link.give_back(lane)
         copied = run.copied + lane.bytes_by_value(call)
         self._unfinished.count(copied + run.program.outputs_nbytes)
+        return outputs
+
+    def _timed(self, link: Link, lane: Lane, call: Call) -> Any:
+        begin_ns = time.time_ns()
+        outputs = lane.run(call)
+        spans.of_run(call.run.program, link.address, begin_ns, lane.times)
         return outputs
 
     def _forward_of(self, link: Link, run: Run) -> Forward | None:
@@ -385,7 +396,13 @@ class RemoteSession(Session):
                 gpu.lease(nbytes, run.stream or 0) for nbytes in program.output_nbytes
             ]
         return Call(
-            run, name, outputs, self._unfinished.to_release(), timeout_s, self.pool
+            run,
+            name,
+            outputs,
+            self._unfinished.to_release(),
+            timeout_s,
+            self.pool,
+            spans.are_wanted(),
         )
 
     def _name_of(self, link: Link, program: Program, timeout_s: float | None) -> int:

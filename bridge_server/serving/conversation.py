@@ -78,7 +78,7 @@ class Conversation:
                     # Hot path: as few function calls as possible.
                     self._sessions.begin(session, self)
                     try:
-                        self._queue.enter(session.client, self._is_abandoned)
+                        waited_s = self._queue.enter(session.client, self._is_abandoned)
                         try:
                             self._count += 1
                             self.run = self._count
@@ -86,7 +86,7 @@ class Conversation:
                         finally:
                             self.run = 0
                             self._queue.leave(session.client)
-                        yield RAN
+                        yield self._timed(waited_s) if request.run.timed else RAN
                     finally:  # after sending the reply, so that a drain does not cut it off
                         self._sessions.end(self)
                 except GeneratorExit:  # the connection broke: nobody receives the reply
@@ -146,7 +146,7 @@ class Conversation:
         sizes = [nbytes for address, nbytes in named if not address]
         inputs = self._received(session, run.data, sizes)
         with self._sessions.running(session, self):
-            self._queue.enter(session.client, self._is_abandoned)
+            waited_s = self._queue.enter(session.client, self._is_abandoned)
             try:
                 self._count += 1
                 self.run = self._count
@@ -155,12 +155,20 @@ class Conversation:
                 self.run = 0
                 self._queue.leave(session.client)
             buffers = [block.buffer for block in blocks]
+            reply = self._timed(waited_s) if run.timed else pb.LaneReply(ran=pb.Ran())
             if inline.are_small(sum(map(len, buffers))):
-                yield pb.LaneReply(ran=pb.Ran(data=b"".join(buffers)))
+                reply.ran.data = b"".join(buffers)
+                yield reply
                 return
-            yield RAN
+            yield reply
             for chunk in inline.chunks_of(buffers):
                 yield pb.LaneReply(chunk=chunk)
+
+    def _timed(self, waited_s: float) -> pb.LaneReply:
+        """Return the reply to a run with the times of its parts."""
+        compute_s, copy_s = self._meter.last
+        times = pb.Times(queue_s=waited_s, compute_s=compute_s, copy_s=copy_s)
+        return pb.LaneReply(ran=pb.Ran(times=times))
 
     def _received(
         self, session: Session, data: bytes, sizes: Sequence[int]

@@ -32,6 +32,7 @@ class Meter:
     def __init__(self, slow_s: float) -> None:
         """Begin without runs; a run of more than `slow_s` seconds is logged."""
         self.by_program: dict[Program, _Runs] = {}
+        self.last = 0.0, 0.0  # compute_s and copy_s of the last run
         self._slow_s = slow_s
 
     def note(
@@ -47,6 +48,7 @@ class Meter:
         runs.count += 1
         runs.compute_s += compute_s
         runs.copy_s += copy_s
+        self.last = compute_s, copy_s
         if compute_s > self._slow_s:
             model, derivative = program.label
             _log.warning("%s of model %r took %.3g s", derivative, model, compute_s)

@@ -69,8 +69,10 @@ class RunQueue:
         self._ended = 0
         self._mean_s = 0.0
 
-    def enter(self, client: Client, is_abandoned: Callable[[], bool]) -> None:
+    def enter(self, client: Client, is_abandoned: Callable[[], bool]) -> float:
         """Begin a run, after waiting for its turn if necessary; `leave` must follow.
+
+        Returns the seconds that the run has waited.
 
         Raises:
           WorkerBusy: too many runs wait already.
@@ -81,7 +83,7 @@ class RunQueue:
             if not client.waiting and self._has_place(client):
                 self.running += 1
                 client.running += 1
-                return
+                return 0.0
             ticket = self._enqueue(client)
         while not ticket.may_begin.wait(_TICK_S * _ABANDONED_TICKS):
             if is_abandoned() and self._withdraw(ticket):
@@ -89,6 +91,7 @@ class RunQueue:
         if is_abandoned():
             self.leave(client)
             raise Abandoned
+        return time.monotonic() - ticket.came
 
     def leave(self, client: Client) -> None:
         """End a run."""

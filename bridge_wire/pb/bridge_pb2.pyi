@@ -594,7 +594,7 @@ class Ordered(_message.Message):
     def __init__(self, event: _Optional[bytes] = ..., by_words: bool = ...) -> None: ...
 
 class Run(_message.Message):
-    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data", "turn")
+    __slots__ = ("program", "inputs", "outputs", "inline", "residual", "released", "data", "turn", "timed")
     PROGRAM_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
@@ -603,6 +603,7 @@ class Run(_message.Message):
     RELEASED_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
+    TIMED_FIELD_NUMBER: _ClassVar[int]
     program: int
     inputs: _containers.RepeatedScalarFieldContainer[int]
     outputs: _containers.RepeatedScalarFieldContainer[int]
@@ -611,13 +612,26 @@ class Run(_message.Message):
     released: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
     turn: int
-    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., turn: _Optional[int] = ...) -> None: ...
+    timed: bool
+    def __init__(self, program: _Optional[int] = ..., inputs: _Optional[_Iterable[int]] = ..., outputs: _Optional[_Iterable[int]] = ..., inline: bool = ..., residual: _Optional[int] = ..., released: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ..., turn: _Optional[int] = ..., timed: bool = ...) -> None: ...
+
+class Times(_message.Message):
+    __slots__ = ("queue_s", "compute_s", "copy_s")
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
+    COPY_S_FIELD_NUMBER: _ClassVar[int]
+    queue_s: float
+    compute_s: float
+    copy_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., copy_s: _Optional[float] = ...) -> None: ...
 
 class Ran(_message.Message):
-    __slots__ = ("data",)
+    __slots__ = ("data", "times")
     DATA_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
-    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+    times: Times
+    def __init__(self, data: _Optional[bytes] = ..., times: _Optional[_Union[Times, _Mapping]] = ...) -> None: ...
 
 class Release(_message.Message):
     __slots__ = ("residuals",)
