@@ -144,6 +144,17 @@ class Program:
         )
 
     @property
+    def title(self) -> str:
+        """The model and the derivative, such as "f.forward" or "f.vjp", for spans."""
+        named: Program | None = self
+        while named is not None and not named.request.call.model:
+            named = named.origin
+        model = "parameters" if named is None else named.request.call.model
+        kinds = [str(each.WhichOneof("kind")) for each in self.request.call.transforms]
+        derivative = "vjp" if self.is_pullback else ".".join(kinds)
+        return f"{model}.{derivative or 'forward'}"
+
+    @property
     def outputs(self) -> tuple[Spec, ...]:
         """The types of the outputs."""
         return self.prepared.outputs

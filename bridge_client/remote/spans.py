@@ -73,7 +73,7 @@ def of_run(
         for name, duration_s in seconds:
             parts.append(Part(name, at_ns, at_ns + int(duration_s * _NS)))
             at_ns = parts[-1].end_ns
-    _note(Span(f"bridge {program!r}", begin_ns, end_ns, address, parts))
+    _note(Span(f"bridge {program.title}", begin_ns, end_ns, address, parts))
 
 
 def of_preparation(
