@@ -63,19 +63,25 @@ def _measured(
 def _show_live(measured: Iterator[tuple[pb.Statistics, pb.Statistics]]) -> None:
     try:
         from rich.live import Live
-        from rich.table import Table
     except ImportError as error:
         raise CallerError(
             "the live table needs rich; run `pip install 'torch-jax-bridge[cli]'`, or use --once"
         ) from error
     with Live(screen=True, auto_refresh=False) as live:
         for before, now in measured:
-            table = Table(title=_summary(now))
-            for i, title in enumerate(_TITLES):
-                table.add_column(title, justify="left" if i < 2 else "right")
-            for row in _rows(before, now):
-                table.add_row(*row)
-            live.update(table, refresh=True)
+            live.update(table_of(before, now), refresh=True)
+
+
+def table_of(before: pb.Statistics, now: pb.Statistics) -> Any:
+    """Return the live table of two looks, as rich's Table."""
+    from rich.table import Table
+
+    table = Table(title=_summary(now))
+    for i, title in enumerate(_TITLES):
+        table.add_column(title, justify="left" if i < 2 else "right")
+    for row in _rows(before, now):
+        table.add_row(*row)
+    return table
 
 
 def _as_text(before: pb.Statistics, now: pb.Statistics) -> str:

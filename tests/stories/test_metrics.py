@@ -13,6 +13,7 @@ from bridge_client import connect
 from bridge_client.cli import main
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import RemoteModelError
+from tests.conftest import ROOT
 from tests.workers import Worker, serving
 
 _MODEL = """
@@ -110,3 +111,15 @@ def test_an_address_of_metrics_that_is_taken(worker: Worker, tmp_path: Path) -> 
         assert it.wait() == 2
         assert "--metrics cannot listen" in it.stderr
         assert "Traceback" not in it.stderr
+
+
+def test_the_dashboard_asks_for_metrics_that_exist(worker: Worker) -> None:
+    """Each name in docker/observe/dashboard.json is one that a worker serves."""
+    with connect(worker.address) as session:
+        x = torch.ones(4, requires_grad=True)
+        RemoteJaxFunction(session, name="f")(x).sum().backward()
+        with pytest.raises(RemoteModelError):
+            RemoteJaxFunction(session, name="raising")(torch.ones(4))
+    asked = (ROOT / "docker/observe/dashboard.json").read_text()
+    served = {name.partition("{")[0] for name in _scraped(worker)}
+    assert set(re.findall(r"bridge_\w+", asked)) <= served
