@@ -129,7 +129,7 @@ class Link:
         # Number of GPU lanes by `Ordering.way`.
         self.ways: Counter[str] = Counter()
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
-        self._is_retired = False
+        self.is_retired = False
         # Whether answered calls lost outputs by the worker's death.
         self.has_lost_outputs = False
         self._watches: list[
@@ -251,13 +251,13 @@ class Link:
         """Return a lane that is ready for the next call."""
         self._idle.append(lane)
         # The link ended during the call and no longer closes its lanes.
-        if self._is_retired or not self._end.alive:
+        if self.is_retired or not self._end.alive:
             _close(self._idle)
             self._end_if_unused()
 
     def retire(self) -> None:
         """End the link after the calls under way, since its worker takes no more."""
-        self._is_retired = True
+        self.is_retired = True
         _close(self._idle)
         self._end_if_unused()
 
@@ -350,7 +350,7 @@ class Link:
             lane.when_worker_goes(self._watched, act)
 
     def _refuse_if_ended(self) -> None:
-        if self._is_retired or not self._end.alive:
+        if self.is_retired or not self._end.alive:
             raise Stale
 
     def _new_lane(self) -> Lane:

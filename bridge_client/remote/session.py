@@ -252,7 +252,8 @@ class RemoteSession(Session):
 
     def _leave(self, link: Link, error: BaseException) -> None:
         """Take a link out of use after an error of a call; a busy worker's link stays."""
-        if isinstance(error, WorkerDraining):
+        is_refused = isinstance(error, WorkerDraining)
+        if is_refused or (link.is_retired and isinstance(error, Stale)):
             self._retire(link)
         elif not isinstance(error, WorkerBusy):
             self._forget(link)
@@ -493,6 +494,8 @@ class RemoteSession(Session):
             lane.close()
         elif lane.abandon():  # CallTimeout, or for example KeyboardInterrupt
             self._unfinished.abandon(lane, call)
+        if link.is_retired:
+            link.retire()
 
     def _usage(self) -> pb.Usage:
         link = self._link

@@ -367,3 +367,21 @@ def test_a_worker_that_cannot_start_again_says_how_it_ended(tmp_path: Path) -> N
 def test_numbers_that_make_no_sense(options: dict[str, Any]) -> None:
     with pytest.raises(CallerError, match=next(iter(options))):
         connect("unix:/nowhere", **options)
+
+
+def test_calls_of_many_threads_end_on_the_draining_worker(
+    rolling: Rolling, lane: str
+) -> None:
+    """Those that are refused meanwhile do not cut off those that are under way."""
+    with connect(rolling.address, lane=lane) as session:
+        slow = RemoteJaxFunction(session, name="slow")
+        slow(torch.ones(3))
+        calls = [slow.submit(torch.full((3,), float(i))) for i in range(3)]
+        time.sleep(0.1)
+        replacing = threading.Thread(target=rolling.replace)
+        replacing.start()
+        time.sleep(0.1)
+        calls += [slow.submit(torch.full((3,), float(i))) for i in range(3, 12)]
+        for i, call in enumerate(calls):
+            assert call.result().tolist() == [2.0 * i] * 3
+        replacing.join()
