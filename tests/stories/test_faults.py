@@ -352,6 +352,26 @@ def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> 
         assert _blocks_return(session)
 
 
+def test_a_call_under_way_in_a_closed_session_says_so(
+    worker: Worker, gate: Gate, lane: str
+) -> None:
+    """A session that another thread closes ends its calls with SessionClosed, or answers them;
+    the worker is not blamed."""
+    session = connect(worker.address, lane=lane, retries=1)
+    program = prepare(session, "gated", floats(1), str(gate))
+    running = Background(
+        lambda: values(*session.run(program, [placed(session, [1.0])]))
+    )
+    gate.wait_for_a_caller()
+    session.close()
+    gate.open()
+    if lane == "local":
+        assert running.result() == [2.0]
+    else:
+        with pytest.raises(SessionClosed):
+            running.result()
+
+
 def test_a_call_can_be_interrupted(
     worker: Worker, gate: Gate, lane: str, ctrl_c: None
 ) -> None:
