@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu soak fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu soak chaos fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -49,6 +49,9 @@ gpu: $(if $(PYTHON),,setup) ## Ask a GPU every question in LIMIT=480 seconds; WH
 
 soak: setup ## Check every value while a worker is killed and replaced; SECONDS=600
 	$(BOTH)/python -m tools.soak --seconds $(or $(SECONDS),600)
+
+chaos: setup ## Let each event happen in each phase of a call, over each lane
+	$(BOTH)/python -m pytest tests/chaos --chaos $(PYTEST_ARGS)
 
 fuzz: setup ## Feed the decoders and the worker random input
 	$(BOTH)/python -m tests.fuzz

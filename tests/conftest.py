@@ -46,6 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="an interpreter with gymnax, brax and the bridge: run their examples too",
     )
     parser.addoption(
+        "--chaos",
+        action="store_true",
+        help="run every cell of the chaos suite, not only one per event and lane",
+    )
+    parser.addoption(
         "--gpu",
         action="store_true",
         help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md",

@@ -236,6 +236,8 @@ class RemoteSession(Session):
                     link = self._require_link()
                 return action(link, *args)
             except RETRIED as error:
+                if self._is_closed:
+                    raise closed() from error
                 if attempts is None:
                     attempts = self._attempts(limit_s or self.timeout_s)
                 if link is not None:

@@ -135,7 +135,7 @@ def test_calls_and_backwards_outlive_a_killed_worker(
     so does a backward whose forward was before.
     """
     worker = start().wait_until_ready()
-    with connect(worker.address, lane=lane) as session:
+    with connect(worker.address, lane=lane, retry_s=0) as session:
         f = RemoteJaxFunction(session, name="square")
         x = _numbers()
         y = f(x)
@@ -156,7 +156,7 @@ def test_a_worker_killed_during_calls_is_a_death(
 ) -> None:
     """Every call under way raises WorkerDied as soon as the worker is killed."""
     worker = start().wait_until_ready()
-    with connect(worker.address, lane=lane) as session:
+    with connect(worker.address, lane=lane, retry_s=0) as session:
         gates = [gate, Gate(tmp_path / "second")]
         programs = [prepare(session, "gated", floats(1), str(each)) for each in gates]
         running = [
@@ -350,6 +350,26 @@ def test_a_stopped_worker_times_out(start: Callable[..., Worker], lane: str) -> 
         session.timeout_s = None
         assert squares(session, 3.0) == [9.0]
         assert _blocks_return(session)
+
+
+def test_a_call_under_way_in_a_closed_session_says_so(
+    worker: Worker, gate: Gate, lane: str
+) -> None:
+    """A session that another thread closes ends its calls with SessionClosed, or answers them;
+    the worker is not blamed."""
+    session = connect(worker.address, lane=lane, retries=1)
+    program = prepare(session, "gated", floats(1), str(gate))
+    running = Background(
+        lambda: values(*session.run(program, [placed(session, [1.0])]))
+    )
+    gate.wait_for_a_caller()
+    session.close()
+    gate.open()
+    if lane == "local":
+        assert running.result() == [2.0]
+    else:
+        with pytest.raises(SessionClosed):
+            running.result()
 
 
 def test_a_call_can_be_interrupted(

@@ -113,7 +113,7 @@ def test_a_worker_that_dies_during_a_call_in_compiled_code(
 
 def test_a_worker_that_nobody_starts_again(mortal_worker: Session) -> None:
     """A call of compiled code raises at once, each time."""
-    with connect(mortal_worker.address) as session:
+    with connect(mortal_worker.address, retry_s=0) as session:
         f = jax.jit(
             jax.grad(lambda x: RemoteTorchFunction(session, name="sine")(x).sum())
         )
