@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from bridge_server.torch_runtime.checkpoints import without_reentry
 from bridge_server.torch_runtime.python_state import PythonState
 from bridge_server.torch_runtime.scripted import Place, places_in
 from bridge_wire.errors import CallerError
@@ -44,7 +45,10 @@ class Arguments(NamedTuple):
     def passed_to(self, target: Any) -> Any:
         """Return the result of the call."""
         function = getattr(target, self.method) if self.method else target
-        return function(*self.args, **self.kwargs)
+        if not torch.is_grad_enabled():
+            return function(*self.args, **self.kwargs)
+        with without_reentry:
+            return function(*self.args, **self.kwargs)
 
 
 Called = Callable[[Values, Arguments], Outcome]
@@ -122,7 +126,8 @@ class CodeOfPair(Code):
         state = list(self._own if values is None else values)
         params = pytree.tree_unflatten(state, self._structure)
         args, kwargs, _ = arguments
-        return self._target(params, *args, **kwargs), state
+        passed = Arguments((params, *args), kwargs)
+        return passed.passed_to(self._target), state
 
 
 class CodeOfModule(Code):

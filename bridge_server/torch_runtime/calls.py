@@ -12,7 +12,7 @@ from bridge_server.runtime import Model
 from bridge_server.torch_runtime.callables import Arguments
 from bridge_server.torch_runtime.randomness import seed
 from bridge_server.torch_runtime.results import Results
-from bridge_server.torch_runtime.tracing import Traced, Trial
+from bridge_server.torch_runtime.tracing import Traced, Trial, variables_among
 from bridge_server.torch_runtime.types import TORCH_DTYPES
 from bridge_wire import trees
 from bridge_wire.classes import Classes
@@ -51,7 +51,8 @@ class Call:
         self._is_bound = not call.parameters
         self.key = self._passed if call.rngs else None  # its position among the inputs
         self.leaves = self._passed + (self.key is not None)  # the first leaf's position
-        buffers = [i for i, each in enumerate(model.parameters) if not each.trainable]
+        self._trainable = [each.trainable for each in model.parameters]
+        buffers = [i for i, is_trained in enumerate(self._trainable) if not is_trained]
         # Positions of buffers to return.
         self._buffers = buffers if call.mutable else []
         paths = [model.parameters[i].path for i in self._buffers]
@@ -76,6 +77,7 @@ class Call:
         self.has_fast_path = traced.has_fast_path
         self.runs_torchscript = traced.runs_torchscript
         self._needs_grad = traced.needs_grad
+        self._needs_variables = traced.needs_variables
         written = self._written(traced)
         count = len(model.values)
         self._written_state = [i for i in written if i < count]
@@ -91,6 +93,9 @@ class Call:
             state = _cloned(
                 self._model.values if state is None else state, self._written_state
             )
+        if self._needs_variables:
+            state = self._model.values if state is None else state
+            state = variables_among(state, self._trainable)
         if self._written_leaves:
             leaves = _cloned(leaves, self._written_leaves)
         if self.key is not None:
@@ -140,6 +145,7 @@ class Call:
             self.device,
             self.where,
             snapshot,
+            self._trainable,
             self._examples,
         )
 

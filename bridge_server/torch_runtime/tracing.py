@@ -48,6 +48,8 @@ _STATISTICS = frozenset({"running_mean", "running_var"})
 
 # Limits of operators for a run on made-up values. At the first one, after some seconds, the bridge
 # tries other values. If no run ends, it tries all with the second limit, a minute or two.
+# torch's words for a derivative by a tensor that is no variable.
+_NO_VARIABLE = "require grad"
 _MOST_OPERATORS = (100_000, 3_000_000)
 
 Function = Callable[[Sequence[Tensor], Sequence[Any]], Sequence[Tensor]]
@@ -73,6 +75,8 @@ class Traced(NamedTuple):
     runs_torchscript: bool
     # Whether it works only while autograd records, as models do that differentiate inside.
     needs_grad: bool
+    # Whether it differentiates by its own parameters, so that these must be variables.
+    needs_variables: bool
     is_fake: bool  # whether the findings hold for all values
     # Digest of the operators that depend on state, inputs or draws, and of their other arguments.
     operators: bytes
@@ -86,6 +90,7 @@ class _Attempt:
     most_operators: float
     is_fake: bool
     needs_grad: bool = False
+    needs_variables: bool = False
     is_recorded: bool = False
 
 
@@ -104,6 +109,7 @@ class Trial:
     device: torch.device
     where: str
     snapshot: Callable[[], PythonState]
+    trainable: Sequence[bool]  # for each tensor of the state, whether it is a parameter
     examples: Sequence[bytes] = ()  # values of the inputs; if none, values are made up
 
     def trace(self) -> Traced:
@@ -216,7 +222,13 @@ class Trial:
             is_final = isinstance(error, BridgeError) and not attempt.is_fake
             if is_final or isinstance(error, _LeftBehind):
                 raise
-            return self._traced(replace(attempt, needs_grad=True))
+            attempt = replace(attempt, needs_grad=True)
+        try:
+            return self._traced(attempt)
+        except RuntimeError as error:
+            if _NO_VARIABLE not in str(error):
+                raise
+            return self._traced(replace(attempt, needs_variables=True))
 
     def _traced(self, attempt: _Attempt) -> Traced:
         """Trace the call, and leave none of its tensors where the next call would find it."""
@@ -252,6 +264,7 @@ class Trial:
             has_fast_path=before.may_reach(HAVE_FAST_PATH),
             runs_torchscript=notes.has_run,
             needs_grad=attempt.needs_grad,
+            needs_variables=attempt.needs_variables,
             is_fake=attempt.is_fake,
             operators=first.operators.digest(),
         )
@@ -294,6 +307,8 @@ class Trial:
                     list(map(_as_variable, state)),
                     list(map(_as_variable, inputs)),
                 )
+            if attempt.needs_variables:
+                state = variables_among(state, self.trainable)
             return f(state, inputs)
 
     def _arguments(
@@ -309,6 +324,17 @@ class Trial:
                 torch.empty(x.shape, dtype=dtype, device=x.device) for x, dtype in pairs
             ]
             return state, list(filling(self.inputs, self.device))
+
+
+def variables_among(
+    state: Sequence[Any],
+    trainable: Sequence[bool],
+) -> list[Any]:
+    """Return the state with variables in place of the parameters that are none."""
+    return [
+        x.detach().requires_grad_() if each and not x.requires_grad else x
+        for x, each in zip(state, trainable, strict=True)
+    ]
 
 
 def _as_variable(x: Any) -> Any:

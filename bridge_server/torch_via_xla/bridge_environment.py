@@ -482,6 +482,10 @@ class _Dispatch(XLADispatchMode):
 
 def _without_lowering(func: Any, error: Exception | None = None) -> CallerError:
     reason = f" ({error})" if error is not None else ""
+    if func is torch.ops.aten._is_all_true.default:
+        reason = (
+            "; torch.distributions call it for their checks: pass validate_args=False"
+        )
     return CallerError(
         f"the torch code calls {func}, which tracing cannot turn into JAX; write the code without"
         f" it, or run it by RemoteTorchFunction, in a worker or in this process{reason}"

@@ -11,6 +11,7 @@ import jax
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 from bridge_server.signatures import bound_method
 from bridge_server.torch_runtime.attention import simple_attention
@@ -192,7 +193,28 @@ def _called(env: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> A
     The caller's variables never hold a traced tensor.
     """
     args, kwargs = env.wrapped((args, kwargs))
-    return env.unwrapped(function(*args, **kwargs))
+    result = env.unwrapped(function(*args, **kwargs))
+    if not any(map(_tensors_of, pytree.tree_leaves(result))):
+        return result
+    # What torch's pytrees do not know, jax's may.
+    leaves, structure = jax.tree.flatten(result)
+    return jax.tree.unflatten(structure, [_array_of(env, leaf) for leaf in leaves])
+
+
+def _tensors_of(leaf: Any) -> list[Tensor]:
+    """Return the tensors in an object: itself, or its attributes."""
+    parts = (leaf, getattr(leaf, "__dict__", None))
+    return [each for each in pytree.tree_leaves(parts) if isinstance(each, Tensor)]
+
+
+def _array_of(env: Any, leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) or not _tensors_of(leaf):
+        return env.unwrapped(leaf)
+    raise CallerError(
+        f"the torch code returns a {type(leaf).__module__}.{type(leaf).__qualname__}, which is no"
+        " pytree node for jax; register it, as by jax.tree_util.register_dataclass, or return a"
+        " dict or a namedtuple"
+    )
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """trace_torch: torch code as pure JAX functions."""
 
+import collections
 import copy
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Sequence
@@ -626,6 +628,49 @@ def test_distributions_follow_the_key(
     assert not jax.grad(lambda x: h(x, rng=jax.random.key(0)).sum())(x).any()
     with pytest.raises(CallerError, match="rng="):
         h(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["at once", "jit"])
+def test_results_of_classes(wrap: Callable[..., Any]) -> None:
+    """What torch.max returns stays what it is; a class that jax does not know is named."""
+    x = jnp.arange(6.0).reshape(2, 3)
+    found = wrap(trace_torch(lambda x: torch.max(x, 1)))(x)
+    assert isinstance(found, torch.return_types.max)
+    np.testing.assert_array_equal(found.values, [2, 5])
+
+    @dataclasses.dataclass
+    class Output:
+        y: Any
+
+    class Mapped(collections.OrderedDict[str, Any]):
+        """As transformers' ModelOutput."""
+
+        def __init__(self, y: Any) -> None:
+            super().__init__(y=y)
+            self.y = y
+
+    for cls in (Output, Mapped):
+        for make in (cls, lambda y, cls=cls: [cls([y])]):
+            with pytest.raises(CallerError, match=f"returns a .*{cls.__name__}, which"):
+                wrap(trace_torch(lambda x, make=make: make(x * 2)))(x)
+
+    jax.tree_util.register_dataclass(Output, ["y"], [])
+    found = wrap(trace_torch(lambda x: Output(x * 2)))(x)
+    np.testing.assert_array_equal(found.y, 2 * x)
+
+
+def test_checks_of_distributions_are_named() -> None:
+    """They look at values; without them, densities and gradients are torch's."""
+    normal, x = torch.distributions.Normal, jnp.arange(3.0)
+    with pytest.raises(CallerError, match="pass validate_args=False"):
+        trace_torch(lambda x: normal(x, 1.0 + x).log_prob(x))(x)
+    h = trace_torch(lambda x: normal(x, 1 + x, validate_args=False).log_prob(2 * x))
+    t = torch.arange(3.0, requires_grad=True)
+    expected = normal(t, 1 + t).log_prob(2 * t)
+    np.testing.assert_allclose(jax.jit(h)(x), expected.detach(), rtol=1e-6)
+    expected.sum().backward()
+    gradient = jax.jit(jax.grad(lambda x: h(x).sum()))(x)
+    np.testing.assert_allclose(gradient, t.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_operators_without_a_lowering_are_named() -> None:
