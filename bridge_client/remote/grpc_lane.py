@@ -108,9 +108,9 @@ class GrpcLane(Lane):
     def _receive_outputs(self, blocks: Sequence[Block]) -> None:
         ran = self._receive().ran
         self.times = ran.times
-        inline.fill(
-            blocks, ran.data, (self._receive().chunk for _ in itertools.count())
-        )
+        # From here on the call has run, however the stream ends.
+        rest = (self._receive(has_run=True).chunk for _ in itertools.count())
+        inline.fill(blocks, ran.data, rest)
 
     def ask(
         self, request: pb.LaneRequest, timeout_s: float = HANDSHAKE_S
@@ -158,7 +158,7 @@ class GrpcLane(Lane):
             raise Stale
         self._outgoing.put(requests)
 
-    def _receive(self) -> pb.LaneReply:
+    def _receive(self, *, has_run: bool = False) -> pb.LaneReply:
         try:
             reply = next(self._call)
         except StopIteration:
@@ -168,7 +168,7 @@ class GrpcLane(Lane):
         except grpc.RpcError as error:
             # The error object is the stream: with a traceback, a reference cycle would keep the
             # call's blocks alive.
-            if self._is_cancelled_by_worker(error):
+            if not has_run and self._is_cancelled_by_worker(error):
                 raise WorkerDraining(
                     "the worker has shut down without running this call"
                 ) from error.with_traceback(None)

@@ -262,7 +262,9 @@ class Link:
         self._end_if_unused()
 
     def _end_if_unused(self) -> None:
-        if all(lane.is_closed for lane in list(self._lanes)):
+        with self._share_lock:
+            is_unused = all(lane.is_closed for lane in self._lanes)
+        if is_unused:
             self.abort()
 
     def close(self) -> None:
@@ -357,7 +359,8 @@ class Link:
         self._refuse_if_ended()
         try:
             lane = self._make_lane()
-            self._lanes.add(lane)
+            with self._share_lock:
+                self._lanes.add(lane)
             return lane
         except (OSError, Unauthenticated, WorkerUnavailable) as error:
             raise Stale from error

@@ -81,6 +81,9 @@ class Attempts:
             if not self._repeats:
                 raise error
             self._repeats -= 1
+            # The call has reached a worker: the time until its successor is another wait.
+            self._deadline = time.monotonic() + self._within_s
+            self._pause_s = _SHORTEST_S
             # As text: a log handler may keep the error, and with its traceback the call's blocks.
             _log.warning("a call is repeated: %s", str(error))
             return

@@ -43,7 +43,8 @@ class ServiceManager:
 
     def _keep_alive(self, period_s: float) -> None:
         # Ends with the process: an interpreter that hangs sends nothing.
-        while self._tell("WATCHDOG=1"):
+        while True:
+            self._tell("WATCHDOG=1")
             threading.Event().wait(period_s)
 
     def _tell(self, *lines: str) -> bool:

@@ -154,6 +154,11 @@ def _read(file: Path) -> Sequence[Grant]:
         if line.strip() and not line.startswith("#")
     ]
     if not any(_HASH in line for _, line in lines):
+        if len(text.split()) > 1:
+            raise CallerError(
+                f"the token file {file} has neither one token nor named ones; expected a token"
+                f" without spaces, or {_FORM}"
+            )
         return [_plain(text, "token")] if lines else []
     grants: dict[str, Grant] = {}
     for number, line in lines:

@@ -46,14 +46,16 @@ def hide_models(numbers: pb.Statistics, grant: Grant, hosted: Iterable[str]) -> 
     """Remove the numbers of models that the grant does not admit to."""
     if grant.models is None:
         return
-    visible = tuple(filter(grant.admits, hosted))
-    seen = [
-        runs
-        for runs in numbers.runs
-        if any(f"{runs.model}.".startswith(f"{name}.") for name in visible)
-    ]
+    names = list(hosted)
+    seen = [runs for runs in numbers.runs if grant.admits(_model_of(runs, names))]
     del numbers.runs[:]
     numbers.runs.extend(seen)
+
+
+def _model_of(runs: pb.Statistics.Runs, hosted: Iterable[str]) -> str:
+    """Return the model of some runs, whose label may end with a method's name."""
+    matching = [name for name in hosted if f"{runs.model}.".startswith(f"{name}.")]
+    return max(matching, key=len, default="")
 
 
 def _models_in(request: pb.PrepareRequest) -> Iterator[str]:

@@ -7,7 +7,11 @@ take turns, whatever the number of runs each of them has waiting.
 
 Runs that wait for something else than the processor, such as a host callback that sleeps or calls
 this worker again, hold places without using them. While the processor idles, there are additional
-places, up to `_MOST_AT_ONCE` in total.
+places, up to `_MOST_AT_ONCE` in total; not where a number of places was asked for, and not on a
+GPU, whose work leaves the processor idle too.
+
+Runs may wait for runs that wait for them: a callback may call this worker again. So if no run has
+ended for some seconds, though the processor idles, one more begins, whatever the limits.
 """
 
 import os
@@ -27,6 +31,7 @@ _TICK_S = 0.05
 # machine has as much left; or if the worker does nearly nothing.
 _USED, _LEFT = 0.5, 0.25
 _NEARLY_NOTHING = 0.1  # of one core
+_STANDSTILL_TICKS = 40  # after which one more run begins at each tick
 _ABANDONED_TICKS = 2  # until a waiting run looks for its client again
 _LONGEST_HINT_S = 5.0
 
@@ -55,13 +60,26 @@ class _Ticket:
 class RunQueue:
     """Lets at most so many runs begin at once. Thread-safe."""
 
-    def __init__(self, most: int | None, most_waiting: int) -> None:
-        """Begin empty. `most` runs at once; None means one more than there are cores."""
+    def __init__(
+        self,
+        most: int | None,
+        most_waiting: int,
+        *,
+        may_grow: bool = True,
+    ) -> None:
+        """Begin empty.
+
+        `most` runs at once; None means one more than there are cores, and more while the processor
+        idles if `may_grow`.
+        """
+        self._may_grow = may_grow and most is None
         self.most = most or usable_cores() + 1
         self.most_waiting = most_waiting
         self.running = self.waiting = self.refused = 0
         self.waited_s = 0.0
         self._extra = 0  # places for runs that do not use the processor
+        self._beyond = 0  # places for runs that others may wait for
+        self._standstill = 0  # ticks
         self._lock = threading.Lock()
         # Clients with waiting runs, the next one first.
         self._turns: OrderedDict[Client, None] = OrderedDict()
@@ -85,12 +103,16 @@ class RunQueue:
                 client.running += 1
                 return 0.0
             ticket = self._enqueue(client)
-        while not ticket.may_begin.wait(_TICK_S * _ABANDONED_TICKS):
-            if is_abandoned() and self._withdraw(ticket):
+        try:
+            while not ticket.may_begin.wait(_TICK_S * _ABANDONED_TICKS):
+                if is_abandoned():
+                    raise Abandoned
+            if is_abandoned():
                 raise Abandoned
-        if is_abandoned():
-            self.leave(client)
-            raise Abandoned
+        except BaseException:
+            if not self._withdraw(ticket):
+                self.leave(client)
+            raise
         return time.monotonic() - ticket.came
 
     def leave(self, client: Client) -> None:
@@ -108,7 +130,9 @@ class RunQueue:
         numbers.refused, numbers.queue_s = self.refused, self.waited_s
 
     def _has_place(self, client: Client) -> bool:
-        most = min(self.most + self._extra, max(self.most, _MOST_AT_ONCE))
+        most = (
+            min(self.most + self._extra, max(self.most, _MOST_AT_ONCE)) + self._beyond
+        )
         # The last place is for a client without a run.
         return self.running < (most - 1 if client.running and most > 1 else most)
 
@@ -120,13 +144,14 @@ class RunQueue:
                 " once, or try again later",
                 retry_after_s=self._hint_s(),
             )
+        if not self._is_watched:
+            # First, since the system may have no thread left.
+            threading.Thread(target=self._watch, name="run-queue", daemon=True).start()
+            self._is_watched = True
         ticket = _Ticket(client)
         client.waiting.append(ticket)
         self._turns.setdefault(client)
         self.waiting += 1
-        if not self._is_watched:
-            self._is_watched = True
-            threading.Thread(target=self._watch, name="run-queue", daemon=True).start()
         return ticket
 
     def _admit(self) -> None:
@@ -168,12 +193,19 @@ class RunQueue:
             is_idle = processor.has_idled()
             with self._lock:
                 self._mean_s = _TICK_S / max(1, self._ended)
-                self._ended = 0
+                has_ended, self._ended = bool(self._ended), 0
                 if not self._turns:
+                    self._extra //= 2
+                    self._beyond = self._standstill = 0
                     self._is_watched = False
                     return
-                self._extra = self._extra * 2 + 1 if is_idle else self._extra // 2
-                self._extra = min(self._extra, _MOST_AT_ONCE)
+                if self._may_grow:
+                    extra = self._extra * 2 + 1 if is_idle else self._extra // 2
+                    self._extra = min(extra, _MOST_AT_ONCE)
+                stands_still = is_idle and not has_ended
+                self._standstill = self._standstill + 1 if stands_still else 0
+                if self._standstill > _STANDSTILL_TICKS:
+                    self._beyond += 1
                 self._admit()
 
 

@@ -63,7 +63,8 @@ class Sessions:
         """
         self.slab_bytes = slab_bytes
         self.residuals = Residuals(residual_bytes)
-        self.queue = RunQueue(max_runs, max_waiting)
+        is_on_gpu = runtime is not None and runtime.gpu() is not None
+        self.queue = RunQueue(max_runs, max_waiting, may_grow=not is_on_gpu)
         self.meters = Meters(slow_s)
         self.is_draining = False
         self.has_failed = False

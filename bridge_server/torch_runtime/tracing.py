@@ -142,7 +142,7 @@ class Trial:
             return any(isinstance(node, BackwardCFunction) for node in nodes_of(edges))
         except Exception as error:
             _forget_frames(error)
-            return False
+            return True
         finally:
             f = outputs = edges = None  # type: ignore[assignment]
             _take_back((watch,), before)
@@ -284,11 +284,10 @@ class Trial:
         second.kept = first.survivors()
         try:
             self._run(f, second, attempt)
-        except (
-            Exception
-        ) as error:  # the call works once only, so it depends on kept tensors
+        except Exception as error:
+            # The call works once only, so it depends on kept tensors.
             _forget_frames(error)
-            return False
+            return True
         return second.reads_kept or not second.survivors()
 
     def _run(self, f: Function, watch: "_Watch", attempt: _Attempt) -> Sequence[Tensor]:

@@ -77,8 +77,9 @@ class Runs:
 
 
 @pytest.fixture
-def runs() -> Iterator[Runs]:
-    runs = Runs(RunQueue(3, 10))
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    monkeypatch.setattr(run_queue, "usable_cores", lambda: 2)
+    runs = Runs(RunQueue(None, 10))
     yield runs
     runs.finish()
 
@@ -161,7 +162,7 @@ def test_places_are_added_while_the_processor_idles(
 def test_there_is_a_limit_to_the_places_added(busy_processor: list[bool]) -> None:
     """One place is still kept for another client."""
     busy_processor[0] = True
-    runs = Runs(RunQueue(2, 100))
+    runs = Runs(RunQueue(None, 100))
     client, other = Client(), Client()
     for i in range(50):
         runs.add(client, str(i))
@@ -171,6 +172,82 @@ def test_there_is_a_limit_to_the_places_added(busy_processor: list[bool]) -> Non
     runs.add(other, "other")
     assert runs.begun[-1] == "other"
     runs.finish()
+
+
+@pytest.mark.parametrize(
+    "queue", [RunQueue(2, 100), RunQueue(None, 100, may_grow=False)]
+)
+def test_a_number_that_was_asked_for_is_a_limit(
+    queue: RunQueue, busy_processor: list[bool]
+) -> None:
+    """And so is any on a GPU."""
+    busy_processor[0] = True
+    runs = Runs(queue)
+    client = Client()
+    for i in range(10):
+        runs.add(client, str(i))
+    time.sleep(0.5)
+    assert len(runs.begun) == queue.most - 1
+    runs.finish()
+
+
+def test_runs_that_wait_for_runs_that_wait_all_end(
+    busy_processor: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A callback may call this worker again, in any number and depth."""
+    monkeypatch.setattr(run_queue, "_STANDSTILL_TICKS", 2)
+    busy_processor[0] = True
+    queue, done = RunQueue(None, 1000), []
+
+    def nested(clients: list[Client]) -> None:
+        queue.enter(clients[0], _waits)
+        if clients[1:]:
+            nested(clients[1:])
+        queue.leave(clients[0])
+        done.append(clients)
+
+    inner = [Client(), Client()]
+    threads = [
+        threading.Thread(target=nested, args=([Client(), *inner],)) for _ in range(40)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 120
+    assert (queue.running, queue.waiting) == (0, 0)
+
+
+def test_a_system_without_threads_leaves_the_queue_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue, client = RunQueue(1, 10), Client()
+    queue.enter(client, _waits)
+
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            queue.enter(client, _waits)
+    queue.leave(client)
+    assert (queue.running, queue.waiting) == (0, 0)
+    queue.enter(client, _waits)
+    queue.leave(client)
+
+
+def test_a_client_that_cannot_be_asked_leaves_no_run(runs: Runs) -> None:
+    client = Client()
+    for i in range(2):
+        runs.add(client, str(i))
+
+    def fail() -> bool:
+        raise OSError("the connection is broken")
+
+    with pytest.raises(OSError, match="broken"):
+        runs.queue.enter(client, fail)
+    assert runs.queue.waiting == 0
 
 
 def test_a_process_that_waits_has_an_idle_processor(

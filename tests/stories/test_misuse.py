@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,22 +93,23 @@ def test_a_read_only_volume_is_refused(directory: Path) -> None:
     assert "is on a read-only file system" in said
 
 
-def test_a_file_in_place_of_the_runtime_directory_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_in_place_of_the_runtime_directory_is_refused() -> None:
     """A file, or a link to nowhere, that has the name of the directory for sockets is named."""
-    name = tmp_path / f"torch-jax-bridge-{os.geteuid()}"
+    # In a directory with a short path: a longer one has no room for sockets.
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    name = directory / f"torch-jax-bridge-{os.geteuid()}"
     for make in (name.touch, lambda: name.symlink_to("nowhere")):
         make()
         done = run_program(
             "import sys; from bridge_server import cli; sys.exit(cli.main(sys.argv[1:]))",
             *models("square"),
             venv=".venv-jax",
-            XDG_RUNTIME_DIR=str(tmp_path),
+            XDG_RUNTIME_DIR=str(directory),
         )
         assert done.returncode == 2
         assert done.stderr.startswith(f"bridge_server: {name} is not a directory")
         name.unlink()
+    directory.rmdir()
 
 
 # What is compiled first ---------------------------------------------------------------------------

@@ -321,6 +321,27 @@ def test_functions_that_keep_tensors(
     assert "reads them in later calls" in caplog.text
 
 
+KEPT: list[Tensor] = []
+
+
+def by_list(x: Tensor) -> Tensor:
+    """Keeps its first argument, and looks at it in later calls."""
+    if KEPT:
+        return x * float(KEPT[0].sum())
+    KEPT.append(x * 3)
+    return x * 2
+
+
+def test_a_function_that_looks_at_what_it_kept(runtime: TorchRuntime) -> None:
+    """It cannot be traced a second time without values; each call still begins anew."""
+    hosted = Hosted(runtime, by_list)
+    program = hosted.call(np.ones(2))
+    for factor in (1.0, 5.0, 7.0):
+        (seen,) = hosted.run(program, factor * np.ones(2))
+        assert seen.tolist() == [2 * factor] * 2
+    assert not KEPT
+
+
 def test_tables_stay_cached(
     runtime: TorchRuntime, caplog: pytest.LogCaptureFixture
 ) -> None:
