@@ -26,6 +26,7 @@ _OK, _USAGE = 0, 2
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _HASH = "sha256:"
 _TOKEN_BYTES = 32
+_OF_NAMED = (" sha", " models=", " expires=")
 _FORM = "NAME sha256:HEX [models=a,b] [expires=2027-01-01]"
 
 
@@ -154,10 +155,10 @@ def _read(file: Path) -> Sequence[Grant]:
         if line.strip() and not line.startswith("#")
     ]
     if not any(_HASH in line for _, line in lines):
-        if len(text.split()) > 1:
+        if any(word in text for word in _OF_NAMED):  # a hash is cut off, or misspelt
             raise CallerError(
-                f"the token file {file} has neither one token nor named ones; expected a token"
-                f" without spaces, or {_FORM}"
+                f"the token file {file} has neither one token nor complete named ones; expected"
+                f" {_FORM}"
             )
         return [_plain(text, "token")] if lines else []
     grants: dict[str, Grant] = {}

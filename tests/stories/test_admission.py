@@ -230,6 +230,8 @@ def test_the_token_file_is_watched(tmp_path: Path) -> None:
         (line_of("a", ALICE, "expires=soon"), "Invalid isoformat"),
         ("\n".join([line_of("a", ALICE), line_of("a", BOB)]), "names 'a' twice"),
         ("two\nlines", "printable ASCII"),
+        ("alice sha25", "neither one token nor complete named ones"),
+        ("alice sha-256:12 models=a", "neither one token nor complete"),
     ],
 )
 def test_a_malformed_token_file_is_refused(
