@@ -98,12 +98,18 @@ class GrpcLane(Lane):
         finally:
             timer.cancel()
             in_time = over.acquire(blocking=False)
+        # This frame is part of the failure's traceback: the cycle would keep the call's blocks.
+        failed, failure = failure, None
         if not in_time:
+            del failed
             raise CallTimeout(
                 f"the worker gave no answer within {timeout_s} s"
             ) from None
-        if failure is not None:
-            raise failure
+        if failed is not None:
+            try:
+                raise failed
+            finally:
+                del failed
 
     def _receive_outputs(self, blocks: Sequence[Block]) -> None:
         ran = self._receive().ran
