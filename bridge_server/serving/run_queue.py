@@ -80,6 +80,7 @@ class RunQueue:
         self._extra = 0  # places for runs that do not use the processor
         self._beyond = 0  # places for runs that others may wait for
         self._standstill = 0  # ticks
+        self._count_places()
         self._lock = threading.Lock()
         # Clients with waiting runs, the next one first.
         self._turns: OrderedDict[Client, None] = OrderedDict()
@@ -130,11 +131,14 @@ class RunQueue:
         numbers.refused, numbers.queue_s = self.refused, self.waited_s
 
     def _has_place(self, client: Client) -> bool:
-        most = (
-            min(self.most + self._extra, max(self.most, _MOST_AT_ONCE)) + self._beyond
-        )
         # The last place is for a client without a run.
+        most = self._places
         return self.running < (most - 1 if client.running and most > 1 else most)
+
+    def _count_places(self) -> None:
+        """Note how many runs may be under way; each run looks at it."""
+        grown = min(self.most + self._extra, max(self.most, _MOST_AT_ONCE))
+        self._places = grown + self._beyond
 
     def _enqueue(self, client: Client) -> _Ticket:
         if self.waiting >= self.most_waiting:
@@ -197,6 +201,7 @@ class RunQueue:
                 if not self._turns:
                     self._extra //= 2
                     self._beyond = self._standstill = 0
+                    self._count_places()
                     self._is_watched = False
                     return
                 if self._may_grow:
@@ -206,6 +211,7 @@ class RunQueue:
                 self._standstill = self._standstill + 1 if stands_still else 0
                 if self._standstill > _STANDSTILL_TICKS:
                     self._beyond += 1
+                self._count_places()
                 self._admit()
 
 
