@@ -1,7 +1,7 @@
 """Many calls at once: turns between clients, refusals, and calls that nobody waits for any more."""
 
+import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bridge_client import connect
+from bridge_client.cli import main
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import CallTimeout, WorkerBusy
 from tests.conftest import eventually
@@ -73,6 +74,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
 
 def _begun(directory: Path) -> int:
     return len(list(directory.glob("began*")))
+
+
+def _waiting(address: str, capsys: pytest.CaptureFixture[str]) -> int:
+    """The runs that wait for their turn on a worker."""
+    capsys.readouterr()
+    assert main(["top", address, "--once", "--json"]) == 0
+    return int(json.loads(capsys.readouterr().out).get("waiting", 0))
 
 
 def _all_at_once(
@@ -148,7 +156,10 @@ def test_past_the_limit_calls_are_refused_or_wait_for_room(
 
 
 def test_a_call_that_nobody_waits_for_any_more_is_not_run(
-    serve: Callable[..., Worker], tmp_path: Path, lane: str
+    serve: Callable[..., Worker],
+    tmp_path: Path,
+    lane: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its blocks are free again at once."""
     address = serve("--max-runs=2").address
@@ -161,7 +172,7 @@ def test_a_call_that_nobody_waits_for_any_more_is_not_run(
         assert eventually(lambda: _begun(tmp_path) == 2, 30)
         with pytest.raises(CallTimeout):
             hasty(x)
-        time.sleep(0.5)  # until the worker has heard of it
+        assert eventually(lambda: _waiting(address, capsys) == 0)
         (tmp_path / "go").touch()
         for wait in waits:
             assert wait() == {(2, 2): 1}

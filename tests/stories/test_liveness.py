@@ -76,15 +76,17 @@ def test_a_run_that_does_not_end_is_told_by_liveness_alone(
     assert "the run that seemed stuck has ended" in worker.stderr
 
 
-def test_runs_that_end_are_not_stuck(worker: Worker, lane: str) -> None:
+def test_runs_that_end_are_not_stuck(tmp_path: Path, lane: str) -> None:
     """However many there are, one after another."""
-    with connect(worker.address, lane=lane) as session:
-        fast = RemoteJaxFunction(session, name="fast")
-        ended = threading.Event()
-        threading.Timer(1.5, ended.set).start()
-        while not ended.is_set():
-            fast(torch.ones(3))
-    assert "is under way for more than" not in worker.stderr
+    flags = _flags(tmp_path, "--stuck-s=2")
+    with serving(tmp_path, *flags, env={"PYTHONPATH": str(tmp_path)}) as worker:
+        with connect(worker.address, lane=lane) as session:
+            fast = RemoteJaxFunction(session, name="fast")
+            ended = threading.Event()
+            threading.Timer(3, ended.set).start()
+            while not ended.is_set():
+                fast(torch.ones(3))
+        assert "is under way for more than" not in worker.stderr
 
 
 def test_a_stuck_worker_ends_where_it_is_told_to(tmp_path: Path) -> None:

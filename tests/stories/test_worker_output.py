@@ -135,7 +135,7 @@ def test_the_log_has_one_form(models: Path, form: str, lane: str) -> None:
     text = "\n".join(of_the_log)
     assert "session 1: 'torch-jax-bridge" in text
     assert "prepared forward of model 'f' in" in text
-    assert "forward of model 'slow' took 0.3" in text
+    assert "forward of model 'slow' took " in text
     assert "was compiled for 16 shapes so far" in text
     assert "input 0 (now float32[17])" in text
     error = caught.value
