@@ -1,5 +1,6 @@
 """`bridge_client top`: what a worker does, live. Imports no framework."""
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ _TITLES = (
     "calls",
     "calls/s",
     "ms/call",
+    "99 % under",
     "of it copying",
     "compiles",
 )
@@ -115,6 +117,24 @@ def _rows(before: pb.Statistics, now: pb.Statistics) -> Iterator[Sequence[str]]:
             str(runs.count),
             f"{calls / seconds:.1f}" if seconds > 0 else "",
             f"{1e3 * busy_s / calls:.3f}" if calls else "",
+            _most_take(0.99, runs, old),
             f"{copying_s / busy_s:.0%}" if busy_s > 0 else "",
             str(runs.compiles),
         )
+
+
+def _most_take(
+    share: float,
+    now: pb.Statistics.Runs,
+    before: pb.Statistics.Runs,
+) -> str:
+    """Return the milliseconds below which a share of the runs lies, to a power of two of
+    microseconds."""
+    old = itertools.chain(before.times, itertools.repeat(0))
+    counts = [new - earlier for new, earlier in zip(now.times, old, strict=False)]
+    below = itertools.accumulate(counts)
+    wanted = share * sum(counts)
+    for k, count in enumerate(below):
+        if count >= wanted > 0:
+            return f"{2**k / 1e3:g}"
+    return ""

@@ -79,6 +79,7 @@ class Conversation:
                     self._sessions.begin(session, self)
                     try:
                         waited_s = self._queue.enter(session.client, self._is_abandoned)
+                        self._meter.waited_s = waited_s
                         try:
                             self._count += 1
                             self.run = self._count
@@ -86,7 +87,7 @@ class Conversation:
                         finally:
                             self.run = 0
                             self._queue.leave(session.client)
-                        yield self._timed(waited_s) if request.run.timed else RAN
+                        yield self._timed() if request.run.timed else RAN
                     finally:  # after sending the reply, so that a drain does not cut it off
                         self._sessions.end(self)
                 except GeneratorExit:  # the connection broke: nobody receives the reply
@@ -147,6 +148,7 @@ class Conversation:
         inputs = self._received(session, run.data, sizes)
         with self._sessions.running(session, self):
             waited_s = self._queue.enter(session.client, self._is_abandoned)
+            self._meter.waited_s = waited_s
             try:
                 self._count += 1
                 self.run = self._count
@@ -155,7 +157,7 @@ class Conversation:
                 self.run = 0
                 self._queue.leave(session.client)
             buffers = [block.buffer for block in blocks]
-            reply = self._timed(waited_s) if run.timed else pb.LaneReply(ran=pb.Ran())
+            reply = self._timed() if run.timed else pb.LaneReply(ran=pb.Ran())
             if inline.are_small(sum(map(len, buffers))):
                 reply.ran.data = b"".join(buffers)
                 yield reply
@@ -164,10 +166,11 @@ class Conversation:
             for chunk in inline.chunks_of(buffers):
                 yield pb.LaneReply(chunk=chunk)
 
-    def _timed(self, waited_s: float) -> pb.LaneReply:
+    def _timed(self) -> pb.LaneReply:
         """Return the reply to a run with the times of its parts."""
-        compute_s, copy_s = self._meter.last
-        times = pb.Times(queue_s=waited_s, compute_s=compute_s, copy_s=copy_s)
+        meter = self._meter
+        compute_s, copy_s = meter.last
+        times = pb.Times(queue_s=meter.waited_s, compute_s=compute_s, copy_s=copy_s)
         return pb.LaneReply(ran=pb.Ran(times=times))
 
     def _received(

@@ -1,6 +1,6 @@
 """The exporter of --metrics: a worker's numbers for Prometheus. Imports no framework."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from bridge_wire.errors import CallerError
@@ -9,6 +9,7 @@ from bridge_wire.pb import bridge_pb2 as pb
 # Field, name, type and help.
 _OF_RUNS = (
     ("count", "requests", "counter", "Runs of programs."),
+    ("queue_s", "queue_seconds", "counter", "Seconds that runs waited for their turn."),
     ("compute_s", "compute_seconds", "counter", "Seconds in which programs ran."),
     (
         "copy_s",
@@ -31,13 +32,14 @@ _OF_WORKER = (
     ("lanes", "lanes", "gauge", "Open lanes."),
     ("running", "running", "gauge", "Runs under way."),
     ("waiting", "waiting", "gauge", "Runs that wait for their turn."),
-    ("queue_s", "queue_seconds", "counter", "Seconds that runs have waited."),
     ("refused", "refused", "counter", "Runs refused, since too many waited."),
     ("residuals", "residuals", "gauge", "Residuals that are kept."),
     ("residual_bytes", "residual_bytes", "gauge", "Bytes of the residuals."),
     ("evictions", "evictions", "counter", "Residuals that were evicted."),
     ("slab_bytes", "slab_bytes", "gauge", "Bytes of the clients' shared memory."),
 )
+
+_EDGES = range(4, 31, 2)  # from 16 us to 18 minutes
 
 
 def export(address: tuple[str, int], read: Callable[[], pb.Statistics]) -> int:
@@ -80,6 +82,7 @@ class _Collector:
                     (runs.model, runs.derivative), float(getattr(runs, field))
                 )
             yield family
+        yield _times_of(numbers.runs)
         errors = _family("counter", "errors", "Errors sent to clients.", ("kind",))
         for error in numbers.errors:
             errors.add_metric((error.kind,), float(error.count))
@@ -88,6 +91,22 @@ class _Collector:
             family = _family(kind, name, text, ())
             family.add_metric((), float(getattr(numbers, field)))
             yield family
+
+
+def _times_of(by_label: Iterable[pb.Statistics.Runs]) -> Any:
+    """Return the histogram of the runs' times: what Statistics counts by powers of two, by powers
+    of four."""
+    from prometheus_client.core import HistogramMetricFamily
+
+    text = "Seconds of a run: computing and copying."
+    labels = "model", "derivative"
+    family = HistogramMetricFamily("bridge_run_seconds", text, labels=labels)
+    for runs in by_label:
+        buckets = [(f"{2**k / 1e6}", sum(runs.times[: k + 1])) for k in _EDGES]
+        buckets.append(("+Inf", sum(runs.times)))
+        total_s = runs.compute_s + runs.copy_s
+        family.add_metric((runs.model, runs.derivative), buckets, total_s)
+    return family
 
 
 def _family(kind: str, name: str, text: str, labels: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 from bridge_server.runtime import Program
 from bridge_wire.pb import bridge_pb2 as pb
@@ -19,11 +19,12 @@ _log = logging.getLogger(__name__)
 class _Runs:
     """The runs of one program over one lane."""
 
-    __slots__ = ("compute_s", "copy_s", "count")
+    __slots__ = ("compute_s", "copy_s", "count", "queue_s", "times")
 
     def __init__(self) -> None:
         self.count = 0
-        self.compute_s = self.copy_s = 0.0
+        self.queue_s = self.compute_s = self.copy_s = 0.0
+        self.times: defaultdict[int, int] = defaultdict(int)  # see Statistics.Runs
 
 
 class Meter:
@@ -32,6 +33,7 @@ class Meter:
     def __init__(self, slow_s: float) -> None:
         """Begin without runs; a run of more than `slow_s` seconds is logged."""
         self.by_program: dict[Program, _Runs] = {}
+        self.waited_s = 0.0  # in the queue, before the run that is under way
         self.last = 0.0, 0.0  # compute_s and copy_s of the last run
         self._slow_s = slow_s
 
@@ -46,6 +48,8 @@ class Meter:
         if runs is None:
             runs = self.by_program[program] = _Runs()
         runs.count += 1
+        runs.queue_s += self.waited_s
+        runs.times[int(1e6 * (compute_s + copy_s)).bit_length()] += 1
         runs.compute_s += compute_s
         runs.copy_s += copy_s
         self.last = compute_s, copy_s
@@ -122,9 +126,22 @@ def _add(found: dict[tuple[str, str], pb.Statistics.Runs], meter: Meter) -> None
     for program, runs in list(meter.by_program.items()):
         total = _of(found, program.label)
         total.count += runs.count
+        total.queue_s += runs.queue_s
+        _add_times(total, runs.times)
         total.compute_s += runs.compute_s
         total.copy_s += runs.copy_s
         total.output_bytes += runs.count * sum(program.output_nbytes)
+
+
+def _add_times(
+    total: pb.Statistics.Runs,
+    times: dict[int, int],
+) -> None:
+    counts = list(times.items())
+    longest = max((k for k, _ in counts), default=-1)
+    total.times.extend([0] * (longest + 1 - len(total.times)))
+    for k, count in counts:
+        total.times[k] += count
 
 
 def _of(

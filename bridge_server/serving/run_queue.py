@@ -76,7 +76,6 @@ class RunQueue:
         self.most = most or usable_cores() + 1
         self.most_waiting = most_waiting
         self.running = self.waiting = self.refused = 0
-        self.waited_s = 0.0
         self._extra = 0  # places for runs that do not use the processor
         self._beyond = 0  # places for runs that others may wait for
         self._standstill = 0  # ticks
@@ -128,7 +127,7 @@ class RunQueue:
     def describe(self, numbers: pb.Statistics) -> None:
         """Add this queue's numbers to the worker's."""
         numbers.running, numbers.waiting = self.running, self.waiting
-        numbers.refused, numbers.queue_s = self.refused, self.waited_s
+        numbers.refused = self.refused
 
     def _has_place(self, client: Client) -> bool:
         # The last place is for a client without a run.
@@ -168,7 +167,6 @@ class RunQueue:
             self._note_end_of_wait(client)
             self.running += 1
             client.running += 1
-            self.waited_s += time.monotonic() - ticket.came
             ticket.may_begin.set()
 
     def _withdraw(self, ticket: _Ticket) -> bool:

@@ -202,9 +202,9 @@ class MeasureRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Statistics(_message.Message):
-    __slots__ = ("uptime_s", "runs", "errors", "sessions", "lanes", "running", "waiting", "queue_s", "refused", "residuals", "residual_bytes", "evictions", "slab_bytes")
+    __slots__ = ("uptime_s", "runs", "errors", "sessions", "lanes", "running", "waiting", "refused", "residuals", "residual_bytes", "evictions", "slab_bytes")
     class Runs(_message.Message):
-        __slots__ = ("model", "derivative", "count", "compute_s", "copy_s", "output_bytes", "compiles", "compile_s")
+        __slots__ = ("model", "derivative", "count", "compute_s", "copy_s", "output_bytes", "compiles", "compile_s", "queue_s", "times")
         MODEL_FIELD_NUMBER: _ClassVar[int]
         DERIVATIVE_FIELD_NUMBER: _ClassVar[int]
         COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +213,8 @@ class Statistics(_message.Message):
         OUTPUT_BYTES_FIELD_NUMBER: _ClassVar[int]
         COMPILES_FIELD_NUMBER: _ClassVar[int]
         COMPILE_S_FIELD_NUMBER: _ClassVar[int]
+        QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+        TIMES_FIELD_NUMBER: _ClassVar[int]
         model: str
         derivative: str
         count: int
@@ -221,7 +223,9 @@ class Statistics(_message.Message):
         output_bytes: int
         compiles: int
         compile_s: float
-        def __init__(self, model: _Optional[str] = ..., derivative: _Optional[str] = ..., count: _Optional[int] = ..., compute_s: _Optional[float] = ..., copy_s: _Optional[float] = ..., output_bytes: _Optional[int] = ..., compiles: _Optional[int] = ..., compile_s: _Optional[float] = ...) -> None: ...
+        queue_s: float
+        times: _containers.RepeatedScalarFieldContainer[int]
+        def __init__(self, model: _Optional[str] = ..., derivative: _Optional[str] = ..., count: _Optional[int] = ..., compute_s: _Optional[float] = ..., copy_s: _Optional[float] = ..., output_bytes: _Optional[int] = ..., compiles: _Optional[int] = ..., compile_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., times: _Optional[_Iterable[int]] = ...) -> None: ...
     class Errors(_message.Message):
         __slots__ = ("kind", "count")
         KIND_FIELD_NUMBER: _ClassVar[int]
@@ -236,7 +240,6 @@ class Statistics(_message.Message):
     LANES_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
-    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     RESIDUALS_FIELD_NUMBER: _ClassVar[int]
     RESIDUAL_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -249,13 +252,12 @@ class Statistics(_message.Message):
     lanes: int
     running: int
     waiting: int
-    queue_s: float
     refused: int
     residuals: int
     residual_bytes: int
     evictions: int
     slab_bytes: int
-    def __init__(self, uptime_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[Statistics.Runs, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[Statistics.Errors, _Mapping]]] = ..., sessions: _Optional[int] = ..., lanes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queue_s: _Optional[float] = ..., refused: _Optional[int] = ..., residuals: _Optional[int] = ..., residual_bytes: _Optional[int] = ..., evictions: _Optional[int] = ..., slab_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, uptime_s: _Optional[float] = ..., runs: _Optional[_Iterable[_Union[Statistics.Runs, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[Statistics.Errors, _Mapping]]] = ..., sessions: _Optional[int] = ..., lanes: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., refused: _Optional[int] = ..., residuals: _Optional[int] = ..., residual_bytes: _Optional[int] = ..., evictions: _Optional[int] = ..., slab_bytes: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

@@ -73,6 +73,10 @@ def test_numbers_are_those_of_the_clients(worker: Worker, lane: str) -> None:
     assert found[f"bridge_output_bytes_total{forward}"] == 5 * 16
     assert found[f"bridge_compiles_total{forward}"] == 2  # one keeps a residual
     assert found[f"bridge_compute_seconds_total{forward}"] > 0
+    assert found[f"bridge_queue_seconds_total{forward}"] >= 0
+    assert found[f"bridge_run_seconds_count{forward}"] == 5
+    edges = [v for k, v in found.items() if k.startswith("bridge_run_seconds_bucket")]
+    assert len(edges) == 2 * 15 and max(edges) == 5
     assert found[f"bridge_compile_seconds_total{forward}"] > 0
     assert found['bridge_errors_total{kind="RemoteModelError"}'] == 1
     assert found["bridge_residuals"] == found["bridge_running"] == 0
@@ -87,6 +91,7 @@ def test_top_prints_the_same_numbers(
     assert main(["top", worker.address, "--once"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"(?m)^f +forward +1 ", text)
+    assert re.search(r"(?m)^f +forward +1 +\S+ +\S+ +[\d.]+ +\d+%", text)
     assert "1 sessions, 1 lanes, 0 running" in text
     assert main(["top", worker.address, "--once", "--json"]) == 0
     numbers = json.loads(capsys.readouterr().out)
