@@ -24,6 +24,7 @@ from bridge_server.process.shutdown import (
     StopSignals,
     end_as_orphan,
     end_at_the_latest,
+    end_without_finalization,
 )
 from bridge_server.runtime import Model, Options, Runtime
 from bridge_server.serving.exporter import export
@@ -67,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = USAGE if isinstance(error, CallerError) else FAILED
     finally:
         end_at_the_latest(_LAST_S, status)
+    if status == OK:
+        end_without_finalization(OK)
     return status
 
 

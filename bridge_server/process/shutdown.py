@@ -3,6 +3,7 @@
 Imports no framework.
 """
 
+import atexit
 import contextlib
 import logging
 import os
@@ -11,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from bridge_server.process.endpoints import Endpoint
 
@@ -129,6 +131,23 @@ def end_as_orphan(endpoint: Endpoint, stop: StopSignals) -> None:
     with contextlib.suppress(OSError):  # not empty, so not a directory of `spawn`
         os.rmdir(os.path.dirname(endpoint.lane_path))
     stop.request()
+
+
+def end_without_finalization(status: int) -> NoReturn:
+    """End this process as the interpreter does, after models' threads and exit handlers, but
+    without finalizing the interpreter.
+
+    Finalization ends daemon threads when they next take the interpreter's lock. Inside of a
+    framework's C++ code, as where a lane's thread frees arrays, that aborts the process.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def end_at_the_latest(limit_s: float, status: int) -> None:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from bridge_client import connect
+from bridge_client.torch import RemoteJaxFunction
 from bridge_server import cli
 from bridge_server.process import options
 from bridge_server.process.service_manager import ServiceManager
@@ -106,6 +108,33 @@ def test_a_worker_that_loads_its_models_leaves_the_sockets_of_others(
             assert second.wait() == 0
         with connect(first.address, lane="local") as session:
             assert squares(session, 3.0) == [9.0]
+
+
+_MANY_ARRAYS = """
+import atexit, pathlib
+import jax
+
+atexit.register((pathlib.Path(__file__).parent / "left").touch)
+
+def scaled(tree):
+    return jax.tree.map(lambda x: 2 * x, tree)
+"""
+
+
+def test_a_worker_ends_while_it_frees_the_arrays_of_a_session(tmp_path: Path) -> None:
+    """With status 0 and after its models' exit handlers: the interpreter's end must not meet a
+    thread inside the framework."""
+    (tmp_path / "many_arrays.py").write_text(_MANY_ARRAYS)
+    flags = ["--jax-model=many_arrays:scaled", f"--listen=unix:{tmp_path}/w.sock"]
+    with serving(tmp_path, *flags, env={"PYTHONPATH": str(tmp_path)}) as worker:
+        session = connect(worker.address)
+        f = RemoteJaxFunction(session)
+        tree = [torch.ones(16, requires_grad=True) for _ in range(500)]
+        kept = [f(tree) for _ in range(20)]
+        session.close()
+        worker.terminate()
+        assert worker.wait() == 0, worker.stderr
+        assert kept and (tmp_path / "left").exists()
 
 
 def test_the_time_for_draining_can_be_set(tmp_path: Path) -> None:
