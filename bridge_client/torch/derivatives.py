@@ -152,8 +152,7 @@ class _Recorded(_SingleLevelFunction):
         # Only the gradients that this backward pass uses are worth computing.
         wrt = kept
         if len(kept) > 1:
-            wanted = [i for i in kept if _is_wanted(ctx, i, numbers)]
-            wrt = tuple(wanted)
+            wrt = _wanted(ctx, kept, numbers)
 
         def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
             # With create_graph the derivative must be a program that can be derived again, and
@@ -305,14 +304,17 @@ def _merged(numbers: Values, tensors: Tensors) -> list[Any]:
     return [next(restored) if number is None else number for number in numbers]
 
 
-def _is_wanted(ctx: Any, position: int, numbers: Values | None) -> bool:
-    """Whether the backward pass under way uses the gradient of this input."""
-    # Only tensors have edges.
-    edge = position
+def _wanted(ctx: Any, kept: Positions, numbers: Values | None) -> Positions:
+    """Return those of the inputs whose gradients the backward pass under way uses."""
+    # Only tensors have edges. Each look at `next_functions` makes all of them.
+    edges: Sequence[Any] = ctx.next_functions
     if numbers is not None:
-        before = numbers[:position]
-        edge = before.count(None)
-    node, _ = ctx.next_functions[edge]
+        following = iter(edges)
+        edges = [next(following) if number is None else None for number in numbers]
+    return tuple([i for i in kept if _is_wanted(*edges[i])])
+
+
+def _is_wanted(node: Any, _: int) -> bool:
     if node is None:
         return False
     try:
