@@ -393,7 +393,7 @@ class RemoteSession(Session):
         if named is not link:
             name = self._name_of(link, program, timeout_s)
         if gpu is None:
-            outputs = list(map(self.pool.lease, program.output_nbytes))
+            outputs = self.pool.lease_all(program.output_nbytes)
         else:
             outputs = [
                 gpu.lease(nbytes, run.stream or 0) for nbytes in program.output_nbytes

@@ -19,7 +19,7 @@ from bridge_wire.dtypes import BY_NAME, NARROWED, NEEDS_X64, TURN_ON_X64, DType
 from bridge_wire.errors import DTypeError, SpecError, StructureError
 from bridge_wire.memory.copying import copy
 from bridge_wire.memory.dlpack import keep_owners_by
-from bridge_wire.memory.pool import Block
+from bridge_wire.memory.pool import MANY, Block, Parts
 from bridge_wire.specs import Spec
 
 keep_owners_by(lambda buffer: to_dlpack(torch.frombuffer(buffer, dtype=torch.uint8)))
@@ -57,6 +57,7 @@ def place(
     """Return each input in the session's memory, in the program's types; the number of bytes
     copied; and the run's use of a GPU, if an input is on one."""
     pool = program.session.pool
+    lease = pool.lease if len(inputs) < MANY else Parts(pool).lease
     placed: list[Placed] = []
     copied = 0
     for value, spec in zip(inputs, program.inputs, strict=True):
@@ -72,12 +73,14 @@ def place(
             and (pointer := value.data_ptr())
         ):
             nbytes = value.nbytes
+            storage = value.untyped_storage()
             address = pool.address_of(pointer, nbytes)
             if address is not None:
-                placed.append(_InSlab(address, value.untyped_storage()))
+                placed.append(_InSlab(address, storage))
                 continue
-            _check_memory(value, program.labels[len(placed)])
-            block = pool.lease(nbytes)
+            if storage.nbytes() < nbytes + value.storage_offset() * value.itemsize:
+                _check_memory(value, program.labels[len(placed)])
+            block = lease(nbytes)
             copy(block.pointer, pointer, nbytes, block, value)
         elif not spec.weak and value.is_cuda:
             return _place_beside_gpu(program, inputs)
@@ -161,7 +164,8 @@ def from_block(block: Block, spec: Spec) -> Tensor:
         return torch.empty(spec.shape, dtype=dtype, device="cpu")
     # Not a view of the flat tensor: autograd forbids in-place changes of views that a Function
     # returns.
-    flat = torch.frombuffer(block, dtype=dtype)
+    count = block.nbytes // spec.dtype.itemsize
+    flat = torch.frombuffer(block.whole, dtype=dtype, count=count, offset=block.offset)
     return flat if len(spec.shape) == 1 else flat.resize_(spec.shape)
 
 

@@ -11,10 +11,11 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from bridge_wire.errors import CallerError, OutOfMemory, SessionClosed
@@ -23,6 +24,10 @@ from bridge_wire.memory.slabs import PAGE, Slab, create_slab
 
 _FIRST_STEP = 16 << 20
 _LARGEST_STEP = 256 << 20
+MANY = 32  # blocks, of which the small ones share leases
+_SMALL = 1024  # bytes
+# A small array that is kept for long keeps its neighbours' memory.
+_SHARED_NBYTES = 16 << 10
 
 
 def half_of_memory() -> int:
@@ -52,24 +57,52 @@ class Block:
     """`nbytes` leased bytes: at `address` in the session's address space, at `pointer` in this
     process.
 
-    A block exports its bytes as a writable buffer. The lease ends with the last reference to the
-    block, its views and its tensors. A block of zero bytes has address 0.
+    The lease ends with the last reference to the block, its views and its tensors. A block of zero
+    bytes has address 0.
     """
 
-    # One class per number of bytes, since ctypes has one type per array size: see _class_of.
     __slots__ = ()
     address: int
     pointer: int
     nbytes: int
-    _returns_to: "Returned"
+    # The block that exports the bytes as a writable buffer, and the place in it.
+    whole: Any
+    offset: int
 
     @property
     def buffer(self) -> memoryview:
         """The bytes as a memoryview; the memoryview keeps the lease."""
-        return memoryview(self).cast("B")  # type: ignore[arg-type]
+        whole = memoryview(self.whole).cast("B")
+        return whole[self.offset : self.offset + self.nbytes]
+
+
+class _Leased(Block):
+    """A block with a lease of its own."""
+
+    # One class per number of bytes, since ctypes has one type per array size: see _class_of.
+    __slots__ = ()
+    offset = 0
+    _returns_to: "Returned"
+
+    @property
+    def whole(self) -> Any:
+        return self
 
     def __del__(self) -> None:
         self._returns_to.append(self.address)
+
+
+class _Part(Block):
+    """A part of a block, whose lease it keeps."""
+
+    __slots__ = ("__weakref__", "address", "nbytes", "offset", "pointer", "whole")
+
+    def __init__(self, whole: Block, offset: int, nbytes: int) -> None:
+        self.whole = whole
+        self.offset = offset
+        self.nbytes = nbytes
+        self.address = whole.address + offset
+        self.pointer = whole.pointer + offset
 
 
 def block_class(nbytes: int) -> Any:
@@ -81,7 +114,7 @@ def block_class(nbytes: int) -> Any:
 def _class_of(nbytes: int) -> tuple[Any, int]:
     """Return the class of blocks of `nbytes` bytes, and the size of their extents."""
     body = {"__slots__": ("_returns_to", "address", "pointer"), "nbytes": nbytes}
-    return type("Block", (Block, ctypes.c_ubyte * nbytes), body), rounded(nbytes)
+    return type("Block", (_Leased, ctypes.c_ubyte * nbytes), body), rounded(nbytes)
 
 
 def block_at(pointer: int, nbytes: int, returns_to: Returned) -> Block:
@@ -161,6 +194,18 @@ class Pool:
         block.pointer = pointer
         block._returns_to = returns_to
         return block  # type: ignore[no-any-return]
+
+    def lease_all(self, sizes: Sequence[int]) -> list[Block]:
+        """Return blocks of these numbers of bytes.
+
+        Where there are many, small ones share a lease, which ends with the last one of them.
+
+        Raises:
+          OutOfMemory: as `lease` does.
+        """
+        if len(sizes) < MANY:
+            return list(map(self.lease, sizes))
+        return list(map(Parts(self, sum(map(_extent_of, sizes))).lease, sizes))
 
     def address_of(self, pointer: int, nbytes: int) -> int | None:
         """Return the session address of memory in a slab with a block's alignment, or None."""
@@ -273,6 +318,39 @@ class Pool:
         if self._is_closed:
             raise closed()
         raise AssertionError(f"no slab holds the address {address}")
+
+
+class Parts:
+    """Leases many blocks of a pool: of small ones, as many share a lease as fit in _SHARED_NBYTES.
+
+    A lease costs some microseconds, and objects that Python's garbage collector looks at.
+    """
+
+    def __init__(self, pool: Pool, nbytes: int = sys.maxsize) -> None:
+        """Begin without a lease; `nbytes` is the sum of the small blocks' extents, if known."""
+        self._pool = pool
+        self._left = nbytes
+        self._whole: Block | None = None
+        self._begin = self._end = 0
+
+    def lease(self, nbytes: int) -> Block:
+        """Return a block of `nbytes` bytes with undefined contents; see Pool.lease."""
+        size = _extent_of(nbytes)
+        if not size:
+            return self._pool.lease(nbytes)
+        if self._begin + size > self._end:
+            self._end = max(size, min(self._left, _SHARED_NBYTES))
+            self._left -= self._end
+            self._whole, self._begin = self._pool.lease(self._end), 0
+        begin = self._begin
+        self._begin = begin + size
+        assert self._whole is not None
+        return _Part(self._whole, begin, nbytes)
+
+
+def _extent_of(nbytes: int) -> int:
+    """Return the size of a small block in a shared lease; 0 for other blocks."""
+    return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT if nbytes <= _SMALL else 0
 
 
 def closed() -> SessionClosed:

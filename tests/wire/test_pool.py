@@ -142,6 +142,36 @@ def test_block_of_zero_bytes_takes_nothing() -> None:
     assert bytes(pool.view(0, 0)) == b""
 
 
+def test_many_small_blocks_share_leases() -> None:
+    """They are memory as other blocks are, aligned and apart, and large ones have leases of their
+    own; a shared lease ends with the last of its blocks."""
+    pool = small_pool(1 << 20)
+    sizes = [1, 64, 65, 0, 1000, 5000, 100] * 10
+    blocks = pool.lease_all(sizes)
+    assert [block.nbytes for block in blocks] == sizes
+    assert pool.live_blocks() < len(sizes) / 3
+    for i, block in enumerate(blocks):
+        block.buffer[:] = bytes([i]) * block.nbytes
+    spans = sorted((block.address, block.nbytes) for block in blocks if block.nbytes)
+    assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(spans))
+    for i, block in enumerate(blocks):
+        assert block.pointer % ALIGNMENT == block.address % ALIGNMENT == 0
+        assert bytes(block.buffer) == bytes([i]) * block.nbytes
+        assert not block.nbytes or pool.view(block.address, 1)[0] == i
+    kept = np.frombuffer(blocks[4].buffer, np.uint8)
+    del block, blocks
+    assert pool.live_blocks() == 1
+    assert set(kept.tolist()) == {4}
+    del kept
+    assert pool.live_blocks() == 0
+
+
+def test_few_small_blocks_share_no_lease() -> None:
+    pool = small_pool()
+    blocks = pool.lease_all([4, 8, 12])
+    assert pool.live_blocks() == len(blocks) == 3
+
+
 def test_no_block_has_address_zero() -> None:
     """The first block of a pool has another address than that of empty blocks."""
     assert small_pool().lease(1).address != 0

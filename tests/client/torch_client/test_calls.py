@@ -330,3 +330,46 @@ def test_a_tensor_of_a_subclass_is_a_tensor(
     torch.testing.assert_close(
         x.grad.as_subclass(Tensor), 2 * x.detach().as_subclass(Tensor).cos()
     )
+
+
+def test_many_small_arrays_at_once(any_lane: Remote) -> None:
+    """They share memory of the session, and are apart in all that a user sees: values, types,
+    writes in place, gradients, and the end of each."""
+    f = any_lane("echo")
+    generator = torch.Generator().manual_seed(0)
+    tree = {
+        str(i): torch.rand(i % 40, generator=generator).to(
+            torch.float16 if i % 3 else torch.float32
+        )
+        for i in range(200)
+    }
+    tree |= {f"large {i}": torch.rand(1000) for i in range(3)}
+    tree |= {f"integers {i}": torch.arange(i, dtype=torch.int32) for i in range(3)}
+    for _ in range(2):
+        made = f(tree)["args"][0]
+        assert_same(made, tree)
+        for x in made.values():
+            x.mul_(2)
+        for name, x in made.items():
+            assert_same(x, 2 * tree[name])
+        again = f(made)["args"][0]  # from the session's memory
+        assert_same(again, made)
+        kept = made["5"]
+        del made, again, x
+        assert_same(kept, 2 * tree["5"])
+        assert f.session.stats()["blocks"] <= 2
+
+
+def test_gradients_of_many_small_arrays(any_lane: Remote) -> None:
+    """Only some of them are asked for."""
+    tree = [torch.full((3,), float(i), requires_grad=i % 2 == 0) for i in range(100)]
+    y = any_lane("echo")(tree, 2.5)["args"][0]
+    wanted = [x for x in tree[:50] if x.requires_grad]
+    total = sum((i * x).sum() for i, x in enumerate(y))
+    gradients = torch.autograd.grad(total, wanted)
+    for i, gradient in zip(range(0, 50, 2), gradients, strict=True):
+        assert gradient.tolist() == [i] * 3
+    y = any_lane("echo")(tree, 2.5)["args"][0]
+    sum((i * x).sum() for i, x in enumerate(y)).backward()
+    for i, x in enumerate(tree):
+        assert (x.grad is None) if i % 2 else x.grad.tolist() == [i] * 3
