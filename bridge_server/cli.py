@@ -15,6 +15,7 @@ from typing import TextIO
 from bridge_server.model_errors import FULL_TRACEBACKS, NO_TRACEBACKS
 from bridge_server.process import devices, doctor, endpoints, logs, targets, tokens
 from bridge_server.process.certificates import Certificates
+from bridge_server.process.frameworks import framework_of
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse
 from bridge_server.process.parent import watch_parent
@@ -138,13 +139,22 @@ def _warn_if_exposed(endpoint: endpoints.Endpoint, security: Security) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.targets and not (options.jax_model or options.torch_model):
+        framework = framework_of(options.targets)
+        setattr(options, f"{framework}_model", options.targets)
+    elif options.targets:
+        raise CallerError(
+            f"{options.targets[0]!r} stands beside --jax-model or --torch-model: give it that flag"
+            " too"
+        )
     if options.jax_model and options.torch_model:
         raise CallerError(
             "--jax-model and --torch-model exclude each other: start one worker for each framework"
         )
     if not (options.jax_model or options.torch_model):
         raise CallerError(
-            "nothing to serve: name a model with --jax-model or --torch-model module:attribute"
+            "nothing to serve: name a model, as in `bridge_server model.py:function`, or with"
+            " --jax-model or --torch-model"
         )
     if options.via_xla and not options.torch_model:
         raise CallerError(

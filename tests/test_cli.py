@@ -166,6 +166,13 @@ def test_help_names_every_flag() -> None:
         pytest.param(
             ["--torch-model=tests:x"], "exclude each other", id="two frameworks"
         ),
+        pytest.param(
+            ["tests.models:cube"], "stands beside --jax-model", id="a stray target"
+        ),
+        pytest.param(["docter"], "did you mean 'doctor'?", id="a misspelt command"),
+        pytest.param(
+            ["tests/models.py"], "neither a target such as", id="no attribute"
+        ),
         pytest.param(["--no-such-flag"], "--no-such-flag", id="an unknown flag"),
         pytest.param(["--jax-m", "a:b"], "--jax-m", id="an abbreviated flag"),
         pytest.param(["--log-level", "loud"], "loud", id="an unknown level"),
@@ -268,7 +275,7 @@ def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
     assert f'File "{tmp_path}/untidy.py", line 2' in told
 
 
-@pytest.mark.parametrize(
+MISSPELT = pytest.mark.parametrize(
     ("target", "said"),
     [
         ("json:JSONDecoder", "is a builtins.type; expected a function"),
@@ -280,11 +287,30 @@ def test_a_module_that_cannot_be_imported_is_shown_where_it_fails(
         ("tests.modles:square", "'models'"),
         ("tets.models:square", "no module 'tets'"),
         ("tests.models:square.nothing", "has no attribute 'nothing'"),
+        ("tests/modles.py:square", "did you mean 'models.py'?"),
         ("tests.models", "[NAME=]module:attribute"),
         ("=tests.models:square", "[NAME=]module:attribute"),
         ("tests.models:os", "'os' is a builtins.module; expected a function"),
     ],
 )
+
+
+def test_target_needs_no_flag(tmp_path: Path) -> None:
+    """`bridge_server FILE.py:fn` serves models of the framework that is installed, in place of the
+    variables' models; flags may stand on both sides."""
+    variables = {"BRIDGE_TORCH_MODEL": "no.such.module:model"}
+    for flags in (["--x64", "tests/models.py:square"], ["tests/models.py:square"]):
+        args = [*flags, "total=tests/models.py:total", "--listen"]
+        address = f"unix:{tmp_path}/worker.sock"
+        with serving(tmp_path, *args, address, env=variables) as worker:
+            assert worker.ready_line["models"] == "square,total"
+            with connect(worker.address) as session:
+                assert squares(session, 3.0) == [9.0]
+            worker.terminate()
+            assert worker.wait() == 0
+
+
+@MISSPELT
 def test_a_misspelt_target_is_named_with_near_matches(target: str, said: str) -> None:
     """A module or attribute that is not there is told, with names that look like it."""
     assert said in _refusal("--jax-model", target)

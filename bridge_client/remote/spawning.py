@@ -71,7 +71,8 @@ def spawn(
     if it has died soon after its start.
 
     Args:
-      jax_model: "pkg.mod:attr", or several as {name: target}. Exactly one of it and torch_model.
+      jax_model: "pkg.mod:attr" or "model.py:attr", or several as {name: target}. Exactly one of it
+        and torch_model.
       python: the interpreter; its environment must have torch-jax-bridge installed.
       env: variables on top of this process's; of these, the worker does not see those that say
         which models another one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bridge_server.process import devices
+from bridge_server.process.targets import near_matches
 from bridge_wire import __version__
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
+_MODELS = ("jax_model", "torch_model")
+_COMMANDS = ["doctor", "token"]
 _LONGEST_REVISION = 200
 _MOST_COUNTED = 1_000_000
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -22,7 +25,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options; variables are parsed like flags before the command line's flags."""
     parser = _parser()
     from_variables: list[str] = []
+    # Targets without a flag replace those of both variables.
+    hidden = _MODELS if parser.parse_intermixed_args(argv).targets else ()
     for action in parser._actions:
+        if not action.option_strings or action.dest in hidden:
+            continue
         flag = action.option_strings[-1]
         value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
         if (
@@ -36,7 +43,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         else:
             values = value.split() if isinstance(action.default, list) else [value]
             from_variables += [f"{flag}={each}" for each in values]
-    return parser.parse_args([*from_variables, *argv])
+    return parser.parse_intermixed_args([*from_variables, *argv])
 
 
 def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
@@ -51,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "bridge_server",
         description=(
             "Serve JAX or torch models to programs in other processes. `bridge_server doctor`"
-            " checks the environment instead, `bridge_server token` makes a token."
+            " checks the environment instead, `bridge_server token` makes a token. A TARGET is"
+            " model.py:function or package.module:function."
         ),
         epilog=(
             "Every option has an environment variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES,"
@@ -77,15 +85,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_models(add: Callable[..., Any]) -> None:
     add(
+        "targets",
+        "models of the framework that is installed or, of both, the one that their module imports",
+        metavar="[NAME=]TARGET",
+        nargs="*",
+        type=_target,
+    )
+    add(
         "--jax-model",
         "function, (apply, params), flax or equinox module; repeatable",
-        metavar="[NAME=]MOD:ATTR",
+        metavar="[NAME=]TARGET",
         **_LISTED,
     )
     add(
         "--torch-model",
         "function, nn.Module, or a pair of either and its parameters; repeatable",
-        metavar="[NAME=]MOD:ATTR",
+        metavar="[NAME=]TARGET",
         **_LISTED,
     )
     add(
@@ -261,6 +276,17 @@ def _add_security(add: Callable[..., Any]) -> None:
         "--insecure",
         "allow TCP beyond loopback without TLS or token",
         action="store_true",
+    )
+
+
+def _target(text: str) -> str:
+    if ":" in text:
+        return text
+    near = near_matches(text, _COMMANDS)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a target such as model.py:function or package.module:function, nor"
+        f" one of the commands {' and '.join(_COMMANDS)}{hint}"
     )
 
 
