@@ -11,7 +11,7 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from bridge_client.commands import canary, doctor, top
+from bridge_client.commands import canary, doctor, envs, top
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import check_address, connect
@@ -27,6 +27,7 @@ from bridge_wire.specs import Spec
 OK, FAILED, MISUSE = 0, 1, 2
 _LONGEST_S = 86_400
 _LAST_PORT = 65_535
+_UNUSED_DAYS = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     diagnose = _add_doctor(commands)
     watch = _add_top(commands)
     _add_profile(commands)
+    _add_envs(commands)
     for command in (describe, check, health, watch):
         command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     diagnose.add_argument(
@@ -213,6 +215,27 @@ def _add_profile(commands: Any) -> None:
     command.set_defaults(action=_profile)
 
 
+def _add_envs(commands: Any) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "envs",
+        help="list or remove the environments that spawn has made",
+        description=(
+            "List the environments that spawn(requirements=...) has made in this user's cache, with"
+            " their sizes. Files that uv shares between environments are counted in each."
+        ),
+    )
+    command.add_argument(
+        "--prune",
+        type=_days,
+        nargs="?",
+        const=_UNUSED_DAYS,
+        metavar="DAYS",
+        help="remove those that no worker uses or has used for so many days, 30 by default",
+    )
+    command.add_argument("--json", action="store_true", help="print a line of JSON")
+    command.set_defaults(action=_envs)
+
+
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(
         "doctor",
@@ -270,6 +293,15 @@ def _seconds(text: str) -> float:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time; expected seconds above 0 and at most {_LONGEST_S}, such as"
             " 2.5"
+        )
+    return value
+
+
+def _days(text: str) -> float:
+    value = _number_of(text)
+    if not 0 <= value <= _LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of days; expected 0 or more, such as 30"
         )
     return value
 
@@ -345,6 +377,14 @@ def _doctor(options: argparse.Namespace) -> int:
     checks = list(doctor.examine(options.address, _terms(options)))
     print(as_json(checks) if options.json else as_table(checks))
     return FAILED if worst(checks) == BROKEN else OK
+
+
+def _envs(options: argparse.Namespace) -> int:
+    if options.prune is None:
+        envs.show(options.json)
+    else:
+        envs.prune(options.prune, options.json)
+    return OK
 
 
 def _profile(options: argparse.Namespace) -> int:

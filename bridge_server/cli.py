@@ -232,7 +232,9 @@ def _runtime(options: argparse.Namespace) -> Runtime:
     except ImportError as error:
         needed = "jax and torchax beside torch" if options.via_xla else framework
         raise CallerError(
-            f"--{framework}-model needs {needed} in the worker's environment: {error}"
+            f"--{framework}-model needs {needed} in the worker's environment: {error}; install it"
+            f" for {sys.executable}, or start the worker with an interpreter that has it, which is"
+            " python= or requirements= of spawn"
         ) from error
 
 

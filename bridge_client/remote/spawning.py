@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
+from bridge_client.remote import environments
 from bridge_client.remote.connecting import check_terms
 from bridge_client.remote.link import Terms
 from bridge_client.remote.retrying import Policy
@@ -50,7 +51,8 @@ def spawn(
     jax_model: Target | None = None,
     *,
     torch_model: Target | None = None,
-    python: str | os.PathLike[str] = sys.executable,
+    python: str | os.PathLike[str] | None = None,
+    requirements: Sequence[str] | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     args: Sequence[str] = (),
@@ -73,7 +75,11 @@ def spawn(
     Args:
       jax_model: "pkg.mod:attr" or "model.py:attr", or several as {name: target}. Exactly one of it
         and torch_model.
-      python: the interpreter; its environment must have torch-jax-bridge installed.
+      python: the interpreter, this process's by default; its environment must have
+        torch-jax-bridge installed. Or a version, such as "3.12", of an environment that is made.
+      requirements: packages, such as ["jax", "equinox"], of an environment that is made once by uv,
+        with this torch-jax-bridge. By default those of the `# /// script` header of the model's
+        file, if it has one and `python` is no interpreter.
       env: variables on top of this process's; of these, the worker does not see those that say
         which models another one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.
       cwd: the worker's directory, from which modules are imported.
@@ -84,7 +90,8 @@ def spawn(
       timeout_s, lane, require, retry_s, retries, require_revision: as in `connect`.
     Raises:
       StartupTimeout: it was not ready in time; it has been killed.
-      WorkerCrashed: it ended before it was ready; the message has its last lines.
+      WorkerCrashed: it ended before it was ready, or uv could not make its environment; the message
+        has the last lines.
     """
     check_terms(lane, require)
     terms = Terms(
@@ -96,8 +103,14 @@ def spawn(
     if (jax_model is None) == (torch_model is None):
         raise CallerError("spawn needs either jax_model= or torch_model=")
     flag = "--jax-model" if torch_model is None else "--torch-model"
-    command = [os.fspath(python), "-m", "bridge_server"]
-    for target in _named(jax_model if torch_model is None else torch_model):
+    targets = _named(jax_model if torch_model is None else torch_model)
+    interpreter = None if python is None else os.fspath(python)
+    recipe = environments.recipe_for(targets, requirements, interpreter, cwd)
+    environment = environments.environment(recipe) if recipe else None
+    if environment:
+        interpreter = environment.python
+    command = [interpreter or sys.executable, "-m", "bridge_server"]
+    for target in targets:
         command += [flag, target]
     child = _Child(
         [*command, *args],
@@ -105,6 +118,7 @@ def spawn(
         cwd,
         startup_timeout_s,
         worker_output or _shown,
+        environment,
     )
     try:
         session = RemoteSession(child, terms, timeout_s)
@@ -132,9 +146,11 @@ class _Child:
         cwd: str | os.PathLike[str] | None,
         startup_timeout_s: float,
         show: Callable[[str], None],
+        environment: environments.Environment | None = None,
     ) -> None:
         self._show = show
         self._command = command
+        self._environment = environment
         inherited = {
             key: value
             for key, value in os.environ.items()
@@ -203,6 +219,8 @@ class _Child:
             return
         self._is_closed = True
         self._stop(_STOP_S)
+        if self._environment is not None:
+            self._environment.close()
         for name in ("worker.sock", "worker.sock.lane"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, name))
