@@ -10,10 +10,18 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from bridge_server.model_errors import FULL_TRACEBACKS, NO_TRACEBACKS
-from bridge_server.process import devices, doctor, endpoints, logs, targets, tokens
+from bridge_server.process import (
+    devices,
+    doctor,
+    endpoints,
+    factories,
+    logs,
+    targets,
+    tokens,
+)
 from bridge_server.process.certificates import Certificates
 from bridge_server.process.frameworks import framework_of
 from bridge_server.process.malloc import restart_with_a_good_allocator
@@ -269,7 +277,9 @@ def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:
 
 
 def _load(
-    texts: Sequence[str], is_factory: bool, runtime: Runtime
+    texts: Sequence[str],
+    arguments: Mapping[str, Any] | None,
+    runtime: Runtime,
 ) -> Mapping[str, Model]:
     models: dict[str, Model] = {}
     for text in texts:
@@ -279,9 +289,8 @@ def _load(
                 f"two models are named {target.name!r}; write NAME={text}"
             )
         value = targets.load(target)
-        if is_factory:
-            with targets.no_exit(f"the factory {text!r}"):
-                value = value()
+        if arguments is not None:
+            value = factories.call(text, value, arguments)
         model = runtime.adapt(target.name, value)
         shardings = targets.shardings_beside(target)
         models[target.name] = runtime.shard(model, shardings) if shardings else model

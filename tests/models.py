@@ -105,6 +105,12 @@ def square_factory():
     return square
 
 
+def multiple_factory(factor, of=None):
+    """Makes a model from arguments of JSON."""
+    more = (of or {}).get("more", [0])[0]
+    return lambda x: factor * x + 2 * more
+
+
 def failing_factory():
     """Fails to make a model."""
     raise RuntimeError("the checkpoint is missing")

@@ -15,7 +15,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bridge_client import connect
+from bridge_client import connect, spawn
 from bridge_client.remote.link import Tls
 from bridge_server.process import endpoints
 from bridge_wire import __version__
@@ -349,10 +349,53 @@ def test_a_warm_up_must_name_one_of_several_models() -> None:
 
 
 def test_a_factory_that_fails_is_a_failure() -> None:
-    """A --factory that raises ends the worker with status 1, and its exception is shown."""
+    """A --factory that raises ends the worker with status 1: its exception and its line are shown,
+    and none of the worker's own frames."""
     done = _run("--jax-model", "tests.models:failing_factory", "--factory")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "the checkpoint is missing" in done.stderr
+    said, where, line = done.stderr.splitlines()
+    assert said == (
+        "bridge_server: the factory 'tests.models:failing_factory' failed: RuntimeError: the"
+        " checkpoint is missing"
+    )
+    assert f'File "{ROOT}/tests/models.py"' in where
+    assert line.strip() == 'raise RuntimeError("the checkpoint is missing")'
+
+
+def test_factory_takes_arguments() -> None:
+    """Arguments come from flags, from spawn and from the variable, and are JSON."""
+    python = python_of(".venv-jax")
+    given = {"factor": 3, "of": {"more": [0.5]}}
+    by_flags = ["--factory", "factor=3", '--factory=of={"more": [0.5]}']
+    variable = {"BRIDGE_FACTORY": json.dumps(given)}
+    for options in (
+        {"factory": given},
+        {"args": by_flags},
+        {"env": variable},
+    ):
+        with spawn(
+            "square=tests/models.py:multiple_factory",
+            python=python,
+            cwd=ROOT,
+            **options,
+        ) as session:
+            assert squares(session, 2.0) == [7.0]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--factory=fctor=3"], "takes (factor, of=None), and --factory gives fctor"),
+        (["--factory=fctor=3"], "did you mean 'factor'?"),
+        (["--factory"], "missing a required argument: 'factor'"),
+        (["--factory", "factor=1", "--factory", "factor=2"], "'factor' twice"),
+        (["--factory=factor=[1"], "malformed value"),
+        (["--factory=__import__('os')"], "neither NAME=VALUE nor a JSON object"),
+    ],
+)
+def test_wrong_arguments_of_a_factory_are_refused(args: list[str], said: str) -> None:
+    """Each mistake is misuse, and the factory's parameters are named."""
+    assert said in _refusal("tests/models.py:multiple_factory", *args)
 
 
 # What a worker says -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 from bridge_client.remote import environments
 from bridge_client.remote.connecting import check_terms
@@ -53,6 +53,7 @@ def spawn(
     torch_model: Target | None = None,
     python: str | os.PathLike[str] | None = None,
     requirements: Sequence[str] | None = None,
+    factory: bool | Mapping[str, Any] = False,
     env: Mapping[str, str] | None = None,
     cwd: str | os.PathLike[str] | None = None,
     args: Sequence[str] = (),
@@ -80,6 +81,8 @@ def spawn(
       requirements: packages, such as ["jax", "equinox"], of an environment that is made once by uv,
         with this torch-jax-bridge. By default those of the `# /// script` header of the model's
         file, if it has one and `python` is no interpreter.
+      factory: whether the target is a function that returns the model, or the arguments of that
+        function: values of JSON by name, such as {"urdf": "arm.urdf"}.
       env: variables on top of this process's; of these, the worker does not see those that say
         which models another one serves, and to whom, such as BRIDGE_JAX_MODEL and BRIDGE_TOKEN.
       cwd: the worker's directory, from which modules are imported.
@@ -113,7 +116,7 @@ def spawn(
     for target in targets:
         command += [flag, target]
     child = _Child(
-        [*command, *args],
+        [*command, *_of_factory(factory), *args],
         dict(env or {}),
         cwd,
         startup_timeout_s,
@@ -134,6 +137,17 @@ def _named(model: Target | None) -> list[str]:
     if isinstance(model, str):
         return [model]
     return [f"{name}={target}" for name, target in (model or {}).items()]
+
+
+def _of_factory(factory: bool | Mapping[str, Any]) -> list[str]:
+    if isinstance(factory, bool):
+        return ["--factory"] if factory else []
+    try:
+        return [f"--factory={json.dumps(dict(factory))}"]
+    except (TypeError, ValueError) as error:
+        raise CallerError(
+            f"factory={factory!r}; expected True, or arguments of JSON by name: {error}"
+        ) from error
 
 
 class _Child:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bridge_server.process import devices
+from bridge_server.process import devices, factories
 from bridge_server.process.targets import near_matches
 from bridge_wire import __version__
+from bridge_wire.errors import CallerError
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
@@ -24,6 +25,9 @@ _LARGEST = (1 << 63) - 1
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options; variables are parsed like flags before the command line's flags."""
     parser = _parser()
+    argv = [
+        _without_argument(*pair) for pair in zip(argv, [*argv[1:], ""], strict=True)
+    ]
     from_variables: list[str] = []
     # Targets without a flag replace those of both variables.
     hidden = _MODELS if parser.parse_intermixed_args(argv).targets else ()
@@ -41,9 +45,25 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if action.nargs == 0:
             from_variables += [flag] if _is_on(parser, flag, value) else []
         else:
-            values = value.split() if isinstance(action.default, list) else [value]
+            is_list = isinstance(action.default, list) and not _is_object(value)
+            values = value.split() if is_list else [value]
             from_variables += [f"{flag}={each}" for each in values]
-    return parser.parse_intermixed_args([*from_variables, *argv])
+    options = parser.parse_intermixed_args([*from_variables, *argv])
+    try:
+        options.factory = factories.parse(options.factory)
+    except CallerError as error:
+        parser.error(str(error))
+    return options
+
+
+def _without_argument(word: str, following: str) -> str:
+    """Return `--factory` such that argparse takes no target for its argument."""
+    is_argument = factories.is_argument(following)
+    return "--factory=" if word == "--factory" and not is_argument else word
+
+
+def _is_object(text: str) -> bool:
+    return text.lstrip().startswith("{")
 
 
 def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
@@ -110,8 +130,13 @@ def _add_models(add: Callable[..., Any]) -> None:
     )
     add(
         "--factory",
-        "MOD:ATTR is a function that returns the model",
-        action="store_true",
+        "the target is a function that returns the model; with arguments for it, of which each"
+        " VALUE is JSON, or else text; repeatable",
+        action="append",
+        nargs="?",
+        const="",
+        default=[],
+        metavar="NAME=VALUE",
     )
     add(
         "--warmup",

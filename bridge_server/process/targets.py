@@ -95,7 +95,7 @@ def _module(target: Target) -> ModuleType:
     except ModuleNotFoundError as error:
         if target.path or not _is_within(target.module, error.name):
             raise TargetError(
-                f"importing {target.source!r} failed: {error}{_trail(error)}"
+                f"importing {target.source!r} failed: {error}{trail(error)}"
             ) from error
         missing = error.name or ""
         raise TargetError(
@@ -105,7 +105,7 @@ def _module(target: Target) -> ModuleType:
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         raise TargetError(
-            f"importing {target.source!r} failed: {said}{_trail(error)}"
+            f"importing {target.source!r} failed: {said}{trail(error)}"
         ) from error
 
 
@@ -157,7 +157,7 @@ def check_file(source: str, path: Path) -> None:
         stems = [file.stem for file in folder.glob("*.py")]
         near = [f"{stem}.py" for stem in near_matches(path.stem, stems)]
         raise TargetError(
-            f"there is no file {source!r} in {folder}{_did_you_mean(near)}"
+            f"there is no file {source!r} in {folder}{did_you_mean(near)}"
         )
     if path.suffix != ".py":
         beside = path.with_suffix(".py")
@@ -179,7 +179,7 @@ def no_exit(what: str) -> Iterator[None]:
         yield
     except SystemExit as error:
         raise TargetError(
-            f"{what} called sys.exit({error.code!r}){_trail(error)}"
+            f"{what} called sys.exit({error.code!r}){trail(error)}"
         ) from error
 
 
@@ -201,9 +201,10 @@ def shardings_beside(target: Target) -> Mapping[str, Any]:
     return found
 
 
-def _trail(error: BaseException) -> str:
+def trail(error: BaseException) -> str:
     """Return the traceback through the imported modules as lines of text."""
-    ours = (__file__, contextlib.__file__, importlib.__file__, "<frozen importlib")
+    here = os.path.dirname(__file__)
+    ours = (here, contextlib.__file__, importlib.__file__, "<frozen importlib")
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -218,10 +219,10 @@ def near_matches(word: str, choices: list[str]) -> list[str]:
 
 
 def _near(word: str, choices: list[str]) -> str:
-    return _did_you_mean(near_matches(word.rpartition(".")[2], choices))
+    return did_you_mean(near_matches(word.rpartition(".")[2], choices))
 
 
-def _did_you_mean(names: Sequence[str]) -> str:
+def did_you_mean(names: Sequence[str]) -> str:
     if not names:
         return ""
     return f"; did you mean {' or '.join(map(repr, names))}?"
