@@ -20,6 +20,7 @@ from bridge_client.remote.session import RemoteSession
 from bridge_client.remote.spans import PROFILE
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
+from bridge_wire.commands import DOCS, Parser, unknown_variables
 from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
@@ -33,6 +34,8 @@ _UNUSED_DAYS = 30.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 on failure; 2 on misuse."""
     options = _parser().parse_args(argv)
+    for sentence in unknown_variables():
+        print(f"bridge_client: {sentence}", file=sys.stderr)
     try:
         status: int = options.action(options)
         return status
@@ -48,9 +51,11 @@ class _Misuse(Exception):
     """The command line asks for something that this worker cannot do."""
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "bridge_client", description="Look at a bridge worker."
+def _parser() -> Parser:
+    parser = Parser(
+        "bridge_client",
+        description="Look at a bridge worker.",
+        epilog=f"{DOCS} describes the commands.",
     )
     parser.add_argument(
         "--version", action="version", version=f"bridge_client {__version__}"

@@ -41,6 +41,7 @@ from bridge_server.serving.programs import Programs
 from bridge_server.serving.sessions import Sessions
 from bridge_server.serving.warmup import warm_up
 from bridge_server.serving.worker import Security, Worker
+from bridge_wire.commands import unknown_variables
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.memory.pool import half_of_memory
 
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A reader of the log sees a model's prints at once.
         sys.stdout.reconfigure(line_buffering=True)
+    for sentence in unknown_variables():
+        _log.warning("%s", sentence)
     status = FAILED
     try:
         _serve(options)
@@ -168,6 +171,13 @@ def _check(options: argparse.Namespace) -> None:
         raise CallerError(
             "--via-xla runs torch models through XLA: name one with --torch-model"
         )
+    if options.port is not None and options.listen is not None:
+        raise CallerError(
+            f"--port {options.port} means --listen 127.0.0.1:{options.port}: remove --port or"
+            " --listen"
+        )
+    if options.port is not None:
+        options.listen = f"127.0.0.1:{options.port}"
     if options.full_tracebacks and options.no_tracebacks:
         raise CallerError(
             "--full-tracebacks and --no-tracebacks exclude each other: remove one of them"

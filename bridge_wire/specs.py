@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.dtypes import BY_NAME, BY_WIRE, DType
 from bridge_wire.errors import CallerError, DTypeError, ProtocolError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -12,6 +13,14 @@ from bridge_wire.pb import bridge_pb2 as pb
 _MAX_NBYTES = 2**63 - 1
 _MAX_RANK = 64
 _NUMBERS = ("int64", "float64", "complex128")
+_KINDS = {
+    "f": "float",
+    "i": "int",
+    "u": "uint",
+    "s": "int",
+    "c": "complex",
+    "bf": "bfloat",
+}
 _ARRAY = re.compile(r"\s*(\w+)\[([\d,\s]*)\]\s*(?:,|$)")
 
 
@@ -105,6 +114,14 @@ def decode_all(messages: Sequence[pb.Spec]) -> tuple[Spec, ...]:
     return tuple(decode(message) for message in messages)
 
 
+def _hint(name: str) -> str:
+    """Return the proposal of a dtype for the short name that JAX prints, such as f32."""
+    kind = name.rstrip("0123456789")
+    long = f"{_KINDS.get(kind, kind)}{name[len(kind) :]}"
+    near = [long] if long in BY_NAME else near_matches(name, BY_NAME)
+    return did_you_mean(near[:1])
+
+
 def parse(text: str) -> tuple[Spec, ...]:
     """Return the specs of a text such as "float32[8,64],int32[8]".
 
@@ -118,6 +135,7 @@ def parse(text: str) -> tuple[Spec, ...]:
         if match is None or match[1] not in BY_NAME:
             raise CallerError(
                 f"{text!r} is no list of specs; write it like float32[8,64],int32[8]"
+                f"{_hint(match[1] if match else '')}"
             )
         sizes = [size for size in match[2].replace(" ", "").split(",") if size]
         if any(int(size) >= 1 << 63 for size in sizes):

@@ -184,6 +184,29 @@ def test_help_names_every_flag() -> None:
             "'nowhere' is neither unix:PATH nor HOST:PORT",
             id="no endpoint",
         ),
+        pytest.param(
+            ["--listen", "8000"], "did you mean '127.0.0.1:8000'?", id="only a port"
+        ),
+        pytest.param(
+            ["--listen", "http://localhost:5000/"],
+            "is a URL; did you mean 'localhost:5000'?",
+            id="a URL",
+        ),
+        pytest.param(
+            ["--port", "1", "--listen", "localhost:1"],
+            "--port 1 means --listen 127.0.0.1:1",
+            id="two addresses",
+        ),
+        pytest.param(["--port", "http"], "'http' is not a port", id="no port"),
+        pytest.param(
+            ["--device", "tpu"], "JAX takes a TPU without --device", id="a TPU"
+        ),
+        pytest.param(
+            ["--jax-modl", "a:b"], "did you mean '--jax-model'?", id="a misspelt flag"
+        ),
+        pytest.param(
+            ["--log-level", "inf"], "warning, error; did you mean 'info'", id="a level"
+        ),
         pytest.param(["--listen", ":5000"], "':5000' is neither", id="no host"),
         pytest.param(["--listen", "localhost:http"], "neither", id="no port number"),
         pytest.param(
@@ -236,9 +259,66 @@ def test_misuse_is_told_before_anything_starts(args: list[str], said: str) -> No
 def test_a_variable_that_is_neither_on_nor_off_is_refused() -> None:
     """What switches something on or off says so in words that are known; nothing is off by a
     mistake."""
-    assert "the variable for --x64 is 'maybe'; expected 1 or 0" in _refusal(
+    assert "the variable BRIDGE_X64 is 'maybe'; expected 1 or 0" in _refusal(
         *models("square"), BRIDGE_X64="maybe"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("BRIDGE_RESIDUAL_BYTES", "lots", "the variable BRIDGE_RESIDUAL_BYTES: 'lots'"),
+        (
+            "BRIDGE_LOG_LEVEL",
+            "loud",
+            "the variable BRIDGE_LOG_LEVEL: 'loud' is not one",
+        ),
+        ("BRIDGE_FACTORY", "depth", "'depth' is neither NAME=VALUE"),
+    ],
+)
+def test_wrong_value_of_a_variable_names_the_variable(
+    name: str, value: str, said: str
+) -> None:
+    """The user looks for the variable, not for a flag that was not given."""
+    assert said in _refusal(*models("square"), **{name: value})
+
+
+def test_misspelt_variable_is_told() -> None:
+    """Both commands name a variable that is ignored, and the one that was meant."""
+    said = (
+        "the variable BRIDGE_LISTN is unknown and ignored; did you mean 'BRIDGE_LISTEN'"
+    )
+    assert said in _refusal(BRIDGE_LISTN="unix:x")
+    others = {"BRIDGE_SERVICE_HOST": "10.0.0.1", "BRIDGE_PORT": "tcp://10.0.0.1:50051"}
+    done = _run("envs", command="bridge_client", BRIDGE_LISTN="unix:x", **others)
+    assert done.stderr == f"bridge_client: {said}?\n"
+
+
+def test_port_is_a_loopback_address(tmp_path: Path) -> None:
+    """--port replaces the variable of --listen, and no variable of Kubernetes is read for it."""
+    variables = {"BRIDGE_LISTEN": "0.0.0.0:0", "BRIDGE_PORT": "tcp://10.0.0.1:50051"}
+    args = [*models("square"), "--port", "0"]
+    with serving(tmp_path, *args, env=variables) as worker:
+        assert worker.address.startswith("127.0.0.1:")
+
+
+def test_help_is_grouped_and_short() -> None:
+    """--help has titles, examples, and no defaults that nobody would write."""
+    text = _run("--help").stdout
+    for part in (
+        "\nmodels:\n",
+        "\nsecurity:\n",
+        "\nexamples:\n",
+        "bridge_server doctor",
+    ):
+        assert part in text
+    for part in ("None", "[])", "{})", "False", "1099511627776", "(default: )", "inf)"):
+        assert part not in text
+
+
+def test_error_of_a_command_is_one_line() -> None:
+    """A wrong flag prints one sentence, and no usage of many lines."""
+    assert _refusal("--no-such-flag").count("\n") == 1
 
 
 def test_a_token_that_no_header_can_carry_is_refused() -> None:
@@ -332,6 +412,7 @@ def test_two_models_of_one_name_are_refused() -> None:
     ("warm_up", "said"),
     [
         ("float33[2]", "float33[2]"),
+        ("f32[2]", "did you mean 'float32'?"),
         ("float32", "float32"),
         ("float32[2", "float32[2"),
         ("float32[-1]", "float32[-1]"),

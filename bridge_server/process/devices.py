@@ -19,6 +19,7 @@ from bridge_wire.memory.cuda import device_of, gpus
 _log = logging.getLogger(__name__)
 
 CPU, CUDA = "cpu", "cuda"
+_GPU = "gpu"
 _ONE_OF_THEM = re.compile(r"cuda:\d+|GPU-[0-9A-Fa-f-]+")
 _FRACTION = "XLA_CLIENT_MEM_FRACTION"
 # XLA reads either variable; torch and this program read neither.
@@ -32,10 +33,14 @@ def parse_device(text: str) -> str:
     Raises:
       ArgumentTypeError: the text is not a device.
     """
-    if text in (CPU, CUDA) or _ONE_OF_THEM.fullmatch(text):
-        return text
+    # JAX calls them gpu, torch cuda.
+    name, colon, number = text.partition(":")
+    device = f"{CUDA}{colon}{number}" if name == _GPU else text
+    if device in (CPU, CUDA) or _ONE_OF_THEM.fullmatch(device):
+        return device
+    hint = "; JAX takes a TPU without --device" if text.startswith("tpu") else ""
     raise argparse.ArgumentTypeError(
-        f"{text!r} is not a device; expected cpu, cuda, cuda:1 or GPU-5fc7c93e-..."
+        f"{text!r} is not a device; expected cpu, cuda, cuda:1 or GPU-5fc7c93e-...{hint}"
     )
 
 

@@ -3,10 +3,10 @@
 Imports no framework.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 
 from bridge_server.process import endpoints, malloc
+from bridge_wire.commands import Parser
 from bridge_wire.doctor import gpu_checks, host
 from bridge_wire.doctor.checks import (
     BROKEN,
@@ -23,7 +23,7 @@ from bridge_wire.errors import CallerError
 
 def main(argv: Sequence[str]) -> int:
     """Print the checks. Return the exit status: 1 if a check is broken, else 0."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "bridge_server doctor",
         description="Check the machine and the environment that a worker would run in.",
     )

@@ -52,6 +52,13 @@ def host_and_port(text: str, flag: str, otherwise: str) -> tuple[str, int]:
     Raises:
       CallerError: the text, which was given by a flag, has another form.
     """
+    if text.isdecimal():
+        raise CallerError(
+            f"{flag} {text!r} is {otherwise}; did you mean {f'127.0.0.1:{text}'!r}?"
+        )
+    if "://" in text:
+        rest = text.partition("://")[2].strip("/")
+        raise CallerError(f"{flag} {text!r} is a URL; did you mean {rest!r}?")
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isdecimal()):
         raise CallerError(f"{flag} {text!r} is {otherwise}")

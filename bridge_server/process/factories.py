@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bridge_server.process import targets
+from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.errors import CallerError, RemoteModelError, TargetError
 
 _ON, _OFF = ("", "1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -108,8 +109,8 @@ def _check(
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY)
         ]
         unknown = [name for name in arguments if name not in names]
-        near = targets.near_matches(unknown[0], names) if unknown else []
+        near = near_matches(unknown[0], names) if unknown else []
         raise TargetError(
             f"the factory {text!r} takes {signature}, and --factory gives"
-            f" {', '.join(arguments) or 'no arguments'}: {error}{targets.did_you_mean(near)}"
+            f" {', '.join(arguments) or 'no arguments'}: {error}{did_you_mean(near)}"
         ) from error

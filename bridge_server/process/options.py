@@ -4,19 +4,33 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from bridge_server.process import devices, factories
-from bridge_server.process.targets import near_matches
 from bridge_wire import __version__
+from bridge_wire.commands import DOCS, Help, Parser, did_you_mean, near_matches
 from bridge_wire.errors import CallerError
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
 _MODELS = ("jax_model", "torch_model")
 _COMMANDS = ["doctor", "token"]
+_EPILOG = f"""\
+commands:
+  bridge_server doctor           check the environment instead
+  bridge_server token NAME FILE  make a client's token
+
+examples:
+  bridge_server model.py:damped
+  bridge_server --x64 wave=model.py:damped --warmup 'float32[100],float32[],float32[]'
+  bridge_server model.py:damped --listen 0.0.0.0:50051 --token-file tokens
+
+Every option but --port has a variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES, and so on.
+{DOCS} describes them."""
 _LONGEST_REVISION = 200
 _MOST_COUNTED = 1_000_000
+_LAST_PORT = 65_535
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LONGEST_S = 86_400
 _LARGEST = (1 << 63) - 1
@@ -25,17 +39,15 @@ _LARGEST = (1 << 63) - 1
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options; variables are parsed like flags before the command line's flags."""
     parser = _parser()
-    argv = [
-        _without_argument(*pair) for pair in zip(argv, [*argv[1:], ""], strict=True)
-    ]
+    argv = [_without_argument(*pair) for pair in pairwise([*argv, ""])]
     from_variables: list[str] = []
-    # Targets without a flag replace those of both variables.
-    hidden = _MODELS if parser.parse_intermixed_args(argv).targets else ()
+    hidden = _replaced(parser.parse_intermixed_args(argv))
     for action in parser._actions:
         if not action.option_strings or action.dest in hidden:
             continue
         flag = action.option_strings[-1]
-        value = os.environ.get(f"BRIDGE_{action.dest.upper()}")
+        variable = f"BRIDGE_{action.dest.upper()}"
+        value = os.environ.get(variable)
         if (
             value is None
             or flag in ("--version", "--help")
@@ -43,10 +55,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         ):
             continue
         if action.nargs == 0:
-            from_variables += [flag] if _is_on(parser, flag, value) else []
+            from_variables += [flag] if _is_on(parser, variable, value) else []
         else:
             is_list = isinstance(action.default, list) and not _is_object(value)
             values = value.split() if is_list else [value]
+            _check_variable(parser, action, variable, values)
             from_variables += [f"{flag}={each}" for each in values]
     options = parser.parse_intermixed_args([*from_variables, *argv])
     try:
@@ -54,6 +67,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     except CallerError as error:
         parser.error(str(error))
     return options
+
+
+def _replaced(given: argparse.Namespace) -> set[str]:
+    """Return the options whose variables are ignored, since flags of other names replace them."""
+    replaced = {
+        "port"
+    }  # Kubernetes sets BRIDGE_PORT beside a Service that is named `bridge`
+    if given.targets:
+        replaced |= set(_MODELS)
+    if given.port is not None:
+        replaced.add("listen")
+    return replaced
 
 
 def _without_argument(word: str, following: str) -> str:
@@ -66,41 +91,62 @@ def _is_object(text: str) -> bool:
     return text.lstrip().startswith("{")
 
 
-def _is_on(parser: argparse.ArgumentParser, flag: str, value: str) -> bool:
+def _is_on(parser: Parser, variable: str, value: str) -> bool:
     word = value.strip().lower()
     if word not in (*_ON, *_OFF):
-        parser.error(f"the variable for {flag} is {value!r}; expected 1 or 0")
+        parser.error(f"the variable {variable} is {value!r}; expected 1 or 0")
     return word in _ON
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _check_variable(
+    parser: Parser,
+    action: argparse.Action,
+    variable: str,
+    values: list[str],
+) -> None:
+    """Exit with an error that names the variable if its flag would refuse the value."""
+    try:
+        for value in values:
+            parser._get_values(action, [value])
+    except argparse.ArgumentError as error:
+        parser.error(f"the variable {variable}: {error.message}")
+
+
+def _parser() -> Parser:
+    parser = Parser(
         "bridge_server",
+        usage="bridge_server [options] [NAME=]TARGET ... | doctor | token",
         description=(
-            "Serve JAX or torch models to programs in other processes. `bridge_server doctor`"
-            " checks the environment instead, `bridge_server token` makes a token. A TARGET is"
+            "Serve JAX or torch models to programs in other processes. A TARGET is"
             " model.py:function or package.module:function."
         ),
-        epilog=(
-            "Every option has an environment variable: --residual-bytes has BRIDGE_RESIDUAL_BYTES,"
-            " and so on."
-        ),
+        epilog=_EPILOG,
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
-
-    def add(flag: str, help: str, **how: Any) -> None:
-        parser.add_argument(flag, help=help, **how)
-
-    _add_models(add)
-    _add_serving(add)
-    _add_limits(add)
-    _add_running(add)
-    _add_security(add)
+    for title, add_to in (
+        ("models", _add_models),
+        ("serving", _add_serving),
+        ("limits", _add_limits),
+        ("running", _add_running),
+        ("security", _add_security),
+    ):
+        add_to(_adder(parser.add_argument_group(title)))
     parser.add_argument(
         "--version", action="version", version=f"bridge_server {__version__}"
     )
     return parser
+
+
+class _Help(Help, argparse.RawDescriptionHelpFormatter):
+    """Help whose examples keep their lines."""
+
+
+def _adder(group: Any) -> Callable[..., Any]:
+    def add(flag: str, help: str, **how: Any) -> None:
+        group.add_argument(flag, help=help, **how)
+
+    return add
 
 
 def _add_models(add: Callable[..., Any]) -> None:
@@ -153,6 +199,12 @@ def _add_serving(add: Callable[..., Any]) -> None:
         metavar="unix:PATH|HOST:PORT",
     )
     add(
+        "--port",
+        "the address 127.0.0.1:PORT, for this host only",
+        type=_port,
+        metavar="PORT",
+    )
+    add(
         "--revision",
         "text that names what is served, such as an image's digest; clients notice a change",
         metavar="TEXT",
@@ -195,7 +247,7 @@ def _add_limits(add: Callable[..., Any]) -> None:
     )
     add(
         "--session-slab-bytes",
-        "limit of one client's shared memory",
+        "limit of one client's shared memory; default: 1T",
         type=_bytes,
         default=1 << 40,
         metavar="BYTES",
@@ -307,12 +359,19 @@ def _add_security(add: Callable[..., Any]) -> None:
 def _target(text: str) -> str:
     if ":" in text:
         return text
-    near = near_matches(text, _COMMANDS)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(near_matches(text, _COMMANDS))
     raise argparse.ArgumentTypeError(
         f"{text!r} is neither a target such as model.py:function or package.module:function, nor"
         f" one of the commands {' and '.join(_COMMANDS)}{hint}"
     )
+
+
+def _port(text: str) -> str:
+    if not text.isdecimal() or int(text) > _LAST_PORT:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a port; expected a number up to {_LAST_PORT}; 0 takes a free one"
+        )
+    return text
 
 
 def _bytes(text: str) -> int:

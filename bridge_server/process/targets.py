@@ -4,18 +4,18 @@ Imports no framework.
 """
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import os
 import pkgutil
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.errors import TargetError
 
 
@@ -213,19 +213,8 @@ def trail(error: BaseException) -> str:
     return "".join(f"\n{line.rstrip()}" for line in traceback.format_list(frames))
 
 
-def near_matches(word: str, choices: list[str]) -> list[str]:
-    """Return the choices that resemble the word, best first."""
-    return difflib.get_close_matches(word, choices, n=3, cutoff=0.5)
-
-
 def _near(word: str, choices: list[str]) -> str:
     return did_you_mean(near_matches(word.rpartition(".")[2], choices))
-
-
-def did_you_mean(names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    return f"; did you mean {' or '.join(map(repr, names))}?"
 
 
 def _sibling_modules(module: str) -> list[str]:

@@ -3,7 +3,6 @@
 Imports no framework.
 """
 
-import argparse
 import hashlib
 import hmac
 import logging
@@ -18,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bridge_server.process.watched import WatchedFiles
+from bridge_wire.commands import Parser
 from bridge_wire.errors import CallerError, Unauthenticated
 
 _log = logging.getLogger(__name__)
@@ -235,8 +235,8 @@ def main(argv: Sequence[str]) -> int:
     return _OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         "bridge_server token",
         description=(
             "Print a new token for a client, and add its name and hash to a file for --token-file."

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bridge_server.process import frameworks, targets
+from bridge_server.process import frameworks, options, targets
+from bridge_wire.commands import VARIABLES
 from bridge_wire.errors import CallerError, TargetError
 
 
@@ -203,3 +204,10 @@ def test_undecided_framework_is_told(
         texts.append(f"m{number}.py:f")
     with pytest.raises(CallerError, match=said):
         frameworks.framework_of(texts)
+
+
+def test_every_option_has_a_known_variable() -> None:
+    """The table of known variables has one for each flag of `bridge_server`, except --port."""
+    without = {"help", "version", "parent_pid", "port", "targets"}
+    names = {action.dest for action in options._parser()._actions} - without
+    assert {f"BRIDGE_{name.upper()}" for name in names} <= VARIABLES
