@@ -311,8 +311,11 @@ def _security(options: argparse.Namespace, endpoint: endpoints.Endpoint) -> Secu
     _refuse_empty(options)
     token = "" if options.token_file else os.environ.get("BRIDGE_TOKEN", "").strip()
     file = Path(options.token_file) if options.token_file else None
+    admitted = tokens.Tokens(file, token)
+    for sentence in tokens.weaknesses(file, token):
+        _log.warning("%s", sentence)
     security = Security(
-        tokens.Tokens(file, token),
+        admitted,
         _certificates(options),
         reflection=not options.no_reflection,
     )

@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import secrets
+import stat
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ _OK, _USAGE = 0, 2
 _NAME = re.compile(r"[\w.@-]{1,64}")
 _HASH = "sha256:"
 _TOKEN_BYTES = 32
+_SHORT = 16
+_OTHERS = 0o007
 _OF_NAMED = (" sha", " models=", " expires=")
 _FORM = "NAME sha256:HEX [models=a,b] [expires=2027-01-01]"
 
@@ -211,6 +214,22 @@ def _rights(
 def _time(text: str) -> datetime:
     time = datetime.fromisoformat(text)
     return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def weaknesses(file: Path | None, token: str) -> Iterator[str]:
+    """Yield a sentence for each way in which others could learn or guess a plain token."""
+    name, plain = "BRIDGE_TOKEN", token
+    if file is not None:
+        text = file.read_text(errors="replace").strip()
+        name, plain = f"the token file {file}", "" if _HASH in text else text
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if plain and mode & _OTHERS:
+            yield f"{name} has mode {mode:04o}, so that every user can read it; run chmod 600"
+    if 0 < len(plain) < _SHORT:
+        yield (
+            f"the token in {name} has {len(plain)} characters, and could be guessed; `bridge_server"
+            " token` makes a long one"
+        )
 
 
 # The command --------------------------------------------------------------------------------------
