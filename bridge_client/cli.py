@@ -14,10 +14,11 @@ from typing import Any
 from bridge_client.commands import canary, doctor, envs, top
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
-from bridge_client.remote.connecting import check_address, connect
+from bridge_client.remote.connecting import connect
 from bridge_client.remote.link import Terms, Tls
 from bridge_client.remote.session import RemoteSession
 from bridge_client.remote.spans import PROFILE
+from bridge_client.remote.worker_addresses import resolved
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
 from bridge_wire.commands import DOCS, Parser, unknown_variables
@@ -26,13 +27,22 @@ from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
 OK, FAILED, MISUSE = 0, 1, 2
+_ADDRESS = "unix:PATH or HOST:PORT; default: the socket of a worker without --listen"
+# Words of Python's API in errors, and the command's.
+_IN_FLAGS = {
+    "; pass token= or token_file=": "; give --token-file, or set BRIDGE_TOKEN_FILE",
+    "; pass another token= or token_file=": "; give another --token-file",
+    "; pick one with name=": "; pick one with --model",
+    "tls= or --tls-ca": "--tls-ca",
+}
 _LONGEST_S = 86_400
-_LAST_PORT = 65_535
 _UNUSED_DAYS = 30.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 on failure; 2 on misuse."""
+    # The lines of gRPC's core would stand before the command's own sentence.
+    environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = _parser().parse_args(argv)
     for sentence in unknown_variables():
         print(f"bridge_client: {sentence}", file=sys.stderr)
@@ -43,8 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bridge_client: {error}", file=sys.stderr)
         return MISUSE
     except (BridgeError, OSError) as error:
-        print(f"bridge_client: {error}", file=sys.stderr)
+        print(f"bridge_client: {_in_flags(str(error))}", file=sys.stderr)
         return FAILED
+
+
+def _in_flags(text: str) -> str:
+    for words, flags in _IN_FLAGS.items():
+        text = text.replace(words, flags)
+    return text
 
 
 class _Misuse(Exception):
@@ -72,7 +88,7 @@ def _parser() -> Parser:
     _add_profile(commands)
     _add_envs(commands)
     for command in (describe, check, health, watch):
-        command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
+        command.add_argument("address", type=_address, nargs="?", help=_ADDRESS)
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
@@ -257,18 +273,11 @@ def _add_doctor(commands: Any) -> argparse.ArgumentParser:
 
 def _address(text: str) -> str:
     try:
-        check_address(text)
+        return resolved(text)
     except CallerError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    host, _, port = text.rpartition(":")
-    is_path = text.startswith("unix:") and text != "unix:"
-    is_port = host and port.isdecimal() and 0 < int(port) <= _LAST_PORT
-    if not (text.isprintable() and (is_path or is_port)):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not an address; expected unix:PATH, or HOST:PORT with a port from 1 to"
-            f" {_LAST_PORT}"
-        )
-    return text
+            str(error).replace("address=", "", 1)
+        ) from None
 
 
 def _token(text: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from bridge_client.programs import Program, residual_id
 from bridge_wire import specs
+from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.errors import (
     CallerError,
     ProtocolError,
@@ -245,6 +246,7 @@ class Session(ABC):
         if name not in models:
             raise UnknownModel(
                 f"the worker hosts no model {name!r}; it hosts {sorted(models)}"
+                f"{did_you_mean(near_matches(name, models)[:1])}"
             )
         return models[name]
 

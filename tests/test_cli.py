@@ -4,6 +4,7 @@ they end."""
 import ipaddress
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -281,6 +282,30 @@ def test_wrong_value_of_a_variable_names_the_variable(
 ) -> None:
     """The user looks for the variable, not for a flag that was not given."""
     assert said in _refusal(*models("square"), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "said"),
+    [
+        ("secret", 0o600, "the token in the token file .* has 6 characters"),
+        (
+            "a" * 40,
+            0o644,
+            "has mode 0644, so that every user can read it; run chmod 600",
+        ),
+        ("a" * 40, 0o640, None),
+    ],
+)
+def test_weak_token_is_told(
+    tmp_path: Path, text: str, mode: int, said: str | None
+) -> None:
+    """A worker warns of a token that others can read or guess, and starts."""
+    (tmp_path / "token").write_text(f"{text}\n")
+    (tmp_path / "token").chmod(mode)
+    told = _refusal("no.such:model", "--token-file", str(tmp_path / "token"))
+    warnings = [line for line in told.splitlines() if "WARNING" in line]
+    assert bool(warnings) == bool(said)
+    assert said is None or re.search(said, warnings[0])
 
 
 def test_misspelt_variable_is_told() -> None:

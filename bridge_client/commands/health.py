@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from bridge_client.remote.connecting import check_address
 from bridge_client.remote.grpc_lane import from_rpc
 from bridge_client.remote.link import Tls, open_channel
+from bridge_client.remote.worker_addresses import resolved
 from bridge_wire.errors import CallTimeout, WorkerUnavailable
 
 SERVING = "SERVING"
@@ -20,8 +20,9 @@ _POLL_S = 0.2
 class Health:
     """The health service of one worker."""
 
-    def __init__(self, stub: health_pb2_grpc.HealthStub) -> None:
+    def __init__(self, stub: health_pb2_grpc.HealthStub, address: str) -> None:
         self._stub = stub
+        self._address = address
 
     def status(
         self,
@@ -41,7 +42,7 @@ class Health:
                 health_pb2.HealthCheckRequest(service=service), timeout=timeout_s
             )
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            raise from_rpc(error, address=self._address) from None
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
     def wait(self, limit_s: float) -> str:
@@ -79,6 +80,6 @@ def health_of(address: str, tls: Tls | None = None) -> Iterator[Health]:
     Raises:
       CallerError: the address has neither form.
     """
-    check_address(address)
+    address = resolved(address)
     with open_channel(address, tls) as channel:
-        yield Health(health_pb2_grpc.HealthStub(channel))
+        yield Health(health_pb2_grpc.HealthStub(channel), address)

@@ -6,6 +6,7 @@ from typing import Any
 from bridge_client.remote.link import Terms, Tls
 from bridge_client.remote.retrying import Policy
 from bridge_client.remote.session import Fixed, RemoteSession
+from bridge_client.remote.worker_addresses import resolved
 from bridge_client.session import Session
 from bridge_wire.errors import CallerError
 
@@ -14,7 +15,7 @@ _REQUIREMENTS = (None, "memfd", "cuda_ipc")
 
 
 def connect(
-    address: str,
+    address: str | None = None,
     *,
     token: str | None = None,
     tls: Tls | bool | None = None,
@@ -30,6 +31,8 @@ def connect(
     """Connect to the worker at "unix:PATH" or "HOST:PORT".
 
     Args:
+      address: None is the socket of this user's worker without --listen; a path, such as
+        "/run/bridge/bridge.sock", means "unix:PATH".
       token: the token of a worker with --token-file.
       tls: certificates; True trusts the system's authorities.
       timeout_s: seconds for each call; None waits.
@@ -52,7 +55,7 @@ def connect(
       LaneUnavailable: the required lane or memory kind is unavailable.
       VersionMismatch: the worker speaks another protocol.
     """
-    check_address(address)
+    endpoint = resolved(address)
     check_terms(lane, require)
     if token is not None and token_file is not None:
         raise CallerError("token= and token_file= exclude each other; pass one of them")
@@ -65,7 +68,7 @@ def connect(
         Policy(wait_s, retry_s, retries),
         require_revision,
     )
-    return RemoteSession(Fixed(address), terms, timeout_s)
+    return RemoteSession(Fixed(endpoint), terms, timeout_s)
 
 
 def session_for(target: Any, framework: str) -> Session:
@@ -89,14 +92,6 @@ def session_for(target: Any, framework: str) -> Session:
             f" ({error})"
         ) from error
     return host(jax_model=target) if framework == "jax" else host(torch_model=target)
-
-
-def check_address(address: object) -> None:
-    """Raise CallerError for an invalid worker address."""
-    if not isinstance(address, str) or not (
-        address.startswith("unix:") or ":" in address
-    ):
-        raise CallerError(f"address={address!r}; expected 'unix:PATH' or 'HOST:PORT'")
 
 
 def check_terms(lane: str | None, require: str | None) -> None:

@@ -11,6 +11,7 @@ import grpc
 
 from bridge_client.remote.lanes import HANDSHAKE_S, Call, Lane, Stale, raise_if_failed
 from bridge_client.remote.watching import Watch
+from bridge_client.remote.worker_addresses import unavailable
 from bridge_wire.errors import (
     TRAILER,
     BridgeError,
@@ -188,7 +189,9 @@ class GrpcLane(Lane):
         return is_cancelled and not (self.is_closed or self._stub.is_closed)
 
 
-def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
+def from_rpc(
+    error: Any, *, during_call: bool = False, address: str = "its address"
+) -> BridgeError:
     """Return the BridgeError of a grpc.RpcError: the error sent by the worker, or a connection
     error."""
     for key, value in error.trailing_metadata() or ():
@@ -204,7 +207,7 @@ def from_rpc(error: Any, *, during_call: bool = False) -> BridgeError:
             f"the connection to the worker broke during a call ({code.name}); the next call"
             " reconnects"
         )
-    return WorkerUnavailable(f"no worker answers ({code.name}: {details})")
+    return unavailable(address, details or code.name)
 
 
 def _flattened(

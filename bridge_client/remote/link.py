@@ -455,7 +455,8 @@ class Link:
         try:
             return method(request, timeout=_CONNECT_S)
         except grpc.RpcError as error:
-            raise from_rpc(error) from error
+            # gRPC's own error would stand before, in twenty lines.
+            raise from_rpc(error, address=self.address) from None
 
 
 class _Authorized:

@@ -6,15 +6,18 @@ Imports no framework.
 import os
 import socket
 import stat
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bridge_wire.addresses import LONGEST_SOCKET_PATH, is_loopback
+from bridge_wire.addresses import (
+    DEFAULT_SOCKET,
+    LONGEST_SOCKET_PATH,
+    is_loopback,
+    socket_directories,
+)
 from bridge_wire.errors import CallerError
 
 _LAST_PORT = 65535
-_DEFAULT = "bridge.sock"
 LANE_SUFFIX = ".lane"
 
 
@@ -35,7 +38,7 @@ def parse(listen: str | None) -> Endpoint:
         socket.
     """
     if listen is None:
-        return _unix(_runtime_directory() / _DEFAULT)
+        return _unix(_runtime_directory() / DEFAULT_SOCKET)
     if listen.startswith("unix:"):
         return _unix(Path(listen.removeprefix("unix:")))
     host, _ = host_and_port(listen, "--listen", "neither unix:PATH nor HOST:PORT")
@@ -126,19 +129,19 @@ def _fits(path: Path) -> bool:
 
 def _runtime_directory() -> Path:
     """Return a directory that only this user can enter."""
-    name = f"torch-jax-bridge-{os.geteuid()}"
-    # After su and in containers, XDG_RUNTIME_DIR may name a missing directory; on clusters TMPDIR
-    # may be very long.
-    parents = [os.environ.get("XDG_RUNTIME_DIR", ""), tempfile.gettempdir(), "/tmp"]
+    directories = socket_directories()
     usable = (
-        Path(parent, name) for parent in parents if os.access(parent, os.W_OK | os.X_OK)
+        directory
+        for directory in directories
+        if os.access(directory.parent, os.W_OK | os.X_OK)
     )
     directory = next(
-        (directory for directory in usable if _fits(directory / _DEFAULT)), None
+        (directory for directory in usable if _fits(directory / DEFAULT_SOCKET)), None
     )
     if directory is None:
+        parents = ", ".join(str(directory.parent) for directory in directories)
         raise CallerError(
-            f"no directory for sockets: none of {', '.join(filter(None, parents))} is writable and"
+            f"no directory for sockets: none of {parents} is writable and"
             " short enough; name a --listen"
         )
     try:
