@@ -14,5 +14,6 @@ from bridge_client.remote.link import Tls
 from bridge_client.remote.spans import profile
 from bridge_client.remote.spawning import spawn
 from bridge_client.session import Session
+from bridge_wire import __version__
 
-__all__ = ["Session", "Tls", "connect", "profile", "spawn"]
+__all__ = ["__version__", "Session", "Tls", "connect", "profile", "spawn"]

@@ -4,6 +4,7 @@ Imports no framework.
 """
 
 import ast
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -90,7 +91,7 @@ def check_arguments(
     Raises:
       ArgumentError: an argument is missing, unexpected or passed twice.
     """
-    known = _parsed(signature)
+    known = signature_from(signature)
     if known is None:
         return
     args, kwargs = arguments
@@ -114,8 +115,12 @@ def check_arguments(
     raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")
 
 
-def _parsed(source: str) -> inspect.Signature | None:
-    """Return a signature from its source, without its defaults' values; None if it is no such."""
+@functools.lru_cache(maxsize=256)
+def signature_from(source: str) -> inspect.Signature | None:
+    """Return a signature from its source, which is not run; None if it is no such.
+
+    Defaults that are no literals are `...`.
+    """
     if not source or len(source) > _MOST_SOURCE:
         return None
     try:
@@ -128,20 +133,37 @@ def _parsed(source: str) -> inspect.Signature | None:
     kind = inspect.Parameter
     positional = [*names.posonlyargs, *names.args]
     first_default = len(positional) - len(names.defaults)
+    defaults = [*[None] * first_default, *names.defaults]
     parameters = []
-    for i, each in enumerate(positional):
+    for i, (each, value) in enumerate(zip(positional, defaults, strict=True)):
         is_named = i >= len(names.posonlyargs)
         how = kind.POSITIONAL_OR_KEYWORD if is_named else kind.POSITIONAL_ONLY
-        default = kind.empty if i < first_default else None
-        parameters.append(kind(each.arg, how, default=default))
+        parameters.append(kind(each.arg, how, default=_default(value)))
     if names.vararg:
         parameters.append(kind(names.vararg.arg, kind.VAR_POSITIONAL))
     for each, value in zip(names.kwonlyargs, names.kw_defaults, strict=True):
-        default = kind.empty if value is None else None
-        parameters.append(kind(each.arg, kind.KEYWORD_ONLY, default=default))
+        parameters.append(kind(each.arg, kind.KEYWORD_ONLY, default=_default(value)))
     if names.kwarg:
         parameters.append(kind(names.kwarg.arg, kind.VAR_KEYWORD))
     return inspect.Signature(parameters)
+
+
+def _default(node: ast.expr | None) -> Any:
+    if node is None:
+        return inspect.Parameter.empty
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, RecursionError, MemoryError):
+        return ...
+
+
+def present_as(function: Any, signature: str, doc: str) -> None:
+    """Let `inspect.signature`, `help` and editors show a model's signature and docstring.
+
+    Both are set on the function's object: its class keeps its own.
+    """
+    function.__signature__ = signature_from(signature)  # inspect passes over None
+    function.__doc__ = doc or type(function).__doc__
 
 
 def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from bridge_client.arguments import (
     marked_static,
     method_name,
     names_of,
+    present_as,
     recipes_for,
 )
 from bridge_client.jax import primitives, sharding
@@ -169,6 +170,8 @@ class RemoteTorchFunction:
         self._arguments = self._model.arguments_of(self._method)
         # The name that jax gives to compiled code.
         self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
+        model = self._model
+        present_as(self, model.signature_of(self._method), model.doc)
 
     def method(self, name: str) -> "RemoteTorchFunction":
         """Return the function that calls a method of the same model.

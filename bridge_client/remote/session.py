@@ -88,6 +88,17 @@ class RemoteSession(Session):
             self.close()
             raise LaneUnavailable(f"require='cuda_ipc': {self._no_gpu}")
 
+    def __repr__(self) -> str:
+        link = self._link
+        if self.is_closed or link is None:
+            state = "closed" if self.is_closed else "not connected"
+            return f"<RemoteSession, {state}>"
+        models = [model.name for model in link.description.models]
+        return (
+            f"RemoteSession({link.address!r}, framework={link.description.framework!r},"
+            f" models={models}, lane={link.lane_name!r}, memory={link.memory!r})"
+        )
+
     def _start_afresh(self) -> None:
         self.pool = Pool(shareable=memfd_works())
         self._gpu: GpuPool | None = None
@@ -104,6 +115,21 @@ class RemoteSession(Session):
     @property
     def x64(self) -> bool:
         return self._description.x64
+
+    @property
+    def worker(self) -> dict[str, Any]:
+        """The worker's framework, versions, devices, x64, revision and address, by name."""
+        about = self._description
+        return {
+            "address": self._current_link().address,
+            "framework": about.framework,
+            "framework_version": about.framework_version,
+            "python_version": about.python_version,
+            "version": about.version,
+            "devices": list(about.devices),
+            "x64": about.x64,
+            "revision": about.revision,
+        }
 
     @property
     def revision(self) -> str:

@@ -20,6 +20,7 @@ from bridge_client.arguments import (
     marked_static,
     method_name,
     names_of,
+    present_as,
     recipes_for,
 )
 from bridge_client.futures import completed
@@ -108,6 +109,7 @@ class RemoteJaxFunction(nn.Module):
         self._arguments = self._model.arguments_of(self._method)
         # Of a module without a name, torch.func takes the repr, which torch.compile cannot trace.
         self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
+        self._present()
         # The functions that share this one's parameters, by method; empty if there are no others.
         self._methods: dict[str, RemoteJaxFunction] = {}
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
@@ -166,8 +168,13 @@ class RemoteJaxFunction(nn.Module):
             }
             state = RemoteJaxFunction.__getstate__(self) | hooks
             function.__setstate__(state | {"_method": key, "_arguments": arguments})
+            function._present()
             self._methods |= {self._method: self, key: function}
         return function
+
+    def _present(self) -> None:
+        model = self._model
+        present_as(self, model.signature_of(self._method), model.doc)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model.

@@ -76,7 +76,7 @@ class TorchRuntime(Runtime):
         ]
         return Model(
             name=name,
-            doc=inspect.getdoc(parts.documented) or "",
+            doc=_doc_of(parts.documented),
             methods=parts.methods,
             parameters=tuple(parameters),
             values=[tensor.detach() for tensor in parts.state.values()],
@@ -235,3 +235,12 @@ def _without_graph(composed: Composed, call: Call) -> RunCode:
         return [y.detach() for y in outputs], None
 
     return run
+
+
+def _doc_of(function: Any) -> str:
+    """Return a docstring; of a forward without one, its module's, and not that of nn.Module."""
+    own = getattr(function, "__doc__", None)
+    owner = type(getattr(function, "__self__", None))
+    if not own and issubclass(owner, torch.nn.Module):
+        own = owner.__doc__
+    return inspect.cleandoc(own or "")
