@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -11,7 +12,7 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from bridge_client.commands import canary, doctor, envs, top
+from bridge_client.commands import calls, canary, describe, doctor, envs, ps, top
 from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import connect
@@ -77,22 +78,25 @@ def _parser() -> Parser:
         "--version", action="version", version=f"bridge_client {__version__}"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    describe = commands.add_parser(
+    show = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"
     )
-    describe.set_defaults(action=_with_session(_describe))
+    show.add_argument("--json", action="store_true", help="print a JSON object")
+    show.set_defaults(action=_with_session(_describe))
     check = _add_check_gradients(commands)
     health = _add_health(commands)
     diagnose = _add_doctor(commands)
     watch = _add_top(commands)
     _add_profile(commands)
     _add_envs(commands)
-    for command in (describe, check, health, watch):
+    _add_ps(commands)
+    for command in (show, check, health, watch):
         command.add_argument("address", type=_address, nargs="?", help=_ADDRESS)
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
-    for command in (describe, check, diagnose, health, watch):
+    callers = _add_call(commands), _add_bench(commands)
+    for command in (show, check, diagnose, health, watch, *callers):
         _add_tokens(command)
         _add_tls(command)
     return parser
@@ -162,6 +166,7 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
         default=0,
         help="of the random numbers (default: %(default)s)",
     )
+    add("--json", action="store_true", help="print a JSON object")
     command.set_defaults(action=_with_session(_check_gradients))
     return command
 
@@ -200,6 +205,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         action="store_true",
         help="also make a call of a model, within --timeout; needs the token",
     )
+    command.add_argument("--json", action="store_true", help="print lines of JSON")
     command.set_defaults(action=_health)
     return command
 
@@ -255,6 +261,64 @@ def _add_envs(commands: Any) -> None:
     )
     command.add_argument("--json", action="store_true", help="print a line of JSON")
     command.set_defaults(action=_envs)
+
+
+def _add_call(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "call",
+        help="call a model with numbers",
+        description=(
+            "Call a model with numbers or nested lists of them, and print each output's type and"
+            " values. Arrays are float32, or float64 for a worker with --x64, unless --input gives"
+            " their types."
+        ),
+    )
+    command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
+    # Not "*", which argparse takes for empty before the first option.
+    command.add_argument("arguments", nargs="+", metavar="JSON", type=_json)
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="print a line of JSON")
+    command.set_defaults(action=_with_session(_call))
+    return command
+
+
+def _add_bench(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure calls of a model",
+        description=(
+            "Call a model on zeros for two seconds, with arrays of the types given by --input, or"
+            " else by the worker's --warmup."
+        ),
+    )
+    command.add_argument("address", type=_address, nargs="?", help=_ADDRESS)
+    _add_model(command)
+    command.add_argument("--json", action="store_true", help="print a line of JSON")
+    command.set_defaults(action=_with_session(_bench))
+    return command
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", metavar="NAME", help="one of several models")
+    command.add_argument(
+        "--input",
+        metavar="DTYPE[SHAPE],...",
+        type=_specs,
+        help="e.g. float64[3,4],int32[3]",
+    )
+
+
+def _add_ps(commands: Any) -> None:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "ps",
+        help="list this user's workers on this host",
+        description=(
+            "List the workers of this user that run on this host, with their addresses and health."
+            " Those in other containers are not seen."
+        ),
+    )
+    command.add_argument("--json", action="store_true", help="print a line of JSON")
+    command.set_defaults(action=_ps)
 
 
 def _add_doctor(commands: Any) -> argparse.ArgumentParser:
@@ -320,6 +384,15 @@ def _days(text: str) -> float:
     return value
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON; expected a number or lists, such as '[1.5, 2]'"
+        ) from None
+
+
 def _specs(text: str) -> tuple[Spec, ...]:
     try:
         return specs.parse(text)
@@ -376,14 +449,15 @@ def _health(options: argparse.Namespace) -> int:
         status = health.wait(options.wait) if options.wait else SERVING
         if status == SERVING:
             status = health.status(options.timeout, options.service)
-    print(status)
+    print(json.dumps({"status": status}) if options.json else status)
     if status != SERVING:
         return FAILED
     return _with_session(_call_once)(options) if options.deep else OK
 
 
 def _call_once(session: Session, options: argparse.Namespace) -> int:
-    print(canary.run(session, options.timeout))
+    done = canary.run(session, options.timeout)
+    print(json.dumps({"call": done}) if options.json else done)
     return OK
 
 
@@ -398,6 +472,35 @@ def _envs(options: argparse.Namespace) -> int:
         envs.show(options.json)
     else:
         envs.prune(options.prune, options.json)
+    return OK
+
+
+def _call(session: Session, options: argparse.Namespace) -> int:
+    arguments = options.arguments
+    outputs = calls.call(session, options.model, arguments, options.input)
+    if options.json:
+        print(json.dumps({"outputs": outputs}))
+        return OK
+    for each in outputs:
+        print(each["spec"], json.dumps(each["value"]))
+    return OK
+
+
+def _bench(session: Session, options: argparse.Namespace) -> int:
+    for model, arrays in _signatures(session, options):
+        row = calls.bench(session, model.name, arrays)
+        if options.json:
+            print(json.dumps(row))
+            continue
+        print(
+            f"{model.name}({', '.join(row['types'])}): median {row['median_ms']:.3f} ms, p99"
+            f" {row['p99_ms']:.3f} ms, {row['calls_per_second']:.0f} calls/s"
+        )
+    return OK
+
+
+def _ps(options: argparse.Namespace) -> int:
+    ps.show(options.json)
     return OK
 
 
@@ -416,19 +519,8 @@ def _top(session: RemoteSession, options: argparse.Namespace) -> int:
     return OK
 
 
-def _describe(session: Session, options: argparse.Namespace) -> int:
-    print(f"lane={session.lane} memory={session.memory} x64={session.x64}")
-    for model in session.models.values():
-        for method in model.methods or ("__call__",):
-            name = model.name if method == "__call__" else f"{model.name}.{method}"
-            print(f"{name}({', '.join(model.arguments_of(method))})")
-        for parameter in model.parameters:
-            print(
-                f"  {'parameter' if parameter.trainable else 'buffer'} {parameter.path}:"
-                f" {parameter.spec}"
-            )
-        for arrays in model.signatures:
-            print(f"  compiled for ({', '.join(map(str, arrays))})")
+def _describe(session: RemoteSession, options: argparse.Namespace) -> int:
+    describe.show(session, options.json)
     return OK
 
 
@@ -437,19 +529,37 @@ def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     if low > high:
         raise _Misuse(f"--range {low:g} {high:g} is empty; LOW must be at most HIGH")
     checks: list[Check] = []
+    rows: list[dict[str, object]] = []
     for model, arrays in _signatures(session, options):
         made = check_gradients(
             session, model, arrays, seed=options.seed, low=low, high=high
         )
-        print(f"{model.name}({', '.join(map(str, arrays))})\n{_table(made)}\n")
+        rows += [_as_object(model, check) for check in made]
+        if not options.json:
+            print(f"{model.name}({', '.join(map(str, arrays))})\n{_table(made)}\n")
         checks += made
     wrong = sum(not check.agrees for check in checks)
+    if options.json:
+        print(json.dumps({"differ": wrong, "checks": rows}))
+        return FAILED if wrong else OK
     print(
         f"{wrong} of {len(checks)} derivatives differ"
         if wrong
         else f"all {len(checks)} derivatives agree"
     )
     return FAILED if wrong else OK
+
+
+def _as_object(model: ModelInfo, check: Check) -> dict[str, object]:
+    return {
+        "model": model.name,
+        "output": check.output,
+        "input": check.input,
+        "vjp": check.vjp,
+        "jvp": check.jvp,
+        "differences": check.difference,
+        "agrees": check.agrees,
+    }
 
 
 def _signatures(

@@ -105,6 +105,14 @@ def square_factory():
     return square
 
 
+def documented(x, scale=2.0, *, mode="a"):
+    """Scale an array.
+
+    The rest is for --json.
+    """
+    return x * scale
+
+
 def multiple_factory(factor, of=None):
     """Makes a model from arguments of JSON."""
     more = (of or {}).get("more", [0])[0]

@@ -584,6 +584,37 @@ def test_describe_shows_the_models(worker: Worker) -> None:
         assert shown in done.stdout
 
 
+def test_describe_shows_all_that_the_worker_tells(tmp_path: Path) -> None:
+    """Versions, devices, docstrings, defaults and types; --json has the same as values."""
+    args = [*models("documented"), "--warmup", "float32[3]"]
+    address = f"unix:{tmp_path}/worker.sock"
+    with serving(tmp_path, *args, "--listen", address):
+        text = _run("describe", address, command="bridge_client").stdout
+        _, versions, call, doc, compiled = text.splitlines()
+        assert re.fullmatch(
+            rf"jax \S+, Python 3\.\S+, torch-jax-bridge {__version__}, devices cpu:0.*",
+            versions,
+        )
+        assert call == "documented(x, scale=2.0, *, mode='a')"
+        assert doc == "    Scale an array."
+        assert compiled == "  compiled for (float32[3])"
+        done = _run("describe", address, "--json", command="bridge_client")
+        told = json.loads(done.stdout)
+        (model,) = told["models"]
+        assert (told["address"], told["framework"]) == (address, "jax")
+        assert model["calls"] == {"documented": "(x, scale=2.0, *, mode='a')"}
+        assert model["doc"].endswith("The rest is for --json.")
+        assert model["compiled_for"] == [["float32[3]"]]
+        done = _run("health", address, "--deep", "--json", command="bridge_client")
+        status, call = map(json.loads, done.stdout.splitlines())
+        assert status == {"status": "SERVING"}
+        assert "documented" in call["call"]
+        done = _run("check-gradients", address, "--json", command="bridge_client")
+        told = json.loads(done.stdout)
+        assert told["differ"] == 0
+        assert told["checks"][0]["agrees"]
+
+
 def test_describe_of_nobody_is_a_failure(tmp_path: Path) -> None:
     """`bridge_client describe` of an address without a worker says so, with status 1."""
     done = _run("describe", f"unix:{tmp_path}/none.sock", command="bridge_client")
