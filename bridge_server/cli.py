@@ -25,7 +25,7 @@ from bridge_server.process import (
 from bridge_server.process.certificates import Certificates
 from bridge_server.process.frameworks import framework_of
 from bridge_server.process.malloc import restart_with_a_good_allocator
-from bridge_server.process.options import parse
+from bridge_server.process.options import parse, show
 from bridge_server.process.parent import watch_parent
 from bridge_server.process.service_manager import ServiceManager
 from bridge_server.process.shutdown import (
@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit status: 0 after a drain, 1 on failure, 2 on misuse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    for name, command in (("doctor", doctor.main), ("token", tokens.main)):
+    for name, command in (
+        ("doctor", doctor.main),
+        ("token", tokens.main),
+        ("config", show),
+    ):
         if argv[:1] == [name]:
             return command(argv[1:])
     options = parse(argv)

@@ -3,23 +3,28 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from bridge_server.process import devices, factories
+from bridge_server.process import config, devices, factories
 from bridge_wire import __version__
 from bridge_wire.commands import DOCS, Help, Parser, did_you_mean, near_matches
 from bridge_wire.errors import CallerError
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _LISTED: dict[str, Any] = {"action": "append", "default": []}
-_MODELS = ("jax_model", "torch_model")
-_COMMANDS = ["doctor", "token"]
+_COMMANDS = ["doctor", "token", "config"]
+# One of them from a higher place hides the others of lower places.
+_GROUPS = ({"targets", "jax_model", "torch_model"}, {"listen", "port"})
+# Kubernetes sets BRIDGE_PORT beside a Service that is named `bridge`.
+_WITHOUT_VARIABLE = {"targets", "port", "parent_pid", "help", "version"}
+_NOT_IN_FILE = {"config", "parent_pid", "help", "version"}
 _EPILOG = f"""\
 commands:
   bridge_server doctor           check the environment instead
   bridge_server token NAME FILE  make a client's token
+  bridge_server config show      show the options that are set, and by what
 
 examples:
   bridge_server model.py:damped
@@ -37,47 +42,96 @@ _LARGEST = (1 << 63) - 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options; variables are parsed like flags before the command line's flags."""
+    """Return the options of flags, else of variables, else of the file of --config."""
+    return _resolved(_parser(), argv)[0]
+
+
+def show(argv: Sequence[str]) -> int:
+    """Run `bridge_server config show`: print the options that are set, and by what.
+
+    Returns the exit status. The output is a file for --config.
+    """
     parser = _parser()
+    parser.prog = "bridge_server config"
+    if not argv or argv[0] != "show":
+        parser.error("expected `bridge_server config show`, with the worker's options")
+    options, origins = _resolved(parser, argv[1:])
+    print(config.as_toml(vars(options), origins))
+    return 0
+
+
+def _resolved(
+    parser: Parser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Return the options, and the origin of each that is set."""
     argv = [_without_argument(*pair) for pair in pairwise([*argv, ""])]
-    from_variables: list[str] = []
-    hidden = _replaced(parser.parse_intermixed_args(argv))
-    for action in parser._actions:
-        if not action.option_strings or action.dest in hidden:
-            continue
-        flag = action.option_strings[-1]
-        variable = f"BRIDGE_{action.dest.upper()}"
-        value = os.environ.get(variable)
-        if (
-            value is None
-            or flag in ("--version", "--help")
-            or any(word.partition("=")[0] == flag for word in argv)
-        ):
-            continue
-        if action.nargs == 0:
-            from_variables += [flag] if _is_on(parser, variable, value) else []
-        else:
-            is_list = isinstance(action.default, list) and not _is_object(value)
-            values = value.split() if is_list else [value]
-            _check_variable(parser, action, variable, values)
-            from_variables += [f"{flag}={each}" for each in values]
-    options = parser.parse_intermixed_args([*from_variables, *argv])
+    given = parser.parse_intermixed_args(argv)
+    flags = {word.partition("=")[0] for word in argv}
+    origins = {
+        action.dest: "flag"
+        for action in parser._actions
+        if flags & set(action.option_strings)
+    }
+    if given.targets:
+        origins["targets"] = "argument"
+    path = given.config or os.environ.get("BRIDGE_CONFIG")
+    lower: list[str] = []
+    for words_of in (_from_variables, _from_file):
+        taken = _replaced(origins)
+        for action, origin, words in words_of(parser, path, taken):
+            origins[action.dest] = origin
+            _check_words(parser, action, origin, words)
+            lower += words
+    options = parser.parse_intermixed_args([*lower, *argv])
     try:
         options.factory = factories.parse(options.factory)
     except CallerError as error:
         parser.error(str(error))
-    return options
+    return options, origins
 
 
-def _replaced(given: argparse.Namespace) -> set[str]:
-    """Return the options whose variables are ignored, since flags of other names replace them."""
-    replaced = {
-        "port"
-    }  # Kubernetes sets BRIDGE_PORT beside a Service that is named `bridge`
-    if given.targets:
-        replaced |= set(_MODELS)
-    if given.port is not None:
-        replaced.add("listen")
+_Words = Iterator[tuple[argparse.Action, str, list[str]]]
+
+
+def _from_variables(parser: Parser, path: str | None, taken: Collection[str]) -> _Words:
+    """Yield the options that variables set, as words of the command line."""
+    for action in parser._actions:
+        variable = f"BRIDGE_{action.dest.upper()}"
+        value = os.environ.get(variable)
+        if value is None or action.dest in taken or action.dest in _WITHOUT_VARIABLE:
+            continue
+        flag = action.option_strings[-1]
+        origin = f"variable {variable}"
+        if action.nargs == 0:
+            is_on = _is_on(parser, variable, value)
+            yield action, origin, [flag] if is_on else []
+            continue
+        is_list = isinstance(action.default, list) and not _is_object(value)
+        values = value.split() if is_list else [value]
+        yield action, origin, [f"{flag}={each}" for each in values]
+
+
+def _from_file(parser: Parser, path: str | None, taken: Collection[str]) -> _Words:
+    """Yield the options that the file of --config sets, as words of the command line."""
+    if not path:
+        return
+    by_name = {action.dest: action for action in parser._actions}
+    try:
+        values = config.read(path, by_name.keys() - _NOT_IN_FILE)
+        for name, value in values.items():
+            if name not in taken:
+                action = by_name[name]
+                yield action, f"file {path}", config.words(action, value, path)
+    except CallerError as error:
+        parser.error(str(error))
+
+
+def _replaced(names: Collection[str]) -> set[str]:
+    """Return options that are set, with those that mean the same in another form."""
+    replaced = set(names)
+    for group in _GROUPS:
+        if group & replaced:
+            replaced |= group
     return replaced
 
 
@@ -98,24 +152,28 @@ def _is_on(parser: Parser, variable: str, value: str) -> bool:
     return word in _ON
 
 
-def _check_variable(
+def _check_words(
     parser: Parser,
     action: argparse.Action,
-    variable: str,
-    values: list[str],
+    origin: str,
+    words: list[str],
 ) -> None:
-    """Exit with an error that names the variable if its flag would refuse the value."""
+    """Exit with an error that names the origin if the flag would refuse a value."""
+    if action.nargs == 0:
+        return
+    flag = f"{action.option_strings[-1]}=" if action.option_strings else ""
     try:
-        for value in values:
-            parser._get_values(action, [value])
+        for word in words:
+            parser._get_values(action, [word.removeprefix(flag)])
     except argparse.ArgumentError as error:
-        parser.error(f"the variable {variable}: {error.message}")
+        name = "" if origin.startswith("variable") else f" {action.dest}"
+        parser.error(f"the {origin}{name}: {error.message}")
 
 
 def _parser() -> Parser:
     parser = Parser(
         "bridge_server",
-        usage="bridge_server [options] [NAME=]TARGET ... | doctor | token",
+        usage="bridge_server [options] [NAME=]TARGET ... | doctor | token | config",
         description=(
             "Serve JAX or torch models to programs in other processes. A TARGET is"
             " model.py:function or package.module:function."
@@ -233,6 +291,11 @@ def _add_serving(add: Callable[..., Any]) -> None:
         type=_more_seconds,
         default=math.inf,
         metavar="SECONDS",
+    )
+    add(
+        "--config",
+        "TOML file with a table [worker] of these options, below flags and variables",
+        metavar="FILE",
     )
     add("--parent-pid", argparse.SUPPRESS, type=int)
 
@@ -362,7 +425,7 @@ def _target(text: str) -> str:
     hint = did_you_mean(near_matches(text, _COMMANDS))
     raise argparse.ArgumentTypeError(
         f"{text!r} is neither a target such as model.py:function or package.module:function, nor"
-        f" one of the commands {' and '.join(_COMMANDS)}{hint}"
+        f" one of the commands {', '.join(_COMMANDS)}{hint}"
     )
 
 
