@@ -133,10 +133,17 @@ def spawn(
     return session
 
 
-def _named(model: Target | None) -> list[str]:
+def _named(model: Any) -> list[str]:
     if isinstance(model, str):
         return [model]
-    return [f"{name}={target}" for name, target in (model or {}).items()]
+    is_named = isinstance(model, Mapping)
+    if not is_named or not all(isinstance(each, str) for each in model.values()):
+        raise CallerError(
+            f"the model is {model!r}, which cannot be sent to another process; expected its place,"
+            " such as 'model.py:function' or 'package.module:function', or a dict from names to"
+            " places"
+        )
+    return [f"{name}={target}" for name, target in model.items()]
 
 
 def _of_factory(factory: bool | Mapping[str, Any]) -> list[str]:

@@ -326,6 +326,13 @@ def test_failed_spawn_releases_its_environment(uv: Path, tmp_path: Path) -> None
     assert len(list(environments.prune(0))) == 1
 
 
+@pytest.mark.parametrize("model", [len, {"f": len}, 3])
+def test_object_in_place_of_a_target_is_refused(model: object) -> None:
+    """A function cannot be sent to another process: the error names the two forms of a target."""
+    with pytest.raises(CallerError, match=r"expected its place, such as 'model.py:fun"):
+        spawn(model)
+
+
 @pytest.mark.skipif(
     not (importlib.util.find_spec("uv") or shutil.which("uv")), reason="needs uv"
 )
