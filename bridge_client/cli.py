@@ -22,7 +22,7 @@ from bridge_client.remote.spans import PROFILE
 from bridge_client.remote.worker_addresses import resolved
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import __version__, specs
-from bridge_wire.commands import DOCS, Parser, unknown_variables
+from bridge_wire.commands import DOCS, Parser, add_completion, unknown_variables
 from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
@@ -77,6 +77,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--version", action="version", version=f"bridge_client {__version__}"
     )
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"

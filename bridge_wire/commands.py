@@ -99,6 +99,36 @@ class Help(argparse.HelpFormatter):
         return text
 
 
+class _Completion(argparse.Action):
+    """Prints a shell's completion of the parser, by the optional package shtab."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            import shtab
+        except ImportError:
+            parser.error(
+                'completion needs shtab: run `pip install "torch-jax-bridge[cli]"`'
+            )
+        print(shtab.complete(parser, shell=values))
+        parser.exit(0)
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --print-completion."""
+    parser.add_argument(
+        "--print-completion",
+        action=_Completion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes flags in this shell, and end",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, with similar flags and words."""
 

@@ -9,7 +9,14 @@ from typing import Any
 
 from bridge_server.process import config, devices, factories
 from bridge_wire import __version__
-from bridge_wire.commands import DOCS, Help, Parser, did_you_mean, near_matches
+from bridge_wire.commands import (
+    DOCS,
+    Help,
+    Parser,
+    add_completion,
+    did_you_mean,
+    near_matches,
+)
 from bridge_wire.errors import CallerError
 
 _ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -18,8 +25,9 @@ _COMMANDS = ["doctor", "token", "config"]
 # One of them from a higher place hides the others of lower places.
 _GROUPS = ({"targets", "jax_model", "torch_model"}, {"listen", "port"})
 # Kubernetes sets BRIDGE_PORT beside a Service that is named `bridge`.
-_WITHOUT_VARIABLE = {"targets", "port", "parent_pid", "help", "version"}
-_NOT_IN_FILE = {"config", "parent_pid", "help", "version"}
+_ENDING = {"help", "version", "print_completion", "parent_pid"}
+_WITHOUT_VARIABLE = {"targets", "port"} | _ENDING
+_NOT_IN_FILE = {"config"} | _ENDING
 _EPILOG = f"""\
 commands:
   bridge_server doctor           check the environment instead
@@ -182,6 +190,7 @@ def _parser() -> Parser:
         allow_abbrev=False,
         formatter_class=_Help,
     )
+    add_completion(parser)
     for title, add_to in (
         ("models", _add_models),
         ("serving", _add_serving),

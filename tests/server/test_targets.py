@@ -208,6 +208,6 @@ def test_undecided_framework_is_told(
 
 def test_every_option_has_a_known_variable() -> None:
     """The table of known variables has one for each flag of `bridge_server`, except --port."""
-    without = {"help", "version", "parent_pid", "port", "targets"}
-    names = {action.dest for action in options._parser()._actions} - without
+    names = {action.dest for action in options._parser()._actions}
+    names -= options._WITHOUT_VARIABLE
     assert {f"BRIDGE_{name.upper()}" for name in names} <= VARIABLES

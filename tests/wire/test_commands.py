@@ -1,11 +1,19 @@
 """The parser of both commands, and the variables that they know."""
 
 import argparse
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from bridge_wire import commands
-from bridge_wire.commands import VARIABLES, Help, Parser, unknown_variables
+from bridge_wire.commands import (
+    VARIABLES,
+    Help,
+    Parser,
+    add_completion,
+    unknown_variables,
+)
 
 
 def parser() -> Parser:
@@ -49,6 +57,26 @@ def test_help_shows_defaults_that_can_be_written() -> None:
     assert text.count("(default: ") == 3
     for part in ("(default: 7)", "(default: 0.5)", "(default: info)"):
         assert part in text
+
+
+def test_completion_needs_its_package(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without shtab the flag says how to install it, and with it a script is printed."""
+    made = parser()
+    add_completion(made)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "shtab", None)
+        with pytest.raises(SystemExit) as ended:
+            made.parse_args(["--print-completion", "bash"])
+    assert ended.value.code == 2
+    assert 'pip install "torch-jax-bridge[cli]"' in capsys.readouterr().err
+    given = SimpleNamespace(complete=lambda of, shell: f"{of.prog} in {shell}")
+    monkeypatch.setitem(sys.modules, "shtab", given)
+    with pytest.raises(SystemExit) as ended:
+        made.parse_args(["--print-completion", "zsh"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == "tool in zsh\n"
 
 
 def test_unknown_variables_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
