@@ -42,9 +42,10 @@ _UNUSED_DAYS = 30.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 on failure; 2 on misuse."""
-    # The lines of gRPC's core would stand before the command's own sentence.
-    environ.setdefault("GRPC_VERBOSITY", "NONE")
     options = _parser().parse_args(argv)
+    if options.action is not _profile:  # whose program may want them
+        # The lines of gRPC's core would stand before the command's own sentence.
+        environ.setdefault("GRPC_VERBOSITY", "NONE")
     for sentence in unknown_variables():
         print(f"bridge_client: {sentence}", file=sys.stderr)
     try:
