@@ -311,11 +311,22 @@ class RemoteSession(Session):
 
     def _new_link(self) -> Link:
         try:
-            return Link(self._host.address(), self._terms, self._note_fallback)
+            return self._connected()
         except WorkerUnavailable:
             if not self._host.has_ended():
                 raise
-        return Link(self._host.address(), self._terms, self._note_fallback)
+        return self._connected()
+
+    def _connected(self) -> Link:
+        address = self._host.address()
+        try:
+            return Link(address, self._terms, self._note_fallback)
+        except CallTimeout as error:
+            # A restarted container may have another IP address, and none answers at the old one.
+            raise WorkerUnavailable(
+                f"nothing at {address} has answered a connection in time; check that a worker runs"
+                " there"
+            ) from error
 
     def _check_revision(self, link: Link) -> None:
         """Compare a new link's revision with the previous link's.

@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from bridge_client import connect, spawn
+from bridge_client.remote import link
 from bridge_client.remote.session import RemoteSession
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
@@ -261,6 +263,28 @@ def test_connect_waits_for_a_worker_that_starts(rolling: Rolling, lane: str) -> 
     with connect(rolling._address, lane=lane, wait_s=60) as session:
         f = RemoteJaxFunction(session, name="slow")
         assert f(torch.ones(1)).tolist() == [2]
+
+
+def test_a_connection_without_an_answer_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where a connection is never answered there is no worker, and `wait_s` and `retry_s` apply.
+
+    A restarted container may have another IP address: a connection to the old one timed out, and
+    the call failed with CallTimeout.
+    """
+    monkeypatch.setattr(link, "_CONNECT_S", 0.3)
+    # gRPC keeps the descriptors of a connection so long after its channel was closed: 20 s else.
+    soon = ("grpc.min_reconnect_backoff_ms", 500)
+    monkeypatch.setattr(link, "_CHANNEL_OPTIONS", (*link._CHANNEL_OPTIONS, soon))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        silent.setblocking(False)
+        for wait_s, attempts in ((0.0, 1), (0.5, 2)):
+            with pytest.raises(WorkerUnavailable, match="answered a connection"):
+                connect(address, wait_s=wait_s)
+            for _ in range(attempts):
+                silent.accept()[0].close()
 
 
 def test_another_revision_warns_once_or_is_an_error(
