@@ -71,11 +71,11 @@ JAX_NEXT = Environment("jax-next", "", packages=("jax", "flax"))
 ENVIRONMENTS = {
     environment.name: environment
     for environment in (
-        Environment("jax", "[jax,metrics]"),
+        Environment("jax", "[jax,models,metrics]"),
         Environment("torch", "[torch,examples,test]"),
         # Neither framework: for the tests of bridge_wire.
         Environment("wire", "[test]", packages=("ml_dtypes", "numpy")),
-        Environment("both", "[jax,torch,trace,dev,examples,bench]"),
+        Environment("both", "[jax,models,torch,trace,dev,examples,bench]"),
         JAX_NEXT,
     )
 }

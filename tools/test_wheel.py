@@ -30,7 +30,7 @@ README = ROOT / "README.md"
 JAX_CLIENT = ROOT / "docs" / "jax-client.md"
 PACKAGES = ("bridge_wire", "bridge_client", "bridge_server")
 # The frameworks of each environment, as extras of the wheel.
-EXTRAS = {"jax": "[jax]", "torch": "[torch]", "both": "[jax,torch,trace]"}
+EXTRAS = {"jax": "[jax,models]", "torch": "[torch]", "both": "[jax,torch,trace]"}
 RIGHT_USE = """
 from bridge_client import Session, Tls, connect
 from bridge_wire.errors import BridgeError
