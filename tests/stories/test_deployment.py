@@ -1,12 +1,13 @@
-"""The files in docker/, as far as no engine is needed: what they name exists, and what they run
-works.
+"""The files in docker/ and deploy/, as far as no engine is needed: the names in them exist, and the
+commands work.
 
-An image was never built here and a container never started: docs/operations.md says so.
+tests/containers builds the images and runs the Compose files and the pod.
 """
 
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,9 @@ from tests.workers import environment
 
 DOCKER = ROOT / "docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-INSTRUCTIONS = {"ARG", "FROM", "COPY", "RUN", "ENV", "WORKDIR", "CMD", "USER"}
+INSTRUCTIONS = {
+    *("ARG", "CMD", "COPY", "ENV", "FROM", "LABEL", "RUN", "USER", "WORKDIR"),
+}
 SOCKET = "unix:/run/bridge/bridge.sock"
 # Those of the Compose Specification that these files use.
 _SERVICE_KEYS = {
@@ -38,18 +41,34 @@ _SERVICE_KEYS = {
     ),
     *(
         "image",
+        "mem_limit",
         "network_mode",
+        "networks",
         "pid",
+        "pids_limit",
+        "ports",
         "pull_policy",
         "read_only",
         "restart",
+        "secrets",
         "security_opt",
         "stop_grace_period",
+        "tmpfs",
         "user",
         "volumes",
     ),
     "working_dir",
 }
+FILES = [
+    ("compose.yaml",),
+    ("compose.yaml", "compose.gpu.yaml"),
+    ("compose.tcp.yaml",),
+    ("compose.tcp.yaml", "compose.observe.yaml"),
+]
+each_deployment = pytest.mark.parametrize(
+    "files", FILES, ids=["cpu", "gpu", "tcp", "observe"]
+)
+KUBERNETES = ROOT / "deploy" / "kubernetes"
 VENV = {"jax": ".venv-jax", "torch": ".venv-torch"}
 
 
@@ -115,7 +134,7 @@ def is_sent_to_the_builder(path: str) -> bool:
         if line and not line.startswith("#")
     ]
     assert lines[0] == "*" and all(line.startswith(("!", "**/")) for line in lines[1:])
-    return f"!{path.partition('/')[0]}" in lines
+    return not {f"!{path}", f"!{path.partition('/')[0]}"}.isdisjoint(lines)
 
 
 def compose(*names: str) -> dict[str, Any]:
@@ -146,29 +165,35 @@ def test_images_are_based_on_a_python_that_is_supported() -> None:
     """The interpreter of the images is one of those that pyproject.toml lists, and a slim
     official image."""
     globals_, stages = stages_of((DOCKER / "Dockerfile").read_text())
-    (python,) = globals_
+    python, base = globals_
     assert (
         f"Programming Language :: Python :: {python.removeprefix('PYTHON=')}"
         in PROJECT["classifiers"]
     )
+    assert base == "BASE=docker.io/library/python:${PYTHON}-slim"
     bases = {stage.base for stage in stages.values()}
-    assert bases - set(stages) == {"python:${PYTHON}-slim"}
+    assert bases - set(stages) == {"${BASE}"}
 
 
 def test_everything_that_is_copied_is_there(dockerfile: dict[str, Stage]) -> None:
-    """The sources of COPY exist and pass .dockerignore; they are all that the wheel is made of."""
-    copied: set[str] = set()
-    for stage in dockerfile.values():
-        for text in stage.texts("COPY"):
-            *sources, target = text.split()
-            assert target.startswith("/src/")
-            copied |= set(sources)
+    """The sources of COPY exist and pass .dockerignore; the wheel's are all that it is made of."""
+    copied = {
+        name: {
+            source
+            for text in stage.texts("COPY")
+            if not text.startswith("--from=")
+            for source in text.split()[:-1]
+        }
+        for name, stage in dockerfile.items()
+    }
     assert all(
-        (ROOT / path).exists() and is_sent_to_the_builder(path) for path in copied
+        (ROOT / path).exists() and is_sent_to_the_builder(path)
+        for paths in copied.values()
+        for path in paths
     )
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     packages = tool["hatch"]["build"]["targets"]["wheel"]["packages"]
-    assert copied == {
+    assert copied["wheel"] == {
         "pyproject.toml",
         PROJECT["readme"],
         *PROJECT["license-files"],
@@ -177,14 +202,46 @@ def test_everything_that_is_copied_is_there(dockerfile: dict[str, Stage]) -> Non
 
 
 def test_stages_that_are_named_are_there(dockerfile: dict[str, Stage]) -> None:
-    """What a stage mounts from another one, that one has."""
-    mounted = {
-        name
-        for stage in dockerfile.values()
-        for text in stage.texts("RUN")
-        for name in re.findall(r"from=(\w+)", text)
-    }
-    assert mounted == {"wheel"} <= set(dockerfile)
+    """Stages copy from stages before them, and mount none.
+
+    podman 4.3 takes a layer that mounts another stage from its cache after that stage has changed:
+    the image had the old code.
+    """
+    seen: set[str] = set()
+    for name, stage in dockerfile.items():
+        named = {
+            source
+            for text in stage.texts("COPY")
+            for source in re.findall(r"--from=(\S+)", text)
+        }
+        assert named <= seen
+        assert not any("from=" in text for text in stage.texts("RUN"))
+        seen.add(name)
+
+
+def test_the_framework_has_a_layer_of_its_own(dockerfile: dict[str, Stage]) -> None:
+    """The requirements, from pyproject.toml alone, are installed before the project is copied."""
+    assert not (DOCKER / "Dockerfile").read_text().startswith("# syntax=")
+    for name in ("jax", "torch"):
+        copies = dockerfile[name].texts("COPY")
+        assert [text.split()[0] for text in copies] == [
+            "--from=requirements",
+            "--from=wheel",
+        ]
+        *_, framework, project = dockerfile[name].texts("RUN")
+        assert "requirements/" in framework and "/wheels" not in framework
+        assert "--no-deps" in project and "--no-index" in project
+
+
+def test_requirements_are_those_of_the_project(tmp_path: Path) -> None:
+    """docker/requirements.py writes the project's requirements and an extra's to one file."""
+    program = [sys.executable, str(DOCKER / "requirements.py")]
+    subprocess.run([*program, str(ROOT / "pyproject.toml"), str(tmp_path)], check=True)
+    extras = PROJECT["optional-dependencies"]
+    assert {path.stem for path in tmp_path.iterdir()} == set(extras)
+    for name, own in extras.items():
+        lines = (tmp_path / f"{name}.txt").read_text().splitlines()
+        assert set(lines) == {*PROJECT["dependencies"], *own}
 
 
 def test_versions_are_those_of_the_project(dockerfile: dict[str, Stage]) -> None:
@@ -214,7 +271,7 @@ def test_images_run_as_no_root(dockerfile: dict[str, Stage]) -> None:
     others."""
     for name in ("jax", "torch"):
         assert dockerfile[name].base == "base"
-        assert dockerfile[name].instructions[-1] == Instruction("USER", "bridge")
+        assert dockerfile[name].instructions[-1] == Instruction("USER", "10001:10001")
     (made,) = dockerfile["base"].texts("RUN")
     assert "useradd --uid 10001 --gid bridge" in made
     assert (
@@ -244,11 +301,7 @@ def test_dockerfile_that_is_malformed_is_noticed(text: str) -> None:
 # Compose ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "files",
-    [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")],
-    ids=["cpu", "gpu"],
-)
+@each_deployment
 def test_services_are_built_from_targets_that_exist(
     files: tuple[str, ...], dockerfile: dict[str, Stage]
 ) -> None:
@@ -258,7 +311,10 @@ def test_services_are_built_from_targets_that_exist(
     targets = {}
     for name, service in services.items():
         if "build" not in service:
-            assert service["image"] == services["worker"]["image"], (
+            of_others = service["image"].startswith(
+                ("docker.io/prom", "docker.io/grafana")
+            )
+            assert of_others or service["image"] == services["worker"]["image"], (
                 "an image that no service builds"
             )
             continue
@@ -271,9 +327,8 @@ def test_services_are_built_from_targets_that_exist(
         arguments = build.get("args", {})
         assert set(arguments) <= declared
         extras = arguments.get("EXTRAS", build["target"]).split(",")
-        assert set(extras) <= set(PROJECT["optional-dependencies"]) and set(extras) - {
-            "cuda"
-        } == {build["target"]}
+        assert set(extras) <= set(PROJECT["optional-dependencies"])
+        assert set(extras) - {"cuda", "metrics"} == {build["target"]}
         targets[name] = build["target"]
     assert targets == {"worker": "jax", "client": "torch"}
 
@@ -284,10 +339,69 @@ def test_containers_share_nothing_but_the_sockets() -> None:
     file = compose("compose.yaml")
     for service in file["services"].values():
         assert service["user"] == "10001:10001" and service["init"] is True
-        assert service["network_mode"] == "none" and service["cap_drop"] == ["ALL"]
-        assert not {"pid", "ipc", "privileged", "cap_add"} & set(service)
+        assert service["network_mode"] == "none"
+        assert not {"pid", "ipc"} & set(service)
         assert service["volumes"] == ["sockets:/run/bridge", "./example:/app:ro"]
     assert list(file["volumes"]) == ["sockets"] and (DOCKER / "example").is_dir()
+
+
+@each_deployment
+def test_services_have_no_privilege(files: tuple[str, ...]) -> None:
+    """Every service drops all capabilities and gains none, has limits, and those of the project
+    have a read-only root with a temporary folder."""
+    for name, service in compose(*files)["services"].items():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert not {"privileged", "cap_add", "devices"} & set(service)
+        if name == "namespaces":  # which only sleeps
+            continue
+        assert service["pids_limit"] <= 256 and service["mem_limit"]
+        if "build" in service:
+            assert service["user"] == "10001:10001" and service["read_only"] is True
+            assert service["tmpfs"] == ["/tmp:mode=1777,size=64m"]
+
+
+def test_services_on_tcp_share_a_network_and_no_directory() -> None:
+    """The network leads nowhere else, and the token, the certificate and its key are secrets."""
+    file = compose("compose.tcp.yaml")
+    assert file["networks"] == {"bridge": {"internal": True}}
+    assert set(file["secrets"]) == {"token", "certificate", "key"}
+    worker, client = (file["services"][name] for name in ("worker", "client"))
+    for service in (worker, client):
+        assert service["networks"] == ["bridge"] and "network_mode" not in service
+        assert service["volumes"] == ["./example:/app:ro"]
+    assert set(worker["secrets"]) == set(file["secrets"])
+    assert set(client["secrets"]) == {"token", "certificate"}  # and no key
+    used = " ".join([*worker["command"], *worker["healthcheck"]["test"]])
+    assert set(re.findall(r"/run/secrets/(\w+)", used)) == set(worker["secrets"])
+    assert client["depends_on"] == {"worker": {"condition": "service_healthy"}}
+
+
+def test_prometheus_is_on_a_network_without_clients() -> None:
+    """Prometheus reaches the worker and none of its clients, and Grafana finds the dashboard."""
+    file = compose("compose.tcp.yaml", "compose.observe.yaml")
+    services = file["services"]
+    assert file["networks"]["metrics"] == {"internal": True}
+    on = {name: set(each["networks"]) for name, each in services.items()}
+    assert "metrics" in on["worker"] & on["prometheus"] & on["grafana"]
+    assert "metrics" not in on["client"]
+    port = services["worker"]["environment"]["BRIDGE_METRICS"].rpartition(":")[2]
+    scraped = yaml.safe_load((DOCKER / "observe" / "prometheus.yaml").read_text())
+    (static,) = scraped["scrape_configs"][0]["static_configs"]
+    assert static["targets"] == [f"worker:{port}"]
+    mounted = [
+        text.partition(":")[0]
+        for name in ("prometheus", "grafana")
+        for text in services[name]["volumes"]
+        if text.startswith("./")
+    ]
+    assert all((DOCKER / path).is_file() for path in mounted)
+    dashboards = yaml.safe_load((DOCKER / "observe" / "dashboards.yaml").read_text())
+    folder = dashboards["providers"][0]["options"]["path"]
+    assert (
+        f"./observe/dashboard.json:{folder}/bridge.json:ro"
+        in (services["grafana"]["volumes"])
+    )
 
 
 def test_client_waits_until_the_worker_is_healthy() -> None:
@@ -358,11 +472,7 @@ def test_gpu_images_have_one_frameworks_cuda_wheels() -> None:
     assert client == {"EXTRAS": "torch,cuda", "TORCH_INDEX": "https://pypi.org/simple"}
 
 
-@pytest.mark.parametrize(
-    "files",
-    [("compose.yaml",), ("compose.yaml", "compose.gpu.yaml")],
-    ids=["cpu", "gpu"],
-)
+@each_deployment
 def test_settings_of_the_services_are_options_of_the_commands(
     files: tuple[str, ...],
 ) -> None:
@@ -376,7 +486,9 @@ def test_settings_of_the_services_are_options_of_the_commands(
             if each.startswith("BRIDGE_")
         }
         assert settings <= (
-            {"BRIDGE_ADDRESS"} if name == "client" else _worker_settings()
+            {"BRIDGE_ADDRESS", "BRIDGE_TOKEN_FILE", "BRIDGE_TLS_CA"}
+            if name == "client"
+            else _worker_settings()
         )
 
 
@@ -450,30 +562,77 @@ def test_commands_of_the_services_work(tmp_path: Path) -> None:
 # Documentation ------------------------------------------------------------------------------------
 
 
-def test_kubernetes_example_uses_what_there_is() -> None:
-    """The manifest in docs/operations.md shares a directory of sockets between containers of one
-    user, and probes by the worker's own command.
-    """
-    page = (ROOT / "docs" / "operations.md").read_text()
-    (text,) = re.findall(
-        r"^```yaml\n(apiVersion.*?)^```$", page, re.MULTILINE | re.DOTALL
-    )
-    spec = yaml.safe_load(text)["spec"]
-    assert (
-        spec["securityContext"]["runAsUser"]
-        == spec["securityContext"]["fsGroup"]
-        == 10001
-    )
-    (volume,) = spec["volumes"]
-    containers = [*spec["initContainers"], *spec["containers"]]
-    assert [container["volumeMounts"][0]["name"] for container in containers] == [
-        volume["name"]
-    ] * 2
-    (worker,) = spec["initContainers"]
+def _documents(name: str) -> dict[str, dict[str, Any]]:
+    """Return the documents of a manifest by kind."""
+    documents = yaml.safe_load_all((KUBERNETES / name).read_text())
+    return {document["kind"]: document for document in documents}
+
+
+def test_the_pod_runs_the_example() -> None:
+    """The ConfigMap has the files of docker/example as they are."""
+    data = _documents("pod.yaml")["ConfigMap"]["data"]
+    assert set(data) == {path.name for path in (DOCKER / "example").glob("*.py")}
+    for name, text in data.items():
+        assert text == (DOCKER / "example" / name).read_text()
+
+
+def test_the_pod_shares_a_directory_of_sockets() -> None:
+    """The worker is a native sidecar, and both containers mount the sockets."""
+    spec = _documents("pod.yaml")["Pod"]["spec"]
+    (worker,), (client,) = spec["initContainers"], spec["containers"]
+    for container in (worker, client):
+        mounts = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+        assert mounts["/run/bridge"] == "sockets" and mounts["/app"] == "example"
     assert worker["restartPolicy"] == "Always"
     assert f"--listen={SOCKET}" in worker["command"]
     for probe in ("startupProbe", "readinessProbe"):
         assert worker[probe]["exec"]["command"] == ["bridge_client", "health", SOCKET]
+    assert "livenessProbe" not in worker
+    assert client["env"] == [{"name": "BRIDGE_ADDRESS", "value": SOCKET}]
+
+
+def test_the_worker_for_other_pods_reads_its_secret() -> None:
+    """Every file below /secret is one that the manifest's own command makes."""
+    documents = _documents("worker.yaml")
+    spec = documents["Deployment"]["spec"]["template"]["spec"]
+    (worker,) = spec["containers"]
+    made = re.findall(r"--from-file=(\S+)", (KUBERNETES / "worker.yaml").read_text())
+    probes = [worker[f"{name}Probe"]["exec"]["command"] for name in _PROBES]
+    used = re.findall(r"/secret/([\w.]+)", str([worker["command"], probes]))
+    assert set(used) == set(made)
+    (port,) = worker["ports"]
+    assert f"--listen=0.0.0.0:{port['containerPort']}" in worker["command"]
+    (served,) = documents["Service"]["spec"]["ports"]
+    assert served["port"] == port["containerPort"]
+    selector = documents["Service"]["spec"]["selector"]
+    template = documents["Deployment"]["spec"]["template"]
+    assert selector == template["metadata"]["labels"]
+
+
+_PROBES = ("startup", "readiness", "liveness")
+
+
+@pytest.mark.parametrize("name", ["pod.yaml", "worker.yaml"])
+def test_pods_conform_to_the_restricted_standard(name: str) -> None:
+    """What the Pod Security Standard "restricted" asks for, and limits of memory."""
+    documents = _documents(name)
+    spec = (documents.get("Pod") or documents["Deployment"]["spec"]["template"])["spec"]
+    assert spec["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 10001,
+        "runAsGroup": 10001,
+        "fsGroup": 10001,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert container["resources"]["limits"]["memory"]
+    allowed = {"emptyDir", "configMap", "secret"}
+    assert all(set(volume) - {"name"} <= allowed for volume in spec["volumes"])
 
 
 def test_engine_commands_in_the_files_name_the_files() -> None:
@@ -499,8 +658,7 @@ def test_engine_commands_in_the_files_name_the_files() -> None:
     }
     assert named == {
         "docker/Dockerfile",
-        "docker/compose.yaml",
-        "docker/compose.gpu.yaml",
+        *(f"docker/{path.name}" for path in DOCKER.glob("compose*.yaml")),
     }
     assert all((ROOT / path).is_file() for path in named)
 
@@ -511,14 +669,17 @@ def test_no_command_ends_with_the_client_where_services_restart() -> None:
     restarting = [
         path for path in DOCKER.glob("*.yaml") if "restart:" in path.read_text()
     ]
-    assert [path.name for path in restarting] == ["compose.gpu.yaml"]
+    names = {path.name for path in restarting}
+    assert names == {"compose.gpu.yaml", "compose.observe.yaml"}
     texts = [path.read_text() for path in restarting] + [
         (ROOT / "docs/gpu.md").read_text()
     ]
     commands = [
         line
         for text in texts
-        for line in re.findall(r"docker compose .*compose\.gpu\.yaml.*", text)
+        for line in re.findall(
+            r"docker compose .*compose\.(?:gpu|observe)\.yaml.*", text
+        )
     ]
     assert len(commands) >= 2 and not any(
         "--exit-code-from" in command for command in commands
