@@ -1,13 +1,13 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wire test-wheel check coverage bench gpu soak chaos fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wire test-wheel test-containers check coverage bench gpu soak chaos fuzz exact proto clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Create or update .venv-jax, .venv-torch, .venv-wire, .venv-both and .venv-jax-next
 	$(SETUP)
@@ -27,6 +27,11 @@ test-wire: ## Run the tests of bridge_wire where neither framework is installed
 # FRESH=1 installs the frameworks too, instead of lending those of the environments.
 test-wheel: setup ## Build the wheel, install it elsewhere, run the README's programs with it; FRESH=1
 	$(BOTH)/python -m tools.test_wheel $(if $(FRESH),--fresh)
+
+# Neither engine nor base changes the machine: podman's storage is in the user's cache.
+test-containers: setup ## Build the images, test containers, Compose files and a pod; ENGINE=podman BASE=IMAGE
+	$(BOTH)/python -m tools.containers $(if $(ENGINE),--engine $(ENGINE)) $(if $(BASE),--base $(BASE))
+	ENGINE=$(ENGINE) BASE=$(BASE) $(BOTH)/python -m pytest tests/containers --containers $(PYTEST_ARGS)
 
 check: setup ## Check format, lint, types, the import rule and the generated code
 	$(BOTH)/ruff format --check .

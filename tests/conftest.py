@@ -51,6 +51,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run every cell of the chaos suite, not only one per event and lane",
     )
     parser.addoption(
+        "--containers",
+        action="store_true",
+        help="run the tests of the images and compose files too; needs podman or docker",
+    )
+    parser.addoption(
         "--gpu",
         action="store_true",
         help="run the tests that need an NVIDIA GPU, and only these; see docs/gpu.md",
@@ -77,6 +82,10 @@ def pytest_collection_modifyitems(
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and --gpu"))
+        if item.get_closest_marker("containers") and not config.getoption("containers"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs an engine, and --containers")
+            )
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 10.0) -> bool:

@@ -1,0 +1,1 @@
+"""Programs for developing this project; the packages import none of them."""
