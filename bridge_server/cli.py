@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+# gRPC reads it when it is imported. Its own lines on stderr are not JSON, as the log's are.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 from bridge_server.model_errors import FULL_TRACEBACKS, NO_TRACEBACKS
 from bridge_server.process import (
     devices,

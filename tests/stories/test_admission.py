@@ -588,6 +588,8 @@ def test_only_clients_with_a_certificate_come_in(
         monkeypatch.setenv("BRIDGE_TLS_CA", str(ours.certificate))
         assert main(["health", address, *flags]) == 0
         assert main(["health", address, "--timeout=2"]) == 1
+        # gRPC's own lines on failed handshakes are not JSON.
+        assert all(line.startswith("{") for line in worker.stderr.splitlines())
 
 
 def test_a_new_certificate_is_taken_without_a_restart(tmp_path: Path) -> None:
