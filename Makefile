@@ -1,7 +1,7 @@
 # `make demo` and `make test` set themselves up: Python 3.11+, make and pip are all they need.
 # PYTHON=... names the interpreter of the environments; PYTEST_ARGS=... goes to pytest.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wire test-wheel test-containers check coverage bench gpu soak chaos fuzz exact proto clean distclean
+.PHONY: help setup demo test test-wire test-wheel test-containers check coverage bench gpu soak chaos fuzz exact proto lock clean distclean
 
 SETUP = @$(or $(PYTHON),python3) tools/setup.py $(if $(PYTHON),--python $(PYTHON))
 BOTH = .venv-both/bin
@@ -68,6 +68,9 @@ exact: setup ## Compare with the frameworks' operator databases; WAYS=inproc LIM
 
 proto: setup ## Generate bridge_wire/pb from proto/bridge/v1/bridge.proto
 	$(BOTH)/python tools/generate_proto.py
+
+lock: setup ## Pin the images' packages with hashes in docker/*.lock
+	$(BOTH)/python -m tools.lock
 
 clean: ## Remove caches, build outputs and artefacts
 	rm -rf build dist out .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

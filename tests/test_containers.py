@@ -1,14 +1,17 @@
 """tools/containers.py and helpers of tests/containers, as far as no engine is needed."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
 from tests.containers.running import HARDENED
 from tests.containers.test_kubernetes import with_ordinary_containers
-from tools import containers
+from tools import containers, lock
 
 
 def test_without_an_engine_it_says_so(
@@ -83,3 +86,31 @@ def test_a_sidecar_becomes_an_ordinary_container() -> None:
     worker, client = pod["spec"]["containers"]
     assert (worker["name"], client["name"]) == ("worker", "client")
     assert "restartPolicy" not in worker and pod["spec"]["restartPolicy"] == "Never"
+
+
+# Locks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["jax", "torch"])
+def test_a_lock_is_that_of_the_requirements(target: str) -> None:
+    """docker/*.lock was made from the requirements that pyproject.toml has now; otherwise run
+    `make lock`. Each of them is met, and each package has hashes."""
+    text = lock.lock_of(target).read_text()
+    assert text.startswith(lock.header(target)), "run `make lock`"
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE))
+    for line in lock.requirements(target):
+        required = Requirement(line)
+        version = pinned[canonicalize_name(required.name)]
+        assert required.specifier.contains(version), f"{line} and {version}"
+    entries = re.split(r"^(?=[\w.-]+==)", text, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(pinned)
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+    other = {"jax": "torch", "torch": "jax"}[target]
+    assert other not in pinned
+
+
+def test_a_changed_requirement_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requirement that is added changes the header of the lock."""
+    before = lock.header("jax")
+    monkeypatch.setitem(lock.ALSO, "jax", ["jax", "chex"])
+    assert lock.header("jax") != before

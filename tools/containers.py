@@ -339,7 +339,7 @@ def builder(engine: Engine, base: str) -> Iterator[Builder]:
         lines.append(f"cert = {_CERTIFICATES}")
     conf = CACHE / "pip.conf"
     conf.parent.mkdir(parents=True, exist_ok=True)
-    wheels = _folder_of_torch()
+    wheels = folder_of_torch()
     if wheels is None:
         conf.write_text("\n".join([*lines, ""]))
         yield Builder(engine, base, conf)
@@ -351,7 +351,7 @@ def builder(engine: Engine, base: str) -> Iterator[Builder]:
         yield Builder(engine, base, conf, index)
 
 
-def _folder_of_torch() -> Path | None:
+def folder_of_torch() -> Path | None:
     """Return the folder of pip's find-links that has a wheel of torch for the CPU."""
     command = [sys.executable, "-m", "pip", "config", "get", "global.find-links"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -117,6 +117,41 @@ def test_two_builds_have_the_same_files(
     images.engine.run("rmi", "--force", tag, is_checked=False)
 
 
+def test_a_locked_image_has_the_versions_of_the_lock(
+    images: Builder, containers: Containers
+) -> None:
+    """With LOCKED=1 pip checks the hashes, and installs the lock's packages and no other."""
+    tag = f"{containers.prefix}-locked"
+    images.build("jax", tag, "--build-arg=LOCKED=1")
+    program = (
+        "import importlib.metadata as m;"
+        "print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    )
+    done = containers.run(tag, "python", "-c", program)
+    text = (ROOT / "docker" / "jax.lock").read_text()
+    locked = set(re.findall(r"^[\w.-]+==\S+", text, re.MULTILINE))
+    installed = {each.lower().replace("_", "-") for each in done.stdout.split()}
+    assert {each for each in installed if "torch-jax-bridge" not in each} == locked
+    images.engine.run("rmi", "--force", tag, is_checked=False)
+
+
+def test_the_bill_of_materials_names_the_packages(
+    images: Builder, tmp_path: Path
+) -> None:
+    """The stage jax-sbom leaves one file, with Python's packages and Debian's."""
+    bill = tmp_path / "bill"
+    output = f"--output=type=local,dest={bill}"
+    images.build("jax-sbom", "localhost/bridge-test-sbom", output)
+    (path,) = bill.iterdir()
+    read = json.loads(path.read_text())
+    assert (read["bomFormat"], read["specVersion"]) == ("CycloneDX", "1.5")
+    urls = {each["purl"].partition("@")[0] for each in read["components"]}
+    assert {"pkg:pypi/jaxlib", "pkg:pypi/torch-jax-bridge", "pkg:deb/debian/libc6"} <= (
+        urls
+    )
+    assert "pkg:pypi/torch" not in urls
+
+
 def _copied_sources(folder: Path) -> Path:
     """Copy the files that the Dockerfile reads."""
     context = folder / "context"
