@@ -31,7 +31,7 @@ test-wheel: setup ## Build the wheel, install it elsewhere, run the README's pro
 # Neither engine nor base changes the machine: podman's storage is in the user's cache.
 test-containers: setup ## Build the images, test containers, Compose files and a pod; ENGINE=podman BASE=IMAGE
 	$(BOTH)/python -m tools.containers $(if $(ENGINE),--engine $(ENGINE)) $(if $(BASE),--base $(BASE))
-	ENGINE=$(ENGINE) BASE=$(BASE) $(BOTH)/python -m pytest tests/containers --containers $(PYTEST_ARGS)
+	ENGINE=$(ENGINE) BASE=$(BASE) $(BOTH)/python -m pytest tests/containers --containers -o faulthandler_timeout=900 $(PYTEST_ARGS)
 
 check: setup ## Check format, lint, types, the import rule and the generated code
 	$(BOTH)/ruff format --check .
