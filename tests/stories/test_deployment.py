@@ -355,7 +355,7 @@ def test_services_have_no_privilege(files: tuple[str, ...]) -> None:
         assert not {"privileged", "cap_add", "devices"} & set(service)
         if name == "namespaces":  # which only sleeps
             continue
-        assert service["pids_limit"] <= 256 and service["mem_limit"]
+        assert service["pids_limit"] <= 2048 and service["mem_limit"]
         if "build" in service:
             assert service["user"] == "10001:10001" and service["read_only"] is True
             assert service["tmpfs"] == ["/tmp:mode=1777,size=64m"]
