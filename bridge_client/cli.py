@@ -389,9 +389,9 @@ def _days(text: str) -> float:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON; expected a number or lists, such as '[1.5, 2]'"
+            f"{text[:80]!r} is not JSON; expected a number or lists, such as '[1.5, 2]'"
         ) from None
 
 

@@ -105,7 +105,7 @@ def test_operations_page_names_every_option() -> None:
     options = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", help_text, re.MULTILINE))
     assert set(
         re.findall(r"^\| `(--[\w-]+)", OPERATIONS.read_text(), re.MULTILINE)
-    ) == options - {"--help"}
+    ) == options - {"--help", "--print-completion"}
 
 
 def test_operations_page_shows_what_a_doctor_looks_at(jax_worker: Session) -> None:

@@ -65,11 +65,11 @@ def pack(spec: Spec, values: Sequence[float]) -> bytes:
         raise SpecError(
             f"{spec} has no Python equivalent; use a float type of 16 bits or more, or an integer"
         )
-    if letter in "?bhiqBHIQ":
-        values = [int(value) for value in values]
     try:
+        if letter in "?bhiqBHIQ":
+            values = [_as_integer(value, spec) for value in values]
         packed = struct.pack(f"<{len(values)}{letter}", *values)
-    except OverflowError:
+    except (OverflowError, struct.error):
         raise SpecError(
             f"a number does not fit in {spec}; use a wider type or smaller numbers"
         ) from None
@@ -80,12 +80,13 @@ def unpack(spec: Spec, packed: bytes) -> list[float]:
     """Return the numbers of an array from its bytes."""
     if spec.dtype.name == "bfloat16":
         packed = b"".join(b"\0\0" + packed[i : i + 2] for i in range(0, len(packed), 2))
-    return [
-        float(value)
-        for value in struct.unpack(
-            f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed
-        )
-    ]
+    return list(struct.unpack(f"<{size_of(spec)}{_LETTERS[spec.dtype.name]}", packed))
+
+
+def _as_integer(value: float, spec: Spec) -> int:
+    if not math.isfinite(value) or value != int(value):
+        raise SpecError(f"{value} is no integer, as {spec} has; use a float type")
+    return int(value)
 
 
 def _to_bfloat16(packed: bytes) -> bytes:

@@ -66,6 +66,8 @@ def _found(folder: Path, arguments: list[str], listening: list[str]) -> Found:
     # Others, such as that of --metrics, speak no gRPC.
     addresses = tuple(name for name, status in answers.items() if status)
     status = answers[addresses[0]] if addresses else "starting"
+    if listening and not addresses:  # it is busy or stopped, or needs TLS
+        addresses, status = tuple(listening), "no answer"
     return Found(int(folder.name), addresses, status, _age(folder), tuple(arguments))
 
 

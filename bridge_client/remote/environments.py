@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -154,6 +155,7 @@ def environment(recipe: Recipe) -> Environment:
     folder = folder_of_environments() / recipe.key()
     try:
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_others(folder.parent)
         lock = _lock_file(folder)
     except OSError as error:
         raise CallerError(
@@ -179,7 +181,12 @@ def folder_of_environments() -> Path:
     """Return the folder of all environments of this user."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification ignores relative paths.
-    parent = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    try:
+        parent = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise CallerError(
+            "this user has no home directory for the cache of environments; set XDG_CACHE_HOME"
+        ) from error
     return parent / "torch-jax-bridge" / "envs"
 
 
@@ -213,7 +220,7 @@ def prune(days: float) -> Iterator[Path]:
 
 def _folders() -> list[Path]:
     root = folder_of_environments()
-    return [path for path in sorted(root.glob("*")) if path.is_dir()]
+    return [path for path in sorted(root.glob("*")) if _is_own(path)]
 
 
 def _listed(folder: Path) -> Listed:
@@ -238,8 +245,29 @@ def _listed(folder: Path) -> Listed:
 
 def _is_whole(folder: Path) -> bool:
     """Whether the environment is complete, and its base interpreter still exists."""
-    is_complete = not folder.name.endswith(_PART) and (folder / _RECORD).is_file()
+    if folder.name.endswith(_PART) or not _is_own(folder):
+        return False
+    is_complete = (folder / _RECORD).is_file()
     return is_complete and os.access(folder / "bin" / "python", os.X_OK)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether this is a directory of this user, and no link to one."""
+    try:
+        status = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raise CallerError for a folder in which another user could make an environment."""
+    if not _is_own(folder) or folder.stat().st_mode & 0o022:
+        raise CallerError(
+            f"the folder of environments {folder} belongs to another user, or others can write to"
+            " it: their programs would run as this user; correct it, or set XDG_CACHE_HOME to"
+            " another one"
+        )
 
 
 def _lock_file(folder: Path) -> IO[str]:

@@ -44,13 +44,13 @@ def _paths(targets: Iterable[str], folder: Path) -> Iterator[Path]:
         name, equals, rest = target.partition("=")
         place = rest if equals and "/" not in name else target
         source = place.rpartition(":")[0]
-        path = folder / Path(source).expanduser()
+        path = folder / os.path.expanduser(source)
         if source.endswith(".py") and path.is_file():
             yield path
 
 
 def _header(path: Path) -> Header | None:
-    text = path.read_text(errors="replace").replace("\r\n", "\n")
+    text = path.read_text("utf-8-sig", errors="replace").replace("\r\n", "\n")
     blocks = [match["content"] for match in _BLOCK.finditer(f"{text}\n")]
     if not blocks:
         return None

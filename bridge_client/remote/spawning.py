@@ -37,7 +37,7 @@ _STOP_S = 10.0
 _NOT_INHERITED = frozenset(
     f"BRIDGE_{name}"
     for name in (
-        *("JAX_MODEL", "TORCH_MODEL", "FACTORY", "VIA_XLA", "MESH", "WARMUP"),
+        *("JAX_MODEL", "TORCH_MODEL", "FACTORY", "VIA_XLA", "MESH", "WARMUP", "CONFIG"),
         *("TOKEN", "TOKEN_FILE", "TLS_CERT", "TLS_KEY", "TLS_CLIENT_CA", "ALLOCATOR"),
     )
 )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import stat
 from pathlib import Path
 
@@ -85,12 +86,19 @@ def default_sockets() -> list[Path]:
 def _default() -> str:
     found = default_sockets()
     if found:
-        return f"{_UNIX}{found[0]}"
+        # A dead worker may have left its socket.
+        return f"{_UNIX}{next(filter(_accepts, found), found[0])}"
     looked = socket_directories()[0] / DEFAULT_SOCKET
     raise WorkerUnavailable(
         f"no worker answers: no address was given, and the default socket {looked} does not exist;"
         " start `bridge_server` without --listen, or give the address of its ready line"
     )
+
+
+def _accepts(path: Path) -> bool:
+    """Whether a process listens at a socket."""
+    with socket.socket(socket.AF_UNIX) as trial:
+        return trial.connect_ex(str(path)) == 0
 
 
 def _is_private(folder: Path) -> bool:

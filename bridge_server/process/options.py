@@ -64,7 +64,8 @@ def show(argv: Sequence[str]) -> int:
     if not argv or argv[0] != "show":
         parser.error("expected `bridge_server config show`, with the worker's options")
     options, origins = _resolved(parser, argv[1:])
-    print(config.as_toml(vars(options), origins))
+    shown = {name: x for name, x in origins.items() if name not in _NOT_IN_FILE}
+    print(config.as_toml(vars(options), shown))
     return 0
 
 

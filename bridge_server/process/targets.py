@@ -46,7 +46,10 @@ def parse(text: str) -> Target:
     name = name or attribute.rpartition(".")[2]
     if not _is_path(source):
         return Target(name, source, attribute, source)
-    path = Path(source).expanduser().absolute()
+    try:
+        path = Path(source).expanduser().absolute()
+    except RuntimeError as error:
+        raise TargetError(f"the target {text!r}: {error}") from error
     return Target(name, path.stem, attribute, source, path)
 
 

@@ -88,11 +88,15 @@ def test_bench_measures_a_warm_model(
 
 
 def test_ps_finds_workers_by_their_sockets(
-    worker: Worker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    worker: Worker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Workers on TCP and on Unix sockets are listed, without the ports of their metrics and the
     sockets of their lanes."""
     address = f"unix:{tmp_path}/worker.sock"
+    monkeypatch.setattr(ps, "_PROBE_S", 10.0)
     with serving(tmp_path, *models("square"), "--listen", address) as other:
         rows = json.loads(output(capsys, "ps", "--json"))
         found = {row["pid"]: row for row in rows}

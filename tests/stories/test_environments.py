@@ -4,11 +4,9 @@ A script takes the place of uv, so that no package index is needed; the last tes
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -326,6 +324,25 @@ def test_failed_spawn_releases_its_environment(uv: Path, tmp_path: Path) -> None
     assert len(list(environments.prune(0))) == 1
 
 
+def test_environments_of_others_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither where others can write to the folder, nor behind a link."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = environments.folder_of_environments()
+    root.mkdir(parents=True)
+    root.chmod(0o777)
+    with pytest.raises(CallerError, match="others can write to"):
+        environment(Recipe((), sys.executable))
+    root.chmod(0o700)
+    own = root / "own"
+    (own / "bin").mkdir(parents=True)
+    (own / "bin" / "python").symlink_to(sys.executable)
+    (own / "bridge.json").write_text('{"python": "", "requirements": []}')
+    (root / "link").symlink_to(own)
+    assert [each.path.name for each in environments.listed()] == ["own"]
+
+
 @pytest.mark.parametrize("model", [len, {"f": len}, 3])
 def test_object_in_place_of_a_target_is_refused(model: object) -> None:
     """A function cannot be sent to another process: the error names the two forms of a target."""
@@ -334,7 +351,8 @@ def test_object_in_place_of_a_target_is_refused(model: object) -> None:
 
 
 @pytest.mark.skipif(
-    not (importlib.util.find_spec("uv") or shutil.which("uv")), reason="needs uv"
+    "BRIDGE_TEST_UV" not in os.environ,
+    reason="needs uv, an index, and BRIDGE_TEST_UV=1",
 )
 def test_real_uv_installs_the_bridge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
