@@ -11,6 +11,7 @@ from bridge_client.remote.lanes import Stale
 from bridge_wire.errors import (
     BridgeError,
     CallerError,
+    CallTimeout,
     WorkerBusy,
     WorkerDied,
     WorkerUnavailable,
@@ -56,12 +57,20 @@ def _is_number(value: object) -> bool:
 class Attempts:
     """The attempts of one call."""
 
-    def __init__(self, within_s: float, repeats: int) -> None:
+    def __init__(
+        self,
+        within_s: float,
+        repeats: int,
+        *,
+        is_limited: bool = False,
+    ) -> None:
         """Begin after a first failed attempt.
 
         `within_s` is the time for calls that have not run, `repeats` the number of repeats of calls
-        that may have run.
+        that may have run. `is_limited` tells whether the call has a time limit: a connection that
+        nobody answers is then a CallTimeout.
         """
+        self._is_limited = is_limited
         self._within_s = within_s
         self._deadline = time.monotonic() + within_s
         self._repeats = repeats
@@ -95,6 +104,9 @@ class Attempts:
         if isinstance(error, WorkerBusy):
             pause_s, level = max(pause_s, error.retry_after_s), logging.DEBUG
         if time.monotonic() + pause_s > self._deadline:
+            unanswered = error.__cause__
+            if self._is_limited and isinstance(unanswered, CallTimeout):
+                raise unanswered
             raise error
         self._waits += 1
         if self._waits == 1:

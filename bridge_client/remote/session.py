@@ -276,7 +276,8 @@ class RemoteSession(Session):
         within_s = policy.wait_s if is_first else policy.retry_s
         if limit_s is not None:
             within_s = min(within_s, limit_s)
-        return Attempts(within_s, policy.retries)
+        is_limited = limit_s is not None
+        return Attempts(within_s, policy.retries, is_limited=is_limited)
 
     def _leave(self, link: Link, error: BaseException) -> None:
         """Take a link out of use after an error of a call; a busy worker's link stays."""
