@@ -1,6 +1,7 @@
 """`bridge_client check-gradients`: right and wrong derivatives, what it prints, and how it ends."""
 
 import random
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -114,7 +115,6 @@ def test_arguments_are_reproducible(check) -> None:
             "'float[3' is no list of specs; write it like float32[8,64],int32[8]",
         ),
         (["--input", "float32[3]", "--seed", "x"], "invalid int value: 'x'"),
-        ([], "ADDRESS"),
     ],
 )
 def test_a_misspelt_command_is_misuse(
@@ -122,7 +122,7 @@ def test_a_misspelt_command_is_misuse(
 ) -> None:
     """What cannot be read ends with status 2 before anybody is called."""
     with pytest.raises(SystemExit) as ended:
-        main(["check-gradients", *(["unix:/nowhere"] if args else []), *args])
+        main(["check-gradients", "unix:/nowhere", *args])
     assert ended.value.code == 2
     assert said.lower() in capsys.readouterr().err.lower()
 
@@ -185,9 +185,10 @@ def test_describe_shows_what_was_compiled_for(
 ) -> None:
     """`bridge_client describe` shows the arguments that the worker was told of."""
     assert main(["describe", worker.address]) == 0
-    assert (
-        "square(x)\n  compiled for (float64[2,3])\n  compiled for (bfloat16[5])\n"
-        in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    compiled = "  compiled for (float64[2,3])\n  compiled for (bfloat16[5])\n"
+    assert re.search(r"(?m)^square\(x\)\n(    .*\n)*" + re.escape(compiled), shown), (
+        shown
     )
 
 
