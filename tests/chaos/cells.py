@@ -44,7 +44,7 @@ REMOTE: dict[str, tuple[str, ...]] = {
         *("right", "right", "WorkerDied", "WorkerDied"),
         *("ModelChanged", "WorkerDied", "right"),
     ),
-    "deadline": ("WorkerUnavailable", *("CallTimeout",) * 6),
+    "deadline": ("CallTimeout",) * 7,
     "cancel": ("KeyboardInterrupt",) * 7,
     "slab full": ("-", *("OutOfMemory",) * 4, "right", "right"),
     "residual evicted": ("recomputed",) * 5 + ("right",) * 2,

@@ -155,6 +155,7 @@ class Innocent:
         self._ends = threading.Event()
         self._may_call = threading.Event()
         self._may_call.set()
+        self._calling = threading.Lock()  # held during a call
         self._thread = threading.Thread(target=self._call_all_the_time)
 
     def __enter__(self) -> "Innocent":
@@ -176,7 +177,9 @@ class Innocent:
                 plain = prepare(session, "plain", floats(4))
                 while not self._ends.wait(0.005):
                     self._may_call.wait()
-                    self._call(session, plain, keeping)
+                    with self._calling:
+                        if self._may_call.is_set():
+                            self._call(session, plain, keeping)
         except BaseException as error:
             self._error = error
 
@@ -196,9 +199,11 @@ class Innocent:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Have it begin no calls, so that the worker's processor idles."""
+        """Have it make no calls, so that the worker's processor idles."""
         self._may_call.clear()
         try:
+            with self._calling:  # its last call has ended
+                pass
             yield
         finally:
             self._may_call.set()
@@ -224,14 +229,14 @@ class Crowd:
         self._wrong: list[object] = []
 
     def take_all_places(self, others: int = 0) -> None:
-        """Occupy every place for runs but `others`, which are taken; nobody of the crowd waits."""
+        """Occupy every place for runs but `others`, which are taken, while the innocent client is
+        paused; nobody of the crowd waits."""
         self._gates.shut("crowd")
-        with self._innocent.paused():
-            most = _AT_ONCE - 1 - others
-            while (begun := self._gates.crowded) < most:
-                self._add_running(min(_MAX_WAITING, most - begun))
-            # The last place is for a client without a run.
-            self._add_running(most + 1 - begun)
+        most = _AT_ONCE - 1 - others
+        while (begun := self._gates.crowded) < most:
+            self._add_running(min(_MAX_WAITING, most - begun))
+        # The last place is for a client without a run.
+        self._add_running(most + 1 - begun)
 
     def _add_running(self, calls: int) -> None:
         target = self._gates.crowded + calls
@@ -240,7 +245,8 @@ class Crowd:
 
     def fill(self, others: int = 0) -> None:
         """Occupy every place for runs, and then for waiting runs."""
-        self.take_all_places(others)
+        with self._innocent.paused():
+            self.take_all_places(others)
         while (waiting := self._place.measured()["waiting"]) < _MAX_WAITING:
             self._add(_MAX_WAITING - waiting)
             eventually(
@@ -414,15 +420,18 @@ class Scene:
             else "while inputs are written"
         )
         assert victim.until("at", before), self.victim.account()
-        if phase == "in the queue":
-            self.crowd.take_all_places()
-        else:
-            self.gates.shut(self._gate)
-        if self.cell.event == "deadline":
-            self.obeyed("limit")
-        victim.tell("go")
-        assert victim.next() == {"calling": before}
-        _await(self._is_reached, f"the victim is {phase}")
+        with contextlib.ExitStack() as waiting:
+            if phase == "in the queue":
+                # Alone: what waits is the victim.
+                waiting.enter_context(self.innocent.paused())
+                self.crowd.take_all_places()
+            else:
+                self.gates.shut(self._gate)
+            if self.cell.event == "deadline":
+                self.obeyed("limit")
+            victim.tell("go")
+            assert victim.next() == {"calling": before}
+            _await(self._is_reached, f"the victim is {phase}")
 
     @property
     def _gate(self) -> str:
@@ -432,14 +441,16 @@ class Scene:
         if self.cell.event == "deadline" and self.victim.has_spoken():
             return True
         if self.cell.phase == "in the queue":
-            # The other one is the innocent client's.
-            return self.place.measured()["waiting"] >= 2
+            return self.place.measured()["waiting"] >= 1
         return self.gates.is_reached(self._gate)
 
     def obeyed(self, command: str) -> None:
         """Have the victim do something while a call may be under way."""
         self.victim.tell(command)
-        assert self.victim.next() == {"obeyed": command}, self.victim.account()
+        # A call under way may end first, as with its session, and the victim go on to a pause.
+        while (message := self.victim.next()) and message != {"obeyed": command}:
+            pass
+        assert message, self.victim.account()
 
     def open_gates(self) -> None:
         """Let every run under way or in the queue go on."""
