@@ -199,14 +199,17 @@ class Innocent:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Have it make no calls, so that the worker's processor idles."""
+        """Have it begin no calls, so that the worker's processor idles."""
         self._may_call.clear()
         try:
-            with self._calling:  # its last call has ended
-                pass
             yield
         finally:
             self._may_call.set()
+
+    def finish(self) -> None:
+        """Wait for the end of a call that is under way while it is paused."""
+        with self._calling:
+            pass
 
     def check_progress(self) -> None:
         """Wait for a call that begins from now on, and pass its failure on."""
@@ -424,6 +427,7 @@ class Scene:
             if phase == "in the queue":
                 # Alone: what waits is the victim.
                 waiting.enter_context(self.innocent.paused())
+                self.innocent.finish()
                 self.crowd.take_all_places()
             else:
                 self.gates.shut(self._gate)
