@@ -1,5 +1,6 @@
 """Search for arrays inside callables that are served without parameters. Imports no framework."""
 
+import contextlib
 import functools
 import logging
 import types
@@ -22,7 +23,7 @@ def arrays_held(target: Any, is_array: Callable[[Any], bool]) -> list[str]:
     seen = {id(target): target}
     while pending and len(seen) < _MOST_OBJECTS:
         path, value = pending.pop(0)
-        for step, part in _parts_of(value):
+        for step, part in _readable(_parts_of(value)):
             if isinstance(part, _OPAQUE) or id(part) in seen:
                 continue
             seen[id(part)] = part
@@ -81,6 +82,12 @@ def _parts_of(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _attributes_of(value)
 
 
+def _readable(parts: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield parts until one cannot be read: a model's own class may raise anything."""
+    with contextlib.suppress(Exception):
+        yield from parts
+
+
 def _cells_of(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(
         function.__code__.co_freevars, function.__closure__ or (), strict=True
@@ -101,10 +108,9 @@ def _attributes_of(value: Any) -> Iterator[tuple[str, Any]]:
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
-            try:
+            # A native class, such as that of JAX's arrays, may list names that its objects lack.
+            with contextlib.suppress(AttributeError, TypeError):
                 attributes.setdefault(name, object.__getattribute__(value, name))
-            except AttributeError:
-                continue
     yield from (
         (f".{name}", part) for name, part in attributes.items() if name != "__wrapped__"
     )
