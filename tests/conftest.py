@@ -43,7 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--simulators",
         metavar="PYTHON",
-        help="an interpreter with gymnax, brax and the bridge: run their examples too",
+        help=(
+            "an interpreter with the bridge, brax, mujoco-mjx, gymnax, jumanji, flax, optax and"
+            " jax-md: run their examples and simulators too"
+        ),
     )
     parser.addoption(
         "--chaos",
