@@ -413,6 +413,13 @@ class Link:
         def by_socket() -> Lane:
             return LocalLane(path, self.token)
 
+        def first_by_grpc() -> Lane:
+            try:
+                return by_grpc()
+            # The worker has ended since Open, or its successor does not know the session.
+            except (Unauthenticated, WorkerDied) as error:
+                raise Stale from error
+
         if terms.require == "cuda_ipc" and not self.description.gpu.uuid:
             raise LaneUnavailable(
                 "require='cuda_ipc': the models of this worker run on no GPU; start the worker on a"
@@ -423,7 +430,7 @@ class Link:
                 raise LaneUnavailable(
                     f"require={terms.require!r} is impossible with lane='grpc'; drop one of them"
                 )
-            return by_grpc, by_grpc()
+            return by_grpc, first_by_grpc()
         path = self._lane_path(advertised)
         reason = ""
         if not memfd_works():
@@ -437,12 +444,14 @@ class Link:
                 reason = (
                     f"its local lane is unreachable ({error or type(error).__name__})"
                 )
+        lane = first_by_grpc()  # fails if the reason is the worker's end
         if terms.lane == "local" or terms.require == "memfd":
+            lane.close()
             raise LaneUnavailable(
                 f"the worker shares no memory with this process: {reason}"
             )
         on_fallback(reason)
-        return by_grpc, by_grpc()
+        return by_grpc, lane
 
     def _lane_path(self, advertised: str) -> str:
         if self.address.startswith("unix:") and advertised:

@@ -266,6 +266,31 @@ def test_connect_waits_for_a_worker_that_starts(rolling: Rolling, lane: str) -> 
         assert f(torch.ones(1)).tolist() == [2]
 
 
+@pytest.mark.parametrize("wanted", ["the default", "this lane"])
+def test_a_worker_that_ends_while_a_lane_attaches_is_no_other_fault(
+    rolling: Rolling, lane: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No call has run: the client waits for the successor and takes the same lane, without
+    `retries`."""
+    kind: Any = link.LocalLane if lane == "local" else link.GrpcLane
+    attach, count = kind.__init__, 0
+
+    def ended_before(*args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            rolling.stop(signal.SIGKILL)
+            rolling.start()
+        attach(*args)
+
+    monkeypatch.setattr(kind, "__init__", ended_before)
+    only = lane if wanted == "this lane" or lane == "grpc" else None
+    with connect(rolling.address, lane=only, wait_s=60) as session:
+        assert session.lane == lane
+        assert session.stats()["fallbacks"] == 0
+        assert RemoteJaxFunction(session, name="slow")(torch.ones(1)).tolist() == [2]
+
+
 def test_a_connection_without_an_answer_is_made_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
