@@ -27,7 +27,7 @@ from bridge_client.numpy.pytrees import (
 )
 from bridge_client.programs import Positions, Program
 from bridge_client.remote.connecting import connect
-from bridge_client.session import Session, checked_limit
+from bridge_client.session import Session, as_html, checked_limit
 from bridge_wire import specs, trees
 from bridge_wire.errors import CallerError, DTypeError, SpecError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -99,6 +99,9 @@ class RemoteFunction:
 
     def __repr__(self) -> str:
         return f"RemoteFunction({self.__name__})"
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), [self._model], self._method)
 
     def parameters(self) -> dict[str, Array]:
         """Return copies of the model's parameters and buffers, by their tree paths."""
