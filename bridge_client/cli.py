@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -282,6 +283,8 @@ def _add_call(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     # Not "*", which argparse takes for empty before the first option.
     command.add_argument("arguments", nargs="+", metavar="JSON", type=_json)
+    # argparse takes -1e-3 for a flag.
+    command._negative_number_matcher = re.compile(r"-(\d|Infinity$).*")
     _add_model(command)
     command.add_argument("--json", action="store_true", help="print a line of JSON")
     command.set_defaults(action=_with_session(_call))

@@ -28,7 +28,7 @@ class _Parser(argparse.ArgumentParser):
     """Raises an error, where a command would exit."""
 
     def error(self, message: str) -> NoReturn:
-        usage = self.format_usage().strip()
+        usage = " ".join(self.format_usage().split())
         raise CallerError(f"%%{_MAGIC}: {message}; {usage}")
 
 

@@ -338,6 +338,11 @@ class _Child:
                 start_new_session=True,
             )
         except OSError as error:
+            if self._cwd is not None and not os.path.isdir(self._cwd):
+                raise CallerError(
+                    f"cwd={os.fspath(self._cwd)!r} is not a directory; expected the one from which"
+                    " the worker imports its models"
+                ) from error
             raise WorkerCrashed(
                 f"the worker cannot be started: {self._command[0]}: {error.strerror}"
             ) from error
