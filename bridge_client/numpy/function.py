@@ -1,9 +1,8 @@
 """RemoteFunction: calls of a worker's model on NumPy arrays, and the derivatives of these calls."""
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,23 +16,25 @@ from bridge_client.arguments import (
     recipes_for,
 )
 from bridge_client.numpy import runs
-from bridge_client.numpy.memory import Array, as_array, dtype_of, spec_of
-from bridge_client.numpy.pytrees import (
-    along,
-    dict_of,
-    encoded,
-    leaf_of,
-    rebuilder,
+from bridge_client.numpy.calls import (
+    Axes,
+    Batch,
+    Call,
+    Pullback,
+    batch_of,
+    example,
 )
-from bridge_client.programs import Positions, Program
+from bridge_client.numpy.memory import Array, as_array, dtype_of, spec_of
+from bridge_client.numpy.pytrees import dict_of, encoded, leaf_of
+from bridge_client.programs import Positions
 from bridge_client.remote.connecting import connect
 from bridge_client.session import Session, as_html, checked_limit
 from bridge_wire import specs, trees
-from bridge_wire.errors import CallerError, DTypeError, SpecError, StructureError
+from bridge_wire.errors import CallerError, RemoteModelError, StructureError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-Axes = int | None | Sequence[int | None]
+_MOST_BYTES = 4 << 20  # of examples in a message
 
 
 class RemoteFunction:
@@ -92,7 +93,7 @@ class RemoteFunction:
                 " the option out"
             )
         self._axes: Axes = ()
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: dict[Hashable, Call] = {}
         self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
         signature = "" if self._infos else self._model.signature_of(self._method)
         present_as(self, signature, self._model.doc)
@@ -183,7 +184,7 @@ class RemoteFunction:
         wrt = call.differentiable(numbers)
         if call.batch is None:
             kept = runs.Kept(call.program, wrt, inputs, lasting=True)
-            return call.result(kept.outputs), _Pullback(call, wrt, kept.pull_back)
+            return call.result(kept.outputs), Pullback(call, wrt, kept.pull_back)
         # The residual of a batch is that of a sum over examples, so each pullback starts anew.
         inputs = [x.copy() if isinstance(x, np.ndarray) else x for x in inputs]
 
@@ -192,7 +193,7 @@ class RemoteFunction:
             return runs.run(vjp, [*inputs, *cotangents])
 
         outputs = runs.run(call.batched(call.program), inputs)
-        return call.result(outputs), _Pullback(call, wrt, pull)
+        return call.result(outputs), Pullback(call, wrt, pull)
 
     def jvp(
         self, primals: Sequence[Any], tangents: Sequence[Any], **kwargs: Any
@@ -239,7 +240,7 @@ class RemoteFunction:
 
     def _called(
         self, args: Args, kwargs: Kwargs, grads: Positions | None = None
-    ) -> "tuple[_Call, list[Any]]":
+    ) -> "tuple[Call, list[Any]]":
         """Return the prepared call and its inputs. `grads`: the positional arguments whose
         derivative is going to be taken by a residual."""
         own: list[Array] = []
@@ -302,7 +303,7 @@ class RemoteFunction:
         items: Sequence[pb.Tree],
         sizes: Sequence[int],
         grads: Positions | None,
-    ) -> "_Call":
+    ) -> "Call":
         """Describe a call with a new signature, and prepare its program."""
         infos = self._infos
         paths = [info.path for info in infos] + trees.argument_paths(arguments)
@@ -310,9 +311,9 @@ class RemoteFunction:
         described = [
             spec_of(value, path, x64) for value, path in zip(inputs, paths, strict=True)
         ]
-        batch = _batch_of(self._axes, sizes, described, paths)
+        batch = batch_of(self._axes, sizes, described, paths)
         if batch is not None:
-            described = list(map(_example, described, batch.axes))
+            described = list(map(example, described, batch.axes))
         message = pb.Call(
             model=self._model.name,
             arguments=arguments,
@@ -321,9 +322,35 @@ class RemoteFunction:
             recipes=recipes_for(arguments),
             method=self._method,
         )
+        parts = (message, paths, items, sizes, batch)
+        try:
+            return self._made(*parts, grads)
+        except RemoteModelError:
+            # Of torch, whose models may fail on the values that a worker makes up.
+            values, axes = inputs[len(infos) :], [-1] * len(inputs)
+            if batch is not None:
+                axes = list(batch.axes)
+            is_sent = sum(map(_nbytes, values)) <= _MOST_BYTES
+            if self.session.framework != "torch" or not is_sent:
+                raise
+        of_values = described[len(infos) :], axes[len(infos) :]
+        message.examples.extend(map(_bytes_of, values, *of_values))
+        return self._made(*parts, grads)
+
+    def _made(
+        self,
+        message: pb.Call,
+        paths: Sequence[str],
+        items: Sequence[pb.Tree],
+        sizes: Sequence[int],
+        batch: Batch | None,
+        grads: Positions | None,
+    ) -> Call:
+        """Prepare a call, with a residual if its derivative is going to be taken by one."""
         program = self.session.described_call(message, paths, self.timeout_s)
-        frozen = frozenset(i for i, info in enumerate(infos) if not info.trainable)
-        call = _Call(program, items, sizes, batch, frozen)
+        infos = enumerate(self._infos)
+        frozen = frozenset(i for i, info in infos if not info.trainable)
+        call = Call(program, items, sizes, batch, frozen)
         wrt = call.differentiable(grads) if grads is not None else ()
         if wrt and batch is None:
             program.prepare_keeping(wrt)
@@ -332,174 +359,6 @@ class RemoteFunction:
         for spec in program.outputs:
             dtype_of(spec.dtype)  # before anything runs, since NumPy may lack it
         return call
-
-
-class _Batch(NamedTuple):
-    """A batch: the axis of each input, -1 for those without one, and its size."""
-
-    axes: Positions
-    size: int
-
-
-@dataclass(slots=True)
-class _Call:
-    """A prepared signature: the program of one example, and the structure of its arguments."""
-
-    program: Program
-    items: Sequence[pb.Tree]  # one per positional argument
-    sizes: Sequence[int]  # numbers of inputs, one per positional argument
-    batch: _Batch | None
-    frozen: frozenset[int]  # inputs that are buffers
-    _builders: dict[int, Any] = field(default_factory=dict)
-
-    def batched(self, program: Program, axes: Iterable[int] = ()) -> Program:
-        """Return a program derived from the call's over the batch, if there is one; `axes` are
-        those of its further inputs."""
-        if self.batch is None:
-            return program
-        return program.vmap((*self.batch.axes, *axes), self.batch.size)
-
-    def axis(self, i: int) -> int:
-        """Return the batch axis of an input, or -1."""
-        return -1 if self.batch is None else self.batch.axes[i]
-
-    def result(self, leaves: Sequence[Any]) -> Any:
-        """Return the result with these leaves."""
-        return self.program.result.rebuild(leaves)
-
-    def differentiable(self, arguments: Sequence[int]) -> Positions:
-        """Return the inputs of these positional arguments that have a derivative.
-
-        Raises:
-          CallerError: an argument has none.
-        """
-        found: list[int] = []
-        for number in arguments:
-            start = sum(self.sizes[:number])
-            found += filter(self._is_moving, range(start, start + self.sizes[number]))
-        if not found:
-            raise CallerError(
-                f"the positional arguments {list(arguments)} have no derivative; pass an array of"
-                " floats among them, not Python numbers or integers"
-            )
-        return tuple(sorted(set(found)))
-
-    def _is_moving(self, i: int) -> bool:
-        spec = self.program.inputs[i]
-        return spec.dtype.is_inexact and not spec.weak and i not in self.frozen
-
-    def differentiable_outputs(self) -> Positions:
-        """Return the outputs that have a derivative.
-
-        Raises:
-          CallerError: the result has none.
-        """
-        outputs = enumerate(self.program.outputs)
-        found = tuple(i for i, spec in outputs if spec.dtype.is_inexact)
-        if not found:
-            raise CallerError(
-                f"{self.program!r} returns no floats, so it has no derivative"
-            )
-        return found
-
-    def unit_cotangent(self, name: str) -> Array:
-        """Return the cotangent 1 of a scalar result.
-
-        Raises:
-          CallerError: the result is not one real number.
-        """
-        outputs = self.program.outputs
-        is_scalar = len(outputs) == 1 and outputs[0].shape == ()
-        dtype = outputs[0].dtype if is_scalar else None
-        if dtype is None or not dtype.is_inexact or dtype.is_complex:
-            raise CallerError(
-                f"{name} returns {', '.join(map(str, outputs)) or 'no arrays'}; expected one real"
-                " scalar: reduce the result in the model, or use vjp"
-            )
-        return np.ones((), dtype_of(dtype))
-
-    def as_arguments(
-        self, numbers: Sequence[int], by_input: Mapping[int, Array]
-    ) -> tuple[Any, ...]:
-        """Return arrays by input in the structure of these positional arguments."""
-        parts = []
-        for number in numbers:
-            build = self._builders.get(number)
-            if build is None:
-                build = self._builders[number] = rebuilder(self.items[number])
-            start = sum(self.sizes[:number])
-            own = range(start, start + self.sizes[number])
-            parts.append(build([by_input.get(i) for i in own]))
-        return tuple(parts)
-
-    def tangents(self, tangents: Sequence[Any]) -> tuple[Positions, list[Array]]:
-        """Return the inputs that have a tangent, and the tangents."""
-        if not isinstance(tangents, tuple | list) or len(tangents) != len(self.items):
-            raise StructureError(
-                f"expected a tuple of {len(self.items)} tangents, one per positional argument"
-            )
-        wrt: list[int] = []
-        moved: list[Array] = []
-        position = 0
-        for number, (tree, tangent) in enumerate(
-            zip(self.items, tangents, strict=True)
-        ):
-            for path, part in along(tree, tangent, f"tangents[{number}]"):
-                if part is not None:
-                    spec = self.program.inputs[position]
-                    if not self._is_moving(position):
-                        raise DTypeError(
-                            f"`{path}` belongs to an input without a derivative; pass None"
-                        )
-                    wrt.append(position)
-                    moved.append(_as(spec, part, path))
-                position += 1
-        if not wrt:
-            raise CallerError("no argument has a tangent; pass one that is not None")
-        return tuple(wrt), moved
-
-
-class _Pullback:
-    """The function from a result's cotangent to those of the positional arguments."""
-
-    def __init__(
-        self,
-        call: _Call,
-        wrt: Positions,
-        pull: Callable[[Positions, Sequence[Array]], runs.Arrays],
-    ) -> None:
-        self._call = call
-        self._wrt = wrt
-        self._pull = pull
-
-    def __call__(self, cotangent: Any) -> tuple[Any, ...]:
-        """Return the cotangents of the positional arguments, with None for parts without one."""
-        call = self._call
-        given: list[int] = []
-        cotangents: list[Array] = []
-        tree = call.program.result.tree
-        for i, (path, part) in enumerate(along(tree, cotangent, "cotangent")):
-            if part is None:
-                continue
-            spec = call.program.outputs[i]
-            if not spec.dtype.is_inexact:
-                raise DTypeError(
-                    f"`{path}` belongs to a result without a derivative; pass None"
-                )
-            given.append(i)
-            cotangents.append(_as(spec, part, path))
-        if not given:
-            raise CallerError("no result has a cotangent; pass one that is not None")
-        pulled = self._pull(tuple(given), cotangents)
-        by_input = dict(zip(self._wrt, pulled, strict=True))
-        return call.as_arguments(range(len(call.items)), by_input)
-
-
-def _as(spec: Spec, value: Any, path: str) -> Array:
-    """Return a tangent or cotangent as an array; a Python number takes the dtype of its spec."""
-    if type(value) in (int, float, complex):
-        return np.asarray(value, dtype_of(spec.dtype))
-    return as_array(value, path)
 
 
 def _numbers_of(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
@@ -516,49 +375,13 @@ def _numbers_of(argnums: int | Sequence[int], count: int) -> tuple[int, ...]:
     return tuple(number % count for number in numbers)
 
 
-def _batch_of(
-    axes: Axes, sizes: Sequence[int], described: Sequence[Spec], paths: Sequence[str]
-) -> _Batch | None:
-    """Return the batch of a call's inputs; None if the function maps over no axis.
-
-    Raises:
-      CallerError: the axes are not those of the positional arguments, or nothing is mapped.
-      SpecError: an array lacks its axis, or differs in its size from the others.
-    """
-    if axes == ():
-        return None
-    each = (axes,) * len(sizes) if isinstance(axes, int | None) else axes
-    if len(each) != len(sizes):
-        raise CallerError(
-            f"in_axes={axes!r}; expected one axis, or one for each of the {len(sizes)} positional"
-            " arguments"
-        )
-    per_input = [axis for axis, n in zip(each, sizes, strict=True) for _ in range(n)]
-    per_input += [None] * (len(described) - len(per_input))
-    normal: list[int] = []
-    batch: dict[int, str] = {}
-    for axis, spec, path in zip(per_input, described, paths, strict=True):
-        rank = len(spec.shape)
-        if axis is None or spec.weak:
-            normal.append(-1)
-            continue
-        if not -rank <= axis < rank:
-            raise SpecError(
-                f"input `{path}` has shape {list(spec.shape)}, and no batch axis {axis}"
-            )
-        normal.append(axis % rank)
-        batch.setdefault(spec.shape[axis % rank], path)
-    if len(batch) != 1:
-        raise SpecError(
-            f"batch axes of different sizes: {', '.join(f'{n} of `{p}`' for n, p in batch.items())}"
-            if batch
-            else f"in_axes={axes!r} maps over no array; give an axis of at least one argument"
-        )
-    return _Batch(tuple(normal), next(iter(batch)))
+def _nbytes(value: Any) -> int:
+    return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
-def _example(spec: Spec, axis: int) -> Spec:
-    """Return the type of one example of an input."""
-    if axis < 0:
-        return spec
-    return spec._replace(shape=spec.shape[:axis] + spec.shape[axis + 1 :])
+def _bytes_of(value: Any, spec: Spec, axis: int) -> bytes:
+    """Return the elements of an input's first example, row-major, in a type."""
+    array = np.asarray(value)
+    if axis >= 0:
+        array = np.moveaxis(array, axis, 0)[:1]
+    return array.astype(dtype_of(spec.dtype)).tobytes()

@@ -13,7 +13,7 @@ _JAX = (
     *("rosenbrock", "damped", "loss", "echo", "power", "tripled", "started"),
     *("stepped", "cast", "split", "affine", "affine_loss"),
 )
-_TORCH = ("rosenbrock", "damped", "echo", "scored")
+_TORCH = ("rosenbrock", "damped", "echo", "scored", "guarded")
 
 
 def spawned(venv: str, *args: str) -> RemoteSession:

@@ -11,7 +11,13 @@ import pytest
 
 from bridge_client import Session, connect
 from bridge_client.numpy import RemoteFunction
-from bridge_wire.errors import CallerError, DTypeError, SpecError, StructureError
+from bridge_wire.errors import (
+    CallerError,
+    DTypeError,
+    RemoteModelError,
+    SpecError,
+    StructureError,
+)
 from tests.client.numpy_client.conftest import spawned
 from tests.conftest import eventually
 from tests.workers import children, run_program
@@ -112,6 +118,53 @@ def test_gradients_of_parameters_of_a_torch_model(torch_address: str) -> None:
     np.testing.assert_allclose(value, (inner**2).sum())
     np.testing.assert_allclose(gradient["weight"], 2 * inner * x)
     assert gradient["shift"] is None
+
+
+def test_torch_models_that_look_at_values_are_traced_on_the_call(
+    torch_address: str,
+) -> None:
+    """A torch model that fails on made-up values is traced on those of the call, also in a
+    batch."""
+    x = np.array([4.0, 6.5])
+    with connect(torch_address) as session:
+        f = RemoteFunction(session, name="guarded")
+        value, gradient = f.value_and_grad(x)
+        np.testing.assert_allclose((value, *gradient), (58.25, 8, 13))
+        with pytest.raises(RemoteModelError, match="the sum is 2"):
+            f(np.ones(2))
+
+
+def test_functions_of_this_process() -> None:
+    """A session with models of this process has the same derivatives."""
+    done = run_program(
+        """
+        import jax
+        jax.config.update("jax_enable_x64", True)
+        import numpy as np
+        from bridge_client.inproc import host
+        from bridge_client.numpy import RemoteFunction
+        from tests.client.numpy_client import models
+        with host(jax_model=models.rosenbrock) as session:
+            f = RemoteFunction(session)
+            x = np.array([0.5, -0.25, 2.0])
+            value, gradient = f.value_and_grad(x)
+            result, pull = f.vjp(x)
+            x[:] = 0
+            (again,) = pull(1.0)
+            x[:] = 0.5, -0.25, 2.0
+            expected = jax.value_and_grad(models.rosenbrock)(x)
+            np.testing.assert_allclose(value, expected[0], rtol=1e-14)
+            np.testing.assert_allclose(gradient, expected[1], rtol=1e-13)
+            np.testing.assert_array_equal(again, gradient)
+            (product,) = f.hvp((x,), (np.ones(3),))
+            row = jax.hessian(models.rosenbrock)(x) @ np.ones(3)
+            np.testing.assert_allclose(product, row, rtol=1e-12)
+            batch = f.vmap()(np.stack([x, 2 * x]))
+            np.testing.assert_allclose(batch, [f(x), f(2 * x)], rtol=1e-14)
+            print("equal")
+        """
+    )
+    assert done.stdout == "equal\n", done.stderr
 
 
 def test_complex_gradients_are_those_of_jax(worker: Session) -> None:

@@ -15,6 +15,14 @@ def damped(x, w):
     return {"y": y, "count": (x > 0).sum()}
 
 
+def guarded(x):
+    """Raises on all values that the worker makes up."""
+    total = float(x.sum())
+    if not 10 < total < 11:
+        raise ValueError(f"the sum is {total}")
+    return (x**2).sum()
+
+
 def echo(tree):
     return tree
 
