@@ -4,6 +4,7 @@ Imports no framework; `bridge_client.torch` imports torch, `bridge_client.jax` i
 """
 
 import os
+from typing import Any
 
 # Must be set before the first import of grpc: otherwise a channel created in a forked child (a
 # DataLoader worker) fails.
@@ -17,3 +18,17 @@ from bridge_client.session import Session
 from bridge_wire import __version__
 
 __all__ = ["__version__", "Session", "Tls", "connect", "profile", "spawn"]
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add the magic %%bridge_model to a notebook: %load_ext bridge_client."""
+    from bridge_client.commands import notebook
+
+    notebook.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Close the workers of %%bridge_model: %unload_ext bridge_client."""
+    from bridge_client.commands import notebook
+
+    notebook.unload(shell)

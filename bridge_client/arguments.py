@@ -7,13 +7,14 @@ import ast
 import functools
 import inspect
 import itertools
+import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bridge_wire import trees
 from bridge_wire.classes import Expand, expand_dataclass, peers, recipes
-from bridge_wire.dtypes import BY_NAME
-from bridge_wire.errors import ArgumentError, CallerError
+from bridge_wire.dtypes import BY_NAME, TURN_ON_X64
+from bridge_wire.errors import ArgumentError, CallerError, DTypeError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.recipes import returned_in
 from bridge_wire.specs import Spec
@@ -31,6 +32,13 @@ NUMBERS: Mapping[type, Spec] = {
     int: Spec(BY_NAME["int64"], (), weak=True),
     float: Spec(BY_NAME["float64"], (), weak=True),
     complex: Spec(BY_NAME["complex128"], (), weak=True),
+}
+
+# A Python number as bytes, in its spec's type.
+_PACK: Mapping[type, Callable[[Any], bytes]] = {
+    int: struct.Struct("<q").pack,
+    float: struct.Struct("<d").pack,
+    complex: lambda z: struct.pack("<dd", z.real, z.imag),
 }
 
 
@@ -180,6 +188,26 @@ def names_of(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
             f"{option}={value!r}; expected a name or several different ones"
         )
     return names
+
+
+def pack_number(value: Any, path: str, x64: bool) -> bytes:
+    """Return a Python number as bytes; `x64` tells whether the worker has 64-bit types.
+
+    Raises:
+      DTypeError: the worker's widest type cannot hold the integer.
+    """
+    if type(value) is int and not -(2**31) <= value < 2**31:
+        if not -(2**63) <= value < 2**63:
+            raise DTypeError(
+                f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a"
+                " float"
+            )
+        if not x64:
+            raise DTypeError(
+                f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32"
+                f" only: pass a float, or {TURN_ON_X64}"
+            )
+    return _PACK[type(value)](value)
 
 
 def recipes_for(arguments: pb.Tree) -> list[pb.Recipe]:

@@ -5,15 +5,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from os import environ
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge_client.commands import calls, canary, describe, doctor, envs, ps, top
-from bridge_client.commands.gradients import HIGH, LOW, Check, check_gradients
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import connect
 from bridge_client.remote.link import Terms, Tls
@@ -27,6 +27,9 @@ from bridge_wire.doctor.checks import BROKEN, as_json, as_table, worst
 from bridge_wire.errors import BridgeError, CallerError
 from bridge_wire.specs import Spec
 
+if TYPE_CHECKING:
+    from bridge_client.commands.gradients import Check
+
 OK, FAILED, MISUSE = 0, 1, 2
 _ADDRESS = "unix:PATH or HOST:PORT; default: the socket of a worker without --listen"
 # Words of Python's API in errors, and the command's.
@@ -37,6 +40,8 @@ _IN_FLAGS = {
     "tls= or --tls-ca": "--tls-ca",
 }
 _LONGEST_S = 86_400
+# Range of random arguments: away from zero, where many functions have kinks and poles.
+_LOW, _HIGH = 0.25, 1.75
 _UNUSED_DAYS = 30.0
 
 
@@ -160,7 +165,7 @@ def _add_check_gradients(commands: Any) -> argparse.ArgumentParser:
         type=_finite,
         metavar=("LOW", "HIGH"),
         help="of the arguments' numbers",
-        default=(LOW, HIGH),
+        default=(_LOW, _HIGH),
     )
     add(
         "--seed",
@@ -278,6 +283,8 @@ def _add_call(commands: Any) -> argparse.ArgumentParser:
     command.add_argument("address", type=_address, help="unix:PATH or HOST:PORT")
     # Not "*", which argparse takes for empty before the first option.
     command.add_argument("arguments", nargs="+", metavar="JSON", type=_json)
+    # argparse takes -1e-3 for a flag.
+    command._negative_number_matcher = re.compile(r"-(\d|Infinity$).*")
     _add_model(command)
     command.add_argument("--json", action="store_true", help="print a line of JSON")
     command.set_defaults(action=_with_session(_call))
@@ -530,6 +537,15 @@ def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     low, high = options.range
     if low > high:
         raise _Misuse(f"--range {low:g} {high:g} is empty; LOW must be at most HIGH")
+    try:
+        from bridge_client.commands.gradients import check_gradients  # imports NumPy
+    except ModuleNotFoundError as error:
+        if error.name != "numpy":
+            raise
+        raise CallerError(
+            "check-gradients computes with NumPy, which is not installed here; run"
+            ' `pip install "torch-jax-bridge[numpy]"`'
+        ) from error
     checks: list[Check] = []
     rows: list[dict[str, object]] = []
     for model, arrays in _signatures(session, options):
@@ -552,7 +568,7 @@ def _check_gradients(session: Session, options: argparse.Namespace) -> int:
     return FAILED if wrong else OK
 
 
-def _as_object(model: ModelInfo, check: Check) -> dict[str, object]:
+def _as_object(model: ModelInfo, check: "Check") -> dict[str, object]:
     return {
         "model": model.name,
         "output": check.output,
@@ -584,7 +600,7 @@ def _signatures(
     return found
 
 
-def _table(checks: Sequence[Check]) -> str:
+def _table(checks: "Sequence[Check]") -> str:
     rows = [("output", "input", "VJP", "JVP", "differences", "")]
     for check in checks:
         numbers = (_number(check.vjp), _number(check.jvp), _number(check.difference))

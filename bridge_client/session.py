@@ -4,6 +4,7 @@
 `bridge_client.inproc` with a runtime in this process.
 """
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -11,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from html import escape
 from threading import TIMEOUT_MAX
 from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
@@ -19,6 +21,7 @@ from bridge_client.programs import Program, residual_id
 from bridge_wire import specs
 from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.errors import (
+    BridgeError,
     CallerError,
     ProtocolError,
     SessionClosed,
@@ -452,6 +455,13 @@ class Session(ABC):
     ) -> None:
         self.close()
 
+    def _repr_html_(self) -> str:
+        """Return a table of the models, for notebooks."""
+        models: list[ModelInfo] = []
+        with contextlib.suppress(BridgeError):  # showing a session must not raise
+            models += self.models.values()
+        return as_html(repr(self), models)
+
     def __deepcopy__(self, memo: object) -> "Session":
         return self  # a copied module calls the same models
 
@@ -484,6 +494,19 @@ def checked_limit(timeout_s: float | None) -> float | None:
             f"timeout_s={timeout_s!r}; expected a positive number of seconds, or None to wait"
         )
     return timeout_s
+
+
+def as_html(title: str, models: Sequence[ModelInfo], method: str = "") -> str:
+    """Return a table of models for notebooks: names, parameters' names and the first lines of
+    docstrings. All texts are escaped."""
+    rows = []
+    for model in models:
+        doc = model.doc.strip().partition("\n")[0]
+        call = f"{model.name}{model.signature_of(method)}"
+        cells = (f"<code>{escape(call)}</code>", escape(doc))
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<p>{escape(title)}</p><table>{body}</table>"
 
 
 def lanes_by_way(ways: Mapping[str, int]) -> dict[str, int]:

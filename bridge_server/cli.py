@@ -170,6 +170,11 @@ def _check(options: argparse.Namespace) -> None:
             "--jax-model and --torch-model exclude each other: start one worker for each framework"
         )
     if not (options.jax_model or options.torch_model):
+        for target in factories.like_targets(options.factory or {}):
+            raise CallerError(
+                f"nothing to serve: {target!r} stands after --factory, so it is an argument of the"
+                " factory; put the target before --factory"
+            )
         raise CallerError(
             "nothing to serve: name a model, as in `bridge_server model.py:function`, or with"
             " --jax-model or --torch-model"

@@ -504,6 +504,14 @@ def test_wrong_arguments_of_a_factory_are_refused(args: list[str], said: str) ->
     assert said in _refusal("tests/models.py:multiple_factory", *args)
 
 
+def test_target_after_factory_is_told() -> None:
+    """A named target after --factory is its argument, so nothing is served: the error says so."""
+    said = _refusal("--factory", "wave=tests/models.py:square_factory")
+    assert "'wave=tests/models.py:square_factory' stands after --factory" in said
+    assert "put the target before --factory" in said
+    assert "stands after" not in _refusal("--factory", "depth=3")
+
+
 # What a worker says -------------------------------------------------------------------------------
 
 

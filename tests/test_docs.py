@@ -69,6 +69,17 @@ def test_program_in_the_page_of_the_jax_client_works(tmp_path: Path) -> None:
     )
 
 
+def test_program_in_the_page_of_the_numpy_client_works(tmp_path: Path) -> None:
+    """The two files that docs/numpy.md shows find the minimum that it prints."""
+    page = ROOT / "docs" / "numpy.md"
+    save_programs(page, tmp_path)
+    (tmp_path / ".venv-jax").symlink_to(ROOT / ".venv-jax")
+    shown = run(python_of(".venv-both"), "minimum.py", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, shown_after(page, "minimum.py")), (
+        shown.stderr
+    )
+
+
 def test_client_in_the_protocol_page_works(tmp_path: Path, jax_worker: Session) -> None:
     """The client that docs/protocol.md shows gets the value and the gradient that it prints."""
     save_programs(PROTOCOL, tmp_path)

@@ -24,6 +24,9 @@ FRAMEWORKS_OF = {
     "bridge_client.jax.flax": {"jax"},
     "bridge_client.torch": {"torch"},
     "bridge_client.inproc": {"jax", "torch"},
+    # NumPy alone.
+    "bridge_client.numpy": set(),
+    "bridge_client.commands.gradients": set(),
 }
 
 
@@ -195,6 +198,9 @@ def test_linter_accepts_the_sources_as_they_are(copied_sources: Path) -> None:
         ("bridge_server/extra.py", "jax.numpy", "jax is imported in"),
         ("bridge_client/extra.py", "flax.linen", "jax is imported in"),
         ("bridge_client/extra.py", "torch.nn", "torch is imported in"),
+        ("bridge_client/numpy/extra.py", "torch.nn", "torch is imported in"),
+        ("bridge_client/numpy/extra.py", "jax.numpy", "jax is imported in"),
+        ("bridge_client/extra.py", "numpy", "numpy is imported in"),
         (
             "bridge_wire/memory/extra.py",
             "bridge_wire.lane.frames",

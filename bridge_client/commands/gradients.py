@@ -1,25 +1,17 @@
-"""Gradient check: compares a model's VJP, JVP and finite differences. Imports no framework.
+"""Gradient check: compares a model's VJP, JVP and finite differences. Imports NumPy only.
 
 For a random cotangent of one output and a random direction of one input, all three must give the
 same number.
 """
 
-import random
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from bridge_client.commands.numbers import (
-    dot,
-    drawn,
-    epsilon_of,
-    norm,
-    pack,
-    place,
-    read,
-    size_of,
-    unpack,
-    zeros,
-)
+import numpy as np
+
+from bridge_client.numpy.memory import Array, dtype_of
+from bridge_client.numpy.runs import run
 from bridge_client.programs import Program
 from bridge_client.session import ModelInfo, Session
 from bridge_wire import specs, trees
@@ -27,10 +19,13 @@ from bridge_wire.errors import RemoteModelError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
-_Arrays = list[list[float]]
-# Range of random arguments: away from zero, where many functions have kinks and poles.
-LOW, HIGH = 0.25, 1.75
-_MOST_NUMBERS = 2**24  # per call: as Python floats, they take some gigabytes
+_Arrays = list[Array]
+_MOST_NUMBERS = 2**24  # per call: in 64 bits, with copies, they take some gigabytes
+# The machine epsilon of differentiable types.
+_EPSILONS = {
+    **{"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52},
+    **{"complex64": 2**-23, "complex128": 2**-52},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +51,9 @@ def check_gradients(
     model: ModelInfo,
     arrays: Sequence[Spec],
     *,
-    seed: int = 0,
-    low: float = LOW,
-    high: float = HIGH,
+    seed: int,
+    low: float,
+    high: float,
 ) -> list[Check]:
     """Return a check for each pair of a float output and a float input (or parameter) of a call.
 
@@ -69,7 +64,21 @@ def check_gradients(
         are too large.
       RemoteModelError: the model raised, or has no VJP.
     """
-    return list(_Point(session, model, arrays, random.Random(seed), low, high).checks())
+    chance = np.random.default_rng(seed)
+    return list(_Point(session, model, arrays, chance, low, high).checks())
+
+
+def epsilon_of(spec: Spec) -> float:
+    """Return the distance from 1 to the next number of an array's type.
+
+    Raises:
+      SpecError: the type has no numbers, or too few, between 1 and 2.
+    """
+    if spec.dtype.name not in _EPSILONS:
+        raise SpecError(
+            f"{spec} has too few digits for finite differences; use a wider type"
+        )
+    return _EPSILONS[spec.dtype.name]
 
 
 class _Point:
@@ -80,22 +89,22 @@ class _Point:
         session: Session,
         model: ModelInfo,
         arrays: Sequence[Spec],
-        chance: random.Random,
+        chance: np.random.Generator,
         low: float,
         high: float,
     ) -> None:
         self._session = session
         self._chance = chance
         self._program = program = _prepared(session, model, arrays)
-        if (
-            count := sum(map(size_of, (*program.inputs, *program.outputs)))
-        ) > _MOST_NUMBERS:
+        arrays_of_call = (*program.inputs, *program.outputs)
+        count = sum(math.prod(spec.shape) for spec in arrays_of_call)
+        if count > _MOST_NUMBERS:
             raise SpecError(
                 f"a call of model {model.name!r} takes and returns {count} numbers; the limit is"
                 f" {_MOST_NUMBERS}; use smaller arrays"
             )
         self._values = _parameters(session, model) + [
-            drawn(spec, chance, low, high) for spec in arrays
+            _drawn(spec, chance, low, high) for spec in arrays
         ]
         self._wrt = tuple(
             i for i, spec in enumerate(program.inputs) if spec.dtype.is_inexact
@@ -126,100 +135,110 @@ class _Point:
         for o in self._outputs:
             spec = program.outputs[o]
             # Rounding error of a difference, from the values.
-            noise = self._epsilon / self._step * norm(values[o])
+            noise = self._epsilon / self._step * np.linalg.norm(values[o])
             for i in self._wrt:
                 difference, pushed = differences[i][o], tangents[i]
                 cotangent = self._cotangent(spec, difference)
+                pulled = self._pulled(o, cotangent)[i]
+                share = self._share * np.linalg.norm(difference) + 4 * noise
                 yield Check(
                     output=names[o],
                     input=program.labels[i],
-                    vjp=dot(
-                        program.inputs[i], self._pulled(o, cotangent)[i], directions[i]
-                    ),
-                    jvp=None if pushed is None else dot(spec, cotangent, pushed[o]),
-                    difference=dot(spec, cotangent, difference),
-                    tolerance=norm(cotangent)
-                    * (self._share * norm(difference) + 4 * noise),
+                    vjp=_dot(pulled, directions[i]),
+                    jvp=None if pushed is None else _dot(cotangent, pushed[o]),
+                    difference=_dot(cotangent, difference),
+                    tolerance=float(np.linalg.norm(cotangent) * share),
                 )
 
-    def _cotangent(self, spec: Spec, difference: Sequence[float]) -> list[float]:
+    def _cotangent(self, spec: Spec, difference: Array) -> Array:
         """Return the sum of a random cotangent and the scaled difference, since their pairing is
         seldom small."""
-        chosen = drawn(spec, self._chance, -1, 1)
-        scale = norm(chosen) / (norm(difference) or 1.0)
-        aligned = [scale * value for value in difference]
-        if spec.dtype.is_complex:  # `dot` pairs without conjugation
-            aligned[1::2] = [-value for value in aligned[1::2]]
-        return unpack(
-            spec, pack(spec, [a + b for a, b in zip(chosen, aligned, strict=True)])
-        )
+        chosen = _drawn(spec, self._chance, -1, 1)
+        scale = np.linalg.norm(chosen) / (np.linalg.norm(difference) or 1.0)
+        # Conjugate, since `_dot` pairs without conjugation.
+        return _wide(_rounded(spec, chosen + scale * difference.conj()))
 
-    def _direction(self, i: int) -> list[float]:
+    def _direction(self, i: int) -> Array:
         """Return a random direction of an input, scaled to the input's numbers."""
         values = self._values[i]
-        scale = norm(values) / max(len(values), 1) ** 0.5 or 1.0
-        return [
-            scale * value
-            for value in drawn(self._program.inputs[i], self._chance, -1, 1)
-        ]
+        scale = np.linalg.norm(values) / max(values.size, 1) ** 0.5 or 1.0
+        drawn = _drawn(self._program.inputs[i], self._chance, -1, 1)
+        return np.asarray(scale * drawn)
 
-    def _difference(self, i: int, direction: Sequence[float]) -> _Arrays:
+    def _difference(self, i: int, direction: Array) -> _Arrays:
         """Return the central difference of each output along a direction of one input."""
         ends = []
         for step in (self._step, -self._step):
-            moved = [
-                value + step * d
-                for value, d in zip(self._values[i], direction, strict=True)
-            ]
-            ends.append(
-                self._run(
-                    self._program, [*self._values[:i], moved, *self._values[i + 1 :]]
-                )
-            )
+            values = list(self._values)
+            values[i] = values[i] + step * direction
+            ends.append(self._run(self._program, values))
         return [
-            [
-                (above - below) / (2 * self._step)
-                for above, below in zip(*output, strict=True)
-            ]
-            for output in zip(*ends, strict=True)
+            (above - below) / (2 * self._step)
+            for above, below in zip(*ends, strict=True)
         ]
 
-    def _pushed(
-        self, i: int, direction: Sequence[float]
-    ) -> dict[int, list[float]] | None:
+    def _pushed(self, i: int, direction: Array) -> Mapping[int, Array] | None:
         """Return the outputs' tangents along a direction of one input; None without a forward
         mode."""
-        inputs = self._program.inputs
-        tangents = [list(direction) if j == i else zeros(inputs[j]) for j in self._wrt]
+        tangents = [
+            direction if j == i else np.zeros_like(self._values[j]) for j in self._wrt
+        ]
         try:
-            made = self._run(
-                self._program.jvp(self._wrt, self._outputs), [*self._values, *tangents]
-            )
+            jvp = self._program.jvp(self._wrt, self._outputs)
+            pushed = self._run(jvp, [*self._values, *tangents])
         except RemoteModelError:
             return None
-        return dict(zip(self._outputs, made, strict=True))
+        return dict(zip(self._outputs, pushed, strict=True))
 
-    def _pulled(self, o: int, cotangent: Sequence[float]) -> dict[int, list[float]]:
+    def _pulled(self, o: int, cotangent: Array) -> Mapping[int, Array]:
         """Return each input's cotangent for one output's cotangent."""
         outputs = self._program.outputs
         cotangents = [
-            list(cotangent) if p == o else zeros(outputs[p]) for p in self._outputs
+            cotangent if p == o else np.zeros(outputs[p].shape) for p in self._outputs
         ]
-        made = self._run(
-            self._program.vjp(self._wrt, self._outputs), [*self._values, *cotangents]
-        )
-        return dict(zip(self._wrt, made, strict=True))
+        vjp = self._program.vjp(self._wrt, self._outputs)
+        pulled = self._run(vjp, [*self._values, *cotangents])
+        return dict(zip(self._wrt, pulled, strict=True))
 
-    def _run(self, program: Program, values: Sequence[Sequence[float]]) -> _Arrays:
-        placed = [
-            place(self._session, spec, value)
-            for spec, value in zip(program.inputs, values, strict=True)
-        ]
-        blocks = self._session.run(program, placed)
-        return [
-            read(spec, block)
-            for spec, block in zip(program.outputs, blocks, strict=True)
-        ]
+    def _run(self, program: Program, values: Sequence[Array]) -> _Arrays:
+        rounded = map(_rounded, program.inputs, values)
+        return list(map(_wide, run(program, list(rounded))))
+
+
+def _drawn(spec: Spec, chance: np.random.Generator, low: float, high: float) -> Array:
+    """Return random numbers from `low` to `high`; for integers and booleans, zeros and ones."""
+    if not spec.dtype.is_inexact:
+        return chance.integers(0, 2, spec.shape)
+    numbers = np.asarray(chance.uniform(low, high, spec.shape))
+    if not spec.dtype.is_complex:
+        return numbers
+    return numbers + 1j * chance.uniform(low, high, spec.shape)
+
+
+def _rounded(spec: Spec, values: Array) -> Array:
+    """Return numbers as an array of a type.
+
+    Raises:
+      SpecError: a number is too large for the type.
+    """
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype_of(spec.dtype))
+    if spec.dtype.is_inexact and not np.isfinite(rounded[np.isfinite(values)]).all():
+        raise SpecError(
+            f"a number does not fit in {spec}; use a wider type or smaller numbers"
+        )
+    return rounded
+
+
+def _wide(array: Array) -> Array:
+    """Return an array's numbers in 64 bits."""
+    return array.astype("complex128" if array.dtype.kind == "c" else "float64")
+
+
+def _dot(left: Array, right: Array) -> float:
+    """Return the pairing of a cotangent with a tangent, as in JAX: the real part of the sum of
+    products."""
+    return float(np.sum(left * right).real)
 
 
 def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Program:
@@ -243,8 +262,4 @@ def _prepared(session: Session, model: ModelInfo, arrays: Sequence[Spec]) -> Pro
 def _parameters(session: Session, model: ModelInfo) -> _Arrays:
     if not model.parameters:
         return []
-    program = session.prepare_parameters(model.name)
-    blocks = session.run(program, ())
-    return [
-        read(spec, block) for spec, block in zip(program.outputs, blocks, strict=True)
-    ]
+    return list(map(_wide, run(session.prepare_parameters(model.name), ())))

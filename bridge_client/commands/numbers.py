@@ -4,7 +4,6 @@ A complex array is the list of its alternating real and imaginary parts.
 """
 
 import math
-import random
 import struct
 from collections.abc import Sequence
 
@@ -13,8 +12,7 @@ from bridge_wire.errors import SpecError
 from bridge_wire.memory.pool import Block
 from bridge_wire.specs import Spec
 
-# struct's letters, and the machine epsilon of differentiable types. bfloat16 is the upper half of a
-# float32.
+# struct's letters. bfloat16 is the upper half of a float32.
 _LETTERS = {
     **{"bool": "?", "int8": "b", "int16": "h", "int32": "i", "int64": "q"},
     **{"uint8": "B", "uint16": "H", "uint32": "I", "uint64": "Q"},
@@ -27,23 +25,6 @@ _LETTERS = {
         "complex128": "d",
     },
 }
-_EPSILONS = {
-    **{"float16": 2**-10, "bfloat16": 2**-7, "float32": 2**-23, "float64": 2**-52},
-    **{"complex64": 2**-23, "complex128": 2**-52},
-}
-
-
-def epsilon_of(spec: Spec) -> float:
-    """Return the distance from 1 to the next number of an array's type.
-
-    Raises:
-      SpecError: the type has no numbers, or too few, between 1 and 2.
-    """
-    if spec.dtype.name not in _EPSILONS:
-        raise SpecError(
-            f"{spec} has too few digits for finite differences; use a wider type"
-        )
-    return _EPSILONS[spec.dtype.name]
 
 
 def size_of(spec: Spec) -> int:
@@ -110,28 +91,6 @@ def read(spec: Spec, block: Block) -> list[float]:
     return unpack(spec, bytes(block.buffer))
 
 
-def drawn(spec: Spec, chance: random.Random, low: float, high: float) -> list[float]:
-    """Return random numbers from `low` to `high`; for integers and booleans, zeros and ones."""
-    if spec.dtype.is_inexact:
-        return [chance.uniform(low, high) for _ in range(size_of(spec))]
-    return [float(chance.randrange(2)) for _ in range(size_of(spec))]
-
-
 def zeros(spec: Spec) -> list[float]:
     """Return an array of zeros."""
     return [0.0] * size_of(spec)
-
-
-def dot(spec: Spec, left: Sequence[float], right: Sequence[float]) -> float:
-    """Return the pairing of a cotangent with a tangent, as in JAX: the real part of the sum of
-    products."""
-    products = [a * b for a, b in zip(left, right, strict=True)]
-    return (
-        sum(products[::2]) - sum(products[1::2])
-        if spec.dtype.is_complex
-        else sum(products)
-    )
-
-
-def norm(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values))

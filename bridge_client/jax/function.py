@@ -42,7 +42,7 @@ from bridge_client.jax.pytrees import (
 )
 from bridge_client.programs import Program
 from bridge_client.remote.connecting import session_for
-from bridge_client.session import ParameterInfo, Session, checked_limit
+from bridge_client.session import ParameterInfo, Session, as_html, checked_limit
 from bridge_wire import specs, trees
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import (
@@ -272,6 +272,9 @@ class RemoteTorchFunction:
             f"RemoteTorchFunction({self.__name__!r}, lane={self.session.lane!r},"
             f" memory={self.session.memory!r})"
         )
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), [self._model], self._method)
 
     # Parameters -----------------------------------------------------------------------------------
 

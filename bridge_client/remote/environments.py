@@ -17,10 +17,10 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from bridge_client.remote.own_wheel import own_wheel
 from bridge_client.remote.script_headers import headers_of
@@ -36,6 +36,14 @@ _VERSION = re.compile(r"\d+(\.\d+){0,2}|[<>=!~].*")
 # Variables of uv that choose packages and interpreters: others make the same environment.
 _CHOOSING = re.compile(
     r"UV_.*(INDEX|FIND_LINKS|PRERELEASE|RESOLUTION|EXCLUDE_NEWER|CONSTRAINT|OVERRIDE|BACKEND|CONFIG)"
+)
+# A name with extras, then versions or a URL, then markers; or a URL alone. No paths, no options.
+_VERSIONS = r"[<>=!~]=?=?\s*[\w.*+-]+(![\w.*+-]+)?"
+_REQUIREMENT = re.compile(
+    r"[A-Za-z0-9][\w.-]*\s*(\[[\w\s,.-]*\])?"
+    rf"\s*(\(?({_VERSIONS}\s*,?\s*)*\)?|@\s*\S+)"
+    r"(\s*;((?! -).)*)?"
+    r"|[a-z+]+://\S+"
 )
 # Variables that would direct uv to this process's own environment.
 _NOT_FOR_UV = {"VIRTUAL_ENV", "CONDA_PREFIX", "UV_PROJECT_ENVIRONMENT"}
@@ -130,8 +138,8 @@ def _checked(requirements: Sequence[str]) -> tuple[str, ...]:
     for each in requirements:
         if (
             not isinstance(each, str)
-            or not each[:1].isalnum()
             or not each.isprintable()
+            or not _REQUIREMENT.fullmatch(each)
         ):
             raise CallerError(
                 f"requirement {each!r}; expected a package as for pip, such as 'jax>=0.8', and no"
@@ -192,7 +200,16 @@ def folder_of_environments() -> Path:
 
 def listed() -> list[Listed]:
     """Return the environments, the last used first."""
-    found = [_listed(folder) for folder in _folders() if _is_whole(folder)]
+    found = []
+    for folder in _folders():
+        content = _content_of(folder)
+        if content is not None and _is_whole(folder):
+            found.append(_listed(folder, content))
+        elif content is None and (folder / _RECORD).exists():
+            _say(
+                f"{folder / _RECORD} is malformed, so its environment is not used; remove it with"
+                " `bridge_client envs --prune`, or let spawn make it again"
+            )
     return sorted(found, key=lambda each: -each.used)
 
 
@@ -223,9 +240,8 @@ def _folders() -> list[Path]:
     return [path for path in sorted(root.glob("*")) if _is_own(path)]
 
 
-def _listed(folder: Path) -> Listed:
+def _listed(folder: Path, content: Mapping[str, Any]) -> Listed:
     record = folder / _RECORD
-    content = json.loads(record.read_text())
     with _lock_file(folder) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,12 +259,23 @@ def _listed(folder: Path) -> Listed:
     )
 
 
+def _content_of(folder: Path) -> dict[str, Any] | None:
+    """Return an environment's record; None if it is missing or malformed."""
+    try:
+        content: dict[str, Any] = json.loads((folder / _RECORD).read_text())
+        texts = [content["python"], *content["requirements"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return content if all(isinstance(each, str) for each in texts) else None
+
+
 def _is_whole(folder: Path) -> bool:
     """Whether the environment is complete, and its base interpreter still exists."""
     if folder.name.endswith(_PART) or not _is_own(folder):
         return False
-    is_complete = (folder / _RECORD).is_file()
-    return is_complete and os.access(folder / "bin" / "python", os.X_OK)
+    if not os.access(folder / "bin" / "python", os.X_OK):
+        return False
+    return _content_of(folder) is not None
 
 
 def _is_own(folder: Path) -> bool:

@@ -12,14 +12,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import IO, Any, Protocol
 
 from bridge_client.remote import environments
 from bridge_client.remote.connecting import check_terms
 from bridge_client.remote.link import Terms
 from bridge_client.remote.retrying import Policy
 from bridge_client.remote.session import RemoteSession
+from bridge_client.remote.sources import SourceFile
 from bridge_wire.addresses import LONGEST_SOCKET_PATH
 from bridge_wire.errors import CallerError, StartupTimeout, WorkerCrashed
 
@@ -47,10 +48,16 @@ _OF_SERVICE = frozenset({"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"})
 Target = str | Mapping[str, str]
 
 
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
 def spawn(
     jax_model: Target | None = None,
     *,
     torch_model: Target | None = None,
+    source: str | None = None,
+    name: str | None = None,
     python: str | os.PathLike[str] | None = None,
     requirements: Sequence[str] | None = None,
     factory: bool | Mapping[str, Any] = False,
@@ -76,6 +83,10 @@ def spawn(
     Args:
       jax_model: "pkg.mod:attr" or "model.py:attr", or several as {name: target}. Exactly one of it
         and torch_model.
+      source: the text of a module with the model, in place of a file; it is kept in a private
+        temporary file until the session is closed. The model is named by `name`, and its framework
+        is that of the module's imports, or by jax_model or torch_model.
+      name: the function or model in `source`.
       python: the interpreter, this process's by default; its environment must have
         torch-jax-bridge installed. Or a version, such as "3.12", of an environment that is made.
       requirements: packages, such as ["jax", "equinox"], of an environment that is made once by uv,
@@ -103,34 +114,66 @@ def spawn(
         policy=Policy(retry_s=retry_s, retries=retries),
         require_revision=require_revision,
     )
-    if (jax_model is None) == (torch_model is None):
-        raise CallerError("spawn needs either jax_model= or torch_model=")
-    flag = "--jax-model" if torch_model is None else "--torch-model"
-    targets = _named(jax_model if torch_model is None else torch_model)
+    flag, model = _chosen(jax_model, torch_model, source, name)
     interpreter = None if python is None else os.fspath(python)
-    recipe = environments.recipe_for(targets, requirements, interpreter, cwd)
-    environment = environments.environment(recipe) if recipe else None
-    if environment:
-        interpreter = environment.python
-    command = [interpreter or sys.executable, "-m", "bridge_server"]
-    for target in targets:
-        command += [flag, target]
-    child = _Child(
-        [*command, *_of_factory(factory), *args],
-        dict(env or {}),
-        cwd,
-        startup_timeout_s,
-        worker_output or _shown,
-        environment,
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        held: list[_Closable] = []
+        if source is not None:
+            file = SourceFile(source, model)
+            stack.callback(file.close)
+            held.append(file)
+            model = file.target
+        targets = _named(model)
+        recipe = environments.recipe_for(targets, requirements, interpreter, cwd)
+        if recipe:
+            environment = environments.environment(recipe)
+            stack.callback(environment.close)
+            held.append(environment)
+            interpreter = environment.python
+        command = [interpreter or sys.executable, "-m", "bridge_server"]
+        for target in targets:
+            command += [*flag, target]
+        child = _Child(
+            [*command, *_of_factory(factory), *args],
+            dict(env or {}),
+            cwd,
+            startup_timeout_s,
+            worker_output or _shown,
+            held,
+        )
+        stack.callback(child.close)
         session = RemoteSession(child, terms, timeout_s)
-    except BaseException:
-        child.close()
-        raise
+        stack.pop_all()
     # A session that is forgotten without close() must not keep its worker until the process ends.
     weakref.finalize(session, child.terminate)
+    if source is not None:
+        weakref.finalize(session, file.close)
     return session
+
+
+def _chosen(
+    jax_model: Any, torch_model: Any, source: Any, name: Any
+) -> tuple[list[str], Any]:
+    """Return the flag of the model's framework, if it was given, and the model."""
+    options = {
+        "--jax-model": jax_model,
+        "--torch-model": torch_model,
+        "": name,
+    }
+    chosen = [(flag, model) for flag, model in options.items() if model is not None]
+    if source is None and name is not None:
+        raise CallerError(
+            "name= names a model in source=; pass source= too, or {name: target} as jax_model= or"
+            " torch_model="
+        )
+    if len(chosen) != 1:
+        raise CallerError(
+            "spawn needs either jax_model= or torch_model="
+            if source is None
+            else "source= needs the model's name in one of name=, jax_model= and torch_model="
+        )
+    ((flag, model),) = chosen
+    return [flag] if flag else [], model
 
 
 def _named(model: Any) -> list[str]:
@@ -167,11 +210,11 @@ class _Child:
         cwd: str | os.PathLike[str] | None,
         startup_timeout_s: float,
         show: Callable[[str], None],
-        environment: environments.Environment | None = None,
+        held: Iterable[_Closable] = (),
     ) -> None:
         self._show = show
         self._command = command
-        self._environment = environment
+        self._held = held
         inherited = {
             key: value
             for key, value in os.environ.items()
@@ -240,8 +283,8 @@ class _Child:
             return
         self._is_closed = True
         self._stop(_STOP_S)
-        if self._environment is not None:
-            self._environment.close()
+        for each in self._held:
+            each.close()
         for name in ("worker.sock", "worker.sock.lane"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self._directory, name))
@@ -295,6 +338,11 @@ class _Child:
                 start_new_session=True,
             )
         except OSError as error:
+            if self._cwd is not None and not os.path.isdir(self._cwd):
+                raise CallerError(
+                    f"cwd={os.fspath(self._cwd)!r} is not a directory; expected the one from which"
+                    " the worker imports its models"
+                ) from error
             raise WorkerCrashed(
                 f"the worker cannot be started: {self._command[0]}: {error.strerror}"
             ) from error

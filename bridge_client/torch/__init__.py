@@ -8,7 +8,8 @@ tensor, so that the residual is dropped exactly when torch releases the node's s
 """
 
 from bridge_client.futures import gather
+from bridge_client.torch.decorators import remote
 from bridge_client.torch.function import RemoteJaxFunction
 from bridge_client.torch.gpu import allocate_in
 
-__all__ = ["RemoteJaxFunction", "allocate_in", "gather"]
+__all__ = ["RemoteJaxFunction", "allocate_in", "gather", "remote"]

@@ -25,7 +25,7 @@ from bridge_client.arguments import (
 )
 from bridge_client.futures import completed
 from bridge_client.remote.connecting import session_for
-from bridge_client.session import Session, checked_limit
+from bridge_client.session import Session, as_html, checked_limit
 from bridge_client.torch import graphs, modes, signatures
 from bridge_client.torch.derivatives import apply, prepare
 from bridge_client.torch.families import AnyProgram, Seen, for_all_sizes, now
@@ -360,6 +360,9 @@ class RemoteJaxFunction(nn.Module):
         except BridgeError:
             # The session is closed, or its worker gone: printing must not raise.
             return repr(self._name)
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self), [self._model], self._method)
 
     @property
     def _name(self) -> str:

@@ -1,6 +1,5 @@
 """Tensors and the session's memory: inputs placed in it, outputs made of it."""
 
-import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
-from bridge_client.arguments import NUMBERS, Values
+from bridge_client.arguments import NUMBERS, Values, pack_number
 from bridge_client.session import Placed, Session
 from bridge_client.torch import gpu
 from bridge_client.torch.families import AnyProgram
@@ -34,13 +33,6 @@ DTYPES: Mapping[torch.dtype, DType] = {
 
 # Exact types of tensors whose storage is as large as it says.
 _WITH_MEMORY = {Tensor, torch.nn.Parameter}
-
-# A Python number as bytes, in its spec's type.
-_PACK: Mapping[type, Callable[[Any], bytes]] = {
-    int: struct.Struct("<q").pack,
-    float: struct.Struct("<d").pack,
-    complex: lambda z: struct.pack("<dd", z.real, z.imag),
-}
 
 
 class _InSlab(NamedTuple):
@@ -98,7 +90,7 @@ def _converted(value: Any, spec: Spec, label: str, session: Session) -> Block:
     host's pool."""
     if spec.weak:
         block = session.pool.lease(spec.dtype.itemsize)
-        block.buffer[:] = _packed(value, label, session)
+        block.buffer[:] = pack_number(value, label, session.x64)
         return block
     _check_readable(value, label)
     _check_memory(value, label)
@@ -276,26 +268,6 @@ def _check_range(value: Tensor, spec: Spec, path: str) -> None:
             f"input `{path}` has dtype {value.dtype} and values from {low} to {high}; JAX runs"
             f" without x64 there and holds {spec.dtype.name} only: {TURN_ON_X64}"
         )
-
-
-def _packed(value: Any, path: str, session: Session) -> bytes:
-    """Return a Python number as bytes.
-
-    Raises:
-      DTypeError: the worker's widest type cannot hold the integer.
-    """
-    if type(value) is int and not -(2**31) <= value < 2**31:
-        if not -(2**63) <= value < 2**63:
-            raise DTypeError(
-                f"input `{path}` is the integer {value}, which does not fit in 64 bits; pass a"
-                " float"
-            )
-        if not session.x64:
-            raise DTypeError(
-                f"input `{path}` is the integer {value}; JAX runs without x64 there and holds int32"
-                f" only: pass a float, or {TURN_ON_X64}"
-            )
-    return _PACK[type(value)](value)
 
 
 def cast_floats(tree: Any, dtype: torch.dtype) -> Any:

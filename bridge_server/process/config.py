@@ -32,7 +32,15 @@ def read(path: str, names: Collection[str]) -> dict[str, Any]:
     if tables or not isinstance(table, dict):
         seen = ", ".join(map(repr, tables)) or f"no table {_TABLE!r}"
         raise CallerError(f"--config {path} has {seen}; expected one table [{_TABLE}]")
-    values = {key.replace("-", "_"): value for key, value in table.items()}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in values:
+            raise CallerError(
+                f"--config {path} has both {name.replace('_', '-')!r} and {name!r}, which are one"
+                " option; remove one of them"
+            )
+        values[name] = value
     for key in values.keys() - names:
         shown = [name.replace("_", "-") for name in near_matches(key, names)[:1]]
         raise CallerError(

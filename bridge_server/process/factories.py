@@ -5,6 +5,7 @@ Imports no framework.
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from bridge_server.process import targets
 from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.errors import CallerError, RemoteModelError, TargetError
 
+_TARGET = re.compile(r"[\w./~-]+:[A-Za-z_][\w.]*")
 _ON, _OFF = ("", "1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -20,6 +22,15 @@ def is_argument(word: str) -> bool:
     name, equals, _ = word.partition("=")
     is_on_or_off = word.lower() in (*_ON, *_OFF)
     return bool(equals and name.isidentifier()) or word[:1] == "{" or is_on_or_off
+
+
+def like_targets(arguments: Mapping[str, Any]) -> list[str]:
+    """Return the arguments that look like named targets, such as wave=model.py:make."""
+    return [
+        f"{name}={value}"
+        for name, value in arguments.items()
+        if isinstance(value, str) and _TARGET.fullmatch(value)
+    ]
 
 
 def parse(words: Sequence[str]) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from bridge_client.cli import main
-from bridge_client.commands import numbers
+from bridge_client.commands import gradients, numbers
 from bridge_wire.dtypes import BY_NAME
 from bridge_wire.errors import SpecError
 from bridge_wire.specs import Spec
@@ -167,17 +167,32 @@ def test_what_cannot_be_checked_is_a_failure(check, args: list[str], said: str) 
 
 
 def test_the_command_needs_no_framework(worker: Worker) -> None:
-    """It runs without torch, jax and numpy, of which it imports none."""
+    """It computes with NumPy, and imports neither torch nor jax."""
     done = run_program(
         """
         import sys
         from bridge_client.cli import main
         status = main(["check-gradients", sys.argv[1]])
-        print({"torch", "jax", "numpy"} & set(sys.modules), status)
+        print({"torch", "jax"} & set(sys.modules), status)
         """,
         worker.address,
     )
     assert done.stdout.splitlines()[-1] == "set() 0", done.stderr
+
+
+def test_without_numpy_a_sentence_says_how_to_install_it(worker: Worker) -> None:
+    """Where NumPy is not installed the command ends with status 1, and names the extra."""
+    done = run_program(
+        """
+        import sys
+        sys.modules["numpy"] = None
+        from bridge_client.cli import main
+        print(main(["check-gradients", sys.argv[1]]))
+        """,
+        worker.address,
+    )
+    assert done.stdout == "1\n"
+    assert 'pip install "torch-jax-bridge[numpy]"' in done.stderr, done.stderr
 
 
 def test_describe_shows_what_was_compiled_for(
@@ -229,4 +244,4 @@ def test_types_without_letters_are_refused() -> None:
     with pytest.raises(SpecError, match="no Python equivalent"):
         numbers.pack(spec, [1.0, 2.0])
     with pytest.raises(SpecError, match="too few digits"):
-        numbers.epsilon_of(spec)
+        gradients.epsilon_of(spec)

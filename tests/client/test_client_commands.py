@@ -36,6 +36,8 @@ def test_call_prints_types_and_values(
         "float32[2,2] [[1.0, 4.0], [9.0, 20.25]]\n"
     )
     assert output(capsys, "call", *square, "-3") == "float32[] 9.0\n"
+    assert output(capsys, "call", *square, "-5e-1") == "float32[] 0.25\n"
+    assert output(capsys, "call", *square, "-2E0", "--json").startswith("{")
     assert output(capsys, "call", *square, "[]") == "float32[0] []\n"
     told = json.loads(
         output(capsys, "call", *square, "--json", "--input", "int32[2]", "[1, 2]")

@@ -105,6 +105,10 @@ def test_config_show_prints_a_file_with_origins(
             "unknown option 'max_rums'; did you mean 'max-runs'",
         ),
         ("[worker]\nx64 = 'yes'", "x64 is 'yes'; expected true or false"),
+        (
+            "[worker]\nmax-runs = 3\nmax_runs = 4",
+            "has both 'max-runs' and 'max_runs', which are one option",
+        ),
         ("[worker]\nmax-runs = true", "max-runs is True; expected a text or a number"),
         ("[worker]\nmax-runs = 'lots'", "max_runs: 'lots' is not a count"),
         ("[worker]\nconfig = 'x'", "unknown option 'config'"),

@@ -198,6 +198,13 @@ def test_arguments_come_before_the_header(tmp_path: Path) -> None:
         (["./lib"], None, "no option or path"),
         (["jax\n-r x"], None, "no option or path"),
         (["lib @ file:///lib"], None, "build a wheel"),
+        (["libs/mine"], None, "no option or path"),
+        (["libs/mine-1.0.whl"], None, "no option or path"),
+        (["jax --pre"], None, "no option or path"),
+        (["jax>=0.8 --index-url https://x"], None, "no option or path"),
+        (["jax; python_version > '3' --pre"], None, "no option or path"),
+        (["jax # newest"], None, "no option or path"),
+        ([""], None, "no option or path"),
     ],
 )
 def test_wrong_requirements_are_refused(
@@ -206,6 +213,25 @@ def test_wrong_requirements_are_refused(
     """Requirements are packages: each other thing is refused with the remedy."""
     with pytest.raises(CallerError, match=said):
         recipe_for(["m:f"], requirements, python, None)
+
+
+@pytest.mark.parametrize(
+    "requirement",
+    [
+        *("jax", "jax==0.10.2", "jax >= 0.8, < 1", "jax[cuda13]>=0.8", "jax~=0.8.1"),
+        *("zope.interface", "jax (>=0.8)", "jax!=0.9.*", "a===1.0+local.1"),
+        "jax; python_version >= '3.12' and sys_platform == 'linux'",
+        "lib @ https://example.org/lib-1.0-py3-none-any.whl",
+        "lib @ git+https://example.org/lib@v1.0#subdirectory=python",
+        "lib @ file:///wheels/lib-1.0-py3-none-any.whl",
+        "https://example.org/lib-1.0-py3-none-any.whl",
+        "git+https://example.org/lib",
+    ],
+)
+def test_requirements_of_each_form_pass(requirement: str) -> None:
+    """Names with extras, versions, markers and URLs are requirements."""
+    recipe = recipe_for(["m:f"], [requirement], None, None)
+    assert recipe is not None and recipe.requirements == (requirement,)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +286,29 @@ def test_remains_are_made_again(uv: Path) -> None:
     (folder / "bin" / "python").unlink()
     environment(JAX).close()
     assert [call.split()[0] for call in calls(uv)] == ["venv", "pip"] * 2
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"python": 3}', "\x00"])
+def test_malformed_record_is_told(
+    uv: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """An environment whose record is malformed is named by `envs` in one sentence, is removed by
+    --prune, and made again by spawn."""
+    first = environment(JAX)
+    first.close()
+    record = Path(first.python).parent.parent / environments._RECORD
+    record.write_text(text)
+    capsys.readouterr()
+    assert cli.main(["envs"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("no environments in ")
+    assert f"{record} is malformed, so its environment is not used" in shown.err
+    assert "Traceback" not in shown.err
+    environment(JAX).close()
+    assert json.loads(record.read_text())["requirements"] == ["jax"]
+    record.write_text(text)
+    assert cli.main(["envs", "--prune"]) == 0
+    assert remains() == []
 
 
 def test_two_processes_make_one_environment(uv: Path) -> None:

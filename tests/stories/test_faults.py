@@ -24,6 +24,7 @@ from bridge_client.remote.local_lane import LocalLane
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import (
     BridgeError,
+    CallerError,
     CallTimeout,
     OutOfMemory,
     SessionClosed,
@@ -801,6 +802,13 @@ def test_an_interpreter_that_is_not_there_is_a_crash(temporary: Path) -> None:
     """An interpreter that cannot be started raises WorkerCrashed, which names it."""
     with pytest.raises(WorkerCrashed, match="no-such-python"):
         spawn("tests.models:square", python=temporary / "no-such-python")
+    assert not list(temporary.iterdir())
+
+
+def test_missing_cwd_is_told(temporary: Path) -> None:
+    """A cwd that is no directory is named, and not the interpreter."""
+    with pytest.raises(CallerError, match=r"cwd='.*no-such' is not a directory"):
+        spawn("m:f", python=python_of(".venv-jax"), cwd=temporary / "no-such")
     assert not list(temporary.iterdir())
 
 

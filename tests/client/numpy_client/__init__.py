@@ -1,0 +1,1 @@
+"""The NumPy client as its users see it. Neither torch nor jax is imported here."""
