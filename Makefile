@@ -53,7 +53,7 @@ gpu: $(if $(PYTHON),,setup) ## Ask a GPU every question in LIMIT=480 seconds; WH
 	$(or $(PYTHON),$(BOTH)/python) tools/gpu.py --limit $(or $(LIMIT),480) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 soak: setup ## Check every value while a worker is killed and replaced; SECONDS=600
-	$(BOTH)/python -m tools.soak --seconds $(or $(SECONDS),600)
+	.venv-torch/bin/python -m tools.soak --seconds $(or $(SECONDS),600)
 
 chaos: setup ## Let each event happen in each phase of a call, over each lane
 	$(BOTH)/python -m pytest tests/chaos --chaos $(PYTEST_ARGS)

@@ -36,7 +36,7 @@ class Shown:
 
 def shown() -> list[Shown]:
     found: list[Shown] = []
-    for block in re.findall(r"^```\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
+    for block in re.findall(r"^```\w*\n(.*?)^```$", PAGE.read_text(), re.M | re.S):
         if block.startswith("$ "):
             for line in block.splitlines():
                 if line.startswith("$ "):

@@ -3,7 +3,7 @@
 Every value and every gradient is checked. Prints the figures as JSON; the status is 1 if a value
 was wrong, a call was lost, an exception reached a loop, or something was left behind.
 
-    .venv-both/bin/python -m tools.soak [--seconds 600] [--clients 8] [--seed 0]
+    .venv-torch/bin/python -m tools.soak [--seconds 600] [--clients 8] [--seed 0]
 """
 
 import argparse
