@@ -115,7 +115,8 @@ def _serve(options: argparse.Namespace) -> None:
     with stop.at_once():
         runtime, models = _runtime_with_models(options)
     sessions = _sessions(options, runtime, stop)
-    programs = Programs(runtime, models, options.revision, sessions.meters)
+    most = options.max_programs
+    programs = Programs(runtime, models, options.revision, sessions.meters, most)
     how = endpoint, security, options.stuck_s
     worker = Worker(runtime, programs, sessions, *how, _on_stuck(options, stop))
     is_drained = False

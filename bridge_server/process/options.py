@@ -326,6 +326,18 @@ def _add_limits(add: Callable[..., Any]) -> None:
         metavar="BYTES",
     )
     add(
+        "--max-programs",
+        "compiled programs to keep for all clients; past it, those used longest ago are prepared"
+        " again when they are needed",
+        type=_count,
+        default=1024,
+        metavar="N",
+    )
+    _add_limits_of_runs(add)
+
+
+def _add_limits_of_runs(add: Callable[..., Any]) -> None:
+    add(
         "--max-runs",
         "runs under way at once, one of them kept for clients without a run; default: one more"
         " than there are cores",
