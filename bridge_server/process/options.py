@@ -385,6 +385,17 @@ def _add_running(add: Callable[..., Any]) -> None:
         action="store_true",
     )
     add(
+        "--compilation-cache",
+        "directory that keeps compiled code for later starts, for this user alone; empty: none;"
+        " default: in the user's cache",
+        metavar="DIR",
+    )
+    add(
+        "--no-compilation-cache",
+        "compile anew at each start",
+        action="store_true",
+    )
+    add(
         "--full-tracebacks",
         "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
         action="store_true",
