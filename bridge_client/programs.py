@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from bridge_wire import specs, trees
 from bridge_wire.classes import peers, recipes
@@ -16,7 +16,9 @@ from bridge_wire.pb import bridge_pb2 as pb
 from bridge_wire.specs import Spec
 
 Positions = tuple[int, ...]
+_T = TypeVar("_T")
 
+MOST_CALLS = 1024  # whose programs a function remembers, as many as a worker does
 _keys = itertools.count(1)
 _FIRST = operator.itemgetter(0)
 _TAG_BITS = 23  # an id has 63 bits, so that it is also an int64; 40 of them count
@@ -49,6 +51,35 @@ class _Identity:
 
     link: object = None
     fingerprint: bytes = b""
+
+
+class Recent(dict[Hashable, _T | None]):
+    """A table of the entries used last: at most `limit`, and always the last half of it.
+
+    Thread-safe: at worst an entry is forgotten too early.
+    """
+
+    def __init__(self, limit: int = MOST_CALLS) -> None:
+        super().__init__()
+        self._half = max(1, limit // 2)
+        self._older: dict[Hashable, _T | None] = {}
+
+    def __missing__(self, key: Hashable) -> _T | None:
+        value = self._older.get(key)
+        return None if value is None else self.remember(key, value)
+
+    def remember(self, key: Hashable, value: _T) -> _T:
+        """Add an entry; return the one that another thread has added before, if there is one."""
+        if len(self) >= self._half:
+            self._older = dict(self)
+            super().clear()
+        added = self.setdefault(key, value)
+        return value if added is None else added
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._older = {}
+        super().clear()
 
 
 class Result:
@@ -129,7 +160,7 @@ class Program:
     keeps_residual: bool = field(init=False)
     # Whether an input is a Python number, not an array.
     takes_numbers: bool = field(init=False)
-    _derived: "dict[Hashable, Program]" = field(default_factory=dict)
+    _derived: "Recent[Program]" = field(default_factory=lambda: Recent())
 
     def __post_init__(self) -> None:
         self.is_pullback = self.request.HasField("pullback")
@@ -193,6 +224,13 @@ class Program:
         self.prepared = answer.with_outputs(outputs, buffer_outputs)
         self.name = (link, prepared.program)
 
+    def forget(self) -> None:
+        """Have the next run prepare this program again, since the worker has evicted it, or the
+        program that a pullback belongs to."""
+        self.name = (None, 0)
+        if self.is_pullback and self.origin is not None:
+            self.origin.forget()
+
     def prepare_keeping(self, wrt: Positions) -> "Program":
         """Prepare only the program whose runs also keep a residual, and take its outputs over; the
         first run of this program, if there is one, prepares and compiles it. Return this program.
@@ -208,16 +246,16 @@ class Program:
         if tag in (0, self.tag):
             return self
         key = ("on model", tag)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         restricted = self._child(self.request, self.inputs, self.labels)
         restricted.tag, restricted.result = tag, self.result
-        return self._derived.setdefault(key, restricted._with_outputs_of(self))
+        return self._derived.remember(key, restricted._with_outputs_of(self))
 
     def keeping(self, wrt: Positions) -> "Program":
         """Return the program whose runs also keep a residual for the pullback to inputs `wrt`."""
         key = ("keep", wrt)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         request = self._copied_request()
         request.call.keep.inputs.extend(wrt)
@@ -230,7 +268,7 @@ class Program:
         """Return the program from cotangents of `outputs` to those of `wrt`; this program must keep
         residuals."""
         key = ("pullback", wrt, outputs)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         request = pb.PrepareRequest(pullback=pb.Pullback(wrt=wrt, outputs=outputs))
         inputs = tuple(self.outputs[i] for i in outputs)
@@ -241,7 +279,7 @@ class Program:
     def vjp(self, wrt: Positions, outputs: Positions) -> "Program":
         """Return the program from the inputs and cotangents of `outputs` to cotangents of `wrt`."""
         key = ("vjp", wrt, outputs)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         request = self._copied_request()
         request.call.transforms.add(vjp=pb.Transform.Vjp(wrt=wrt, outputs=outputs))
@@ -252,7 +290,7 @@ class Program:
     def jvp(self, wrt: Positions, outputs: Positions) -> "Program":
         """Return the program from the inputs and tangents of `wrt` to tangents of `outputs`."""
         key = ("jvp", wrt, outputs)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         request = self._copied_request()
         request.call.transforms.add(jvp=pb.Transform.Jvp(wrt=wrt, outputs=outputs))
@@ -264,7 +302,7 @@ class Program:
         """Return the program over batches of `size`, along the given axis of each input (-1: the
         input has no batch axis)."""
         key = ("vmap", axes, size)
-        if cached := self._derived.get(key):
+        if (cached := self._derived[key]) is not None:
             return cached
         request = self._copied_request()
         request.call.transforms.add(vmap=pb.Transform.Vmap(axes=axes, size=size))
@@ -304,7 +342,7 @@ class Program:
 
     def _cache(self, key: Hashable, derived: "Program") -> "Program":
         """Prepare a derived program and remember it."""
-        return self._derived.setdefault(key, self.session.prepare(derived))
+        return self._derived.remember(key, self.session.prepare(derived))
 
     def _with_outputs_of(self, other: "Program") -> "Program":
         answer = other.prepared

@@ -17,6 +17,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from bridge_server.model_errors import FULL_TRACEBACKS, NO_TRACEBACKS
 from bridge_server.process import (
+    compiled,
     devices,
     doctor,
     endpoints,
@@ -111,11 +112,13 @@ def _serve(options: argparse.Namespace) -> None:
     )
     if options.parent_pid:
         watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
+    compiled.keep("" if options.no_compilation_cache else options.compilation_cache)
     stdout = _copy_of_stdout()
     with stop.at_once():
         runtime, models = _runtime_with_models(options)
     sessions = _sessions(options, runtime, stop)
-    programs = Programs(runtime, models, options.revision, sessions.meters)
+    most = options.max_programs
+    programs = Programs(runtime, models, options.revision, sessions.meters, most)
     how = endpoint, security, options.stuck_s
     worker = Worker(runtime, programs, sessions, *how, _on_stuck(options, stop))
     is_drained = False

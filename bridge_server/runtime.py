@@ -147,6 +147,9 @@ class Program(ABC):
     outputs: tuple[Spec, ...]
     output_nbytes: tuple[int, ...]
     result: pb.Tree
+    outputs_nbytes: int = 0  # the sum of output_nbytes
+    # When it was last used, on the clock of time.perf_counter.
+    used: float = 0.0
     # Bytes of the residual that each run keeps; None for a program without residuals.
     residual_nbytes: int | None = None
     # The model and the derivative, for the statistics.

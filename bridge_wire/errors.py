@@ -28,6 +28,7 @@ BridgeError
 │   ├── ModelChanged       the worker now hosts another model than during an earlier call
 │   └── LaneUnavailable    the required lane or memory kind is unavailable
 ├── ResidualGone           the worker no longer has the residual; the caller recomputes
+├── ProgramGone            the worker no longer has the program; the caller prepares it again
 └── InternalError          a bug of the bridge
 """
 
@@ -231,6 +232,12 @@ class LaneUnavailable(WorldError):
 
 class ResidualGone(BridgeError):
     """The worker no longer has the residual, after an eviction or a restart of the worker."""
+
+    status = _Status.DATA_LOSS
+
+
+class ProgramGone(BridgeError):
+    """The worker no longer has the program, after an eviction; the request has not run."""
 
     status = _Status.DATA_LOSS
 

@@ -21,6 +21,8 @@ from tests.contract.models import MODELS
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 _ON_GPU = TESTS / "gpu" / "on_gpu"
+# Workers of tests leave the user's cache alone, and compile as at a first start.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")
 
 
 def python_of(venv: str) -> str:

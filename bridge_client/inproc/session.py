@@ -3,8 +3,11 @@
 Never imports a framework at the top level.
 """
 
+import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -57,14 +60,17 @@ class _Era:
     them."""
 
     programs: Programs
-    prepared: list[runtime.Program] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    # By id. An evicted program lives on while a residual needs it.
+    prepared: weakref.WeakValueDictionary[int, runtime.Program] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
+    ids: Iterator[int] = field(default_factory=itertools.count)
 
     def add(self, program: runtime.Program) -> int:
         """Add a program and return its id."""
-        with self.lock:
-            self.prepared.append(program)
-            return len(self.prepared) - 1
+        id = next(self.ids)
+        self.prepared[id] = program
+        return id
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +211,10 @@ class InprocSession(Session):
         self._refuse_if_closed()
         era = self._eras[self._runtime.has_x64()]
         known, name = program.name
-        if known is era:
-            return era.prepared[name]
+        found = era.prepared.get(name) if known is era else None
+        if found is not None:
+            found.used = time.perf_counter()
+            return found
         made = self._prepare(era, program)
         program.adopt(
             era,

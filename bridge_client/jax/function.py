@@ -40,7 +40,7 @@ from bridge_client.jax.pytrees import (
     path_of,
     register_if_dataclass,
 )
-from bridge_client.programs import Program
+from bridge_client.programs import Program, Recent
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import ParameterInfo, Session, as_html, checked_limit
 from bridge_wire import specs, trees
@@ -126,7 +126,7 @@ class RemoteTorchFunction:
         self._static_argnames = frozenset(names_of("static_argnames", static_argnames))
         self._in_specs = in_specs
         self._out_specs = out_specs
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: Recent[_Call] = Recent()
         # Values of arguments, by their structure and types.
         self._examples: dict[Hashable, Values] = {}
         if example_args is not None:
@@ -265,7 +265,7 @@ class RemoteTorchFunction:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._calls = {}
+        self._calls = Recent()
 
     def __repr__(self) -> str:
         return (
@@ -410,14 +410,13 @@ class RemoteTorchFunction:
         for array in passed:
             signature += [array.dtype, array.shape]
         key = tuple(signature)
-        call = self._calls.get(key)
+        call = self._calls[key]
         if call is None:
             arguments = jax.tree.unflatten(structure, leaves)
             expected = self._model.signature_of(self._method)
             check_arguments(self._model.name, expected, arguments, rngs=())
-            call = self._calls[key] = self._prepared(
-                options, leaves, structure, statics
-            )
+            call = self._prepared(options, leaves, structure, statics)
+            self._calls.remember(key, call)
         ordered = sharding.varying_alike([inputs[i] for i in call.order])
         outputs = primitives.run(call.program, ordered)
         count = len(outputs) - len(call.buffers)

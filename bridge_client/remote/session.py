@@ -28,6 +28,7 @@ from bridge_wire.errors import (
     LaneUnavailable,
     ModelChanged,
     PeerError,
+    ProgramGone,
     ResidualGone,
     SpecError,
     StructureError,
@@ -46,6 +47,7 @@ from bridge_wire.specs import decode_all
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_MOST_EVICTIONS = 8  # of a program between its preparation and its run
 
 
 class Host(Protocol):
@@ -185,7 +187,7 @@ class RemoteSession(Session):
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         limit_s = timeout_s or program.timeout_s or self.timeout_s
-        self._over_link(self._name_of, program, limit_s, limit_s=limit_s)
+        self._on_worker(program, self._name_of, program, limit_s, limit_s=limit_s)
         return program
 
     def shapes(
@@ -269,6 +271,21 @@ class RemoteSession(Session):
                 if link is not None:
                     self._leave(link, error)
                 attempts.next(error)
+
+    def _on_worker(
+        self,
+        program: Program,
+        action: Callable[..., _T],
+        *args: Any,
+        limit_s: float | None,
+    ) -> _T:
+        """Act over the link; prepare a program again that the worker has evicted."""
+        for _ in range(_MOST_EVICTIONS):
+            try:
+                return self._over_link(action, *args, limit_s=limit_s)
+            except ProgramGone:
+                program.forget()
+        return self._over_link(action, *args, limit_s=limit_s)
 
     def _attempts(self, limit_s: float | None) -> Attempts:
         policy = self._terms.policy
@@ -374,7 +391,7 @@ class RemoteSession(Session):
 
     def _run(self, run: Run) -> Any:
         limit_s = run.timeout_s or run.program.timeout_s
-        return self._over_link(self._run_over, run, limit_s=limit_s)
+        return self._on_worker(run.program, self._run_over, run, limit_s=limit_s)
 
     def _run_over(self, link: Link, run: Run) -> Any:
         forward = self._forward_of(link, run)

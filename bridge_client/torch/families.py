@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bridge_client.arguments import Values
-from bridge_client.programs import Positions, Program
+from bridge_client.programs import Positions, Program, Recent
 from bridge_client.sizes import Formula, formula
 from bridge_wire.errors import BridgeError, CallerError, InternalError, SpecError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -66,7 +66,7 @@ class Family:
         self.told = told
         self.plain = self
         self._make = make
-        self._members: dict[Shapes, Program] = {}
+        self._members: Recent[Program] = Recent()
         self._derived: dict[Hashable, Family] = {}
 
     def __repr__(self) -> str:
@@ -151,8 +151,8 @@ class Family:
         return self._derived.setdefault(key, family)
 
     def _member(self, shapes: Shapes) -> Program:
-        cached = self._members.get(shapes)
-        return cached or self._members.setdefault(shapes, self._make(shapes))
+        cached = self._members[shapes]
+        return cached or self._members.remember(shapes, self._make(shapes))
 
 
 AnyProgram = Union[Program, Family]  # noqa: UP007

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextvars import ContextVar
 from functools import partial
@@ -24,6 +24,7 @@ from bridge_client.arguments import (
     recipes_for,
 )
 from bridge_client.futures import completed
+from bridge_client.programs import Recent
 from bridge_client.remote.connecting import session_for
 from bridge_client.session import Session, as_html, checked_limit
 from bridge_client.torch import graphs, modes, signatures
@@ -117,7 +118,7 @@ class RemoteJaxFunction(nn.Module):
         self._is_mutable = mutable
         self._is_stateful = mutable or bool(self._rngs)
         self._mode = int(pb.MODE_UNSPECIFIED)
-        self._calls: dict[Hashable, _Call] = {}
+        self._calls: Recent[_Call] = Recent()
         self._number = graphs.number_of(self)
         self._owners: Owners = []
         self._buffer_positions: list[int] = []
@@ -297,7 +298,7 @@ class RemoteJaxFunction(nn.Module):
             )
         mode = self._mode if mode is None else mode
         signature = (*key, mode, is_stateful)
-        call = self._calls.get(signature)
+        call = self._calls[signature]
         if call is None:
             rngs = self._rngs if is_stateful else ()
             expected = self._model.signature_of(self._method)
@@ -305,7 +306,7 @@ class RemoteJaxFunction(nn.Module):
             flat = flat or flatten((args, kwargs))
             arguments, data = signatures.encoded(flat, statics)
             call = self._prepare(arguments, [*own, *data], mode, is_stateful, shape_of)
-            self._calls[signature] = call
+            self._calls.remember(signature, call)
         outputs = apply(call.program, inputs)
         if is_stateful:
             results = len(outputs) - call.program.prepared.buffer_outputs
@@ -385,7 +386,7 @@ class RemoteJaxFunction(nn.Module):
 
     def __setstate__(self, state: Kwargs) -> None:
         super().__setstate__(state)
-        self._calls = {}
+        self._calls = Recent()
         self._number = graphs.number_of(self)
         keep_all_in_slab(self.session, self._owners)
 

@@ -5,7 +5,7 @@ Imports no framework.
 
 from collections.abc import Iterator, Sequence
 
-from bridge_server.process import endpoints, malloc
+from bridge_server.process import compiled, endpoints, malloc
 from bridge_wire.commands import Parser
 from bridge_wire.doctor import gpu_checks, host
 from bridge_wire.doctor.checks import (
@@ -53,6 +53,7 @@ def _checks() -> Iterator[Check]:
         )
     else:
         yield ok("allocator", allocator)
+    yield ok("compilation cache", compiled.described())
     try:
         yield ok(
             "endpoint", f"{endpoints.parse(None).address}, the default of --listen"

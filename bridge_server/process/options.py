@@ -326,6 +326,18 @@ def _add_limits(add: Callable[..., Any]) -> None:
         metavar="BYTES",
     )
     add(
+        "--max-programs",
+        "compiled programs to keep for all clients; past it, those used longest ago are prepared"
+        " again when they are needed",
+        type=_count,
+        default=1024,
+        metavar="N",
+    )
+    _add_limits_of_runs(add)
+
+
+def _add_limits_of_runs(add: Callable[..., Any]) -> None:
+    add(
         "--max-runs",
         "runs under way at once, one of them kept for clients without a run; default: one more"
         " than there are cores",
@@ -370,6 +382,17 @@ def _add_running(add: Callable[..., Any]) -> None:
     add(
         "--no-jit",
         "run JAX models operation by operation, for debugging",
+        action="store_true",
+    )
+    add(
+        "--compilation-cache",
+        "directory that keeps compiled code for later starts, for this user alone; empty: none;"
+        " default: in the user's cache",
+        metavar="DIR",
+    )
+    add(
+        "--no-compilation-cache",
+        "compile anew at each start",
         action="store_true",
     )
     add(

@@ -17,6 +17,7 @@ from bridge_wire.errors import (
     InternalError,
     OutOfMemory,
     PeerError,
+    ProgramGone,
     ProtocolError,
     encode,
     unexpected,
@@ -58,6 +59,8 @@ class Conversation:
         self._count = 0
         self.run = 0  # the number of the run under way, if there is one
         self._session: Session | None = None
+        # Whether chunks may follow of an inline run whose program is gone.
+        self._skips_chunks = False
         self._turn: Turn | None = None
         self._meter: Meter  # from `attach` on
 
@@ -114,6 +117,9 @@ class Conversation:
             yield _DONE
             return
         session = self._session
+        if kind == "chunk" and self._skips_chunks:
+            return
+        self._skips_chunks = False
         match kind:
             case "run":
                 yield from self._run_inline(session, request.run)
@@ -142,7 +148,11 @@ class Conversation:
 
     def _run_inline(self, session: Session, run: pb.Run) -> Replies:
         session.residuals.drop(session, run.released)
-        program = session.program(run.program)
+        try:
+            program = session.program(run.program)
+        except ProgramGone:  # so nobody knows how many bytes follow
+            self._skips_chunks = not run.data
+            raise
         named = addressed(run.inputs, nbytes_of(program.inputs))
         sizes = [nbytes for address, nbytes in named if not address]
         inputs = self._received(session, run.data, sizes)

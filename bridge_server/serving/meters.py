@@ -17,12 +17,19 @@ _log = logging.getLogger(__name__)
 
 
 class _Runs:
-    """The runs of one program over one lane."""
+    """The runs of one model and derivative over one lane."""
 
-    __slots__ = ("compute_s", "copy_s", "count", "queue_s", "times")
+    __slots__ = (
+        "compute_s",
+        "copy_s",
+        "count",
+        "output_bytes",
+        "queue_s",
+        "times",
+    )
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.output_bytes = 0
         self.queue_s = self.compute_s = self.copy_s = 0.0
         self.times: defaultdict[int, int] = defaultdict(int)  # see Statistics.Runs
 
@@ -32,7 +39,8 @@ class Meter:
 
     def __init__(self, slow_s: float) -> None:
         """Begin without runs; a run of more than `slow_s` seconds is logged."""
-        self.by_program: dict[Program, _Runs] = {}
+        # By label: programs come and go.
+        self.by_label: dict[tuple[str, str], _Runs] = {}
         self.waited_s = 0.0  # in the queue, before the run that is under way
         self.last = 0.0, 0.0  # compute_s and copy_s of the last run
         self._slow_s = slow_s
@@ -44,10 +52,11 @@ class Meter:
         copy_s: float,
     ) -> None:
         """Count a run."""
-        runs = self.by_program.get(program)
+        runs = self.by_label.get(program.label)
         if runs is None:
-            runs = self.by_program[program] = _Runs()
+            runs = self.by_label[program.label] = _Runs()
         runs.count += 1
+        runs.output_bytes += program.outputs_nbytes
         runs.queue_s += self.waited_s
         runs.times[int(1e6 * (compute_s + copy_s)).bit_length()] += 1
         runs.compute_s += compute_s
@@ -123,14 +132,14 @@ class Meters:
 
 
 def _add(found: dict[tuple[str, str], pb.Statistics.Runs], meter: Meter) -> None:
-    for program, runs in list(meter.by_program.items()):
-        total = _of(found, program.label)
+    for label, runs in list(meter.by_label.items()):
+        total = _of(found, label)
         total.count += runs.count
         total.queue_s += runs.queue_s
         _add_times(total, runs.times)
         total.compute_s += runs.compute_s
         total.copy_s += runs.copy_s
-        total.output_bytes += runs.count * sum(program.output_nbytes)
+        total.output_bytes += runs.output_bytes
 
 
 def _add_times(

@@ -4,13 +4,15 @@ Imports no framework.
 """
 
 import hashlib
+import heapq
 import logging
 import re
 import threading
 import time
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from bridge_server.runtime import Model, Preparation, Program, Runtime
 from bridge_server.serving.identities import Identities, plain
@@ -24,7 +26,9 @@ _log = logging.getLogger(__name__)
 
 _MANY_SHAPES = 16  # from here on, each doubling is told
 _MOST_NAMED = 5
-_MAX_PROGRAMS = 16384  # cached for later requests
+MAX_PROGRAMS = 1024
+_MOST_FINGERPRINTS = 4096
+_SHARE_EVICTED = 1 / 16  # at once, as each eviction looks at all programs
 _SIZE = re.compile(r"d\d{1,3}|\d{1,18}")
 _MOST_TRANSFORMS = 32
 _MOST_DERIVATIVES = 16  # each can double the tracing time
@@ -41,8 +45,10 @@ class _Slot:
 
 
 class Programs:
-    """Prepares programs of the hosted models and caches the recently used ones by signature.
+    """Prepares programs of the hosted models and keeps the recently used ones by signature.
 
+    An evicted program lives on while anyone has a reference, such as a residual for its pullback;
+    until then a request for it finds it, so that two programs of one signature never coexist.
     Thread-safe.
     """
 
@@ -52,8 +58,12 @@ class Programs:
         models: Mapping[str, Model],
         revision: str = "",
         meters: Meters | None = None,
+        max_programs: int = MAX_PROGRAMS,
     ) -> None:
-        """Begin without programs. The revision is a part of all fingerprints."""
+        """Begin without programs. The revision is a part of all fingerprints.
+
+        Past `max_programs`, the programs that were used longest ago are evicted.
+        """
         self.models = models
         self.revision = revision
         # The argument types of --warmup, compiled before the first client connects.
@@ -61,12 +71,17 @@ class Programs:
             name: [] for name in models
         }
         self._runtime = runtime
-        self._slots: OrderedDict[object, _Slot] = OrderedDict()
+        self._max_programs = max_programs
+        self._slots: dict[object, _Slot] = {}
+        self._alive: weakref.WeakValueDictionary[object, Program] = (
+            weakref.WeakValueDictionary()
+        )
         self._fingerprints: dict[bytes, bytes] = {}
         self._identities = Identities(self.fingerprint, self._result)
         self._lock = threading.Lock()
         self._meters = meters or Meters()
         self._shapes = _Shapes()
+        self.evicted = 0  # programs so far
 
     def call(self, request: pb.Call) -> Preparation:
         """Prepare a transformed call of a model."""
@@ -96,7 +111,7 @@ class Programs:
             _check_extent(call)
             of_model = self._runtime.fingerprint(self._model(request.model), call)
             known = self._fingerprints[key] = _of_revision(of_model, self.revision)
-            if len(self._fingerprints) > _MAX_PROGRAMS:
+            if len(self._fingerprints) > _MOST_FINGERPRINTS:
                 self._fingerprints.pop(next(iter(self._fingerprints)), None)
         return known
 
@@ -169,24 +184,55 @@ class Programs:
     ) -> Preparation:
         with self._lock:
             slot = self._slots.setdefault(key, _Slot())
-            self._slots.move_to_end(key)
-            # Sessions keep their own references to programs.
-            if len(self._slots) > _MAX_PROGRAMS:
-                self._slots.popitem(last=False)
-        if slot.program is None:
-            with slot.lock:
-                if slot.program is None:
-                    begun = time.monotonic()
-                    try:
-                        program = yield from prepare()
-                        program.label = label
-                        slot.program = program
-                        self._note(label, time.monotonic() - begun)
-                    finally:
-                        # After a failure each waiting caller retries; later callers get a new slot.
-                        if slot.program is None:
-                            self._slots.pop(key, None)
-        return slot.program
+            if slot.program is None:
+                slot.program = self._alive.get(key)
+            known = slot.program
+        if known is not None:
+            known.used = time.perf_counter()
+            return known
+        with slot.lock:
+            made = slot.program
+            if made is None:
+                begun = time.monotonic()
+                try:
+                    made = yield from prepare()
+                    made.label = label
+                    made.outputs_nbytes = sum(made.output_nbytes)
+                    made = self._add(key, slot, made)
+                    self._note(label, time.monotonic() - begun)
+                finally:
+                    # After a failure each waiting caller retries; later callers get a new slot.
+                    if slot.program is None:
+                        self._slots.pop(key, None)
+        return made
+
+    def _add(self, key: object, slot: _Slot, program: Program) -> Program:
+        """Keep a new program, and evict those that were used longest ago if there are too many.
+
+        Returns the program, or the one of the same signature that is alive.
+        """
+        program.used = time.perf_counter()
+        evicted: Sequence[_Slot] = ()
+        with self._lock:
+            kept = slot.program = self._alive.setdefault(key, program)
+            self._slots[key] = slot
+            excess = len(self._slots) - self._max_programs
+            if excess > 0:
+                count = excess + int(self._max_programs * _SHARE_EVICTED)
+                evicted = self._evict(count, slot)
+        del evicted  # without the lock, since to free a program takes time
+        return kept
+
+    def _evict(self, count: int, newest: _Slot) -> Sequence[_Slot]:
+        """Take out the programs that were used longest ago, but not the newest."""
+        found = [
+            (slot.program.used, key)
+            for key, slot in self._slots.items()
+            if slot.program is not None and slot is not newest
+        ]
+        oldest = heapq.nsmallest(count, found, key=itemgetter(0))
+        self.evicted += len(oldest)
+        return [self._slots.pop(key) for _, key in oldest]
 
     def _note(self, label: tuple[str, str], seconds: float) -> None:
         self._meters.note_compile(label, seconds)

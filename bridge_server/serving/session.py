@@ -6,6 +6,8 @@ Imports no framework.
 import ctypes
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -17,7 +19,7 @@ from bridge_server.serving.meters import Meter
 from bridge_server.serving.residuals import Kept, Residuals
 from bridge_server.serving.run_queue import Client
 from bridge_server.turns import Turn, turn_with
-from bridge_wire.errors import CudaError, OutOfMemory, ProtocolError
+from bridge_wire.errors import CudaError, OutOfMemory, ProgramGone, ProtocolError
 from bridge_wire.memory import cuda_words
 from bridge_wire.memory.allocator import ALIGNMENT
 from bridge_wire.memory.cuda import Device, device_of
@@ -35,6 +37,7 @@ from bridge_wire.specs import Spec
 _MAX_SLABS = 1024
 _MAX_PROGRAMS = 16384
 _MAX_CACHED = 16384
+_FRESH = 16  # programs that a session keeps until it has prepared so many others
 _MOST_PEEKED = 4096  # bytes
 
 
@@ -56,7 +59,7 @@ _NOWHERE = _Place(0, 0, None, False)
 class _Plan(NamedTuple):
     """A checked run: the locations of its arrays, and views of its inputs in host memory."""
 
-    program: Program
+    program: weakref.ref[Program]
     inputs: Sequence[_Place]
     views: Sequence[Any]
     outputs: Sequence[_Place]
@@ -105,7 +108,12 @@ class Session:
     # Everything is released.
     ended: threading.Event = field(default_factory=threading.Event)
     slabs: tuple[Slab, ...] = ()
-    programs: dict[int, Program] = field(default_factory=dict)
+    # By id. An evicted program lives on while a residual needs it.
+    programs: dict[int, weakref.ref[Program]] = field(default_factory=dict)
+    # A client can run what it has just prepared, however many others prepare.
+    _fresh: deque[Program] = field(default_factory=lambda: deque(maxlen=_FRESH))
+    _last_id: int = 0
+    _room: int = 64  # for programs, before those that are gone are looked for
     # Memory for the arrays of inline calls; unused by clients that pass every tensor by address.
     scratch: Pool = field(default_factory=lambda: Pool(shareable=False))
     _views: dict[tuple[int, Spec], Any] = field(default_factory=dict)
@@ -174,16 +182,38 @@ class Session:
     def add_program(self, program: Program) -> int:
         """Add a program and return its id in this session."""
         with self._lock:
+            if len(self.programs) >= self._room:
+                self._forget_gone()
             if len(self.programs) >= _MAX_PROGRAMS:
                 raise OutOfMemory(
-                    f"a session may prepare at most {_MAX_PROGRAMS} programs; pad to fewer shapes"
+                    f"a session may have at most {_MAX_PROGRAMS} programs; pad to fewer shapes"
                 )
-            id = len(self.programs) + 1
-            self.programs[id] = program
-        return id
+            self._last_id += 1  # an id is never used again
+            self.programs[self._last_id] = weakref.ref(program)
+            self._fresh.append(program)
+            return self._last_id
+
+    def _forget_gone(self) -> None:
+        """Forget all about the programs that were evicted."""
+        for id, known in list(self.programs.items()):
+            if known() is None:
+                self.programs.pop(id, None)
+        for key, plan in list(self._plans.items()):
+            if plan.program() is None:
+                self._plans.pop(key, None)
+        self._views.clear()
+        self._room = min(2 * len(self.programs) + _FRESH, _MAX_PROGRAMS)
 
     def program(self, id: int) -> Program:
-        program = self.programs.get(id)
+        """Return a program by its id.
+
+        Raises:
+          ProgramGone: it was evicted.
+        """
+        known = self.programs.get(id)
+        program = None if known is None else known()
+        if program is None and 0 < id <= self._last_id:
+            raise ProgramGone(f"the program {id} was evicted; prepare it again")
         if program is None:
             raise ProtocolError(f"this session has prepared no program {id}")
         return program
@@ -200,18 +230,22 @@ class Session:
         # A training loop repeats the same few combinations of blocks.
         key = (request.program, tuple(request.inputs), tuple(request.outputs))
         plan = self._plans.get(key) or self._plan(*key)
+        program = plan.program() or self.program(request.program)
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn, request.turn, meter)
+            self._run_in_turn(
+                program, plan, request.residual, turn, request.turn, meter
+            )
         else:
             views, outputs = plan.views, plan.outputs
-            self._run(plan.program, request.residual, views, outputs, None, meter)
+            self._run(program, request.residual, views, outputs, None, meter)
 
     def take_back(self, request: pb.Run) -> None:
         """Drop the residual of a run that the client has abandoned.
 
         The client may have released the residual before.
         """
-        program = self.programs.get(request.program)
+        known = self.programs.get(request.program)
+        program = None if known is None else known()
         if program is not None and program.residual_nbytes is not None:
             self.residuals.drop(self, [request.residual])
 
@@ -243,20 +277,23 @@ class Session:
             for place, spec in zip(sources, program.inputs, strict=True)
         ]
         plan = _Plan(
-            program,
+            weakref.ref(program),
             sources,
             views,
             targets,
             any(place.is_on_gpu for place in (*sources, *targets)),
         )
         if plan.is_on_gpu:
-            self._run_in_turn(plan, request.residual, turn, request.turn, meter)
+            self._run_in_turn(
+                program, plan, request.residual, turn, request.turn, meter
+            )
         else:
             self._run(program, request.residual, views, targets, None, meter)
         return leaving
 
     def _run_in_turn(
         self,
+        program: Program,
         plan: _Plan,
         residual: int,
         turn: Turn | None,
@@ -274,10 +311,10 @@ class Session:
                 if place.is_on_gpu
                 else view
                 for place, spec, view in zip(
-                    plan.inputs, plan.program.inputs, plan.views, strict=True
+                    plan.inputs, program.inputs, plan.views, strict=True
                 )
             ]
-            self._run(plan.program, residual, views, plan.outputs, turn, meter)
+            self._run(program, residual, views, plan.outputs, turn, meter)
             turn.end()
         except BaseException:
             turn.finish()  # the client reuses its blocks when it receives the error
@@ -301,7 +338,7 @@ class Session:
                     f"the residual {residual} was kept by another program"
                 )
             read = kept.value
-        begun = perf_counter()
+        program.used = begun = perf_counter()
         outputs, value = program.run(inputs, read)
         computed = perf_counter()
         write = self.runtime.write
@@ -342,7 +379,7 @@ class Session:
             for named in zip(outputs, program.output_nbytes, strict=True)
         ]
         plan = _Plan(
-            program,
+            weakref.ref(program),
             sources,
             views,
             targets,
@@ -435,6 +472,7 @@ class Session:
         self._plans.clear()
         self._views.clear()
         self.programs.clear()
+        self._fresh.clear()
         self.slabs = ()
         self.scratch.close()
         end_what_is_left()

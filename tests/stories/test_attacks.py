@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -1307,22 +1306,23 @@ def test_residuals_that_are_not_there_hold_nobody_up() -> None:
     assert residuals.usage(SESSION) == (0, 0)
 
 
-def test_programs_that_nobody_asks_for_any_more_are_forgotten(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_programs_that_nobody_asks_for_any_more_are_forgotten() -> None:
     """The worker remembers so many programs, and the first to go is the one that was asked for
     longest ago."""
-    monkeypatch.setattr("bridge_server.serving.programs._MAX_PROGRAMS", 2)
     prepared: list[str] = []
 
     class Preparing:
         def prepare_call(self, model: Model, call: pb.Call) -> Iterator[str]:
             yield "tracing"
             prepared.append(call.model)
-            return SimpleNamespace(result=trees.flat(0))  # type: ignore[return-value]
+            return Empty()  # type: ignore[return-value]
+
+    class Empty:
+        result = trees.flat(0)
+        output_nbytes = ()
 
     names = "abc"
-    programs = Programs(Preparing(), {name: object() for name in names})
+    programs = Programs(Preparing(), {name: object() for name in names}, max_programs=2)
     for name in "abacab":
         for _ in programs.call(pb.Call(model=name)):
             pass
