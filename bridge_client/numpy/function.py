@@ -1,7 +1,7 @@
 """RemoteFunction: calls of a worker's model on NumPy arrays, and the derivatives of these calls."""
 
 import copy
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from bridge_client.numpy.calls import (
 )
 from bridge_client.numpy.memory import Array, as_array, dtype_of, spec_of
 from bridge_client.numpy.pytrees import dict_of, encoded, leaf_of
-from bridge_client.programs import Positions
+from bridge_client.programs import Positions, Recent
 from bridge_client.remote.connecting import connect
 from bridge_client.session import Session, as_html, checked_limit
 from bridge_wire import specs, trees
@@ -93,7 +93,7 @@ class RemoteFunction:
                 " the option out"
             )
         self._axes: Axes = ()
-        self._calls: dict[Hashable, Call] = {}
+        self._calls: Recent[Call] = Recent()
         self.__name__ = ".".join(filter(None, (self._model.name, self._method)))
         signature = "" if self._infos else self._model.signature_of(self._method)
         present_as(self, signature, self._model.doc)
@@ -125,7 +125,7 @@ class RemoteFunction:
             raise CallerError(f"{self!r} maps over a batch axis already; use one vmap")
         mapped = copy.copy(self)
         mapped._axes = in_axes if isinstance(in_axes, int | None) else tuple(in_axes)
-        mapped._calls = {}
+        mapped._calls = Recent()
         return mapped
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -265,7 +265,7 @@ class RemoteFunction:
                 key += (value.dtype, value.shape)
             else:
                 key.append(type(value))
-        call = self._calls.get(tuple(key))
+        call = self._calls[tuple(key)]
         if call is None:
             expected = self._model.signature_of(self._method)
             check_arguments(self._model.name, expected, (args, kwargs), rngs=())
@@ -278,7 +278,7 @@ class RemoteFunction:
                 names = [info.path for info in self._infos]
                 items, sizes = [dict_of(names), *items], [len(own), *sizes]
             call = self._prepare(tree, inputs, items, sizes, grads)
-            self._calls[tuple(key)] = call
+            self._calls.remember(tuple(key), call)
         return call, inputs
 
     def _own(self, parameters: Any) -> list[Array]:
