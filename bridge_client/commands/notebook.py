@@ -38,6 +38,7 @@ class Cells:
     def __init__(self, namespace: dict[str, Any]) -> None:
         self._namespace = namespace
         self._sessions: dict[str, Session] = {}
+        self._is_closed = False
 
     def serve(self, line: str, cell: str | None = None) -> None:
         """Serve a cell, and bind its model's name to a remote function; a worker that the name had
@@ -48,6 +49,10 @@ class Cells:
           WorkerCrashed, StartupTimeout: the worker did not become ready; the name keeps its
             function.
         """
+        if self._is_closed:
+            raise CallerError(
+                f"%%{_MAGIC}: the extension is unloaded; run %load_ext bridge_client"
+            )
         options = _options(line)
         name: str = options.name
         session = spawn(
@@ -69,7 +74,8 @@ class Cells:
             before.close()
 
     def close(self) -> None:
-        """Close all workers."""
+        """Close all workers, and serve no more cells."""
+        self._is_closed = True
         while self._sessions:
             _, session = self._sessions.popitem()
             session.close()

@@ -1,5 +1,7 @@
 """Prepared calls: programs with the structure of their arguments, and how they map over batches."""
 
+import cmath
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -180,9 +182,34 @@ class Pullback:
 
 def _as(spec: Spec, value: Any, path: str) -> Array:
     """Return a tangent or cotangent as an array; a Python number takes the dtype of its spec."""
-    if type(value) in (int, float, complex):
-        return np.asarray(value, dtype_of(spec.dtype))
-    return as_array(value, path)
+    if type(value) not in (int, float, complex):
+        return as_array(value, path)
+    dtype = dtype_of(spec.dtype)
+    is_real = type(value) is not complex
+    with np.errstate(over="ignore"), contextlib.suppress(OverflowError):
+        if is_real or dtype.kind == "c":
+            array = np.asarray(value, dtype)
+            if np.isfinite(array) or not cmath.isfinite(value):
+                return array
+    raise DTypeError(f"{path} is {value!r}; expected a number that {dtype} holds")
+
+
+def checked_axes(axes: Any) -> Axes:
+    """Return axes as Python integers; bools are none.
+
+    Raises:
+      CallerError: an axis is no integer.
+    """
+    each = list(axes) if isinstance(axes, tuple | list) else [axes]
+    if not each or any(
+        isinstance(x, bool) or not isinstance(x, int | np.integer | None) for x in each
+    ):
+        raise CallerError(
+            f"in_axes={axes!r}; expected an integer or None, or a tuple of them with one for each"
+            " positional argument"
+        )
+    plain = tuple(None if x is None else int(x) for x in each)
+    return plain if isinstance(axes, tuple | list) else plain[0]
 
 
 def batch_of(

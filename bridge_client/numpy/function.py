@@ -22,6 +22,7 @@ from bridge_client.numpy.calls import (
     Call,
     Pullback,
     batch_of,
+    checked_axes,
     example,
 )
 from bridge_client.numpy.memory import Array, as_array, dtype_of, spec_of
@@ -117,14 +118,14 @@ class RemoteFunction:
 
         Args:
           in_axes: the batch axis of each positional argument's arrays, or of all of them; None for
-            those that all examples share, as they do keyword arguments.
+            those that all examples share, as they do keyword arguments and Python numbers.
         Raises:
-          CallerError: this function maps over an axis already.
+          CallerError: this function maps over an axis already, or an axis is no integer.
         """
         if self._axes != ():
             raise CallerError(f"{self!r} maps over a batch axis already; use one vmap")
         mapped = copy.copy(self)
-        mapped._axes = in_axes if isinstance(in_axes, int | None) else tuple(in_axes)
+        mapped._axes = checked_axes(in_axes)
         mapped._calls = Recent()
         return mapped
 

@@ -7,16 +7,19 @@ import ast
 import builtins
 import contextlib
 import inspect
+import io
 import os
 import shutil
 import symtable
 import tempfile
+import tokenize
 from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
 from bridge_wire.errors import CallerError
 
+_MOST_NAMED = 40  # characters of a model's name in its file's
 _HINT = "; or pass spawn(source=...) the text of a module"
 
 
@@ -38,19 +41,37 @@ class SourceFile:
             raise CallerError(
                 f"name={name!r}; expected the name of a function or model in source="
             )
+        # As it is: lone surrogates of a notebook's cell are an error of the worker's.
+        encoded = source.encode("utf-8", "surrogatepass")
+        _refuse_other_encodings(encoded)
         self._owner = os.getpid()
         self._folder = tempfile.mkdtemp(prefix="bridge-source-")
         # No name of a package, since the worker has this directory first on its path.
-        path = os.path.join(self._folder, f"bridge_source_{name}.py")
+        path = os.path.join(self._folder, f"bridge_source_{name[:_MOST_NAMED]}.py")
         self.target = f"{path}:{name}"
-        # As it is: lone surrogates of a notebook's cell are an error of the worker's.
-        with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(source)
+        try:
+            with open(path, "wb") as file:
+                file.write(encoded)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Remove the file. Idempotent; does nothing in a forked child."""
         if os.getpid() == self._owner:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _refuse_other_encodings(encoded: bytes) -> None:
+    try:
+        declared, _ = tokenize.detect_encoding(io.BytesIO(encoded).readline)
+    except SyntaxError:  # no UTF-8, or no encoding: the worker's import says which
+        return
+    if declared not in ("utf-8", "utf-8-sig"):
+        raise CallerError(
+            f"source= declares the encoding {declared}, but is a text already; leave the"
+            " declaration out"
+        )
 
 
 def source_of(function: Callable[..., Any]) -> str:
@@ -66,7 +87,8 @@ def source_of(function: Callable[..., Any]) -> str:
             f"{name} is a {type(function).__qualname__}; expected a function with a name"
         )
     try:
-        lines, first = inspect.getsourcelines(function)
+        # Of the code: that of the function follows __wrapped__ to another one.
+        lines, first = inspect.getsourcelines(function.__code__)
     except (OSError, TypeError) as error:
         raise CallerError(
             f"the source of {name} cannot be read ({error}); define it in a file or a"
@@ -85,16 +107,22 @@ def source_of(function: Callable[..., Any]) -> str:
     definition = statement.body[0] if isinstance(statement, ast.If) else statement
     if not isinstance(definition, ast.FunctionDef):
         raise CallerError(f"{name} is not defined by `def`{_HINT}")
-    _check(definition, name, function.__code__.co_freevars)
+    if definition.name != function.__name__:
+        raise CallerError(
+            f"{name} is defined as {definition.name}; expected a function under its own name, not"
+            " renamed or wrapped by another decorator"
+        )
+    _check(definition, function)
     begin = definition.lineno - 1 - len(wrapper)
     head = ["from __future__ import annotations\n"]
     blank = ["\n"] * (first + begin - 2 - len(wrapper))
     return "".join([*head, *blank, *wrapper, *lines[begin:]])
 
 
-def _check(definition: ast.FunctionDef, name: str, free: tuple[str, ...]) -> None:
+def _check(definition: ast.FunctionDef, function: FunctionType) -> None:
     """Raise CallerError unless a function's definition stands alone."""
-    if free:
+    name = function.__qualname__
+    if free := function.__code__.co_freevars:
         raise CallerError(
             f"{name} closes over {', '.join(free)}, which a worker does not have; pass them as"
             " arguments, or define them in the function"
@@ -113,8 +141,10 @@ def _check(definition: ast.FunctionDef, name: str, free: tuple[str, ...]) -> Non
             f"{name} has the default {ast.unparse(default)}; expected a literal, such as 1.0 or"
             " None"
         )
-    names = sorted({*_globals_of(definition)} - {*dir(builtins), definition.name})
-    if names:
+    here = {*dir(builtins), definition.name}
+    shadowed = {x for x in function.__globals__ if not x.startswith("__")}
+    shadowed.discard(definition.name)
+    if names := sorted({*_globals_of(definition)} - (here - shadowed)):
         raise CallerError(
             f"{name} uses {', '.join(names)} of its module, which a worker does not have; import or"
             " define them in the function"

@@ -1,5 +1,6 @@
 """Models whose source is a text: of spawn, of a notebook's cell, and of a decorated function."""
 
+import functools
 import gc
 import os
 import re
@@ -19,7 +20,7 @@ from bridge_client import spawn
 from bridge_client.commands import notebook
 from bridge_client.numpy import RemoteFunction
 from bridge_client.remote import environments
-from bridge_client.remote.sources import source_of
+from bridge_client.remote.sources import SourceFile, source_of
 from bridge_client.session import ModelInfo, as_html
 from bridge_client.torch import RemoteJaxFunction, remote
 from bridge_wire.errors import CallerError, RemoteModelError, WorkerCrashed
@@ -140,6 +141,10 @@ def test_torch_source_is_served(folder: Path) -> None:
             "name='a b'; expected the name of a function",
         ),
         ({"source": 7, "name": "a"}, "source= is a int; expected the text of a module"),
+        (
+            {"source": f"# coding: latin-1\n{_DAMPED}", "name": "damped"},
+            "source= declares the encoding iso-8859-1, but is a text already",
+        ),
         ({}, "spawn needs either jax_model= or torch_model="),
     ],
 )
@@ -243,6 +248,16 @@ def test_errors_of_decorated_functions_name_their_own_lines(folder: Path) -> Non
 
 
 _OUTSIDE = 2.0
+pow = max
+
+
+def _with_own_builtin(x):
+    return pow(x, 2)
+
+
+@functools.wraps(_with_own_builtin)
+def _wrapping(x):
+    return 2 * x
 
 
 def _with_global(x):
@@ -286,6 +301,8 @@ def _closing_function() -> Callable[[Any], Any]:
     [
         (_with_global, "_with_global uses _OUTSIDE of its module"),
         (_with_class, "_with_class uses _OUTSIDE of its module"),
+        (_with_own_builtin, "_with_own_builtin uses pow of its module"),
+        (_wrapping, "is defined as _wrapping; expected a function under its own name"),
         (_with_default, "has the default _OUTSIDE; expected a literal"),
         (_closing_function(), "inner closes over factor"),
         (_closing(), "expected a function with a name"),
@@ -409,6 +426,31 @@ def test_extension_is_loaded_once(shell: Shell) -> None:
     before = notebook._loaded[id(shell)]
     bridge_client.load_ipython_extension(shell)
     assert notebook._loaded[id(shell)] is before
+
+
+def test_no_cell_is_served_without_the_extension(shell: Shell) -> None:
+    """After %unload_ext nobody would close the worker."""
+    bridge_client.unload_ipython_extension(shell)
+    with pytest.raises(CallerError, match="the extension is unloaded"):
+        shell.magics["bridge_model"]("damped", _DAMPED)
+
+
+def test_a_source_that_cannot_be_written_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bridge_client.remote.sources.open", full, raising=False)
+    with pytest.raises(OSError, match="No space"):
+        SourceFile(_DAMPED, "damped")
+    assert not list(folder.glob("bridge-source-*"))
+
+
+def test_a_long_name_is_no_long_file(folder: Path) -> None:
+    file = SourceFile(_DAMPED, "a" * 300)
+    file.close()
+    assert file.target.endswith("a" * 300) and not list(folder.iterdir())
 
 
 def test_tables_are_escaped() -> None:

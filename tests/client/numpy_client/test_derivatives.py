@@ -80,6 +80,27 @@ def test_pullback_and_tangent(either: Session) -> None:
     assert tangent["count"] is None and result["count"] == 3
 
 
+@pytest.mark.parametrize("number", [1j, 1e60, 10**400])
+def test_numbers_that_a_type_cannot_hold_are_refused(
+    worker: Session, number: Any
+) -> None:
+    f = RemoteFunction(worker, name="damped")
+    x = np.ones((), np.float32)
+    with pytest.raises(DTypeError, match="a number that float32 holds"):
+        f.jvp((x, x), (number, None))
+    _, tangent = f.jvp((x, x), (float("nan"), None))
+    assert np.isnan(tangent["y"])
+
+
+@pytest.mark.parametrize("axes", [True, "0", ("a",), 0.0, ()])
+def test_axes_that_are_no_integers_are_refused(worker: Session, axes: Any) -> None:
+    f = RemoteFunction(worker, name="damped")
+    with pytest.raises(CallerError, match="expected an integer or None"):
+        f.vmap(axes)
+    x = np.ones((2, 3), np.float32)
+    assert f.vmap(np.int64(0))(x, x)["y"].shape == (2, 3)
+
+
 def test_gradients_have_the_structure_of_their_arguments(worker: Session) -> None:
     """The gradients of two pytrees are such pytrees, with None at integers and numbers."""
     f = RemoteFunction(worker, name="loss")
