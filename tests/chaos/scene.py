@@ -232,8 +232,8 @@ class Crowd:
         self._wrong: list[object] = []
 
     def take_all_places(self, others: int = 0) -> None:
-        """Occupy every place for runs but `others`, which are taken or left to the innocent client;
-        nobody of the crowd waits."""
+        """Occupy every place for runs but `others`, which are taken, while the innocent client is
+        paused; nobody of the crowd waits."""
         self._gates.shut("crowd")
         most = _AT_ONCE - 1 - others
         while (begun := self._gates.crowded) < most:
@@ -425,9 +425,6 @@ class Scene:
         assert victim.until("at", before), self.victim.account()
         with contextlib.ExitStack() as waiting:
             if phase == "in the queue":
-                # The other client's calls end until the last place is taken: after a standstill
-                # the queue lets one more run begin.
-                self.crowd.take_all_places(others=1)
                 # Alone: what waits is the victim.
                 waiting.enter_context(self.innocent.paused())
                 self.innocent.finish()
