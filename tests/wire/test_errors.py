@@ -46,6 +46,7 @@ STATUS = {
     "ModelChanged": "FAILED_PRECONDITION",
     "LaneUnavailable": "UNAVAILABLE",
     "ResidualGone": "DATA_LOSS",
+    "ProgramGone": "DATA_LOSS",
     "InternalError": "INTERNAL",
 }
 KINDS: list[type[BridgeError]] = [getattr(errors, name) for name in STATUS]
