@@ -187,7 +187,10 @@ class RemoteSession(Session):
 
     def prepare(self, program: Program, timeout_s: float | None = None) -> Program:
         limit_s = timeout_s or program.timeout_s or self.timeout_s
-        self._on_worker(program, self._name_of, program, limit_s, limit_s=limit_s)
+        try:
+            self._over_link(self._name_of, program, limit_s, limit_s=limit_s)
+        except ProgramGone:
+            self._again(program, self._name_of, program, limit_s, limit_s=limit_s)
         return program
 
     def shapes(
@@ -272,19 +275,18 @@ class RemoteSession(Session):
                     self._leave(link, error)
                 attempts.next(error)
 
-    def _on_worker(
+    def _again(
         self,
         program: Program,
         action: Callable[..., _T],
         *args: Any,
         limit_s: float | None,
     ) -> _T:
-        """Act over the link; prepare a program again that the worker has evicted."""
+        """Prepare a program again that the worker has evicted, and act over the link."""
         for _ in range(_MOST_EVICTIONS):
-            try:
+            program.forget()
+            with contextlib.suppress(ProgramGone):
                 return self._over_link(action, *args, limit_s=limit_s)
-            except ProgramGone:
-                program.forget()
         return self._over_link(action, *args, limit_s=limit_s)
 
     def _attempts(self, limit_s: float | None) -> Attempts:
@@ -391,7 +393,10 @@ class RemoteSession(Session):
 
     def _run(self, run: Run) -> Any:
         limit_s = run.timeout_s or run.program.timeout_s
-        return self._on_worker(run.program, self._run_over, run, limit_s=limit_s)
+        try:
+            return self._over_link(self._run_over, run, limit_s=limit_s)
+        except ProgramGone:
+            return self._again(run.program, self._run_over, run, limit_s=limit_s)
 
     def _run_over(self, link: Link, run: Run) -> Any:
         forward = self._forward_of(link, run)
