@@ -206,9 +206,11 @@ def test_a_call_under_way_ends_on_the_draining_worker(
 def test_a_worker_that_does_not_come_back_is_an_error(
     rolling: Rolling, lane: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After `retry_s`, or the call's own limit if that is shorter; the log says what is waited
-    for."""
-    with connect(rolling.address, lane=lane, retry_s=3) as session:
+    """After `retry_s`, or the call's own limit if that is shorter; the log says what is waited for.
+
+    `retries`, since gRPC may take a call before it notices that its connection has ended.
+    """
+    with connect(rolling.address, lane=lane, retry_s=3, retries=1) as session:
         f = RemoteJaxFunction(session, name="slow")
         f(torch.ones(3))
         rolling.stop(signal.SIGKILL)
