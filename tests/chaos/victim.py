@@ -224,4 +224,6 @@ def _no_pause(_: str) -> None:
 
 
 def _say(**message: Any) -> None:
-    print(json.dumps(message), flush=True)
+    # One write, where print makes two: another thread may say something too.
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
