@@ -135,4 +135,9 @@ LINES = (
         1.2,
         _tasks("state", "state_tuple"),
     ),
+    Line(
+        "torch.func.grad of a call, 1 KiB / torch.autograd.grad",
+        2.2,
+        _tasks("func.grad", "autograd"),
+    ),
 )

@@ -23,6 +23,8 @@ TASKS = {
     "loop": "the same as a Python loop: 1,000 calls",
     "hvp": "Hessian-vector product of the sum of sin(x)*2, 1 KiB",
     "native hvp": "the same in native torch",
+    "func.grad": "torch.func.grad of the sum of sin(x)*2, 1 KiB",
+    "autograd": "the same by torch.autograd.grad",
     "eager with": "a training step with sin(x)*2 among torch's operations, 1 KiB",
     "eager without": "the same without the call",
     "compiled with": "with the call, by torch.compile(fullgraph=True)",

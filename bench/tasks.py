@@ -48,6 +48,8 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
         "loop": lambda: torch.stack([sine(row) for row in rows]),
         "hvp": lambda: _hvp(sine, x, direction),
         "native hvp": lambda: _hvp(lambda x: torch.sin(x) * 2, x, direction),
+        "func.grad": lambda: grad(lambda x: sine(x).sum())(x),
+        "autograd": _slope(sine, x),
     }
     for name in ("", "_tuple"):
         reset, step = (
@@ -61,6 +63,7 @@ def tasks(session: Session) -> Mapping[str, Callable[[], object]]:
     for one, other in (
         ("vmap", "loop"),
         ("hvp", "native hvp"),
+        ("func.grad", "autograd"),
         ("compiled with", "eager with"),
         ("state", "state_tuple"),
     ):
@@ -89,6 +92,11 @@ def _hvp(f: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
         return f(x).sum()
 
     return jvp(grad(total), (x,), (direction,))[1]
+
+
+def _slope(f: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
+    x = x.clone().requires_grad_()
+    return lambda: torch.autograd.grad(f(x).sum(), x)[0]
 
 
 def _step(module: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:

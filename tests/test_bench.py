@@ -32,6 +32,7 @@ TASKS = {
         "compiled without": 1e-4,
     },
     **{"state": 3e-4, "state_tuple": 3e-4},
+    **{"func.grad": 2e-4, "autograd": 1e-4},
     **{"torch worker": 2e-4, "pure_callback": 3e-4, "traced": 1e-3, "in jax": 1e-3},
 }
 
@@ -114,6 +115,7 @@ MISSES = [
     (slower_task("torch worker", 1.6), 10),
     (slower_task("traced", 1.3), 11),
     (slower_task("state", 1.3), 12),
+    (slower_task("func.grad", 1.3), 13),
 ]
 
 

@@ -2,10 +2,12 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from bridge_client.arguments import Values
@@ -26,6 +28,8 @@ from bridge_client.torch.runs import (
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _level_of = torch._C._functorch.maybe_get_level
 _unwrap = torch._C._functorch.get_unwrapped
+_unwrap_at = torch._C._functorch._unwrap_for_grad
+_wrap_at = torch._C._functorch._wrap_for_grad
 _will_execute = torch._C._will_engine_execute_node
 
 Tensors = Sequence[Tensor]
@@ -39,6 +43,9 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     """Run a program. Autograd records the run if a gradient can be asked for, and torch.func's
     transforms see it."""
     if modes.is_transforming():
+        at = modes.sole_grad_level()
+        if at is not None and _are_recordable(at, inputs):
+            return _apply_at(at, program, inputs)
         level = modes.unrecorded_level()
         if level is not None:
             inputs = [_as_in_no_grad(x, level) for x in inputs]
@@ -53,8 +60,34 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     wrt = _requiring_grad(inputs)
     if not wrt:
         return run(program, inputs)
-    recorded: Tensors = _Recorded.apply(program, wrt, *inputs)  # type: ignore[attr-defined]
+    recorded: Tensors = _Recorded.apply(0, program, wrt, *inputs)  # type: ignore[attr-defined]
     return recorded
+
+
+def _apply_at(level: int, program: AnyProgram, inputs: Values) -> Tensors:
+    """Run a program, and have the only level of torch.func record the run as autograd does.
+
+    As a _Transformable, each derivative would run the forward again, and torch makes classes for it
+    at each call (0.5 ms, torch 2.13).
+    """
+    wrt = _requiring_grad(inputs)
+    with enable_single_level_autograd_function():
+        recorded: Tensors = _Recorded.apply(  # type: ignore[attr-defined]
+            level, program, wrt, *inputs
+        )
+    return recorded
+
+
+def _are_recordable(level: int, values: Values) -> bool:
+    """Whether this level of torch.func records a run, and no level or mode below would."""
+    inner = _unwrapped(level, values)
+    if modes.is_traced(inner) or _requiring_grad(inner):
+        return False
+    return bool(_requiring_grad(values))
+
+
+def _unwrapped(level: int, values: Values) -> list[Any]:
+    return [_unwrap_at(x, level) if isinstance(x, Tensor) else x for x in values]
 
 
 def prepare(program: Program, inputs: Values) -> Program:
@@ -120,7 +153,8 @@ def _apply_derivative(program: AnyProgram, inputs: Values) -> Tensors:
 class _Recorded(_SingleLevelFunction):
     """A run that keeps a residual, and its VJP.
 
-    For calls outside of torch.func's transforms, which use _Transformable instead.
+    For calls outside of torch.func's transforms, and by `_apply_at` for its grad and vjp where no
+    other transform is around them: `level` is theirs, or 0. Other calls use _Transformable.
     """
 
     _compiled_autograd_key = staticmethod(
@@ -129,15 +163,20 @@ class _Recorded(_SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, program: AnyProgram, wrt: Positions, *inputs: Any
+        ctx: Any, level: int, program: AnyProgram, wrt: Positions, *inputs: Any
     ) -> TensorTuple:
         keeping = program.keeping(wrt)
-        outputs, handle = run_keeping(keeping, inputs)
+        if level:
+            with temporarily_pop_interpreter_stack():
+                outputs, handle = run_keeping(keeping, _unwrapped(level, inputs))
+            outputs = [_wrap_at(y, level) for y in outputs]
+        else:
+            outputs, handle = run_keeping(keeping, inputs)
         numbers = None
         if program.takes_numbers:
             numbers = [None if isinstance(x, Tensor) else x for x in inputs]
             inputs = tuple(x for x in inputs if isinstance(x, Tensor))
-        ctx.call = (program, wrt, numbers)
+        ctx.call = (level, program, wrt, numbers)
         # So the residual is dropped when torch drops the saved tensors: after a backward without
         # retain_graph, with the node, or with the values that a saved-tensor hook makes of them.
         ctx.save_for_backward(handle, *inputs)
@@ -146,7 +185,7 @@ class _Recorded(_SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Optionals:
-        program, kept, numbers = ctx.call
+        level, program, kept, numbers = ctx.call
         handle, *inputs = ctx.saved_tensors
         if numbers is not None:
             inputs = _merged(numbers, inputs)
@@ -156,23 +195,91 @@ class _Recorded(_SingleLevelFunction):
             wrt = _wanted(ctx, kept, numbers)
 
         def pull(outputs: Positions, selected: list[Tensor]) -> Tensors:
-            # With create_graph the derivative must be a program that can be derived again, and
-            # under a transform, such as torch.vmap around torch.autograd.grad, a program that can
-            # be transformed.
-            if (
-                torch.is_grad_enabled()
-                or modes.is_transforming()
-                or any(map(modes.is_legacy_batched, selected))
-            ):
-                origin = program
-                if not modes.is_traced([handle]):
-                    origin = _on_model_of(program, handle)
-                vjp = origin.vjp(wrt, outputs)
-                return _apply_derivative(vjp, [*inputs, *selected])
-            positions = (kept, wrt, outputs)
-            return pull_back(program, positions, handle, inputs, selected)
+            residual = _Residual(program, (kept, wrt, outputs), handle)
+            return _pull_at(level, residual, inputs, selected)
 
-        return (None, None, *_gradients(inputs, wrt, cotangents, pull))
+        return (None, None, None, *_gradients(inputs, wrt, cotangents, pull))
+
+
+class _Residual(NamedTuple):
+    """The residual of a run, and what is asked of it; see `pull_back`."""
+
+    program: AnyProgram
+    positions: tuple[Positions, Positions, Positions]
+    handle: Tensor
+
+    def vjp(self) -> AnyProgram:
+        """Return the program that needs no residual, but computes the forward once more."""
+        _, wrt, outputs = self.positions
+        origin = self.program
+        if isinstance(origin, Program) and not modes.is_traced([self.handle]):
+            origin = _on_model_of(origin, self.handle)
+        return origin.vjp(wrt, outputs)
+
+
+def _pull_at(
+    level: int, residual: _Residual, inputs: list[Any], selected: list[Tensor]
+) -> Tensors:
+    """Return the cotangents of a run's inputs, such that they can be derived again if create_graph
+    asks for it."""
+    if not modes.is_transforming() and not any(map(modes.is_legacy_batched, selected)):
+        if level:  # its transform is over: a pullback of torch.func.vjp
+            inputs = [
+                _unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs
+            ]
+            selected = [_unwrap_if_dead(x) for x in selected]
+        if not torch.is_grad_enabled():
+            return pull_back(*residual, inputs, selected)
+        is_watched = modes.is_traced([residual.handle, *selected])
+        if not is_watched and modes.jit_trace() is None:
+            pulled: Tensors = _PulledBack.apply(  # type: ignore[attr-defined]
+                0, residual, *inputs, *selected
+            )
+            return pulled
+    elif level and modes.sole_grad_level() == level:
+        inner = _unwrapped(level, [*inputs, *selected])
+        if not modes.is_traced(inner) and not _requiring_grad(inner):
+            with enable_single_level_autograd_function():
+                pulled = _PulledBack.apply(  # type: ignore[attr-defined]
+                    level, residual, *inputs, *selected
+                )
+            return pulled
+    # Under other transforms, such as torch.vmap around torch.autograd.grad, the derivative must be
+    # a program that can be transformed.
+    return _apply_derivative(residual.vjp(), [*inputs, *selected])
+
+
+class _PulledBack(_SingleLevelFunction):
+    """The cotangents of a run's inputs, from its residual; their derivative is the VJP's, which
+    computes the forward once more."""
+
+    _compiled_autograd_key = staticmethod(
+        torch.autograd.Function._compiled_autograd_key
+    )
+
+    @staticmethod
+    def forward(ctx: Any, level: int, residual: _Residual, *values: Any) -> TensorTuple:
+        numbers = [None if isinstance(x, Tensor) else x for x in values]
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        ctx.call = (residual.program, residual.positions, numbers)
+        ctx.save_for_backward(residual.handle, *tensors)
+        ctx.set_materialize_grads(False)
+        count = len(values) - len(residual.positions[-1])
+        if not level:
+            return tuple(pull_back(*residual, values[:count], values[count:]))
+        values = tuple(_unwrapped(level, values))
+        with temporarily_pop_interpreter_stack():
+            pulled = pull_back(*residual, values[:count], values[count:])
+        return tuple([_wrap_at(y, level) for y in pulled])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Optionals:
+        program, positions, numbers = ctx.call
+        handle, *tensors = ctx.saved_tensors
+        values = _merged(numbers, tensors)
+        vjp = _Residual(program, positions, handle).vjp()
+        _, _, *needed = ctx.needs_input_grad
+        return (None, None, *_gradients_by_vjp(vjp, values, needed, cotangents))
 
 
 class _Transformable(torch.autograd.Function):

@@ -94,6 +94,18 @@ def unrecorded_level() -> int | None:
     return None if is_enabled else 0
 
 
+def sole_grad_level() -> int | None:
+    """Return the level of torch.func's grad or vjp where it is the only mode and records; None
+    elsewhere."""
+    transforms = _transforms() or ()
+    if len(transforms) != 1 or transforms[0].key() != TransformType.Grad:
+        return None
+    is_watched = jit_trace() is not None or forward_ad._current_level >= 0
+    if is_watched or not torch.is_grad_enabled():
+        return None
+    return int(transforms[0].level())
+
+
 def legacy_vmap_level() -> int:
     """Return the innermost level of the vmap before torch.func."""
     level: int = torch._C._vmapmode_increment_nesting() - 1

@@ -78,7 +78,7 @@ def pull_back(
     which: tuple[Positions, Positions, Positions],
     handle: Tensor,
     inputs: Values,
-    cotangents: Tensors,
+    cotangents: Values,
 ) -> Tensors:
     """Return the cotangents of the inputs, from the residual; if that is gone, run the inputs once
     more.
