@@ -13,7 +13,7 @@ from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_client.commands import calls, canary, describe, doctor, envs, ps, top
+from bridge_client.commands import calls, canary, describe, doctor, envs, ps, stubs, top
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import connect
 from bridge_client.remote.link import Terms, Tls
@@ -93,17 +93,18 @@ def _parser() -> Parser:
     check = _add_check_gradients(commands)
     health = _add_health(commands)
     diagnose = _add_doctor(commands)
+    types = _add_stubs(commands)
     watch = _add_top(commands)
     _add_profile(commands)
     _add_envs(commands)
     _add_ps(commands)
-    for command in (show, check, health, watch):
+    for command in (show, check, health, types, watch):
         command.add_argument("address", type=_address, nargs="?", help=_ADDRESS)
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
     callers = _add_call(commands), _add_bench(commands)
-    for command in (show, check, diagnose, health, watch, *callers):
+    for command in (show, check, diagnose, health, types, watch, *callers):
         _add_tokens(command)
         _add_tls(command)
     return parser
@@ -214,6 +215,33 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="print lines of JSON")
     command.set_defaults(action=_health)
+    return command
+
+
+def _add_stubs(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "stubs",
+        help="write the models' signatures for editors and type checkers",
+        description=(
+            "Print a stub file with a class for each model of a worker, so that editors show the"
+            " arguments, defaults and docstrings of remote functions."
+        ),
+    )
+    add = command.add_argument
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.pyi",
+        help="write this file instead, if it is new or was written by this command",
+    )
+    add(
+        "--client",
+        choices=stubs.CLIENTS,
+        help="default: torch for JAX models, jax for torch models",
+    )
+    add("--force", action="store_true", help="replace a file of another author")
+    command.set_defaults(action=_with_session(_stubs))
     return command
 
 
@@ -530,6 +558,15 @@ def _top(session: RemoteSession, options: argparse.Namespace) -> int:
 
 def _describe(session: RemoteSession, options: argparse.Namespace) -> int:
     describe.show(session, options.json)
+    return OK
+
+
+def _stubs(session: Session, options: argparse.Namespace) -> int:
+    text = stubs.source(session.models, session.framework, options.client)
+    if options.output is None:
+        print(text.decode(), end="")
+    else:
+        stubs.write(text, options.output, options.force)
     return OK
 
 
