@@ -39,6 +39,34 @@ _IN_FLAGS = {
     "; pick one with name=": "; pick one with --model",
     "tls= or --tls-ca": "--tls-ca",
 }
+_COMMANDS = {
+    "workers": ("describe", "ps", "health", "top", "doctor"),
+    "models": ("call", "bench", "check-gradients", "stubs"),
+    "programs": ("profile", "envs"),
+}
+_EPILOG = f"""\
+examples:
+  bridge_client describe
+  bridge_client call unix:/run/bridge/bridge.sock '[0, 1.5]' 2 0.3
+  bridge_client doctor localhost:50051 --tls-ca ca.pem --token-file token
+
+Most commands find a worker without --listen by themselves. {DOCS} describes them."""
+_EXAMPLES = {
+    "describe": ("", "localhost:50051 --json"),
+    "ps": ("", "--json"),
+    "health": ("--wait 60", "localhost:50051 --deep --token-file token"),
+    "top": ("", "--once --json"),
+    "doctor": ("", "unix:/run/bridge/bridge.sock"),
+    "call": (
+        "unix:/run/bridge/bridge.sock '[0, 1.5]' 2 0.3",
+        "localhost:50051 --model wave --input 'int32[2]' '[1, 2]'",
+    ),
+    "bench": ("--input 'float32[100],float32[],float32[]'",),
+    "check-gradients": ("--input 'float32[100],float32[],float32[]' --seed 1",),
+    "stubs": ("-o served.pyi", "localhost:50051 --client numpy"),
+    "profile": ("python train.py", "-o calls.json -- python -m train --fast"),
+    "envs": ("", "--prune 7"),
+}
 _LONGEST_S = 86_400
 # Range of random arguments: away from zero, where many functions have kinks and poles.
 _LOW, _HIGH = 0.25, 1.75
@@ -77,14 +105,17 @@ class _Misuse(Exception):
 def _parser() -> Parser:
     parser = Parser(
         "bridge_client",
-        description="Look at a bridge worker.",
-        epilog=f"{DOCS} describes the commands.",
+        usage="bridge_client COMMAND [options]",
+        description="Look at bridge workers, and call their models.",
+        epilog=_EPILOG,
     )
     parser.add_argument(
         "--version", action="version", version=f"bridge_client {__version__}"
     )
     add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        prog="bridge_client", metavar="COMMAND", dest="command", required=True
+    )
     show = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"
     )
@@ -107,6 +138,10 @@ def _parser() -> Parser:
     for command in (show, check, diagnose, health, types, watch, *callers):
         _add_tokens(command)
         _add_tls(command)
+    parser.list_commands(commands, _COMMANDS)
+    for name, words in _EXAMPLES.items():
+        lines = (f"\n  bridge_client {name} {each}".rstrip(" ") for each in words)
+        commands.choices[name].epilog = f"examples:{''.join(lines)}"
     return parser
 
 
@@ -200,7 +235,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="wait so long for a worker that is still starting",
+        help="wait so long for a worker that is still starting; default: not at all",
     )
     command.add_argument(
         "--service",
