@@ -13,7 +13,7 @@ from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bridge_client.commands import calls, canary, describe, doctor, envs, ps, top
+from bridge_client.commands import calls, canary, describe, doctor, envs, ps, stubs, top
 from bridge_client.commands.health import SERVING, health_of
 from bridge_client.remote.connecting import connect
 from bridge_client.remote.link import Terms, Tls
@@ -38,6 +38,34 @@ _IN_FLAGS = {
     "; pass another token= or token_file=": "; give another --token-file",
     "; pick one with name=": "; pick one with --model",
     "tls= or --tls-ca": "--tls-ca",
+}
+_COMMANDS = {
+    "workers": ("describe", "ps", "health", "top", "doctor"),
+    "models": ("call", "bench", "check-gradients", "stubs"),
+    "programs": ("profile", "envs"),
+}
+_EPILOG = f"""\
+examples:
+  bridge_client describe
+  bridge_client call unix:/run/bridge/bridge.sock '[0, 1.5]' 2 0.3
+  bridge_client doctor localhost:50051 --tls-ca ca.pem --token-file token
+
+Most commands find a worker without --listen by themselves. {DOCS} describes them."""
+_EXAMPLES = {
+    "describe": ("", "localhost:50051 --json"),
+    "ps": ("", "--json"),
+    "health": ("--wait 60", "localhost:50051 --deep --token-file token"),
+    "top": ("", "--once --json"),
+    "doctor": ("", "unix:/run/bridge/bridge.sock"),
+    "call": (
+        "unix:/run/bridge/bridge.sock '[0, 1.5]' 2 0.3",
+        "localhost:50051 --model wave --input 'int32[2]' '[1, 2]'",
+    ),
+    "bench": ("--input 'float32[100],float32[],float32[]'",),
+    "check-gradients": ("--input 'float32[100],float32[],float32[]' --seed 1",),
+    "stubs": ("-o served.pyi", "localhost:50051 --client numpy"),
+    "profile": ("python train.py", "-o calls.json -- python -m train --fast"),
+    "envs": ("", "--prune 7"),
 }
 _LONGEST_S = 86_400
 # Range of random arguments: away from zero, where many functions have kinks and poles.
@@ -77,14 +105,17 @@ class _Misuse(Exception):
 def _parser() -> Parser:
     parser = Parser(
         "bridge_client",
-        description="Look at a bridge worker.",
-        epilog=f"{DOCS} describes the commands.",
+        usage="bridge_client COMMAND [options]",
+        description="Look at bridge workers, and call their models.",
+        epilog=_EPILOG,
     )
     parser.add_argument(
         "--version", action="version", version=f"bridge_client {__version__}"
     )
     add_completion(parser)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(
+        prog="bridge_client", metavar="COMMAND", dest="command", required=True
+    )
     show = commands.add_parser(
         "describe", help="show a worker's models, and how its tensors would travel"
     )
@@ -93,19 +124,24 @@ def _parser() -> Parser:
     check = _add_check_gradients(commands)
     health = _add_health(commands)
     diagnose = _add_doctor(commands)
+    types = _add_stubs(commands)
     watch = _add_top(commands)
     _add_profile(commands)
     _add_envs(commands)
     _add_ps(commands)
-    for command in (show, check, health, watch):
+    for command in (show, check, health, types, watch):
         command.add_argument("address", type=_address, nargs="?", help=_ADDRESS)
     diagnose.add_argument(
         "address", type=_address, nargs="?", help="unix:PATH or HOST:PORT"
     )
     callers = _add_call(commands), _add_bench(commands)
-    for command in (show, check, diagnose, health, watch, *callers):
+    for command in (show, check, diagnose, health, types, watch, *callers):
         _add_tokens(command)
         _add_tls(command)
+    parser.list_commands(commands, _COMMANDS)
+    for name, words in _EXAMPLES.items():
+        lines = (f"\n  bridge_client {name} {each}".rstrip(" ") for each in words)
+        commands.choices[name].epilog = f"examples:{''.join(lines)}"
     return parser
 
 
@@ -199,7 +235,7 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="wait so long for a worker that is still starting",
+        help="wait so long for a worker that is still starting; default: not at all",
     )
     command.add_argument(
         "--service",
@@ -214,6 +250,33 @@ def _add_health(commands: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("--json", action="store_true", help="print lines of JSON")
     command.set_defaults(action=_health)
+    return command
+
+
+def _add_stubs(commands: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        "stubs",
+        help="write the models' signatures for editors and type checkers",
+        description=(
+            "Print a stub file with a class for each model of a worker, so that editors show the"
+            " arguments, defaults and docstrings of remote functions."
+        ),
+    )
+    add = command.add_argument
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE.pyi",
+        help="write this file instead, if it is new or was written by this command",
+    )
+    add(
+        "--client",
+        choices=stubs.CLIENTS,
+        help="default: torch for JAX models, jax for torch models",
+    )
+    add("--force", action="store_true", help="replace a file of another author")
+    command.set_defaults(action=_with_session(_stubs))
     return command
 
 
@@ -530,6 +593,15 @@ def _top(session: RemoteSession, options: argparse.Namespace) -> int:
 
 def _describe(session: RemoteSession, options: argparse.Namespace) -> int:
     describe.show(session, options.json)
+    return OK
+
+
+def _stubs(session: Session, options: argparse.Namespace) -> int:
+    text = stubs.source(session.models, session.framework, options.client)
+    if options.output is None:
+        print(text.decode(), end="")
+    else:
+        stubs.write(text, options.output, options.force)
     return OK
 
 

@@ -4,7 +4,9 @@ import argparse
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterator
+import sys
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 DOCS = "docs/operations.md"
@@ -58,6 +60,8 @@ VARIABLES = frozenset(
         "X64",
     )
 )
+_TITLES = r"(?m)^(?P<groups>[a-z]+:)$"
+_FILES = ("FILE", "FILE.pyi", "PEM", "DIR", "[NAME=]TARGET")
 _NOT_SHOWN = ("", math.inf, argparse.SUPPRESS)
 # Of the project's tests, and of Kubernetes, for pods beside a Service that is named `bridge`.
 _OF_OTHERS = (
@@ -91,7 +95,10 @@ def unknown_variables() -> Iterator[str]:
 
 
 class Help(argparse.HelpFormatter):
-    """Help that shows defaults where these are values that a user would write."""
+    """Help that shows defaults where these are values that a user would write.
+
+    A description or epilog of several lines keeps them.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -100,6 +107,44 @@ class Help(argparse.HelpFormatter):
         if text and is_shown and "default" not in text and action.option_strings:
             text += " (default: %(default)s)"
         return text
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return textwrap.indent(text, indent)
+        return super()._fill_text(text, width, indent)
+
+    def _rich_fill_text(self, text: Any, width: int, indent: Any) -> Any:
+        """Do the same for a text of the package rich."""
+        if "\n" not in text.plain:
+            fill: Any = super()
+            return fill._rich_fill_text(text, width, indent)
+        lines = (indent + line for line in text.split())
+        return type(text)("\n").join(lines) + "\n\n"
+
+
+def help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return the formatter of a command's help, with colours on a terminal.
+
+    Colours need the optional package rich-argparse; NO_COLOR turns them off.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    coloured = _coloured_help() if is_terminal and not is_plain else None
+    return (coloured or Help)(prog=prog)
+
+
+def _coloured_help() -> Callable[..., argparse.HelpFormatter] | None:
+    try:
+        from rich_argparse import RichHelpFormatter
+    except ImportError:
+        return None
+    options = {
+        "group_name_formatter": str,
+        "text_markup": False,  # brackets are parts of flags' values
+        "help_markup": False,
+        "highlights": [*RichHelpFormatter.highlights, _TITLES],
+    }
+    return type("ColouredHelp", (Help, RichHelpFormatter), options)
 
 
 class _Completion(argparse.Action):
@@ -118,8 +163,20 @@ class _Completion(argparse.Action):
             parser.error(
                 'completion needs shtab: run `pip install "torch-jax-bridge[cli]"`'
             )
-        print(shtab.complete(parser, shell=values))
+        _complete_files(parser, shtab.FILE)
+        # A reader that takes only the first lines is no error.
+        parser._print_message(f"{shtab.complete(parser, shell=values)}\n", sys.stdout)
         parser.exit(0)
+
+
+def _complete_files(parser: argparse.ArgumentParser, files: Any) -> None:
+    """Let a completion propose files for the options and arguments that name one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                _complete_files(command, files)
+        elif action.metavar in _FILES:
+            vars(action)["complete"] = files
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +193,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, with similar flags and words."""
 
     def __init__(self, *args: Any, **how: Any) -> None:
-        how.setdefault("formatter_class", Help)
+        how.setdefault("formatter_class", help_formatter)
         super().__init__(*args, **how)
 
     def error(self, message: str) -> NoReturn:
@@ -144,6 +201,16 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(_UNRECOGNIZED):
             message = self._unrecognized(message.removeprefix(_UNRECOGNIZED).split())
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def list_commands(self, commands: Any, titles: Mapping[str, Sequence[str]]) -> None:
+        """List subcommands in the help under titles, and the options after them."""
+        self._positionals._group_actions.remove(commands)
+        listed = {each.dest: each for each in commands._get_subactions()}
+        for title, names in titles.items():
+            group = self.add_argument_group(title)
+            group._group_actions += [listed.pop(name) for name in names]
+        assert not listed
+        self._action_groups.sort(key=lambda group: group is self._optionals)
 
     def flags(self) -> set[str]:
         """Return all flags, with those of subcommands."""

@@ -14,13 +14,13 @@ from bridge_client.remote.spawning import spawn
 from bridge_client.session import Session
 from bridge_wire.errors import CallerError
 
-_CLASSES = {
+CLASSES = {
     "torch": "RemoteJaxFunction",
     "jax": "RemoteTorchFunction",
     "numpy": "RemoteFunction",
 }
 # The client's framework that is at home with a worker's.
-_COUNTERPART = {"jax": "torch", "torch": "jax"}
+COUNTERPART = {"jax": "torch", "torch": "jax"}
 _MAGIC = "bridge_model"
 
 
@@ -87,7 +87,7 @@ def _options(line: str) -> argparse.Namespace:
     add("name", metavar="NAME")
     add("-r", "--requirement", action="append", metavar="PACKAGE")
     add("--python", metavar="VERSION")
-    add("--client", choices=tuple(_CLASSES))
+    add("--client", choices=tuple(CLASSES))
     add("--x64", action="append_const", dest="args", const="--x64", default=[])
     try:
         words = shlex.split(line)
@@ -99,15 +99,15 @@ def _options(line: str) -> argparse.Namespace:
 def _function_of(session: Session, client: str | None) -> Any:
     """Return a function of the chosen client, or of the one that this process has imported."""
     if client is None:
-        counterpart = _COUNTERPART[session.framework]
+        counterpart = COUNTERPART[session.framework]
         client = counterpart if counterpart in sys.modules else "numpy"
     elif client == session.framework:
         raise CallerError(
             f"--client {client}, but the cell is a model of {session.framework}; expected"
-            f" {_COUNTERPART[client]} or numpy"
+            f" {COUNTERPART[client]} or numpy"
         )
     module = importlib.import_module(f"bridge_client.{client}")
-    make: Callable[[Session], Any] = getattr(module, _CLASSES[client])
+    make: Callable[[Session], Any] = getattr(module, CLASSES[client])
     return make(session)
 
 

@@ -11,7 +11,6 @@ from bridge_server.process import config, devices, factories
 from bridge_wire import __version__
 from bridge_wire.commands import (
     DOCS,
-    Help,
     Parser,
     add_completion,
     did_you_mean,
@@ -189,7 +188,6 @@ def _parser() -> Parser:
         ),
         epilog=_EPILOG,
         allow_abbrev=False,
-        formatter_class=_Help,
     )
     add_completion(parser)
     for title, add_to in (
@@ -204,10 +202,6 @@ def _parser() -> Parser:
         "--version", action="version", version=f"bridge_server {__version__}"
     )
     return parser
-
-
-class _Help(Help, argparse.RawDescriptionHelpFormatter):
-    """Help whose examples keep their lines."""
 
 
 def _adder(group: Any) -> Callable[..., Any]:

@@ -71,7 +71,7 @@ def test_completion_needs_its_package(
             made.parse_args(["--print-completion", "bash"])
     assert ended.value.code == 2
     assert 'pip install "torch-jax-bridge[cli]"' in capsys.readouterr().err
-    given = SimpleNamespace(complete=lambda of, shell: f"{of.prog} in {shell}")
+    given = SimpleNamespace(FILE={}, complete=lambda of, shell: f"{of.prog} in {shell}")
     monkeypatch.setitem(sys.modules, "shtab", given)
     with pytest.raises(SystemExit) as ended:
         made.parse_args(["--print-completion", "zsh"])
