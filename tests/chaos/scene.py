@@ -76,6 +76,8 @@ class Place:
 
     def baseline(self) -> dict[str, int]:
         """Return what the quiet worker holds, once for each worker."""
+        if self.worker.process.poll() is not None:  # a cell that failed has left none
+            self.start()
         if self._is_new:
             self._quiet = self._warm()
         return self._quiet
