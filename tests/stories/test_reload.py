@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from bridge_client import Session, connect
+from bridge_client import Session, connect, spawn
 from bridge_client.commands import ps
 from bridge_client.numpy import RemoteFunction
 from bridge_client.torch import RemoteJaxFunction
 from bridge_wire.errors import ModelChanged
-from tests.conftest import eventually
+from tests.conftest import eventually, python_of
 from tests.workers import Worker, is_running
 
 _X = np.ones(2, np.float32)
@@ -60,10 +60,16 @@ def value(session: Session) -> float:
     return float(first)
 
 
-def test_changed_file_is_served_without_an_error(reloading: Reloading) -> None:
+@pytest.mark.parametrize("lane", ["local", "grpc"])
+def test_changed_file_is_served_without_an_error(
+    reloading: Reloading, lane: str
+) -> None:
     """Calls go on during the reload, with one model's values or the other's; a backward whose
-    forward was the old model's is refused."""
-    with connect(reloading.worker.address) as session:
+    forward was the old model's is refused.
+
+    `retries`, since gRPC may take a call before it notices that its connection has ended.
+    """
+    with connect(reloading.worker.address, lane=lane, retries=1) as session:
         assert value(session) == 2
         x = torch.ones(2, requires_grad=True)
         y = RemoteJaxFunction(session)(x).sum()
@@ -89,6 +95,19 @@ def test_file_with_an_error_leaves_the_old_model(reloading: Reloading) -> None:
         assert value(session) == 2
         reloading.write(5)
         assert eventually(lambda: value(session) == 5, 60)
+
+
+def test_spawned_worker_reloads_too(tmp_path: Path) -> None:
+    """The session of `spawn` goes on with the new model, and its end is the supervisor's."""
+    (tmp_path / "model.py").write_text("def f(x):\n    return x * 2\n")
+    how = {"python": python_of(".venv-jax"), "cwd": tmp_path, "args": ["--reload"]}
+    with spawn("model.py:f", **how) as session:
+        folder = Path(session.address.removeprefix("unix:")).parent
+        assert value(session) == 2
+        (tmp_path / "model.py").write_text("def f(x):\n    return x * 3\n")
+        assert eventually(lambda: value(session) == 3, 60)
+        assert session.stats()["restarts"] == 0
+    assert not folder.exists()
 
 
 def test_port_is_kept(tmp_path: Path) -> None:
