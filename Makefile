@@ -33,12 +33,13 @@ test-containers: setup ## Build the images, test containers, Compose files and a
 	$(BOTH)/python -m tools.containers $(if $(ENGINE),--engine $(ENGINE)) $(if $(BASE),--base $(BASE))
 	ENGINE=$(ENGINE) BASE=$(BASE) $(BOTH)/python -m pytest tests/containers --containers -o faulthandler_timeout=900 $(PYTEST_ARGS)
 
-check: setup ## Check format, lint, types, the import rule and the generated code
+check: setup ## Check format, lint, types, the import rule, the generated code and the public names
 	$(BOTH)/ruff format --check .
 	$(BOTH)/ruff check .
 	$(BOTH)/mypy
 	$(BOTH)/lint-imports
 	$(BOTH)/python tools/generate_proto.py --check
+	$(BOTH)/python tools/api.py --check
 
 coverage: ## Measure the lines of bridge_wire that its tests run, against a floor
 	$(SETUP) wire

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from bridge_wire import trees
 from bridge_wire.classes import Expand, expand_dataclass, peers, recipes
+from bridge_wire.commands import did_you_mean, near_matches
 from bridge_wire.dtypes import BY_NAME, TURN_ON_X64
 from bridge_wire.errors import ArgumentError, CallerError, DTypeError
 from bridge_wire.pb import bridge_pb2 as pb
@@ -120,6 +121,9 @@ def check_arguments(
             problem += f" (a random key is named in rngs=, as in rngs={first!r})"
     except TypeError as error:
         problem = str(error)
+        unknown = [name for name in kwargs if name not in known.parameters]
+        near = near_matches(unknown[0], known.parameters)[:1] if unknown else []
+        problem += did_you_mean(near)
     raise ArgumentError(f"model {model!r}: {problem}; its arguments are {signature}")
 
 

@@ -31,6 +31,7 @@ from bridge_server.process.frameworks import framework_of
 from bridge_server.process.malloc import restart_with_a_good_allocator
 from bridge_server.process.options import parse, show
 from bridge_server.process.parent import watch_parent
+from bridge_server.process.reload import Handover, Supervisor
 from bridge_server.process.service_manager import ServiceManager
 from bridge_server.process.shutdown import (
     Stopped,
@@ -73,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A reader of the log sees a model's prints at once.
         sys.stdout.reconfigure(line_buffering=True)
+    if options.reload and options.reload_fd is None:
+        return Supervisor(argv, options).run()
     for sentence in unknown_variables():
         _log.warning("%s", sentence)
     status = FAILED
@@ -100,18 +103,15 @@ def _serve(options: argparse.Namespace) -> None:
     restart_with_a_good_allocator()
     manager = ServiceManager()
     _warn_if_exposed(endpoint, security)
-    for variable, is_on in (
-        (FULL_TRACEBACKS, options.full_tracebacks),
-        (NO_TRACEBACKS, options.no_tracebacks),
-    ):
-        os.environ[variable] = str(int(is_on))
+    _choose_tracebacks(options)
     stop = StopSignals()
     # After the restart, which could hide other GPUs: a number would then name another device.
     devices.choose(
         options.device, options.gpu_memory_fraction, is_spread=bool(options.mesh)
     )
     if options.parent_pid:
-        watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop))
+        watch_parent(options.parent_pid, lambda: end_as_orphan(endpoint, stop.request))
+    handover = Handover(options.reload_fd, stop)
     compiled.keep("" if options.no_compilation_cache else options.compilation_cache)
     stdout = _copy_of_stdout()
     with stop.at_once():
@@ -119,16 +119,22 @@ def _serve(options: argparse.Namespace) -> None:
     sessions = _sessions(options, runtime, stop)
     most = options.max_programs
     programs = Programs(runtime, models, options.revision, sessions.meters, most)
+    if options.reload:
+        with stop.at_once():  # before the previous worker ends
+            _warm_up(programs, options.warmup)
+            handover.wait_for_turn()
+    if options.metrics:
+        _export(options.metrics, sessions)
     how = endpoint, security, options.stuck_s
     worker = Worker(runtime, programs, sessions, *how, _on_stuck(options, stop))
     is_drained = False
     try:
         with stop.at_once(worker.remove_sockets):
-            for warmup in options.warmup:
-                warm_up(programs, warmup)
+            _warm_up(programs, options.warmup)
         worker.announce_ready()
         _print_ready(worker, models, runtime, stdout)
         manager.note_ready(worker.address)
+        handover.note_serving(worker.address)
         stop.wait(security.reload)
         manager.note_stopping()
         is_drained = _drain(worker, stop, options.drain_s)
@@ -138,6 +144,19 @@ def _serve(options: argparse.Namespace) -> None:
         # A framework's cleanup at the interpreter's end may wait for the GPU, or crash; and the
         # interpreter itself would wait for the calls.
         os._exit(FAILED)
+
+
+def _choose_tracebacks(options: argparse.Namespace) -> None:
+    for variable, is_on in (
+        (FULL_TRACEBACKS, options.full_tracebacks),
+        (NO_TRACEBACKS, options.no_tracebacks),
+    ):
+        os.environ[variable] = str(int(is_on))
+
+
+def _warm_up(programs: Programs, warmups: Sequence[str]) -> None:
+    for warmup in warmups:
+        warm_up(programs, warmup)
 
 
 def _on_stuck(options: argparse.Namespace, stop: StopSignals) -> Callable[[], None]:
@@ -280,7 +299,7 @@ def _export(listen: str, sessions: Sessions) -> None:
 def _sessions(
     options: argparse.Namespace, runtime: Runtime, stop: StopSignals
 ) -> Sessions:
-    sessions = Sessions(
+    return Sessions(
         runtime,
         residual_bytes=_residual_bytes(options, runtime),
         slab_bytes=options.session_slab_bytes,
@@ -289,9 +308,6 @@ def _sessions(
         slow_s=options.slow_call_s,
         on_failure=stop.give_up,
     )
-    if options.metrics:
-        _export(options.metrics, sessions)
-    return sessions
 
 
 def _residual_bytes(options: argparse.Namespace, runtime: Runtime) -> int:

@@ -42,6 +42,7 @@ VARIABLES = frozenset(
         "NO_REFLECTION",
         "NO_TRACEBACKS",
         "PROFILE",
+        "RELOAD",
         "RESIDUAL_BYTES",
         "REVISION",
         "SESSION_SLAB_BYTES",

@@ -19,7 +19,7 @@ _ACCEPTS = "00010000"  # the flag in /proc/net/unix
 _LANE = ".lane"
 _OTHER_COMMANDS = ("doctor", "token", "config")
 _PROBE_S = 2.0
-_START_FIELD = 19  # after the process's name, see proc(5)
+_PARENT_FIELD, _START_FIELD = 1, 19
 _WIDTH = 100
 
 
@@ -51,14 +51,22 @@ def show(is_json: bool) -> None:
 def workers() -> Iterator[Found]:
     """Yield the workers of this user that this process can see."""
     sockets = _sockets()
+    found: list[tuple[Path, list[str], list[str]]] = []
+    parents = set[str]()
     for folder in _PROC.glob("[0-9]*"):
         # A process may end at any time, and those of others hide their descriptors.
         with contextlib.suppress(OSError):
             arguments = _arguments(folder)
             if arguments is not None and folder.stat().st_uid == os.geteuid():
                 inodes = _inodes(folder)
-                found = [name for inode, name in sockets.items() if inode in inodes]
-                yield _found(folder, arguments, found)
+                names = [name for inode, name in sockets.items() if inode in inodes]
+                found.append((folder, arguments, names))
+                parents.add(_numbers(folder)[_PARENT_FIELD])
+    for folder, arguments, names in found:
+        is_supervisor = not names and folder.name in parents  # of --reload
+        if not is_supervisor:
+            with contextlib.suppress(OSError):
+                yield _found(folder, arguments, names)
 
 
 def _found(folder: Path, arguments: list[str], listening: list[str]) -> Found:
@@ -73,9 +81,13 @@ def _found(folder: Path, arguments: list[str], listening: list[str]) -> Found:
 
 def _age(folder: Path) -> int:
     """Return the seconds since a process's start, which its file has in ticks after the boot."""
-    after_name = (folder / "stat").read_text().rpartition(")")[2].split()
-    started_s = int(after_name[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
+    started_s = int(_numbers(folder)[_START_FIELD]) / os.sysconf("SC_CLK_TCK")
     return int(time.clock_gettime(time.CLOCK_BOOTTIME) - started_s)
+
+
+def _numbers(folder: Path) -> list[str]:
+    """Return the fields after the process's name, see proc(5)."""
+    return (folder / "stat").read_text().rpartition(")")[2].split()
 
 
 def _status(address: str) -> str:

@@ -24,7 +24,7 @@ _COMMANDS = ["doctor", "token", "config"]
 # One of them from a higher place hides the others of lower places.
 _GROUPS = ({"targets", "jax_model", "torch_model"}, {"listen", "port"})
 # Kubernetes sets BRIDGE_PORT beside a Service that is named `bridge`.
-_ENDING = {"help", "version", "print_completion", "parent_pid"}
+_ENDING = {"help", "version", "print_completion", "parent_pid", "reload_fd"}
 _WITHOUT_VARIABLE = {"targets", "port"} | _ENDING
 _NOT_IN_FILE = {"config"} | _ENDING
 _EPILOG = f"""\
@@ -302,6 +302,7 @@ def _add_serving(add: Callable[..., Any]) -> None:
         metavar="FILE",
     )
     add("--parent-pid", argparse.SUPPRESS, type=int)
+    add("--reload-fd", argparse.SUPPRESS, type=int)
 
 
 def _add_limits(add: Callable[..., Any]) -> None:
@@ -390,16 +391,6 @@ def _add_running(add: Callable[..., Any]) -> None:
         action="store_true",
     )
     add(
-        "--full-tracebacks",
-        "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
-        action="store_true",
-    )
-    add(
-        "--no-tracebacks",
-        "send clients a model's error without its traceback, which has source lines",
-        action="store_true",
-    )
-    add(
         "--mesh",
         "shard JAX models over devices by ATTR_shardings in their modules",
         type=_mesh,
@@ -417,6 +408,25 @@ def _add_running(add: Callable[..., Any]) -> None:
         "limit of the framework's share of GPU memory; default: the framework's",
         type=devices.parse_fraction,
         metavar="F",
+    )
+    _add_debugging(add)
+
+
+def _add_debugging(add: Callable[..., Any]) -> None:
+    add(
+        "--reload",
+        "load the models again when their files change, for development",
+        action="store_true",
+    )
+    add(
+        "--full-tracebacks",
+        "keep the frames of JAX, torch and the bridge in the tracebacks of models' errors",
+        action="store_true",
+    )
+    add(
+        "--no-tracebacks",
+        "send clients a model's error without its traceback, which has source lines",
+        action="store_true",
     )
 
 

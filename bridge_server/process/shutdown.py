@@ -123,14 +123,14 @@ class StopSignals:
             raise Stopped
 
 
-def end_as_orphan(endpoint: Endpoint, stop: StopSignals) -> None:
+def end_as_orphan(endpoint: Endpoint, request: Callable[[], None]) -> None:
     """Request a drain, and remove the sockets and their directory in the dead parent's place."""
     for path in (endpoint.address.removeprefix("unix:"), endpoint.lane_path):
         with contextlib.suppress(OSError):
             os.unlink(path)
     with contextlib.suppress(OSError):  # not empty, so not a directory of `spawn`
         os.rmdir(os.path.dirname(endpoint.lane_path))
-    stop.request()
+    request()
 
 
 def end_without_finalization(status: int) -> NoReturn:

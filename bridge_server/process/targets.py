@@ -41,7 +41,7 @@ def parse(text: str) -> Target:
     if not (source and attribute) or (equals and not name):
         raise TargetError(
             f"the target {text!r} is not of the form [NAME=]module:attribute or"
-            " [NAME=]file.py:attribute"
+            f" [NAME=]file.py:attribute, such as {source or place}:function"
         )
     name = name or attribute.rpartition(".")[2]
     if not _is_path(source):
