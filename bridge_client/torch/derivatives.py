@@ -44,7 +44,7 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     transforms see it."""
     if modes.is_transforming():
         at = modes.sole_grad_level()
-        if at is not None and _are_recordable(at, inputs):
+        if at is not None and _are_recordable(at, inputs := _alive(inputs)):
             return _apply_at(at, program, inputs)
         level = modes.unrecorded_level()
         if level is not None:
@@ -54,7 +54,7 @@ def apply(program: AnyProgram, inputs: Values) -> Tensors:
     # torch.jit.trace would take the result for a constant.
     if modes.jit_trace() is not None:
         return run_operator(program, inputs)
-    inputs = [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs]
+    inputs = _alive(inputs)
     if not torch.is_grad_enabled():
         return run(program, inputs)
     wrt = _requiring_grad(inputs)
@@ -84,6 +84,12 @@ def _are_recordable(level: int, values: Values) -> bool:
     if modes.is_traced(inner) or _requiring_grad(inner):
         return False
     return bool(_requiring_grad(values))
+
+
+def _alive(values: Values) -> list[Any]:
+    """Return values of transforms that are over, such as those of a pullback, without their
+    level: another transform may have its number."""
+    return [_unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in values]
 
 
 def _unwrapped(level: int, values: Values) -> list[Any]:
@@ -222,12 +228,11 @@ def _pull_at(
 ) -> Tensors:
     """Return the cotangents of a run's inputs, such that they can be derived again if create_graph
     asks for it."""
-    if not modes.is_transforming() and not any(map(modes.is_legacy_batched, selected)):
-        if level:  # its transform is over: a pullback of torch.func.vjp
-            inputs = [
-                _unwrap_if_dead(x) if isinstance(x, Tensor) else x for x in inputs
-            ]
-            selected = [_unwrap_if_dead(x) for x in selected]
+    if level:  # its transform may be over: a pullback of torch.func.vjp
+        inputs, selected = _alive(inputs), _alive(selected)
+    if any(map(modes.is_legacy_batched, selected)):
+        return _apply_derivative(residual.vjp(), [*inputs, *selected])
+    if not modes.is_transforming():
         if not torch.is_grad_enabled():
             return pull_back(*residual, inputs, selected)
         is_watched = modes.is_traced([residual.handle, *selected])

@@ -55,6 +55,23 @@ def _pulled_for_a_graph(f: Function, x: Tensor, y: Tensor) -> Any:
     return pulled, torch.autograd.grad(pulled, cotangent)
 
 
+def _pulled_within_another(f: Function, x: Tensor, y: Tensor) -> Any:
+    """The level of a transform that is over is that of the next one."""
+    _, pull = vjp(f, x, y)
+    return grad(lambda c: sum(each.sum() for each in pull(c * c)))(x)
+
+
+def _with_a_value_of_another(f: Function, x: Tensor, y: Tensor) -> Any:
+    held = []
+
+    def hold(x: Tensor) -> Tensor:
+        held.append(2 * x)
+        return x.sum()
+
+    grad(hold)(x)
+    return grad(lambda y: f(y, held[0]).sum())(y), f(y, held[0])
+
+
 def _within_autograd(f: Function, x: Tensor, y: Tensor) -> Any:
     x, y = (each.clone().requires_grad_() for each in (x, y))
     gradient = grad(_total(f, y))(x)
@@ -118,6 +135,8 @@ WAYS: dict[str, Callable[[Function, Tensor, Tensor], Any]] = {
     "vjp": _pulled_twice,
     "vmap of a pullback": _pulled_in_vmap,
     "a graph of a pullback": _pulled_for_a_graph,
+    "a pullback within another grad": _pulled_within_another,
+    "a value of another grad": _with_a_value_of_another,
     "jacrev": lambda f, x, y: jacrev(f, (0, 1))(x, y),
     "grad of grad": lambda f, x, y: grad(lambda x: grad(_total(f, y))(x).sum())(x),
     "jvp of grad": lambda f, x, y: jvp(grad(_total(f, y)), (x,), (y,)),
