@@ -138,7 +138,8 @@ class Supervisor:
 
     def __init__(self, argv: Sequence[str], options: argparse.Namespace) -> None:
         """`argv` are the worker's arguments, of which `options` are made."""
-        self._command = [sys.executable, "-m", "bridge_server", *argv]
+        # -B: a compiled file counts as up to date if its source has changed within its second.
+        self._command = [sys.executable, "-B", "-m", "bridge_server", *argv]
         self._command.append("--parent-pid=0")  # its parent is this process
         self._options = options
         self._worker: _Process | None = None

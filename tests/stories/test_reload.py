@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class Reloading:
 
     def __init__(self, folder: Path, *args: str) -> None:
         self.folder = folder
+        self._written_ns = int(time.time()) * 10**9
         self.write(2)
         (folder / "scaling.py").write_text(
             "import factor_of_scaling\n\n\n"
@@ -32,10 +34,15 @@ class Reloading:
         )
         where = args or ("--listen", f"unix:{folder}/w.sock")
         target = f"{folder}/scaling.py:scaled"
-        self.worker = Worker(folder, target, "--reload", *where)
+        compiled = {"PYTHONDONTWRITEBYTECODE": ""}  # as for a user
+        self.worker = Worker(folder, target, "--reload", *where, env=compiled)
 
     def write(self, factor: object) -> None:
-        (self.folder / "factor_of_scaling.py").write_text(f"FACTOR = {factor}\n")
+        """Write the imported file, each time within the same second."""
+        path = self.folder / "factor_of_scaling.py"
+        path.write_text(f"FACTOR = {factor}\n")
+        self._written_ns += 1
+        os.utime(path, ns=(self._written_ns, self._written_ns))
 
     def says(self, text: str, count: int = 1) -> bool:
         return eventually(lambda: self.worker.stderr.count(text) >= count, 60)
