@@ -43,6 +43,7 @@ class StopSignals:
         os.set_blocking(self._ask, False)
         signal.set_wakeup_fd(self._ask, warn_on_full_buffer=False)
         signal.signal(signal.SIGHUP, lambda *_: None)
+        sys.unraisablehook = _without_stopped(sys.unraisablehook)
         self._stops: tuple[int, ...] = _SIGNALS
         if sys.stderr is not None and sys.stderr.isatty():
             self._stops = (*_SIGNALS, signal.SIGHUP)
@@ -121,6 +122,17 @@ class StopSignals:
     def _stop_if_requested(self) -> None:
         if self._is_requested:
             raise Stopped
+
+
+def _without_stopped(report: Callable[..., object]) -> Callable[..., object]:
+    """Return a hook for exceptions that Python ignores, such as those in callbacks of its garbage
+    collector; of Stopped it reports nothing, since `_watch` ends the block all the same."""
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, Stopped):
+            report(unraisable)
+
+    return hook
 
 
 def end_as_orphan(endpoint: Endpoint, request: Callable[[], None]) -> None:
