@@ -173,8 +173,8 @@ import sys, tempfile, time
 import bridge_client
 tempfile.tempdir = sys.argv[1]
 session = bridge_client.spawn(source='''%s''', name="damped", python=%r)
-print(session._host._process.pid, flush=True)
 try:
+    print(session._host._process.pid, flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     sys.exit(3)
